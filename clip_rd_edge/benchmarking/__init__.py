@@ -1,0 +1,1 @@
+"""Measure encoders side by side and report: accuracy × latency × size. Never imports torch."""

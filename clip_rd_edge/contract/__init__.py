@@ -1,0 +1,1 @@
+"""What the producer of a bundle and the device agree on. Never imports torch."""

@@ -1,0 +1,173 @@
+"""The bundle: one self-sufficient folder that a device runs.
+
+manifest.json    what follows, and the SHA-256 of every other file
+image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised
+text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
+tokenizer.json   read by the `tokenizers` library
+labels.npz       optional: `names` (C,) and their prompt-averaged `embeddings` (C, D), so that fixed labels need
+                 no text tower
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.files import sha256_of, size_bytes, write_bytes
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.structs import read_json, to_json
+from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.errors import ConfigError, InputError
+
+FORMAT_VERSION = 1
+MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
+TOKENIZER, LABELS = "tokenizer.json", "labels.npz"
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """What the exporter measured of one tower, against the float32 one it came from.
+
+    Attributes:
+        latency_ms_p50, latency_ms_p95: batch 1, on `machine` with `threads`.
+        speedup: float32 ONNX's p50 divided by this one's, both timed in turn in one run.
+        max_difference: greatest absolute difference of an embedding entry.
+        cosine: mean cosine to the float32 embeddings.
+        centred_cosine: the same after each side's mean embedding is taken away, which raw cosine hides.
+    """
+
+    latency_ms_p50: float
+    latency_ms_p95: float
+    speedup: float
+    max_difference: float
+    cosine: float
+    centred_cosine: float
+    samples: int
+    threads: int
+    machine: str
+
+
+class Tower(msgspec.Struct, frozen=True, kw_only=True):
+    """One model file of a bundle.
+
+    Attributes:
+        precision: what it is in: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
+        note: why it is in another precision than the bundle asked for, or empty.
+    """
+
+    file: str
+    input_name: str
+    output_name: str
+    precision: str
+    note: str = ""
+    measured: Measurement | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """manifest.json. `files` maps the name of every other file to its SHA-256."""
+
+    format_version: int
+    name: str
+    precision: str
+    target: str
+    embedding_size: int
+    logit_scale: float
+    preprocessing: Preprocessing
+    tokenizer: TokenizerSpec
+    image: Tower
+    text: Tower
+    templates: tuple[str, ...] = ("{}",)
+    parameters: int = 0
+    provenance: dict[str, str] = {}
+    files: dict[str, str] = {}
+
+
+class LabelBank(msgspec.Struct, frozen=True):
+    """Names and their embeddings, (C,) and (C, D)."""
+
+    names: tuple[str, ...]
+    embeddings: Embeddings
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in `folder` and write its manifest, last, so that a bundle without one is an unfinished one."""
+    files = {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    complete = msgspec.structs.replace(manifest, files=files)
+    write_bytes(folder / MANIFEST, to_json(complete))
+    return complete
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder has a bundle's manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and check that its files are there.
+
+    Raises:
+        InputError: no such folder, no manifest, or a file that the manifest names is missing.
+        ConfigError: the manifest is damaged, or of a newer format.
+    """
+    if not is_bundle(folder):
+        reason = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise InputError(f"{folder} is not a bundle: it {reason}.", hint="make one with clip-rd-edge export")
+    version = read_json(folder / MANIFEST, _Version).format_version
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"{folder / MANIFEST} has format version {version}; this clip-rd-edge reads up to {FORMAT_VERSION}.",
+            hint="pip install -U clip-rd-edge",
+        )
+    manifest = read_json(folder / MANIFEST, Manifest)
+    for name in manifest.files:
+        if not (folder / name).is_file():
+            raise InputError(f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export it again")
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Names of files whose SHA-256 is not what the manifest says."""
+    return [name for name, digest in manifest.files.items() if sha256_of(folder / name) != digest]
+
+
+def bundle_size_bytes(folder: Path) -> int:
+    """Size of a bundle on disk, in bytes."""
+    return size_bytes(folder)
+
+
+def write_labels(folder: Path, bank: LabelBank) -> None:
+    """Write labels.npz; float32, so that probabilities are those of the text tower."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, names=np.asarray(bank.names, dtype=np.str_), embeddings=bank.embeddings)
+    write_bytes(folder / LABELS, buffer.getvalue())
+
+
+def read_labels(folder: Path) -> LabelBank | None:
+    """The bundle's label bank, or None where it has none.
+
+    Raises:
+        ConfigError: labels.npz is damaged.
+    """
+    path = folder / LABELS
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names, embeddings = arrays["names"], arrays["embeddings"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ConfigError(f"{path} is not a label bank: {error}.", hint="export the bundle again") from error
+    if embeddings.ndim != 2 or len(names) != len(embeddings):
+        raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
+    return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
+
+
+class _Version(msgspec.Struct):
+    format_version: int

@@ -1,0 +1,131 @@
+"""From a picture to the tensor that a model was trained on: one piece of code for training, evaluation and device.
+
+Arithmetic, rounding and resampling are those of open_clip's evaluation transform (torchvision on PIL images), bit for
+bit, done with Pillow and numpy alone, so that no copy of it can drift.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from clip_rd_edge.errors import InputError
+
+Pixels = npt.NDArray[np.float32]
+Box = tuple[float, float, float, float]
+
+# What a transparent picture is laid on; page and paper are white, and so are most training pictures' grounds.
+BACKGROUND = (255, 255, 255)
+# Refused above this many pixels before anything is decoded, against decompression bombs.
+MAX_PIXELS = 200_000_000
+
+
+class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model wants its pictures; the fields and their values are those of open_clip's `preprocess_cfg`.
+
+    Attributes:
+        size: height and width of the input in pixels.
+        mean, std: per channel, of pixel values scaled to [0, 1].
+        resize_mode: `shortest` resizes the shorter edge and crops the middle, `longest` resizes the longer edge and
+            pads with `fill_color`, `squash` ignores the aspect ratio.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    fill_color: int = 0
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open a picture as RGB: turned as its EXIF says, first frame, transparency laid on white, 16 bits scaled to 8.
+
+    Raises:
+        InputError: no such file, not a picture, damaged, or of more than MAX_PIXELS.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read.",
+                    hint="make it smaller first",
+                )
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise InputError(f"Cannot read the picture {path}: {reason}.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB, decoded and upright; see `open_image`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit grey at 255 when it converts: scale instead.
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, how: Preprocessing) -> Pixels:
+    """An RGB picture as the model's input, shape (3, H, W), equal to open_clip's evaluation transform bit for bit."""
+    height, width = how.size
+    resample = _resample(how)
+    if how.resize_mode == "squash":
+        return _normalise(image.resize((width, height), resample), how)
+    old_width, old_height = image.size
+    if how.resize_mode == "longest":
+        ratio = max(old_height / height, old_width / width)
+        new = (round(old_width / ratio), round(old_height / ratio))
+    elif height == width:
+        new = _shorter_edge_to(height, old_width, old_height)
+    else:
+        ratio = min(old_height / height, old_width / width)
+        new = (round(old_width / ratio), round(old_height / ratio))
+    if new != image.size:
+        image = image.resize(new, resample)
+    return _normalise(_centre(image, how), how)
+
+
+def preprocess_crop(image: Image.Image, box: Box, how: Preprocessing) -> Pixels:
+    """The part `box` (left, top, right, bottom, in pixels) of an RGB picture, resized to the model's (3, H, W)."""
+    height, width = how.size
+    return _normalise(image.resize((width, height), _resample(how), box=box), how)
+
+
+def _resample(how: Preprocessing) -> Image.Resampling:
+    return Image.Resampling.BILINEAR if how.interpolation == "bilinear" else Image.Resampling.BICUBIC
+
+
+def _shorter_edge_to(size: int, width: int, height: int) -> tuple[int, int]:
+    # torchvision truncates the longer edge; rounding would differ by a pixel.
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
+    """Crop the middle, padding first where the picture is smaller, as torchvision's center_crop does."""
+    height, width = how.size
+    if image.width < width or image.height < height:
+        canvas = Image.new("RGB", (max(image.width, width), max(image.height, height)), (how.fill_color,) * 3)
+        canvas.paste(image, (max(0, width - image.width) // 2, max(0, height - image.height) // 2))
+        image = canvas
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _normalise(image: Image.Image, how: Preprocessing) -> Pixels:
+    pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    mean = np.asarray(how.mean, dtype=np.float32)[:, None, None]
+    std = np.asarray(how.std, dtype=np.float32)[:, None, None]
+    normalised: Pixels = (pixels - mean) / std
+    return normalised

@@ -1,0 +1,70 @@
+"""YAML and JSON files read into typed structs, with errors that name file, key and what was expected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def read_yaml(path: Path, kind: type[T]) -> T:
+    """Read a YAML file into a struct; an unknown key or a wrong type is refused.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: the text is no YAML, or does not fit `kind`.
+    """
+    import yaml  # PyYAML takes 20 ms to import, and a device that reads bundles never needs it
+
+    try:
+        raw = yaml.safe_load(_read(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return convert(raw if raw is not None else {}, kind, source=str(path))
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """Read a JSON file into a struct; raises as `read_yaml`."""
+    try:
+        raw = msgspec.json.decode(_read(path))
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+    return convert(raw, kind, source=str(path))
+
+
+def convert(raw: Any, kind: type[T], *, source: str) -> T:
+    """Turn plain dicts and lists into a struct, or raise ConfigError naming `source` and the key."""
+    try:
+        return msgspec.convert(raw, kind, strict=True)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        suggestion = ""
+        if "unknown field" in message:
+            unknown = message.split("`")[1]
+            suggestion = near_matches(unknown, kind.__struct_fields__)
+        raise ConfigError(f"{source} does not fit: {message}.{suggestion}") from error
+
+
+def to_json(struct: Any) -> bytes:
+    """A struct as indented JSON with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(struct), indent=2) + b"\n"
+
+
+def to_yaml(struct: Any) -> str:
+    """A struct as YAML, keys in the order of its fields."""
+    import yaml
+
+    text: str = yaml.safe_dump(msgspec.to_builtins(struct), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"Cannot read {path}: {error.strerror or error}.", hint="check the path") from error

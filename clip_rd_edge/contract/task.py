@@ -1,0 +1,43 @@
+"""What an encoder is measured on: pictures with labels, and pictures with captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Zero-shot classification.
+
+    Attributes:
+        name: as a report shows it.
+        images: paths of the N pictures.
+        targets: N indices into `labels`.
+        labels: the C class names.
+        templates: prompts with one `{}`, averaged a class.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    targets: tuple[int, ...]
+    labels: tuple[str, ...]
+    templates: tuple[str, ...] = ("{}",)
+
+
+class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Image-text retrieval with all the captions that a picture has.
+
+    Attributes:
+        images: paths of the N pictures.
+        captions: the M captions.
+        caption_images: for each caption, the index of the picture that it belongs to.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    captions: tuple[str, ...]
+    caption_images: tuple[int, ...]
+
+
+Task = ZeroShotTask | RetrievalTask

@@ -1,0 +1,1 @@
+"""Train a student under an objective: configuration, loader, step, loop, checkpoints, plots."""

@@ -1,0 +1,1 @@
+"""Teachers and students: everything that is an open_clip model."""

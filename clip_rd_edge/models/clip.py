@@ -1,0 +1,86 @@
+"""One loaded CLIP model with everything that belongs to it, and its two towers as modules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.contract.preprocess import Preprocessing
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """An open_clip model, its tokenizer and its preprocessing.
+
+    Attributes:
+        model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`.
+        tokenizer: open_clip's: a list of texts to ids, (N, T) int64.
+        model_cfg: what open_clip builds the model from.
+        templates: prompts that the model was trained or is to be asked with.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocessing: Preprocessing
+    model_cfg: dict[str, Any]
+    templates: tuple[str, ...] = field(default=("{}",))
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the width of an embedding."""
+        return int(self.model_cfg["embed_dim"])
+
+    @property
+    def context_length(self) -> int:
+        """T, the token ids a text."""
+        length = getattr(self.tokenizer, "context_length", None)
+        return int(length or self.model_cfg["text_cfg"].get("context_length", 77))
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosine similarities are multiplied with before a softmax."""
+        scale: Tensor = self.model.get_parameter("logit_scale")
+        return float(scale.detach().exp())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of weights of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class ImageTower(nn.Module):
+    """Pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        features = self.model.encode_image(pixel_values)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    """Token ids (N, T) to embeddings (N, D), L2-normalised in float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        features = self.model.encode_text(input_ids)  # type: ignore[operator]
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, else Apple's, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,89 @@
+"""A PyTorch model behind the `Encoder` protocol, so that one benchmark serves teacher, student and bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+
+from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
+from clip_rd_edge.contract.files import size_bytes
+from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, parameter_count
+
+BATCH_SIZE = 64
+
+
+class TorchEncoder:
+    """A `ClipModel` in eager PyTorch; the model is put in evaluation mode at each call and back afterwards.
+
+    Args:
+        folder: where the model lies, for its size on disk; None where it has none yet.
+    """
+
+    def __init__(self, clip: ClipModel, *, folder: Path | None = None) -> None:
+        self.clip = clip
+        self.folder = folder
+        self._image_tower = ImageTower(clip.model)
+        self._text_tower = TextTower(clip.model)
+
+    def describe(self) -> Description:
+        """What this encoder is."""
+        parameters = parameter_count(self.clip.model)
+        weights = next(iter(self.folder.glob("*.safetensors")), self.folder) if self.folder else None
+        return Description(
+            name=self.clip.name,
+            runtime="torch",
+            precision="fp32",
+            embedding_size=self.clip.embedding_size,
+            preprocessing=self.clip.preprocessing,
+            logit_scale=self.clip.logit_scale,
+            templates=self.clip.templates,
+            parameters=parameters,
+            size_bytes=size_bytes(weights) if weights else 4 * parameters,
+        )
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
+        """Embed RGB pictures, (N, D)."""
+        parts = []
+        for batch in in_batches(len(images), BATCH_SIZE):
+            pixels = np.stack([preprocess(image, self.clip.preprocessing) for image in images[batch]])
+            parts.append(self.encode_pixels(pixels))
+        return np.concatenate(parts) if parts else self._nothing()
+
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+        """Embed texts, (N, D)."""
+        parts = [self.encode_ids(self.tokenize(texts[batch])) for batch in in_batches(len(texts), BATCH_SIZE)]
+        return np.concatenate(parts) if parts else self._nothing()
+
+    def tokenize(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Texts as token ids, (N, T)."""
+        ids: npt.NDArray[np.int64] = self.clip.tokenizer(list(texts)).numpy()
+        return ids
+
+    def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
+        """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
+        return self._run(self._image_tower, pixels)
+
+    def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
+        """Embed tokenised texts, (N, T) to (N, D)."""
+        return self._run(self._text_tower, ids)
+
+    def _run(self, tower: nn.Module, inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> Embeddings:
+        device = next(self.clip.model.parameters()).device
+        was_training = self.clip.model.training
+        self.clip.model.eval()
+        try:
+            with torch.inference_mode():
+                embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
+                return embeddings
+        finally:
+            self.clip.model.train(was_training)
+
+    def _nothing(self) -> Embeddings:
+        return np.zeros((0, self.clip.embedding_size), dtype=np.float32)

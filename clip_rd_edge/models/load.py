@@ -1,0 +1,156 @@
+"""Load any model that open_clip can: by name, hub, folder or checkpoint file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.structs import convert
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models.clip import ClipModel
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+DISTILLATION_FILE = "distillation.json"
+
+
+def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
+    """Load a model with its own tokenizer and preprocessing, in evaluation mode, on the CPU.
+
+    Args:
+        spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `hf-hub:ORG/REPO`, `local-dir:PATH`,
+            or the path of a folder with open_clip_config.json.
+        pretrained: for an architecture: one of open_clip's tags, or a checkpoint file.
+
+    Raises:
+        InputError: no such folder, file or architecture (with near matches), or the download failed.
+        ConfigError: the configuration and the weights do not fit.
+    """
+    import open_clip
+
+    spec = spec.removeprefix("open_clip:")
+    if not spec.startswith(("local-dir:", "hf-hub:")) and (Path(spec) / CONFIG_FILE).is_file():
+        spec = f"local-dir:{spec}"
+    folder = Path(spec.removeprefix("local-dir:")) if spec.startswith("local-dir:") else None
+    if folder is not None:
+        model_cfg = read_open_clip_config(folder)["model_cfg"]
+    elif spec.startswith("hf-hub:"):
+        model_cfg = {}
+    else:
+        model_cfg = _architecture(spec, pretrained)
+    overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
+    try:
+        model = open_clip.create_model(
+            spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
+        )
+        tokenizer = open_clip.get_tokenizer(spec)
+        model_cfg = model_cfg or open_clip.get_model_config(spec)
+    except Exception as error:  # open_clip, hub and torch raise all kinds
+        raise _loading_error(spec, pretrained, error) from error
+    return ClipModel(
+        name=_display_name(spec, pretrained),
+        model=model.eval(),
+        tokenizer=tokenizer,
+        preprocessing=preprocessing_of(model),
+        model_cfg=model_cfg,
+        templates=_templates(folder),
+    )
+
+
+def read_open_clip_config(folder: Path) -> dict[str, Any]:
+    """`open_clip_config.json` of a model's folder.
+
+    Raises:
+        InputError: no such folder, or it has no configuration.
+        ConfigError: the configuration is no JSON object with `model_cfg`.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        reason = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
+        raise InputError(f"The model folder {folder} {reason}.", hint="give a folder that open_clip's local-dir: takes")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise ConfigError(f"{path} has no 'model_cfg'.")
+    return config
+
+
+def preprocessing_of(model: Any) -> Preprocessing:
+    """What open_clip says of a model's pictures, as our struct."""
+    raw = {k: v for k, v in model.visual.preprocess_cfg.items() if k in Preprocessing.__struct_fields__}
+    size = raw["size"]
+    raw["size"] = [size, size] if isinstance(size, int) else list(size)
+    raw["mean"], raw["std"] = [float(x) for x in raw["mean"]], [float(x) for x in raw["std"]]
+    return convert(raw, Preprocessing, source="the model's preprocess_cfg")
+
+
+def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
+    import open_clip
+
+    config: dict[str, Any] | None = open_clip.get_model_config(name)
+    if config is None:
+        known = open_clip.list_models()
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists them"
+        raise InputError(
+            f"There is no model {name!r}: neither a folder nor one of open_clip's architectures.", hint=hint
+        )
+    if pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise InputError(
+            f"The architecture {name} was named without weights.",
+            hint=f"add --pretrained with a checkpoint file or a tag: {', '.join(tags) or 'open_clip has none for it'}",
+        )
+    return config
+
+
+def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Where a Hugging Face text tower's config.json lies in the model's own folder, take it from there.
+
+    open_clip resolves `hf_model_name` as a hub name or absolute path only, so that a folder that was moved would ask
+    the network for what lies in it.
+    """
+    text_cfg = model_cfg.get("text_cfg", {})
+    if "hf_model_name" not in text_cfg or not (folder / "config.json").is_file():
+        return {}
+    return {"text_cfg": {**text_cfg, "hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}}
+
+
+def _templates(folder: Path | None) -> tuple[str, ...]:
+    path = folder / DISTILLATION_FILE if folder else None
+    if path is None or not path.is_file():
+        return ("{}",)
+    return msgspec.json.decode(path.read_bytes(), type=_Templates).templates
+
+
+class _Templates(msgspec.Struct):
+    templates: tuple[str, ...] = ("{}",)
+
+
+def _display_name(spec: str, pretrained: str | None) -> str:
+    if spec.startswith("local-dir:"):
+        path = Path(spec.removeprefix("local-dir:")).resolve()
+        # Every run keeps its student in a folder of the same name: the run's name tells more.
+        return path.parent.name if path.name == "student" else path.name
+    return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
+
+
+def _loading_error(spec: str, pretrained: str | None, error: Exception) -> InputError | ConfigError:
+    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    what = f"{spec} with the weights {pretrained!r}" if pretrained else spec
+    offline = any(word in str(error) for word in ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound"))
+    if offline or spec.startswith("hf-hub:"):
+        return InputError(
+            f"The model {what} could not be fetched: {first_line}.",
+            hint="fetch it where there is a network, and give its folder as local-dir:PATH",
+        )
+    return ConfigError(f"The model {what} could not be loaded: {first_line}.")
