@@ -1,0 +1,45 @@
+"""The learnable scales a, b, c that multiply the products of teacher and student embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ScaleKind = Literal["bounded", "raw"]
+# Where the published recipe starts: ln(1 / 0.07), used as the multiplier itself, not as its logarithm.
+PUBLISHED_START = math.log(1 / 0.07)
+MAX_SCALE = 100.0
+
+
+class Scales(nn.Module):
+    """Image scale a, text scale b, cross scale c, each a multiplier.
+
+    Args:
+        kind: `bounded` learns the logarithm and clamps the multiplier to [1, 100], so that a scale can neither turn
+            negative nor run away; `raw` learns the multiplier itself, as published.
+        start: the multipliers' first value.
+    """
+
+    def __init__(self, kind: ScaleKind = "bounded", *, start: float = PUBLISHED_START) -> None:
+        super().__init__()
+        self.kind = kind
+        value = math.log(start) if kind == "bounded" else start
+        self.image = nn.Parameter(torch.tensor(value))
+        self.text = nn.Parameter(torch.tensor(value))
+        self.cross = nn.Parameter(torch.tensor(value))
+
+    def multiplier(self, parameter: Tensor) -> Tensor:
+        """What a parameter of this module multiplies with, a scalar."""
+        if self.kind == "raw":
+            return parameter
+        return parameter.clamp(0.0, math.log(MAX_SCALE)).exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Pull bounded parameters back into their range; beyond it they would get no gradient to return by."""
+        if self.kind == "bounded":
+            for parameter in self.parameters():
+                parameter.clamp_(0.0, math.log(MAX_SCALE))

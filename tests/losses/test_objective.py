@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+from clip_rd_edge.losses.relational import affinity_mimicking, relation_divergence
+from clip_rd_edge.losses.scales import Scales
+
+ALL = Weights(task=1, fd=2000, icl=1, hrd=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
+
+
+def batch(size: int = 6, width: int = 8, dtype: torch.dtype = torch.float32) -> EmbeddingBatch:
+    generator = torch.Generator().manual_seed(0)
+    rows = [normalize(torch.randn(size, width, generator=generator), dim=-1).to(dtype) for _ in range(4)]
+    return EmbeddingBatch(*rows)
+
+
+def test_total_is_the_weighted_sum_of_the_terms() -> None:
+    result = Objective(ALL)(batch(), torch.tensor(10.0), 20.0)
+    expected = sum(weight * result.terms[name] for name, weight in ALL.active().items())
+    torch.testing.assert_close(result.total, expected)
+
+
+def test_terms_of_weight_zero_are_not_computed() -> None:
+    students_only = EmbeddingBatch(batch().student_image, batch().student_text)
+    result = Objective(Weights(task=1))(students_only, torch.tensor(10.0), 0.0)
+    assert set(result.terms) == {"task"}
+
+
+def test_clip_rd_takes_six_products() -> None:
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.products += func is torch.ops.aten.mm.default
+            return func(*args, **(kwargs or {}))
+
+    objective, rows = Objective(ALL), batch()
+    with Count() as count:
+        objective(rows, torch.tensor(10.0), 20.0)
+    assert count.products == 6
+
+
+def test_logits_are_float32_under_autocast_and_from_bfloat16() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = Objective(ALL)(batch(dtype=torch.bfloat16), torch.tensor(10.0), 20.0)
+    assert result.total.dtype == torch.float32
+    assert all(term.dtype == torch.float32 for term in result.terms.values())
+
+
+def test_an_objective_without_terms_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no term with a weight"):
+        Objective(Weights())
+
+
+def test_affinity_mimicking_is_hrd_and_the_teachers_entropy() -> None:
+    target, logits = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    entropy = sum(-(p := t.softmax(1)).mul(p.log()).sum(1).mean() for t in (target, target.T)) / 2
+    torch.testing.assert_close(affinity_mimicking(target, logits), relation_divergence(target, logits) + entropy)
+
+
+def test_no_gradient_reaches_a_target() -> None:
+    target, logits = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+    relation_divergence(target, logits).backward()
+    assert target.grad is None
+    assert logits.grad is not None
+
+
+@pytest.mark.parametrize("pushed", [-50.0, 50.0])
+def test_bounded_scales_stay_in_range_and_come_back(pushed: float) -> None:
+    scales = Scales("bounded")
+    with torch.no_grad():
+        scales.cross.fill_(pushed)
+    assert 1.0 <= scales.multiplier(scales.cross).item() <= 100.0
+    scales.clamp_()
+    multiplier = scales.multiplier(scales.cross)
+    (gradient,) = torch.autograd.grad(multiplier, scales.cross)
+    assert gradient.item() != 0.0
+
+
+def test_scales_start_at_the_published_multiplier() -> None:
+    for kind in ("bounded", "raw"):
+        scales = Scales(kind)
+        assert scales.multiplier(scales.image).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
