@@ -1,1 +1,1 @@
-"""Measure encoders side by side and report: accuracy × latency × size. Never imports torch."""
+"""What a model is worth and what it costs: accuracy, latency and size, measured and reported. Never imports torch."""

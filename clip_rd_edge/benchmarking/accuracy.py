@@ -1,0 +1,123 @@
+"""Measure an encoder on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from clip_rd_edge.benchmarking.scores import (
+    RetrievalScore,
+    Score,
+    ZeroShotScore,
+    best,
+    hit_interval,
+    mean_per_class,
+    recall,
+    top_k,
+)
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches
+from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.contract.zero_shot import label_embeddings, probabilities
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
+
+BATCH_SIZE = 64
+Advance = Callable[[int, int], None]  # pictures done, pictures in all
+
+
+class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
+    """What an encoder said to each of N pictures.
+
+    Attributes:
+        answers: index of the label it found best.
+        probabilities: the probability it gave to that label.
+    """
+
+    score: ZeroShotScore
+    answers: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+def evaluate(encoder: Encoder, task: Task, *, advance: Advance | None = None, seed: int = 0) -> Score:
+    """An encoder's score on a task of either kind; arguments and errors as `zero_shot` and `retrieval`."""
+    if isinstance(task, ZeroShotTask):
+        return zero_shot(encoder, task, advance=advance, seed=seed).score
+    return retrieval(encoder, task, advance=advance)
+
+
+def zero_shot(
+    encoder: Encoder, task: ZeroShotTask, *, advance: Advance | None = None, seed: int = 0
+) -> ZeroShotAnswers:
+    """Zero-shot classification of a task's pictures among its labels.
+
+    Args:
+        advance: told of progress after each batch.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: the task has no pictures, or one cannot be read.
+        ClipRdEdgeError: the encoder gives NaN or infinity.
+    """
+    labels = _finite(label_embeddings(encoder, task.labels, task.templates), encoder, "the labels")
+    images = _embed_pictures(encoder, task.images, task.name, advance)
+    likely = probabilities(images, labels, encoder.describe().logit_scale)
+    # Ranked by similarity, not probability: a softmax in float32 makes ties of small differences.
+    ranked = best(images @ labels.T, 5)
+    targets = np.asarray(task.targets, dtype=np.int64)
+    hits = ranked[:, 0] == targets
+    score = ZeroShotScore(
+        task=task.name,
+        pictures=len(targets),
+        classes=len(task.labels),
+        top1=float(hits.mean()),
+        top1_interval=hit_interval(hits, seed=seed),
+        top5=top_k(ranked, targets, 5) if len(task.labels) >= 5 else None,
+        mean_per_class=mean_per_class(hits, targets),
+    )
+    confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
+    return ZeroShotAnswers(
+        score=score, answers=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
+    )
+
+
+def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None = None) -> RetrievalScore:
+    """Retrieval in both directions, with all captions that a picture has; raises as `zero_shot`."""
+    if not task.captions:
+        raise InputError(f"The task {task.name!r} has no captions.")
+    texts = _finite(encoder.encode_texts(task.captions), encoder, "the captions")
+    images = _embed_pictures(encoder, task.images, task.name, advance)
+    positive = np.zeros((len(texts), len(images)), dtype=np.bool_)
+    positive[np.arange(len(texts)), np.asarray(task.caption_images)] = True
+    similarities = texts @ images.T
+    return RetrievalScore(
+        task=task.name,
+        pictures=len(images),
+        captions=len(texts),
+        image_to_text=recall(similarities.T, positive.T),
+        text_to_image=recall(similarities, positive),
+    )
+
+
+def _embed_pictures(encoder: Encoder, paths: tuple[Path, ...], task: str, advance: Advance | None) -> Embeddings:
+    if not paths:
+        raise InputError(f"The task {task!r} has no pictures.")
+    parts = []
+    for batch in in_batches(len(paths), BATCH_SIZE):
+        images = [open_image(path) for path in paths[batch]]
+        parts.append(_finite(encoder.encode_images(images), encoder, f"the pictures from {paths[batch.start]} on"))
+        if advance is not None:
+            advance(batch.stop, len(paths))
+    return np.concatenate(parts)
+
+
+def _finite(embeddings: Embeddings, encoder: Encoder, what: str) -> Embeddings:
+    # NaN compares as false with everything: it would pass for a low score instead of a broken model.
+    if not np.isfinite(embeddings).all():
+        raise ClipRdEdgeError(
+            f"The model {encoder.describe().name} gives NaN or infinity for {what}; expected finite embeddings.",
+            hint="the weights are damaged or overflow in this precision: train or export it again",
+        )
+    return embeddings

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.benchmarking.latency import measure_latencies
+from clip_rd_edge.errors import InputError
+
+
+def test_each_tower_and_the_whole_way(make_encoder: Callable[..., Any], pictures: dict[str, Path]) -> None:
+    slow, quick = make_encoder(), make_encoder()
+    plain, shapes = slow.encode_pixels, []
+
+    def encode_slowly(pixels: np.ndarray) -> np.ndarray:
+        shapes.append(pixels.shape)
+        time.sleep(0.004)
+        return plain(pixels)
+
+    slow.encode_pixels = encode_slowly
+    measured = measure_latencies({"slow": slow, "quick": quick}, pictures["red"], threads=1, rounds=6)
+    assert set(shapes) == {(1, 3, 8, 8)}
+    assert measured["slow"].image.p50 >= 4 > measured["quick"].image.p50
+    assert measured["slow"].end_to_end.p50 >= 4
+    assert measured["slow"].text.p50 < 4
+    assert measured["slow"].image.p95 >= measured["slow"].image.p50
+    assert (measured["quick"].rounds, measured["quick"].threads) == (6, 1)
+
+
+def test_a_missing_picture(make_encoder: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        measure_latencies({"a": make_encoder()}, tmp_path / "none.png")
