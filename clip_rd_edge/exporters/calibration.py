@@ -1,0 +1,69 @@
+"""The pictures and captions that INT8 is calibrated on, and others that it is judged by. Never imports torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, open_image, preprocess
+from clip_rd_edge.contract.tokenizer import TokenIds
+from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.errors import InputError
+
+# Ranges of activations hardly move after some hundred pictures; fewer than these say little about either tower.
+CALIBRATE_ON, JUDGE_BY = 128, 64
+LEAST = 32
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Model inputs of some pairs: pixels (N, 3, H, W) float32 and token ids (N, T) int64."""
+
+    pixels: Pixels
+    ids: TokenIds
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Samples to set ranges by, and samples that no range was set by. `name` is the pairs', for provenance."""
+
+    name: str
+    calibrate: Samples
+    judge: Samples
+
+
+def calibration_set(
+    pairs: Pairs,
+    *,
+    preprocessing: Preprocessing,
+    tokenize: Callable[[Sequence[str]], TokenIds],
+    seed: int = 0,
+) -> CalibrationSet:
+    """Draw pairs without repetition: two thirds to calibrate on, a third to judge by, at most 128 and 64.
+
+    Args:
+        pairs: where they are drawn from.
+        preprocessing, tokenize: of the model that is quantised.
+        seed: of the draw of pairs, and of one caption a pair.
+
+    Raises:
+        InputError: fewer than 32 pairs, or a picture that cannot be read.
+    """
+    if len(pairs) < LEAST:
+        raise InputError(
+            f"{pairs.name} has {len(pairs)} pairs; at least {LEAST} are needed to calibrate INT8 and to judge it.",
+            hint="give more pairs with --calibration, or choose --precision fp32",
+        )
+    generator = random.Random(seed)
+    drawn = generator.sample(range(len(pairs)), min(len(pairs), CALIBRATE_ON + JUDGE_BY))
+    captions = [generator.choice(pairs.captions[i]) for i in drawn]
+    pixels: npt.NDArray[np.float32] = np.stack([preprocess(open_image(pairs.images[i]), preprocessing) for i in drawn])
+    ids = tokenize(captions)
+    cut = len(drawn) * CALIBRATE_ON // (CALIBRATE_ON + JUDGE_BY)
+    return CalibrationSet(
+        pairs.name, calibrate=Samples(pixels[:cut], ids[:cut]), judge=Samples(pixels[cut:], ids[cut:])
+    )

@@ -1,0 +1,112 @@
+"""The two towers of a model as ONNX files, float32, with a dynamic batch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+
+OPSET = 18  # the exporter's own: it writes others by converting, and 17 is the least that has LayerNormalization
+IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
+# Not `embedding`: the text tower's token table has a node of that name.
+TEXT_INPUT, TEXT_OUTPUT = "input_ids", "text_embedding"
+# A batch of 1 would let the exporter take the batch for a constant.
+_EXAMPLES = 2
+
+
+def export_image_tower(clip: ClipModel, folder: Path) -> Path:
+    """Write image.onnx: pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised.
+
+    Raises:
+        ClipRdEdgeError: the exporter met an operator that ONNX has no counterpart of.
+    """
+    height, width = clip.preprocessing.size
+    example = torch.zeros(_EXAMPLES, 3, height, width)
+    return _export(ImageTower(clip.model), example, folder / IMAGE_MODEL, names=(IMAGE_INPUT, IMAGE_OUTPUT), clip=clip)
+
+
+def export_text_tower(clip: ClipModel, folder: Path) -> Path:
+    """Write text.onnx: input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised; raises as the image tower's."""
+    example = clip.tokenizer(["a photo"] * _EXAMPLES)
+    return _export(TextTower(clip.model), example, folder / TEXT_MODEL, names=(TEXT_INPUT, TEXT_OUTPUT), clip=clip)
+
+
+def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
+    import onnx
+
+    example = example.to(next(tower.parameters()).device)
+    try:
+        with evaluating(tower), _without_fast_path(), _silently(), torch.no_grad():
+            torch.onnx.export(
+                tower,
+                (example,),
+                str(path),
+                input_names=[names[0]],
+                output_names=[names[1]],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                external_data=False,
+                verbose=False,
+            )
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # the exporter raises all kinds, whose reports are pages long
+        raise ClipRdEdgeError(
+            f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {_reason(error)}.",
+            hint="choose a trunk among clip-rd-edge's presets, or a newer torch",
+        ) from error
+    return path
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of the error that the exporter's own errors hide."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each submodule in the mode it had: parts of a model may be frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Without the fused attention that becomes `aten::_native_multi_head_attention`, which ONNX does not have."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Without the exporter's progress lines, warnings and log, which say nothing that a user can act on."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,105 @@
+"""open_clip's tokenizers as a `tokenizer.json` that the `tokenizers` library reads, so that a device needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from clip_rd_edge.contract.bundle import TOKENIZER
+from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.errors import ClipRdEdgeError
+
+# What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_END_OF_WORD = "</w>"
+
+
+def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
+    """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return what the file does not say.
+
+    Raises:
+        ClipRdEdgeError: another kind of tokenizer, or one with a way of padding that `TokenizerSpec` cannot tell.
+    """
+    import open_clip
+
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        return _export_clip_bpe(tokenizer, folder / TOKENIZER)
+    if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
+        return _export_hugging_face(tokenizer, folder / TOKENIZER)
+    raise ClipRdEdgeError(
+        f"A tokenizer of the kind {type(tokenizer).__name__} cannot be exported; "
+        "expected open_clip's SimpleTokenizer or HFTokenizer."
+    )
+
+
+def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
+    from tokenizers import Regex, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+
+    specials = {name: i for name, i in tokenizer.encoder.items() if i in tokenizer.all_special_ids}
+    vocabulary = {name: i for name, i in tokenizer.encoder.items() if name not in specials}
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    for name, token_id in specials.items():
+        _merge_whole(name, token_id, vocabulary=vocabulary, merges=merges)
+    fast = FastTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
+    pattern = Regex("|".join([*specials, _WORDS]))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    start, end = (next(n for n, i in specials.items() if i == token_id) for token_id in tokenizer.all_special_ids[:2])
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, specials[start]), (end, specials[end])]
+    )
+    fast.save(str(path))
+    return TokenizerSpec(
+        context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), end_id=specials[end]
+    )
+
+
+def _merge_whole(name: str, token_id: int, *, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Teach the model to merge a special token's name, met as a word of its own in a text, to its one id.
+
+    open_clip does so only where its pattern meets the name as a word: in `!<end_of_text>` the `<` belongs to `!<`.
+    The library's added tokens are found anywhere, so these are no added tokens. The merges cannot touch another word,
+    since no other has a bracket and a letter in it, and they come after all others, so the pieces are known.
+    """
+    from tokenizers import models
+
+    pieces = [token.value for token in models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD).tokenize(name)]
+    merged = pieces[0]
+    for piece in pieces[1:]:
+        merges.append((merged, piece))
+        merged += piece
+        # A step on the way to the whole name, never what a word ends as, so that no text gets an id that is no token's.
+        vocabulary[merged] = max(vocabulary.values()) + 1
+    vocabulary[merged] = token_id
+
+
+def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
+    inner = tokenizer.tokenizer
+    backend: Any = getattr(inner, "backend_tokenizer", None)
+    for refused, reason in (
+        (backend is None, "has no fast version"),
+        (tokenizer.tokenizer_mode, f"has the mode {tokenizer.tokenizer_mode!r}"),
+        (tokenizer.strip_sep_token, "strips its separator"),
+        (inner.padding_side != "right", f"pads on the {inner.padding_side}"),
+    ):
+        if refused:
+            raise ClipRdEdgeError(f"The tokenizer {inner.name_or_path!r} {reason}, which a bundle cannot express.")
+    backend.save(str(path))
+    return TokenizerSpec(
+        context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), pad_id=int(inner.pad_token_id)
+    )
+
+
+def _cleaning_of(tokenizer: Any) -> Literal["lower", "whitespace", "canonicalize"]:
+    from open_clip.tokenizer import get_clean_fn
+
+    names: tuple[Literal["lower", "whitespace", "canonicalize"], ...] = ("lower", "whitespace", "canonicalize")
+    for name in names:
+        if tokenizer.clean_fn is get_clean_fn(name):
+            return name
+    raise ClipRdEdgeError(f"The tokenizer cleans texts by {tokenizer.clean_fn}, which a bundle cannot express.")
