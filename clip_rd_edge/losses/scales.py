@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ ScaleKind = Literal["bounded", "raw"]
 # Where the published recipe starts: ln(1 / 0.07), used as the multiplier itself, not as its logarithm.
 PUBLISHED_START = math.log(1 / 0.07)
 MAX_SCALE = 100.0
+# The greatest float32 not above ln 100: at the bound itself a parameter still gets its gradient.
+_MAX_LOG = float(np.nextafter(np.float32(math.log(MAX_SCALE)), np.float32(0)))
 
 
 class Scales(nn.Module):
@@ -35,11 +38,11 @@ class Scales(nn.Module):
         """What a parameter of this module multiplies with, a scalar."""
         if self.kind == "raw":
             return parameter
-        return parameter.clamp(0.0, math.log(MAX_SCALE)).exp()
+        return parameter.clamp(0.0, _MAX_LOG).exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
         """Pull bounded parameters back into their range; beyond it they would get no gradient to return by."""
         if self.kind == "bounded":
             for parameter in self.parameters():
-                parameter.clamp_(0.0, math.log(MAX_SCALE))
+                parameter.clamp_(0.0, _MAX_LOG)

@@ -77,6 +77,11 @@ class TextTower(nn.Module):
         return nn.functional.normalize(features.float(), dim=-1)
 
 
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model in place, its kernels in channels-last order, in which convolutions are faster on CPUs and GPUs."""
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def default_device() -> torch.device:
     """The first CUDA device, else Apple's, else the CPU."""
     if torch.cuda.is_available():

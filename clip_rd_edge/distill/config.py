@@ -1,0 +1,125 @@
+"""What a run is: the recipe (how to train) and the rest (what to train, on what), resolved into one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from clip_rd_edge.contract.structs import read_yaml
+from clip_rd_edge.errors import ConfigError, near_matches
+from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind
+
+RECIPES = Path(__file__).parent / "recipes"
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to train.
+
+    Attributes:
+        objective: the terms' weights.
+        scales, scale_start: see `losses.scales.Scales`.
+        epochs: rounds over the pairs; `steps`, where not 0, is used instead.
+        batch_size: pairs a step.
+        learning_rate: peak, after a linear warm-up of `warmup_steps` (at most a tenth of the run); then cosine to 0.
+        weight_decay: on matrices and kernels; biases, norms and the student's logit scale have none.
+        scales_weight_decay: on the objective's own scales.
+        clip_gradient_norm: 0 leaves gradients as they are.
+        crop_scale: least and greatest part of a picture's area that a training crop keeps.
+        precision: `auto` times float32 and bfloat16 on this machine and takes the faster.
+    """
+
+    objective: Weights
+    scales: ScaleKind = "bounded"
+    scale_start: float = PUBLISHED_START
+    epochs: int = 32
+    steps: int = 0
+    batch_size: int = 1024
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10_000
+    weight_decay: float = 0.1
+    scales_weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    clip_gradient_norm: float = 0.0
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is [{low}, {high}]; expected two growing numbers above 0 and up to 1")
+
+
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole run, as `config.yaml` keeps it.
+
+    Attributes:
+        data: what `data.pairs.load_pairs` takes.
+        teacher: what `models.load.load_clip` takes; None where the objective needs no teacher.
+        student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
+        freeze_text: train nothing of the text tower but its last projection.
+    """
+
+    recipe_name: str
+    recipe: Recipe
+    data: str
+    image_key: str = "filepath"
+    caption_key: str = "title"
+    teacher: str | None = None
+    teacher_pretrained: str | None = None
+    student: str
+    image_size: int = 224
+    text: str = "standard"
+    context_length: int = 77
+    embedding_size: int = 512
+    freeze_text: bool = False
+    seed: int = 0
+    workers: int = -1
+    log_every: int = 10
+    checkpoint_every: int = 500
+    evaluate_every: int = 0
+    tasks: tuple[str, ...] = ()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a YAML file of the same form.
+
+    Raises:
+        ConfigError: no such recipe (with near matches), or a key or value that does not fit.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file() and path.parent == RECIPES:
+        raise ConfigError(
+            f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
+            hint=f"one of {', '.join(recipe_names())}, or the path of a YAML file",
+        )
+    return read_yaml(path, Recipe)
+
+
+def first_difference(old: RunConfig, new: RunConfig) -> str | None:
+    """Where two configurations differ first, as `key: old → new`, or None. What only changes the output is let pass."""
+    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers"}
+    before, after = _flat(old), _flat(new)
+    for key, value in after.items():
+        if key not in free and before.get(key) != value:
+            return f"{key}: {before.get(key)} → {value}"
+    return None
+
+
+def _flat(config: RunConfig) -> dict[str, object]:
+    plain = msgspec.to_builtins(config)
+    recipe = plain.pop("recipe")
+    objective = recipe.pop("objective")
+    return {**plain, **recipe, **{f"objective.{name}": weight for name, weight in objective.items()}}

@@ -1,0 +1,174 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distill.config import RunConfig
+from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distill.metrics import MetricsLog, geometry
+from clip_rd_edge.distill.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from clip_rd_edge.distill.precision import AUTOCAST
+from clip_rd_edge.distill.signals import stop_on_signals
+from clip_rd_edge.distill.state import load_state, save_state, saved_states, seed_everything
+from clip_rd_edge.distill.step import TrainingStep, clamp_scales
+from clip_rd_edge.distill.teacher import Teacher
+from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError
+from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.models.clip import ClipModel, to_device
+from clip_rd_edge.models.encoder import TorchEncoder
+
+# A few steps in a row without a finite loss mean that the run has diverged.
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress line shows after a step. `data_wait` is the share of the time spent waiting for batches."""
+
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+    data_wait: float
+    evaluation: dict[str, float]
+
+
+def total_steps(config: RunConfig, pairs: Pairs) -> int:
+    """Steps of a run: the recipe's `steps`, or its epochs of whole batches."""
+    return config.recipe.steps or config.recipe.epochs * (len(pairs) // config.recipe.batch_size)
+
+
+def train(
+    config: RunConfig,
+    run: Path,
+    *,
+    student: ClipModel,
+    teacher: Teacher | None,
+    objective: Objective,
+    pairs: Pairs,
+    device: torch.device,
+    on_progress: Callable[[Progress], None],
+    evaluate: Callable[[Encoder], dict[str, float]] | None = None,
+) -> None:
+    """Train `student` in place, from the newest checkpoint in `run` where there is one.
+
+    Args:
+        config: resolved; its precision is `fp32` or `bf16`, not `auto`.
+        evaluate: called with the student every `config.evaluate_every` steps; its figures go into the metrics.
+
+    Raises:
+        InterruptedRunError: a signal asked to stop; the state was saved.
+        ClipRdEdgeError: the loss was not finite for some steps in a row; the last good checkpoint is named.
+    """
+    recipe, steps = config.recipe, total_steps(config, pairs)
+    seed_everything(config.seed)
+    model = to_device(student.model, device)
+    objective = objective.to(device)
+    optimizer = build_optimizer(model, objective, recipe)
+    start = load_state(run, model=model, objective=objective, optimizer=optimizer)
+    step_of = TrainingStep(student, teacher, objective, device, autocast=AUTOCAST[recipe.precision])
+    log = MetricsLog(run, start=start)
+    dataset = ViewDataset(
+        pairs,
+        student.preprocessing,
+        teacher.clip.preprocessing if teacher else None,
+        crop_scale=recipe.crop_scale,
+        seed=config.seed,
+    )
+    sampler = StepSampler(len(pairs), recipe.batch_size, seed=config.seed, start=start, stop=steps)
+    skipped = 0
+    began = waiting_since = time.perf_counter()
+    waited = 0.0
+
+    def save(step: int) -> Path:
+        return save_state(run, step, model=model, objective=objective, optimizer=optimizer)
+
+    set_training_mode(student, config)
+    with stop_on_signals() as stop:
+        for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), start=start):
+            waited += time.perf_counter() - waiting_since
+            set_learning_rate(optimizer, learning_rate_at(step, steps, recipe))
+            result = step_of(batch)
+            loss = result.loss.total.item()
+            if math.isfinite(loss):
+                skipped = 0
+                result.loss.backward()
+                if recipe.clip_gradient_norm:
+                    trained = [p for group in optimizer.param_groups for p in group["params"]]
+                    torch.nn.utils.clip_grad_norm_(trained, recipe.clip_gradient_norm)
+                optimizer.step()
+                clamp_scales(model, objective)
+            else:
+                skipped += 1
+                _refuse_divergence(run, step, skipped)
+            optimizer.zero_grad(set_to_none=True)
+
+            done, evaluation = step + 1, {}
+            if config.evaluate_every and evaluate and (done % config.evaluate_every == 0 or done == steps):
+                evaluation = evaluate(TorchEncoder(student))
+            elapsed = time.perf_counter() - began
+            rate = (done - start) * recipe.batch_size / elapsed
+            if done % config.log_every == 0 or done == steps or evaluation or skipped:
+                log.write(
+                    {
+                        "step": done,
+                        "loss": loss if math.isfinite(loss) else None,
+                        **{f"loss/{name}": term.item() for name, term in result.loss.terms.items()},
+                        **geometry(result.embeddings),
+                        "learning_rate": optimizer.param_groups[0]["lr"],
+                        "logit_scale": student.logit_scale,
+                        "samples_per_second": round(rate, 2),
+                        "data_wait": round(waited / elapsed, 4),
+                        **{f"evaluation/{name}": value for name, value in evaluation.items()},
+                    }
+                )
+            on_progress(Progress(done, steps, loss, rate, waited / elapsed, evaluation))
+            if done == steps or done % config.checkpoint_every == 0 or stop:
+                where = save(done)
+                if stop and done < steps:
+                    raise InterruptedRunError(
+                        f"Stopped by {stop.signal_name} after step {done} of {steps}; saved in {where}.",
+                        hint="the same command with --resume goes on from there",
+                    )
+            waiting_since = time.perf_counter()
+
+
+def set_training_mode(student: ClipModel, config: RunConfig) -> None:
+    """Training mode; with `freeze_text`, the text tower learns nothing but its projection, and drops nothing out."""
+    student.model.train()
+    if not config.freeze_text:
+        return
+    text = student.model.get_submodule("text")
+    projection = {id(parameter) for parameter in _projection(text)}
+    for parameter in text.parameters():
+        parameter.requires_grad_(id(parameter) in projection)
+    text.eval()
+
+
+def _projection(text: torch.nn.Module) -> list[torch.nn.Parameter]:
+    for name in ("proj", "text_projection"):  # open_clip's Hugging Face tower, and its own
+        projection = getattr(text, name, None)
+        if isinstance(projection, torch.nn.Parameter):
+            return [projection]
+        if isinstance(projection, torch.nn.Module):
+            return list(projection.parameters())
+    return []
+
+
+def _refuse_divergence(run: Path, step: int, skipped: int) -> None:
+    if skipped >= MAX_SKIPPED_IN_A_ROW:
+        good = saved_states(run)
+        last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written yet"
+        raise ClipRdEdgeError(
+            f"The loss was not finite for {skipped} steps in a row, up to step {step + 1}; {last}.",
+            hint="try a lower learning rate, or precision: fp32",
+        )
