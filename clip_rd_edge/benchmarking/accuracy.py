@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.scores import (
+    Hits,
     RetrievalScore,
     Score,
     ZeroShotScore,
@@ -39,6 +40,11 @@ class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
     score: ZeroShotScore
     answers: tuple[int, ...]
     probabilities: tuple[float, ...]
+
+    def hits(self, task: ZeroShotTask) -> Hits:
+        """Which pictures it got right, (N,)."""
+        right: Hits = np.asarray(self.answers) == np.asarray(task.targets)
+        return right
 
 
 def evaluate(encoder: Encoder, task: Task, *, advance: Advance | None = None, seed: int = 0) -> Score:

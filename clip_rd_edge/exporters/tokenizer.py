@@ -12,6 +12,7 @@ from clip_rd_edge.errors import ClipRdEdgeError
 # What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _END_OF_WORD = "</w>"
+_STEPS_FROM = 1_000_000  # ids that no vocabulary uses
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
@@ -74,7 +75,7 @@ def _merge_whole(name: str, token_id: int, *, vocabulary: dict[str, int], merges
         merges.append((merged, piece))
         merged += piece
         # A step on the way to the whole name, never what a word ends as, so that no text gets an id that is no token's.
-        vocabulary[merged] = max(vocabulary.values()) + 1
+        vocabulary[merged] = _STEPS_FROM + len(vocabulary)
     vocabulary[merged] = token_id
 
 
