@@ -95,7 +95,8 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
 def _evaluator(config: RunConfig) -> Any:
     if not config.tasks:
         return None
-    from clip_rd_edge.benchmarking.accuracy import Score, evaluate
+    from clip_rd_edge.benchmarking.accuracy import evaluate
+    from clip_rd_edge.benchmarking.scores import Score, ZeroShotScore
     from clip_rd_edge.data.tasks import load_task
 
     tasks = [load_task(name) for name in config.tasks]
