@@ -1,4 +1,4 @@
-"""Scores as tables for a terminal."""
+"""Results as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from clip_rd_edge.benchmarking.formats import interval, percent
+from clip_rd_edge.benchmarking.overview import Cell, sections
+from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.scores import Recall, RetrievalScore, Score, ZeroShotScore
 
 
-def percent(fraction: float | None) -> str:
-    """A fraction as a percentage with one decimal, or a dash where there is none."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
+def terminal_table(results: Results) -> Table:
+    """The report's table: models from left to right, each number with how it compares with the teacher's."""
+    table = _table("", *(row.label for row in results.rows))
+    for section in sections(results):
+        table.add_section()
+        table.add_row(Text(section.title, style="bold"))
+        for line in section.lines:
+            table.add_row(line.name, *map(_cell, line.cells))
+    compared = any(row.role == "teacher" for row in results.rows)
+    skipped = (f"{row.label} was skipped: {row.reason}" for row in results.skipped)
+    notes = ["Dim: times less than the teacher's, or part of the teacher's accuracy."] if compared else []
+    table.caption = Text("\n".join([*notes, *skipped]))
+    table.caption_justify = "left"
+    return table
 
 
 def score_tables(scores: Sequence[Score]) -> list[Table]:
@@ -23,11 +38,9 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
     if zero_shot:
         table = _table("Zero-shot, %", "Pictures", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class")
         for score in zero_shot:
-            interval = f"{percent(score.top1_interval.low)} – {percent(score.top1_interval.high)}"
             counts = (f"{score.pictures:,}", f"{score.classes:,}")
-            table.add_row(
-                score.task, *counts, percent(score.top1), interval, percent(score.top5), percent(score.mean_per_class)
-            )
+            top1 = (percent(score.top1), interval(score.top1_interval))
+            table.add_row(score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class))
         tables.append(table)
     if retrieval:
         table = _table("Retrieval, R@1 / 5 / 10, %", "Pictures", "Captions", "Picture → text", "Text → picture")
@@ -44,6 +57,11 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _cell(cell: Cell) -> Text:
+    # Numbers stand below each other whether they are compared or not.
+    return Text.assemble(f"{cell.text:>6}", (f" {cell.compared:>5}", "dim"))
 
 
 def _recall(recall: Recall) -> str:

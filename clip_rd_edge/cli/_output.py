@@ -1,4 +1,4 @@
-"""Tables on stdout, progress on stderr."""
+"""Tables on stdout, and a bar on stderr for each thing that is measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from clip_rd_edge.cli._progress import progress_bar
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 _PIPED_WIDTH = 200  # columns; rich would break lines at 80 where stdout is no terminal
@@ -22,18 +23,17 @@ def print_table(table: Table) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
-    """A bar on stderr that names what is being done, with the time left; nothing where stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bars: dict[str, int] = {}
+def step_progress() -> Iterator[Report]:
+    """What is being done, step by step; nothing where stderr is no terminal."""
+    with progress_bar() as bar:
+        step = bar.add_task("", note="", visible=False)
+        current = ""
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                for finished in bars.values():
-                    progress.update(finished, visible=False)  # type: ignore[arg-type]
-                bars[what] = progress.add_task(what)
-            progress.update(bars[what], completed=done, total=total)  # type: ignore[arg-type]
+            nonlocal current
+            if what != current:
+                bar.reset(step, description=what, visible=True)
+                current = what
+            bar.update(step, completed=done, total=total)
 
         yield report

@@ -34,13 +34,13 @@ def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads:
     from clip_rd_edge.benchmarking.accuracy import evaluate
     from clip_rd_edge.benchmarking.table import score_tables
     from clip_rd_edge.cli._models import open_encoder
-    from clip_rd_edge.cli._output import print_table, progress_bar
+    from clip_rd_edge.cli._output import print_table, step_progress
     from clip_rd_edge.contract.structs import to_json
     from clip_rd_edge.data.tasks import load_task
 
     loaded = [load_task(name) for name in dict.fromkeys(tasks)]
     encoder = open_encoder(model, pretrained=pretrained, threads=threads)
-    with progress_bar() as report:
+    with step_progress() as report:
         scores = [evaluate(encoder, task, advance=partial(report, task.name)) for task in loaded]
     if as_json:
         click.echo(to_json({"model": encoder.describe(), "scores": scores}), nl=False)
