@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from clip_rd_edge.contract.bundle import LabelBank, Manifest, write_labels, write_manifest
 from clip_rd_edge.contract.files import new_folder, refuse_unless_free
 from clip_rd_edge.contract.zero_shot import label_embeddings
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.exporters.fp32 import write_fp32
+from clip_rd_edge.exporters.int8 import write_int8
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.ort import OrtEncoder
 
 
-def _quietly(_: str) -> None:
-    """Progress that nobody watches."""
+def _unheard(_: object) -> None:
+    """What nobody listens to."""
 
 
 def export_bundle(
@@ -28,27 +34,47 @@ def export_bundle(
     labels: Sequence[str] | None = None,
     provenance: dict[str, str],
     overwrite: bool = False,
+    source: Path | None = None,
     threads: int = 1,
-    progress: Callable[[str], None] = _quietly,
+    progress: Callable[[str], None] = _unheard,
+    on_trials: Callable[[Sequence[Trial]], None] = _unheard,
 ) -> Manifest:
     """Export a model as a bundle.
 
     Args:
         output: the bundle's folder.
+        calibration: what INT8 is calibrated on and judged by; needed for it alone.
         provenance: where the model comes from, for the manifest.
+        source: the model's own float32 bundle, from which INT8 is then made without a second export.
         labels: names for a label bank, so that a device with fixed labels needs no text tower.
         overwrite: replace what stands at `output`.
         threads: threads that latencies are measured with.
         progress: told in a few words what is being done.
+        on_trials: given the table of what was tried for INT8, once a tower.
 
     Raises:
-        UsageError: `output` is in use.
+        UsageError: `output` is in use; INT8 is asked for without a calibration set; `source` is no float32 bundle.
         ClipRdEdgeError: a tower cannot be exported, or the file does not do what the model does.
     """
     refuse_unless_free(output, overwrite=overwrite)
-    with new_folder(output) as folder:
-        manifest = write_fp32(clip, folder, provenance=provenance, threads=threads, progress=progress)
+    if precision == "int8" and calibration is None:
+        raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+        if calibration is None or precision == "fp32":
+            manifest = write_fp32(clip, folder, provenance=provenance, threads=threads, progress=progress)
+        else:
+            if source is None:
+                source = Path(scratch)
+                write_manifest(
+                    source, write_fp32(clip, source, provenance=provenance, threads=threads, progress=progress)
+                )
+            manifest = write_int8(
+                source, folder, calibration=calibration, threads=threads, progress=progress, on_trials=on_trials
+            )
+            provenance = {**provenance, "calibration": calibration.name}
+            manifest = msgspec.structs.replace(manifest, provenance=provenance)
         if labels is not None:
+            progress("embedding the labels")
             write_label_bank(folder, manifest, labels)
         return write_manifest(folder, manifest)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporters.quiet import silently
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 
 OPSET = 18  # the exporter's own: it writes others by converting, and 17 is the least that has LayerNormalization
@@ -46,7 +44,7 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
 
     example = example.to(next(tower.parameters()).device)
     try:
-        with evaluating(tower), _without_fast_path(), _silently(), torch.no_grad():
+        with evaluating(tower), _without_fast_path(), silently(), torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -97,16 +95,3 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextlib.contextmanager
-def _silently() -> Iterator[None]:
-    """Without the exporter's progress lines, warnings and log, which say nothing that a user can act on."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

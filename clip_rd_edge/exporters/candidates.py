@@ -1,0 +1,105 @@
+"""The ways of quantising a tower that are worth trying. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx
+
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.exporters.dynamic import quantize_dynamically
+from clip_rd_edge.exporters.measure import Inputs, embed
+from clip_rd_edge.exporters.sensitivity import group_errors, layers_within
+from clip_rd_edge.exporters.static import StaticQuantizer, layers_of
+from clip_rd_edge.runtime.ort import open_session
+
+SENSITIVITY_SAMPLES = 16
+SENSITIVITY_SECONDS = 15.0
+# Shares of the allowed error that the layers left in INT8 may sum to: predictions are not exact, and less error may
+# cost no time.
+_SHARES = (0.5, 0.1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way of quantising a tower; `make` gives the model file's content."""
+
+    name: str
+    make: Callable[[], bytes]
+
+
+def candidates(
+    model: Path,
+    samples: Inputs,
+    *,
+    allowed_error: float,
+    threads: int,
+    progress: Callable[[str], None],
+) -> Iterator[Candidate]:
+    """Candidates for a tower, by what it is made of.
+
+    Convolutions are quantised statically; where a tower has several layers that are matrix products, these are
+    quantised dynamically; the two are combined where it has both.
+
+    Args:
+        model: a float32 tower that `quant_pre_process` has optimised.
+        samples: inputs to calibrate on.
+        allowed_error: 1 − the least centred cosine that will do.
+    """
+    graph = onnx.load(model)
+    convolutions = [node.name for node in layers_of(graph, ("Conv",))]
+    products = layers_of(graph, ("MatMul", "Gemm"))
+    table = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+    # One convolution is the patch embedding of a ViT, and one product the projection of a CNN.
+    if len(convolutions) > 1:
+        yield from _static(model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
+    if len(products) > 1:
+        yield from _dynamic(model, table=table)
+    if len(convolutions) > 1 and len(products) > 1:
+        yield Candidate("static convolutions, dynamic products", partial(_mixed, model, samples, convolutions))
+
+
+def _mixed(model: Path, samples: Inputs, convolutions: Sequence[str]) -> bytes:
+    static = StaticQuantizer(model, samples).quantize("percentile", convolutions)
+    return quantize_dynamically(static, products=True, table=False, per_channel=False)
+
+
+def _static(
+    model: Path, samples: Inputs, *, allowed_error: float, threads: int, progress: Callable[[str], None]
+) -> Iterator[Candidate]:
+    quantizer = StaticQuantizer(model, samples)
+    every = quantizer.layers
+    yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", every))
+    yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", every))
+    few = samples[:SENSITIVITY_SAMPLES]
+
+    def embed_with(layers: Sequence[str]) -> Embeddings:
+        return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), few)
+
+    errors = group_errors(
+        every,
+        embed_with,
+        embed(open_session(str(model), threads=threads), few),
+        max_seconds=SENSITIVITY_SECONDS,
+        progress=lambda done, total: progress(f"measuring what INT8 costs layer by layer, {done} of {total}"),
+    )
+    seen = {every, ()}
+    for share in _SHARES:
+        layers = layers_within(errors, share * allowed_error)
+        if layers not in seen:
+            seen.add(layers)
+            name = f"static, percentile, {len(every) - len(layers)} of {len(every)} layers in float"
+            yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
+
+
+def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:
+    make = partial(quantize_dynamically, model)
+    name = "dynamic with token table" if table else "dynamic"
+    yield Candidate(f"{name}, by channel", partial(make, products=True, table=table, per_channel=True))
+    yield Candidate(name, partial(make, products=True, table=table, per_channel=False))
+    if table:
+        yield Candidate("dynamic, token table in float", partial(make, products=True, table=False, per_channel=True))
+        yield Candidate("token table alone", partial(make, products=False, table=True, per_channel=False))

@@ -1,0 +1,98 @@
+"""An INT8 bundle from a float32 one. Never imports torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, damaged_files, read_manifest
+from clip_rd_edge.contract.files import write_bytes
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.choose import Trial
+from clip_rd_edge.exporters.measure import Inputs
+from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
+
+
+def write_int8(
+    source: Path,
+    folder: Path,
+    *,
+    calibration: CalibrationSet,
+    threads: int,
+    progress: Callable[[str], None],
+    on_trials: Callable[[Sequence[Trial]], None],
+) -> Manifest:
+    """Write the towers of the float32 bundle `source` in INT8 into `folder`; return their manifest, not yet written.
+
+    A tower that INT8 makes no faster, or too inaccurate, stays float32, and its note says so.
+
+    Args:
+        on_trials: given the table of what was tried, once a tower.
+
+    Raises:
+        UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
+    """
+    manifest = read_manifest(source)
+    _require_fp32(source, manifest)
+    _require_fit(manifest, calibration)
+    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    towers = {}
+    for name, tower, calibrate, judge in (
+        ("image", manifest.image, calibration.calibrate.pixels, calibration.judge.pixels),
+        ("text", manifest.text, calibration.calibrate.ids, calibration.judge.ids),
+    ):
+        quantized = _quantized(source, name, tower, (calibrate, judge), threads=threads, progress=progress)
+        on_trials(quantized.trials)
+        towers[name] = _written(quantized, tower, source, folder)
+    precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
+    return msgspec.structs.replace(
+        manifest, precision=" + ".join(precisions), image=towers["image"], text=towers["text"], files={}
+    )
+
+
+def _quantized(
+    source: Path,
+    name: str,
+    tower: Tower,
+    samples: tuple[Inputs, Inputs],
+    *,
+    threads: int,
+    progress: Callable[[str], None],
+) -> QuantizedTower:
+    return quantize_tower(
+        source / tower.file, tower=name, calibrate=samples[0], judge=samples[1], threads=threads, progress=progress
+    )
+
+
+def _written(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path) -> Tower:
+    if quantized.model is None:
+        shutil.copy2(source / tower.file, folder / tower.file)
+    else:
+        write_bytes(folder / tower.file, quantized.model)
+    return msgspec.structs.replace(
+        tower, precision=quantized.precision, note=quantized.note, measured=quantized.measured
+    )
+
+
+def _require_fp32(source: Path, manifest: Manifest) -> None:
+    if manifest.precision != "fp32":
+        raise UsageError(
+            f"The bundle {source} is in {manifest.precision}; INT8 is made from a float32 bundle.",
+            hint="export it with --precision fp32 first, or give the model itself",
+        )
+    if damaged := damaged_files(source, manifest):
+        raise UsageError(f"The bundle {source} is damaged: {', '.join(damaged)}.", hint="export it again")
+
+
+def _require_fit(manifest: Manifest, calibration: CalibrationSet) -> None:
+    pixels, ids = calibration.calibrate.pixels, calibration.calibrate.ids
+    expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length)
+    if (*pixels.shape[2:], ids.shape[1]) != expected:
+        raise UsageError(
+            f"The calibration set has pictures of {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
+            f"{manifest.name} takes {expected[:2]} and {expected[2]}."
+        )

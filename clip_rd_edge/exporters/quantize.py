@@ -1,0 +1,126 @@
+"""A float32 tower in INT8, by measurement: make candidates, measure them all in turn, choose. Never imports torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_rd_edge.contract.bundle import Measurement
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.exporters.candidates import Candidate, candidates
+from clip_rd_edge.exporters.choose import Measured, Trial, choose
+from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
+from clip_rd_edge.exporters.parity import agreement
+from clip_rd_edge.exporters.static import preprocessed
+from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.timing import time_in_turn
+
+# Least centred cosine with float32. Text asks for more: its embeddings are the classifier of every picture.
+MIN_AGREEMENT = {"image": 0.99, "text": 0.995}
+_FP32 = "float32"
+
+
+@dataclass(frozen=True)
+class QuantizedTower:
+    """What came of quantising a tower.
+
+    Attributes:
+        model: the file's content, or None where float32 is to be shipped.
+        precision: as `contract.bundle.Tower` has it.
+        note: why it is float32, with figures, or empty.
+        measured: of what is shipped.
+        trials: all that was tried, for a table.
+    """
+
+    model: bytes | None
+    precision: str
+    note: str
+    measured: Measurement
+    trials: tuple[Trial, ...]
+
+
+def quantize_tower(
+    model: Path,
+    *,
+    tower: str,
+    calibrate: Inputs,
+    judge: Inputs,
+    min_agreement: float | None = None,
+    threads: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+    timer: Timer = time_in_turn,
+) -> QuantizedTower:
+    """Quantise a tower in every way worth trying, and choose by what is measured on this machine.
+
+    Args:
+        model: the float32 ONNX file.
+        tower: `image` or `text`.
+        calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
+        judge: others, which candidates are judged by.
+        min_agreement: least centred cosine with float32; None takes the tower's in MIN_AGREEMENT.
+        threads: threads that latencies are measured with.
+        progress: told in a few words what is being done.
+        timer: times calls in turn.
+    """
+    least = MIN_AGREEMENT[tower] if min_agreement is None else min_agreement
+    sessions: dict[str, Any] = {_FP32: open_session(str(model), threads=threads)}
+    contents: dict[str, bytes] = {}
+    failed: list[Trial] = []
+    with tempfile.TemporaryDirectory() as folder:
+        ways = candidates(
+            preprocessed(model, Path(folder)),
+            calibrate,
+            allowed_error=1 - least,
+            threads=threads,
+            progress=lambda what: progress(f"{tower} tower: {what}"),
+        )
+        for way in ways:
+            progress(f"{tower} tower: {way.name}")
+            made = _made(way, threads)
+            if isinstance(made, str):
+                failed.append(_failed(tower, way, made))
+            else:
+                contents[way.name], sessions[way.name] = made
+    progress(f"{tower} tower: timing {len(contents)} candidates and float32 in turn")
+    reference = embed(sessions[_FP32], judge)
+    times = latencies(sessions, judge, timer=timer)
+    fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
+    tried = {
+        name: Measured(name, times[name], agreement(reference, embed(sessions[name], judge)), len(content))
+        for name, content in contents.items()
+    }
+    choice = choose(tower, fp32, list(tried.values()), min_agreement=least)
+    shipped = tried[choice.name] if choice.name else fp32
+    return QuantizedTower(
+        model=contents[choice.name] if choice.name else None,
+        precision=f"int8 {choice.name}" if choice.name else "fp32",
+        note=choice.note,
+        measured=measurement(shipped.of, shipped.times, reference=fp32.times, threads=threads),
+        trials=(*choice.trials, *failed),
+    )
+
+
+def _made(way: Candidate, threads: int) -> tuple[bytes, Any] | str:
+    """The candidate's file content and a session of it, or why it cannot be had."""
+    try:
+        content = way.make()
+        return content, open_session(content, threads=threads)
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 — the quantiser raises all kinds; one way that fails leaves the others
+        return f"{type(error).__name__}: {error}"
+
+
+def _failed(tower: str, way: Candidate, reason: str) -> Trial:
+    first_line = (reason.splitlines() or ["unknown"])[0]
+    return Trial(
+        tower=tower,
+        name=way.name,
+        latency_ratio=float("nan"),
+        centred_cosine=float("nan"),
+        size_ratio=float("nan"),
+        verdict=f"failed: {first_line[:80]}",
+    )
