@@ -2,98 +2,136 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from clip_rd_edge.cli._models import model_folder
-from clip_rd_edge.contract.files import refuse_unless_free
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.contract.bundle import Manifest, is_bundle
+from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
+from clip_rd_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from clip_rd_edge.exporters.choose import Trial
+
+_PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no terminal
 
 
 @click.command("export", short_help="Turn a model into a bundle for a device.")
 @click.argument("model")
 @click.option("--pretrained", metavar="TAG|FILE", help="Weights, where MODEL is one of open_clip's architectures.")
-@click.option("--format", "format_", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option("--format", type=click.Choice(["onnx"]), default="onnx", show_default=True, expose_value=False)
 @click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
 @click.option(
-    "--labels",
-    "labels_file",
-    type=click.Path(path_type=Path),
+    "--labels", "labels_file", type=click.Path(path_type=Path),
     help="A text file with a label a line; their embeddings travel with the bundle.",
-)
+)  # fmt: skip
+@click.option(
+    "--calibration", metavar="CSV|emoji",
+    help="Pairs to set INT8's ranges by and to judge it by. Default: those that MODEL was trained with.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="To measure latency with.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="To measure latency with.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made, and all that was tried, as JSON.")
 def command(
     model: str,
     pretrained: str | None,
-    format_: str,
     precision: Literal["fp32", "int8"],
     labels_file: Path | None,
+    calibration: str | None,
+    threads: int,
     output: Path,
     force: bool,
-    threads: int,
     as_json: bool,
 ) -> None:
     """Turn MODEL into a bundle: two ONNX files, a tokenizer and a manifest, which run without torch.
 
-    MODEL is the folder of a run, an open_clip folder, or any model that open_clip loads.
+    MODEL is the folder of a run, an open_clip folder, or any model that open_clip loads. INT8 is tried in several
+    ways; a tower that it makes no faster, or too inaccurate, stays float32.
+
+    \b
+    clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     """
     refuse_unless_free(output, overwrite=force)
+    if is_bundle(Path(model)):
+        raise UsageError(f"{model} is a bundle already.", hint="give the model that it was made from")
+
+    from clip_rd_edge.cli._calibration import calibration_pairs
+    from clip_rd_edge.cli._labels import read_labels_file
+    from clip_rd_edge.cli._progress import stderr
+
     labels = read_labels_file(labels_file) if labels_file else None
+    pairs = calibration_pairs(calibration, model) if precision == "int8" else None
 
-    from rich.console import Console
-
+    # Only now, so that what was mistyped is said at once: torch takes seconds to import.
     from clip_rd_edge.exporters.bundle import export_bundle
+    from clip_rd_edge.exporters.calibration import calibration_set
+    from clip_rd_edge.models.encoder import TorchEncoder
     from clip_rd_edge.models.load import load_clip
 
-    folder = model_folder(model)
-    with Console(stderr=True).status("loading the model") as status:
-        clip = load_clip(str(folder) if folder else model, pretrained=pretrained)
+    trials: list[Trial] = []
+    with stderr.status("loading the model") as status:
+        clip = load_clip(model, pretrained=pretrained)
+        drawn = None
+        if pairs is not None:
+            status.update(f"reading pictures of {pairs.name}")
+            drawn = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
         manifest = export_bundle(
             clip,
             output,
             precision=precision,
+            calibration=drawn,
             labels=labels,
-            provenance=provenance(model, pretrained),
+            provenance=_provenance(model, pretrained),
             overwrite=force,
             threads=threads,
             progress=status.update,
+            on_trials=trials.extend,
         )
-    if as_json:
-        click.echo(json.dumps({"bundle": str(output), "precision": manifest.precision}))
-    else:
-        click.echo(str(output))
+    _show(manifest, trials)
+    click.echo(_as_json(output, manifest, trials) if as_json else output)
 
 
-def read_labels_file(path: Path) -> list[str]:
-    """Labels, one a line; empty lines are passed over.
+def _provenance(model: str, pretrained: str | None) -> dict[str, str]:
+    from importlib.metadata import version
 
-    Raises:
-        InputError: no such file, not UTF-8, or no label in it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(f"Cannot read the labels {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"The labels {path} are not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    labels = [line.strip() for line in lines if line.strip()]
-    if not labels:
-        raise InputError(f"{path} has no labels; expected one a line.")
-    return labels
-
-
-def provenance(model: str, pretrained: str | None) -> dict[str, str]:
-    """What the manifest says of where the bundle comes from."""
     packages = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime")
-    return {
-        "model": model,
-        **({"pretrained": pretrained} if pretrained else {}),
-        **{package: version(package) for package in packages},
+    weights = {"pretrained": pretrained} if pretrained else {}
+    return {"model": model, **weights, **{package: version(package) for package in packages}}
+
+
+def _show(manifest: Manifest, trials: Sequence[Trial]) -> None:
+    """What was tried, and what each tower became, on stderr."""
+    from rich.table import Table
+
+    from clip_rd_edge.cli._progress import say, stderr
+
+    if trials:
+        table = Table("tower", "INT8", title="tried, each beside float32", title_justify="left")
+        for heading in ("latency", "centred cosine", "size"):
+            table.add_column(heading, justify="right")
+        table.add_column("verdict")
+        for trial in trials:
+            figures = (f"× {trial.latency_ratio:.2f}", f"{trial.centred_cosine:.4f}", f"× {trial.size_ratio:.2f}")
+            style = "bold" if trial.verdict == "shipped" else None
+            table.add_row(trial.tower, trial.name, *figures, trial.verdict, style=style)
+        stderr.print(table, width=None if stderr.is_terminal else _PIPED_WIDTH)
+    for name, tower in (("image", manifest.image), ("text", manifest.text)):
+        latency = f", {tower.measured.latency_ms_p50:.2f} ms" if tower.measured else ""
+        say(f"{name} tower: {tower.note or tower.precision}{latency}")
+
+
+def _as_json(output: Path, manifest: Manifest, trials: Sequence[Trial]) -> str:
+    import msgspec
+
+    made = {
+        "bundle": str(output),
+        "precision": manifest.precision,
+        "size_bytes": size_bytes(output),
+        "image": manifest.image,
+        "text": manifest.text,
+        "trials": list(trials),
     }
+    return msgspec.json.encode(made).decode()

@@ -55,22 +55,23 @@ def candidates(
     table = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
     # One convolution is the patch embedding of a ViT, and one product the projection of a CNN.
     if len(convolutions) > 1:
-        yield from _static(model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
+        quantizer = StaticQuantizer(model, samples)
+        yield from _static(quantizer, model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
+        if len(products) > 1:
+            yield Candidate("static convolutions, dynamic products", partial(_mixed, quantizer, convolutions))
     if len(products) > 1:
         yield from _dynamic(model, table=table)
-    if len(convolutions) > 1 and len(products) > 1:
-        yield Candidate("static convolutions, dynamic products", partial(_mixed, model, samples, convolutions))
-
-
-def _mixed(model: Path, samples: Inputs, convolutions: Sequence[str]) -> bytes:
-    static = StaticQuantizer(model, samples).quantize("percentile", convolutions)
-    return quantize_dynamically(static, products=True, table=False, per_channel=False)
 
 
 def _static(
-    model: Path, samples: Inputs, *, allowed_error: float, threads: int, progress: Callable[[str], None]
+    quantizer: StaticQuantizer,
+    model: Path,
+    samples: Inputs,
+    *,
+    allowed_error: float,
+    threads: int,
+    progress: Callable[[str], None],
 ) -> Iterator[Candidate]:
-    quantizer = StaticQuantizer(model, samples)
     every = quantizer.layers
     yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", every))
     yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", every))
@@ -79,20 +80,21 @@ def _static(
     def embed_with(layers: Sequence[str]) -> Embeddings:
         return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), few)
 
-    errors = group_errors(
-        every,
-        embed_with,
-        embed(open_session(str(model), threads=threads), few),
-        max_seconds=SENSITIVITY_SECONDS,
-        progress=lambda done, total: progress(f"measuring what INT8 costs layer by layer, {done} of {total}"),
-    )
+    progress(f"measuring what INT8 costs in each of {len(every)} layers")
+    reference = embed(open_session(str(model), threads=threads), few)
+    errors = group_errors(every, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
     seen = {every, ()}
     for share in _SHARES:
         layers = layers_within(errors, share * allowed_error)
         if layers not in seen:
             seen.add(layers)
-            name = f"static, percentile, {len(every) - len(layers)} of {len(every)} layers in float"
+            name = f"static, percentile, {len(every) - len(layers)} of {len(every)} in float"
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
+
+
+def _mixed(quantizer: StaticQuantizer, convolutions: Sequence[str]) -> bytes:
+    static = quantizer.quantize("percentile", convolutions)
+    return quantize_dynamically(static, products=True, table=False, per_channel=False)
 
 
 def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:

@@ -30,25 +30,30 @@ def group_errors(
     reference: Embeddings,
     *,
     max_seconds: float,
-    progress: Callable[[int, int], None],
 ) -> list[GroupError]:
     """The error of each layer; of groups of neighbours where single layers would take longer than `max_seconds`.
 
     Args:
         embed_with: embeddings (N, D) of the tower with only the given layers in INT8.
         reference: the same in float32.
-        progress: told how many groups are done, and of how many.
     """
     started = time.perf_counter()
-    embed_with(layers[:1])
-    one = time.perf_counter() - started
-    size = max(1, math.ceil(len(layers) * one / max_seconds))
-    groups = [tuple(layers[start : start + size]) for start in range(0, len(layers), size)]
-    errors = []
-    for i, group in enumerate(groups):
-        progress(i, len(groups))
-        errors.append(GroupError(group, 1 - agreement(reference, embed_with(group)).centred_cosine))
-    return errors
+    first = _error(layers[:1], embed_with, reference)
+    size = max(1, math.ceil(len(layers) * (time.perf_counter() - started) / max_seconds))
+    if size == 1:
+        return [first, *(_error(layers[i : i + 1], embed_with, reference) for i in range(1, len(layers)))]
+    groups = (layers[start : start + size] for start in range(0, len(layers), size))
+    return [_error(group, embed_with, reference) for group in groups]
+
+
+def _error(
+    layers: Sequence[str], embed_with: Callable[[Sequence[str]], Embeddings], reference: Embeddings
+) -> GroupError:
+    try:
+        embeddings = embed_with(layers)
+    except Exception:  # noqa: BLE001 — the quantiser raises all kinds; layers that it cannot do are left in float
+        return GroupError(tuple(layers), math.inf)
+    return GroupError(tuple(layers), 1 - agreement(reference, embeddings).centred_cosine)
 
 
 def layers_within(errors: Sequence[GroupError], allowed: float) -> tuple[str, ...]:

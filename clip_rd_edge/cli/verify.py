@@ -1,0 +1,51 @@
+"""`clip-rd-edge verify`: is a bundle whole, and does it run here?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from clip_rd_edge.errors import ClipRdEdgeError
+
+if TYPE_CHECKING:
+    from clip_rd_edge.runtime.verify import Check
+
+
+@click.command("verify", short_help="Check a bundle's files on the device.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1), help="Threads; default: every core.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def command(bundle: Path, threads: int | None, as_json: bool) -> None:
+    """Check that every file of BUNDLE is the one that was exported, and run both towers once.
+
+    It needs no torch. Exit code 0: all is well, 1: something is damaged, missing, or does not run.
+    """
+    from clip_rd_edge.runtime.verify import verify_bundle
+
+    checks = verify_bundle(bundle, threads=threads)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode(checks))
+    else:
+        _print(checks)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise ClipRdEdgeError(
+            f"The bundle {bundle} failed {len(failed)} of {len(checks)} checks: "
+            f"{', '.join(check.what for check in failed)}.",
+            hint="copy it again, or export it again",
+        )
+
+
+def _print(checks: list[Check]) -> None:
+    from rich.table import Table
+
+    from clip_rd_edge.cli._output import print_table
+
+    table = Table(show_header=False)
+    for check in checks:
+        table.add_row(check.what, "[green]ok[/green]" if check.passed else "[red]failed[/red]", check.detail)
+    print_table(table)
