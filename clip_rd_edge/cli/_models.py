@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.encoder import TowerEncoder
 
 
@@ -27,15 +28,4 @@ def open_encoder(spec: str, *, pretrained: str | None = None, threads: int | Non
 
     if threads is not None:
         torch.set_num_threads(threads)
-    folder = model_folder(spec)
-    clip = load_clip(str(folder) if folder else spec, pretrained=pretrained)
-    return TorchEncoder(clip, folder=folder)
-
-
-def model_folder(spec: str) -> Path | None:
-    """The open_clip folder that is meant: given itself, or as `student/` in a run's folder; None for other specs."""
-    path = Path(spec.removeprefix("local-dir:"))
-    for candidate in (path, path / "student"):
-        if (candidate / "open_clip_config.json").is_file():
-            return candidate
-    return None
+    return TorchEncoder(load_clip(spec, pretrained=pretrained), folder=model_folder(spec))

@@ -69,6 +69,9 @@ def concepts() -> tuple[Concept, ...]:
             aliases = tuple(alias for alias in aliases if alias != name and any(c.isalpha() for c in alias))
             found[code] = Concept(code, name, aliases, "training")
             names.add(name)
+    for code, concept in found.items():
+        # One concept's other name may be another's name: it would be a caption for two things, or give a test away.
+        found[code] = replace(concept, aliases=tuple(alias for alias in concept.aliases if alias not in names))
     by_hash = sorted(found, key=lambda code: hashlib.sha256(code.encode()).digest())
     for code in by_hash[:UNSEEN_CONCEPTS]:
         found[code] = replace(found[code], split="unseen concepts")

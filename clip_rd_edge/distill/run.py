@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.files import sha256_of, write_text
 from clip_rd_edge.contract.preprocess import open_image
@@ -37,10 +38,10 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel, default_device, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import WEIGHTS_FILE, load_clip
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import build_student, student_config
 
-CONFIG_FILE, STUDENT_FOLDER, REPORT_FOLDER = "config.yaml", "student", "report"
+CONFIG_FILE, REPORT_FOLDER = "config.yaml", "report"
 _SAMPLES_OF_FIGURES = 512
 
 
@@ -134,7 +135,7 @@ def _load_teacher(config: RunConfig, objective: Objective) -> ClipModel | None:
 
 def _make_student(config: RunConfig, run: Path, teacher: ClipModel | None) -> ClipModel:
     seed_everything(config.seed)
-    if config.student.startswith("local-dir:"):
+    if config.student.startswith(LOCAL_DIR):
         student = load_clip(config.student)
     else:
         width = teacher.embedding_size if teacher else config.embedding_size
@@ -195,13 +196,13 @@ def _similarities(student: ClipModel, teacher: ClipModel | None, pairs: Pairs) -
 
 
 def _provenance(config: RunConfig, run: Path, pairs: Pairs, teacher: ClipModel | None) -> dict[str, Any]:
-    teacher_folder = Path((config.teacher or "").removeprefix("local-dir:"))
-    weights = teacher_folder / WEIGHTS_FILE
+    teacher_folder = model_folder(config.teacher) if config.teacher else None
+    weights = teacher_folder / WEIGHTS_FILE if teacher_folder else None
     return {
         "recipe": config.recipe_name,
         "configuration": msgspec.to_builtins(config),
         "teacher": teacher.name if teacher else None,
-        "teacher_sha256": sha256_of(weights) if teacher and weights.is_file() else None,
+        "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
         "data": config.data,
         "pairs": len(pairs),
         "steps": total_steps(config, pairs),

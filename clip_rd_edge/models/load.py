@@ -10,14 +10,11 @@ from typing import Any
 
 import msgspec
 
+from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, LOCAL_DIR, STUDENT_FOLDER, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.structs import convert
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
-
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-DISTILLATION_FILE = "distillation.json"
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
@@ -25,7 +22,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
 
     Args:
         spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `hf-hub:ORG/REPO`, `local-dir:PATH`,
-            or the path of a folder with open_clip_config.json.
+            or the path of such a folder, or of a run's folder, whose student is meant.
         pretrained: for an architecture: one of open_clip's tags, or a checkpoint file.
 
     Raises:
@@ -35,10 +32,9 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     import open_clip
 
     spec = spec.removeprefix("open_clip:")
-    if not spec.startswith(("local-dir:", "hf-hub:")) and (Path(spec) / CONFIG_FILE).is_file():
-        spec = f"local-dir:{spec}"
-    folder = Path(spec.removeprefix("local-dir:")) if spec.startswith("local-dir:") else None
+    folder = model_folder(spec)
     if folder is not None:
+        spec = f"{LOCAL_DIR}{folder}"
         model_cfg = read_open_clip_config(folder)["model_cfg"]
     elif spec.startswith("hf-hub:"):
         model_cfg = {}
@@ -137,10 +133,10 @@ class _Templates(msgspec.Struct):
 
 
 def _display_name(spec: str, pretrained: str | None) -> str:
-    if spec.startswith("local-dir:"):
-        path = Path(spec.removeprefix("local-dir:")).resolve()
+    if spec.startswith(LOCAL_DIR):
+        path = Path(spec.removeprefix(LOCAL_DIR)).resolve()
         # Every run keeps its student in a folder of the same name: the run's name tells more.
-        return path.parent.name if path.name == "student" else path.name
+        return path.parent.name if path.name == STUDENT_FOLDER else path.name
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
 
 

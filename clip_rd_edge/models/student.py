@@ -121,6 +121,7 @@ def _preset(student: str) -> dict[str, Any]:
 def _timm_preset(trunk: str) -> dict[str, Any]:
     """Any timm trunk, with the mean and deviation that its pretrained weights were made for."""
     import timm
+    import torch
 
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
@@ -128,13 +129,17 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
             f"There is no student {trunk!r}: neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
-    data = timm.models.get_pretrained_cfg(trunk)
+    with torch.device("meta"):
+        built = timm.create_model(trunk, num_classes=0)
+    # open_clip's linear projection takes `num_features`, but some trunks widen once more after pooling (MobileNetV3 and
+    # V4): there timm's own classifier is made the projection.
+    widens = getattr(built, "head_hidden_size", built.num_features) != built.num_features
     return {
         "vision_cfg": {
             "timm_model_name": trunk,
             "timm_model_pretrained": False,
-            "timm_pool": "",
-            "timm_proj": "linear",
+            "timm_pool": "avg" if widens else "",
+            "timm_proj": "" if widens else "linear",
         },
-        "preprocess_cfg": {"mean": list(data.mean), "std": list(data.std)},
+        "preprocess_cfg": {"mean": list(built.default_cfg["mean"]), "std": list(built.default_cfg["std"])},
     }

@@ -1,0 +1,27 @@
+"""The student checkpoint: a folder that open_clip itself loads as `local-dir:PATH`.
+
+    open_clip_config.json         `model_cfg` and `preprocess_cfg`
+    open_clip_model.safetensors   the weights
+    distillation.json             recipe, teacher, data, seed, versions, templates
+
+A run's folder keeps it as `student/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+DISTILLATION_FILE = "distillation.json"
+STUDENT_FOLDER = "student"
+LOCAL_DIR = "local-dir:"
+
+
+def model_folder(spec: str) -> Path | None:
+    """The folder that `spec` means: itself, or its `student/` where it is a run's; None where it means no folder."""
+    path = Path(spec.removeprefix(LOCAL_DIR))
+    for candidate in (path, path / STUDENT_FOLDER):
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    return path if spec.startswith(LOCAL_DIR) else None
