@@ -14,7 +14,7 @@ def percent(fraction: float | None) -> str:
 
 def share(part: float, whole: float) -> str:
     """A part of a whole in whole per cent, `87 %`, or a dash where the whole is nothing."""
-    return f"{100 * part / whole:.0f} %" if whole > 0 else NOTHING
+    return f"{100 * part / whole:.0f}\N{NO-BREAK SPACE}%" if whole > 0 else NOTHING
 
 
 def signed_points(difference: float) -> str:
@@ -25,7 +25,7 @@ def signed_points(difference: float) -> str:
 
 def interval(bounds: Interval) -> str:
     """An interval of fractions in per cent, `67.1 to 76.3`."""
-    return f"{percent(bounds.low)} to {percent(bounds.high)}"
+    return f"{percent(bounds.low)} to {percent(bounds.high)}".replace("-", "−")
 
 
 def signed_interval(bounds: Interval) -> str:

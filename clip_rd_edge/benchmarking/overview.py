@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from clip_rd_edge.benchmarking import formats
-from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.results import Comparison, Results
 from clip_rd_edge.benchmarking.scores import Recall, RetrievalScore, Score, ZeroShotScore
 
 T = TypeVar("T")
+COMPARED = "Each second figure: how many times less than the teacher's, or what part of its accuracy."
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class Section:
     lines: tuple[Line, ...]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Top-1 of one model against another's; `verdict` is a remark, or empty where the difference is clear."""
+
+    task: str
+    models: str
+    points: str
+    interval: str
+    verdict: str
+
+
 def sections(results: Results) -> list[Section]:
     """Cost first, then each task in the suite's order."""
     latencies = [row.latency for row in results.rows]
@@ -64,6 +76,26 @@ def details(results: Results) -> list[Section]:
         _plain("End to end, ms, p95", [formats.milliseconds(found.end_to_end.p95) for found in latencies]),
     )
     return [Section("Cost", "", cost), *_tasks(results, _accuracy_in_detail)]
+
+
+def differences(results: Results) -> list[Difference]:
+    """Every comparison of the results."""
+    return [
+        Difference(
+            task=heading(found.task),
+            models=f"{found.label} against {found.reference}",
+            points=formats.signed_points(found.difference),
+            interval=formats.signed_interval(found.interval),
+            verdict=_verdict(found),
+        )
+        for found in results.comparisons
+    ]
+
+
+def _verdict(found: Comparison) -> str:
+    if found.interval.low == found.interval.high == 0:
+        return "right on the same pictures"
+    return "may be chance" if found.interval.low <= 0 <= found.interval.high else ""
 
 
 def heading(task: str) -> str:

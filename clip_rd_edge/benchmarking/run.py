@@ -44,9 +44,12 @@ def run_suite(suite: Suite, open_encoder: OpenEncoder, progress: Progress | None
             encoder = open_encoder(suite.find(row))
             measured[row.label] = [_measure(encoder, task, row, progress) for task in tasks]
             encoders[row.label] = encoder
-        except (ClipRdEdgeError, ModuleNotFoundError) as error:
-            # A device without torch still measures its bundles.
+        except ClipRdEdgeError as error:
             skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
+        except ModuleNotFoundError as error:
+            # A device without torch still measures its bundles.
+            reason = f"It needs the package {error.name!r}, which is not installed."
+            skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
     if not encoders:
         reasons = " ".join(f"{row.label}: {row.reason}" for row in skipped)
         raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")

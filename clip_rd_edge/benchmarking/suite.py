@@ -7,13 +7,15 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.contract.structs import read_yaml
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 _HUB = "hf-hub:"
+_SHIPPED = "benchmarks/suites"
 
 
 class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +79,23 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def _below_root(self, name: str) -> Path:
         return Path(self.root or ".") / name
+
+
+def find_suite(name: str) -> Path:
+    """A suite's file: itself, or a shipped one by its name.
+
+    Raises:
+        InputError: neither is there.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder = shipped(_SHIPPED)
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise InputError(
+            f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}"
+        )
+    return folder / f"{name}.yaml"
 
 
 def read_suite(path: Path) -> Suite:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_rd_edge.benchmarking.formats import interval, percent
-from clip_rd_edge.benchmarking.overview import Cell, sections
+from clip_rd_edge.benchmarking.overview import COMPARED, Cell, sections
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.scores import Recall, RetrievalScore, Score, ZeroShotScore
 
@@ -22,11 +22,9 @@ def terminal_table(results: Results) -> Table:
         table.add_row(Text(section.title, style="bold"))
         for line in section.lines:
             table.add_row(line.name, *map(_cell, line.cells))
-    compared = any(row.role == "teacher" for row in results.rows)
-    skipped = (f"{row.label} was skipped: {row.reason}" for row in results.skipped)
-    notes = ["Dim: times less than the teacher's, or part of the teacher's accuracy."] if compared else []
-    table.caption = Text("\n".join([*notes, *skipped]))
-    table.caption_justify = "left"
+    if results.first("teacher"):
+        table.caption = COMPARED
+        table.caption_justify = "left"
     return table
 
 

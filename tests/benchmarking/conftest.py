@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
 from clip_rd_edge.contract.encoder import Description, Embeddings
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
@@ -107,3 +110,45 @@ def colour_retrieval(pictures: dict[str, Path]) -> RetrievalTask:
         captions=(*pictures, "blue"),
         caption_images=(*range(len(pictures)), 0),
     )
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    """All five roles over a folder of two squares a colour; the models are empty folders."""
+    roles: tuple[tuple[str, str, Role], ...] = (
+        ("Teacher", "teacher", "teacher"),
+        ("Alone", "alone", "baseline"),
+        ("Student", "student", "student"),
+        ("FP32", "fp32", "exported"),
+        ("INT8", "int8", "quantised"),
+    )
+    root = tmp_path / "models"
+    for _, model, _ in roles:
+        (root / model).mkdir(parents=True)
+    for name, colour in COLOURS.items():
+        folder = root / "task" / name
+        folder.mkdir(parents=True)
+        for edge in (16, 24):
+            Image.new("RGB", (edge, 12), colour).save(folder / f"{edge}.png")
+    (root / "task" / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    rows = tuple(SuiteRow(label=label, model=model, role=role) for label, model, role in roles)
+    return Suite(name="colours", rows=rows, tasks=("task",), root=str(root), rounds=5)
+
+
+@pytest.fixture
+def open_fake() -> Callable[[str], ColourEncoder]:
+    """Opens the suite's models by the names of their folders."""
+    every = tuple(COLOURS)
+    known = {"teacher": every, "alone": every[:2], "student": every[:4], "fp32": every[:4], "int8": every[:3]}
+
+    def open_encoder(spec: str) -> ColourEncoder:
+        name = Path(spec).name
+        return ColourEncoder(known[name], name=name, precision="int8" if name == "int8" else "fp32")
+
+    return open_encoder
+
+
+@pytest.fixture
+def results(suite: Suite, open_fake: Callable[[str], ColourEncoder]) -> Results:
+    """What the suite gives."""
+    return run_suite(suite, open_fake)

@@ -1,0 +1,102 @@
+"""What the results say, in sentences; `**` marks the numbers, as in Markdown. Every number comes from the results."""
+
+from __future__ import annotations
+
+from clip_rd_edge.benchmarking import formats
+from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
+from clip_rd_edge.benchmarking.scores import Interval, ZeroShotScore
+
+
+def headline(results: Results) -> list[str]:
+    """One sentence each: student and teacher, INT8 and FP32, the whole way, what distilling brought."""
+    teacher, student = results.first("teacher"), results.first("student")
+    exported, quantised, baseline = (results.first(role) for role in ("exported", "quantised", "baseline"))
+    sentences = []
+    if teacher and student:
+        sentences.append(
+            f"The student {_keeps(results, student, teacher)}, "
+            f"and its image tower is {_speed(student.latency.image.p50, teacher.latency.image.p50)}."
+        )
+    if exported and quantised:
+        sentences.append(
+            f"{quantised.label} {_costs(results, quantised, exported)} "
+            f"{_size(quantised, exported)} of the size of {exported.label}, "
+            f"and its image tower is {_speed(quantised.latency.image.p50, exported.latency.image.p50)}."
+        )
+    if teacher and quantised:
+        ours, theirs = quantised.latency.end_to_end.p50, teacher.latency.end_to_end.p50
+        sentences.append(
+            f"From a picture's file to its embedding, {quantised.label} takes {formats.milliseconds(ours)} ms, "
+            f"the teacher {formats.milliseconds(theirs)} ms: {_speed(ours, theirs)}."
+        )
+    if student and baseline and (found := _comparison(results, student, baseline)):
+        sentences.append(
+            f"Distilling brought **{formats.signed_points(found.difference)} points** of top-1 over the same student "
+            f"trained without a teacher (95 % interval {formats.signed_interval(found.interval)})."
+        )
+    return sentences or [_plain(row, results) for row in results.rows]
+
+
+def headline_task(results: Results) -> str | None:
+    """Name of the task that headline, plot and samples are about: the first zero-shot one."""
+    scores = results.rows[0].scores
+    return next((score.task for score in scores if isinstance(score, ZeroShotScore)), None)
+
+
+def headline_score(results: Results, row: RowResult) -> ZeroShotScore | None:
+    """A row's score on the headline's task."""
+    task = headline_task(results)
+    return next((score for score in row.scores if isinstance(score, ZeroShotScore) and score.task == task), None)
+
+
+def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:
+    wanted = (headline_task(results), row.label, reference.label)
+    return next((c for c in results.comparisons if (c.task, c.label, c.reference) == wanted), None)
+
+
+def _keeps(results: Results, row: RowResult, teacher: RowResult) -> str:
+    ours, theirs = headline_score(results, row), headline_score(results, teacher)
+    if ours is None or theirs is None or theirs.top1 == 0:
+        return f"has {_size(row, teacher)} of the teacher's size"
+    return (
+        f"keeps **{formats.share(ours.top1, theirs.top1)}** of the teacher's top-1 on {ours.task} "
+        f"({formats.percent(ours.top1)} of {formats.percent(theirs.top1)} %) at {_size(row, teacher)} of its size"
+    )
+
+
+def _costs(results: Results, row: RowResult, reference: RowResult) -> str:
+    found = _comparison(results, row, reference)
+    if found is None:
+        return "has"
+    if formats.signed_points(found.difference) == "0.0":
+        return "costs **no** top-1, has"
+    lost = found.difference < 0
+    # A cost is told without its sign, and so is its interval.
+    bounds = Interval(-found.interval.high, -found.interval.low) if lost else found.interval
+    return (
+        f"{'costs' if lost else 'gains'} **{100 * abs(found.difference):.1f} points** of top-1 "
+        f"(95 % interval {formats.interval(bounds)}), has"
+    )
+
+
+def _size(row: RowResult, reference: RowResult) -> str:
+    ratio = reference.description.size_bytes / max(row.description.size_bytes, 1)
+    if formats.times(ratio) == "1.0×":
+        return "**100 %**"
+    return f"**1/{formats.times(ratio).removesuffix('×')}**" if ratio > 1 else f"**{formats.times(1 / ratio)}**"
+
+
+def _speed(ours: float, theirs: float) -> str:
+    faster = formats.times(max(theirs / ours, ours / theirs))
+    if faster == "1.0×":
+        return "**as fast**"
+    return f"**{faster} {'faster' if ours < theirs else 'slower'}**"
+
+
+def _plain(row: RowResult, results: Results) -> str:
+    score = headline_score(results, row)
+    accuracy = f"reaches **{formats.percent(score.top1)} %** top-1 on {score.task} and " if score else ""
+    return (
+        f"{row.label} {accuracy}takes **{formats.milliseconds(row.latency.image.p50)} ms** a picture "
+        f"in its image tower at **{formats.megabytes(row.description.size_bytes)} MB**."
+    )

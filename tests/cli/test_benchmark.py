@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.cli import main as cli_main
+from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.contract.preprocess import Preprocessing
+
+Run = Callable[..., int]
+SUITE = """
+name: two
+root: {root}
+tasks: [task]
+rounds: 2
+rows:
+  - {{label: Good, model: good, role: teacher}}
+  - {{label: Gone, model: gone, role: student}}
+"""
+
+
+class Grey:
+    """Says white to everything."""
+
+    def describe(self) -> Description:
+        preprocessing = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+        return Description(
+            name="grey", runtime="numpy", precision="fp32", embedding_size=1, preprocessing=preprocessing, logit_scale=1
+        )
+
+    def encode_images(self, images: list[Image.Image]) -> np.ndarray:
+        return np.ones((len(images), 1), dtype=np.float32)
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return np.asarray([[1.0 if "white" in text else -1.0] for text in texts], dtype=np.float32)
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        return np.ones((len(pixels), 1), dtype=np.float32)
+
+    def tokenize(self, texts: list[str]) -> np.ndarray:
+        return np.zeros((len(texts), 4), dtype=np.int64)
+
+    def encode_ids(self, ids: np.ndarray) -> np.ndarray:
+        return np.ones((len(ids), 1), dtype=np.float32)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line as a user does; returns its exit code."""
+    opened: list[tuple[str, dict[str, Any]]] = []
+
+    def open_encoder(spec: str, **options: Any) -> Grey:
+        opened.append((spec, options))
+        return Grey()
+
+    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", open_encoder)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli_main.main()
+        return int(caught.value.code or 0)
+
+    call.opened = opened  # type: ignore[attr-defined]
+    return call
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite with a model that is there and one that is not."""
+    (tmp_path / "good").mkdir()
+    for name, colour in (("black", 0), ("white", 255)):
+        (tmp_path / "task" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), (colour,) * 3).save(tmp_path / "task" / name / "1.png")
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.format(root=tmp_path))
+    return path
+
+
+def test_report_and_table(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "report"
+    assert run("benchmark", str(suite), "-o", str(output)) == 0
+    names = {"results.json", "report.md", "report.html", "accuracy-latency.png"}
+    assert {path.name for path in output.iterdir()} == names
+    out, err = capsys.readouterr()
+    assert "Good" in out
+    assert "50.0" in out
+    assert f"Gone was skipped: There is no model folder {tmp_path / 'gone'}." in err
+    assert f"The report is {output / 'report.html'}" in err
+    assert run.opened == [(str(tmp_path / "good"), {"threads": 1})]
+
+
+def test_a_full_folder_is_refused_unless_forced(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "mine.txt").write_text("mine")
+    assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
+    assert "exists already and is not empty" in capsys.readouterr().err
+    assert run.opened == []
+    assert run("benchmark", str(suite), "-o", str(tmp_path / "report"), "--force") == 0
+    assert (tmp_path / "report" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tasks: [task]", "tasks: [emoji:unseen-stile]", "There is no task 'emoji:unseen-stile'"),
+        ("rounds:", "round:", "unknown field `round`. Did you mean 'rounds'"),
+        ("rows:", "rows: [", "is not valid YAML"),
+    ],
+)
+def test_misuse_is_one_sentence_and_exit_code_2(
+    run: Any, suite: Path, tmp_path: Path, capsys: Any, old: str, new: str, message: str
+) -> None:
+    suite.write_text(suite.read_text().replace(old, new))
+    assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert run.opened == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_suite_that_is_not_there(run: Any, tmp_path: Path, capsys: Any) -> None:
+    assert run("benchmark", "nowhere.yaml", "-o", str(tmp_path / "report")) == 2
+    assert "There is no suite 'nowhere.yaml': neither a file nor one of" in capsys.readouterr().err

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.cli import main as cli_main
+from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.contract.preprocess import Preprocessing
+
+Run = Callable[..., int]
+
+
+class BlackAndWhite:
+    """Knows black from white."""
+
+    def describe(self) -> Description:
+        preprocessing = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+        return Description(
+            name="bw", runtime="numpy", precision="fp32", embedding_size=1, preprocessing=preprocessing, logit_scale=1
+        )
+
+    def encode_images(self, images: list[Image.Image]) -> np.ndarray:
+        return np.asarray([[1.0 if np.asarray(image).mean() > 127 else -1.0] for image in images], dtype=np.float32)
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return np.asarray([[1.0 if "white" in text else -1.0] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line as a user does; returns its exit code."""
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli_main.main()
+        return int(caught.value.code or 0)
+
+    return call
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """Two black pictures and a white one."""
+    for name, colour in (("black/1", 0), ("black/2", 20), ("white/1", 255)):
+        path = tmp_path / "task" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (colour,) * 3).save(path)
+    return tmp_path / "task"
+
+
+def test_table_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def open_encoder(spec: str, **options: Any) -> BlackAndWhite:
+        asked.append((spec, options))
+        return BlackAndWhite()
+
+    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", open_encoder)
+    assert run("evaluate", "some/model", "--task", str(task), "--threads", "2") == 0
+    out, err = capsys.readouterr()
+    assert "100.0 to 100.0" in out
+    assert err == ""
+    assert asked == [("some/model", {"pretrained": None, "threads": 2})]
+
+
+def test_json_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: BlackAndWhite())
+    assert run("evaluate", "m", "--task", str(task), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (score,) = found["scores"]
+    assert (score["kind"], score["pictures"], score["classes"], score["top1"], score["top5"]) == (
+        "zero-shot", 3, 2, 1.0, None,
+    )  # fmt: skip
+    assert found["model"]["name"] == "bw"
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_opened(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: pytest.fail("opened"))
+    assert run("evaluate", "m", "--task", "emoji:unseen-styl") == 2
+    assert "error: There is no task 'emoji:unseen-styl'" in capsys.readouterr().err
+
+
+def test_a_task_is_needed(run: Run, capsys: Any) -> None:
+    assert run("evaluate", "m") == 2
+    assert "--task" in capsys.readouterr().err
