@@ -1,0 +1,231 @@
+"""The quickstart as stages: each leaves something behind by which it is known to be done, so any can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from clip_rd_edge.benchmarking.report import write_report
+from clip_rd_edge.benchmarking.results import Results, read_results
+from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.suite import Suite, read_suite
+from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.encoder import TowerEncoder
+from clip_rd_edge.contract.files import new_folder
+from clip_rd_edge.contract.shipped import shipped
+from clip_rd_edge.data import emoji
+from clip_rd_edge.distill.config import RunConfig, load_recipe
+from clip_rd_edge.distill.run import run_distillation
+from clip_rd_edge.distill.train import Progress
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.calibration import calibration_set
+from clip_rd_edge.exporters.choose import Trial
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.quickstart.teacher import build_teacher
+
+IMAGE_SIZE = 64  # pixels: what emoji need, and two cores can train on
+OpenEncoder = Callable[[str], TowerEncoder]
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def stage(self, number: int, stages: int, title: str) -> None:
+        """A stage begins; numbers count from 1."""
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        """How far the stage is."""
+
+    def say(self, sentence: str) -> None:
+        """Something was decided."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        folder: where everything goes.
+        student: a preset.
+        recipe: how it is distilled.
+        with_baseline: train the same student without a teacher, too, for as many steps.
+        teacher_steps, student_steps: of 64 and 32 pairs.
+    """
+
+    folder: Path
+    student: str = "resnet10t"
+    recipe: str = "clip-rd"
+    seed: int = 0
+    with_baseline: bool = False
+    teacher_steps: int = 400
+    student_steps: int = 1100
+
+
+def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> Results:
+    """Run every stage that is not done yet; returns what was measured.
+
+    Args:
+        open_encoder: opens a bundle or a model's folder for the benchmark.
+
+    Raises:
+        UsageError: the folder holds a quickstart with other settings.
+        InterruptedRunError: a signal asked to stop; the same call goes on from there.
+    """
+    stages: list[tuple[str, Callable[[Settings, Watcher], None]]] = [
+        ("Draw the data set", _draw),
+        ("Tune the teacher", _tune_teacher),
+        ("Distil the student", _distil),
+        *([("Train the same student alone", _train_alone)] if settings.with_baseline else []),
+        ("Export to ONNX FP32", _export_fp32),
+        ("Quantise to INT8", _quantise),
+        ("Compare all of them", lambda s, w: _compare(s, w, open_encoder)),
+    ]
+    for number, (title, run) in enumerate(stages, start=1):
+        watch.stage(number, len(stages), title)
+        run(settings, watch)
+    return read_results(settings.folder / "report" / "results.json")
+
+
+def _draw(settings: Settings, watch: Watcher) -> None:
+    pairs = emoji.training_pairs()
+    watch.say(f"{len(emoji.concepts()):,} emoji in two art styles; {len(pairs):,} pairs to train on, 760 to test by")
+
+
+def _tune_teacher(settings: Settings, watch: Watcher) -> None:
+    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
+    _run(
+        settings.folder / "teacher",
+        watch,
+        recipe="clip",
+        steps=settings.teacher_steps,
+        batch_size=64,
+        learning_rate=1e-3,
+        student=f"local-dir:{start}",
+        freeze_text=True,
+        seed=settings.seed,
+    )
+
+
+def _distil(settings: Settings, watch: Watcher) -> None:
+    _train_student(settings, watch, settings.folder / "student", settings.recipe)
+
+
+def _train_alone(settings: Settings, watch: Watcher) -> None:
+    _train_student(settings, watch, settings.folder / "student-alone", "clip")
+
+
+def _train_student(settings: Settings, watch: Watcher, run: Path, recipe: str) -> None:
+    _run(
+        run,
+        watch,
+        recipe=recipe,
+        steps=settings.student_steps,
+        batch_size=32,
+        learning_rate=2e-3,
+        student=settings.student,
+        teacher=str(settings.folder / "teacher") if recipe != "clip" else None,
+        text="tiny",
+        seed=settings.seed,
+    )
+
+
+def _run(
+    run: Path,
+    watch: Watcher,
+    *,
+    recipe: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    student: str,
+    seed: int,
+    teacher: str | None = None,
+    text: str = "standard",
+    freeze_text: bool = False,
+) -> None:
+    config = RunConfig(
+        recipe_name=recipe,
+        recipe=msgspec.structs.replace(
+            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
+        ),
+        data="emoji",
+        teacher=teacher,
+        student=student,
+        image_size=IMAGE_SIZE,
+        text=text,
+        context_length=16,
+        embedding_size=256,
+        freeze_text=freeze_text,
+        seed=seed,
+        checkpoint_every=100,
+    )
+
+    def show(progress: Progress) -> None:
+        note = f"loss {progress.loss:.2f}, {progress.samples_per_second:.0f} pairs/s"
+        watch.progress(progress.step, progress.steps, note)
+
+    run_distillation(config, run, resume=True, on_progress=show, say=watch.say)
+
+
+def _export_fp32(settings: Settings, watch: Watcher) -> None:
+    _export(settings, watch, "fp32")
+
+
+def _quantise(settings: Settings, watch: Watcher) -> None:
+    _export(settings, watch, "int8")
+
+
+def _export(settings: Settings, watch: Watcher, precision: str) -> None:
+    bundle = settings.folder / "bundles" / precision
+    if is_bundle(bundle):
+        return
+    clip = load_clip(str(settings.folder / "student"))
+    calibration, source = None, None
+    if precision == "int8":
+        source = settings.folder / "bundles" / "fp32"
+        calibration = calibration_set(
+            emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
+        )
+    export_bundle(
+        clip,
+        bundle,
+        precision="int8" if precision == "int8" else "fp32",
+        calibration=calibration,
+        labels=[concept.name for concept in emoji.concepts()],
+        provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
+        source=source,
+        progress=lambda what: watch.progress(0, 1, what),
+        on_trials=lambda trials: _tell(watch, trials),
+    )
+
+
+def _tell(watch: Watcher, trials: Sequence[Trial]) -> None:
+    """What was tried, and what became of it."""
+    for trial in trials:
+        watch.say(
+            f"{trial.tower} tower, {trial.name}: {1 / trial.latency_ratio:.2f}× as fast as FP32, "
+            f"centred cosine {trial.centred_cosine:.4f}, {trial.size_ratio:.2f}× the size: {trial.verdict}"
+        )
+
+
+def _compare(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> None:
+    report = settings.folder / "report"
+    if (report / "results.json").is_file():
+        return
+    results = run_suite(
+        quickstart_suite(settings.folder), open_encoder, lambda what, done, total: watch.progress(done, total, what)
+    )
+    with new_folder(report) as folder:
+        write_report(results, folder)
+
+
+def quickstart_suite(folder: Path) -> Suite:
+    """The shipped suite over a quickstart's folder, without the baseline where it was not trained."""
+    suite = read_suite(shipped("benchmarks/suites/quickstart.yaml"))
+    rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
+    return msgspec.structs.replace(suite, root=str(folder), rows=rows)
