@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.latency import measure_latencies
+from clip_rd_edge.contract.preprocess import open_image, preprocess
 from clip_rd_edge.errors import InputError
 
 
 def test_each_tower_and_the_whole_way(make_encoder: Callable[..., Any], pictures: dict[str, Path]) -> None:
     slow, quick = make_encoder(), make_encoder()
-    plain, shapes = slow.encode_pixels, []
+    plain, layouts = slow.encode_pixels, []
 
     def encode_slowly(pixels: np.ndarray) -> np.ndarray:
-        shapes.append(pixels.shape)
+        layouts.append((pixels.shape, pixels.strides))
         time.sleep(0.004)
         return plain(pixels)
 
     slow.encode_pixels = encode_slowly
     measured = measure_latencies({"slow": slow, "quick": quick}, pictures["red"], threads=1, rounds=6)
-    assert set(shapes) == {(1, 3, 8, 8)}
+    as_encoded = np.stack([preprocess(open_image(pictures["red"]), slow.describe().preprocessing)])
+    assert set(layouts) == {((1, 3, 8, 8), as_encoded.strides)}
     assert measured["slow"].image.p50 >= 4 > measured["quick"].image.p50
     assert measured["slow"].end_to_end.p50 >= 4
     assert measured["slow"].text.p50 < 4
