@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command("quickstart", short_help="The whole way on the embedded data, in minutes, on a CPU.")
 @click.option("--student", default="resnet10t", show_default=True, help="resnet10t, mobilevit_xxs, … or any timm name.")
 @click.option("--recipe", default="clip-rd", show_default=True, help="clip-rd, clip-kd, tinyclip, …")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the student.")
 @click.option("--with-baseline", is_flag=True, help="Train the same student without a teacher, too, to compare.")
 @click.option("--student-steps", type=click.IntRange(1), help="Training steps of the student.")
 @click.option("--teacher-steps", type=click.IntRange(1), help="Training steps of the teacher.")

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "tiny", "--context-length", "12")
+
+
+def test_a_run_of_the_users_own_pairs(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ("--data", pairs_csv, *SMALL, "--recipe", "clip", "--embedding-size", "16", "--batch-size", "6")
+    code, output, _ = command_line("distill", *arguments, "--epochs", "1", "--precision", "fp32", "-o", run)
+    assert code == 0
+    assert output.strip() == str(run / "student")
+    assert (run / "student" / "open_clip_model.safetensors").is_file()
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1  # 4 steps: the last is logged
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--data", "nowhere.csv"), "no data file nowhere.csv"),
+        (("--csv-caption-key", "caption"), "no column 'caption'"),
+        (("--student", "mobilevit_xx"), "Did you mean 'mobilevit_xxs'"),
+        (("--recipe", "clip-rx"), "Did you mean 'clip-rd'"),
+        (("--recipe", "clip-rd"), "needs a teacher"),
+        (("--batch-size", "1"), "at least 2"),
+        (("--batch-size", "100"), "has only 24 pairs"),
+        (("--recipe", "clip-rd", "--teacher", "ViT-B-61", "--teacher-pretrained", "openai"), "no model 'ViT-B-61'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    command_line: Run, pairs_csv: Path, tmp_path: Path, change: tuple[str, ...], message: str
+) -> None:
+    run = tmp_path / "run"
+    arguments = ("--data", pairs_csv, *SMALL, "--recipe", "clip", "--batch-size", "6", "--steps", "1")
+    code, _, error = command_line("distill", *arguments, *change, "-o", run)
+    assert code == 2
+    assert message in error
+    assert error.count("\n") <= 2
+    assert not run.exists()
+
+
+def test_a_folder_in_use(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+    code, _, error = command_line("distill", "--data", pairs_csv, *SMALL, "--recipe", "clip", "-o", tmp_path)
+    assert code == 2
+    assert "exists already and is not empty" in error

@@ -1,0 +1,71 @@
+"""What holds for every command: help at once, one sentence for an error, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.cli.main import COMMANDS
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules loaded by a fresh interpreter that ran `code`."""
+    script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_package_and_its_help_import_nothing_heavy() -> None:
+    code = """
+import contextlib, io
+import clip_rd_edge
+from clip_rd_edge.cli.main import cli
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    cli.main(["--help"])"""
+    assert not loaded_after(code) & {"torch", "onnxruntime", "numpy", "PIL", "rich", "msgspec"}
+
+
+def test_the_device_side_never_imports_torch() -> None:
+    code = """
+import importlib, pkgutil
+import clip_rd_edge.contract, clip_rd_edge.runtime, clip_rd_edge.cli.classify, clip_rd_edge.cli.verify
+for package in (clip_rd_edge.contract, clip_rd_edge.runtime):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)"""
+    loaded = loaded_after(code)
+    assert "clip_rd_edge" in loaded
+    assert not loaded & {"torch", "torchvision", "timm", "open_clip", "transformers", "onnx", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help(command_line: Run, name: str) -> None:
+    code, output, _ = command_line(name, "--help")
+    assert code == 0
+    assert output.startswith(f"Usage: clip-rd-edge {name}")
+
+
+def test_an_unknown_command_has_near_matches(command_line: Run) -> None:
+    code, _, error = command_line("distil")
+    assert code == 2
+    assert "Did you mean 'distill'" in error
+
+
+def test_a_missing_extra_names_the_pip_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, _, error = command_line("evaluate", "nowhere-model", "--task", "emoji:unseen-style")
+    assert code == 2
+    assert "pip install 'clip-rd-edge[train]'" in error
+
+
+def test_an_error_is_a_sentence_and_a_hint(command_line: Run, tmp_path: Path) -> None:
+    code, output, error = command_line("classify", tmp_path, tmp_path / "none.png", "--labels", "a", "b")
+    assert code == 2
+    assert output == ""
+    assert error.startswith("error: ")
+    assert "Traceback" not in error

