@@ -49,6 +49,11 @@ def headline_score(results: Results, row: RowResult) -> ZeroShotScore | None:
     return next((score for score in row.scores if isinstance(score, ZeroShotScore) and score.task == task), None)
 
 
+def better_than_a_guess(score: ZeroShotScore) -> bool:
+    """Whether the interval of top-1 lies above what a guess among the labels reaches."""
+    return score.top1_interval.low > 1 / score.classes
+
+
 def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:
     wanted = (headline_task(results), row.label, reference.label)
     return next((c for c in results.comparisons if (c.task, c.label, c.reference) == wanted), None)
@@ -56,7 +61,7 @@ def _comparison(results: Results, row: RowResult, reference: RowResult) -> Compa
 
 def _keeps(results: Results, row: RowResult, teacher: RowResult) -> str:
     ours, theirs = headline_score(results, row), headline_score(results, teacher)
-    if ours is None or theirs is None or theirs.top1 == 0:
+    if ours is None or theirs is None or not better_than_a_guess(theirs):
         return f"has {_size(row, teacher)} of the teacher's size"
     return (
         f"keeps **{formats.share(ours.top1, theirs.top1)}** of the teacher's top-1 on {ours.task} "

@@ -9,7 +9,7 @@ NOTHING = "–"
 
 def percent(fraction: float | None) -> str:
     """A fraction in per cent with one decimal and without the sign, `71.8`, or a dash where there is none."""
-    return NOTHING if fraction is None else f"{100 * fraction:.1f}"
+    return NOTHING if fraction is None else _one_decimal(fraction)
 
 
 def share(part: float, whole: float) -> str:
@@ -19,13 +19,13 @@ def share(part: float, whole: float) -> str:
 
 def signed_points(difference: float) -> str:
     """A difference of fractions in points with its sign, `−1.3`."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    text = _one_decimal(difference)
+    return text if text.startswith(("−", "0.0")) else f"+{text}"
 
 
 def interval(bounds: Interval) -> str:
     """An interval of fractions in per cent, `67.1 to 76.3`."""
-    return f"{percent(bounds.low)} to {percent(bounds.high)}".replace("-", "−")
+    return f"{percent(bounds.low)} to {percent(bounds.high)}"
 
 
 def signed_interval(bounds: Interval) -> str:
@@ -52,3 +52,8 @@ def millions(count: int) -> str:
 def times(ratio: float) -> str:
     """A ratio: `4.7×`, `18×`."""
     return f"{ratio:.1f}×" if ratio < 10 else f"{ratio:,.0f}×"
+
+
+def _one_decimal(fraction: float) -> str:
+    text = f"{100 * fraction:.1f}"
+    return "0.0" if text == "-0.0" else text.replace("-", "−")

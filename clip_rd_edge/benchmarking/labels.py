@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[np.float64]
 _GAP = 5.0  # points between a dot and its label
+_PIECES = 40  # that a line between two dots is cut into
 # Where a label may stand, best first: direction from the dot, alignment.
 _PLACES: tuple[tuple[float, float, Any, Any], ...] = (
     (1, 0, "left", "center"),
@@ -45,12 +47,18 @@ class Dots:
     radii: Numbers
 
 
-def place_labels(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str]) -> None:
-    """Write each dot's name beside it, at the first of _PLACES that is free, else at the one that covers least."""
+def place_labels(
+    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, joined: Sequence[int] = ()
+) -> None:
+    """Write each dot's name beside it, at the first of _PLACES that is free, else at the one that covers least.
+
+    Args:
+        joined: the dots that a line goes through, in its order; names keep off that, too.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles the layout, so that pixels can be compared
-    taken = _boxes(axes, dots, figure.dpi / 72)
+    taken = [*_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, joined)]
     frame = axes.get_window_extent()
     for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
         choices = [_write(axes, dots, index, place, name, colour) for place in _PLACES]
@@ -76,6 +84,15 @@ def _boxes(axes: Axes, dots: Dots, pixels_a_point: float) -> list[Bbox]:
     ):
         boxes += [Bbox.from_extents(x - r, y - r, x + r, y + r), Bbox.from_extents(x - 1, low, x + 1, high)]
     return boxes
+
+
+def _line_boxes(axes: Axes, dots: Dots, joined: Sequence[int]) -> list[Bbox]:
+    """Small boxes along a line, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    ends = axes.transData.transform(np.column_stack([dots.x, dots.y]))[list(joined)]
+    points = [start + (end - start) * part for start, end in pairwise(ends) for part in np.linspace(0, 1, _PIECES)]
+    return [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in points]
 
 
 def _write(axes: Axes, dots: Dots, index: int, place: tuple[float, float, Any, Any], name: str, colour: str) -> Text:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from clip_rd_edge.benchmarking.findings import better_than_a_guess
 from clip_rd_edge.benchmarking.overview import heading
 from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.scores import ZeroShotScore
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
@@ -31,6 +33,10 @@ def remarks(results: Results) -> list[str]:
         f"models timed in turn in one process, {latency.rounds} rounds. End to end is from a picture's file to its "
         f"embedding."
     ]
+    for row in results.rows:
+        for score in row.scores:
+            if isinstance(score, ZeroShotScore) and not better_than_a_guess(score):
+                notes.insert(0, f"On {score.task}, {row.label} is not clearly better than a guess.")
     runtimes: dict[str, list[str]] = {}
     for row in results.rows:
         runtimes.setdefault(row.description.runtime, []).append(row.label)

@@ -57,14 +57,18 @@ def _also(sentences: Sequence[str]) -> str:
 
 
 def _plot(results: Results) -> str:
-    light, dark = (draw(results, file_format="svg", palette=palette) for palette in (LIGHT, DARK))
-    if light is None or dark is None:
+    # Two pictures that the style sheet chooses from, not <picture>: that one stays dark where a dark page is printed.
+    images = "".join(_plot_image(results, name, palette) for name, palette in (("light", LIGHT), ("dark", DARK)))
+    return f'<figure class="plot">{images}</figure>' if images else ""
+
+
+def _plot_image(results: Results, name: str, palette: Palette) -> str:
+    svg = draw(results, file_format="svg", palette=palette)
+    if svg is None:
         return ""
     return (
-        f'<figure class="plot"><picture><source media="screen and (prefers-color-scheme: dark)" '
-        f'srcset="{_data_uri(dark, "image/svg+xml")}">'
-        f'<img src="{_data_uri(light, "image/svg+xml")}" width="640" height="420" '
-        f'alt="Top-1 over the latency of the image tower; the numbers stand in the table below."></picture></figure>'
+        f'<img class="{name}" src="{_data_uri(svg, "image/svg+xml")}" width="640" height="420" '
+        f'alt="Top-1 over the latency of the image tower; the numbers stand in the table below.">'
     )
 
 

@@ -115,7 +115,7 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
     names = [f"{row.label}\n{formats.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
-    place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours)
+    place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours, joined=front)
     title = f"{heading(rows[0][1].task)}: top-1, %"
     axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
     legend = "Area: size on disk. Bar: 95 % interval. Dotted: what no other beats in both."
@@ -130,7 +130,8 @@ def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Pale
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.8, x.max() * 1.8)
     room = max(0.12 * (high.max() - low.min()), 2.0)
-    axes.set_ylim(max(low.min() - room, -2), min(high.max() + room, 104))
+    top = min(high.max() + room, 104)
+    axes.set_ylim(max(low.min() - room, -0.06 * top), top)  # no tick below 0, where nothing can be
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

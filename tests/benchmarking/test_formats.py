@@ -17,6 +17,7 @@ from clip_rd_edge.benchmarking.scores import Interval
         (formats.signed_points(0.35), "+35.0"),
         (formats.signed_points(-0.0001), "0.0"),
         (formats.interval(Interval(-0.01, 0.5)), "−1.0 to 50.0"),
+        (formats.interval(Interval(-0.0, 0.5)), "0.0 to 50.0"),
         (formats.milliseconds(1.7834), "1.78"),
         (formats.milliseconds(32.46), "32.5"),
         (formats.milliseconds(1234.5), "1,234"),

@@ -49,6 +49,15 @@ def test_labels_of_near_dots_do_not_cover_each_other() -> None:
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
+def test_a_label_keeps_off_the_line() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(6, 4))
+    axes = figure.add_subplot(xlim=(0, 10), ylim=(0, 10))
+    x, y = np.asarray([2.0, 8.0]), np.asarray([5.0, 5.0])
+    place_labels(axes, Dots(x, y, y, y, np.full(2, 4.0)), ["first", "second"], ["red", "blue"], joined=[0, 1])
+    first = axes.texts[0].get_window_extent()
+    assert first.x1 < axes.transData.transform((2, 5))[0]
+
+
 def test_without_matplotlib_there_is_a_hint_before_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)

@@ -151,6 +151,17 @@ def test_headline_says_slower_bigger_and_gained(results: Results) -> None:
     assert "slower**" in sentence
 
 
+def test_no_part_of_a_teacher_that_guesses(results: Results) -> None:
+    teacher, *others = results.rows
+    assert isinstance(teacher.scores[0], ZeroShotScore)
+    guess = msgspec.structs.replace(teacher.scores[0], top1=0.2, top1_interval=Interval(0.1, 0.3))
+    rows = (msgspec.structs.replace(teacher, scores=(guess,)), *others)
+    guessing = msgspec.structs.replace(results, rows=rows)
+    assert headline(guessing)[0].startswith("The student has **1/1.5** of the teacher's size")
+    assert "On task, Teacher is not clearly better than a guess." in page(guessing)
+    assert "Student is not clearly better" not in page(guessing)
+
+
 def test_headline_says_equal(results: Results) -> None:
     teacher, _, student, *_ = results.rows
     twin = msgspec.structs.replace(student, latency=teacher.latency, description=teacher.description)
