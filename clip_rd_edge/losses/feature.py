@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def feature_distillation(
-    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor
-) -> Tensor:
-    """FD of CLIP-KD (Yang et al. 2024): mean((s_v − t_v)²) + mean((s_t − t_t)²), means over all B·D entries.
+def feature_distillation(student: Tensor, teacher: Tensor, *, pairs: int) -> Tensor:
+    """One half of FD of CLIP-KD (Yang et al. 2024): mean((s − t)²), the mean over all B·D entries; a scalar.
+
+    FD is the sum of this for pictures and for texts.
 
     Args:
-        student_image, student_text, teacher_image, teacher_text: embeddings, (B, D), L2-normalised.
+        student, teacher: embeddings of all B pairs or of a block of them, (b, D), L2-normalised.
+        pairs: B.
     """
-    return F.mse_loss(student_image, teacher_image) + F.mse_loss(student_text, teacher_text)
+    return (student - teacher).square().sum() / (pairs * student.shape[1])

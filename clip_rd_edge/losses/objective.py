@@ -9,6 +9,9 @@
     text_to_text     t_t·s_t       VRD
 
 CLIP is the task alone; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to that.
+
+The whole batch at once keeps the six matrices for the backward pass. In blocks of pairs, each block's rows and columns
+are computed apart and forgotten: twice the products, and memory that grows with B and not with B².
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.contrastive import interactive_contrastive, symmetric_contrastive
 from clip_rd_edge.losses.feature import feature_distillation
+from clip_rd_edge.losses.logits import Logits, whole
 from clip_rd_edge.losses.relational import affinity_mimicking, cross_relation_divergence, relation_divergence
 from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind, Scales
 
@@ -93,14 +97,22 @@ class Objective(nn.Module):
         """Whether any term looks at the teacher."""
         return any(name != "task" for name in self.weights.active())
 
-    def forward(self, batch: EmbeddingBatch, student_scale: Tensor, teacher_scale: float | Tensor) -> LossTerms:
-        """The loss of a global batch.
+    def forward(
+        self,
+        batch: EmbeddingBatch,
+        student_scale: Tensor,
+        teacher_scale: float | Tensor,
+        *,
+        block: slice | None = None,
+    ) -> LossTerms:
+        """The loss of a global batch, or what a block of its pairs adds to it.
 
         Args:
             student_scale: γ_s, the student's logit scale as a multiplier, a scalar.
             teacher_scale: γ_t, the teacher's.
+            block: pairs `start` to `stop`; the losses of blocks that cut the batch add up to the loss of the whole.
         """
-        products = _Products(batch, self.scales, student_scale, teacher_scale)
+        products = _Products(batch, self.scales, student_scale, teacher_scale, block)
         terms = {name: _TERMS[name](products) for name in self.weights.active()}
         weighted = [weight * terms[name] for name, weight in self.weights.active().items()]
         return LossTerms(total=torch.stack(weighted).sum(), terms=terms)
@@ -110,47 +122,66 @@ class _Products:
     """The scaled products, each computed when first asked for, in float32 at least."""
 
     def __init__(
-        self, batch: EmbeddingBatch, scales: Scales, student_scale: Tensor, teacher_scale: float | Tensor
+        self,
+        batch: EmbeddingBatch,
+        scales: Scales,
+        student_scale: Tensor,
+        teacher_scale: float | Tensor,
+        block: slice | None,
     ) -> None:
         self.s_v, self.s_t = _at_least_float32(batch.student_image), _at_least_float32(batch.student_text)
         if batch.teacher_image is not None and batch.teacher_text is not None:
             self.t_v, self.t_t = _at_least_float32(batch.teacher_image), _at_least_float32(batch.teacher_text)
         self._scales, self._student_scale, self._teacher_scale = scales, student_scale, teacher_scale
-        self._computed: dict[str, Tensor] = {}
+        self._block = block
+        self._computed: dict[str, Logits] = {}
 
-    def student(self) -> Tensor:
-        return self._once("student", lambda: self._student_scale * (self.s_v @ self.s_t.T))
+    def features(self) -> Tensor:
+        part = self._block or slice(None)
+        image = feature_distillation(self.s_v[part], self.t_v[part], pairs=len(self.s_v))
+        return image + feature_distillation(self.s_t[part], self.t_t[part], pairs=len(self.s_v))
 
-    def teacher(self) -> Tensor:
-        return self._once("teacher", lambda: self._teacher_scale * (self.t_v @ self.t_t.T))
+    def student(self) -> Logits:
+        return self._once("student", lambda: (self._student_scale, self.s_v, self.s_t))
 
-    def image_to_text(self) -> Tensor:
-        return self._once("image_to_text", lambda: self._scale("cross") * (self.t_v @ self.s_t.T))
+    def teacher(self) -> Logits:
+        return self._once("teacher", lambda: (self._teacher_scale, self.t_v, self.t_t))
 
-    def text_to_image(self) -> Tensor:
-        return self._once("text_to_image", lambda: self._scale("cross") * (self.t_t @ self.s_v.T))
+    def image_to_text(self) -> Logits:
+        return self._once("image_to_text", lambda: (self._scale("cross"), self.t_v, self.s_t))
 
-    def image_to_image(self) -> Tensor:
-        return self._once("image_to_image", lambda: self._scale("image") * (self.t_v @ self.s_v.T))
+    def text_to_image(self) -> Logits:
+        return self._once("text_to_image", lambda: (self._scale("cross"), self.t_t, self.s_v))
 
-    def text_to_text(self) -> Tensor:
-        return self._once("text_to_text", lambda: self._scale("text") * (self.t_t @ self.s_t.T))
+    def image_to_image(self) -> Logits:
+        return self._once("image_to_image", lambda: (self._scale("image"), self.t_v, self.s_v))
+
+    def text_to_text(self) -> Logits:
+        return self._once("text_to_text", lambda: (self._scale("text"), self.t_t, self.s_t))
 
     def _scale(self, name: str) -> Tensor:
         return self._scales.multiplier(self._scales.get_parameter(name))
 
-    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _once(self, name: str, factors: Callable[[], tuple[float | Tensor, Tensor, Tensor]]) -> Logits:
         if name not in self._computed:
             # Autocast would take the products in half precision, where neighbouring logits become equal.
             with torch.autocast(self.s_v.device.type, enabled=False):
-                self._computed[name] = compute()
+                self._computed[name] = self._product(*factors())
         return self._computed[name]
+
+    def _product(self, scale: float | Tensor, one: Tensor, other: Tensor) -> Logits:
+        # The scale goes to a factor of (B, D) and not to the product of (B, B), which would be written once more.
+        one = scale * one
+        if self._block is None:
+            return whole(one @ other.T)
+        part = self._block
+        return Logits(one[part] @ other.T, other[part] @ one.T, part.start)
 
 
 _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "task": lambda p: symmetric_contrastive(p.student()),
-    "fd": lambda p: feature_distillation(p.s_v, p.s_t, p.t_v, p.t_t),
-    "icl": lambda p: interactive_contrastive(p.text_to_image().T, p.image_to_text().T),
+    "fd": lambda p: p.features(),
+    "icl": lambda p: interactive_contrastive(p.text_to_image().transposed, p.image_to_text().transposed),
     "hrd": lambda p: relation_divergence(p.teacher(), p.student()),
     "affinity": lambda p: affinity_mimicking(p.teacher(), p.student()),
     "vrd_kl": lambda p: relation_divergence(p.text_to_text(), p.image_to_image()),

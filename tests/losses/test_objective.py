@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.losses.logits import whole
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
 from clip_rd_edge.losses.relational import affinity_mimicking, relation_divergence
 from clip_rd_edge.losses.scales import Scales
@@ -61,12 +63,13 @@ def test_an_objective_without_terms_is_refused() -> None:
 def test_affinity_mimicking_is_hrd_and_the_teachers_entropy() -> None:
     target, logits = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     entropy = sum(-(p := t.softmax(1)).mul(p.log()).sum(1).mean() for t in (target, target.T)) / 2
-    torch.testing.assert_close(affinity_mimicking(target, logits), relation_divergence(target, logits) + entropy)
+    hrd = relation_divergence(whole(target), whole(logits))
+    torch.testing.assert_close(affinity_mimicking(whole(target), whole(logits)), hrd + entropy)
 
 
 def test_no_gradient_reaches_a_target() -> None:
     target, logits = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
-    relation_divergence(target, logits).backward()
+    relation_divergence(whole(target), whole(logits)).backward()
     assert target.grad is None
     assert logits.grad is not None
 
@@ -87,3 +90,27 @@ def test_scales_start_at_the_published_multiplier() -> None:
     for kind in ("bounded", "raw"):
         scales = Scales(kind)
         assert scales.multiplier(scales.image).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
+
+
+EVERY = Weights(task=1, fd=2000, icl=1, hrd=1, affinity=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
+
+
+@pytest.mark.parametrize("cuts", [(0, 6), (0, 1, 6), (0, 2, 4, 6)])
+def test_blocks_add_up_to_the_whole_with_the_same_gradients(cuts: tuple[int, ...]) -> None:
+    objective = Objective(EVERY).double()
+    parameters = [torch.tensor(10.0, dtype=torch.float64, requires_grad=True), *objective.parameters()]
+    rows = batch(dtype=torch.float64)
+    leaves = [rows.student_image.requires_grad_(), rows.student_text.requires_grad_(), *parameters]
+
+    expected = objective(rows, parameters[0], 20.0)
+    wanted = torch.autograd.grad(expected.total, leaves)
+    blocks = [
+        objective(rows, parameters[0], 20.0, block=slice(start, stop))
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    for name, value in expected.terms.items():
+        torch.testing.assert_close(sum(block.terms[name] for block in blocks), value)
+    for block in blocks:
+        block.backward()
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
