@@ -29,14 +29,11 @@ def remarks(results: Results) -> list[str]:
     """What a careful reader should know before quoting a number."""
     suite, latency = results.suite, results.rows[0].latency
     notes = [
+        *_guesses(results),
         f"Latency: one picture or text at a time, on {suite.threads} thread{'s' if suite.threads > 1 else ''}, all "
         f"models timed in turn in one process, {latency.rounds} rounds. End to end is from a picture's file to its "
-        f"embedding."
+        f"embedding.",
     ]
-    for row in results.rows:
-        for score in row.scores:
-            if isinstance(score, ZeroShotScore) and not better_than_a_guess(score):
-                notes.insert(0, f"On {score.task}, {row.label} is not clearly better than a guess.")
     runtimes: dict[str, list[str]] = {}
     for row in results.rows:
         runtimes.setdefault(row.description.runtime, []).append(row.label)
@@ -61,3 +58,12 @@ def samples_note(results: Results) -> str:
         f"{heading(results.samples[0].task)}, drawn by lot: {right} that {last} gets right and {wrong} that it gets "
         f"wrong, so these are not its accuracy. Each answer stands with its probability."
     )
+
+
+def _guesses(results: Results) -> list[str]:
+    guessing: dict[str, list[str]] = {}
+    for row in results.rows:
+        for score in row.scores:
+            if isinstance(score, ZeroShotScore) and not better_than_a_guess(score):
+                guessing.setdefault(score.task, []).append(row.label)
+    return [f"Not clearly better than a guess on {task}: {', '.join(rows)}." for task, rows in guessing.items()]
