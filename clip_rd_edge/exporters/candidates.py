@@ -12,15 +12,15 @@ import onnx
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.exporters.dynamic import quantize_dynamically
 from clip_rd_edge.exporters.measure import Inputs, embed
-from clip_rd_edge.exporters.sensitivity import group_errors, layers_within
+from clip_rd_edge.exporters.sensitivity import GroupError, group_errors, layers_within
 from clip_rd_edge.exporters.static import StaticQuantizer, layers_of
 from clip_rd_edge.runtime.ort import open_session
 
 SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0
-# Shares of the allowed error that the layers left in INT8 may sum to: predictions are not exact, and less error may
-# cost no time.
-_SHARES = (0.5, 0.1)
+# Shares of the allowed error that the layers left in INT8 may sum to: the prediction is a little high, and less error
+# may cost no time.
+_SHARES = (0.9, 0.4, 0.1)
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,34 @@ def candidates(
     # One convolution is the patch embedding of a ViT, and one product the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples)
-        yield from _static(quantizer, model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
+        yield from _static(quantizer)
+        progress(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
+        errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
+        yield from _partly_static(quantizer, errors, allowed_error)
         if len(products) > 1:
-            yield Candidate("static convolutions, dynamic products", partial(_mixed, quantizer, convolutions))
+            robust = layers_within(errors, _SHARES[0] * allowed_error)
+            yield from _mixed(quantizer, [layer for layer in robust if layer in convolutions])
     if len(products) > 1:
         yield from _dynamic(model, table=table)
 
 
-def _static(
-    quantizer: StaticQuantizer,
-    model: Path,
-    samples: Inputs,
-    *,
-    allowed_error: float,
-    threads: int,
-    progress: Callable[[str], None],
+def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
+    yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", quantizer.layers))
+    yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", quantizer.layers))
+
+
+def _errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:
+    def embed_with(layers: Sequence[str]) -> Embeddings:
+        return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), samples)
+
+    reference = embed(open_session(str(model), threads=threads), samples)
+    return group_errors(quantizer.layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
+
+
+def _partly_static(
+    quantizer: StaticQuantizer, errors: Sequence[GroupError], allowed_error: float
 ) -> Iterator[Candidate]:
     every = quantizer.layers
-    yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", every))
-    yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", every))
-    few = samples[:SENSITIVITY_SAMPLES]
-
-    def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), few)
-
-    progress(f"measuring what INT8 costs in each of {len(every)} layers")
-    reference = embed(open_session(str(model), threads=threads), few)
-    errors = group_errors(every, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
     seen = {every, ()}
     for share in _SHARES:
         layers = layers_within(errors, share * allowed_error)
@@ -92,9 +93,13 @@ def _static(
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
 
 
-def _mixed(quantizer: StaticQuantizer, convolutions: Sequence[str]) -> bytes:
-    static = quantizer.quantize("percentile", convolutions)
-    return quantize_dynamically(static, products=True, table=False, per_channel=False)
+def _mixed(quantizer: StaticQuantizer, convolutions: Sequence[str]) -> Iterator[Candidate]:
+    def make() -> bytes:
+        static = quantizer.quantize("percentile", convolutions)
+        return quantize_dynamically(static, products=True, table=False, per_channel=False)
+
+    if convolutions:
+        yield Candidate(f"static in {len(convolutions)} convolutions, dynamic in products", make)
 
 
 def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:

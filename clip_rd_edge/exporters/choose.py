@@ -11,8 +11,13 @@ import numpy as np
 from clip_rd_edge.exporters.parity import Agreement
 from clip_rd_edge.runtime.timing import Milliseconds
 
-# Candidates that are this close to the fastest count as equally fast: medians wander by some percent from run to run.
+# Candidates that are this close to the fastest count as equally fast: latencies wander by some percent from run to run.
 _NEARLY = 1.1
+# A candidate is worth its loss of accuracy if it takes this share of float32's latency, or of its size, or less.
+_WORTH_LATENCY, _WORTH_SIZE = 0.95, 0.67
+# Latencies are compared by their lowest tenth: on a busy machine what runs longer than a time slice is interrupted
+# almost always, and its median tells of the other programs.
+_PERCENTILE = 10
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,7 +25,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         tower: `image` or `text`.
-        latency_ratio: of the candidate's median latency to float32's; below 1 is faster.
+        latency_ratio: of the candidate's latency (10th percentile) to float32's; below 1 is faster.
         centred_cosine: of its embeddings with float32's on the held-out samples.
         size_ratio: of its file's size to float32's.
         verdict: `shipped`, or why not.
@@ -63,34 +68,43 @@ def choose(tower: str, fp32: Measured, tried: Sequence[Measured], *, min_agreeme
         fp32, tried: timed in turn, in one run.
         min_agreement: least centred cosine with float32.
     """
-    ratios = {c.name: float(np.median(c.times) / np.median(fp32.times)) for c in tried}
-    good = [c for c in tried if c.of.centred_cosine >= min_agreement and ratios[c.name] < 1]
+    ratios = {c.name: _latency(c) / _latency(fp32) for c in tried}
+    sizes = {c.name: c.size_bytes / fp32.size_bytes for c in tried}
+    verdicts = {c.name: _objections(c, ratios[c.name], sizes[c.name], min_agreement) for c in tried}
+    good = [c for c in tried if not verdicts[c.name]]
     best = None
     if good:
         fastest = min(ratios[c.name] for c in good)
         near = [c for c in good if ratios[c.name] <= _NEARLY * fastest]
-        best = min(near, key=lambda c: (round(c.size_bytes / fp32.size_bytes, 1), -c.of.centred_cosine))
+        best = min(near, key=lambda c: (round(sizes[c.name], 1), -c.of.centred_cosine))
     trials = tuple(
         Trial(
             tower=tower,
             name=c.name,
             latency_ratio=ratios[c.name],
             centred_cosine=c.of.centred_cosine,
-            size_ratio=c.size_bytes / fp32.size_bytes,
-            verdict="shipped" if c is best else _verdict(c, ratios[c.name], min_agreement),
+            size_ratio=sizes[c.name],
+            verdict="shipped" if c is best else verdicts[c.name] or "another is better",
         )
         for c in tried
     )
     return Choice(best.name if best else None, "" if best else _why_float(trials, min_agreement), trials)
 
 
-def _verdict(candidate: Measured, ratio: float, min_agreement: float) -> str:
+def _latency(of: Measured) -> float:
+    return float(np.percentile(of.times, _PERCENTILE))
+
+
+def _objections(candidate: Measured, latency_ratio: float, size_ratio: float, min_agreement: float) -> str:
+    """Why a candidate is not to be shipped, or an empty string."""
     reasons = []
-    if ratio >= 1:
+    if latency_ratio >= 1:
         reasons.append("not faster than float32")
+    elif latency_ratio > _WORTH_LATENCY and size_ratio > _WORTH_SIZE:
+        reasons.append("hardly faster or smaller than float32")
     if candidate.of.centred_cosine < min_agreement:
         reasons.append(f"below {min_agreement}")
-    return " and ".join(reasons) or "another is better"
+    return " and ".join(reasons)
 
 
 def _why_float(trials: Sequence[Trial], min_agreement: float) -> str:
@@ -100,7 +114,7 @@ def _why_float(trials: Sequence[Trial], min_agreement: float) -> str:
     faster = [t for t in trials if t.latency_ratio < 1]
     nearest = max(faster, key=lambda t: t.centred_cosine) if faster else min(trials, key=lambda t: t.latency_ratio)
     return (
-        f"float32: none of {len(trials)} INT8 versions was faster with a centred cosine of {min_agreement} or more; "
-        f"the nearest ({nearest.name}) took {nearest.latency_ratio:.2f} times as long "
+        f"float32: none of {len(trials)} INT8 versions was faster with a centred cosine of {min_agreement} or more, "
+        f"by enough to be worth it; the nearest ({nearest.name}) took {nearest.latency_ratio:.2f} times as long "
         f"at {nearest.centred_cosine:.4f}."
     )

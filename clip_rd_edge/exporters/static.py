@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 
-from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.exporters.measure import Inputs
 from clip_rd_edge.exporters.quiet import silently
+from clip_rd_edge.exporters.ranges import Ranges, measure_ranges
 
 RangeMethod = Literal["min-max", "percentile"]
-PERCENTILE = 99.99  # what a few outliers do to a range costs all others their resolution
 _LAYERS = ("Conv", "Gemm", "MatMul")
-_BATCH_SIZE = 16
-# Percentiles need histograms of all activations, which take seconds where minima and maxima take milliseconds.
-_PERCENTILE_SAMPLES = 32
+# Done on INT8 where all that they work on comes from INT8: SiLU and its kind, residual sums, pooling. In float, each
+# would need its inputs converted and its output converted back.
+_FOLLOWERS = ("Add", "Mul", "Sigmoid", "HardSigmoid", "ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
 
 
 class StaticQuantizer:
-    """Quantises any of a tower's layers: U8 activations, S8 weights by channel, all else left in float.
+    """Quantises any of a tower's layers, and what follows them entry by entry: U8 activations, S8 weights by channel.
 
     U8 with S8 is what ONNX Runtime's kernels for CPUs are fastest with. Products of two activations, as in attention,
-    stay in float, and so do Softmax and what is done entry by entry.
+    stay in float, and so do Softmax, normalisation and all that works on what they give.
 
     Args:
         model: path of a float32 model that `quant_pre_process` has optimised.
@@ -34,69 +33,70 @@ class StaticQuantizer:
     """
 
     def __init__(self, model: Path, samples: Inputs) -> None:
-        self._path = model
         self._model = onnx.load(model)
         self._samples = samples
-        self._ranges: dict[RangeMethod, Any] = {}
         self.layers: tuple[str, ...] = tuple(node.name for node in layers_of(self._model))
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
         """The model with `layers`, a subset of `self.layers`, in INT8, as a file's content."""
-        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization import CalibrationMethod, QuantType
+        from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+        ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
         with silently():
-            ranges = self._measured(method)
             quantizer = QDQQuantizer(
                 copy.deepcopy(self._model),
                 per_channel=True,
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,
-                tensors_range=ranges,
-                nodes_to_quantize=list(layers),
+                tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+                nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
-                op_types_to_quantize=list(_LAYERS),
+                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS],
                 extra_options={},
             )
             quantizer.quantize_model()
         content: bytes = quantizer.model.model.SerializeToString()
         return content
 
-    def _measured(self, method: RangeMethod) -> Any:
-        if method not in self._ranges:
-            self._ranges[method] = self._measure(method)
-        return self._ranges[method]
-
-    def _measure(self, method: RangeMethod) -> Any:
-        from onnxruntime.quantization import CalibrationMethod
-        from onnxruntime.quantization.calibrate import create_calibrator
-
-        exact = method == "min-max"
-        samples = self._samples if exact else self._samples[:_PERCENTILE_SAMPLES]
-        with tempfile.TemporaryDirectory() as folder:
-            calibrator = create_calibrator(
-                self._path,
-                list(_LAYERS),
-                augmented_model_path=str(Path(folder) / "augmented.onnx"),
-                calibrate_method=CalibrationMethod.MinMax if exact else CalibrationMethod.Percentile,
-                extra_options={} if exact else {"percentile": PERCENTILE},
-            )
-            for batch in in_batches(
-                len(samples), _BATCH_SIZE
-            ):  # one at a time: it keeps all that it has not yet counted
-                calibrator.collect_data(_Reader(self._model.graph.input[0].name, samples[batch]))
-            return calibrator.compute_data()
+    @cached_property
+    def _ranges(self) -> Ranges:
+        constants = {tensor.name for tensor in self._model.graph.initializer}
+        names = {
+            name: None
+            for node in self._model.graph.node
+            if node.op_type in (*_LAYERS, *_FOLLOWERS)
+            for name in (*node.input[:2], *node.output)  # the third input is a bias or a setting
+            if name and name not in constants
+        }
+        floats = _float_tensors(self._model)
+        return measure_ranges(self._model, [name for name in names if name in floats], self._samples)
 
 
-class _Reader:
-    """One batch, as ONNX Runtime's CalibrationDataReader gives it."""
+def _float_tensors(model: onnx.ModelProto) -> set[str]:
+    graph = model.graph
+    return {
+        tensor.name
+        for tensor in (*graph.input, *graph.output, *graph.value_info)
+        if tensor.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
 
-    def __init__(self, name: str, batch: Inputs) -> None:
-        self._feeds = [{name: batch}]
 
-    def get_next(self) -> dict[str, Inputs] | None:
-        return self._feeds.pop() if self._feeds else None
+def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
+    """Names of the nodes of _FOLLOWERS that work on nothing but what quantised nodes give."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    quantized, followers, given = set(layers), [], set[str]()
+    for node in model.graph.node:  # ONNX keeps them in the order of computation
+        works_on = [name for name in node.input if name and name not in constants]
+        if node.op_type in _FOLLOWERS and works_on and given.issuperset(works_on):
+            followers.append(node.name)
+            given.update(node.output)
+        # Relu and Clip become part of the layer before them.
+        elif node.name in quantized or (node.op_type in ("Relu", "Clip") and given.issuperset(works_on)):
+            given.update(node.output)
+    return followers
 
 
 def layers_of(model: onnx.ModelProto, kinds: Sequence[str] = _LAYERS) -> list[onnx.NodeProto]:
