@@ -100,11 +100,14 @@ def zero_shot_task(split: Split) -> ZeroShotTask:
 
 
 def retrieval_task(split: Split) -> RetrievalTask:
-    """Find a test picture by its name, and a name by its picture."""
+    """Find an OpenMoji picture of a test split by its name, and a name by its picture; one style, as names are once."""
     images, targets, labels = _test_pictures(split)
-    captions = tuple(labels[target] for target in targets)
+    shown = [i for i, path in enumerate(images) if path.parent.name == "openmoji"]
     return RetrievalTask(
-        name=f"emoji, {split}, retrieval", images=images, captions=captions, caption_images=tuple(range(len(images)))
+        name=f"emoji, {split}, retrieval",
+        images=tuple(images[i] for i in shown),
+        captions=tuple(labels[targets[i]] for i in shown),
+        caption_images=tuple(range(len(shown))),
     )
 
 

@@ -97,11 +97,11 @@ def _existing_picture(name: str | None, folder: Path, place: str) -> Path:
     raise InputError(f"{place}: there is no picture {name!r}, neither here nor in {folder}.")
 
 
-def require_batch(pairs: Pairs, batch_size: int) -> None:
-    """Refuse a batch that the pairs cannot fill, or one without negatives.
+def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
+    """Refuse a batch that the pairs cannot fill, one without negatives, or one that processes cannot share.
 
     Raises:
-        UsageError: fewer than two pairs a step, or more than there are.
+        UsageError: fewer than two pairs a step, more than there are, or not the same number for each process.
     """
     if batch_size < 2:
         raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs a step.")
@@ -110,3 +110,5 @@ def require_batch(pairs: Pairs, batch_size: int) -> None:
             f"The batch size is {batch_size}, but {pairs.name} has only {len(pairs)} pairs.",
             hint=f"--batch-size {len(pairs)} or less",
         )
+    if batch_size % processes:
+        raise UsageError(f"The batch size is {batch_size}, which {processes} processes cannot share evenly.")

@@ -65,6 +65,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         teacher: what `models.load.load_clip` takes; None where the objective needs no teacher.
         student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
         freeze_text: train nothing of the text tower but its last projection.
+        accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
+        loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
+        global_logits: with several processes, each looks at all pairs and not at its own alone.
     """
 
     recipe_name: str
@@ -80,6 +83,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     context_length: int = 77
     embedding_size: int = 512
     freeze_text: bool = False
+    accumulate: int = 1
+    loss_block: int = 0
+    global_logits: bool = False
     seed: int = 0
     workers: int = -1
     log_every: int = 10

@@ -60,11 +60,19 @@ class ViewDataset(Dataset[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]
 
 
 class StepSampler(Sampler[list[View]]):
-    """The views of each step from `start` on; epochs are shuffled by (seed, epoch), and a remainder is left out."""
+    """The views of each step from `start` on; epochs are shuffled by (seed, epoch), and a remainder is left out.
 
-    def __init__(self, count: int, batch_size: int, *, seed: int, start: int, stop: int) -> None:
+    Args:
+        batch_size: of all processes together; each gets its part of the same global batch.
+        rank, processes: which part this is, of how many.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1
+    ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.start, self.stop = start, stop
+        self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[View]]:
         per_epoch = self.count // self.batch_size
@@ -74,7 +82,8 @@ class StepSampler(Sampler[list[View]]):
             if epoch != of_epoch:
                 order, of_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.count), epoch
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            yield [(epoch, int(index)) for index in chosen]
+            own = len(chosen) // self.processes
+            yield [(epoch, int(index)) for index in chosen[self.rank * own : (self.rank + 1) * own]]
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Encoder
@@ -29,14 +30,15 @@ from clip_rd_edge.distill.config import RunConfig, first_difference
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distill.plots import plot_run
 from clip_rd_edge.distill.precision import AUTOCAST, choose_precision
+from clip_rd_edge.distill.processes import Processes, join_processes
 from clip_rd_edge.distill.state import seed_everything
-from clip_rd_edge.distill.step import TrainingStep
+from clip_rd_edge.distill.step import StepSettings, TrainingStep
 from clip_rd_edge.distill.teacher import Teacher
 from clip_rd_edge.distill.train import Progress, set_training_mode, total_steps, train
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.checkpoint import save_clip
-from clip_rd_edge.models.clip import ClipModel, default_device, to_device
+from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -65,22 +67,49 @@ def run_distillation(
         InputError, ConfigError: data, teacher or student do not fit.
         InterruptedRunError: a signal asked to stop; the state was saved.
     """
+    with join_processes() as processes:
+        return _run(
+            config,
+            run,
+            processes,
+            resume=resume,
+            on_progress=on_progress,
+            say=say if processes.first else _silent,
+            evaluate=evaluate,
+        )
+
+
+def _silent(_: str) -> None:
+    """Processes but the first say nothing."""
+
+
+def _run(
+    config: RunConfig,
+    run: Path,
+    processes: Processes,
+    *,
+    resume: bool,
+    on_progress: Callable[[Progress], None],
+    say: Callable[[str], None],
+    evaluate: Callable[[Encoder], dict[str, float]] | None,
+) -> Path:
     config, fresh = _agree_with_folder(config, run, resume=resume)
+    processes.wait()  # before the first writes: the others would find the folder in use
     if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
         say(f"{run} is finished already")
         return run / STUDENT_FOLDER
     pairs = load_pairs(config.data, image_key=config.image_key, caption_key=config.caption_key)
-    require_batch(pairs, config.recipe.batch_size)
-    device = default_device()
+    require_batch(pairs, config.recipe.batch_size, processes=processes.count)
     objective = Objective(config.recipe.objective, scales=config.recipe.scales, scale_start=config.recipe.scale_start)
     teacher = _load_teacher(config, objective)
     student = _make_student(config, run, teacher)
     if fresh or config.recipe.precision == "auto":
         say(f"{len(pairs):,} pairs, {total_steps(config, pairs):,} steps of {config.recipe.batch_size}")
-        config = _with_measured_precision(config, student, teacher, objective, pairs, say)
-        write_text(run / CONFIG_FILE, to_yaml(config))
+        config = _with_measured_precision(config, student, teacher, objective, pairs, processes, say)
+        if processes.first:
+            write_text(run / CONFIG_FILE, to_yaml(config))
     autocast = AUTOCAST[config.recipe.precision]
-    frozen = Teacher(teacher, device, autocast=autocast) if teacher else None
+    frozen = Teacher(teacher, processes.device, autocast=autocast) if teacher else None
     train(
         config,
         run,
@@ -88,10 +117,12 @@ def run_distillation(
         teacher=frozen,
         objective=objective,
         pairs=pairs,
-        device=device,
+        processes=processes,
         on_progress=on_progress,
         evaluate=evaluate,
     )
+    if not processes.first:
+        return run / STUDENT_FOLDER
     student.model.to("cpu")
     plot_run(run, run / REPORT_FOLDER, _similarities(student, teacher, pairs))
     save_clip(run / STUDENT_FOLDER, student, provenance=_provenance(config, run, pairs, teacher))
@@ -161,15 +192,20 @@ def _with_measured_precision(
     teacher: ClipModel | None,
     objective: Objective,
     pairs: Pairs,
+    processes: Processes,
     say: Callable[[str], None],
 ) -> RunConfig:
     """The configuration with `auto` replaced by what is faster on this machine."""
-
-    device = default_device()
-    to_device(student.model, device)
+    alone = Processes(device=processes.device)
+    to_device(student.model, alone.device)
     set_training_mode(student, config)
-    frozen = Teacher(teacher, device, autocast=None) if teacher else None
-    step = TrainingStep(student, frozen, objective.to(device), device, autocast=None)
+
+    def step_in(autocast: torch.dtype | None) -> TrainingStep:
+        # A teacher of its own, so that the captions it remembers do not stay.
+        frozen = Teacher(teacher, alone.device, autocast=autocast) if teacher else None
+        settings = StepSettings(autocast=autocast, chunks=config.accumulate, block=config.loss_block)
+        return TrainingStep(student, frozen, objective.to(alone.device), alone, settings)
+
     dataset = ViewDataset(
         pairs,
         student.preprocessing,
@@ -177,9 +213,11 @@ def _with_measured_precision(
         crop_scale=config.recipe.crop_scale,
         seed=config.seed,
     )
-    sampler = StepSampler(len(pairs), config.recipe.batch_size, seed=config.seed, start=0, stop=1)
-    batch = next(iter(step_loader(dataset, sampler, workers=0)))
-    chosen, reason = choose_precision(config.recipe.precision, step, batch)
+    own = config.recipe.batch_size // processes.count
+    batch = next(iter(step_loader(dataset, StepSampler(len(pairs), own, seed=config.seed, start=0, stop=1), workers=0)))
+    chosen, reason = choose_precision(config.recipe.precision, step_in, batch)
+    if processes.any(chosen == "fp32"):  # they have to agree
+        chosen = "fp32"
     say(f"precision: {reason}")
     recipe = msgspec.structs.replace(config.recipe, precision=chosen)
     return msgspec.structs.replace(config, recipe=recipe)

@@ -24,14 +24,14 @@ def save_state(
     """Write `checkpoints/step-N`, whole or not at all, and remove all but the newest KEPT.
 
     Args:
-        step: steps done. Schedule and data position follow from it; they have no state of their own.
+        step: steps done. Schedule, data position and what is drawn at random follow from it and the seed; they have
+            no state of their own.
     """
     state = {
         "step": step,
         "model": model.state_dict(),
         "objective": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": {"torch": torch.get_rng_state(), "cuda": _cuda_rng()},
     }
     folder = run / "checkpoints" / f"step-{step}"
     with new_folder(folder) as temporary:
@@ -64,9 +64,6 @@ def load_state(run: Path, *, model: nn.Module, objective: Objective, optimizer: 
         model.load_state_dict(state["model"])
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if state["rng"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         return int(state["step"])
     if problems:
         raise ConfigError(f"No checkpoint in {run / 'checkpoints'} can be read ({problems[0]}).", hint="begin anew")
@@ -78,7 +75,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _cuda_rng() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

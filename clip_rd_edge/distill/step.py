@@ -1,13 +1,22 @@
-"""One training step, from a batch to gradients."""
+"""One training step, from a batch to gradients: the same on one process or many, at once or in chunks.
+
+Embeddings come first: those of the whole batch are computed, gathered from all processes, and the loss and its
+gradient at the embeddings are taken of the global batch. Only then does the gradient go back through the towers, a
+chunk at a time where memory asks for it (GradCache, Gao et al. 2021), with each chunk's embeddings computed again. So
+the loss always is that of the global batch, and what remains for the processes is to add up their weights' gradients.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.distill.loader import Batch
+from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.teacher import Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -15,18 +24,36 @@ from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed: the terms, and the embeddings it compared, for the geometry figures."""
+    """What a step computed: the terms of the global batch, without graph, and the embeddings that were compared."""
 
     loss: LossTerms
     embeddings: EmbeddingBatch
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed; none of it changes the result beyond rounding.
+
+    Attributes:
+        autocast: what the towers run in; None for float32. The objective is float32 always.
+        chunks: parts that a process's batch goes through the towers in. Batch norms see a chunk at a time.
+        block: pairs that the objective looks at together; 0 for all of a process's own.
+        global_logits: every process looks at all pairs, and not at its own alone.
+        seed: of what a step draws, such as dropout, together with step, process and chunk.
+    """
+
+    autocast: torch.dtype | None = None
+    chunks: int = 1
+    block: int = 0
+    global_logits: bool = False
+    seed: int = 0
+
+
 class TrainingStep:
-    """Embeds a batch with student and teacher and computes the loss; the caller propagates it back.
+    """Computes a batch's loss and leaves its gradients in the student's and the objective's parameters.
 
     Args:
         teacher: None where the objective needs none.
-        autocast: what the towers run in; None for float32. The objective is float32 always.
     """
 
     def __init__(
@@ -34,34 +61,105 @@ class TrainingStep:
         student: ClipModel,
         teacher: Teacher | None,
         objective: Objective,
-        device: torch.device,
-        *,
-        autocast: torch.dtype | None,
+        processes: Processes,
+        settings: StepSettings,
     ) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
+        self.processes, self.settings = processes, settings
         self._image_tower, self._text_tower = ImageTower(student.model), TextTower(student.model)
-        self._device, self._autocast = device, autocast
 
-    def __call__(self, batch: Batch) -> StepResult:
-        embeddings = self._embed(batch)
-        student_scale = self.student.model.get_parameter("logit_scale").exp()
-        loss = self.objective(embeddings, student_scale, self.teacher.logit_scale if self.teacher else 0.0)
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """One step.
+
+        Args:
+            batch: this process's part of the global batch.
+            step: counted from 0.
+        """
+        model, processes = self.student.model, self.processes
+        processes.share_first(model.buffers())
+        chunks = list(self._chunks(batch))
+        if len(chunks) == 1:
+            image, text = self._embed(chunks[0], step, 0)
+        else:
+            image, text = self._embed_without_graph(chunks, step)
+        embeddings = self._gather(batch, image, text)
+        loss = self._backward_to_embeddings(embeddings)
+        leaves = (embeddings.student_image, embeddings.student_text)
+        processes.add_up([leaf.grad for leaf in leaves])
+        gradients = [processes.own(_gradient(leaf)) for leaf in leaves]
+        if len(chunks) == 1:
+            _backward((image, text), gradients)
+        else:
+            sizes = [len(chunk.captions) for chunk in chunks]
+            parts = zip(*(torch.split(gradient, sizes) for gradient in gradients), strict=True)
+            for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
+                _backward(self._embed(chunk, step, number), list(part))
+        processes.add_up([parameter.grad for parameter in (*model.parameters(), *self.objective.parameters())])
         return StepResult(loss, embeddings)
 
-    def with_autocast(self, autocast: torch.dtype | None) -> TrainingStep:
-        """The same step in another precision."""
-        teacher = self.teacher.with_autocast(autocast) if self.teacher else None
-        return TrainingStep(self.student, teacher, self.objective, self._device, autocast=autocast)
+    def _chunks(self, batch: Batch) -> Iterator[Batch]:
+        size = -(-len(batch.captions) // self.settings.chunks)
+        for start in range(0, len(batch.captions), size):
+            part = slice(start, start + size)
+            yield Batch(batch.student_pixels[part], None, batch.captions[part])
 
-    def _embed(self, batch: Batch) -> EmbeddingBatch:
-        ids = self.student.tokenizer(batch.captions).to(self._device)
-        pixels = batch.student_pixels.to(self._device, memory_format=torch.channels_last, non_blocking=True)
-        with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            image, text = self._image_tower(pixels), self._text_tower(ids)
+    def _embed(self, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
+        device, autocast = self.processes.device, self.settings.autocast
+        # What is drawn is a function of where the run stands: a second pass, or a resumed run, draws the same.
+        place = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        ids = self.student.tokenizer(batch.captions).to(device)
+        pixels = batch.student_pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            return self._image_tower(pixels), self._text_tower(ids)
+
+    @torch.no_grad()
+    def _embed_without_graph(self, chunks: list[Batch], step: int) -> tuple[Tensor, Tensor]:
+        # The pass with a graph comes second: what batch norms take down in the first would count twice.
+        before = [buffer.clone() for buffer in self.student.model.buffers()]
+        images, texts = zip(*(self._embed(chunk, step, i) for i, chunk in enumerate(chunks)), strict=True)
+        for buffer, old in zip(self.student.model.buffers(), before, strict=True):
+            buffer.copy_(old)
+        return torch.cat(images), torch.cat(texts)
+
+    def _gather(self, batch: Batch, image: Tensor, text: Tensor) -> EmbeddingBatch:
+        gather = self.processes.gather
+        student = [gather(rows.detach().float()).requires_grad_() for rows in (image, text)]
         if self.teacher is None or batch.teacher_pixels is None:
-            return EmbeddingBatch(image, text)
-        teacher_image = self.teacher.embed_images(batch.teacher_pixels)
-        return EmbeddingBatch(image, text, teacher_image, self.teacher.embed_captions(batch.captions))
+            return EmbeddingBatch(*student)
+        teacher = [self.teacher.embed_images(batch.teacher_pixels), self.teacher.embed_captions(batch.captions)]
+        return EmbeddingBatch(*student, *(gather(rows.float()) for rows in teacher))
+
+    def _backward_to_embeddings(self, embeddings: EmbeddingBatch) -> LossTerms:
+        """Gradients of this process's share of the loss at the global embeddings; returns the global loss."""
+        processes, settings = self.processes, self.settings
+        pairs = len(embeddings.student_image)
+        own = pairs // processes.count
+        start, stop = (0, pairs) if settings.global_logits else (processes.rank * own, (processes.rank + 1) * own)
+        size = settings.block or stop - start
+        share = 1 / processes.count if settings.global_logits else 1.0
+        total, terms = torch.zeros((), device=processes.device), dict[str, Tensor]()
+        for first in range(start, stop, size):
+            block = None if size == pairs else slice(first, min(first + size, stop))
+            scale = self.student.model.get_parameter("logit_scale").exp()
+            teacher_scale = self.teacher.logit_scale if self.teacher else 0.0
+            loss = self.objective(embeddings, scale, teacher_scale, block=block)
+            torch.autograd.backward([share * loss.total])
+            total += share * loss.total.detach()
+            for name, term in loss.terms.items():
+                terms[name] = terms.get(name, 0.0) + share * term.detach()
+        processes.add_up([total, *terms.values()])
+        return LossTerms(total, terms)
+
+
+def _backward(outputs: tuple[Tensor, Tensor], gradients: list[Tensor]) -> None:
+    """Send gradients back through those of the outputs that have a graph; a tower may be frozen."""
+    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 @torch.no_grad()

@@ -30,10 +30,6 @@ class Teacher:
         self._device, self._autocast = device, autocast
         self._captions: dict[str, Tensor] = {}
 
-    def with_autocast(self, autocast: torch.dtype | None) -> Teacher:
-        """The same teacher in another precision, remembering nothing."""
-        return Teacher(self.clip, self._device, autocast=autocast)
-
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, D), L2-normalised."""

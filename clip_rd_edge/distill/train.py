@@ -17,9 +17,10 @@ from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distill.metrics import MetricsLog, geometry
 from clip_rd_edge.distill.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from clip_rd_edge.distill.precision import AUTOCAST
+from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.signals import stop_on_signals
 from clip_rd_edge.distill.state import load_state, save_state, saved_states, seed_everything
-from clip_rd_edge.distill.step import TrainingStep, clamp_scales
+from clip_rd_edge.distill.step import StepSettings, TrainingStep, clamp_scales
 from clip_rd_edge.distill.teacher import Teacher
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError
 from clip_rd_edge.losses.objective import Objective
@@ -55,7 +56,7 @@ def train(
     teacher: Teacher | None,
     objective: Objective,
     pairs: Pairs,
-    device: torch.device,
+    processes: Processes,
     on_progress: Callable[[Progress], None],
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> None:
@@ -71,12 +72,12 @@ def train(
     """
     recipe, steps = config.recipe, total_steps(config, pairs)
     seed_everything(config.seed)
-    model = to_device(student.model, device)
-    objective = objective.to(device)
+    model = to_device(student.model, processes.device)
+    objective = objective.to(processes.device)
     optimizer = build_optimizer(model, objective, recipe)
     start = load_state(run, model=model, objective=objective, optimizer=optimizer)
-    step_of = TrainingStep(student, teacher, objective, device, autocast=AUTOCAST[recipe.precision])
-    log = MetricsLog(run, start=start)
+    step_of = TrainingStep(student, teacher, objective, processes, step_settings(config))
+    log = MetricsLog(run, start=start) if processes.first else None
     dataset = ViewDataset(
         pairs,
         student.preprocessing,
@@ -84,24 +85,33 @@ def train(
         crop_scale=recipe.crop_scale,
         seed=config.seed,
     )
-    sampler = StepSampler(len(pairs), recipe.batch_size, seed=config.seed, start=start, stop=steps)
+    sampler = StepSampler(
+        len(pairs),
+        recipe.batch_size,
+        seed=config.seed,
+        start=start,
+        stop=steps,
+        rank=processes.rank,
+        processes=processes.count,
+    )
     skipped = 0
     began = waiting_since = time.perf_counter()
     waited = 0.0
 
-    def save(step: int) -> Path:
-        return save_state(run, step, model=model, objective=objective, optimizer=optimizer)
+    def save(step: int) -> None:
+        if processes.first:
+            save_state(run, step, model=model, objective=objective, optimizer=optimizer)
+        processes.wait()
 
     set_training_mode(student, config)
     with stop_on_signals() as stop:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), start=start):
             waited += time.perf_counter() - waiting_since
             set_learning_rate(optimizer, learning_rate_at(step, steps, recipe))
-            result = step_of(batch)
+            result = step_of(batch, step)
             loss = result.loss.total.item()
             if math.isfinite(loss):
                 skipped = 0
-                result.loss.backward()
                 if recipe.clip_gradient_norm:
                     trained = [p for group in optimizer.param_groups for p in group["params"]]
                     torch.nn.utils.clip_grad_norm_(trained, recipe.clip_gradient_norm)
@@ -113,11 +123,16 @@ def train(
             optimizer.zero_grad(set_to_none=True)
 
             done, evaluation = step + 1, {}
-            if config.evaluate_every and evaluate and (done % config.evaluate_every == 0 or done == steps):
+            if (
+                processes.first
+                and config.evaluate_every
+                and evaluate
+                and (done % config.evaluate_every == 0 or done == steps)
+            ):
                 evaluation = evaluate(TorchEncoder(student))
             elapsed = time.perf_counter() - began
             rate = (done - start) * recipe.batch_size / elapsed
-            if done % config.log_every == 0 or done == steps or evaluation or skipped:
+            if log and (done % config.log_every == 0 or done == steps or evaluation or skipped):
                 log.write(
                     {
                         "step": done,
@@ -132,14 +147,26 @@ def train(
                     }
                 )
             on_progress(Progress(done, steps, loss, rate, waited / elapsed, evaluation))
-            if done == steps or done % config.checkpoint_every == 0 or stop:
-                where = save(done)
-                if stop and done < steps:
+            stopping = processes.any(bool(stop))
+            if done == steps or done % config.checkpoint_every == 0 or stopping:
+                save(done)
+                if stopping and done < steps:
                     raise InterruptedRunError(
-                        f"Stopped by {stop.signal_name} after step {done} of {steps}; saved in {where}.",
+                        f"Stopped by {stop.signal_name or 'a signal'} after step {done} of {steps}; saved in {run}.",
                         hint="the same command with --resume goes on from there",
                     )
             waiting_since = time.perf_counter()
+
+
+def step_settings(config: RunConfig) -> StepSettings:
+    """How a run computes its steps; its precision is no longer `auto`."""
+    return StepSettings(
+        autocast=AUTOCAST[config.recipe.precision],
+        chunks=config.accumulate,
+        block=config.loss_block,
+        global_logits=config.global_logits,
+        seed=config.seed,
+    )
 
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:

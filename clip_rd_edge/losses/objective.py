@@ -61,10 +61,6 @@ class LossTerms:
     total: Tensor
     terms: dict[str, Tensor]
 
-    def backward(self) -> None:
-        """Add the total's gradients to the leaves'."""
-        self.total.backward()  # type: ignore[no-untyped-call]
-
 
 @dataclass(frozen=True)
 class EmbeddingBatch:

@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     import clip_rd_edge.losses.objective as objective
 
-    monkeypatch.setitem(objective._TERMS, "xrd", lambda products: products.student().sum() * float("nan"))
+    monkeypatch.setitem(objective._TERMS, "xrd", lambda products: products.student().rows.sum() * float("nan"))
     with pytest.raises(ClipRdEdgeError, match="not finite for 5 steps in a row"):
         go(config, tmp_path / "run")
     assert read_metrics(tmp_path / "run")[0]["loss"] is None

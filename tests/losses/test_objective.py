@@ -111,6 +111,6 @@ def test_blocks_add_up_to_the_whole_with_the_same_gradients(cuts: tuple[int, ...
     for name, value in expected.terms.items():
         torch.testing.assert_close(sum(block.terms[name] for block in blocks), value)
     for block in blocks:
-        block.backward()
+        block.total.backward()
     for leaf, gradient in zip(leaves, wanted, strict=True):
         torch.testing.assert_close(leaf.grad, gradient)

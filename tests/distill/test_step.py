@@ -1,0 +1,53 @@
+"""One result however it is run: processes, chunks and blocks against one process at once, in float32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("gradients.py")
+
+
+def compute(output: Path, *, processes: int = 1, chunks: int = 1, block: int = 0, global_logits: bool = False) -> Any:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    arguments = [str(output), str(chunks), str(block), str(int(global_logits))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return compute(tmp_path_factory.mktemp("one") / "result.pt")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"processes": 2},
+        {"processes": 2, "global_logits": True},
+        {"processes": 2, "chunks": 2, "block": 3},
+        {"chunks": 4},
+        {"block": 3},
+    ],
+    ids=["two processes, local logits", "two processes, global logits", "all at once", "four chunks", "blocks"],
+)
+def test_loss_and_gradients_are_those_of_the_global_batch(expected: Any, how: dict[str, Any], tmp_path: Path) -> None:
+    got = compute(tmp_path / "result.pt", **how)
+    torch.testing.assert_close(got["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+    for name, term in expected["terms"].items():
+        torch.testing.assert_close(got["terms"][name], term, rtol=1e-5, atol=1e-5)
+    assert got["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        scale = max(1.0, gradient.abs().max().item())
+        difference = (got["gradients"][name] - gradient).abs().max().item()
+        assert difference <= 1e-5 * scale, name
