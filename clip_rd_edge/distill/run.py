@@ -32,9 +32,9 @@ from clip_rd_edge.distill.plots import plot_run
 from clip_rd_edge.distill.precision import AUTOCAST, choose_precision
 from clip_rd_edge.distill.processes import Processes, join_processes
 from clip_rd_edge.distill.state import seed_everything
-from clip_rd_edge.distill.step import StepSettings, TrainingStep
+from clip_rd_edge.distill.step import TrainingStep
 from clip_rd_edge.distill.teacher import Teacher
-from clip_rd_edge.distill.train import Progress, set_training_mode, total_steps, train
+from clip_rd_edge.distill.train import Progress, set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.checkpoint import save_clip
@@ -203,7 +203,7 @@ def _with_measured_precision(
     def step_in(autocast: torch.dtype | None) -> TrainingStep:
         # A teacher of its own, so that the captions it remembers do not stay.
         frozen = Teacher(teacher, alone.device, autocast=autocast) if teacher else None
-        settings = StepSettings(autocast=autocast, chunks=config.accumulate, block=config.loss_block)
+        settings = step_settings(config, autocast)
         return TrainingStep(student, frozen, objective.to(alone.device), alone, settings)
 
     dataset = ViewDataset(

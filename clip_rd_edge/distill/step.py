@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.distill.captions import FrozenTextTower
 from clip_rd_edge.distill.loader import Batch
 from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.teacher import Teacher
@@ -39,6 +40,7 @@ class StepSettings:
         chunks: parts that a process's batch goes through the towers in. Batch norms see a chunk at a time.
         block: pairs that the objective looks at together; 0 for all of a process's own.
         global_logits: every process looks at all pairs, and not at its own alone.
+        freeze_text: the student's text tower learns its projection alone.
         seed: of what a step draws, such as dropout, together with step, process and chunk.
     """
 
@@ -46,6 +48,7 @@ class StepSettings:
     chunks: int = 1
     block: int = 0
     global_logits: bool = False
+    freeze_text: bool = False
     seed: int = 0
 
 
@@ -67,6 +70,9 @@ class TrainingStep:
         self.student, self.teacher, self.objective = student, teacher, objective
         self.processes, self.settings = processes, settings
         self._image_tower, self._text_tower = ImageTower(student.model), TextTower(student.model)
+        self._frozen_text: FrozenTextTower | None = None
+        if settings.freeze_text:
+            self._frozen_text = FrozenTextTower(student, processes.device, autocast=settings.autocast)
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """One step.
@@ -108,10 +114,12 @@ class TrainingStep:
         # What is drawn is a function of where the run stands: a second pass, or a resumed run, draws the same.
         place = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
-        ids = self.student.tokenizer(batch.captions).to(device)
         pixels = batch.student_pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            return self._image_tower(pixels), self._text_tower(ids)
+            image = self._image_tower(pixels)
+            if self._frozen_text is not None:
+                return image, self._frozen_text(batch.captions)
+            return image, self._text_tower(self.student.tokenizer(batch.captions).to(device))
 
     @torch.no_grad()
     def _embed_without_graph(self, chunks: list[Batch], step: int) -> tuple[Tensor, Tensor]:

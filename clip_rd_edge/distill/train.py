@@ -12,6 +12,7 @@ import torch
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distill.captions import freeze_all_but_projection
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distill.metrics import MetricsLog, geometry
@@ -76,7 +77,7 @@ def train(
     objective = objective.to(processes.device)
     optimizer = build_optimizer(model, objective, recipe)
     start = load_state(run, model=model, objective=objective, optimizer=optimizer)
-    step_of = TrainingStep(student, teacher, objective, processes, step_settings(config))
+    step_of = TrainingStep(student, teacher, objective, processes, step_settings(config, AUTOCAST[recipe.precision]))
     log = MetricsLog(run, start=start) if processes.first else None
     dataset = ViewDataset(
         pairs,
@@ -158,37 +159,23 @@ def train(
             waiting_since = time.perf_counter()
 
 
-def step_settings(config: RunConfig) -> StepSettings:
-    """How a run computes its steps; its precision is no longer `auto`."""
+def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettings:
+    """How a run computes its steps, in the precision `autocast`."""
     return StepSettings(
-        autocast=AUTOCAST[config.recipe.precision],
+        autocast=autocast,
         chunks=config.accumulate,
         block=config.loss_block,
         global_logits=config.global_logits,
+        freeze_text=config.freeze_text,
         seed=config.seed,
     )
 
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
-    """Training mode; with `freeze_text`, the text tower learns nothing but its projection, and drops nothing out."""
+    """Training mode; with `freeze_text`, the text tower learns nothing but its projection."""
     student.model.train()
-    if not config.freeze_text:
-        return
-    text = student.model.get_submodule("text")
-    projection = {id(parameter) for parameter in _projection(text)}
-    for parameter in text.parameters():
-        parameter.requires_grad_(id(parameter) in projection)
-    text.eval()
-
-
-def _projection(text: torch.nn.Module) -> list[torch.nn.Parameter]:
-    for name in ("proj", "text_projection"):  # open_clip's Hugging Face tower, and its own
-        projection = getattr(text, name, None)
-        if isinstance(projection, torch.nn.Parameter):
-            return [projection]
-        if isinstance(projection, torch.nn.Module):
-            return list(projection.parameters())
-    return []
+    if config.freeze_text:
+        freeze_all_but_projection(student.model.get_submodule("text"))
 
 
 def _refuse_divergence(run: Path, step: int, skipped: int) -> None:
