@@ -9,14 +9,17 @@ from clip_rd_edge.contract.bundle import TOKENIZER
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
 
-# What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+# What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front. Its pattern ignores case, by
+# which U+0345, a mark whose upper case is a letter, is neither letter nor other, and is dropped.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 _END_OF_WORD = "</w>"
 _STEPS_FROM = 1_000_000  # ids that no vocabulary uses
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
     """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return what the file does not say.
+
+    Ids are the same for every text, but for letters that one library's Unicode tables know and the other's do not yet.
 
     Raises:
         ClipRdEdgeError: another kind of tokenizer, or one with a way of padding that `TokenizerSpec` cannot tell.

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.cli._calibration import calibration_pairs
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.student import build_student, student_config
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a tiny random student, which says that it was trained with pairs that are gone."""
+    folder = tmp_path_factory.mktemp("run")
+    config = student_config("resnet10t", embedding_size=16, image_size=32, text="tiny", context_length=8)
+    clip = build_student(config, name="tiny")
+    save_clip(folder / "student", clip, provenance={"data": "gone.csv", "configuration": {"image_key": "file"}})
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A CSV of 36 noise pictures with captions, under other column names than the default."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(36):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+        rows.append((path, f"noise number {i}"))
+    table = tmp_path / "pairs.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+    return table
+
+
+def test_int8_from_a_run_with_labels(run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\n\n dog \n")
+    bundle = tmp_path / "bundle"
+    code, out, err = command_line(
+        "export", run_folder, "--precision", "int8", "--calibration", pairs, "--labels", labels, "-o", bundle, "--json"
+    )
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["bundle"] == str(bundle)
+    assert {trial["tower"] for trial in made["trials"]} == {"image", "text"}
+    assert "tried, each beside float32" in err
+    assert "static, percentile" in err
+    manifest = read_manifest(bundle)
+    assert manifest.precision == made["precision"]
+    assert manifest.provenance["model"] == str(run_folder)
+    assert manifest.provenance["calibration"] == str(pairs)
+    assert "labels.npz" in manifest.files
+    code, out, err = command_line("verify", bundle)
+    assert code == 0, err
+    # The bundle is in use now, and is no model to export.
+    code, _, err = command_line("export", run_folder, "-o", bundle)
+    assert (code, "--force" in err) == (2, True)
+    code, _, err = command_line("export", bundle, "-o", tmp_path / "again")
+    assert (code, "is a bundle already" in err) == (2, True)
+
+
+def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
+    run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    empty, few = tmp_path / "empty.txt", tmp_path / "few.csv"
+    empty.write_text("\n")
+    few.write_text("\n".join(pairs.read_text().splitlines()[:11]))
+    new = tmp_path / "new"
+    wrong: list[tuple[tuple[str | Path, ...], str]] = [
+        ((run_folder,), "Missing option '-o'"),
+        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'int8'"),
+        ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
+        ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),
+        ((tmp_path / "none", "-o", new), "There is no model"),
+        (("ViT-B-32", "-o", new, "--precision", "int8"), "does not say what it was trained with"),
+        ((run_folder, "-o", new, "--precision", "int8"), "cannot be loaded: There is no data file gone.csv"),
+        ((run_folder, "-o", new, "--precision", "int8", "--calibration", few), "has 10 pairs; at least 32 are needed"),
+    ]
+    for arguments, expected in wrong:
+        code, out, err = command_line("export", *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert expected in err, arguments
+        assert not new.exists()
+
+
+def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Path, pairs: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "open_clip_config.json").write_text("{}")
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(pairs.read_text().replace("filepath,title", "file,text"))
+    record = {"data": str(renamed), "configuration": {"image_key": "file", "caption_key": "text"}, "seed": 1}
+    (student / "distillation.json").write_text(json.dumps(record))
+    assert calibration_pairs(None, str(tmp_path)).captions[3] == ("noise number 3",)
+    assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)
+    (student / "distillation.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"distillation\.json names no data"):
+        calibration_pairs(None, str(tmp_path))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.calibration import CalibrationSet, Samples
+from clip_rd_edge.exporters.choose import Trial
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+
+def test_a_float32_bundle_does_what_torch_does_from_picture_and_text(student: ClipModel, fp32_bundle: Path) -> None:
+    encoder, torch_encoder = load(fp32_bundle), TorchEncoder(student)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(noise), Image.new("RGB", (20, 30), (200, 30, 30))]
+    texts = ["a cat", "it's 2 dogs &amp; a house", "猫 👩‍🚀"]
+    np.testing.assert_allclose(encoder.encode_images(pictures), torch_encoder.encode_images(pictures), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_texts(texts), torch_encoder.encode_texts(texts), atol=1e-5)
+
+
+def test_the_manifest_tells_what_was_exported_and_measured(student: ClipModel, fp32_bundle: Path) -> None:
+    manifest = read_manifest(fp32_bundle)
+    assert manifest.name == "resnet10t"
+    assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp32"
+    assert manifest.embedding_size == 32
+    assert manifest.logit_scale == pytest.approx(student.logit_scale)
+    assert manifest.preprocessing == student.preprocessing
+    assert manifest.provenance == {"model": "tiny"}
+    assert set(manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json", "labels.npz"}
+    for tower in (manifest.image, manifest.text):
+        assert tower.measured is not None
+        assert tower.measured.latency_ms_p95 >= tower.measured.latency_ms_p50 > 0
+        assert tower.measured.max_difference <= 1e-4
+    assert all(check.passed for check in verify_bundle(fp32_bundle))
+
+
+def test_the_label_bank_holds_what_the_text_tower_says(fp32_bundle: Path) -> None:
+    encoder = load(fp32_bundle)
+    assert encoder.label_bank is not None
+    assert encoder.label_bank.names == ("cat", "dog")
+    np.testing.assert_allclose(encoder.label_bank.embeddings, encoder.encode_texts(["cat", "dog"]), atol=1e-6)
+
+
+def test_an_int8_bundle_is_smaller_runs_and_tells_what_was_tried(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    trials: list[Trial] = []
+    manifest = export_bundle(
+        student,
+        tmp_path / "int8",
+        precision="int8",
+        calibration=calibration,
+        labels=["cat"],
+        provenance={"model": "tiny"},
+        source=fp32_bundle,
+        on_trials=trials.extend,
+    )
+    assert {trial.tower for trial in trials} == {"image", "text"}
+    assert manifest == read_manifest(tmp_path / "int8")
+    assert manifest.provenance == {"model": "tiny", "calibration": "noise"}
+    for tower in (manifest.image, manifest.text):  # which is chosen depends on the machine; that it is said does not
+        assert tower.measured is not None
+        if tower.precision == "fp32":
+            assert "none of" in tower.note
+        else:
+            assert tower.precision.startswith("int8 ")
+            assert tower.note == ""
+            assert tower.measured.centred_cosine >= 0.99
+            assert (tmp_path / "int8" / tower.file).stat().st_size < (fp32_bundle / tower.file).stat().st_size
+    assert all(check.passed for check in verify_bundle(tmp_path / "int8"))
+
+
+def test_an_interrupted_export_leaves_nothing(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: ClipModel, folder: Path) -> Path:
+        (folder / "image.onnx").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_rd_edge.exporters.fp32.export_image_tower", interrupt)
+    old = tmp_path / "out" / "bundle"
+    shutil.copytree(fp32_bundle, old)
+    for output in (tmp_path / "out" / "new", old):
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(student, output, precision="fp32", provenance={}, overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
+    assert all(check.passed for check in verify_bundle(old))  # what stood there stands there still
+
+
+def test_what_cannot_be_exported_as_asked_is_refused(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        export_bundle(student, fp32_bundle, precision="fp32", provenance={})
+    with pytest.raises(UsageError, match="INT8 needs a calibration set"):
+        export_bundle(student, tmp_path / "a", precision="int8", provenance={})
+    other = Samples(calibration.judge.pixels[:, :, :16, :16], calibration.judge.ids)
+    with pytest.raises(UsageError, match=r"pictures of \(16, 16\) .* takes \(32, 32\) and 16"):
+        export_bundle(
+            student,
+            tmp_path / "a",
+            precision="int8",
+            calibration=CalibrationSet("small", other, other),
+            provenance={},
+            source=fp32_bundle,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_is_made_of_an_intact_float32_bundle_alone(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(fp32_bundle, source)
+    (source / "text.onnx").write_bytes(b"other")
+    with pytest.raises(UsageError, match=r"damaged: text\.onnx"):
+        export_bundle(student, tmp_path / "a", precision="int8", calibration=calibration, provenance={}, source=source)
+    manifest = msgspec.structs.replace(read_manifest(source), precision="int8")
+    (source / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    with pytest.raises(UsageError, match="is in int8"):
+        export_bundle(student, tmp_path / "a", precision="int8", calibration=calibration, provenance={}, source=source)
+
+
+def test_a_tokenizer_that_reads_otherwise_is_refused(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tower in ("image", "text"):
+        monkeypatch.setattr(f"clip_rd_edge.exporters.fp32.export_{tower}_tower", lambda *_: None)
+    monkeypatch.setattr("clip_rd_edge.contract.tokenizer.clean_text", lambda text, _: text)
+    with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t reads"):
+        export_bundle(student, tmp_path / "a", precision="fp32", provenance={})

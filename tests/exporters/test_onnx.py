@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporters.fp32 import write_fp32
+from clip_rd_edge.exporters.measure import embed
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.exporters.parity import agreement
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.runtime.ort import open_session
+
+
+@pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
+def test_an_image_tower_does_what_torch_does(trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]]) -> None:
+    clip, path = image_tower(trunk)
+    session = open_session(str(path))
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    expected = TorchEncoder(clip).encode_pixels(pixels)
+    for batch_size in (1, 3, 8):
+        found = agreement(expected, embed(session, pixels, batch_size=batch_size))
+        assert found.max_difference <= 1e-4
+        assert found.cosine >= 0.99999
+
+
+def test_the_text_tower_does_what_torch_does(student: ClipModel, fp32_bundle: Path) -> None:
+    session = open_session(str(fp32_bundle / "text.onnx"))
+    ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()
+    found = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert found.max_difference <= 1e-4
+
+
+def test_a_hugging_face_text_tower_does_what_torch_does(student: ClipModel, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
+    text_cfg = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
+    model = open_clip.CustomTextCLIP(
+        embed_dim=32, vision_cfg=student.model_cfg["vision_cfg"], text_cfg={**text_cfg, "hf_proj_type": "mlp"}
+    )
+    ids = np.asarray([[2, 7, 8, 3, 0, 0], [2, 9, 3, 0, 0, 0], [2, 5, 5, 5, 5, 3]])  # 0 is padding
+    clip = replace(student, model=model, tokenizer=lambda texts: torch.from_numpy(ids[: len(texts)]))
+    session = open_session(str(export_text_tower(clip, tmp_path)))
+    found = agreement(TorchEncoder(clip).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert found.max_difference <= 1e-4
+
+
+def test_names_types_opset_and_weights_are_as_the_contract_says(fp32_bundle: Path) -> None:
+    for name, given, taken in (("image", "pixel_values", "image_embedding"), ("text", "input_ids", "text_embedding")):
+        model = onnx.load(fp32_bundle / f"{name}.onnx", load_external_data=False)
+        assert [i.name for i in model.graph.input] == [given]
+        assert [o.name for o in model.graph.output] == [taken]
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch is free
+        assert model.opset_import[0].version >= 17
+        assert not any(tensor.external_data for tensor in model.graph.initializer)
+
+
+def test_exporting_says_nothing_and_leaves_every_mode_as_it_was(
+    make_student: Callable[..., ClipModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clip = make_student()
+    clip.model.train()
+    frozen = clip.model.get_submodule("text.transformer.resblocks.0")
+    frozen.eval()
+    modes = [part.training for part in clip.model.modules()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    export_text_tower(clip, tmp_path)
+    assert [part.training for part in clip.model.modules()] == modes
+    assert not frozen.training
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path
+    assert capfd.readouterr() == ("", "")
+
+
+class _Unsupported(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x).real  # ONNX has no eigenvalues
+
+
+def test_an_unsupported_operator_is_one_sentence(make_student: Callable[..., ClipModel], tmp_path: Path) -> None:
+    clip = make_student()
+    visual = clip.model.get_submodule("visual")
+    visual.add_module("head", nn.Sequential(nn.Linear(32, 16), nn.Unflatten(1, (4, 4)), _Unsupported()))
+    with pytest.raises(ClipRdEdgeError, match=r"^The image tower of resnet10t cannot be exported") as raised:
+        export_image_tower(clip, tmp_path)
+    assert "\n" not in str(raised.value)
+    assert raised.value.hint
+
+
+def test_a_tower_that_differs_from_torch_is_refused(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tower in ("image", "text"):
+        name = f"{tower}.onnx"
+        monkeypatch.setattr(
+            f"clip_rd_edge.exporters.fp32.export_{tower}_tower",
+            lambda _, folder, name=name: shutil.copy(fp32_bundle / name, folder / name),
+        )
+    honest = TorchEncoder.encode_pixels
+    monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: honest(self, x)[::-1].copy())
+    with pytest.raises(ClipRdEdgeError, match=r"image\.onnx does not do what the model does at batch 1"):
+        write_fp32(student, tmp_path, provenance={}, threads=1, progress=lambda _: None)

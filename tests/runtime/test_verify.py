@@ -1,0 +1,175 @@
+"""A bundle whose towers are a few nodes, made without torch, and what verify says when it is hurt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from clip_rd_edge.contract.bundle import LabelBank, Manifest, Tower, write_labels, write_manifest
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.runtime.verify import Check, verify_bundle
+
+SIZE = 3  # of embeddings, and ids a text
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], given: onnx.ValueInfoProto, taken: str) -> None:
+    output = helper.make_tensor_value_info(taken, TensorProto.FLOAT, ["N", SIZE])
+    model = helper.make_model(
+        helper.make_graph(nodes, "tower", [given], [output]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    )
+    onnx.save(model, path)
+
+
+def _save_image(path: Path, last: str = "LpNormalization") -> None:
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["pixel_values"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node(last, ["flat"], ["image_embedding"]),
+    ]
+    given = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["N", 3, 8, 8])
+    _save(path, nodes, given, "image_embedding")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    _save_image(folder / "image.onnx")
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("LpNormalization", ["floats"], ["text_embedding"]),
+    ]
+    given = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["N", SIZE])
+    _save(folder / "text.onnx", nodes, given, "text_embedding")
+    tokenizer = Tokenizer(models.WordLevel({"?": 1, "a": 2, "photo": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_labels(folder, LabelBank(("a", "b"), np.eye(2, SIZE, dtype=np.float32)))
+    _write_manifest(folder)
+    return folder
+
+
+def _write_manifest(folder: Path) -> None:
+    manifest = Manifest(
+        format_version=1,
+        name="few nodes",
+        precision="fp32",
+        target="onnxruntime",
+        embedding_size=SIZE,
+        logit_scale=100.0,
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        tokenizer=TokenizerSpec(context_length=SIZE),
+        image=Tower(file="image.onnx", input_name="pixel_values", output_name="image_embedding", precision="fp32"),
+        text=Tower(file="text.onnx", input_name="input_ids", output_name="text_embedding", precision="fp32"),
+    )
+    write_manifest(folder, manifest)
+
+
+def _failed(checks: list[Check]) -> dict[str, str]:
+    return {check.what: check.detail for check in checks if not check.passed}
+
+
+def _flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_intact_bundle_passes(bundle: Path) -> None:
+    checks = verify_bundle(bundle)
+    assert [check.what for check in checks] == [
+        *("image.onnx", "labels.npz", "text.onnx", "tokenizer.json"),
+        *("image tower", "text tower", "label bank"),
+    ]
+    assert not _failed(checks)
+
+
+@pytest.mark.parametrize(
+    ("file", "tower"),
+    [
+        ("image.onnx", "image tower"),
+        ("text.onnx", "text tower"),
+        ("tokenizer.json", "text tower"),
+        ("labels.npz", "label bank"),
+    ],
+)
+def test_a_flipped_byte_is_found_and_what_needs_the_file_is_not_run(bundle: Path, file: str, tower: str) -> None:
+    _flip_a_byte(bundle / file)
+    failed = _failed(verify_bundle(bundle))
+    assert set(failed) == {file, tower}
+    assert "SHA-256 differs" in failed[file]
+    assert failed[tower] == f"not run, because of {file}"
+
+
+def test_every_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "image.onnx").unlink()
+    (bundle / "tokenizer.json").unlink()
+    failed = _failed(verify_bundle(bundle))
+    assert failed["image.onnx"] == failed["tokenizer.json"] == "missing"
+    assert set(failed) == {"image.onnx", "tokenizer.json", "image tower", "text tower"}
+
+
+def test_a_newer_or_damaged_manifest_is_said(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "format_version": 99, "new_thing": 1}))
+    with pytest.raises(ConfigError, match="format version 99"):
+        verify_bundle(bundle)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        verify_bundle(bundle)
+
+
+def test_a_folder_that_is_no_bundle_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
+        verify_bundle(tmp_path)
+
+
+def test_an_embedding_that_is_not_normalised_is_found(bundle: Path) -> None:
+    _save_image(bundle / "image.onnx", last="Exp")
+    _write_manifest(bundle)
+    failed = _failed(verify_bundle(bundle))
+    assert set(failed) == {"image tower"}
+    assert "norm is off 1 by" in failed["image tower"]
+
+
+def test_a_model_that_cannot_run_is_found(bundle: Path) -> None:
+    (bundle / "text.onnx").write_bytes(b"no model")
+    _write_manifest(bundle)
+    failed = _failed(verify_bundle(bundle))
+    assert set(failed) == {"text tower"}
+    assert "cannot run" in failed["text tower"]
+
+
+def test_the_command_exits_0_where_all_is_well(bundle: Path, command_line: CommandLine) -> None:
+    code, out, err = command_line("verify", bundle, "--json")
+    assert (code, err) == (0, "")
+    assert all(check["passed"] for check in json.loads(out))
+    code, out, _ = command_line("verify", bundle)
+    assert code == 0
+    assert out.count(" ok ") == 7
+
+
+def test_the_command_exits_1_and_names_what_is_damaged(bundle: Path, command_line: CommandLine) -> None:
+    _flip_a_byte(bundle / "text.onnx")
+    code, out, err = command_line("verify", bundle)
+    assert code == 1
+    assert "text.onnx" in out
+    assert "failed 2 of 7 checks: text.onnx, text tower." in err
+    assert "hint:" in err
+
+
+def test_the_command_exits_2_for_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:
+    code, out, err = command_line("verify", tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert "is not a bundle: it does not exist." in err
