@@ -18,7 +18,7 @@ def open_encoder(spec: str, *, pretrained: str | None = None, threads: int | Non
     """
     path = Path(spec.removeprefix("local-dir:"))
     if is_bundle(path):
-        from clip_rd_edge.runtime.load import load
+        from clip_rd_edge.runtime.loading import load
 
         return load(path, threads=threads)
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
-    from clip_rd_edge.runtime.load import load
+    from clip_rd_edge.runtime.loading import load
 
 __all__ = ["Prediction", "ZeroShotClassifier", "load"]
 
@@ -18,7 +18,7 @@ __all__ = ["Prediction", "ZeroShotClassifier", "load"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that importing a leaf of this package does not import onnxruntime.
     if name == "load":
-        from clip_rd_edge.runtime.load import load
+        from clip_rd_edge.runtime.loading import load
 
         return load
     if name in __all__:
