@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -20,7 +19,7 @@ from clip_rd_edge.benchmarking.scores import (
     top_k,
 )
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.preprocess import Picture, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.zero_shot import label_embeddings, probabilities
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
@@ -107,15 +106,15 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None 
     )
 
 
-def _embed_pictures(encoder: Encoder, paths: tuple[Path, ...], task: str, advance: Advance | None) -> Embeddings:
-    if not paths:
+def _embed_pictures(encoder: Encoder, pictures: tuple[Picture, ...], task: str, advance: Advance | None) -> Embeddings:
+    if not pictures:
         raise InputError(f"The task {task!r} has no pictures.")
     parts = []
-    for batch in in_batches(len(paths), BATCH_SIZE):
-        images = [open_image(path) for path in paths[batch]]
-        parts.append(_finite(encoder.encode_images(images), encoder, f"the pictures from {paths[batch.start]} on"))
+    for batch in in_batches(len(pictures), BATCH_SIZE):
+        images = [open_image(picture) for picture in pictures[batch]]
+        parts.append(_finite(encoder.encode_images(images), encoder, f"the pictures from {pictures[batch.start]} on"))
         if advance is not None:
-            advance(batch.stop, len(paths))
+            advance(batch.stop, len(pictures))
     return np.concatenate(parts)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import TowerEncoder
-from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.preprocess import Picture, open_image, preprocess
 from clip_rd_edge.runtime.timing import Milliseconds, time_in_turn
 
 TEXT = "a photo of a cat"
@@ -42,7 +41,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure_latencies(
     encoders: Mapping[str, TowerEncoder],
-    picture: Path,
+    picture: Picture,
     *,
     threads: int | None = None,
     rounds: int = 50,
@@ -84,7 +83,7 @@ def measure_latencies(
     }
 
 
-def _end_to_end(encoder: TowerEncoder, picture: Path) -> object:
+def _end_to_end(encoder: TowerEncoder, picture: Picture) -> object:
     return encoder.encode_images([open_image(picture)])
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.preprocess import Picture, open_image
 from clip_rd_edge.contract.task import ZeroShotTask
 
 EACH = 6  # right ones, and as many wrong ones
@@ -54,8 +53,8 @@ def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: i
     )
 
 
-def _thumbnail(path: Path) -> bytes:
-    image = open_image(path)
+def _thumbnail(picture: Picture) -> bytes:
+    image = open_image(picture)
     image.thumbnail((EDGE, EDGE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -13,9 +13,23 @@ if TYPE_CHECKING:
 
 
 @click.command("distill", short_help="Train a compact student from a teacher and your pairs.")
-@click.option("--data", required=True, help="CSV or TSV of pictures and captions (columns filepath,title), or: emoji")
+@click.option(
+    "--data",
+    required=True,
+    help="CSV or TSV of pictures and captions (columns filepath,title), WebDataset shards "
+    "(a/{000..012}.tar::b.tar), or: emoji",
+)
 @click.option("--csv-img-key", "image_key", default="filepath", show_default=True, help="Column with the pictures.")
 @click.option("--csv-caption-key", "caption_key", default="title", show_default=True, help="Column with the captions.")
+@click.option(
+    "--train-data-upsampling-factors", "weights", metavar="W::W",
+    help="How often an epoch shows each source of shards, such as 1::2.",
+)  # fmt: skip
+@click.option("--json-caption-key", "json_key", help="Captions from this key of the shards' .json, not from .txt.")
+@click.option(
+    "--max-bad", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
+    help="Share of the samples that may be damaged; they are passed over and counted.",
+)  # fmt: skip
 @click.option("--teacher", help="NAME (with --teacher-pretrained), local-dir:PATH or hf-hub:ORG/REPO, as in open_clip.")
 @click.option("--teacher-pretrained", help="open_clip's tag, or a checkpoint file, for a teacher given by NAME.")
 @click.option(
@@ -62,6 +76,8 @@ def command(run: Path, resume: bool, **options: Any) -> None:
 
         def show(progress: Progress) -> None:
             note = f"loss {progress.loss:.3f}, {progress.samples_per_second:.0f} pairs/s"
+            if progress.bad:
+                note += f", {progress.bad:,} bad samples"
             bar.update(
                 task, completed=progress.step, total=progress.steps,
                 note=f"{note}, {progress.data_wait:.0%} waiting for data",

@@ -11,6 +11,8 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from clip_rd_edge.contract.preprocess import Picture
+
 
 @click.command("quickstart", short_help="The whole way on the embedded data, in minutes, on a CPU.")
 @click.option("--student", default="resnet10t", show_default=True, help="resnet10t, mobilevit_xxs, … or any timm name.")
@@ -84,7 +86,7 @@ def _classify_one(folder: Path) -> None:
         click.echo(f"  {probability:6.1%}  {label}")
 
 
-def _sample_picture() -> Path:
+def _sample_picture() -> Picture:
     from clip_rd_edge.data.emoji import zero_shot_task
 
     # The first of the split in a hashed order is as good as any, and not chosen for its answer.

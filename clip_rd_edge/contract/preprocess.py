@@ -6,13 +6,14 @@ bit, done with Pillow and numpy alone, so that no copy of it can drift.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import InputError
 
@@ -43,23 +44,36 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     fill_color: int = 0
 
 
-def open_image(path: Path) -> Image.Image:
+class Picture(Protocol):
+    """A picture's file, wherever it lies: a Path, or a member of a tar. As a string it names its place."""
+
+    def read_bytes(self) -> bytes:
+        """The file's content."""
+        ...
+
+
+def open_image(picture: Picture) -> Image.Image:
     """Open a picture as RGB: turned as its EXIF says, first frame, transparency laid on white, 16 bits scaled to 8.
 
     Raises:
         InputError: no such file, not a picture, damaged, or of more than MAX_PIXELS.
     """
     try:
-        with Image.open(path) as image:
+        # Pillow reads a Path's header first, so that a file of the wrong kind is not read to its end.
+        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture.read_bytes())) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
-                    f"{path} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read.",
+                    f"{picture} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read.",
                     hint="make it smaller first",
                 )
             return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise InputError(f"Cannot read the picture {path}: {reason}.") from error
+        reason = str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "it is in no format that Pillow knows"  # Pillow's own words name an object in memory
+        raise InputError(f"Cannot read the picture {picture}: {reason}.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
+
+from clip_rd_edge.contract.preprocess import Picture
 
 
 class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -12,30 +12,32 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: as a report shows it.
-        images: paths of the N pictures.
+        images: the N pictures.
         targets: N indices into `labels`.
         labels: the C class names.
         templates: prompts with one `{}`, averaged a class.
+        templates_from: whose they are, as a report says it, or empty.
     """
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     targets: tuple[int, ...]
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ("{}",)
+    templates_from: str = ""
 
 
 class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
     """Image-text retrieval with all the captions that a picture has.
 
     Attributes:
-        images: paths of the N pictures.
+        images: the N pictures.
         captions: the M captions.
         caption_images: for each caption, the index of the picture that it belongs to.
     """
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     captions: tuple[str, ...]
     caption_images: tuple[int, ...]
 

@@ -25,7 +25,8 @@ from PIL import Image
 
 from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.cache import cache_home
+from clip_rd_edge.data.table import TablePairs
 
 Split = Literal["training", "unseen style", "unseen concepts"]
 UNSEEN_CONCEPTS, UNSEEN_STYLE = 190, 380
@@ -80,7 +81,7 @@ def concepts() -> tuple[Concept, ...]:
     return tuple(found.values())
 
 
-def training_pairs() -> Pairs:
+def training_pairs() -> TablePairs:
     """Pictures and names to train on: `training` in both styles, `unseen style` in Twemoji's alone."""
     folder = draw()
     images: list[Path] = []
@@ -90,7 +91,7 @@ def training_pairs() -> Pairs:
         for style in styles[concept.split]:
             images.append(folder / style / f"{concept.code}.png")
             captions.append((concept.name, *concept.aliases))
-    return Pairs("emoji", tuple(images), tuple(captions))
+    return TablePairs("emoji", tuple(images), tuple(captions))
 
 
 def zero_shot_task(split: Split) -> ZeroShotTask:
@@ -117,7 +118,7 @@ def draw() -> Path:
     It is named by a hash of what it is drawn from, so a new version of a package is drawn anew, and made under a
     temporary name, so an interrupted drawing is not taken for a finished one.
     """
-    folder = _cache_home() / f"emoji-{_content_key()}"
+    folder = cache_home() / f"emoji-{_content_key()}"
     if not folder.is_dir():
         with new_folder(folder) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
             for style in ("twemoji", "openmoji"):
@@ -178,10 +179,3 @@ def _openmoji_folder() -> Path:
 def _content_key() -> str:
     parts = [_DRAWING, *(f"{package} {version(package)}" for package in PACKAGES)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def _cache_home() -> Path:
-    base = os.environ.get("CLIP_RD_EDGE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip-rd-edge"

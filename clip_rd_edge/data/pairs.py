@@ -2,99 +2,89 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from clip_rd_edge.errors import InputError, UsageError, near_matches
+from PIL import Image
+
+from clip_rd_edge.errors import InputError, UsageError
+
+TAR_ENDINGS = (".tar", ".tar}")
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(Protocol):
     """N pictures, each with one caption or more that say the same; training picks one a view.
+
+    Any pair can be had at any time, by its index and in any process: what a step sees is a function of seed and step.
 
     Attributes:
         name: as logs and provenance show it.
-        images: N paths.
-        captions: N non-empty tuples.
+        left_out: what of the source is no pair, such as a sample without a caption, each in words that name its place.
     """
 
-    name: str
-    images: tuple[Path, ...]
-    captions: tuple[tuple[str, ...], ...]
+    @property
+    def name(self) -> str: ...
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def left_out(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """The picture as RGB; raises InputError where it cannot be read."""
+        ...
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """At least one caption; raises InputError where none can be read."""
+        ...
 
 
 def load_pairs(
-    source: str, *, image_key: str = "filepath", caption_key: str = "title", separator: str | None = None
+    source: str,
+    *,
+    image_key: str = "filepath",
+    caption_key: str = "title",
+    separator: str | None = None,
+    weights: str | None = None,
+    json_key: str | None = None,
 ) -> Pairs:
     """Load pairs for training.
 
     Args:
-        source: `emoji` for the embedded data set's training pairs, or the path of a CSV or TSV file with a header, in
-            open_clip's conventions. Relative picture paths count from where the command runs, as in open_clip, else
-            from the table's folder.
-        image_key, caption_key: names of the two columns.
-        separator: None means tab for `.tsv`, and for others what the header holds.
+        source: `emoji` for the embedded data set's training pairs; the path of a CSV or TSV file with a header; or
+            WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`: all in open_clip's conventions.
+            Relative picture paths of a table count from where the command runs, as in open_clip, else from its folder.
+        image_key, caption_key: names of the table's two columns.
+        separator: of the table; None means tab for `.tsv`, and for others what the header holds.
+        weights: how often each source of shards is shown an epoch, such as `1::2`; None for once.
+        json_key: see `data.shards.ShardPairs`.
 
     Raises:
         InputError: no such file, a missing column, a missing picture, an empty caption, or fewer than two pairs.
+        UsageError: weights that do not fit.
     """
+    if weights and not source.endswith(TAR_ENDINGS):
+        raise UsageError(f"The weights {weights!r} are for sources of shards, and {source} is none.")
+    pairs = _load(source, image_key, caption_key, separator, weights=weights, json_key=json_key)
+    if len(pairs) < 2:
+        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.")
+    return pairs
+
+
+def _load(
+    source: str, image_key: str, caption_key: str, separator: str | None, *, weights: str | None, json_key: str | None
+) -> Pairs:
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
         return training_pairs()
-    return _from_table(Path(source), image_key, caption_key, separator)
+    if source.endswith(TAR_ENDINGS):
+        from clip_rd_edge.data.shards import ShardPairs, parse_sources
 
+        return ShardPairs(source, parse_sources(source, weights), json_key=json_key)
+    from clip_rd_edge.data.table import read_table
 
-def _from_table(path: Path, image_key: str, caption_key: str, separator: str | None) -> Pairs:
-    if not path.is_file():
-        raise InputError(f"There is no data file {path}.", hint="give a CSV with the columns filepath,title, or emoji")
-    images: list[Path] = []
-    captions: list[tuple[str, ...]] = []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            rows = csv.DictReader(file, delimiter=separator or _separator_of(path, header))
-            for key, option in ((image_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
-                _require_column(path, list(rows.fieldnames or []), key, option)
-            for row in rows:
-                place = f"{path}, line {rows.line_num}"
-                images.append(_existing_picture(row[image_key], path.parent, place))
-                caption = (row[caption_key] or "").strip()
-                if not caption:
-                    raise InputError(f"{place}: the caption in column {caption_key!r} is empty.")
-                captions.append((caption,))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    if len(images) < 2:
-        raise InputError(f"{path} has {len(images)} pairs; a contrastive loss needs at least 2.")
-    return Pairs(str(path), tuple(images), tuple(captions))
-
-
-def _separator_of(path: Path, header: str) -> str:
-    if path.suffix == ".tsv" or "\t" in header:
-        return "\t"
-    return ","
-
-
-def _require_column(path: Path, columns: list[str], key: str, option: str) -> None:
-    if key not in columns:
-        raise InputError(
-            f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
-            f"{near_matches(key, columns)}",
-            hint=f"name it with {option}",
-        )
-
-
-def _existing_picture(name: str | None, folder: Path, place: str) -> Path:
-    for candidate in (Path(name or ""), folder / (name or "")):
-        if name and candidate.is_file():
-            return candidate.resolve()
-    raise InputError(f"{place}: there is no picture {name!r}, neither here nor in {folder}.")
+    return read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
 
 
 def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:

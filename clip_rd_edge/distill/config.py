@@ -62,6 +62,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         data: what `data.pairs.load_pairs` takes.
+        weights, json_key: of shards; what `data.pairs.load_pairs` takes.
+        max_bad: share of the samples that may be unreadable and passed over.
         teacher: what `models.load.load_clip` takes; None where the objective needs no teacher.
         student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
         freeze_text: train nothing of the text tower but its last projection.
@@ -75,6 +77,9 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     data: str
     image_key: str = "filepath"
     caption_key: str = "title"
+    weights: str | None = None
+    json_key: str | None = None
+    max_bad: float = 0.01
     teacher: str | None = None
     teacher_pretrained: str | None = None
     student: str
@@ -116,7 +121,7 @@ def load_recipe(name: str) -> Recipe:
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
     """Where two configurations differ first, as `key: old → new`, or None. What only changes the output is let pass."""
-    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers"}
+    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad"}
     before, after = _flat(old), _flat(new)
     for key, value in after.items():
         if key not in free and before.get(key) != value:

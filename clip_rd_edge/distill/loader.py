@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,24 +14,45 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clip_rd_edge.contract.preprocess import Box, Preprocessing, open_image, preprocess_crop
+from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
+from clip_rd_edge.data.bad import MAX_SHARE, Bad, BadSamples, SoundPair
 from clip_rd_edge.data.pairs import Pairs
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs: pixels for the student and the teacher from the same crops, (B, 3, H, W) each, and B captions."""
+    """B pairs: pixels for the student and the teacher from the same crops, (B, 3, H, W) each, and B captions.
+
+    `bad` are the pairs that could not be read; others were taken in their place.
+    """
 
     student_pixels: Tensor
     teacher_pixels: Tensor | None
     captions: list[str]
+    bad: tuple[Bad, ...] = ()
 
 
 View = tuple[int, int]  # epoch and index of the pair
 
 
-class ViewDataset(Dataset[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, str]]):
-    """A view of a pair: one crop of the picture and one of its captions, chosen by (seed, epoch, index)."""
+class PairView(NamedTuple):
+    """Pixels for student and teacher, (3, H, W) each, a caption, and the bad pairs passed over on the way."""
+
+    student: npt.NDArray[np.float32]
+    teacher: npt.NDArray[np.float32] | None
+    caption: str
+    bad: tuple[Bad, ...]
+
+
+class ViewDataset(Dataset[PairView]):
+    """A view of a pair: one crop of the picture and one of its captions, chosen by (seed, epoch, index).
+
+    Attributes:
+        bad: counts the samples that cannot be read; `step_loader` adds what it meets.
+
+    Raises:
+        InputError: the pairs leave out more than `max_bad` of their samples.
+    """
 
     def __init__(
         self,
@@ -41,22 +62,27 @@ class ViewDataset(Dataset[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]
         *,
         crop_scale: tuple[float, float],
         seed: int,
+        max_bad: float = MAX_SHARE,
     ) -> None:
+        self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teacher = pairs, student, teacher
         self.crop_scale, self.seed = crop_scale, seed
 
-    def __getitem__(self, view: View) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, str]:
+    def __getitem__(self, view: View) -> PairView:
         epoch, index = view
         rng = np.random.default_rng((self.seed, epoch, index))
-        image = open_image(self.pairs.images[index])
-        box = random_crop(image.size, self.crop_scale, rng)
-        captions = self.pairs.captions[index]
-        caption = captions[int(rng.integers(len(captions)))]
-        student = preprocess_crop(image, box, self.student)
+        pair = self.bad.sound(index)
+        if not isinstance(pair, SoundPair):
+            # An exception would leave a worker process as a traceback: `step_loader` says in one sentence what is bad.
+            return PairView(np.zeros((3, *self.student.size), dtype=np.float32), None, "", pair)
+        box = random_crop(pair.image.size, self.crop_scale, rng)
+        caption = pair.captions[int(rng.integers(len(pair.captions)))]
+        student = preprocess_crop(pair.image, box, self.student)
         if self.teacher is None:
-            return student, None, caption
+            return PairView(student, None, caption, pair.passed_over)
         same = self.teacher == self.student
-        return student, student if same else preprocess_crop(image, box, self.teacher), caption
+        teacher = student if same else preprocess_crop(pair.image, box, self.teacher)
+        return PairView(student, teacher, caption, pair.passed_over)
 
 
 class StepSampler(Sampler[list[View]]):
@@ -106,26 +132,32 @@ def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.rando
     return left, top, left + w, top + h
 
 
-def step_loader(dataset: ViewDataset, sampler: StepSampler, *, workers: int = -1) -> DataLoader[Any]:
+def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:
     """Batches of `sampler`'s steps in order, prepared ahead by worker processes.
 
     Args:
         workers: processes; 0 prepares in the training process; -1 takes half of the cores, at most 8.
+
+    Raises:
+        InputError: while it is gone through, when more samples turned out to be bad than the data set allows.
     """
     if workers < 0:
         workers = min(8, (os.cpu_count() or 1) // 2)
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
     )
+    for batch in loader:
+        dataset.bad.add(batch.bad)
+        yield batch
 
 
-def _collate(views: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None, str]]) -> Batch:
-    student = torch.from_numpy(np.stack([view[0] for view in views]))
-    teacher_views = [view[1] for view in views if view[1] is not None]
+def _collate(views: list[PairView]) -> Batch:
+    student = torch.from_numpy(np.stack([view.student for view in views]))
+    teacher_views = [view.teacher for view in views if view.teacher is not None]
     if not teacher_views:
         teacher = None
-    elif teacher_views[0] is views[0][0]:
+    elif teacher_views[0] is views[0].student:
         teacher = student
     else:
         teacher = torch.from_numpy(np.stack(teacher_views))
-    return Batch(student, teacher, [view[2] for view in views])
+    return Batch(student, teacher, [view.caption for view in views], tuple(bad for view in views for bad in view.bad))

@@ -23,8 +23,8 @@ import torch
 from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.files import sha256_of, write_text
-from clip_rd_edge.contract.preprocess import open_image
 from clip_rd_edge.contract.structs import read_yaml, to_yaml
+from clip_rd_edge.data.bad import BadSamples
 from clip_rd_edge.data.pairs import Pairs, load_pairs, require_batch
 from clip_rd_edge.distill.config import RunConfig, first_difference
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
@@ -98,7 +98,15 @@ def _run(
     if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
         say(f"{run} is finished already")
         return run / STUDENT_FOLDER
-    pairs = load_pairs(config.data, image_key=config.image_key, caption_key=config.caption_key)
+    pairs = load_pairs(
+        config.data,
+        image_key=config.image_key,
+        caption_key=config.caption_key,
+        weights=config.weights,
+        json_key=config.json_key,
+    )
+    if pairs.left_out:
+        say(f"{len(pairs.left_out):,} samples are no pairs and left out, the first: {pairs.left_out[0]}")
     require_batch(pairs, config.recipe.batch_size, processes=processes.count)
     objective = Objective(config.recipe.objective, scales=config.recipe.scales, scale_start=config.recipe.scale_start)
     teacher = _load_teacher(config, objective)
@@ -124,7 +132,7 @@ def _run(
     if not processes.first:
         return run / STUDENT_FOLDER
     student.model.to("cpu")
-    plot_run(run, run / REPORT_FOLDER, _similarities(student, teacher, pairs))
+    plot_run(run, run / REPORT_FOLDER, _similarities(student, teacher, pairs, config.max_bad))
     save_clip(run / STUDENT_FOLDER, student, provenance=_provenance(config, run, pairs, teacher))
     return run / STUDENT_FOLDER
 
@@ -212,6 +220,7 @@ def _with_measured_precision(
         teacher.preprocessing if teacher else None,
         crop_scale=config.recipe.crop_scale,
         seed=config.seed,
+        max_bad=config.max_bad,
     )
     own = config.recipe.batch_size // processes.count
     batch = next(iter(step_loader(dataset, StepSampler(len(pairs), own, seed=config.seed, start=0, stop=1), workers=0)))
@@ -223,11 +232,12 @@ def _with_measured_precision(
     return msgspec.structs.replace(config, recipe=recipe)
 
 
-def _similarities(student: ClipModel, teacher: ClipModel | None, pairs: Pairs) -> dict[str, Any]:
+def _similarities(student: ClipModel, teacher: ClipModel | None, pairs: Pairs, max_bad: float) -> dict[str, Any]:
     """Embeddings of some pairs by student and teacher, for the histograms."""
     chosen = np.random.default_rng(0).permutation(len(pairs))[:_SAMPLES_OF_FIGURES]
-    images = [open_image(pairs.images[i]) for i in chosen]
-    captions = [pairs.captions[i][0] for i in chosen]
+    bad = BadSamples(pairs, max_share=max_bad)
+    sound = [bad.take(int(i)) for i in chosen]
+    images, captions = [pair.image for pair in sound], [pair.captions[0] for pair in sound]
     models = {"student": student, **({"teacher": teacher} if teacher else {})}
     encoders = {who: TorchEncoder(clip) for who, clip in models.items()}
     return {who: (e.encode_images(images), e.encode_texts(captions)) for who, e in encoders.items()}

@@ -34,7 +34,12 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress line shows after a step. `data_wait` is the share of the time spent waiting for batches."""
+    """What a progress line shows after a step.
+
+    Attributes:
+        data_wait: share of the time spent waiting for batches.
+        bad: samples left out or passed over since the start or resume.
+    """
 
     step: int
     steps: int
@@ -42,6 +47,7 @@ class Progress:
     samples_per_second: float
     data_wait: float
     evaluation: dict[str, float]
+    bad: int = 0
 
 
 def total_steps(config: RunConfig, pairs: Pairs) -> int:
@@ -85,6 +91,7 @@ def train(
         teacher.clip.preprocessing if teacher else None,
         crop_scale=recipe.crop_scale,
         seed=config.seed,
+        max_bad=config.max_bad,
     )
     sampler = StepSampler(
         len(pairs),
@@ -144,10 +151,11 @@ def train(
                         "logit_scale": student.logit_scale,
                         "samples_per_second": round(rate, 2),
                         "data_wait": round(waited / elapsed, 4),
+                        "bad_samples": len(dataset.bad),
                         **{f"evaluation/{name}": value for name, value in evaluation.items()},
                     }
                 )
-            on_progress(Progress(done, steps, loss, rate, waited / elapsed, evaluation))
+            on_progress(Progress(done, steps, loss, rate, waited / elapsed, evaluation, len(dataset.bad)))
             stopping = processes.any(bool(stop))
             if done == steps or done % config.checkpoint_every == 0 or stopping:
                 save(done)

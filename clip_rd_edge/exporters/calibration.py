@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, open_image, preprocess
+from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
+from clip_rd_edge.data.bad import BadSamples
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.errors import InputError
 
@@ -51,7 +52,7 @@ def calibration_set(
         seed: of the draw of pairs, and of one caption a pair.
 
     Raises:
-        InputError: fewer than 32 pairs, or a picture that cannot be read.
+        InputError: fewer than 32 pairs, or too many that cannot be read.
     """
     if len(pairs) < LEAST:
         raise InputError(
@@ -60,8 +61,13 @@ def calibration_set(
         )
     generator = random.Random(seed)
     drawn = generator.sample(range(len(pairs)), min(len(pairs), CALIBRATE_ON + JUDGE_BY))
-    captions = [generator.choice(pairs.captions[i]) for i in drawn]
-    pixels: npt.NDArray[np.float32] = np.stack([preprocess(open_image(pairs.images[i]), preprocessing) for i in drawn])
+    bad = BadSamples(pairs)
+    captions, pictures = [], []
+    for i in drawn:
+        pair = bad.take(i)
+        captions.append(generator.choice(pair.captions))
+        pictures.append(preprocess(pair.image, preprocessing))
+    pixels: npt.NDArray[np.float32] = np.stack(pictures)
     ids = tokenize(captions)
     cut = len(drawn) * CALIBRATE_ON // (CALIBRATE_ON + JUDGE_BY)
     return CalibrationSet(

@@ -102,7 +102,7 @@ def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Pat
     renamed.write_text(pairs.read_text().replace("filepath,title", "file,text"))
     record = {"data": str(renamed), "configuration": {"image_key": "file", "caption_key": "text"}, "seed": 1}
     (student / "distillation.json").write_text(json.dumps(record))
-    assert calibration_pairs(None, str(tmp_path)).captions[3] == ("noise number 3",)
+    assert calibration_pairs(None, str(tmp_path)).captions(3) == ("noise number 3",)
     assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)
     (student / "distillation.json").write_text("{}")
     with pytest.raises(UsageError, match=r"distillation\.json names no data"):

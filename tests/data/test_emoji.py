@@ -27,7 +27,7 @@ def test_no_test_picture_and_no_unseen_concept_is_trained_on() -> None:
     unseen = {concept.code for concept in emoji.concepts() if concept.split == "unseen concepts"}
     assert not unseen & {path.stem for path in trained}
     names = {c.name for c in emoji.concepts() if c.split == "unseen concepts"}
-    captions = {caption for group in emoji.training_pairs().captions for caption in group}
+    captions = {caption for group in emoji.training_pairs().texts for caption in group}
     assert not names & captions
 
 

@@ -11,8 +11,8 @@ from clip_rd_edge.errors import InputError, UsageError
 def test_a_csv_in_open_clips_conventions(pairs_csv: Path) -> None:
     pairs = load_pairs(str(pairs_csv))
     assert len(pairs) == 24
-    assert pairs.captions[0] == ("a red picture number 0",)
-    assert all(path.is_file() for path in pairs.images)
+    assert pairs.captions(0) == ("a red picture number 0",)
+    assert pairs.open(23).size == (48, 40)
 
 
 def test_other_columns_and_tabs(pairs_csv: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenIds
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.table import TablePairs
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporters.calibration import calibration_set
 
@@ -20,13 +20,13 @@ def _tokenize(texts: Sequence[str]) -> TokenIds:
     return np.asarray([[int(text)] for text in texts], dtype=np.int64)
 
 
-def _pairs(folder: Path, count: int) -> Pairs:
+def _pairs(folder: Path, count: int) -> TablePairs:
     """Picture i is of the grey i, and its captions are i and i + 1000."""
     images = []
     for i in range(count):
         images.append(folder / f"{i}.png")
         Image.new("RGB", (10, 9), (i, i, i)).save(images[-1])
-    return Pairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
+    return TablePairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
 
 
 def test_two_thirds_calibrate_and_a_third_judges_without_overlap(tmp_path: Path) -> None:
