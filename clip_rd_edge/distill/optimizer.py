@@ -22,7 +22,8 @@ def build_optimizer(model: nn.Module, objective: Objective, recipe: Recipe) -> t
     ]
     if objective.needs_teacher:
         groups.append({"params": list(objective.parameters()), "weight_decay": recipe.scales_weight_decay})
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon)
+    # Fused: on a CPU the plain version takes a fifth of a small student's step.
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, fused=True)
 
 
 def learning_rate_at(step: int, steps: int, recipe: Recipe) -> float:

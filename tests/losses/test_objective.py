@@ -105,8 +105,7 @@ def test_blocks_add_up_to_the_whole_with_the_same_gradients(cuts: tuple[int, ...
     expected = objective(rows, parameters[0], 20.0)
     wanted = torch.autograd.grad(expected.total, leaves)
     blocks = [
-        objective(rows, parameters[0], 20.0, block=slice(start, stop))
-        for start, stop in itertools.pairwise(cuts)
+        objective(rows, parameters[0], 20.0, block=slice(start, stop)) for start, stop in itertools.pairwise(cuts)
     ]
     for name, value in expected.terms.items():
         torch.testing.assert_close(sum(block.terms[name] for block in blocks), value)
