@@ -50,3 +50,68 @@ def command_line(
         return int(exit_.value.code or 0), output.out, output.err
 
     return run
+
+
+@pytest.fixture
+def colour_bundle(tmp_path: Path) -> Path:
+    """A bundle, made without torch, that knows colours: both its towers give (red, green, blue), normalised."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from clip_rd_edge.contract import bundle as contract
+    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.contract.tokenizer import TokenizerSpec
+
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    # Ids: padding, any other word, and the words for the colours; a picture's pixels are in [0, 1].
+    table = np.asarray([[0, 0, 0], [1e-3, 1e-3, 1e-3], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], dtype=np.float32)
+    node = helper.make_node
+    towers = {
+        "image": [node("GlobalAveragePool", ["x"], ["mean"]), node("Flatten", ["mean"], ["sum"])],
+        "text": [node("Gather", ["table", "x"], ["words"]), node("ReduceSum", ["words", "axes"], ["sum"], keepdims=0)],
+    }
+    given = {
+        "image": helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8]),
+        "text": helper.make_tensor_value_info("x", TensorProto.INT64, ["N", 6]),
+    }
+    constants = {
+        "image": [],
+        "text": [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.asarray([1]), "axes")],
+    }
+    for tower, nodes in towers.items():
+        nodes.append(node("LpNormalization", ["sum"], ["y"]))
+        taken = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])
+        graph = helper.make_graph(nodes, tower, [given[tower]], [taken], initializer=constants[tower])
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), folder / f"{tower}.onnx")
+    words = {"?": 1, "red": 2, "green": 3, "blue": 4, "yellow": 5}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = contract.Manifest(
+        format_version=1,
+        name="colours",
+        precision="fp32",
+        target="onnxruntime",
+        embedding_size=3,
+        logit_scale=20.0,
+        preprocessing=Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        tokenizer=TokenizerSpec(context_length=6),
+        image=contract.Tower(file="image.onnx", input_name="x", output_name="y", precision="fp32"),
+        text=contract.Tower(file="text.onnx", input_name="x", output_name="y", precision="fp32"),
+        templates=("a photo of {}",),
+    )
+    contract.write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def colour_pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of one colour each: red.png, green.png, blue.jpg, yellow.webp in a sub-folder."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in ("red.png", "green.png", "blue.jpg", "more/yellow.webp"):
+        Image.new("RGB", (40, 30), COLOURS[Path(name).stem]).save(folder / name)
+    return folder

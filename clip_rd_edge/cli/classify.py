@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from clip_rd_edge.runtime import Prediction, ZeroShotClassifier
+    from clip_rd_edge.cli._answers import Format
 
 
 class _Labels(click.Option):
@@ -34,70 +32,68 @@ class _Labels(click.Option):
 
 @click.command("classify", short_help="Say what a picture shows, among labels of yours.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("pictures", nargs=-1, required=True, metavar="PICTURE...")
+@click.argument("pictures", nargs=-1, metavar="PICTURE...")
 @click.option(
     "--labels", cls=_Labels, multiple=True,
     help='The labels: "a cat" "a dog" …, or a text file with one a line. Default: the bundle\'s label bank.',
 )  # fmt: skip
 @click.option("--template", "templates", multiple=True, help='Prompt with {} for the label, such as "a photo of a {}".')
 @click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many labels to show.")
-@click.option("--threads", type=click.IntRange(1), help="Threads; default: every core.")
+@click.option(
+    "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P",
+    help="Show no label less likely than P, such as 0.5: a picture may show none of them.",
+)  # fmt: skip
+@click.option("--camera", metavar="NUMBER", help="Classify what a camera sees, until Ctrl-C; 0 is the first one.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: every core.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.option("--csv", "as_csv", is_flag=True, help="A table with a row a label.")
 def command(
     bundle: Path,
     pictures: tuple[str, ...],
     labels: tuple[str, ...],
     templates: tuple[str, ...],
     top: int,
+    none_below: float,
+    camera: str | None,
     threads: int | None,
     as_json: bool,
+    as_csv: bool,
 ) -> None:
-    """Say what each PICTURE shows. A PICTURE is a file, a folder, or - for a list of paths on stdin.
+    """Say what each PICTURE shows. A PICTURE is a file, a folder, a glob, or - for a list of paths on stdin.
+
+    Many pictures go faster with --threads one less than there are cores, which is left to open them.
 
     \b
     clip-rd-edge classify bundle cat.jpg --labels "a cat" "a dog"
+    clip-rd-edge classify bundle photos/ --labels labels.txt --csv > answers.csv
+    clip-rd-edge classify bundle --camera 0 --labels "a cup" "a phone" "a hand"
     """
+    if (camera is None) == (not pictures):
+        raise UsageError("Give pictures or a camera.", hint="photo.jpg, a folder, - for a list, or --camera 0")
+    if as_json and as_csv:
+        raise UsageError("--json and --csv exclude each other.")
+
+    from clip_rd_edge.cli import _answers
     from clip_rd_edge.runtime import ZeroShotClassifier, load
+    from clip_rd_edge.runtime.pictures import find_pictures
 
-    paths = list(find_pictures(pictures))
-    classifier = ZeroShotClassifier(load(bundle, threads=threads), _read(labels), templates=templates or None)
-    unreadable = 0
-    for path in paths:
-        try:
-            answers = _classify(classifier, path, top)
-        except InputError as error:
-            if len(paths) == 1:
-                raise
-            # One bad picture among many is reported and counted, not fatal.
-            click.echo(f"error: {error}", err=True)
-            unreadable += 1
-            continue
-        click.echo(_as_json(path, answers) if as_json else _as_text(path, answers))
-    if unreadable:
-        raise InputError(f"{unreadable} of {len(paths)} pictures could not be read; the others are answered above.")
+    paths = list(find_pictures(pictures, listed=sys.stdin))
+    encoder = load(bundle, threads=threads)
+    classifier = ZeroShotClassifier(encoder, _read(labels), templates=templates or None, none_below=none_below)
+    shape: Format = _answers.as_json if as_json else _answers.as_csv if as_csv else _answers.as_text
+    if as_csv:
+        click.echo(_answers.CSV_HEADER)
+    if camera is not None:
+        from clip_rd_edge.cli._classify import classify_camera
 
+        classify_camera(classifier, camera, top=top, shape=shape)
+        return
+    if not paths:
+        raise InputError("There are no pictures: the list on stdin is empty.")
 
-def find_pictures(names: tuple[str, ...]) -> Iterator[Path]:
-    """The pictures that are meant by files, folders (searched through) and `-` (paths on stdin).
+    from clip_rd_edge.cli._classify import classify_files
 
-    Raises:
-        InputError: a file or folder is not there, or a folder has no pictures.
-    """
-    from clip_rd_edge.data.tasks import IMAGE_SUFFIXES
-
-    for name in names:
-        path = Path(name)
-        if name == "-":
-            yield from (Path(line.strip()) for line in sys.stdin if line.strip())
-        elif path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise InputError(f"The folder {path} has no pictures.")
-            yield from found
-        elif path.is_file():
-            yield path
-        else:
-            raise InputError(f"There is no picture or folder {name}.", hint="check the path")
+    classify_files(classifier, encoder, paths, top=top, shape=shape)
 
 
 def _read(labels: tuple[str, ...]) -> list[str] | None:
@@ -106,18 +102,3 @@ def _read(labels: tuple[str, ...]) -> list[str] | None:
 
         return read_labels_file(Path(labels[0]))
     return list(labels) or None
-
-
-def _classify(classifier: ZeroShotClassifier, path: Path, top: int) -> list[Prediction]:
-    from clip_rd_edge.contract.preprocess import open_image
-
-    return classifier.classify([open_image(path)], top=top)[0]
-
-
-def _as_text(path: Path, answers: list[Prediction]) -> str:
-    return f"{path}\t" + "  ".join(f"{label} {probability:.1%}" for label, probability in answers)
-
-
-def _as_json(path: Path, answers: list[Prediction]) -> str:
-    predictions = [{"label": label, "probability": round(probability, 6)} for label, probability in answers]
-    return json.dumps({"picture": str(path), "predictions": predictions}, ensure_ascii=False)

@@ -11,7 +11,7 @@ from PIL import Image
 from clip_rd_edge.contract.bundle import LabelBank
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
 from clip_rd_edge.contract.zero_shot import Probabilities, label_embeddings, probabilities
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UsageError
 
 
 class Prediction(NamedTuple):
@@ -29,26 +29,38 @@ class ZeroShotClassifier:
         labels: names; None takes the bundle's label bank. Labels that the bank has are looked up there, and the text
             tower is not even loaded where it has them all.
         templates: prompts with one `{}`; None takes the model's own. Other templates than the model's pass by the bank.
+        none_below: labels less likely than this, between 0 and 1, are not given as an answer: a picture with no
+            likelier one shows none of them. A softmax over a single label is always 1, so that it takes two at least.
 
     Raises:
         InputError: no labels, an empty one, or a template without `{}`.
+        UsageError: `none_below` is not between 0 and 1.
     """
 
     def __init__(
-        self, encoder: Encoder, labels: Sequence[str] | None = None, *, templates: Sequence[str] | None = None
+        self,
+        encoder: Encoder,
+        labels: Sequence[str] | None = None,
+        *,
+        templates: Sequence[str] | None = None,
+        none_below: float = 0.0,
     ) -> None:
+        if not 0 <= none_below <= 1:
+            raise UsageError(f"none_below is {none_below}; expected a probability between 0 and 1.")
         self.encoder = encoder
+        self.none_below = none_below
         description = encoder.describe()
         self._logit_scale = description.logit_scale
         self._templates = tuple(templates or description.templates)
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
+        self._known: dict[str, Embeddings] = {}
         self.labels: tuple[str, ...] = ()
         self._embeddings: Embeddings
         self.set_labels(labels)
 
     def set_labels(self, labels: Sequence[str] | None) -> None:
-        """Change the labels; repeated ones count once."""
+        """Change the labels; repeated ones count once, and only new ones go through the text tower."""
         if labels is None:
             if self._bank is None:
                 raise InputError(
@@ -62,7 +74,7 @@ class ZeroShotClassifier:
         if self._bank and unique and all(label in rows for label in unique):
             self._embeddings = self._bank.embeddings[[rows[label] for label in unique]]
         else:
-            self._embeddings = label_embeddings(self.encoder, unique, self._templates)
+            self._embeddings = self._embed(unique)
         self.labels = unique
 
     def probabilities(self, images: Sequence[Image.Image]) -> Probabilities:
@@ -70,9 +82,34 @@ class ZeroShotClassifier:
         return probabilities(self.encoder.encode_images(images), self._embeddings, self._logit_scale)
 
     def classify(self, images: Sequence[Image.Image], *, top: int = 5) -> list[list[Prediction]]:
-        """The `top` likeliest labels of each picture, likeliest first."""
-        answers = []
-        for row in self.probabilities(images):
-            best = np.argsort(-row, kind="stable")[:top]
-            answers.append([Prediction(self.labels[i], float(row[i])) for i in best])
-        return answers
+        """The `top` likeliest labels of each picture, likeliest first; none where all are below `none_below`."""
+        return self.classify_embeddings(self.encoder.encode_images(images), top=top)
+
+    def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
+        """As `classify`, for pictures that were embedded already, (N, D)."""
+        likely = probabilities(embeddings, self._embeddings, self._logit_scale)
+        return [
+            [Prediction(self.labels[i], float(row[i])) for i in _best(row, top) if row[i] >= self.none_below]
+            for row in likely
+        ]
+
+    def _embed(self, labels: Sequence[str]) -> Embeddings:
+        """Embeddings by the text tower, (C, D); it sees only labels that it was not asked for by the last call."""
+        new = [label for label in labels if label not in self._known]
+        if new or not labels:
+            self._known.update(zip(new, label_embeddings(self.encoder, new, self._templates), strict=True))
+        # What is no longer among the labels is forgotten: a page whose labels change all day shall not grow.
+        self._known = {label: self._known[label] for label in labels}
+        return np.stack(list(self._known.values()))
+
+
+def _best(row: Probabilities, top: int) -> list[int]:
+    """Indices of the `top` greatest, greatest first, the earlier of equals first."""
+    if top < len(row):
+        # Sorting a thousand labels takes longer than a small tower takes for the picture; finding the few does not.
+        least = np.partition(row, len(row) - top)[len(row) - top]
+        candidates = np.flatnonzero(row >= least)
+    else:
+        candidates = np.arange(len(row))
+    best: list[int] = candidates[np.argsort(-row[candidates], kind="stable")[:top]].tolist()
+    return best

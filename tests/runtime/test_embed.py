@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime import load
+from clip_rd_edge.runtime.embed import embed_files
+from clip_rd_edge.runtime.pictures import find_pictures, pictures_below
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
+    colour_bundle: Path, colour_pictures: Path, batch_size: int
+) -> None:
+    (colour_pictures / "broken.png").write_bytes(b"no picture")
+    paths = [*pictures_below(colour_pictures)] * 3
+    encoder = load(colour_bundle)
+    batches = list(embed_files(encoder, paths, batch_size=batch_size, workers=2))
+    read = [path for batch in batches for path in batch.paths]
+    assert read == [path for path in paths if path.name != "broken.png"]
+    expected = encoder.encode_images([open_image(path) for path in read])
+    np.testing.assert_allclose(np.concatenate([batch.embeddings for batch in batches]), expected, atol=1e-6)
+    reasons = [str(error) for batch in batches for error in batch.unreadable]
+    assert len(reasons) == 3
+    assert all("broken.png" in reason for reason in reasons)
+
+
+def test_a_long_list_is_taken_as_it_is_needed(colour_bundle: Path, colour_pictures: Path) -> None:
+    taken = 0
+
+    def endless() -> object:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield colour_pictures / "red.png"
+
+    batches = embed_files(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
+    assert len(next(batches).paths) == 4
+    assert taken == 8
+    batches.close()
+    assert taken == 8
+
+
+def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:
+    (colour_pictures / "notes.txt").write_text("no picture")
+    (colour_pictures / ".thumbnails").mkdir()
+    (colour_pictures / ".thumbnails" / "red.png").write_bytes(b"")
+
+    def found(*names: object, listed: tuple[str, ...] = ()) -> list[str]:
+        paths = find_pictures(map(str, names), listed=listed)
+        return [path.relative_to(colour_pictures).as_posix() for path in paths]
+
+    everything = ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
+    assert found(colour_pictures) == everything
+    assert found(colour_pictures / "*.png") == ["green.png", "red.png"]
+    assert found(colour_pictures / "**" / "*.webp") == ["more/yellow.webp"]
+    assert found("-", listed=(f"{colour_pictures}/red.png\n", "\n")) == ["red.png"]
+    assert found(colour_pictures / "red.png", colour_pictures / "more") == ["red.png", "more/yellow.webp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.png", "no picture or folder"), ("*.gif", "No picture matches"), ("empty", "has no pictures")],
+)
+def test_what_is_not_there(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        list(find_pictures([str(tmp_path / name)]))
