@@ -81,11 +81,19 @@ def zero_shot(
         top1_interval=hit_interval(hits, seed=seed),
         top5=top_k(ranked, targets, 5) if len(task.labels) >= 5 else None,
         mean_per_class=mean_per_class(hits, targets),
+        templates=_templates(task),
     )
     confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
     return ZeroShotAnswers(
         score=score, answers=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
+
+
+def _templates(task: ZeroShotTask) -> str:
+    """A single prompt as it stands, several by their number and whose they are."""
+    if len(task.templates) == 1:
+        return task.templates[0]
+    return ", ".join(part for part in (str(len(task.templates)), task.templates_from) if part)
 
 
 def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None = None) -> RetrievalScore:

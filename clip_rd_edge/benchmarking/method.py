@@ -41,6 +41,7 @@ def remarks(results: Results) -> list[str]:
         used = "; ".join(f"{', '.join(labels)} in {runtime}" for runtime, labels in runtimes.items())
         notes.append(f"Models ran {used}: between these, part of a speed-up is the runtime's.")
     notes.append("Size: what has to lie on disk to run the model, the runtime's own libraries left out.")
+    notes += _templates(results)
     if results.comparisons:
         notes.append(
             "Intervals are 95 %, by bootstrap over the task's pictures; those of differences are paired, picture by "
@@ -58,6 +59,12 @@ def samples_note(results: Results) -> str:
         f"{heading(results.samples[0].task)}, drawn by lot: {right} that {last} gets right and {wrong} that it gets "
         f"wrong, so these are not its accuracy. Each answer stands with its probability."
     )
+
+
+def _templates(results: Results) -> list[str]:
+    """What labels were put into, where the task had a say or needed a stand-in."""
+    said = [s for s in results.rows[0].scores if isinstance(s, ZeroShotScore) and s.templates not in ("", "{}")]
+    return [f"Templates: {'; '.join(f'{score.task}: {score.templates}' for score in said)}."] if said else []
 
 
 def _guesses(results: Results) -> list[str]:

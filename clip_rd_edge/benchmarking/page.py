@@ -104,10 +104,14 @@ def _cell(cell: Cell) -> str:
 
 
 def _skipped(results: Results) -> str:
-    if not results.skipped:
-        return ""
-    rows = "".join(f"<li><strong>{escape(row.label)}</strong>: {escape(row.reason)}</li>" for row in results.skipped)
-    return f'<p>Not measured:</p><ul class="remarks">{rows}</ul>'
+    models = [(row.label, row.reason) for row in results.skipped]
+    tasks = [(task.name, task.reason) for task in results.missing]
+    return _reasons("Not measured:", models) + _reasons("Missing data sets:", tasks)
+
+
+def _reasons(title: str, named: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<li><strong>{escape(name)}</strong>: {escape(reason)}</li>" for name, reason in named)
+    return f'<p>{title}</p><ul class="remarks">{items}</ul>' if items else ""
 
 
 def _samples(results: Results) -> str:

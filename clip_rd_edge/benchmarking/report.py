@@ -39,6 +39,8 @@ def markdown(results: Results, *, plot: bool) -> str:
     parts += ["## Step by step", *([COMPARED] if results.first("teacher") else []), _models(results, sections(results))]
     if results.skipped:
         parts.append("\n".join(f"- **{row.label}** was not measured: {row.reason}" for row in results.skipped))
+    if results.missing:
+        parts.append("\n".join(f"- **{task.name}** is missing: {task.reason}" for task in results.missing))
     if results.samples:
         parts += ["## What it says to pictures", samples_note(results), _samples(results)]
     if results.comparisons:

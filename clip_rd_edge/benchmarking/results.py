@@ -38,6 +38,13 @@ class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class MissingTask(msgspec.Struct, frozen=True, kw_only=True):
+    """A task of the suite whose data set is not here, and where it was looked for."""
+
+    name: str
+    reason: str
+
+
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Top-1 of a row minus that of its reference on one task, on the same pictures.
 
@@ -77,6 +84,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment
     rows: tuple[RowResult, ...]
     skipped: tuple[SkippedRow, ...] = ()
+    missing: tuple[MissingTask, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[Sample, ...] = ()
     format_version: int = FORMAT_VERSION

@@ -9,12 +9,13 @@ from clip_rd_edge.benchmarking.accuracy import Advance, ZeroShotAnswers, retriev
 from clip_rd_edge.benchmarking.comparison import TaskAnswers, compare
 from clip_rd_edge.benchmarking.environment import this_environment
 from clip_rd_edge.benchmarking.latency import measure_latencies
-from clip_rd_edge.benchmarking.results import Results, RowResult, SkippedRow
+from clip_rd_edge.benchmarking.results import MissingTask, Results, RowResult, SkippedRow
 from clip_rd_edge.benchmarking.samples import choose_samples
 from clip_rd_edge.benchmarking.scores import RetrievalScore, Score
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, check_suite
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.task import Task, ZeroShotTask
+from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -22,20 +23,24 @@ OpenEncoder = Callable[[str], TowerEncoder]
 Measured = ZeroShotAnswers | RetrievalScore
 
 
-def run_suite(suite: Suite, open_encoder: OpenEncoder, progress: Progress | None = None) -> Results:
+def run_suite(
+    suite: Suite, open_encoder: OpenEncoder, progress: Progress | None = None, *, fallback: Fallback = neutral
+) -> Results:
     """Measure every model of a suite; one that cannot be opened or measured is skipped, with its reason.
 
     Args:
         open_encoder: opens a folder or `hf-hub:ORG/REPO`, on `suite.threads` threads; given from outside, as it may
             need torch.
         progress: told of progress.
+        fallback: templates for data sets that have none; given from outside, too.
 
     Raises:
         ConfigError: the suite does not make sense.
         InputError: a task is unknown or empty, or no model could be measured.
     """
     check_suite(suite, source=f"The suite {suite.name}")
-    tasks = suite.load_tasks()
+    missing = suite.missing()
+    tasks = suite.load_tasks(fallback)
     encoders: dict[str, TowerEncoder] = {}
     measured: dict[str, list[Measured]] = {}
     skipped: list[SkippedRow] = []
@@ -76,6 +81,7 @@ def run_suite(suite: Suite, open_encoder: OpenEncoder, progress: Progress | None
         environment=this_environment(),
         rows=rows,
         skipped=tuple(skipped),
+        missing=tuple(MissingTask(name=name, reason=reason) for name, reason in missing.items()),
         comparisons=compare(rows, answers),
         samples=choose_samples(rows, *answers[0]) if answers else (),
     )

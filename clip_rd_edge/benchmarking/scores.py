@@ -31,6 +31,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
         top1, top5: part of the pictures whose label is the best, among the best five; top5 is None below five labels.
         top1_interval: by bootstrap over pictures.
         mean_per_class: top-1 of each class that has pictures, averaged.
+        templates: what prompts the labels were put into, such as `80, ImageNet's, from open_clip`.
     """
 
     task: str
@@ -40,6 +41,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
     top1_interval: Interval
     top5: float | None
     mean_per_class: float
+    templates: str = ""
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.contract.structs import read_yaml
 from clip_rd_edge.contract.task import Task
-from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.tasks import EMBEDDED, load_task
+from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
+ROLES = get_args(Role)
 _HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"
 
@@ -39,6 +42,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     Attributes:
         tasks: what `data.tasks.load_task` takes; reports take the first zero-shot one for headline, plot and samples.
         root: folder that models and tasks are in; None means where the command runs.
+        data_root: folder that tasks are in, where it is another.
+        missing_tasks: what to do where a task's data set is not there.
         threads: of every model. One by default: waiting thread pools of one runtime take cores from the next.
         rounds: how often each latency is timed, at most.
     """
@@ -47,18 +52,35 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     rows: tuple[SuiteRow, ...]
     tasks: tuple[str, ...]
     root: str | None = None
+    data_root: str | None = None
+    missing_tasks: Literal["error", "skip"] = "error"
     threads: int = 1
     rounds: int = 50
 
-    def load_tasks(self) -> list[Task]:
-        """Its tasks.
+    def load_tasks(self, fallback: Fallback = neutral) -> list[Task]:
+        """Its tasks, without those that `missing` names.
 
         Raises:
-            InputError: one is unknown or empty.
+            InputError: one is unknown or empty, or all are missing.
         """
-        return [
-            load_task(str(self._below_root(name)) if self._below_root(name).is_dir() else name) for name in self.tasks
-        ]
+        missing = self.missing()
+        if len(missing) == len(self.tasks):
+            raise InputError(
+                f"None of the {len(missing)} tasks of the suite {self.name} is in {self._data_root}: "
+                f"{', '.join(missing)}.",
+                hint="name the folder that your copies of the data sets are in: --root",
+            )
+        return [load_task(self._task(name), fallback=fallback) for name in self.tasks if name not in missing]
+
+    def missing(self) -> dict[str, str]:
+        """Tasks to skip because their data sets are not there, with the reason."""
+        if self.missing_tasks == "error":
+            return {}
+        return {
+            name: f"{self._data_root} has no folder {name}, under none of the names {', '.join(spellings(name))}."
+            for name in self.tasks
+            if self._task(name) == name and name not in EMBEDDED and not Path(name).exists()
+        }
 
     def find(self, row: SuiteRow) -> str:
         """A row's model as `open_encoder` takes it.
@@ -73,12 +95,27 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise InputError(f"There is no model folder {folder}.")
         return str(folder)
 
+    @property
+    def _data_root(self) -> Path:
+        return Path(self.data_root or self.root or ".")
+
     def _task(self, name: str) -> str:
-        folder = self._below_root(name)
-        return str(folder) if folder.is_dir() else name
+        """Where the task lies below the root, else its name."""
+        found = (self._data_root / spelling for spelling in spellings(name))
+        return next((str(path) for path in found if path.exists()), name)
 
     def _below_root(self, name: str) -> Path:
         return Path(self.root or ".") / name
+
+
+def spellings(task: str) -> tuple[str, ...]:
+    """Names that a task's folder or table may have: as CLIP_benchmark calls it, exports it, or its last part alone.
+
+    `vtab/cifar10` is also found as `wds_vtab-cifar10`, `vtab-cifar10`, `wds_cifar10` and `cifar10`.
+    """
+    dashed, last = task.replace("/", "-"), task.rpartition("/")[2]
+    folders = (task, f"wds_{dashed}", dashed, f"wds_{last}", last)
+    return tuple(dict.fromkeys((*folders, f"{task}.csv", f"{task}.tsv")))
 
 
 def find_suite(name: str) -> Path:
@@ -98,16 +135,45 @@ def find_suite(name: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def read_suite(path: Path) -> Suite:
+def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | None = None) -> Suite:
     """Read a suite.
+
+    Args:
+        rows: models instead of the file's; they are where the command runs, not below the suite's root.
+        data_root: folder that tasks are in instead of the file's.
 
     Raises:
         InputError: there is no such file.
         ConfigError: it is no YAML, has an unknown key or a wrong type, or does not make sense.
     """
     suite = read_yaml(path, Suite)
+    data_root = data_root or suite.data_root or suite.root
+    if rows:
+        suite = msgspec.structs.replace(suite, rows=tuple(rows), root=None)
+    suite = msgspec.structs.replace(suite, data_root=data_root)
     check_suite(suite, source=str(path))
     return suite
+
+
+def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
+    """Rows from `ROLE=MODEL`, labelled by their roles, and by their models' names where a role has several.
+
+    Raises:
+        ConfigError: one has no such form, or no such role.
+    """
+    parts = [model.partition("=") for model in models]
+    roles = [role for role, _, _ in parts]
+    rows = []
+    for role, _, model in parts:
+        if role not in ROLES or not model:
+            raise ConfigError(
+                f"The model {role + '=' + model if model else role!r} is not ROLE=MODEL with one of the roles "
+                f"{', '.join(ROLES)}.{near_matches(role, ROLES)}"
+            )
+        several = roles.count(role) > 1
+        label = f"{role.capitalize()} {model.rstrip('/').rpartition('/')[2]}" if several else role.capitalize()
+        rows.append(SuiteRow(label=label, model=model, role=role))  # type: ignore[arg-type]  # it is one of ROLES
+    return tuple(rows)
 
 
 def check_suite(suite: Suite, *, source: str) -> None:
@@ -118,7 +184,8 @@ def check_suite(suite: Suite, *, source: str) -> None:
     """
     for name in ("rows", "tasks"):
         if not getattr(suite, name):
-            raise ConfigError(f"{source} has no {name}; at least one is needed.")
+            hint = "name some: --model student=runs/first --model quantised=bundle" if name == "rows" else ""
+            raise ConfigError(f"{source} has no {name}; at least one is needed.", hint=hint)
     labels = [row.label for row in suite.rows]
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigError(f"{source} has the label {min(twice)!r} twice; rows are told apart by their labels.")

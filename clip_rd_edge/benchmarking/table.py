@@ -34,11 +34,15 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
-        table = _table("Zero-shot, %", "Pictures", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class")
+        table = _table(
+            "Zero-shot, %", "Pictures", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class", "Templates"
+        )
         for score in zero_shot:
             counts = (f"{score.pictures:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
-            table.add_row(score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class))
+            table.add_row(
+                score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class), score.templates
+            )
         tables.append(table)
     if retrieval:
         table = _table("Retrieval, R@1 / 5 / 10, %", "Pictures", "Captions", "Picture → text", "Text → picture")

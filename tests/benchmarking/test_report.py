@@ -218,7 +218,7 @@ def test_a_suite_of_retrieval_alone_has_no_plot_and_no_samples(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(Suite, "load_tasks", lambda self: [colour_retrieval])
+    monkeypatch.setattr(Suite, "load_tasks", lambda self, fallback: [colour_retrieval])
     found = run_suite(suite, open_fake)
     write_report(found, tmp_path / "report")
     assert not (tmp_path / "report" / "accuracy-latency.png").exists()

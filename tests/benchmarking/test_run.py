@@ -7,10 +7,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from clip_rd_edge.benchmarking.page import page
+from clip_rd_edge.benchmarking.report import markdown
 from clip_rd_edge.benchmarking.results import Results, read_results, write_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.scores import ZeroShotScore
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
+from clip_rd_edge.data.templates import Templates
 from clip_rd_edge.errors import ConfigError, InputError
 
 
@@ -123,3 +126,22 @@ def test_damaged_results(results: Results, tmp_path: Path, damage: Callable[[str
 def test_missing_results(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Cannot read .*results\.json: No such file"):
         read_results(tmp_path / "results.json")
+
+
+def test_missing_data_sets_are_said_and_the_others_measured(
+    suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path
+) -> None:
+    wider = msgspec.structs.replace(suite, tasks=("sun397", "task"), missing_tasks="skip")
+    found = run_suite(wider, open_fake)
+    assert [score.task for score in found.rows[0].scores] == ["task"]
+    assert [task.name for task in found.missing] == ["sun397"]
+    assert f"{tmp_path / 'models'} has no folder sun397" in found.missing[0].reason
+    assert "- **sun397** is missing: " in markdown(found, plot=False)
+    assert "<strong>sun397</strong>: " in page(found)
+
+
+def test_the_report_says_which_templates_labels_were_put_into(suite: Suite, open_fake: Callable[[str], Any]) -> None:
+    (Path(suite.root or "") / "task" / "zeroshot_classification_templates.txt").unlink()
+    found = run_suite(suite, open_fake, fallback=lambda: Templates(("{}", "{}"), "of the test"))
+    assert found.rows[0].scores[0].templates == "2, of the test"
+    assert "Templates: task: 2, of the test." in markdown(found, plot=False)

@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, parse_models, read_suite
 from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.data.templates import Templates
 from clip_rd_edge.errors import ConfigError, InputError
 
 GOOD = """
@@ -66,3 +68,44 @@ def test_the_shipped_suite_is_found_by_its_name_and_read() -> None:
 def test_an_unknown_suite_names_near_ones() -> None:
     with pytest.raises(InputError, match=r"no suite 'quikstart': .* Did you mean 'quickstart'"):
         find_suite("quikstart")
+
+
+def test_the_papers_suite_names_its_tasks_and_takes_its_models_from_outside(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no rows"):
+        read_suite(find_suite("paper"))
+    suite = read_suite(find_suite("paper"), rows=parse_models(["student=runs/a"]), data_root=str(tmp_path))
+    assert len(suite.tasks) == 14
+    assert suite.rows == (SuiteRow(label="Student", model="runs/a", role="student"),)
+    assert set(suite.missing()) == set(suite.tasks)
+    with pytest.raises(InputError, match=r"None of the 14 tasks of the suite paper is in .*: imagenet1k, imagenetv2"):
+        suite.load_tasks()
+
+
+@pytest.mark.parametrize("folder", ["vtab/cifar10", "wds_vtab-cifar10", "vtab-cifar10", "cifar10", "wds_cifar10"])
+def test_a_task_is_found_by_any_of_clip_benchmarks_names(tmp_path: Path, folder: str) -> None:
+    for name in ("ship", "frog"):
+        (tmp_path / folder / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "test" / name / "1.png")
+    rows = (SuiteRow(label="A", model="a", role="student"),)
+    tasks = ("imagenet1k", "vtab/cifar10")
+    suite = Suite(name="x", rows=rows, tasks=tasks, data_root=str(tmp_path), missing_tasks="skip")
+    (task,) = suite.load_tasks(lambda: Templates(("the {}", "a {}"), "given"))
+    assert isinstance(task, ZeroShotTask)
+    assert (task.name, task.labels, task.templates) == ("cifar10", ("frog", "ship"), ("the {}", "a {}"))
+    assert list(suite.missing()) == ["imagenet1k"]
+    assert "under none of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
+
+
+def test_models_from_the_command_line() -> None:
+    rows = parse_models(["teacher=hf-hub:o/m", "student=runs/a", "student=runs/b/"])
+    assert [(row.label, row.model, row.role) for row in rows] == [
+        ("Teacher", "hf-hub:o/m", "teacher"),
+        ("Student a", "runs/a", "student"),
+        ("Student b", "runs/b/", "student"),
+    ]
+
+
+@pytest.mark.parametrize("model", ["runs/a", "pupil=runs/a", "student="])
+def test_a_model_without_a_role_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="is not ROLE=MODEL with one of the roles teacher, baseline, student"):
+        parse_models([model])

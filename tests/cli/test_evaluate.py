@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,14 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened(
 def test_a_task_is_needed(run: Run, capsys: Any) -> None:
     assert run("evaluate", "m") == 2
     assert "--task" in capsys.readouterr().err
+
+
+def test_the_table_says_which_templates_were_used(
+    run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: BlackAndWhite())
+    assert run("evaluate", "m", "--task", str(task)) == 0
+    assert "80, ImageNet's, from open_clip" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed
+    assert run("evaluate", "m", "--task", str(task)) == 0
+    assert "a photo of a {}." in capsys.readouterr().out
