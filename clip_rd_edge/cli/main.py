@@ -20,6 +20,8 @@ COMMANDS = {
     "verify": ("verify", "Check a bundle's files on the device."),
     "classify": ("classify", "Say what a picture shows, among labels of yours."),
     "benchmark": ("benchmark", "Compare models: accuracy × latency × size."),
+    "devices": ("devices", "Where a bundle can run, and how to get it there."),
+    "doctor": ("doctor", "What this machine can do, and what to install for the rest."),
 }
 # Which extra brings a package, for the hint when it is not there.
 EXTRA_OF = {

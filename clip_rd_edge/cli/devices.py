@@ -1,0 +1,41 @@
+"""`clip-rd-edge devices`: the targets, and how to deploy on one."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("devices", short_help="Where a bundle can run, and how to get it there.")
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option("--json", "as_json", is_flag=True, help="Print what is known of the devices as JSON.")
+def command(name: str | None, as_json: bool) -> None:
+    """List the devices, or show the page of the one called NAME.
+
+    \b
+    clip-rd-edge devices
+    clip-rd-edge devices cpu-arm
+    """
+    from clip_rd_edge.contract.device import device_guide, device_names, read_device
+
+    devices = {each: read_device(each) for each in ([name] if name else device_names())}
+    if as_json:
+        from clip_rd_edge.contract.structs import to_json
+
+        click.echo(to_json(devices), nl=False)
+    elif name:
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        console = Console()
+        # A pipe gets the Markdown itself.
+        console.print(Markdown(device_guide(name))) if console.is_terminal else click.echo(device_guide(name), nl=False)
+    else:
+        from rich.table import Table
+
+        from clip_rd_edge.cli._output import print_table
+
+        table = Table("device", "what it is", "needs", "run by us", show_lines=True)
+        for each, device in devices.items():
+            table.add_row(each, f"{device.title}\n[dim]{device.examples}[/dim]", "\n".join(device.needs), device.runs)
+        print_table(table)
+        click.echo("clip-rd-edge devices NAME shows how to deploy on one; doctor looks at this machine.", err=True)

@@ -1,0 +1,38 @@
+"""`clip-rd-edge doctor`: what this machine can do, and what to install for the rest."""
+
+from __future__ import annotations
+
+import click
+
+from clip_rd_edge.errors import ClipRdEdgeError
+
+_STYLES = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken[/red]"}
+
+
+@click.command("doctor", short_help="What this machine can do, and what to install for the rest.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def command(as_json: bool) -> None:
+    """Look at processor, threads, ONNX Runtime, GPU and optional packages.
+
+    What is missing is shown with the line that installs it. Exit code 0: bundles run here, 1: they do not.
+    """
+    from clip_rd_edge.runtime.doctor import examine
+
+    findings = examine()
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode(findings))
+    else:
+        from rich.markup import escape
+        from rich.table import Table
+
+        from clip_rd_edge.cli._output import print_table
+
+        table = Table(show_header=False)
+        for finding in findings:
+            remedy = f"\n[bold]{escape(finding.remedy)}[/bold]" if finding.remedy else ""
+            table.add_row(escape(finding.what), _STYLES[finding.state], escape(finding.detail) + remedy)
+        print_table(table)
+    if broken := [finding for finding in findings if finding.state == "broken"]:
+        raise ClipRdEdgeError(f"No bundle runs here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)

@@ -1,0 +1,128 @@
+"""What this machine can do for a bundle, what is missing, and the pip line that adds it. Imports nothing heavy but
+ONNX Runtime, which is asked for its providers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name, usable_cores
+
+PACKAGE = "clip-rd-edge"
+# What each extra is for; one that is not named here is listed all the same.
+EXTRAS = {
+    "train": "distil, export, evaluate models that are no bundle",
+    "emoji": "the quickstart's data set and teacher",
+    "demo": "the demo page",
+    "camera": "classify --camera",
+}
+_NOT_LISTED = {"all", "dev"}
+_FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
+_FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was looked at.
+
+    Attributes:
+        what: in a word or two.
+        state: `ok`; `missing`, which something optional needs; `broken`, without which no bundle runs.
+        detail: what was found.
+        remedy: the command that mends it, or empty.
+    """
+
+    what: str
+    state: Literal["ok", "missing", "broken"]
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at processor, threads, ONNX Runtime, GPU and packages."""
+    memory = f", {memory_bytes() / 1e9:.0f} GB of memory" if memory_bytes() else ""
+    return [
+        Finding(what="machine", state="ok", detail=f"{machine_name()}{memory}"),
+        Finding(what="system", state="ok", detail=f"{system_name()}, Python {platform.python_version()}"),
+        _processor(instruction_sets()),
+        _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")),
+        _onnxruntime(),
+        _gpu(),
+        *(_extra(name, packages) for name, packages in extras().items()),
+    ]
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages that each extra brings, by the installed metadata of clip-rd-edge."""
+    found: dict[str, list[str]] = {}
+    for line in requires(PACKAGE) or []:
+        if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
+            package, extra = match.groups()
+            if extra not in _NOT_LISTED:
+                found.setdefault(extra, []).append(package)
+    return found
+
+
+def _processor(sets: tuple[str, ...]) -> Finding:
+    if not sets:
+        return Finding(what="processor", state="ok", detail="the system does not tell its instruction sets")
+    fast = [name for name in sets if name in _FAST_INT8]
+    int8 = f"INT8 is fast ({fast[-1]})" if fast else "INT8 may be no faster than float32: no VNNI, AMX or dot product"
+    bf16 = "bfloat16 in hardware" if _FAST_BF16 & set(sets) else "no bfloat16 in hardware"
+    return Finding(what="processor", state="ok", detail=f"{', '.join(sets)}: {int8}; {bf16}")
+
+
+def _threads(usable: int, cores: int, limit: str | None) -> Finding:
+    limited = f"{usable} of {cores} cores may be used" if usable < cores else f"{cores} cores"
+    # ONNX Runtime's own thread pool does not read the variable; numpy's and torch's libraries do.
+    note = f"; OMP_NUM_THREADS={limit} holds for numpy and torch, --threads for a bundle" if limit else ""
+    return Finding(what="threads", state="ok", detail=f"{limited}{note}")
+
+
+def _onnxruntime() -> Finding:
+    try:
+        import onnxruntime as ort
+
+        providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
+    except Exception as error:  # noqa: BLE001 — whatever keeps it from loading is what is looked for
+        detail = f"does not load: {' '.join(str(error).split())}"
+        return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
+    # Others that it may have (Azure is in every wheel) are told, but bundles run on the CPU's.
+    others = f"; it has {', '.join(providers)}" if set(providers) - {"CPU", "Azure"} else ""
+    return Finding(
+        what="ONNX Runtime", state="ok", detail=f"{ort.__version__}, bundles run on its CPU provider{others}"
+    )
+
+
+def _gpu() -> Finding:
+    if Path("/etc/nv_tegra_release").is_file():
+        detail = "NVIDIA Jetson: see clip-rd-edge devices jetson-orin"
+    elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
+        detail = "NVIDIA: used for training where torch sees it; see clip-rd-edge devices rtx"
+    else:
+        detail = "none that clip-rd-edge would use"
+    return Finding(what="GPU", state="ok", detail=detail)
+
+
+def _extra(name: str, packages: list[str]) -> Finding:
+    purpose = EXTRAS.get(name, "")
+    missing = [package for package in packages if not _installed(package)]
+    detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
+    if not missing:
+        return Finding(what=f"[{name}]", state="ok", detail=detail)
+    return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=f"pip install '{PACKAGE}[{name}]'")
+
+
+def _installed(package: str) -> bool:
+    # From the metadata: importing torch to see whether it is there takes seconds.
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

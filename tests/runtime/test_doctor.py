@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from clip_rd_edge.runtime import doctor
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_what_int8_and_bfloat16_have_here() -> None:
+    assert "INT8 is fast (AMX INT8)" in doctor._processor(("AVX2", "AVX-512 VNNI", "AMX INT8")).detail
+    assert "no bfloat16" in doctor._processor(("AVX2",)).detail
+    assert "INT8 may be no faster" in doctor._processor(("AVX2",)).detail
+    assert "INT8 is fast (Neon dot product)" in doctor._processor(("Neon", "Neon dot product")).detail
+    assert "does not tell" in doctor._processor(()).detail
+
+
+def test_threads_that_a_container_or_a_variable_takes_away() -> None:
+    assert doctor._threads(2, 8, None).detail == "2 of 8 cores may be used"
+    assert doctor._threads(8, 8, "1").detail.startswith("8 cores; OMP_NUM_THREADS=1")
+
+
+def test_a_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda package: package != "torch")
+    train = next(finding for finding in doctor.examine() if finding.what == "[train]")
+    assert train.state == "missing"
+    assert train.detail.endswith("needs torch")
+    assert train.remedy == "pip install 'clip-rd-edge[train]'"
+
+
+def test_every_extra_but_all_and_dev_is_looked_at() -> None:
+    assert {"train", "emoji"} <= doctor.extras().keys()
+    assert not {"all", "dev"} & doctor.extras().keys()
+    assert "onnxscript" in doctor.extras()["train"]
+
+
+def test_the_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, output, error = command_line("doctor")
+    assert (code, error) == (0, "")
+    assert "bundles run on its CPU provider" in output
+    assert "[emoji]" in output
+    code, output, _ = command_line("doctor", "--json")
+    assert {"machine", "processor", "threads", "ONNX Runtime", "GPU"} <= {each["what"] for each in json.loads(output)}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, output, error = command_line("doctor")
+    assert code == 1
+    assert "broken" in output
+    assert error.startswith("error: No bundle runs here: ONNX Runtime does not load")
