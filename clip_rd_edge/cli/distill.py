@@ -49,18 +49,7 @@ if TYPE_CHECKING:
     help="Size of the text tower.",
 )  # fmt: skip
 @click.option("--context-length", type=click.IntRange(4), default=77, show_default=True, help="Tokens a caption.")
-@click.option("--embedding-size", type=click.IntRange(0), default=0, help="Of the student; default: the teacher's.")
-@click.option(
-    "--teacher-cache",
-    type=click.Path(file_okay=False),
-    help="Folder for the teacher's embeddings, computed once; needs --views.",
-)
-@click.option(
-    "--views", type=click.IntRange(0), default=0, help="Crops of each picture, again and again; default: new."
-)
-@click.option("--accumulate", type=click.IntRange(1), default=1, help="Chunks a batch goes through in, to save memory.")
-@click.option("--loss-block", type=click.IntRange(0), default=0, help="Pairs the loss sees together, to save memory.")
-@click.option("--global-logits", is_flag=True, help="Under torchrun: each process looks at all pairs.")
+@click.option("--embedding-size", type=click.IntRange(8), default=512, show_default=True, help="Without a teacher.")
 @click.option("--freeze-text", is_flag=True, help="Train nothing of the text tower but its projection.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(-1), default=-1, help="Loading processes; default: half the cores.")
@@ -116,8 +105,6 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
     }
     if "epochs" in said and "steps" not in said:
         said["steps"] = 0
-    if "precision" in said:
-        options["teacher_precision"] = said["precision"]
     return RunConfig(recipe_name=recipe_name, recipe=msgspec.structs.replace(recipe, **said), **options)
 
 
