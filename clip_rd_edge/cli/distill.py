@@ -49,7 +49,18 @@ if TYPE_CHECKING:
     help="Size of the text tower.",
 )  # fmt: skip
 @click.option("--context-length", type=click.IntRange(4), default=77, show_default=True, help="Tokens a caption.")
-@click.option("--embedding-size", type=click.IntRange(8), default=512, show_default=True, help="Without a teacher.")
+@click.option("--embedding-size", type=click.IntRange(0), default=0, help="Of the student; default: the teacher's.")
+@click.option(
+    "--teacher-cache",
+    type=click.Path(file_okay=False),
+    help="Folder for the teacher's embeddings, computed once; needs --views.",
+)
+@click.option(
+    "--views", type=click.IntRange(0), default=0, help="Crops of each picture, again and again; default: new."
+)
+@click.option("--accumulate", type=click.IntRange(1), default=1, help="Chunks a batch goes through in, to save memory.")
+@click.option("--loss-block", type=click.IntRange(0), default=0, help="Pairs the loss sees together, to save memory.")
+@click.option("--global-logits", is_flag=True, help="Under torchrun: each process looks at all pairs.")
 @click.option("--freeze-text", is_flag=True, help="Train nothing of the text tower but its projection.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(-1), default=-1, help="Loading processes; default: half the cores.")
@@ -86,7 +97,12 @@ def command(run: Path, resume: bool, **options: Any) -> None:
                 figures = ", ".join(f"{name} {value:.1%}" for name, value in progress.evaluation.items())
                 say(f"step {progress.step}: {figures}")
 
-        folder = run_distillation(config, run, resume=resume, on_progress=show, say=say, evaluate=_evaluator(config))
+        def show_cache(done: int, shards: int) -> None:
+            bar.update(task, completed=done, total=shards, note="shards of the teacher's cache")
+
+        folder = run_distillation(
+            config, run, resume=resume, on_progress=show, on_cache=show_cache, say=say, evaluate=_evaluator(config)
+        )
     say(f"next: clip-rd-edge export {run} --precision int8 -o {run}/bundle")
     click.echo(folder)
 
@@ -105,6 +121,8 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
     }
     if "epochs" in said and "steps" not in said:
         said["steps"] = 0
+    if "precision" in said:
+        options["teacher_precision"] = said["precision"]
     return RunConfig(recipe_name=recipe_name, recipe=msgspec.structs.replace(recipe, **said), **options)
 
 

@@ -66,6 +66,11 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         max_bad: share of the samples that may be unreadable and passed over.
         teacher: what `models.load.load_clip` takes; None where the objective needs no teacher.
         student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
+        embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. Where it differs from the
+            teacher's, the objective learns projections between the two, which stay in the objective.
+        teacher_precision: what the teacher computes in, measured apart from the student's.
+        teacher_cache: folder of the teacher's embeddings, computed once; needs `views`.
+        views: different crops and captions of a pair, gone through again and again; 0 for new ones every epoch.
         freeze_text: train nothing of the text tower but its last projection.
         accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
         loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
@@ -86,7 +91,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     image_size: int = 224
     text: str = "standard"
     context_length: int = 77
-    embedding_size: int = 512
+    embedding_size: int = 0
+    teacher_precision: Precision = "auto"
+    teacher_cache: str | None = None
+    views: int = 0
     freeze_text: bool = False
     accumulate: int = 1
     loss_block: int = 0
@@ -121,7 +129,7 @@ def load_recipe(name: str) -> Recipe:
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
     """Where two configurations differ first, as `key: old → new`, or None. What only changes the output is let pass."""
-    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad"}
+    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache"}
     before, after = _flat(old), _flat(new)
     for key, value in after.items():
         if key not in free and before.get(key) != value:

@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
 from clip_rd_edge.data.bad import MAX_SHARE, Bad, BadSamples, SoundPair
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distill.cache import Half, TeacherCache
 
 
 @dataclass(frozen=True)
 class Batch:
     """B pairs: pixels for the student and the teacher from the same crops, (B, 3, H, W) each, and B captions.
 
+    `teacher_rows` are the teacher's image and text embeddings, (B, D) float16 each, where there is a cache of them.
     `bad` are the pairs that could not be read; others were taken in their place.
     """
 
@@ -30,24 +32,30 @@ class Batch:
     teacher_pixels: Tensor | None
     captions: list[str]
     bad: tuple[Bad, ...] = ()
+    teacher_rows: tuple[Tensor, Tensor] | None = None
 
 
 View = tuple[int, int]  # epoch and index of the pair
 
 
 class PairView(NamedTuple):
-    """Pixels for student and teacher, (3, H, W) each, a caption, and the bad pairs passed over on the way."""
+    """Pixels for student and teacher, (3, H, W) each, a caption, bad pairs passed over, the teacher's embeddings."""
 
     student: npt.NDArray[np.float32]
     teacher: npt.NDArray[np.float32] | None
     caption: str
     bad: tuple[Bad, ...]
+    rows: tuple[Half, Half] | None = None
 
 
 class ViewDataset(Dataset[PairView]):
     """A view of a pair: one crop of the picture and one of its captions, chosen by (seed, epoch, index).
 
+    Args:
+        views: different views of a pair that there are; epochs go through them again and again. 0: each is new.
+
     Attributes:
+        cache: where the teacher's embeddings of these very views are read, or None.
         bad: counts the samples that cannot be read; `step_loader` adds what it meets.
 
     Raises:
@@ -62,14 +70,19 @@ class ViewDataset(Dataset[PairView]):
         *,
         crop_scale: tuple[float, float],
         seed: int,
+        views: int = 0,
         max_bad: float = MAX_SHARE,
     ) -> None:
+        self.cache: TeacherCache | None = None
+        self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teacher = pairs, student, teacher
         self.crop_scale, self.seed = crop_scale, seed
 
     def __getitem__(self, view: View) -> PairView:
         epoch, index = view
+        if self.views:
+            epoch %= self.views
         rng = np.random.default_rng((self.seed, epoch, index))
         pair = self.bad.sound(index)
         if not isinstance(pair, SoundPair):
@@ -79,7 +92,8 @@ class ViewDataset(Dataset[PairView]):
         caption = pair.captions[int(rng.integers(len(pair.captions)))]
         student = preprocess_crop(pair.image, box, self.student)
         if self.teacher is None:
-            return PairView(student, None, caption, pair.passed_over)
+            rows = self.cache.row(epoch, index) if self.cache else None
+            return PairView(student, None, caption, pair.passed_over, rows)
         same = self.teacher == self.student
         teacher = student if same else preprocess_crop(pair.image, box, self.teacher)
         return PairView(student, teacher, caption, pair.passed_over)
@@ -160,4 +174,12 @@ def _collate(views: list[PairView]) -> Batch:
         teacher = student
     else:
         teacher = torch.from_numpy(np.stack(teacher_views))
-    return Batch(student, teacher, [view.caption for view in views], tuple(bad for view in views for bad in view.bad))
+    captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
+    return Batch(student, teacher, captions, bad, _stacked([view.rows for view in views if view.rows is not None]))
+
+
+def _stacked(rows: list[tuple[Half, Half]]) -> tuple[Tensor, Tensor] | None:
+    if not rows:
+        return None
+    images, texts = zip(*rows, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(texts))

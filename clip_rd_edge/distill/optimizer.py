@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, objective: Objective, recipe: Recipe) -> t
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if objective.needs_teacher:
+    if objective.weights.need_teacher:
         groups.append({"params": list(objective.parameters()), "weight_decay": recipe.scales_weight_decay})
     # Fused: on a CPU the plain version takes a fifth of a small student's step.
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, fused=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,8 +12,26 @@ import torch
 from clip_rd_edge.distill.config import Precision
 from clip_rd_edge.distill.loader import Batch
 from clip_rd_edge.distill.step import TrainingStep
+from clip_rd_edge.distill.teacher import Teacher
+from clip_rd_edge.runtime.timing import time_in_turn
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+
+
+def choose_teacher_precision(
+    asked: Precision, teacher_in: Callable[[torch.dtype | None], Teacher], batch: Batch, *, rounds: int = 3
+) -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision for the teacher's pictures, and a sentence that says why."""
+    if asked != "auto":
+        return asked, f"{asked}, as asked"
+    if torch.cuda.is_available():
+        return "bf16", "bf16, on a CUDA device"
+    pixels = batch.teacher_pixels
+    if pixels is None:
+        raise ValueError("The batch was loaded without pictures for the teacher.")
+    teachers = {name: teacher_in(dtype) for name, dtype in AUTOCAST.items()}
+    calls = {name: partial(teacher.embed_images, pixels) for name, teacher in teachers.items()}
+    return _faster(calls, "its part of a step", rounds)
 
 
 def choose_precision(
@@ -32,17 +50,16 @@ def choose_precision(
     steps = {name: step_in(dtype) for name, dtype in AUTOCAST.items()}
     model, objective = steps["fp32"].student.model, steps["fp32"].objective
     before = copy.deepcopy(model.state_dict())  # batch norms count what they see
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(batch, 0)
-            if turn:  # the first is warm-up
-                seconds[name].append(time.perf_counter() - started)
+    answer = _faster({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", rounds)
     model.load_state_dict(before)
     model.zero_grad(set_to_none=True)
     objective.zero_grad(set_to_none=True)
-    fp32, bf16 = (min(seconds[name]) for name in ("fp32", "bf16"))
+    return answer
+
+
+def _faster(calls: Mapping[str, Callable[[], object]], what: str, rounds: int) -> tuple[Literal["fp32", "bf16"], str]:
+    times = time_in_turn(calls, rounds=rounds, warmup=1)
+    fp32, bf16 = (float(times[name].min()) for name in ("fp32", "bf16"))
     # bfloat16 costs accuracy in the last digits: it has to pay for that.
     chosen: Literal["fp32", "bf16"] = "bf16" if bf16 < 0.95 * fp32 else "fp32"
-    return chosen, f"{chosen}, measured: a step takes {fp32 * 1e3:.0f} ms in fp32 and {bf16 * 1e3:.0f} ms in bf16"
+    return chosen, f"{chosen}, measured: {what} takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"

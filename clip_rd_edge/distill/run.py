@@ -9,42 +9,37 @@ report/          plots
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR, STUDENT_FOLDER, WEIGHTS_FILE, model_folder
+from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.files import sha256_of, write_text
+from clip_rd_edge.contract.files import write_text
 from clip_rd_edge.contract.structs import read_yaml, to_yaml
-from clip_rd_edge.data.bad import BadSamples
-from clip_rd_edge.data.pairs import Pairs, load_pairs, require_batch
+from clip_rd_edge.distill.cache import open_cache
+from clip_rd_edge.distill.cache_build import build_cache, manifest_of
 from clip_rd_edge.distill.config import RunConfig, first_difference
+from clip_rd_edge.distill.ingredients import Ingredients, load_ingredients, make_dataset
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distill.plots import plot_run
-from clip_rd_edge.distill.precision import AUTOCAST, choose_precision
+from clip_rd_edge.distill.precision import AUTOCAST, choose_precision, choose_teacher_precision
 from clip_rd_edge.distill.processes import Processes, join_processes
-from clip_rd_edge.distill.state import seed_everything
+from clip_rd_edge.distill.provenance import provenance, similarities
 from clip_rd_edge.distill.step import TrainingStep
-from clip_rd_edge.distill.teacher import Teacher
+from clip_rd_edge.distill.teacher import CachedTeacher, Teacher, TeacherOfBatches
 from clip_rd_edge.distill.train import Progress, set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.checkpoint import save_clip
-from clip_rd_edge.models.clip import ClipModel, to_device
-from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.clip import to_device
 
 CONFIG_FILE, REPORT_FOLDER = "config.yaml", "report"
-_SAMPLES_OF_FIGURES = 512
+
+
+def _unheard(*_: object) -> None:
+    """Progress that nobody watches, and what processes but the first say."""
 
 
 def run_distillation(
@@ -52,93 +47,64 @@ def run_distillation(
     run: Path,
     *,
     resume: bool,
-    on_progress: Callable[[Progress], None],
-    say: Callable[[str], None],
+    on_progress: Callable[[Progress], None] = _unheard,
+    on_cache: Callable[[int, int], None] = _unheard,
+    say: Callable[[str], None] = _unheard,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> Path:
     """Train what `config` describes into the folder `run`; returns the student's folder.
 
     Args:
         resume: go on from the newest checkpoint in `run` where there is one; a finished run is left as it is.
+        on_cache: told of shards done and shards in all while a teacher cache is built.
         say: told in a sentence what was decided, such as the precision.
 
     Raises:
-        UsageError: `run` holds something and `resume` is false, or holds a run of another configuration.
+        UsageError: `run` holds something and `resume` is false, or holds a run of another configuration; or the teacher
+            cache is of something else.
         InputError, ConfigError: data, teacher or student do not fit.
         InterruptedRunError: a signal asked to stop; the state was saved.
     """
     with join_processes() as processes:
-        return _run(
+        if not processes.first:
+            on_progress, on_cache, say = _unheard, _unheard, _unheard
+        config, fresh = _agree_with_folder(config, run, resume=resume)
+        processes.wait()  # before the first writes: the others would find the folder in use
+        if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
+            say(f"{run} is finished already")
+            return run / STUDENT_FOLDER
+        of = load_ingredients(config, name=run.resolve().name, processes=processes.count, say=say)
+        steps = total_steps(config, of.pairs)
+        if fresh:
+            say(f"{len(of.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size}")
+            config = _with_measured_precision(config, of, processes, say)
+            if processes.first:
+                write_text(run / CONFIG_FILE, to_yaml(config))
+        teacher, dataset = _prepare_teacher(config, of, processes, on_cache)
+        train(
             config,
             run,
-            processes,
-            resume=resume,
+            of,
+            teacher=teacher,
+            dataset=dataset,
+            processes=processes,
             on_progress=on_progress,
-            say=say if processes.first else _silent,
             evaluate=evaluate,
         )
-
-
-def _silent(_: str) -> None:
-    """Processes but the first say nothing."""
-
-
-def _run(
-    config: RunConfig,
-    run: Path,
-    processes: Processes,
-    *,
-    resume: bool,
-    on_progress: Callable[[Progress], None],
-    say: Callable[[str], None],
-    evaluate: Callable[[Encoder], dict[str, float]] | None,
-) -> Path:
-    config, fresh = _agree_with_folder(config, run, resume=resume)
-    processes.wait()  # before the first writes: the others would find the folder in use
-    if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
-        say(f"{run} is finished already")
-        return run / STUDENT_FOLDER
-    pairs = load_pairs(
-        config.data,
-        image_key=config.image_key,
-        caption_key=config.caption_key,
-        weights=config.weights,
-        json_key=config.json_key,
-    )
-    if pairs.left_out:
-        say(f"{len(pairs.left_out):,} samples are no pairs and left out, the first: {pairs.left_out[0]}")
-    require_batch(pairs, config.recipe.batch_size, processes=processes.count)
-    objective = Objective(config.recipe.objective, scales=config.recipe.scales, scale_start=config.recipe.scale_start)
-    teacher = _load_teacher(config, objective)
-    student = _make_student(config, run, teacher)
-    if fresh or config.recipe.precision == "auto":
-        say(f"{len(pairs):,} pairs, {total_steps(config, pairs):,} steps of {config.recipe.batch_size}")
-        config = _with_measured_precision(config, student, teacher, objective, pairs, processes, say)
         if processes.first:
-            write_text(run / CONFIG_FILE, to_yaml(config))
-    autocast = AUTOCAST[config.recipe.precision]
-    frozen = Teacher(teacher, processes.device, autocast=autocast) if teacher else None
-    train(
-        config,
-        run,
-        student=student,
-        teacher=frozen,
-        objective=objective,
-        pairs=pairs,
-        processes=processes,
-        on_progress=on_progress,
-        evaluate=evaluate,
-    )
-    if not processes.first:
+            of.student.model.to("cpu")
+            plot_run(run, run / REPORT_FOLDER, similarities(config, of))
+            save_clip(run / STUDENT_FOLDER, of.student, provenance=provenance(config, of, steps=steps))
         return run / STUDENT_FOLDER
-    student.model.to("cpu")
-    plot_run(run, run / REPORT_FOLDER, _similarities(student, teacher, pairs, config.max_bad))
-    save_clip(run / STUDENT_FOLDER, student, provenance=_provenance(config, run, pairs, teacher))
-    return run / STUDENT_FOLDER
 
 
 def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool) -> tuple[RunConfig, bool]:
     """The configuration to run, and whether the run is new: a resumed run keeps the precision it was measured to be."""
+    if config.teacher_cache and not config.views:
+        raise UsageError(
+            "A teacher cache holds a fixed number of views of each pair, and none was given.",
+            hint="add --views 8, say: eight crops of each picture, gone through again and again",
+        )
     path = run / CONFIG_FILE
     if not (run.exists() and (run.is_file() or any(run.iterdir()))):
         return config, True
@@ -151,8 +117,9 @@ def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool) -> tuple[R
         return config, True
     old = read_yaml(path, RunConfig)
     if config.recipe.precision == "auto":
-        recipe = msgspec.structs.replace(config.recipe, precision=old.recipe.precision)
-        config = msgspec.structs.replace(config, recipe=recipe)
+        config = _with_precision(config, student=old.recipe.precision)
+    if config.teacher_precision == "auto":
+        config = _with_precision(config, teacher=old.teacher_precision)
     if difference := first_difference(old, config):
         raise UsageError(
             f"{run} holds a run of another configuration: {difference}.",
@@ -161,103 +128,76 @@ def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool) -> tuple[R
     return config, False
 
 
-def _load_teacher(config: RunConfig, objective: Objective) -> ClipModel | None:
-    if not objective.needs_teacher:
-        return None
-    if config.teacher is None:
-        raise UsageError(
-            f"The recipe {config.recipe_name} needs a teacher.",
-            hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
-        )
-    return load_clip(config.teacher, pretrained=config.teacher_pretrained)
-
-
-def _make_student(config: RunConfig, run: Path, teacher: ClipModel | None) -> ClipModel:
-    seed_everything(config.seed)
-    if config.student.startswith(LOCAL_DIR):
-        student = load_clip(config.student)
-    else:
-        width = teacher.embedding_size if teacher else config.embedding_size
-        described = student_config(
-            config.student,
-            embedding_size=width,
-            image_size=config.image_size,
-            text=config.text,
-            context_length=config.context_length,
-        )
-        student = build_student(described, name=run.resolve().name)
-    if teacher and teacher.embedding_size != student.embedding_size:
-        raise UsageError(
-            f"The student's embeddings have {student.embedding_size} entries, the teacher's {teacher.embedding_size}.",
-            hint="distil into a student made for this teacher: give a preset or a timm name",
-        )
-    return student
+def _prepare_teacher(
+    config: RunConfig, of: Ingredients, processes: Processes, on_cache: Callable[[int, int], None]
+) -> tuple[TeacherOfBatches | None, ViewDataset]:
+    """The teacher as the steps ask it, and the views as it wants them: live, or from a cache that is filled first."""
+    if of.teacher is None:
+        return None, make_dataset(config, of)
+    teacher = Teacher(of.teacher, processes.device, autocast=AUTOCAST[config.teacher_precision])
+    if config.teacher_cache is None:
+        return teacher, make_dataset(config, of)
+    folder = Path(config.teacher_cache)
+    manifest = manifest_of(
+        of.teacher,
+        of.pairs,
+        crop_scale=config.recipe.crop_scale,
+        seed=config.seed,
+        views=config.views,
+        precision=config.teacher_precision,
+    )
+    build_cache(
+        folder,
+        manifest,
+        teacher,
+        of.pairs,
+        processes,
+        workers=config.workers,
+        max_bad=config.max_bad,
+        on_progress=on_cache,
+    )
+    of.teacher.model.to("cpu")
+    dataset = make_dataset(config, of, with_teacher_pixels=False)
+    dataset.cache = open_cache(folder)
+    return CachedTeacher(manifest.logit_scale, processes.device), dataset
 
 
 def _with_measured_precision(
-    config: RunConfig,
-    student: ClipModel,
-    teacher: ClipModel | None,
-    objective: Objective,
-    pairs: Pairs,
-    processes: Processes,
-    say: Callable[[str], None],
+    config: RunConfig, of: Ingredients, processes: Processes, say: Callable[[str], None]
 ) -> RunConfig:
-    """The configuration with `auto` replaced by what is faster on this machine."""
+    """The configuration with each `auto` replaced by what is faster on this machine."""
     alone = Processes(device=processes.device)
-    to_device(student.model, alone.device)
-    set_training_mode(student, config)
+    to_device(of.student.model, alone.device)
+    set_training_mode(of.student, config)
+    own = config.recipe.batch_size // processes.count
+    first = StepSampler(len(of.pairs), own, seed=config.seed, start=0, stop=1)
+    batch = next(iter(step_loader(make_dataset(config, of), first, workers=0)))
+
+    def teacher_in(autocast: torch.dtype | None) -> Teacher:
+        # A teacher of its own each time, so that the captions it remembers do not stay.
+        assert of.teacher is not None
+        return Teacher(of.teacher, alone.device, autocast=autocast)
+
+    if of.teacher:
+        chosen, reason = choose_teacher_precision(config.teacher_precision, teacher_in, batch)
+        config = _with_precision(config, teacher=_agreed(chosen, processes))
+        say(f"precision of the teacher: {reason}")
 
     def step_in(autocast: torch.dtype | None) -> TrainingStep:
-        # A teacher of its own, so that the captions it remembers do not stay.
-        frozen = Teacher(teacher, alone.device, autocast=autocast) if teacher else None
-        settings = step_settings(config, autocast)
-        return TrainingStep(student, frozen, objective.to(alone.device), alone, settings)
+        teacher = teacher_in(AUTOCAST[config.teacher_precision]) if of.teacher else None
+        objective = of.objective.to(alone.device)
+        return TrainingStep(of.student, teacher, objective, alone, step_settings(config, autocast))
 
-    dataset = ViewDataset(
-        pairs,
-        student.preprocessing,
-        teacher.preprocessing if teacher else None,
-        crop_scale=config.recipe.crop_scale,
-        seed=config.seed,
-        max_bad=config.max_bad,
-    )
-    own = config.recipe.batch_size // processes.count
-    batch = next(iter(step_loader(dataset, StepSampler(len(pairs), own, seed=config.seed, start=0, stop=1), workers=0)))
     chosen, reason = choose_precision(config.recipe.precision, step_in, batch)
-    if processes.any(chosen == "fp32"):  # they have to agree
-        chosen = "fp32"
     say(f"precision: {reason}")
-    recipe = msgspec.structs.replace(config.recipe, precision=chosen)
-    return msgspec.structs.replace(config, recipe=recipe)
+    return _with_precision(config, student=_agreed(chosen, processes))
 
 
-def _similarities(student: ClipModel, teacher: ClipModel | None, pairs: Pairs, max_bad: float) -> dict[str, Any]:
-    """Embeddings of some pairs by student and teacher, for the histograms."""
-    chosen = np.random.default_rng(0).permutation(len(pairs))[:_SAMPLES_OF_FIGURES]
-    bad = BadSamples(pairs, max_share=max_bad)
-    sound = [bad.take(int(i)) for i in chosen]
-    images, captions = [pair.image for pair in sound], [pair.captions[0] for pair in sound]
-    models = {"student": student, **({"teacher": teacher} if teacher else {})}
-    encoders = {who: TorchEncoder(clip) for who, clip in models.items()}
-    return {who: (e.encode_images(images), e.encode_texts(captions)) for who, e in encoders.items()}
+def _agreed(chosen: str, processes: Processes) -> str:
+    return "fp32" if processes.any(chosen == "fp32") else "bf16"
 
 
-def _provenance(config: RunConfig, run: Path, pairs: Pairs, teacher: ClipModel | None) -> dict[str, Any]:
-    teacher_folder = model_folder(config.teacher) if config.teacher else None
-    weights = teacher_folder / WEIGHTS_FILE if teacher_folder else None
-    return {
-        "recipe": config.recipe_name,
-        "configuration": msgspec.to_builtins(config),
-        "teacher": teacher.name if teacher else None,
-        "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
-        "data": config.data,
-        "pairs": len(pairs),
-        "steps": total_steps(config, pairs),
-        "seed": config.seed,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()} {platform.system()}",
-        "versions": {
-            name: version(name) for name in ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
-        },
-    }
+def _with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:
+    if student is not None:
+        config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision=student))
+    return config if teacher is None else msgspec.structs.replace(config, teacher_precision=teacher)

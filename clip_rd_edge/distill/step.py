@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clip_rd_edge.distill.captions import FrozenTextTower
 from clip_rd_edge.distill.loader import Batch
 from clip_rd_edge.distill.processes import Processes
-from clip_rd_edge.distill.teacher import Teacher
+from clip_rd_edge.distill.teacher import TeacherOfBatches
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 
@@ -62,7 +62,7 @@ class TrainingStep:
     def __init__(
         self,
         student: ClipModel,
-        teacher: Teacher | None,
+        teacher: TeacherOfBatches | None,
         objective: Objective,
         processes: Processes,
         settings: StepSettings,
@@ -133,10 +133,9 @@ class TrainingStep:
     def _gather(self, batch: Batch, image: Tensor, text: Tensor) -> EmbeddingBatch:
         gather = self.processes.gather
         student = [gather(rows.detach().float()).requires_grad_() for rows in (image, text)]
-        if self.teacher is None or batch.teacher_pixels is None:
+        if self.teacher is None:
             return EmbeddingBatch(*student)
-        teacher = [self.teacher.embed_images(batch.teacher_pixels), self.teacher.embed_captions(batch.captions)]
-        return EmbeddingBatch(*student, *(gather(rows.float()) for rows in teacher))
+        return EmbeddingBatch(*student, *(gather(rows.float()) for rows in self.teacher.embed(batch)))
 
     def _backward_to_embeddings(self, embeddings: EmbeddingBatch) -> LossTerms:
         """Gradients of this process's share of the loss at the global embeddings; returns the global loss."""

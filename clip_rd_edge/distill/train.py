@@ -14,6 +14,7 @@ from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.distill.captions import freeze_all_but_projection
 from clip_rd_edge.distill.config import RunConfig
+from clip_rd_edge.distill.ingredients import Ingredients
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distill.metrics import MetricsLog, geometry
 from clip_rd_edge.distill.optimizer import build_optimizer, learning_rate_at, set_learning_rate
@@ -22,9 +23,8 @@ from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.signals import stop_on_signals
 from clip_rd_edge.distill.state import load_state, save_state, saved_states, seed_everything
 from clip_rd_edge.distill.step import StepSettings, TrainingStep, clamp_scales
-from clip_rd_edge.distill.teacher import Teacher
+from clip_rd_edge.distill.teacher import TeacherOfBatches
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError
-from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 
@@ -58,43 +58,35 @@ def total_steps(config: RunConfig, pairs: Pairs) -> int:
 def train(
     config: RunConfig,
     run: Path,
+    of: Ingredients,
     *,
-    student: ClipModel,
-    teacher: Teacher | None,
-    objective: Objective,
-    pairs: Pairs,
+    teacher: TeacherOfBatches | None,
+    dataset: ViewDataset,
     processes: Processes,
     on_progress: Callable[[Progress], None],
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> None:
-    """Train `student` in place, from the newest checkpoint in `run` where there is one.
+    """Train the student in place, from the newest checkpoint in `run` where there is one.
 
     Args:
         config: resolved; its precision is `fp32` or `bf16`, not `auto`.
+        teacher: None where the objective needs none.
         evaluate: called with the student every `config.evaluate_every` steps; its figures go into the metrics.
 
     Raises:
         InterruptedRunError: a signal asked to stop; the state was saved.
         ClipRdEdgeError: the loss was not finite for some steps in a row; the last good checkpoint is named.
     """
-    recipe, steps = config.recipe, total_steps(config, pairs)
+    recipe, steps, student = config.recipe, total_steps(config, of.pairs), of.student
     seed_everything(config.seed)
     model = to_device(student.model, processes.device)
-    objective = objective.to(processes.device)
+    objective = of.objective.to(processes.device)
     optimizer = build_optimizer(model, objective, recipe)
     start = load_state(run, model=model, objective=objective, optimizer=optimizer)
     step_of = TrainingStep(student, teacher, objective, processes, step_settings(config, AUTOCAST[recipe.precision]))
     log = MetricsLog(run, start=start) if processes.first else None
-    dataset = ViewDataset(
-        pairs,
-        student.preprocessing,
-        teacher.clip.preprocessing if teacher else None,
-        crop_scale=recipe.crop_scale,
-        seed=config.seed,
-        max_bad=config.max_bad,
-    )
     sampler = StepSampler(
-        len(pairs),
+        len(of.pairs),
         recipe.batch_size,
         seed=config.seed,
         start=start,

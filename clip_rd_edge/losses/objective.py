@@ -48,6 +48,11 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """The terms that weigh, by name."""
         return {name: weight for name, weight in msgspec.structs.asdict(self).items() if weight != 0.0}
 
+    @property
+    def need_teacher(self) -> bool:
+        """Whether any term that weighs looks at the teacher."""
+        return any(name != "task" for name in self.active())
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -73,25 +78,33 @@ class EmbeddingBatch:
 
 
 class Objective(nn.Module):
-    """Adds up the terms that weigh. Its parameters are the scales a, b, c; the trainer optimises and saves them.
+    """Adds up the terms that weigh. Its parameters are the scales a, b, c, and projections where widths differ; the
+    trainer optimises and saves them. They are no part of the student, which is evaluated and exported without them.
+
+    Args:
+        widths: of the student's and the teacher's embeddings; None where there is no teacher. Where they differ, terms
+            that compare the two see the student through a learnt projection, an image one and a text one.
 
     Raises:
         ConfigError: no term weighs.
     """
 
     def __init__(
-        self, weights: Weights, *, scales: ScaleKind = "bounded", scale_start: float = PUBLISHED_START
+        self,
+        weights: Weights,
+        *,
+        scales: ScaleKind = "bounded",
+        scale_start: float = PUBLISHED_START,
+        widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if not weights.active():
             raise ConfigError("The objective has no term with a weight; expected at least one, such as task: 1.")
         self.weights = weights
         self.scales = Scales(scales, start=scale_start)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
-        return any(name != "task" for name in self.weights.active())
+        differ = widths is not None and widths[0] != widths[1]
+        self.image_projection = nn.Linear(*widths, bias=False) if widths and differ else nn.Identity()
+        self.text_projection = nn.Linear(*widths, bias=False) if widths and differ else nn.Identity()
 
     def forward(
         self,
@@ -108,7 +121,7 @@ class Objective(nn.Module):
             teacher_scale: γ_t, the teacher's.
             block: pairs `start` to `stop`; the losses of blocks that cut the batch add up to the loss of the whole.
         """
-        products = _Products(batch, self.scales, student_scale, teacher_scale, block)
+        products = _Products(batch, self, student_scale, teacher_scale, block)
         terms = {name: _TERMS[name](products) for name in self.weights.active()}
         weighted = [weight * terms[name] for name, weight in self.weights.active().items()]
         return LossTerms(total=torch.stack(weighted).sum(), terms=terms)
@@ -120,22 +133,26 @@ class _Products:
     def __init__(
         self,
         batch: EmbeddingBatch,
-        scales: Scales,
+        objective: Objective,
         student_scale: Tensor,
         teacher_scale: float | Tensor,
         block: slice | None,
     ) -> None:
         self.s_v, self.s_t = _at_least_float32(batch.student_image), _at_least_float32(batch.student_text)
+        # What terms that compare the two look at: the student's own, or its projections.
+        self.p_v, self.p_t = self.s_v, self.s_t
         if batch.teacher_image is not None and batch.teacher_text is not None:
             self.t_v, self.t_t = _at_least_float32(batch.teacher_image), _at_least_float32(batch.teacher_text)
-        self._scales, self._student_scale, self._teacher_scale = scales, student_scale, teacher_scale
+            self.p_v = _projected(objective.image_projection, self.s_v)
+            self.p_t = _projected(objective.text_projection, self.s_t)
+        self._scales, self._student_scale, self._teacher_scale = objective.scales, student_scale, teacher_scale
         self._block = block
         self._computed: dict[str, Logits] = {}
 
     def features(self) -> Tensor:
         part = self._block or slice(None)
-        image = feature_distillation(self.s_v[part], self.t_v[part], pairs=len(self.s_v))
-        return image + feature_distillation(self.s_t[part], self.t_t[part], pairs=len(self.s_v))
+        image = feature_distillation(self.p_v[part], self.t_v[part], pairs=len(self.s_v))
+        return image + feature_distillation(self.p_t[part], self.t_t[part], pairs=len(self.s_v))
 
     def student(self) -> Logits:
         return self._once("student", lambda: (self._student_scale, self.s_v, self.s_t))
@@ -144,16 +161,16 @@ class _Products:
         return self._once("teacher", lambda: (self._teacher_scale, self.t_v, self.t_t))
 
     def image_to_text(self) -> Logits:
-        return self._once("image_to_text", lambda: (self._scale("cross"), self.t_v, self.s_t))
+        return self._once("image_to_text", lambda: (self._scale("cross"), self.t_v, self.p_t))
 
     def text_to_image(self) -> Logits:
-        return self._once("text_to_image", lambda: (self._scale("cross"), self.t_t, self.s_v))
+        return self._once("text_to_image", lambda: (self._scale("cross"), self.t_t, self.p_v))
 
     def image_to_image(self) -> Logits:
-        return self._once("image_to_image", lambda: (self._scale("image"), self.t_v, self.s_v))
+        return self._once("image_to_image", lambda: (self._scale("image"), self.t_v, self.p_v))
 
     def text_to_text(self) -> Logits:
-        return self._once("text_to_text", lambda: (self._scale("text"), self.t_t, self.s_t))
+        return self._once("text_to_text", lambda: (self._scale("text"), self.t_t, self.p_t))
 
     def _scale(self, name: str) -> Tensor:
         return self._scales.multiplier(self._scales.get_parameter(name))
@@ -185,6 +202,13 @@ _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "vrd_ce_text": lambda p: symmetric_contrastive(p.text_to_text()),
     "xrd": lambda p: cross_relation_divergence(p.image_to_text(), p.text_to_image()),
 }
+
+
+def _projected(projection: nn.Module, embeddings: Tensor) -> Tensor:
+    if isinstance(projection, nn.Identity):
+        return embeddings
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return nn.functional.normalize(projection(embeddings), dim=-1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

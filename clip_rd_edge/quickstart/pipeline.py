@@ -63,7 +63,7 @@ class Settings:
     recipe: str = "clip-rd"
     seed: int = 0
     with_baseline: bool = False
-    teacher_steps: int = 400
+    teacher_steps: int = 600
     student_steps: int = 1100
 
 

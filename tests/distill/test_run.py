@@ -45,6 +45,7 @@ def config(pairs_csv: Path, teacher: Path) -> RunConfig:
         recipe=recipe,
         data=str(pairs_csv),
         teacher=str(teacher),
+        teacher_precision="fp32",
         student="test_vit",
         image_size=160,
         text="tiny",
@@ -176,3 +177,14 @@ def test_precision_is_measured_and_kept(config: RunConfig, tmp_path: Path) -> No
     kept: Any = (tmp_path / "run" / "config.yaml").read_text()
     assert "precision: auto" not in kept
     assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
+
+
+def test_a_teacher_of_another_width_is_seen_through_a_projection_that_is_not_exported(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    narrow = msgspec.structs.replace(config, embedding_size=10)
+    student = go(narrow, tmp_path / "run")
+    saved = weights(student)
+    assert saved["text.text_projection"].shape[1] == 10
+    assert not any("projection" in name and name != "text.text_projection" for name in saved)
+    assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
