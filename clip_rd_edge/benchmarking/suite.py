@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
@@ -16,7 +16,6 @@ from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
-ROLES = get_args(Role)
 _HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"
 
@@ -153,27 +152,6 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
     suite = msgspec.structs.replace(suite, data_root=data_root)
     check_suite(suite, source=str(path))
     return suite
-
-
-def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
-    """Rows from `ROLE=MODEL`, labelled by their roles, and by their models' names where a role has several.
-
-    Raises:
-        ConfigError: one has no such form, or no such role.
-    """
-    parts = [model.partition("=") for model in models]
-    roles = [role for role, _, _ in parts]
-    rows = []
-    for role, _, model in parts:
-        if role not in ROLES or not model:
-            raise ConfigError(
-                f"The model {role + '=' + model if model else role!r} is not ROLE=MODEL with one of the roles "
-                f"{', '.join(ROLES)}.{near_matches(role, ROLES)}"
-            )
-        several = roles.count(role) > 1
-        label = f"{role.capitalize()} {model.rstrip('/').rpartition('/')[2]}" if several else role.capitalize()
-        rows.append(SuiteRow(label=label, model=model, role=role))  # type: ignore[arg-type]  # it is one of ROLES
-    return tuple(rows)
 
 
 def check_suite(suite: Suite, *, source: str) -> None:

@@ -41,11 +41,12 @@ def command(suite: str, output: Path, root: str | None, models: tuple[str, ...],
     from clip_rd_edge.benchmarking.plot import require_matplotlib
     from clip_rd_edge.benchmarking.report import write_report
     from clip_rd_edge.benchmarking.run import run_suite
-    from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
+    from clip_rd_edge.benchmarking.suite import find_suite, read_suite
     from clip_rd_edge.benchmarking.table import terminal_table
     from clip_rd_edge.cli._models import open_encoder
     from clip_rd_edge.cli._output import print_table, step_progress
     from clip_rd_edge.cli._progress import say
+    from clip_rd_edge.cli._rows import parse_models
     from clip_rd_edge.cli._templates import imagenet_templates
     from clip_rd_edge.contract.files import refuse_unless_free
 

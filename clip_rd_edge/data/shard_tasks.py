@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.metadata import CLASS_NAMES, SHARD_COUNT, DataSet
-from clip_rd_edge.data.shards import read_text
+from clip_rd_edge.data.sidecars import read_text
 from clip_rd_edge.data.tars import Kind, Shard, TarMember, open_shard
 from clip_rd_edge.data.templates import Fallback
 from clip_rd_edge.errors import InputError

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import open_image
 from clip_rd_edge.data.braces import expand_braces
-from clip_rd_edge.data.tars import Shard, TarMember, open_shard
-from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.data.sidecars import json_captions, text_captions
+from clip_rd_edge.data.tars import Shard, open_shard
+from clip_rd_edge.errors import InputError, UsageError
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources, and between their weights, as in open_clip
@@ -80,10 +80,10 @@ class ShardPairs:
         """All captions; raises InputError where there is none, with shard and sample."""
         shard, sample = self._place(index)
         if self._json_key is None and (text := shard.member(sample, "text")):
-            return _text(text)
+            return text_captions(text)
         json = shard.member(sample, "json")
         assert json is not None  # left out at the start otherwise
-        return _from_json(json, self._json_key or JSON_KEY)
+        return json_captions(json, self._json_key or JSON_KEY)
 
     def _place(self, index: int) -> tuple[Shard, int]:
         return self._shards[int(self._shard_of[index])], int(self._sample_of[index])
@@ -137,37 +137,3 @@ def _sound(shard: Shard, json_key: str | None, left_out: list[str]) -> npt.NDArr
     if shard.damage:
         left_out.append(f"{shard.path}: {shard.damage}")
     return np.flatnonzero(captioned & pictured)
-
-
-def _text(member: TarMember) -> tuple[str, ...]:
-    return _said([read_text(member)], str(member))
-
-
-def _from_json(member: TarMember, key: str) -> tuple[str, ...]:
-    try:
-        content = msgspec.json.decode(read_text(member))
-    except msgspec.DecodeError as error:
-        raise InputError(f"{member} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict) or key not in content:
-        known = [str(name) for name in content] if isinstance(content, dict) else []
-        raise InputError(f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name it: --json-caption-key")
-    value = content[key]
-    captions = value if isinstance(value, list) else [value]
-    if not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
-    return _said(captions, str(member))
-
-
-def _said(captions: Sequence[str], place: str) -> tuple[str, ...]:
-    said = tuple(stripped for caption in captions if (stripped := caption.strip()))
-    if not said:
-        raise InputError(f"{place}: the caption is empty.")
-    return said
-
-
-def read_text(member: TarMember) -> str:
-    """A member's content as UTF-8; raises InputError where it is none or cannot be read."""
-    try:
-        return member.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read {member}: {error}.") from error

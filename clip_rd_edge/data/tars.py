@@ -137,7 +137,9 @@ def _look_through(path: Path) -> Shard:
                 if column is not None and places[-1][column][0] < 0:
                     places[-1][column] = (member.offset_data, member.size)
             damage = _damage(archive, path)
-    except (tarfile.TarError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
+    except tarfile.TarError as error:
         if not names:
             raise InputError(
                 f"{path} is not an uncompressed tar: {error}.", hint="shards are read at random: unpack .tar.gz first"

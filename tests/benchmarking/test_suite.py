@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, parse_models, read_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data.templates import Templates
 from clip_rd_edge.errors import ConfigError, InputError
@@ -73,9 +73,10 @@ def test_an_unknown_suite_names_near_ones() -> None:
 def test_the_papers_suite_names_its_tasks_and_takes_its_models_from_outside(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no rows"):
         read_suite(find_suite("paper"))
-    suite = read_suite(find_suite("paper"), rows=parse_models(["student=runs/a"]), data_root=str(tmp_path))
+    row = SuiteRow(label="Student", model="runs/a", role="student")
+    suite = read_suite(find_suite("paper"), rows=(row,), data_root=str(tmp_path))
     assert len(suite.tasks) == 14
-    assert suite.rows == (SuiteRow(label="Student", model="runs/a", role="student"),)
+    assert suite.rows == (row,)
     assert set(suite.missing()) == set(suite.tasks)
     with pytest.raises(InputError, match=r"None of the 14 tasks of the suite paper is in .*: imagenet1k, imagenetv2"):
         suite.load_tasks()
@@ -94,18 +95,3 @@ def test_a_task_is_found_by_any_of_clip_benchmarks_names(tmp_path: Path, folder:
     assert (task.name, task.labels, task.templates) == ("cifar10", ("frog", "ship"), ("the {}", "a {}"))
     assert list(suite.missing()) == ["imagenet1k"]
     assert "under none of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
-
-
-def test_models_from_the_command_line() -> None:
-    rows = parse_models(["teacher=hf-hub:o/m", "student=runs/a", "student=runs/b/"])
-    assert [(row.label, row.model, row.role) for row in rows] == [
-        ("Teacher", "hf-hub:o/m", "teacher"),
-        ("Student a", "runs/a", "student"),
-        ("Student b", "runs/b/", "student"),
-    ]
-
-
-@pytest.mark.parametrize("model", ["runs/a", "pupil=runs/a", "student="])
-def test_a_model_without_a_role_is_refused(model: str) -> None:
-    with pytest.raises(ConfigError, match="is not ROLE=MODEL with one of the roles teacher, baseline, student"):
-        parse_models([model])

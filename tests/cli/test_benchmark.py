@@ -130,3 +130,19 @@ def test_misuse_is_one_sentence_and_exit_code_2(
 def test_a_suite_that_is_not_there(run: Any, tmp_path: Path, capsys: Any) -> None:
     assert run("benchmark", "nowhere.yaml", "-o", str(tmp_path / "report")) == 2
     assert "There is no suite 'nowhere.yaml': neither a file nor one of" in capsys.readouterr().err
+
+
+def test_the_papers_tasks_as_far_as_they_are_here(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "task").rename(tmp_path / "wds_vtab-cifar10")
+    options = ("--root", str(tmp_path), "--model", f"student={tmp_path / 'good'}", "-o", str(tmp_path / "report"))
+    assert run("benchmark", "paper", *options) == 0
+    out, err = capsys.readouterr()
+    assert "Cifar10" in out
+    assert err.count(" is missing: ") == 13
+    assert f"imagenet1k is missing: {tmp_path} has no folder imagenet1k" in err
+    assert "**flickr30k** is missing" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_the_papers_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -> None:
+    assert run("benchmark", "paper", "--root", str(tmp_path), "-o", str(tmp_path / "report")) == 2
+    assert "hint: name some: --model student=" in capsys.readouterr().err

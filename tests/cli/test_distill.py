@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +49,30 @@ def test_a_folder_in_use(command_line: Run, pairs_csv: Path, tmp_path: Path) -> 
     code, _, error = command_line("distill", "--data", pairs_csv, *SMALL, "--recipe", "clip", "-o", tmp_path)
     assert code == 2
     assert "exists already and is not empty" in error
+
+
+def test_a_run_on_shards_counts_bad_samples(
+    command_line: Run, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for i in range(12 * shard, 12 * shard + 12):
+                archive.add(pairs_csv.parent / "pictures" / f"{i}.png", f"{i:04d}.png")
+                (tmp_path / "caption.json").write_text(f'{{"said": ["number {i}", "a picture"]}}')
+                archive.add(tmp_path / "caption.json", f"{i:04d}.json")
+            archive.add(tmp_path / "caption.json", "alone.json")
+    data = ("--data", f"{tmp_path}/0.tar::{tmp_path}/1.tar", "--train-data-upsampling-factors", "1::2")
+    model = (*SMALL, "--recipe", "clip", "--embedding-size", "16", "--batch-size", "6", "--precision", "fp32")
+    options = (*data, *model, "--json-caption-key", "said", "--epochs", "1", "--workers", "0")
+    code, _, error = command_line("distill", *options, "-o", tmp_path / "strict")
+    assert code == 2
+    assert "2 of 38 samples" in error
+    assert "0.tar: alone has no picture" in error
+    assert not (tmp_path / "strict").exists()
+    code, _, error = command_line("distill", *options, "--max-bad", "0.1", "-o", tmp_path / "run")
+    assert code == 0
+    assert "2 samples are no pairs and left out" in error
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert '"step":6' in line  # 12 + 2 · 12 pairs in batches of 6
+    assert '"bad_samples":2' in line
