@@ -13,7 +13,7 @@ from clip_rd_edge.cli._answers import Format
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_files
+from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_pictures
 
 _MANY = 50  # pictures from which a rate means something
 
@@ -27,14 +27,14 @@ def classify_files(
         InputError: some picture could not be read; after all others are answered.
     """
     out = sys.stdout  # kept: a bar would take it over
-    batches = embed_files(encoder, paths)
+    batches = embed_pictures(encoder, paths)
     if len(paths) >= _MANY and not out.isatty():  # on a terminal the answers themselves are the progress
         batches = _with_bar(batches, len(paths))
     unreadable: list[InputError] = []
     began = time.perf_counter()
     for batch in batches:
         predictions = classifier.classify_embeddings(batch.embeddings, top=top)
-        for path, answers in zip(batch.paths, predictions, strict=True):
+        for path, answers in zip(batch.pictures, predictions, strict=True):
             click.echo(shape(str(path), answers), file=out)
         unreadable += batch.unreadable
         if len(paths) > 1:
@@ -72,7 +72,7 @@ def classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, sh
     click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} a second", err=True)
 
 
-def _with_bar(batches: Iterator[EmbeddedBatch], total: int) -> Iterator[EmbeddedBatch]:
+def _with_bar(batches: Iterator[EmbeddedBatch[Path]], total: int) -> Iterator[EmbeddedBatch[Path]]:
     """The same batches, and a bar on stderr with their rate."""
     from clip_rd_edge.cli._progress import progress_bar
 
@@ -81,5 +81,5 @@ def _with_bar(batches: Iterator[EmbeddedBatch], total: int) -> Iterator[Embedded
         task = bar.add_task("classifying", total=total, note="")
         for batch in batches:
             yield batch
-            done += len(batch.paths) + len(batch.unreadable)
+            done += len(batch.pictures) + len(batch.unreadable)
             bar.update(task, completed=done, note=f"{done / (time.perf_counter() - began):,.0f}/s")

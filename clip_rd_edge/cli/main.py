@@ -19,6 +19,8 @@ COMMANDS = {
     "export": ("export", "Turn a model into a bundle for a device."),
     "verify": ("verify", "Check a bundle's files on the device."),
     "classify": ("classify", "Say what a picture shows, among labels of yours."),
+    "index": ("index", "Embed a folder of pictures, to be searched."),
+    "search": ("search", "Find pictures of an index by text or picture."),
     "benchmark": ("benchmark", "Compare models: accuracy × latency × size."),
     "devices": ("devices", "Where a bundle can run, and how to get it there."),
     "doctor": ("doctor", "What this machine can do, and what to install for the rest."),

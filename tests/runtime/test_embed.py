@@ -8,7 +8,7 @@ import pytest
 from clip_rd_edge.contract.preprocess import open_image
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime import load
-from clip_rd_edge.runtime.embed import embed_files
+from clip_rd_edge.runtime.embed import embed_pictures
 from clip_rd_edge.runtime.pictures import find_pictures, pictures_below
 
 
@@ -19,8 +19,8 @@ def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
     (colour_pictures / "broken.png").write_bytes(b"no picture")
     paths = [*pictures_below(colour_pictures)] * 3
     encoder = load(colour_bundle)
-    batches = list(embed_files(encoder, paths, batch_size=batch_size, workers=2))
-    read = [path for batch in batches for path in batch.paths]
+    batches = list(embed_pictures(encoder, paths, batch_size=batch_size, workers=2))
+    read = [path for batch in batches for path in batch.pictures]
     assert read == [path for path in paths if path.name != "broken.png"]
     expected = encoder.encode_images([open_image(path) for path in read])
     np.testing.assert_allclose(np.concatenate([batch.embeddings for batch in batches]), expected, atol=1e-6)
@@ -38,8 +38,8 @@ def test_a_long_list_is_taken_as_it_is_needed(colour_bundle: Path, colour_pictur
             taken += 1
             yield colour_pictures / "red.png"
 
-    batches = embed_files(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
-    assert len(next(batches).paths) == 4
+    batches = embed_pictures(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
+    assert len(next(batches).pictures) == 4
     assert taken == 8
     batches.close()
     assert taken == 8

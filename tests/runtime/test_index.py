@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime import indexing, load
+from clip_rd_edge.runtime.index import nearest, read_index
+from clip_rd_edge.runtime.indexing import update_index
+from clip_rd_edge.runtime.ort import OrtEncoder
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    return tmp_path / "photos.index"
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of the image tower saw."""
+    seen: list[int] = []
+    encode = OrtEncoder.encode_pixels
+
+    def counting(self: OrtEncoder, pixels: np.ndarray) -> np.ndarray:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(OrtEncoder, "encode_pixels", counting)
+    return seen
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.path for entry in read_index(path)[0].entries)
+
+
+def files(path: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+
+
+def test_only_what_changed_is_embedded(
+    colour_bundle: Path, colour_pictures: Path, index: Path, embedded: list[int]
+) -> None:
+    encoder = load(colour_bundle)
+    assert update_index(encoder, colour_pictures, index).embedded == 4
+    before = files(index)
+    update = update_index(encoder, colour_pictures, index)
+    assert (update.kept, update.embedded, update.gone) == (4, 0, 0)
+    assert files(index) == before  # nothing to do, nothing written
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(colour_pictures / "red.png")  # is blue now
+    update = update_index(encoder, colour_pictures, index)
+    assert (update.kept, update.embedded, update.gone) == (3, 1, 0)
+    assert sum(embedded) == 5
+    assert len(files(index)) == 2  # the old embeddings are gone
+    known, rows = read_index(index)
+    best = nearest(known, rows, encoder.encode_texts(["blue"]), top=2)
+    assert {hit.path.name for hit in best} == {"red.png", "blue.jpg"}
+
+
+def test_what_is_moved_copied_or_touched_is_not_embedded_again(
+    colour_bundle: Path, colour_pictures: Path, index: Path, embedded: list[int]
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_pictures, index)
+    (colour_pictures / "green.png").rename(colour_pictures / "more" / "moved.png")
+    (colour_pictures / "copy.png").write_bytes((colour_pictures / "red.png").read_bytes())
+    os.utime(colour_pictures / "blue.jpg", ns=(1, 1))
+    update = update_index(encoder, colour_pictures, index)
+    assert (update.kept, update.embedded, update.gone) == (5, 0, 1)
+    assert sum(embedded) == 4
+    known, rows = read_index(index)
+    assert (
+        nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_pictures / "more" / "moved.png"
+    )
+
+
+def test_an_interrupted_indexing_keeps_what_it_did(
+    colour_bundle: Path, colour_pictures: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(100):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
+    encoder = load(colour_bundle)
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update_index(encoder, colour_pictures, index, progress=interrupt)
+    assert len(names(index)) == 64
+    known, rows = read_index(index)
+    assert len(nearest(known, rows, encoder.encode_texts(["red"]), top=100)) == 64
+    update = update_index(encoder, colour_pictures, index)
+    assert (update.kept, update.embedded) == (64, 40)
+
+
+def test_a_kill_costs_what_was_done_since_the_last_save(
+    colour_bundle: Path, colour_pictures: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(60):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
+    monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1)
+    seen = []
+    update_index(load(colour_bundle), colour_pictures, index, progress=lambda done, total: seen.append(_count(index)))
+    assert seen == [0, 32]  # when a batch is done, all before it are on disk
+    # A half-written file beside them is nobody's index.
+    (index / ".index.json.abc.tmp").write_text("{")
+    assert len(names(index)) == 64
+
+
+def _count(path: Path) -> int:
+    return len(names(path)) if path.is_dir() else 0
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_tried_again(
+    colour_bundle: Path, colour_pictures: Path, index: Path
+) -> None:
+    (colour_pictures / "broken.png").write_bytes(b"no picture")
+    encoder = load(colour_bundle)
+    update = update_index(encoder, colour_pictures, index)
+    assert update.embedded == 4
+    assert "broken.png" in update.unreadable[0]
+    Image.new("RGB", (9, 9)).save(colour_pictures / "broken.png")
+    assert update_index(encoder, colour_pictures, index).embedded == 1
+
+
+def test_another_model_embeds_everything_again(colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
+    update_index(load(colour_bundle), colour_pictures, index)
+    with (colour_bundle / "image.onnx").open("ab") as file:
+        file.write(b"\x3a\x00")  # an empty graph, which is merged: the same model, another file
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    assert update_index(load(colour_bundle), colour_pictures, index).embedded == 4
+
+
+def test_what_is_no_index_is_refused(colour_bundle: Path, colour_pictures: Path, index: Path, tmp_path: Path) -> None:
+    encoder = load(colour_bundle)
+    with pytest.raises(UsageError, match="something else than an index"):
+        update_index(encoder, colour_pictures, colour_bundle)
+    update_index(encoder, colour_pictures, index)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="index of another folder"):
+        update_index(encoder, tmp_path / "other", index)
+    with pytest.raises(InputError, match="has no pictures"):
+        update_index(encoder, tmp_path / "other", tmp_path / "other.index")
+    with pytest.raises(InputError, match="is no index"):
+        read_index(tmp_path)
+    next(index.glob("*.npy")).write_bytes(b"")
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_index(index)
+
+
+def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
+    code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
+    assert (code, output) == (0, f"{index}\n")
+    assert "4 embedded, 0 kept, 0 gone" in error
+    code, output, _ = command_line("search", index, "blue", "--top", "1")
+    assert code == 0
+    similarity, path = output.rstrip().split("\t")
+    assert path == str(colour_pictures / "blue.jpg")
+    assert float(similarity) > 0.9
+    code, output, _ = command_line("search", index, colour_pictures / "red.png", "--top", "2", "--json")
+    first = json.loads(output.splitlines()[0])
+    assert first == {"picture": str(colour_pictures / "red.png"), "similarity": 1.0}
+    (colour_pictures / "broken.png").write_bytes(b"no picture")
+    code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
+    assert (code, output) == (1, f"{index}\n")
+    assert "1 pictures could not be read" in error
+    code, _, error = command_line("search", index, " ")
+    assert (code, "The query is empty" in error) == (2, True)
+    with (colour_bundle / "image.onnx").open("ab") as file:
+        file.write(b"\x3a\x00")
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    code, _, error = command_line("search", index, "red")
+    assert (code, "is not the one that made the index" in error) == (2, True)
