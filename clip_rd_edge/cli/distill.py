@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from clip_rd_edge.distill.config import Recipe, RunConfig
-    from clip_rd_edge.distill.train import Progress
+    from clip_rd_edge.distill.metrics import Progress
 
 
 @click.command("distill", short_help="Train a compact student from a teacher and your pairs.")
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 @click.option("--recipe", "recipe_name", default="clip-rd", show_default=True, help="clip-rd, clip-kd, … or YAML.")
 @click.option("--epochs", type=click.IntRange(1), help="Rounds over the data; default: the recipe's.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps, instead of epochs.")
-@click.option("--batch-size", type=click.IntRange(1), help="Pairs a step; default: the recipe's, or all there are.")
+@click.option("--batch-size", type=click.IntRange(1), help="Pairs a step; default: the recipe's.")
 @click.option("--lr", "learning_rate", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto measures which is faster here.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="auto measures what is faster.")
 @click.option("--image-size", type=click.IntRange(16), default=224, show_default=True, help="Edge in pixels.")
 @click.option(
     "--text", type=click.Choice(["tiny", "small", "standard"]), default="standard", show_default=True,
@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 @click.option(
     "--views", type=click.IntRange(0), default=0, help="Crops of each picture, again and again; default: new."
 )
+@click.option("--compile", is_flag=True, help="Run the student through torch.compile.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice, to save memory.")
+@click.option("--ema-decay", type=click.FloatRange(0, 1, max_open=True), help="Keep a moving average, such as 0.999.")
 @click.option("--accumulate", type=click.IntRange(1), default=1, help="Chunks a batch goes through in, to save memory.")
 @click.option("--loss-block", type=click.IntRange(0), default=0, help="Pairs the loss sees together, to save memory.")
 @click.option("--global-logits", is_flag=True, help="Under torchrun: each process looks at all pairs.")
@@ -116,7 +119,7 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
     recipe: Recipe = load_recipe(recipe_name)
     said = {
         name: value
-        for name in ("epochs", "steps", "batch_size", "learning_rate", "precision")
+        for name in ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")
         if (value := options.pop(name)) is not None
     }
     if "epochs" in said and "steps" not in said:

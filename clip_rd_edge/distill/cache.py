@@ -21,7 +21,7 @@ from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.structs import read_json, to_json
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 MANIFEST = "manifest.json"
 SHARD = 4096  # pairs a shard: 4 MiB at D = 512
@@ -78,7 +78,11 @@ def fingerprint(pairs: Pairs) -> str:
     """SHA-256 of what pairs are, by their captions and their number; pictures are told by their place."""
     digest = hashlib.sha256(f"{pairs.name}\n{len(pairs)}\n".encode())
     for index in range(len(pairs)):
-        digest.update("\x1f".join(pairs.captions(index)).encode() + b"\x1e")
+        try:
+            captions = pairs.captions(index)
+        except InputError:
+            captions = ()  # a bad sample, which another will stand in for
+        digest.update("\x1f".join(captions).encode() + b"\x1e")
     return digest.hexdigest()
 
 

@@ -13,7 +13,11 @@ from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind
 
 RECIPES = Path(__file__).parent / "recipes"
-Precision = Literal["auto", "fp32", "bf16"]
+# What a resumed run may have otherwise: it changes what is written or how fast, and nothing that is computed.
+MAY_CHANGE = frozenset(
+    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache"}
+)
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +33,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         scales_weight_decay: on the objective's own scales.
         clip_gradient_norm: 0 leaves gradients as they are.
         crop_scale: least and greatest part of a picture's area that a training crop keeps.
-        precision: `auto` times float32 and bfloat16 on this machine and takes the faster.
+        ema_decay: of a moving average of the weights, which then is evaluated and kept; 0 keeps the weights themselves.
+        precision: `auto` times float32 and bfloat16 on this machine and takes the faster; `fp16` scales the loss.
     """
 
     objective: Weights
@@ -46,6 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     epsilon: float = 1e-6
     clip_gradient_norm: float = 0.0
     crop_scale: tuple[float, float] = (0.9, 1.0)
+    ema_decay: float = 0.0
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         teacher_cache: folder of the teacher's embeddings, computed once; needs `views`.
         views: different crops and captions of a pair, gone through again and again; 0 for new ones every epoch.
         freeze_text: train nothing of the text tower but its last projection.
+        compile: run the student's towers through torch.compile.
+        gradient_checkpointing: compute activations again on the way back, to save memory.
         accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
         loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
         global_logits: with several processes, each looks at all pairs and not at its own alone.
@@ -96,6 +104,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     teacher_cache: str | None = None
     views: int = 0
     freeze_text: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
     accumulate: int = 1
     loss_block: int = 0
     global_logits: bool = False
@@ -129,10 +139,9 @@ def load_recipe(name: str) -> Recipe:
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
     """Where two configurations differ first, as `key: old → new`, or None. What only changes the output is let pass."""
-    free = {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache"}
     before, after = _flat(old), _flat(new)
     for key, value in after.items():
-        if key not in free and before.get(key) != value:
+        if key not in MAY_CHANGE and before.get(key) != value:
             return f"{key}: {before.get(key)} → {value}"
     return None
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,26 @@ from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.losses.objective import EmbeddingBatch
 
 FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress line shows after a step.
+
+    Attributes:
+        data_wait: share of the time spent waiting for batches.
+        skipped: steps that were not made, since the loss or a gradient was not finite.
+        bad: samples left out or passed over since the start or resume.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+    data_wait: float
+    evaluation: dict[str, float]
+    bad: int = 0
+    skipped: int = 0
 
 
 class MetricsLog:
@@ -39,6 +62,24 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except msgspec.DecodeError:
             break
     return lines
+
+
+def step_line(
+    progress: Progress, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, extra: Mapping[str, float]
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; a loss that is not finite is null."""
+    return {
+        "step": progress.step,
+        "loss": progress.loss if math.isfinite(progress.loss) else None,
+        **{f"loss/{name}": term.item() for name, term in terms.items()},
+        **geometry(embeddings),
+        **extra,
+        "samples_per_second": round(progress.samples_per_second, 2),
+        "data_wait": round(progress.data_wait, 4),
+        "bad_samples": progress.bad,
+        "skipped_steps": progress.skipped,
+        **{f"evaluation/{name}": value for name, value in progress.evaluation.items()},
+    }
 
 
 @torch.no_grad()

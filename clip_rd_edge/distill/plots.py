@@ -80,7 +80,8 @@ def _plot_histograms(similarities: dict[str, tuple[Embeddings, Embeddings]], pat
     for axis, (who, (image, text)) in zip(axes, similarities.items(), strict=False):
         cosine = image @ text.T
         diagonal = np.eye(len(cosine), dtype=bool)
-        bins = np.linspace(cosine.min(), cosine.max(), 60)
+        low, high = float(cosine.min()), float(cosine.max())
+        bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may say the same of everything
         colour = STUDENT if who == "student" else TEACHER
         axis.hist(cosine[diagonal], bins=bins, density=True, color=colour, alpha=0.75, label="matching pairs")
         axis.hist(cosine[~diagonal], bins=bins, density=True, color=MUTED, alpha=0.5, label="other pairs")

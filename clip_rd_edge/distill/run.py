@@ -9,6 +9,7 @@ report/          plots
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from clip_rd_edge.distill.cache_build import build_cache, manifest_of
 from clip_rd_edge.distill.config import RunConfig, first_difference
 from clip_rd_edge.distill.ingredients import Ingredients, load_ingredients, make_dataset
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distill.metrics import Progress
 from clip_rd_edge.distill.plots import plot_run
 from clip_rd_edge.distill.precision import AUTOCAST, choose_precision, choose_teacher_precision
 from clip_rd_edge.distill.processes import Processes, join_processes
 from clip_rd_edge.distill.provenance import provenance, similarities
 from clip_rd_edge.distill.step import TrainingStep
 from clip_rd_edge.distill.teacher import CachedTeacher, Teacher, TeacherOfBatches
-from clip_rd_edge.distill.train import Progress, set_training_mode, step_settings, total_steps, train
+from clip_rd_edge.distill.train import set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import to_device
@@ -81,7 +83,7 @@ def run_distillation(
             if processes.first:
                 write_text(run / CONFIG_FILE, to_yaml(config))
         teacher, dataset = _prepare_teacher(config, of, processes, on_cache)
-        train(
+        student = train(
             config,
             run,
             of,
@@ -92,9 +94,10 @@ def run_distillation(
             evaluate=evaluate,
         )
         if processes.first:
-            of.student.model.to("cpu")
+            student.model.to("cpu")
+            of = dataclasses.replace(of, student=student)
             plot_run(run, run / REPORT_FOLDER, similarities(config, of))
-            save_clip(run / STUDENT_FOLDER, of.student, provenance=provenance(config, of, steps=steps))
+            save_clip(run / STUDENT_FOLDER, student, provenance=provenance(config, of, steps=steps))
         return run / STUDENT_FOLDER
 
 
@@ -194,7 +197,8 @@ def _with_measured_precision(
 
 
 def _agreed(chosen: str, processes: Processes) -> str:
-    return "fp32" if processes.any(chosen == "fp32") else "bf16"
+    """What all processes compute in: one for which float32 is the faster decides."""
+    return "fp32" if processes.any(chosen == "fp32") else chosen
 
 
 def _with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:

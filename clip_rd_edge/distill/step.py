@@ -40,6 +40,7 @@ class StepSettings:
         chunks: parts that a process's batch goes through the towers in. Batch norms see a chunk at a time.
         block: pairs that the objective looks at together; 0 for all of a process's own.
         global_logits: every process looks at all pairs, and not at its own alone.
+        compile: run the student's towers through torch.compile.
         freeze_text: the student's text tower learns its projection alone.
         seed: of what a step draws, such as dropout, together with step, process and chunk.
     """
@@ -49,6 +50,7 @@ class StepSettings:
     block: int = 0
     global_logits: bool = False
     freeze_text: bool = False
+    compile: bool = False
     seed: int = 0
 
 
@@ -69,17 +71,22 @@ class TrainingStep:
     ) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
         self.processes, self.settings = processes, settings
-        self._image_tower, self._text_tower = ImageTower(student.model), TextTower(student.model)
+        self._image_tower: nn.Module = ImageTower(student.model)
+        self._text_tower: nn.Module = TextTower(student.model)
+        if settings.compile:
+            self._image_tower.compile()
+            self._text_tower.compile()
         self._frozen_text: FrozenTextTower | None = None
         if settings.freeze_text:
             self._frozen_text = FrozenTextTower(student, processes.device, autocast=settings.autocast)
 
-    def __call__(self, batch: Batch, step: int) -> StepResult:
+    def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
         """One step.
 
         Args:
             batch: this process's part of the global batch.
             step: counted from 0.
+            loss_scale: what every gradient is multiplied with, for float16.
         """
         model, processes = self.student.model, self.processes
         processes.share_first(model.buffers())
@@ -89,7 +96,7 @@ class TrainingStep:
         else:
             image, text = self._embed_without_graph(chunks, step)
         embeddings = self._gather(batch, image, text)
-        loss = self._backward_to_embeddings(embeddings)
+        loss = self._backward_to_embeddings(embeddings, loss_scale)
         leaves = (embeddings.student_image, embeddings.student_text)
         processes.add_up([leaf.grad for leaf in leaves])
         gradients = [processes.own(_gradient(leaf)) for leaf in leaves]
@@ -137,7 +144,7 @@ class TrainingStep:
             return EmbeddingBatch(*student)
         return EmbeddingBatch(*student, *(gather(rows.float()) for rows in self.teacher.embed(batch)))
 
-    def _backward_to_embeddings(self, embeddings: EmbeddingBatch) -> LossTerms:
+    def _backward_to_embeddings(self, embeddings: EmbeddingBatch, loss_scale: float) -> LossTerms:
         """Gradients of this process's share of the loss at the global embeddings; returns the global loss."""
         processes, settings = self.processes, self.settings
         pairs = len(embeddings.student_image)
@@ -151,7 +158,7 @@ class TrainingStep:
             scale = self.student.model.get_parameter("logit_scale").exp()
             teacher_scale = self.teacher.logit_scale if self.teacher else 0.0
             loss = self.objective(embeddings, scale, teacher_scale, block=block)
-            torch.autograd.backward([share * loss.total])
+            torch.autograd.backward([loss_scale * share * loss.total])
             total += share * loss.total.detach()
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + share * term.detach()

@@ -19,8 +19,8 @@ from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distill.config import RunConfig, load_recipe
+from clip_rd_edge.distill.metrics import Progress
 from clip_rd_edge.distill.run import run_distillation
-from clip_rd_edge.distill.train import Progress
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.calibration import calibration_set
 from clip_rd_edge.exporters.choose import Trial

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from clip_rd_edge.distill.config import RunConfig, load_recipe
-from clip_rd_edge.distill.metrics import read_metrics
+from clip_rd_edge.distill.metrics import Progress, read_metrics
 from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.distill.state import saved_states
-from clip_rd_edge.distill.train import Progress
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -188,3 +187,34 @@ def test_a_teacher_of_another_width_is_seen_through_a_projection_that_is_not_exp
     assert saved["text.text_projection"].shape[1] == 10
     assert not any("projection" in name and name != "text.text_projection" for name in saved)
     assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
+
+
+def replaced(config: RunConfig, **recipe: object) -> RunConfig:
+    return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
+
+
+def test_a_moving_average_is_what_is_kept(config: RunConfig, tmp_path: Path) -> None:
+    plain, averaged = go(config, tmp_path / "plain"), go(replaced(config, ema_decay=0.9), tmp_path / "averaged")
+    start = go(replaced(config, steps=1, learning_rate=1e-12), tmp_path / "start")
+    name = "visual.head.proj.weight"
+    before, after, between = (weights(path)[name] for path in (start, plain, averaged))
+    assert 0 < (between - before).norm() < (after - before).norm()
+
+
+def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -> None:
+    go(replaced(config, precision="fp16", steps=24), tmp_path / "run")  # the scale is found within the first steps
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # The true gradient's norm is logged, not the scaled one's.
+    go(config, tmp_path / "fp32")
+    sound = next(i for i, line in enumerate(lines) if line["skipped_steps"] == lines[-1]["skipped_steps"])
+    reference = read_metrics(tmp_path / "fp32")
+    assert lines[sound]["gradient_norm"] == pytest.approx(reference[0]["gradient_norm"], rel=1.0)
+
+
+def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    plain = go(config, tmp_path / "plain")
+    saving = go(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "saving")
+    ours, theirs = weights(plain), weights(saving)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
