@@ -207,9 +207,9 @@ def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -
     assert lines[-1]["loss"] < lines[0]["loss"]
     # The true gradient's norm is logged, not the scaled one's.
     go(config, tmp_path / "fp32")
-    sound = next(i for i, line in enumerate(lines) if line["skipped_steps"] == lines[-1]["skipped_steps"])
-    reference = read_metrics(tmp_path / "fp32")
-    assert lines[sound]["gradient_norm"] == pytest.approx(reference[0]["gradient_norm"], rel=1.0)
+    first_sound = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
+    reference = read_metrics(tmp_path / "fp32")[0]["gradient_norm"]
+    assert 0.5 * reference < first_sound < 2 * reference
 
 
 def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
