@@ -54,11 +54,14 @@ class _Bar:
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
+        self._began = time.perf_counter()
         self._task: TaskID | None = None
 
     def stage(self, number: int, stages: int, title: str) -> None:
         if self._task is not None:
             self._bar.remove_task(self._task)
+            self.say(f"done in {time.perf_counter() - self._began:.0f} s")
+        self._began = time.perf_counter()
         self._bar.console.print(f"[bold]{number}/{stages}[/bold] {title}")
         self._task = self._bar.add_task(title, total=None, note="")
 
@@ -83,7 +86,7 @@ def _classify_one(folder: Path) -> None:
     truth = task.labels[task.targets[task.images.index(picture)]]
     click.echo(f"\nA picture of “{truth}”, which no training pair showed, among {len(task.labels)} such names:")
     for label, probability in answers:
-        click.echo(f"  {probability:6.1%}  {label}")
+        click.echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 
 
 def _sample_picture() -> Picture:
