@@ -21,8 +21,12 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 @click.command("export", short_help="Turn a model into a bundle for a device.")
 @click.argument("model")
 @click.option("--pretrained", metavar="TAG|FILE", help="Weights, where MODEL is one of open_clip's architectures.")
-@click.option("--format", type=click.Choice(["onnx"]), default="onnx", show_default=True, expose_value=False)
-@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True)
+@click.option(
+    "--format", type=click.Choice(["onnx", "trt"]), default="onnx", show_default=True,
+    help="trt: TensorRT engines beside their ONNX; needs no GPU.",
+)  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+@click.option("--target", help="What trt engines are for: sm75, sm80, sm86, sm89, sm120, sm121.")
 @click.option(
     "--labels", "labels_file", type=click.Path(path_type=Path),
     help="A text file with a label a line; their embeddings travel with the bundle.",
@@ -38,7 +42,9 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 def command(
     model: str,
     pretrained: str | None,
-    precision: Literal["fp32", "int8"],
+    format: Literal["onnx", "trt"],
+    precision: Literal["fp32", "fp16", "int8"],
+    target: str | None,
     labels_file: Path | None,
     calibration: str | None,
     threads: int,
@@ -49,14 +55,18 @@ def command(
     """Turn MODEL into a bundle: two ONNX files, a tokenizer and a manifest, which run without torch.
 
     MODEL is the folder of a run, an open_clip folder, or any model that open_clip loads. INT8 is tried in several
-    ways; a tower that it makes no faster, or too inaccurate, stays float32.
+    ways; a tower that it makes no faster, or too inaccurate, stays float32. FP16 is for size and for GPUs: on a CPU it
+    is no faster. TensorRT engines for RTX cards are built on any machine.
 
     \b
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
+    clip-rd-edge export runs/first --format trt --precision fp16 --target sm89 -o bundle
     """
     refuse_unless_free(output, overwrite=force)
     if is_bundle(Path(model)):
         raise UsageError(f"{model} is a bundle already.", hint="give the model that it was made from")
+
+    _require_target(format, target)
 
     from clip_rd_edge.cli._calibration import calibration_pairs
     from clip_rd_edge.cli._labels import read_labels_file
@@ -82,6 +92,8 @@ def command(
             clip,
             output,
             precision=precision,
+            format=format,
+            target=target,
             calibration=drawn,
             labels=labels,
             provenance=_provenance(model, pretrained),
@@ -92,6 +104,16 @@ def command(
         )
     _show(manifest, trials)
     click.echo(_as_json(output, manifest, trials) if as_json else output)
+
+
+def _require_target(format: str, target: str | None) -> None:
+    """Refuse a target that nothing is built for, before anything is loaded."""
+    if format == "trt":
+        from clip_rd_edge.exporters.tensorrt import require_rtx_target
+
+        require_rtx_target(target)
+    elif target is not None:
+        raise UsageError(f"--target {target} is for --format trt; ONNX runs anywhere.", hint="leave --target away")
 
 
 def _provenance(model: str, pretrained: str | None) -> dict[str, str]:

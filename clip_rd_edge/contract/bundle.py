@@ -3,6 +3,7 @@
 manifest.json    what follows, and the SHA-256 of every other file
 image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
+image.engine, text.engine   for TensorRT targets, beside the ONNX that they were built from
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: `names` (C,) and their prompt-averaged `embeddings` (C, D), so that fixed labels need
                  no text tower
@@ -55,6 +56,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         precision: what it is in: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
         note: why it is in another precision than the bundle asked for, or empty.
+        engine: the TensorRT engine that was built from `file`, or empty.
     """
 
     file: str
@@ -62,6 +64,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     output_name: str
     precision: str
     note: str = ""
+    engine: str = ""
     measured: Measurement | None = None
 
 

@@ -15,10 +15,16 @@ from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Trial
+from clip_rd_edge.exporters.engines import write_engines
 from clip_rd_edge.exporters.fp32 import write_fp32
+from clip_rd_edge.exporters.half import write_fp16
 from clip_rd_edge.exporters.int8 import write_int8
+from clip_rd_edge.exporters.tensorrt import require_rtx_target
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.ort import OrtEncoder
+
+Precision = Literal["fp32", "fp16", "int8"]
+Format = Literal["onnx", "trt"]
 
 
 def _unheard(_: object) -> None:
@@ -29,7 +35,9 @@ def export_bundle(
     clip: ClipModel,
     output: Path,
     *,
-    precision: Literal["fp32", "int8"],
+    precision: Precision,
+    format: Format = "onnx",
+    target: str | None = None,
     calibration: CalibrationSet | None = None,
     labels: Sequence[str] | None = None,
     provenance: dict[str, str],
@@ -43,6 +51,8 @@ def export_bundle(
 
     Args:
         output: the bundle's folder.
+        format: `onnx`, or `trt` for TensorRT engines beside their ONNX.
+        target: the GPU that engines are for, one of `tensorrt.RTX_TARGETS`.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
         provenance: where the model comes from, for the manifest.
         source: the model's own float32 bundle, from which INT8 is then made without a second export.
@@ -54,29 +64,62 @@ def export_bundle(
 
     Raises:
         UsageError: `output` is in use; INT8 is asked for without a calibration set; `source` is no float32 bundle.
+        InputError: engines cannot be built for `target`.
+        MissingExtraError: TensorRT is needed and not installed.
         ClipRdEdgeError: a tower cannot be exported, or the file does not do what the model does.
     """
     refuse_unless_free(output, overwrite=overwrite)
     if precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
+    if format == "trt":
+        require_rtx_target(target)
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        if calibration is None or precision == "fp32":
-            manifest = write_fp32(clip, folder, provenance=provenance, threads=threads, progress=progress)
-        else:
-            if source is None:
-                source = Path(scratch)
-                write_manifest(
-                    source, write_fp32(clip, source, provenance=provenance, threads=threads, progress=progress)
-                )
-            manifest = write_int8(
-                source, folder, calibration=calibration, threads=threads, progress=progress, on_trials=on_trials
+        whole = (format, precision) == ("onnx", "fp32")
+        if whole or source is None:
+            source = folder if whole else Path(scratch)
+            manifest = write_fp32(clip, source, provenance=provenance, threads=threads, progress=progress)
+            write_manifest(source, manifest)
+        if not whole:
+            if precision == "int8" and calibration is not None:
+                provenance = {**provenance, "calibration": calibration.name}
+            manifest = _written_from(
+                source,
+                folder,
+                format=format,
+                precision=precision,
+                target=target or "",
+                calibration=calibration,
+                threads=threads,
+                progress=progress,
+                on_trials=on_trials,
             )
-            provenance = {**provenance, "calibration": calibration.name}
             manifest = msgspec.structs.replace(manifest, provenance=provenance)
         if labels is not None:
             progress("embedding the labels")
             write_label_bank(folder, manifest, labels)
         return write_manifest(folder, manifest)
+
+
+def _written_from(
+    source: Path,
+    folder: Path,
+    *,
+    format: Format,
+    precision: Precision,
+    target: str,
+    calibration: CalibrationSet | None,
+    threads: int,
+    progress: Callable[[str], None],
+    on_trials: Callable[[Sequence[Trial]], None],
+) -> Manifest:
+    """What is made from the float32 bundle `source`, in `folder`."""
+    if format == "trt":
+        return write_engines(
+            source, folder, precision=precision, target=target, calibration=calibration, progress=progress
+        )
+    if calibration is None or precision == "fp16":
+        return write_fp16(source, folder, threads=threads, progress=progress)
+    return write_int8(source, folder, calibration=calibration, threads=threads, progress=progress, on_trials=on_trials)
 
 
 def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:

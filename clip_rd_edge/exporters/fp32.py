@@ -22,6 +22,7 @@ from clip_rd_edge.exporters.onnx import (
     export_text_tower,
 )
 from clip_rd_edge.exporters.parity import agreement
+from clip_rd_edge.exporters.probes import PROBES
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -29,17 +30,6 @@ from clip_rd_edge.runtime.ort import open_session
 
 MAX_DIFFERENCE, LEAST_COSINE = 1e-4, 0.99999
 TARGET = "onnxruntime"
-# Short, long, too long, none at all, and what tokenizers trip over: texts that towers and tokenizers are compared on.
-PROBES = (
-    "a photo of a cat",
-    "",
-    "two dogs, running through tall grass at the edge of a lake",
-    "it's 1984 &amp; they'll  meet — don't you?",
-    "Überraschung! 猫と犬 👩‍🚀 café",
-    "red",
-    "!<end_of_text> <end_of_text> <start_of_text>",
-    "word " * 300,
-)
 
 
 def write_fp32(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, damaged_files, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
 from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.exporters.measure import Inputs
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
+from clip_rd_edge.exporters.source import require_fit, require_fp32
 
 
 def write_int8(
@@ -37,8 +37,8 @@ def write_int8(
         UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
     """
     manifest = read_manifest(source)
-    _require_fp32(source, manifest)
-    _require_fit(manifest, calibration)
+    require_fp32(source, manifest)
+    require_fit(manifest, calibration)
     shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
     towers = {}
     for name, tower, calibrate, judge in (
@@ -76,23 +76,3 @@ def _written(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path
     return msgspec.structs.replace(
         tower, precision=quantized.precision, note=quantized.note, measured=quantized.measured
     )
-
-
-def _require_fp32(source: Path, manifest: Manifest) -> None:
-    if manifest.precision != "fp32":
-        raise UsageError(
-            f"The bundle {source} is in {manifest.precision}; INT8 is made from a float32 bundle.",
-            hint="export it with --precision fp32 first, or give the model itself",
-        )
-    if damaged := damaged_files(source, manifest):
-        raise UsageError(f"The bundle {source} is damaged: {', '.join(damaged)}.", hint="export it again")
-
-
-def _require_fit(manifest: Manifest, calibration: CalibrationSet) -> None:
-    pixels, ids = calibration.calibrate.pixels, calibration.calibrate.ids
-    expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length)
-    if (*pixels.shape[2:], ids.shape[1]) != expected:
-        raise UsageError(
-            f"The calibration set has pictures of {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
-            f"{manifest.name} takes {expected[:2]} and {expected[2]}."
-        )

@@ -22,6 +22,7 @@ EXTRAS = {
     "emoji": "the quickstart's data set and teacher",
     "demo": "the demo page",
     "camera": "classify --camera",
+    "rtx": "export --format trt for RTX cards",
 }
 _NOT_LISTED = {"all", "dev"}
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}

@@ -79,7 +79,7 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
     new = tmp_path / "new"
     wrong: list[tuple[tuple[str | Path, ...], str]] = [
         ((run_folder,), "Missing option '-o'"),
-        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'int8'"),
+        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'int8'"),
         ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),
         ((tmp_path / "none", "-o", new), "There is no model"),
@@ -107,3 +107,16 @@ def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Pat
     (student / "distillation.json").write_text("{}")
     with pytest.raises(UsageError, match=r"distillation\.json names no data"):
         calibration_pairs(None, str(tmp_path))
+
+
+def test_a_target_that_nothing_is_built_for_lists_the_known_ones(
+    run_folder: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    new = tmp_path / "new"
+    code, _, err = command_line("export", run_folder, "--format", "trt", "--target", "sm99", "-o", new)
+    assert (code, "sm86 (GeForce RTX 30" in err, "sm120" in err) == (2, True, True)
+    code, _, err = command_line("export", run_folder, "--format", "trt", "-o", new)
+    assert (code, "needs a target" in err) == (2, True)
+    code, _, err = command_line("export", run_folder, "--target", "sm86", "-o", new)
+    assert (code, "--format trt" in err) == (2, True)
+    assert not new.exists()

@@ -1,0 +1,107 @@
+"""A float32 bundle's towers as strongly typed ONNX, which TensorRT of any kind builds from. Never imports torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import onnx
+
+from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.fp16 import overflowing, to_fp16
+from clip_rd_edge.exporters.half import half_tower, probes_of, why_float32
+from clip_rd_edge.exporters.measure import Inputs
+from clip_rd_edge.exporters.quantize import MIN_AGREEMENT
+from clip_rd_edge.exporters.static import preprocessed
+from clip_rd_edge.exporters.symmetric_tower import symmetric_tower
+
+TypedPrecision = Literal["fp32", "fp16", "int8"]
+_MEASURED = ", measured on this ONNX in ONNX Runtime."
+
+
+@dataclass(frozen=True)
+class TypedTower:
+    """A tower's strongly typed ONNX.
+
+    Attributes:
+        content: the file's.
+        precision, note: as `contract.bundle.Tower` has them.
+        types: by the name of each Conv, MatMul and Gemm what it is to be computed in, in TensorRT's words.
+    """
+
+    content: bytes
+    precision: str
+    note: str = ""
+    types: dict[str, str] = field(default_factory=dict)
+
+
+def typed_towers(
+    source: Path,
+    manifest: Manifest,
+    *,
+    precision: TypedPrecision,
+    calibration: CalibrationSet | None,
+    progress: Callable[[str], None],
+) -> dict[str, TypedTower]:
+    """Both towers of the float32 bundle `source`; one that INT8 costs too much is in float16, and its note says so."""
+    probes = probes_of(source, manifest)
+    made = {}
+    for name, tower in (("image", manifest.image), ("text", manifest.text)):
+        progress(f"{name} tower: {precision}")
+        model = source / tower.file
+        if precision == "int8" and calibration is not None:
+            drawn = (calibration.calibrate, calibration.judge)
+            samples = [part.pixels if name == "image" else part.ids for part in drawn]
+            made[name] = _int8(model, name, (samples[0], samples[1]), probes[name], progress)
+        else:
+            made[name] = _float(model, probes[name], half=precision != "fp32")
+    return made
+
+
+def _float(model: Path, probes: Inputs, *, half: bool, note: str = "") -> TypedTower:
+    if half:
+        found = half_tower(model, probes)
+        if found.model is not None:
+            parity = f"Its centred cosine with float32 is {found.of.centred_cosine:.5f}{_MEASURED}"
+            types = _types(onnx.load_from_string(found.model), in_float32=found.kept)
+            return TypedTower(found.model, "fp16", note or parity, types)
+        note = why_float32(found)
+    return TypedTower(model.read_bytes(), "fp32", note)
+
+
+def _int8(
+    model: Path, name: str, samples: tuple[Inputs, Inputs], probes: Inputs, progress: Callable[[str], None]
+) -> TypedTower:
+    least = MIN_AGREEMENT[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = preprocessed(model, Path(scratch))
+        found = symmetric_tower(
+            prepared,
+            calibrate=samples[0],
+            judge=samples[1],
+            min_agreement=least,
+            progress=lambda what: progress(f"{name} tower: {what}"),
+        )
+        if found is None:
+            return _float(model, probes, half=True, note=f"fp16: INT8 does not reach a centred cosine of {least}.")
+        kept = overflowing(onnx.load(prepared), probes)
+    typed = to_fp16(found.model, keep=kept)
+    left = (
+        f", {len(found.in_float)} of {len(found.layers) + len(found.in_float)} layers in FP16" if found.in_float else ""
+    )
+    return TypedTower(
+        typed.SerializeToString(),
+        f"int8 symmetric{left}",
+        f"Its centred cosine with float32 is {found.of.centred_cosine:.4f}{_MEASURED}",
+        _types(typed, int8=found.layers, in_float32=kept),
+    )
+
+
+def _types(model: onnx.ModelProto, *, int8: Collection[str] = (), in_float32: Collection[str] = ()) -> dict[str, str]:
+    """Types of all of a model's products; those of two activations, as in attention, are in float16."""
+    products = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    return {name: "Int8" if name in int8 else "Half" for name in products if name not in in_float32 or name in int8}
