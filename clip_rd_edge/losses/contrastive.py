@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from clip_rd_edge.losses.logits import Logits
@@ -16,18 +15,23 @@ def symmetric_contrastive(logits: Logits) -> Tensor:
     - task: γ_s s_v·s_t, the student alone
     - VRD's contrastive parts (CLIP-RD): a t_v·s_v for pictures, b t_t·s_t for texts
     """
-    return (_find_own(logits.rows, logits) + _find_own(logits.columns, logits)) / 2
+    return (_in_rows(logits) + _in_columns(logits)) / (2 * logits.pairs)
 
 
-def interactive_contrastive(image_to_teacher: Logits, text_to_teacher: Logits) -> Tensor:
+def interactive_contrastive(text_to_image: Logits, image_to_text: Logits) -> Tensor:
     """½ [CE(c s_v·t_t) + CE(c s_t·t_v)], ICL of CLIP-KD (Yang et al. 2024): the student's queries, the teacher's keys.
 
     Args:
-        image_to_teacher: c s_v·t_t, a row a student picture.
-        text_to_teacher: c s_t·t_v, a row a student text.
+        text_to_image: c t_t·s_v, whose columns are c s_v·t_t.
+        image_to_text: c t_v·s_t, whose columns are c s_t·t_v.
     """
-    return (_find_own(image_to_teacher.rows, image_to_teacher) + _find_own(text_to_teacher.rows, text_to_teacher)) / 2
+    return (_in_columns(text_to_image) + _in_columns(image_to_text)) / (2 * text_to_image.pairs)
 
 
-def _find_own(rows: Tensor, logits: Logits) -> Tensor:
-    return F.cross_entropy(rows, logits.own(), reduction="sum") / logits.pairs
+def _in_rows(logits: Logits) -> Tensor:
+    """Sum of the cross-entropies of rows against their own pair."""
+    return (logits.row_normaliser - logits.own).sum()
+
+
+def _in_columns(logits: Logits) -> Tensor:
+    return (logits.column_normaliser - logits.own).sum()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.contrastive import interactive_contrastive, symmetric_contrastive
 from clip_rd_edge.losses.feature import feature_distillation
-from clip_rd_edge.losses.logits import Logits, whole
+from clip_rd_edge.losses.logits import Logits, product
 from clip_rd_edge.losses.relational import affinity_mimicking, cross_relation_divergence, relation_divergence
 from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind, Scales
 
@@ -179,22 +179,15 @@ class _Products:
         if name not in self._computed:
             # Autocast would take the products in half precision, where neighbouring logits become equal.
             with torch.autocast(self.s_v.device.type, enabled=False):
-                self._computed[name] = self._product(*factors())
+                scale, one, other = factors()
+                self._computed[name] = product(scale * one, other, self._block)
         return self._computed[name]
-
-    def _product(self, scale: float | Tensor, one: Tensor, other: Tensor) -> Logits:
-        # The scale goes to a factor of (B, D) and not to the product of (B, B), which would be written once more.
-        one = scale * one
-        if self._block is None:
-            return whole(one @ other.T)
-        part = self._block
-        return Logits(one[part] @ other.T, other[part] @ one.T, part.start)
 
 
 _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "task": lambda p: symmetric_contrastive(p.student()),
     "fd": lambda p: p.features(),
-    "icl": lambda p: interactive_contrastive(p.text_to_image().transposed, p.image_to_text().transposed),
+    "icl": lambda p: interactive_contrastive(p.text_to_image(), p.image_to_text()),
     "hrd": lambda p: relation_divergence(p.teacher(), p.student()),
     "affinity": lambda p: affinity_mimicking(p.teacher(), p.student()),
     "vrd_kl": lambda p: relation_divergence(p.text_to_text(), p.image_to_image()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from clip_rd_edge.losses.logits import Logits
@@ -16,9 +18,17 @@ def relation_divergence(target: Logits, logits: Logits) -> Tensor:
     - HRD, horizontal (CLIP-KD calls it CRD): target γ_t t_v·t_t, logits γ_s s_v·s_t
     - VRD, vertical (CLIP-RD): target b t_t·s_t, logits a t_v·s_v; the picture side follows the text side
     """
-    target = target.detach()
-    rows, columns = _divergence(target.rows, logits.rows), _divergence(target.columns, logits.columns)
-    return (rows + columns) / (2 * logits.pairs)
+    # KL = Σ P (log P − log Q), and log P = T − log Σ exp T: the normalisers stand apart, as ΣP = 1 in each row.
+    rows, columns = target.row_distribution(), target.column_distribution()
+    if target.is_whole:
+        # Both look at the same entries: one pass for the two.
+        expected = _expected_difference(rows.add_(columns.T), target.rows, logits.rows)
+    else:
+        expected = _expected_difference(rows, target.rows, logits.rows)
+        expected = expected + _expected_difference(columns, target.columns, logits.columns)
+    normalisers = logits.row_normaliser - target.row_normaliser.detach()
+    normalisers = normalisers + logits.column_normaliser - target.column_normaliser.detach()
+    return (expected + normalisers.sum()) / (2 * logits.pairs)
 
 
 def cross_relation_divergence(image_to_text: Logits, text_to_image: Logits) -> Tensor:
@@ -35,18 +45,40 @@ def cross_relation_divergence(image_to_text: Logits, text_to_image: Logits) -> T
 def affinity_mimicking(target: Logits, logits: Logits) -> Tensor:
     """½ [CE(P, Q) over rows + CE(Pᵀ, Qᵀ) over columns], affinity mimicking of TinyCLIP (Wu et al. 2023); a scalar.
 
-    The gradient is HRD's; the value is larger by the teacher's entropy.
+    It is HRD and the teacher's entropy: the gradient is HRD's.
 
     Args:
         target: γ_t t_v·t_t; no gradient reaches it.
         logits: γ_s s_v·s_t.
     """
-    target = target.detach()
-    rows = F.cross_entropy(logits.rows, target.rows.softmax(dim=1), reduction="sum")
-    columns = F.cross_entropy(logits.columns, target.columns.softmax(dim=1), reduction="sum")
+    return relation_divergence(target, logits) + _entropy(target)
+
+
+@torch.no_grad()
+def _entropy(logits: Logits) -> Tensor:
+    """½ [H of rows + H of columns], means over B."""
+    rows = logits.row_normaliser.sum() - (logits.row_distribution() * logits.rows).sum()
+    columns = logits.column_normaliser.sum() - (logits.column_distribution() * logits.columns).sum()
     return (rows + columns) / (2 * logits.pairs)
 
 
-def _divergence(target: Tensor, logits: Tensor) -> Tensor:
-    log_q, log_p = F.log_softmax(logits, dim=1), F.log_softmax(target, dim=1)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+class _ExpectedDifference(torch.autograd.Function):
+    """Σ P (T − L), with −P as the gradient at L and none at P and T.
+
+    Autograd would keep T − L beside P, and P·(T − L) as two large numbers would lose what they differ by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return (target - logits).mul_(weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
+        (weights,) = ctx.saved_tensors
+        return None, None, weights * -gradients[0]
+
+
+def _expected_difference(weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
+    result: Tensor = _ExpectedDifference.apply(weights, target.detach(), logits)  # type: ignore[no-untyped-call]
+    return result
