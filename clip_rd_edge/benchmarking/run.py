@@ -17,6 +17,7 @@ from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.runtime.loading import load
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 OpenEncoder = Callable[[str], TowerEncoder]
@@ -46,7 +47,9 @@ def run_suite(
     skipped: list[SkippedRow] = []
     for row in suite.rows:
         try:
-            encoder = open_encoder(suite.find(row))
+            model = suite.find(row)
+            # A runtime can only be chosen for a bundle, and only a bundle is opened without torch.
+            encoder = load(model, threads=suite.threads, runtime=row.runtime) if row.runtime else open_encoder(model)
             measured[row.label] = [_measure(encoder, task, row, progress) for task in tasks]
             encoders[row.label] = encoder
         except ClipRdEdgeError as error:

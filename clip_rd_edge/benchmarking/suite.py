@@ -14,6 +14,7 @@ from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.tasks import EMBEDDED, load_task
 from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.runtime.loading import Runtime
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 _HUB = "hf-hub:"
@@ -28,11 +29,13 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: the folder of a bundle, a run or an open_clip model, or `hf-hub:ORG/REPO`.
         role: what it is compared with: a student with the teacher and the baseline (the same student, trained without
             a teacher), the exported one with the student, the quantised one with the exported one.
+        runtime: what runs it, where it is a bundle; None takes what the bundle was exported for.
     """
 
     label: str
     model: str
     role: Role
+    runtime: Runtime | None = None
 
 
 class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.formats import Format, Precision, require_fit
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporters.choose import Trial
@@ -22,10 +23,10 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 @click.argument("model")
 @click.option("--pretrained", metavar="TAG|FILE", help="Weights, where MODEL is one of open_clip's architectures.")
 @click.option(
-    "--format", type=click.Choice(["onnx", "trt"]), default="onnx", show_default=True,
-    help="trt: TensorRT engines beside their ONNX; needs no GPU.",
+    "--format", type=click.Choice(["onnx", "openvino", "trt"]), default="onnx", show_default=True,
+    help="openvino: ONNX, for OpenVINO. trt: TensorRT engines beside their ONNX; needs no GPU.",
 )  # fmt: skip
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
 @click.option("--target", help="What trt engines are for: sm75, sm80, sm86, sm89, sm120, sm121.")
 @click.option(
     "--labels", "labels_file", type=click.Path(path_type=Path),
@@ -42,8 +43,8 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 def command(
     model: str,
     pretrained: str | None,
-    format: Literal["onnx", "trt"],
-    precision: Literal["fp32", "fp16", "int8"],
+    format: Format,
+    precision: Precision,
     target: str | None,
     labels_file: Path | None,
     calibration: str | None,
@@ -66,6 +67,7 @@ def command(
     if is_bundle(Path(model)):
         raise UsageError(f"{model} is a bundle already.", hint="give the model that it was made from")
 
+    require_fit(format, precision)
     _require_target(format, target)
 
     from clip_rd_edge.cli._calibration import calibration_pairs

@@ -11,7 +11,7 @@ from clip_rd_edge.errors import InputError
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.encoder import Embeddings
-    from clip_rd_edge.runtime.ort import OrtEncoder
+    from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 
 
 @click.command("search", short_help="Find pictures of an index by text or picture.")
@@ -52,7 +52,7 @@ def command(index: Path, query: str, top: int, bundle: Path | None, threads: int
             click.echo(f"{hit.similarity:.3f}\t{hit.path}")
 
 
-def _embed(encoder: OrtEncoder, query: str) -> Embeddings:
+def _embed(encoder: BundleEncoder, query: str) -> Embeddings:
     """The embedding of a picture where `query` is a file's path, else of the text as it stands, (1, D)."""
     if Path(query).is_file():
         from clip_rd_edge.contract.preprocess import open_image

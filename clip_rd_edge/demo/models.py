@@ -20,9 +20,9 @@ from PIL import Image
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
 from clip_rd_edge.contract.preprocess import open_image, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.loading import load
-from clip_rd_edge.runtime.ort import OrtEncoder
 
 MAX_PIXELS = 50_000_000  # of a picture that is sent: a phone's camera has up to that
 MAX_LABELS = 2_000
@@ -75,13 +75,13 @@ class Model:
         self._threads = threads
         self._lock = threading.Lock()
         self._stamp: tuple[int, int] | None = None
-        self._encoder: OrtEncoder
+        self._encoder: BundleEncoder
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         read_manifest(folder)  # says what is wrong with a folder that never was a bundle
         read_manifest(folder)  # says what is wrong with a folder that never was a bundle
         self._facts = self._describe(self.encoder())
 
-    def encoder(self) -> OrtEncoder:
+    def encoder(self) -> BundleEncoder:
         """The encoder of what is in the folder now.
 
         Raises:
@@ -127,7 +127,7 @@ class Model:
             model_ms=(done - opened) * 1e3,
         )
 
-    def _describe(self, encoder: OrtEncoder) -> Facts:
+    def _describe(self, encoder: BundleEncoder) -> Facts:
         description = encoder.describe()
         bank = encoder.label_bank
         return Facts(
@@ -138,7 +138,7 @@ class Model:
             bank=len(bank.names) if bank else 0,
         )
 
-    def _classifier(self, encoder: OrtEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
+    def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
         key = label_key(labels) if labels is not None else ""
         with self._lock:
             known = self._classifiers.get(key)
@@ -184,7 +184,7 @@ class LabelSets:
         return self._sets.get(key)
 
 
-def _warm_up(encoder: OrtEncoder) -> None:
+def _warm_up(encoder: BundleEncoder) -> None:
     # The first picture shall not wait for the tower to be loaded, nor its time be told as the model's.
     encoder.encode_pixels(np.zeros((1, 3, *encoder.manifest.preprocessing.size), dtype=np.float32))
 

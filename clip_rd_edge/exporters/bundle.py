@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -13,18 +12,18 @@ from clip_rd_edge.contract.bundle import LabelBank, Manifest, write_labels, writ
 from clip_rd_edge.contract.files import new_folder, refuse_unless_free
 from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.backends import OPENVINO, ORT
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.exporters.engines import write_engines
+from clip_rd_edge.exporters.formats import Format, Precision, require_fit
 from clip_rd_edge.exporters.fp32 import write_fp32
 from clip_rd_edge.exporters.half import write_fp16
 from clip_rd_edge.exporters.int8 import write_int8
+from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.tensorrt import require_rtx_target
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.ort import OrtEncoder
-
-Precision = Literal["fp32", "fp16", "int8"]
-Format = Literal["onnx", "trt"]
+from clip_rd_edge.runtime.loading import encoder_of
 
 
 def _unheard(_: object) -> None:
@@ -51,7 +50,7 @@ def export_bundle(
 
     Args:
         output: the bundle's folder.
-        format: `onnx`, or `trt` for TensorRT engines beside their ONNX.
+        format: `onnx`; `openvino`, the same files measured by OpenVINO; or `trt`, TensorRT engines beside their ONNX.
         target: the GPU that engines are for, one of `tensorrt.RTX_TARGETS`.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
         provenance: where the model comes from, for the manifest.
@@ -63,12 +62,14 @@ def export_bundle(
         on_trials: given the table of what was tried for INT8, once a tower.
 
     Raises:
-        UsageError: `output` is in use; INT8 is asked for without a calibration set; `source` is no float32 bundle.
+        UsageError: `output` is in use; the format does not go with the precision; INT8 is asked for without a
+            calibration set; `source` is no float32 bundle.
         InputError: engines cannot be built for `target`.
-        MissingExtraError: TensorRT is needed and not installed.
+        MissingExtraError: TensorRT or OpenVINO is needed and not installed.
         ClipRdEdgeError: a tower cannot be exported, or the file does not do what the model does.
     """
     refuse_unless_free(output, overwrite=overwrite)
+    require_fit(format, precision)
     if precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
     if format == "trt":
@@ -113,17 +114,27 @@ def _written_from(
     on_trials: Callable[[Sequence[Trial]], None],
 ) -> Manifest:
     """What is made from the float32 bundle `source`, in `folder`."""
-    if format == "trt":
+    if format == "trt" and precision != "bf16":
         return write_engines(
             source, folder, precision=precision, target=target, calibration=calibration, progress=progress
         )
-    if calibration is None or precision == "fp16":
-        return write_fp16(source, folder, threads=threads, progress=progress)
-    return write_int8(source, folder, calibration=calibration, threads=threads, progress=progress, on_trials=on_trials)
+    if precision == "int8" and calibration is not None:
+        return write_int8(
+            source,
+            folder,
+            calibration=calibration,
+            threads=threads,
+            progress=progress,
+            on_trials=on_trials,
+            backend=OPENVINO if format == "openvino" else ORT,
+        )
+    if precision in ("fp32", "bf16"):
+        return write_openvino(source, folder, precision=precision, threads=threads, progress=progress)
+    return write_fp16(source, folder, threads=threads, progress=progress)
 
 
 def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
     """Embed each label once by the bundle's own text tower and prompts, and write labels.npz."""
     names = tuple(dict.fromkeys(labels))
-    embeddings = label_embeddings(OrtEncoder(folder, manifest), names, manifest.templates)
+    embeddings = label_embeddings(encoder_of(folder, manifest), names, manifest.templates)
     write_labels(folder, LabelBank(names, embeddings))

@@ -67,6 +67,22 @@ def candidates(
         yield from _dynamic(model, table=table)
 
 
+def static_candidates(
+    model: Path,
+    samples: Inputs,
+    *,
+    allowed_error: float,
+    threads: int,
+    progress: Callable[[str], None],
+) -> Iterator[Candidate]:
+    """Static INT8 in all layers and in the robust ones, whatever a tower is made of; arguments as `candidates`."""
+    quantizer = StaticQuantizer(model, samples)
+    yield from _static(quantizer)
+    progress(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
+    errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
+    yield from _partly_static(quantizer, errors, allowed_error)
+
+
 def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
     yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", quantizer.layers))
     yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", quantizer.layers))

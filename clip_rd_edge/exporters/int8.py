@@ -10,9 +10,9 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
 from clip_rd_edge.contract.files import write_bytes
+from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Trial
-from clip_rd_edge.exporters.measure import Inputs
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
 from clip_rd_edge.exporters.source import require_fit, require_fp32
 
@@ -25,6 +25,7 @@ def write_int8(
     threads: int,
     progress: Callable[[str], None],
     on_trials: Callable[[Sequence[Trial]], None],
+    backend: Backend = ORT,
 ) -> Manifest:
     """Write the towers of the float32 bundle `source` in INT8 into `folder`; return their manifest, not yet written.
 
@@ -32,6 +33,7 @@ def write_int8(
 
     Args:
         on_trials: given the table of what was tried, once a tower.
+        backend: the runtime that they are for, and measured in.
 
     Raises:
         UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
@@ -45,26 +47,25 @@ def write_int8(
         ("image", manifest.image, calibration.calibrate.pixels, calibration.judge.pixels),
         ("text", manifest.text, calibration.calibrate.ids, calibration.judge.ids),
     ):
-        quantized = _quantized(source, name, tower, (calibrate, judge), threads=threads, progress=progress)
+        quantized = quantize_tower(
+            source / tower.file,
+            tower=name,
+            calibrate=calibrate,
+            judge=judge,
+            threads=threads,
+            progress=progress,
+            backend=backend,
+        )
         on_trials(quantized.trials)
         towers[name] = _written(quantized, tower, source, folder)
     precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
     return msgspec.structs.replace(
-        manifest, precision=" + ".join(precisions), image=towers["image"], text=towers["text"], files={}
-    )
-
-
-def _quantized(
-    source: Path,
-    name: str,
-    tower: Tower,
-    samples: tuple[Inputs, Inputs],
-    *,
-    threads: int,
-    progress: Callable[[str], None],
-) -> QuantizedTower:
-    return quantize_tower(
-        source / tower.file, tower=name, calibrate=samples[0], judge=samples[1], threads=threads, progress=progress
+        manifest,
+        precision=" + ".join(precisions),
+        target=backend.name,
+        image=towers["image"],
+        text=towers["text"],
+        files={},
     )
 
 

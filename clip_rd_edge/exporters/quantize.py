@@ -10,12 +10,12 @@ from typing import Any
 
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.exporters.candidates import Candidate, candidates
+from clip_rd_edge.exporters.backends import ORT, Backend
+from clip_rd_edge.exporters.candidates import Candidate
 from clip_rd_edge.exporters.choose import Measured, Trial, choose
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.static import preprocessed
-from clip_rd_edge.runtime.ort import open_session
 from clip_rd_edge.runtime.timing import time_in_turn
 
 # Least centred cosine with float32. Text asks for more: its embeddings are the classifier of every picture.
@@ -52,6 +52,7 @@ def quantize_tower(
     threads: int = 1,
     progress: Callable[[str], None] = lambda _: None,
     timer: Timer = time_in_turn,
+    backend: Backend = ORT,
 ) -> QuantizedTower:
     """Quantise a tower in every way worth trying, and choose by what is measured on this machine.
 
@@ -64,13 +65,14 @@ def quantize_tower(
         threads: threads that latencies are measured with.
         progress: told in a few words what is being done.
         timer: times calls in turn.
+        backend: the runtime that it is quantised for, and measured in.
     """
     least = MIN_AGREEMENT[tower] if min_agreement is None else min_agreement
-    sessions: dict[str, Any] = {_FP32: open_session(str(model), threads=threads)}
+    sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
     contents: dict[str, bytes] = {}
     failed: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
-        ways = candidates(
+        ways = backend.ways(
             preprocessed(model, Path(folder)),
             calibrate,
             allowed_error=1 - least,
@@ -79,7 +81,7 @@ def quantize_tower(
         )
         for way in ways:
             progress(f"{tower} tower: {way.name}")
-            made = _made(way, threads)
+            made = _made(way, backend, threads)
             if isinstance(made, str):
                 failed.append(_failed(tower, way, made))
             else:
@@ -103,11 +105,11 @@ def quantize_tower(
     )
 
 
-def _made(way: Candidate, threads: int) -> tuple[bytes, Any] | str:
+def _made(way: Candidate, backend: Backend, threads: int) -> tuple[bytes, Any] | str:
     """The candidate's file content and a session of it, or why it cannot be had."""
     try:
         content = way.make()
-        return content, open_session(content, threads=threads)
+        return content, backend.open(content, threads=threads)
     except ConfigError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 — the quantiser raises all kinds; one way that fails leaves the others

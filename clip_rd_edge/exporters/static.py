@@ -6,8 +6,9 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 
 from clip_rd_edge.exporters.measure import Inputs
@@ -72,7 +73,13 @@ class StaticQuantizer:
             if name and name not in constants
         }
         floats = _float_tensors(self._model)
-        return measure_ranges(self._model, [name for name in names if name in floats], self._samples)
+        measured = measure_ranges(self._model, [name for name in names if name in floats], self._samples)
+        return Ranges(_finite(measured.min_max), _finite(measured.percentile))
+
+
+def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser looks at every range.
+    return {name: bounds for name, bounds in ranges.items() if np.isfinite(bounds).all()}
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:

@@ -22,6 +22,7 @@ EXTRAS = {
     "emoji": "the quickstart's data set and teacher",
     "demo": "the demo page",
     "camera": "classify --camera",
+    "openvino": "export --format openvino, and running such bundles",
     "rtx": "export --format trt for RTX cards",
 }
 _NOT_LISTED = {"all", "dev"}

@@ -14,9 +14,9 @@ import numpy as np
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.embed import embed_pictures
 from clip_rd_edge.runtime.index import INDEX_VERSION, Entry, Index, is_index, model_key, read_index, write_index
-from clip_rd_edge.runtime.ort import OrtEncoder
 from clip_rd_edge.runtime.pictures import pictures_below
 
 Progress = Callable[[int, int], None]  # pictures done, pictures to embed
@@ -60,7 +60,7 @@ class _Source:
 
 
 def update_index(
-    encoder: OrtEncoder, folder: Path, path: Path, *, progress: Progress = lambda done, total: None
+    encoder: BundleEncoder, folder: Path, path: Path, *, progress: Progress = lambda done, total: None
 ) -> Update:
     """Make the index at `path` say what is in `folder` now.
 
@@ -104,7 +104,7 @@ def update_index(
     return update
 
 
-def _start(encoder: OrtEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
+def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
     """The index to go on from: the one at `path`, or an empty one where there is none or another model made it."""
     fresh = Index(
         version=INDEX_VERSION,

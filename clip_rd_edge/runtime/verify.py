@@ -13,7 +13,8 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of
 from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime.ort import OrtEncoder
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+from clip_rd_edge.runtime.loading import encoder_of
 
 TEXT = "a photo of a cat"
 # INT8 towers normalise in float32, so that only rounding keeps a norm from 1.
@@ -44,7 +45,7 @@ def verify_bundle(folder: Path, *, threads: int | None = None) -> list[Check]:
     manifest = _manifest_of(folder)
     checks = [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
     broken = {check.what for check in checks if not check.passed}
-    encoder = OrtEncoder(folder, manifest, threads=threads)
+    encoder = encoder_of(folder, manifest, threads=threads)
     checks.append(_check_run("image tower", {manifest.image.file} & broken, lambda: _noise(encoder), manifest))
     needed = {manifest.text.file, TOKENIZER}
     checks.append(_check_run("text tower", needed & broken, lambda: encoder.encode_texts([TEXT]), manifest))
@@ -79,7 +80,7 @@ def _check_run(what: str, broken: set[str], run: Callable[[], Embeddings], manif
         embeddings = run()
     except ClipRdEdgeError as error:
         return Check(what=what, passed=False, detail=str(error))
-    except Exception as error:  # noqa: BLE001 — a model that this ONNX Runtime fails on is what is looked for
+    except Exception as error:  # noqa: BLE001 — a model that this runtime fails on is what is looked for
         return Check(what=what, passed=False, detail=f"{type(error).__name__}: {error}")
     return _check_embeddings(what, embeddings, manifest.embedding_size)
 
@@ -94,12 +95,12 @@ def _check_embeddings(what: str, embeddings: Embeddings, size: int) -> Check:
     return Check(what=what, passed=True, detail=f"gives {embeddings.shape[0]} × {size}, of norm 1")
 
 
-def _noise(encoder: OrtEncoder) -> Embeddings:
+def _noise(encoder: BundleEncoder) -> Embeddings:
     # Not zeros: a tower without biases embeds them as zeros.
     size = (1, 3, *encoder.manifest.preprocessing.size)
     return encoder.encode_pixels(np.random.default_rng(0).standard_normal(size).astype(np.float32))
 
 
-def _bank(encoder: OrtEncoder) -> Embeddings:
+def _bank(encoder: BundleEncoder) -> Embeddings:
     bank = encoder.label_bank
     return bank.embeddings if bank else np.zeros((0, 0), dtype=np.float32)

@@ -79,7 +79,8 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
     new = tmp_path / "new"
     wrong: list[tuple[tuple[str | Path, ...], str]] = [
         ((run_folder,), "Missing option '-o'"),
-        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'int8'"),
+        ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8'"),
+        ((run_folder, "-o", new, "--precision", "bf16"), "onnx cannot be in bf16; expected fp32, fp16, int8"),
         ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),
         ((tmp_path / "none", "-o", new), "There is no model"),

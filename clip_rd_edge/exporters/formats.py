@@ -1,0 +1,21 @@
+"""What a model can be exported as; imports nothing, so that a command line can ask before torch is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clip_rd_edge.errors import UsageError
+
+Format = Literal["onnx", "openvino", "trt"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: dict[Format, tuple[Precision, ...]] = {
+    "onnx": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "trt": ("fp32", "fp16", "int8"),
+}
+
+
+def require_fit(format: Format, precision: Precision) -> None:
+    """Refuse a precision that a format does not have; raises UsageError."""
+    if precision not in PRECISIONS[format]:
+        raise UsageError(f"{format} cannot be in {precision}; expected {', '.join(PRECISIONS[format])}.")
