@@ -33,7 +33,8 @@ def command(folder: Path, **options: Any) -> None:
     from clip_rd_edge.cli._models import open_encoder
     from clip_rd_edge.cli._output import print_table
     from clip_rd_edge.cli._progress import progress_bar
-    from clip_rd_edge.quickstart.pipeline import Settings, run_quickstart
+    from clip_rd_edge.quickstart.pipeline import run_quickstart
+    from clip_rd_edge.quickstart.settings import Settings
 
     settings = Settings(folder=folder, **{name: value for name, value in options.items() if value is not None})
     began = time.perf_counter()

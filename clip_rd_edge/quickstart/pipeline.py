@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
 from clip_rd_edge.benchmarking.report import write_report
-from clip_rd_edge.benchmarking.results import Results, read_results
+from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.contract.bundle import is_bundle
@@ -18,53 +16,15 @@ from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.data import emoji
-from clip_rd_edge.distill.config import RunConfig, load_recipe
-from clip_rd_edge.distill.metrics import Progress
-from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.calibration import calibration_set
 from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.quickstart.teacher import build_teacher
+from clip_rd_edge.quickstart.settings import Settings, Watcher
+from clip_rd_edge.quickstart.training import distil, train_alone, tune_teacher
 
-IMAGE_SIZE = 64  # pixels: what emoji need, and two cores can train on
 OpenEncoder = Callable[[str], TowerEncoder]
-
-
-class Watcher(Protocol):
-    """Who is told how it goes."""
-
-    def stage(self, number: int, stages: int, title: str) -> None:
-        """A stage begins; numbers count from 1."""
-
-    def progress(self, done: int, total: int, note: str) -> None:
-        """How far the stage is."""
-
-    def say(self, sentence: str) -> None:
-        """Something was decided."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose.
-
-    Attributes:
-        folder: where everything goes.
-        student: a preset.
-        recipe: how it is distilled.
-        seed: of the student; the teacher's is 0 always.
-        with_baseline: train the same student without a teacher, too, for as many steps.
-        teacher_steps, student_steps: of 64 and 32 pairs.
-    """
-
-    folder: Path
-    student: str = "resnet10t"
-    recipe: str = "clip-rd"
-    seed: int = 0
-    with_baseline: bool = False
-    teacher_steps: int = 600
-    student_steps: int = 1100
 
 
 def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> Results:
@@ -79,9 +39,9 @@ def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder
     """
     stages: list[tuple[str, Callable[[Settings, Watcher], None]]] = [
         ("Draw the data set", _draw),
-        ("Tune the teacher", _tune_teacher),
-        ("Distil the student", _distil),
-        *([("Train the same student alone", _train_alone)] if settings.with_baseline else []),
+        ("Tune the teacher", tune_teacher),
+        ("Distil the student", distil),
+        *([("Train the same student alone", train_alone)] if settings.with_baseline else []),
         ("Export to ONNX FP32", _export_fp32),
         ("Quantise to INT8", _quantise),
         ("Compare all of them", lambda s, w: _compare(s, w, open_encoder)),
@@ -89,88 +49,12 @@ def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder
     for number, (title, run) in enumerate(stages, start=1):
         watch.stage(number, len(stages), title)
         run(settings, watch)
-    return read_results(settings.folder / "report" / "results.json")
+    return read_results(settings.folder / "report" / RESULTS)
 
 
 def _draw(settings: Settings, watch: Watcher) -> None:
     pairs = emoji.training_pairs()
     watch.say(f"{len(emoji.concepts()):,} emoji in two art styles; {len(pairs):,} pairs to train on, 760 to test by")
-
-
-def _tune_teacher(settings: Settings, watch: Watcher) -> None:
-    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
-    _run(
-        settings.folder / "teacher",
-        watch,
-        recipe="clip",
-        steps=settings.teacher_steps,
-        batch_size=64,
-        learning_rate=1e-3,
-        student=f"local-dir:{start}",
-        freeze_text=True,
-        seed=0,  # the same teacher for every student, so that seeds of students can be compared
-    )
-
-
-def _distil(settings: Settings, watch: Watcher) -> None:
-    _train_student(settings, watch, settings.folder / "student", settings.recipe)
-
-
-def _train_alone(settings: Settings, watch: Watcher) -> None:
-    _train_student(settings, watch, settings.folder / "student-alone", "clip")
-
-
-def _train_student(settings: Settings, watch: Watcher, run: Path, recipe: str) -> None:
-    _run(
-        run,
-        watch,
-        recipe=recipe,
-        steps=settings.student_steps,
-        batch_size=32,
-        learning_rate=2e-3,
-        student=settings.student,
-        teacher=str(settings.folder / "teacher") if recipe != "clip" else None,
-        text="tiny",
-        seed=settings.seed,
-    )
-
-
-def _run(
-    run: Path,
-    watch: Watcher,
-    *,
-    recipe: str,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    student: str,
-    seed: int,
-    teacher: str | None = None,
-    text: str = "standard",
-    freeze_text: bool = False,
-) -> None:
-    config = RunConfig(
-        recipe_name=recipe,
-        recipe=msgspec.structs.replace(
-            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
-        ),
-        data="emoji",
-        teacher=teacher,
-        student=student,
-        image_size=IMAGE_SIZE,
-        text=text,
-        context_length=16,
-        embedding_size=256,
-        freeze_text=freeze_text,
-        seed=seed,
-        checkpoint_every=100,
-    )
-
-    def show(progress: Progress) -> None:
-        note = f"loss {progress.loss:.2f}, {progress.samples_per_second:.0f} pairs/s"
-        watch.progress(progress.step, progress.steps, note)
-
-    run_distillation(config, run, resume=True, on_progress=show, say=watch.say)
 
 
 def _export_fp32(settings: Settings, watch: Watcher) -> None:
@@ -215,12 +99,10 @@ def _tell(watch: Watcher, trials: Sequence[Trial]) -> None:
 
 
 def _compare(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> None:
-    report = settings.folder / "report"
-    if (report / "results.json").is_file():
+    report, suite = settings.folder / "report", quickstart_suite(settings.folder)
+    if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
         return
-    results = run_suite(
-        quickstart_suite(settings.folder), open_encoder, lambda what, done, total: watch.progress(done, total, what)
-    )
+    results = run_suite(suite, open_encoder, lambda what, done, total: watch.progress(done, total, what))
     with new_folder(report) as folder:
         write_report(results, folder)
 
