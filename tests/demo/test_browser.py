@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+
+from clip_rd_edge.contract.bundle import LabelBank, read_manifest, write_labels, write_manifest
 
 CHROMIUM = Path("/usr/bin/chromium")
 pytest.importorskip("uvicorn")
@@ -34,9 +37,12 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (320, 240)) -> by
 
 @pytest.fixture
 def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
-    """Two bundles that say the same."""
-    shutil.copytree(colour_bundle, tmp_path / "second")
-    return [colour_bundle, tmp_path / "second"]
+    """Two bundles that say the same; the second brings labels of its own."""
+    second = tmp_path / "second"
+    shutil.copytree(colour_bundle, second)
+    write_labels(second, LabelBank(("yellow", "blue"), np.asarray([[0.7, 0.7, 0], [0, 0, 1]], dtype=np.float32)))
+    write_manifest(second, read_manifest(second))
+    return [colour_bundle, second]
 
 
 @pytest.fixture
@@ -126,6 +132,13 @@ def test_pictures_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
     assert times.inner_text() == "–"
     page.get_by_label("second").check()
     page.wait_for_function("() => document.getElementById('bundles').rows[1].cells[3].textContent.endsWith('ms')")
+    # Its own labels, likeliest first; the typed ones come back.
+    page.check("#bank")
+    lead(page, "blue ")
+    assert page.locator("#labels .text").first.inner_text() == "blue"
+    assert not page.is_visible("#new")
+    page.uncheck("#bank")
+    lead(page, "蓝色 blue <b>")
     shutil.rmtree(bundles[1])
     give(page, RED, "drop")
     page.wait_for_function("() => document.getElementById('error').textContent.includes('no longer there')")

@@ -16,9 +16,9 @@ let asked = 0; // number of the last request: an older one that comes late is no
 const labels = new Labels(() => later(again));
 const pictures = new Pictures(taken, fail);
 
-async function taken(blob) {
+async function taken(blob, taking) {
   picture = blob;
-  await ask();
+  await ask(taking);
 }
 
 async function again() {
@@ -26,7 +26,7 @@ async function again() {
   if (picture && !pictures.stream) await ask();
 }
 
-async function ask() {
+async function ask(taking = 0) {
   const number = ++asked;
   const bundle = chosen;
   const current = labels.current;
@@ -43,7 +43,7 @@ async function ask() {
     labels.show(answer);
     const best = answer.probabilities[0];
     say(best >= 0.5 ? "" : "Perhaps ", answer.labels[0], ` ${percent(best)}`);
-    count(bundle, answer.model_ms, answer.asked_ms + (performance.now() - received));
+    count(bundle, answer.model_ms, taking + answer.asked_ms + (performance.now() - received));
   } catch (refusal) {
     if (number !== asked) return;
     labels.clear();

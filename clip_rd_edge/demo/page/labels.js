@@ -1,7 +1,7 @@
 // The list of labels, which is also the list of bars: each row is a field to type in, with its bar behind it.
 
 const list = document.getElementById("labels");
-const SHOWN = 10; // rows, where the labels are the bundle's own
+const SHOWN = 8; // rows, where the labels are the bundle's own
 
 export class Labels {
   constructor(changed) {
@@ -46,20 +46,17 @@ export class Labels {
     this.bank = bank;
     this.form.hidden = bank;
     list.replaceChildren();
-    if (!bank) this.add(this.typed ?? []);
+    if (bank) this.clear();
+    else this.add(this.typed ?? []);
     this.changed();
   }
 
   // Bars of typed labels stay where they are, so that the eye can follow one; the bundle's own come likeliest first.
   show(answer) {
     if (this.bank) {
-      const rows = answer.labels.slice(0, SHOWN);
-      while (list.children.length > rows.length) list.lastChild.remove();
-      while (list.children.length < rows.length) list.append(this.#plainRow());
-      rows.forEach((label, place) => {
-        const row = list.children[place];
-        row.querySelector(".text").textContent = label;
-        this.#set(row, answer.probabilities[place], place === 0);
+      [...list.children].forEach((row, place) => {
+        row.querySelector(".text").textContent = answer.labels[place] ?? "";
+        this.#set(row, answer.probabilities[place] ?? null, place === 0);
       });
       return;
     }
@@ -71,6 +68,8 @@ export class Labels {
   }
 
   clear() {
+    // Empty rows keep the place of those to come.
+    if (this.bank) list.replaceChildren(...Array.from({ length: SHOWN }, () => this.#plainRow()));
     for (const row of list.children) this.#set(row, null, false);
   }
 

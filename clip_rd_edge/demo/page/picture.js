@@ -7,7 +7,7 @@ const button = document.getElementById("camera");
 const FRAME = 480; // shorter edge of a camera's frame as it is sent; more than any small model looks at
 
 export class Pictures {
-  // taken(blob) is called with each picture, failed(sentence) when one cannot be had.
+  // taken(blob, ms) is called with each picture and the time that getting it took, failed(sentence) when one cannot be had.
   constructor(taken, failed) {
     this.taken = taken;
     this.failed = failed;
@@ -48,7 +48,7 @@ export class Pictures {
       context.fillRect(0, 0, still.width, still.height);
       context.drawImage(picture, 0, 0);
     }
-    this.taken(file);
+    this.taken(file, 0);
   }
 
   async start() {
@@ -96,7 +96,9 @@ export class Pictures {
     if (!stream) return;
     const take = async () => {
       if (this.stream !== stream) return;
-      await this.taken(await frame());
+      const began = performance.now();
+      const picture = await frame();
+      await this.taken(picture, performance.now() - began);
       this.#next();
     };
     // Waits for a frame that was not sent before; not while the page is hidden.
