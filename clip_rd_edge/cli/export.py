@@ -28,6 +28,7 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
 @click.option("--target", help="What trt engines are for: sm75, sm80, sm86, sm89, sm120, sm121.")
+@click.option("--preprocess-in-graph", is_flag=True, help="image.onnx takes uint8 RGB of any size; one at a time.")
 @click.option(
     "--labels", "labels_file", type=click.Path(path_type=Path),
     help="A text file with a label a line; their embeddings travel with the bundle.",
@@ -46,6 +47,7 @@ def command(
     format: Format,
     precision: Precision,
     target: str | None,
+    preprocess_in_graph: bool,
     labels_file: Path | None,
     calibration: str | None,
     threads: int,
@@ -96,6 +98,7 @@ def command(
             precision=precision,
             format=format,
             target=target,
+            preprocess_in_graph=preprocess_in_graph,
             calibration=drawn,
             labels=labels,
             provenance=_provenance(model, pretrained),

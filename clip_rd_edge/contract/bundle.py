@@ -1,7 +1,8 @@
 """The bundle: one self-sufficient folder that a device runs.
 
 manifest.json    what follows, and the SHA-256 of every other file
-image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised
+image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised;
+                 or picture (1, height, width, 3) uint8 of any size, where preprocessing is in the graph
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.engine, text.engine   for TensorRT targets, beside the ONNX that they were built from
 tokenizer.json   read by the `tokenizers` library
@@ -56,6 +57,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         precision: what it is in: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
         note: why it is in another precision than the bundle asked for, or empty.
+        takes_pictures: the graph preprocesses: it takes one picture at a time, (1, H, W, 3) uint8 RGB of any size.
         engine: the TensorRT engine that was built from `file`, or empty.
     """
 
@@ -64,6 +66,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     output_name: str
     precision: str
     note: str = ""
+    takes_pictures: bool = False
     engine: str = ""
     measured: Measurement | None = None
 

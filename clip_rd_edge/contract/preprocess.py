@@ -115,6 +115,14 @@ def preprocess_crop(image: Image.Image, box: Box, how: Preprocessing) -> Pixels:
     return _normalise(image.resize((width, height), _resample(how), box=box), how)
 
 
+def to_bytes(pixels: Pixels, how: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The pictures (N, H, W, 3) in bytes that preprocessed ones, (N, 3, H, W), were made of."""
+    mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (how.mean, how.std))
+    levels = (pixels * std + mean) * np.float32(255)
+    pictures: npt.NDArray[np.uint8] = np.rint(levels).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pictures
+
+
 def _resample(how: Preprocessing) -> Image.Resampling:
     return Image.Resampling.BILINEAR if how.interpolation == "bilinear" else Image.Resampling.BICUBIC
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import onnx
 
 from clip_rd_edge.contract.bundle import LabelBank, Manifest, write_labels, write_manifest
-from clip_rd_edge.contract.files import new_folder, refuse_unless_free
+from clip_rd_edge.contract.files import new_folder, refuse_unless_free, write_bytes
 from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.backends import OPENVINO, ORT
@@ -19,6 +20,7 @@ from clip_rd_edge.exporters.engines import write_engines
 from clip_rd_edge.exporters.formats import Format, Precision, require_fit
 from clip_rd_edge.exporters.fp32 import write_fp32
 from clip_rd_edge.exporters.half import write_fp16
+from clip_rd_edge.exporters.in_graph import PICTURE, with_preprocessing
 from clip_rd_edge.exporters.int8 import write_int8
 from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.tensorrt import require_rtx_target
@@ -37,6 +39,7 @@ def export_bundle(
     precision: Precision,
     format: Format = "onnx",
     target: str | None = None,
+    preprocess_in_graph: bool = False,
     calibration: CalibrationSet | None = None,
     labels: Sequence[str] | None = None,
     provenance: dict[str, str],
@@ -52,6 +55,7 @@ def export_bundle(
         output: the bundle's folder.
         format: `onnx`; `openvino`, the same files measured by OpenVINO; or `trt`, TensorRT engines beside their ONNX.
         target: the GPU that engines are for, one of `tensorrt.RTX_TARGETS`.
+        preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises itself.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
         provenance: where the model comes from, for the manifest.
         source: the model's own float32 bundle, from which INT8 is then made without a second export.
@@ -74,6 +78,8 @@ def export_bundle(
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
     if format == "trt":
         require_rtx_target(target)
+        if preprocess_in_graph:
+            raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         whole = (format, precision) == ("onnx", "fp32")
         if whole or source is None:
@@ -95,6 +101,8 @@ def export_bundle(
                 on_trials=on_trials,
             )
             manifest = msgspec.structs.replace(manifest, provenance=provenance)
+        if preprocess_in_graph:
+            manifest = _with_preprocessing(folder, manifest)
         if labels is not None:
             progress("embedding the labels")
             write_label_bank(folder, manifest, labels)
@@ -131,6 +139,13 @@ def _written_from(
     if precision in ("fp32", "bf16"):
         return write_openvino(source, folder, precision=precision, threads=threads, progress=progress)
     return write_fp16(source, folder, threads=threads, progress=progress)
+
+
+def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
+    path = folder / manifest.image.file
+    write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
+    image = msgspec.structs.replace(manifest.image, input_name=PICTURE, takes_pictures=True)
+    return msgspec.structs.replace(manifest, image=image)
 
 
 def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:

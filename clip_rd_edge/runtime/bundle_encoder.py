@@ -14,7 +14,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import TOKENIZER, LabelBank, Manifest, Tower, bundle_size_bytes, read_labels
 from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
-from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.contract.preprocess import preprocess, to_bytes
 from clip_rd_edge.contract.tokenizer import Tokenizer
 
 BATCH_SIZE = 32
@@ -61,6 +61,8 @@ class BundleEncoder(ABC):
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """Embed RGB pictures, (N, D)."""
+        if self.manifest.image.takes_pictures:
+            return self._one_by_one([np.asarray(image) for image in images])
         parts = []
         for batch in in_batches(len(images), BATCH_SIZE):
             pixels = np.stack([preprocess(image, self.manifest.preprocessing) for image in images[batch]])
@@ -69,6 +71,9 @@ class BundleEncoder(ABC):
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
+        if self.manifest.image.takes_pictures:
+            # Back to the bytes that they were made of, which the graph then has nothing to resize in.
+            return self._one_by_one(list(to_bytes(pixels, self.manifest.preprocessing)))
         return self._run(self._image_session, self.manifest.image, pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
@@ -97,6 +102,11 @@ class BundleEncoder(ABC):
     @cached_property
     def _text_session(self) -> Any:
         return self.open_tower(self.manifest.text)
+
+    def _one_by_one(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> Embeddings:
+        run, tower = self._run, self.manifest.image
+        parts = [run(self._image_session, tower, picture[None]) for picture in pictures]
+        return np.concatenate(parts) if parts else self._nothing()
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
