@@ -83,6 +83,7 @@ export class Pictures {
 
   #show(live) {
     video.hidden = !live;
+    if (!live) document.getElementById("rate").hidden = true;
     if (live) still.hidden = true;
     stage.classList.toggle("live", live);
     if (live) stage.classList.remove("full");
@@ -98,6 +99,7 @@ export class Pictures {
       if (this.stream !== stream) return;
       const began = performance.now();
       const picture = await frame();
+      if (this.stream !== stream) return; // stopped meanwhile: what was dropped instead shall not be replaced
       await this.taken(picture, performance.now() - began);
       this.#next();
     };
