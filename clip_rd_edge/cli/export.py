@@ -27,7 +27,7 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
     help="openvino: ONNX, for OpenVINO. trt: TensorRT engines beside their ONNX; needs no GPU.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
-@click.option("--target", help="What trt engines are for: sm75, sm80, sm86, sm89, sm120, sm121.")
+@click.option("--target", help="What trt is for: sm75, sm80, sm86, sm89, sm120, sm121; jetson-orin, jetson-thor.")
 @click.option("--preprocess-in-graph", is_flag=True, help="image.onnx takes uint8 RGB of any size; one at a time.")
 @click.option(
     "--labels", "labels_file", type=click.Path(path_type=Path),
@@ -59,11 +59,13 @@ def command(
 
     MODEL is the folder of a run, an open_clip folder, or any model that open_clip loads. INT8 is tried in several
     ways; a tower that it makes no faster, or too inaccurate, stays float32. FP16 is for size and for GPUs: on a CPU it
-    is no faster. TensorRT engines for RTX cards are built on any machine.
+    is no faster. TensorRT engines for RTX cards are built on any machine; a Jetson
+    builds its own with the bundle's build.sh.
 
     \b
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     clip-rd-edge export runs/first --format trt --precision fp16 --target sm89 -o bundle
+    clip-rd-edge export runs/first --format trt --precision int8 --target jetson-orin -o bundle
     """
     refuse_unless_free(output, overwrite=force)
     if is_bundle(Path(model)):
@@ -114,9 +116,9 @@ def command(
 def _require_target(format: str, target: str | None) -> None:
     """Refuse a target that nothing is built for, before anything is loaded."""
     if format == "trt":
-        from clip_rd_edge.exporters.tensorrt import require_rtx_target
+        from clip_rd_edge.exporters.tensorrt import require_target
 
-        require_rtx_target(target)
+        require_target(target)
     elif target is not None:
         raise UsageError(f"--target {target} is for --format trt; ONNX runs anywhere.", hint="leave --target away")
 

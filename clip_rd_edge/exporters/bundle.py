@@ -23,7 +23,7 @@ from clip_rd_edge.exporters.half import write_fp16
 from clip_rd_edge.exporters.in_graph import PICTURE, with_preprocessing
 from clip_rd_edge.exporters.int8 import write_int8
 from clip_rd_edge.exporters.openvino import write_openvino
-from clip_rd_edge.exporters.tensorrt import require_rtx_target
+from clip_rd_edge.exporters.tensorrt import require_target
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.loading import encoder_of
 
@@ -54,7 +54,7 @@ def export_bundle(
     Args:
         output: the bundle's folder.
         format: `onnx`; `openvino`, the same files measured by OpenVINO; or `trt`, TensorRT engines beside their ONNX.
-        target: the GPU that engines are for, one of `tensorrt.RTX_TARGETS`.
+        target: what engines are for, one of `tensorrt.TARGETS`.
         preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises itself.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
         provenance: where the model comes from, for the manifest.
@@ -77,7 +77,7 @@ def export_bundle(
     if precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
     if format == "trt":
-        require_rtx_target(target)
+        require_target(target)
         if preprocess_in_graph:
             raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:

@@ -13,8 +13,9 @@ from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.engine_layers import layers_not_in
+from clip_rd_edge.exporters.jetson import write_build_files
 from clip_rd_edge.exporters.source import require_fit, require_fp32
-from clip_rd_edge.exporters.tensorrt import build_engine, require_rtx_target
+from clip_rd_edge.exporters.tensorrt import JETSON_TARGETS, RTX_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
 
 ENGINE_SUFFIX = ".engine"
@@ -31,16 +32,17 @@ def write_engines(
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
 
-    The engines are built without a GPU, so that their latency is not measured here; what their layers compute in is
+    A Jetson builds its engines itself: for it, the folder has what that takes (`jetson.py`) in their place. For an RTX
+    card they are built without a GPU, so that their latency is not measured here; what their layers compute in is
     checked by the builder's own account.
 
     Raises:
-        InputError: TensorRT for RTX builds nothing for `target`.
+        InputError: there is no target of that name.
         UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
         MissingExtraError: TensorRT for RTX is not installed.
         ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
-    require_rtx_target(target)
+    require_target(target)
     manifest = read_manifest(source)
     require_fp32(source, manifest)
     if calibration is not None:
@@ -49,20 +51,31 @@ def write_engines(
     typed = typed_towers(source, manifest, precision=precision, calibration=calibration, progress=progress)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
-        progress(f"{name} tower: building the engine for {target}")
-        towers[name] = _written(typed[name], tower, folder, target)
+        typed_tower = typed[name]
+        write_bytes(folder / tower.file, typed_tower.content)
+        engine = ""
+        if target in RTX_TARGETS:
+            progress(f"{name} tower: building the engine for {target}")
+            engine = _build(typed_tower, tower, folder, target)
+        towers[name] = msgspec.structs.replace(
+            tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
+        )
     precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
-    return msgspec.structs.replace(
+    made = msgspec.structs.replace(
         manifest,
         precision=" + ".join(precisions),
-        target=f"tensorrt-rtx {target}",
+        target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}",
         image=towers["image"],
         text=towers["text"],
         files={},
     )
+    if target in JETSON_TARGETS:
+        write_build_files(folder, made, title=JETSON_TARGETS[target])
+    return made
 
 
-def _written(typed: TypedTower, tower: Tower, folder: Path, target: str) -> Tower:
+def _build(typed: TypedTower, tower: Tower, folder: Path, target: str) -> str:
+    """Write the engine of a tower; returns its file's name."""
     engine = build_engine(typed.content, target=target)
     wrong = layers_not_in(engine.log, typed.types)
     if wrong:
@@ -73,6 +86,5 @@ def _written(typed: TypedTower, tower: Tower, folder: Path, target: str) -> Towe
             hint="report it, with the version of tensorrt-rtx-cu13-bindings; --precision fp16 may do",
         )
     path = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
-    write_bytes(folder / tower.file, typed.content)
     write_bytes(folder / path, engine.content)
-    return msgspec.structs.replace(tower, precision=typed.precision, note=typed.note, engine=path, measured=None)
+    return path

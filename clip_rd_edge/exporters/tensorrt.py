@@ -27,6 +27,12 @@ RTX_TARGETS = {
     "sm120": "GeForce RTX 50, RTX PRO Blackwell",
     "sm121": "GB10 (DGX Spark)",
 }
+# Devices that build their engines themselves, and what they need for it.
+JETSON_TARGETS = {
+    "jetson-orin": "Jetson Orin, compute capability 8.7; JetPack 6, TensorRT 10",
+    "jetson-thor": "Jetson Thor, compute capability 11.0; JetPack 7, TensorRT 10.13",
+}
+TARGETS = {**RTX_TARGETS, **JETSON_TARGETS}
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,18 @@ class Engine:
     log: str
 
 
-def require_rtx_target(name: str | None) -> str:
-    """`name` where TensorRT for RTX builds for it.
+def require_target(name: str | None) -> str:
+    """`name` where an engine, or what builds one, can be made for it.
 
     Raises:
-        InputError: it does not.
+        InputError: it cannot.
     """
-    if name in RTX_TARGETS:
+    if name in TARGETS:
         return str(name)
-    known = ", ".join(f"{target} ({cards})" for target, cards in RTX_TARGETS.items())
-    problem = "An engine needs a target" if name is None else f"TensorRT for RTX builds no engine for {name!r}"
+    known = ", ".join(f"{target} ({meant.partition(';')[0]})" for target, meant in TARGETS.items())
+    problem = "An engine needs a target" if name is None else f"There is no engine for {name!r}"
     raise InputError(
-        f"{problem}; there are {known}.{near_matches(name or '', RTX_TARGETS)}", hint="name one: --target sm86"
+        f"{problem}; there are {known}.{near_matches(name or '', TARGETS)}", hint="name one: --target sm86"
     )
 
 

@@ -20,7 +20,7 @@ from clip_rd_edge.exporters.probes import hard_pixels
 from clip_rd_edge.exporters.ranges import measure_ranges
 from clip_rd_edge.exporters.static import layers_of, preprocessed
 from clip_rd_edge.exporters.symmetric import quantize_symmetrically, quantized_inputs
-from clip_rd_edge.exporters.tensorrt import build_engine, require_rtx_target
+from clip_rd_edge.exporters.tensorrt import build_engine, require_target
 from clip_rd_edge.exporters.typed import typed_towers
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle
@@ -53,12 +53,12 @@ def test_the_log_tells_what_a_layer_reads() -> None:
 
 
 def test_an_unknown_target_lists_the_known_ones() -> None:
-    assert require_rtx_target("sm86") == "sm86"
-    with pytest.raises(InputError, match=r"no engine for 'sm87'; there are sm75 .*sm121") as raised:
-        require_rtx_target("sm87")
+    assert require_target("sm86") == "sm86"
+    with pytest.raises(InputError, match=r"no engine for 'sm87'; there are sm75 .*sm121.*jetson-orin") as raised:
+        require_target("sm87")
     assert "Did you mean" in str(raised.value)
     with pytest.raises(InputError, match="An engine needs a target"):
-        require_rtx_target(None)
+        require_target(None)
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
