@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
 @click.option("--target", help="What trt is for: sm75, sm80, sm86, sm89, sm120, sm121; jetson-orin, jetson-thor.")
+@click.option(
+    "--layout", type=click.Choice(["bundle", "immich"]), default="bundle", show_default=True,
+    help="immich: the folder that immich keeps a model in; of --format onnx.",
+)  # fmt: skip
 @click.option("--preprocess-in-graph", is_flag=True, help="image.onnx takes uint8 RGB of any size; one at a time.")
 @click.option(
     "--labels", "labels_file", type=click.Path(path_type=Path),
@@ -47,6 +52,7 @@ def command(
     format: Format,
     precision: Precision,
     target: str | None,
+    layout: str,
     preprocess_in_graph: bool,
     labels_file: Path | None,
     calibration: str | None,
@@ -73,6 +79,8 @@ def command(
 
     require_fit(format, precision)
     _require_target(format, target)
+    if layout == "immich" and format != "onnx":
+        raise UsageError(f"immich runs ONNX; expected --format onnx, not {format}.")
 
     from clip_rd_edge.cli._calibration import calibration_pairs
     from clip_rd_edge.cli._labels import read_labels_file
@@ -88,7 +96,7 @@ def command(
     from clip_rd_edge.models.load import load_clip
 
     trials: list[Trial] = []
-    with stderr.status("loading the model") as status:
+    with tempfile.TemporaryDirectory() as scratch, stderr.status("loading the model") as status:
         clip = load_clip(model, pretrained=pretrained)
         drawn = None
         if pairs is not None:
@@ -96,7 +104,7 @@ def command(
             drawn = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
         manifest = export_bundle(
             clip,
-            output,
+            output if layout == "bundle" else Path(scratch),
             precision=precision,
             format=format,
             target=target,
@@ -104,11 +112,15 @@ def command(
             calibration=drawn,
             labels=labels,
             provenance=_provenance(model, pretrained),
-            overwrite=force,
+            overwrite=force or layout != "bundle",
             threads=threads,
             progress=status.update,
             on_trials=trials.extend,
         )
+        if layout == "immich":
+            from clip_rd_edge.exporters.immich import write_immich
+
+            write_immich(Path(scratch), output, overwrite=force)
     _show(manifest, trials)
     click.echo(_as_json(output, manifest, trials) if as_json else output)
 
