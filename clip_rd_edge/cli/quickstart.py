@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,10 +101,11 @@ def _sample_picture() -> Picture:
 
 
 def _next_steps(folder: Path) -> str:
-    picture = _sample_picture()
+    # Installed by make, the command is in .venv and not on the path: what is printed has to work as it stands.
+    program = "clip-rd-edge" if shutil.which("clip-rd-edge") else os.path.relpath(sys.argv[0])
     return f"""
 Try next:
-  clip-rd-edge classify {folder}/bundles/int8 {picture} --labels "a cat" "a flag" "a clock"
-  clip-rd-edge verify {folder}/bundles/int8
-  clip-rd-edge distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+  {program} classify {folder}/bundles/int8 {_sample_picture()} --labels "a cat" "a flag" "a clock"
+  {program} search --help                    # find pictures of a folder by text
+  {program} distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
       --student mobilevit_s -o runs/mine      # your own pairs, your own teacher"""
