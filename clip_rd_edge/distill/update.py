@@ -41,7 +41,8 @@ class Update:
         self._average: AveragedModel | None = None
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
-            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            # Buffers are copied, not averaged: a causal mask holds −inf, whose average with itself is not a number.
+            self._average = AveragedModel(model, multi_avg_fn=average)
         self.learning_rate = self.gradient_norm = 0.0
         self.skipped = self._skipped_in_a_row = 0
 

@@ -43,6 +43,7 @@ def pairs(tmp_path: Path) -> Path:
     return table
 
 
+@pytest.mark.slow
 def test_int8_from_a_run_with_labels(run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\n\n dog \n")

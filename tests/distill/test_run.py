@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.distill.config import RunConfig, load_recipe
 from clip_rd_edge.distill.metrics import Progress, read_metrics
 from clip_rd_edge.distill.run import run_distillation
@@ -193,14 +194,21 @@ def replaced(config: RunConfig, **recipe: object) -> RunConfig:
     return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
 
 
-def test_a_moving_average_is_what_is_kept(config: RunConfig, tmp_path: Path) -> None:
-    plain, averaged = go(config, tmp_path / "plain"), go(replaced(config, ema_decay=0.9), tmp_path / "averaged")
+def test_a_moving_average_is_what_is_kept_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
+    def finite(encoder: Encoder) -> dict[str, float]:
+        return {"finite": float(np.isfinite(encoder.encode_texts(["a cat"])).all())}
+
+    averaging = msgspec.structs.replace(replaced(config, ema_decay=0.9), evaluate_every=4)
+    averaged = run_distillation(averaging, tmp_path / "averaged", resume=False, evaluate=finite)
+    assert [line.get("evaluation/finite") for line in read_metrics(tmp_path / "averaged")][3::4] == [1.0, 1.0]
+    plain = go(config, tmp_path / "plain")
     start = go(replaced(config, steps=1, learning_rate=1e-12), tmp_path / "start")
     name = "visual.head.proj.weight"
     before, after, between = (weights(path)[name] for path in (start, plain, averaged))
     assert 0 < (between - before).norm() < (after - before).norm()
 
 
+@pytest.mark.slow
 def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -> None:
     go(replaced(config, precision="fp16", steps=24), tmp_path / "run")  # the scale is found within the first steps
     lines = read_metrics(tmp_path / "run")
@@ -212,6 +220,7 @@ def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -
     assert 0.5 * reference < first_sound < 2 * reference
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
     plain = go(config, tmp_path / "plain")
     saving = go(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "saving")

@@ -34,7 +34,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
     "how",
     [
         {"processes": 2},
-        {"processes": 2, "global_logits": True},
+        pytest.param({"processes": 2, "global_logits": True}, marks=pytest.mark.slow),
         {"processes": 2, "chunks": 2, "block": 3},
         {"chunks": 4},
         {"block": 3},

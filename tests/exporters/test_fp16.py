@@ -29,6 +29,7 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
     return {**described, **{t.name: t.data_type for t in inferred.initializer}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
 def test_layers_are_in_float16_and_what_overflows_first_in_float32(
     trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
