@@ -161,7 +161,7 @@ def _show(manifest: Manifest, trials: Sequence[Trial]) -> None:
         stderr.print(table, width=None if stderr.is_terminal else _PIPED_WIDTH)
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
         latency = f", {tower.measured.latency_ms_p50:.2f} ms" if tower.measured else ""
-        say(f"{name} tower: {tower.note or tower.precision}{latency}")
+        say(f"{name} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
 
 
 def _as_json(output: Path, manifest: Manifest, trials: Sequence[Trial]) -> str:
