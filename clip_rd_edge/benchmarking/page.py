@@ -27,9 +27,7 @@ def page(results: Results) -> str:
         light=_variables(LIGHT),
         dark=_variables(DARK),
         lead=_emphasised(first),
-        also=f'<div class="also">{"".join(f"<p>{_emphasised(sentence)}</p>" for sentence in others)}</div>'
-        if others
-        else "",
+        also=_also(others),
         plot=_plot(results),
         compared=_compared(results),
         overview=_table(results, sections(results)),

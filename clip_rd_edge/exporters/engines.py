@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
+from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.engine_layers import layers_not_in
 from clip_rd_edge.exporters.jetson import write_build_files
-from clip_rd_edge.exporters.source import require_fit, require_fp32
+from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.tensorrt import JETSON_TARGETS, RTX_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
 
@@ -43,11 +42,7 @@ def write_engines(
         ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
     require_target(target)
-    manifest = read_manifest(source)
-    require_fp32(source, manifest)
-    if calibration is not None:
-        require_fit(manifest, calibration)
-    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    manifest = open_source(source, folder, calibration=calibration)
     typed = typed_towers(source, manifest, precision=precision, calibration=calibration, progress=progress)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):

@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.exporters.fp16 import overflowing, to_fp16
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import Agreement, agreement
 from clip_rd_edge.exporters.probes import PROBES, hard_pixels
-from clip_rd_edge.exporters.source import require_fp32
+from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.runtime.ort import open_session
 from clip_rd_edge.runtime.timing import time_in_turn
@@ -75,9 +75,7 @@ def write_fp16(
     Raises:
         UsageError: `source` is no float32 bundle, or is damaged.
     """
-    manifest = read_manifest(source)
-    require_fp32(source, manifest)
-    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    manifest = open_source(source, folder)
     probes = probes_of(source, manifest)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):

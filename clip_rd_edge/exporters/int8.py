@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
+from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
-from clip_rd_edge.exporters.source import require_fit, require_fp32
+from clip_rd_edge.exporters.source import open_source
 
 
 def write_int8(
@@ -38,10 +38,7 @@ def write_int8(
     Raises:
         UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
     """
-    manifest = read_manifest(source)
-    require_fp32(source, manifest)
-    require_fit(manifest, calibration)
-    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    manifest = open_source(source, folder, calibration=calibration)
     towers = {}
     for name, tower, calibrate, judge in (
         ("image", manifest.image, calibration.calibrate.pixels, calibration.judge.pixels),

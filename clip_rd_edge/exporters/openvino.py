@@ -9,12 +9,12 @@ from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, read_manifest
+from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.exporters.backends import OPENVINO
 from clip_rd_edge.exporters.half import probes_of
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import agreement
-from clip_rd_edge.exporters.source import require_fp32
+from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.runtime.openvino import open_openvino
 from clip_rd_edge.runtime.ort import open_session
 from clip_rd_edge.runtime.timing import time_in_turn
@@ -39,9 +39,7 @@ def write_openvino(
         MissingExtraError: OpenVINO is not installed.
         ConfigError: OpenVINO does not run a tower.
     """
-    manifest = read_manifest(source)
-    require_fp32(source, manifest)
-    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    manifest = open_source(source, folder)
     probes = probes_of(source, manifest)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -65,7 +66,7 @@ def _quantise(settings: Settings, watch: Watcher) -> None:
     _export(settings, watch, "int8")
 
 
-def _export(settings: Settings, watch: Watcher, precision: str) -> None:
+def _export(settings: Settings, watch: Watcher, precision: Literal["fp32", "int8"]) -> None:
     bundle = settings.folder / "bundles" / precision
     if is_bundle(bundle):
         return
@@ -79,7 +80,7 @@ def _export(settings: Settings, watch: Watcher, precision: str) -> None:
     export_bundle(
         clip,
         bundle,
-        precision="int8" if precision == "int8" else "fp32",
+        precision=precision,
         calibration=calibration,
         labels=[concept.name for concept in emoji.concepts()],
         provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
