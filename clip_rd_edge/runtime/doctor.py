@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.runtime.footprint import Footprint, footprints
 from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name, usable_cores
 
 PACKAGE = "clip-rd-edge"
@@ -26,6 +27,7 @@ EXTRAS = {
     "rtx": "export --format trt for RTX cards",
 }
 _NOT_LISTED = {"all", "dev"}
+_GREATEST = 5  # packages whose size is told
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
 
@@ -56,6 +58,7 @@ def examine() -> list[Finding]:
         _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")),
         _onnxruntime(),
         _gpu(),
+        _room(footprints(PACKAGE)),
         *(_extra(name, packages) for name, packages in extras().items()),
     ]
 
@@ -110,6 +113,17 @@ def _gpu() -> Finding:
     else:
         detail = "none that clip-rd-edge would use"
     return Finding(what="GPU", state="ok", detail=detail)
+
+
+def _room(packages: list[Footprint]) -> Finding:
+    total, compiled = sum(each.size_bytes for each in packages), sum(each.compiled_bytes for each in packages)
+    greatest = ", ".join(f"{each.package} {each.size_bytes / 1e6:.0f}" for each in packages[:_GREATEST])
+    rest = packages[_GREATEST:]
+    detail = (
+        f"{total / 1e6:.0f} MB without extras: {greatest}, {len(rest)} others "
+        f"{sum(each.size_bytes for each in rest) / 1e6:.0f}; {compiled / 1e6:.0f} of it is compiled Python"
+    )
+    return Finding(what="installed", state="ok", detail=detail)
 
 
 def _extra(name: str, packages: list[str]) -> Finding:
