@@ -9,9 +9,10 @@ from clip_rd_edge.benchmarking.accuracy import Advance, ZeroShotAnswers, retriev
 from clip_rd_edge.benchmarking.comparison import TaskAnswers, compare
 from clip_rd_edge.benchmarking.environment import this_environment
 from clip_rd_edge.benchmarking.latency import measure_latencies
+from clip_rd_edge.benchmarking.parts import DamagedPartError, Measured, Parts
 from clip_rd_edge.benchmarking.results import MissingTask, Results, RowResult, SkippedRow
 from clip_rd_edge.benchmarking.samples import choose_samples
-from clip_rd_edge.benchmarking.scores import RetrievalScore, Score
+from clip_rd_edge.benchmarking.scores import Score
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, check_suite
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.task import Task, ZeroShotTask
@@ -21,11 +22,19 @@ from clip_rd_edge.runtime.loading import load
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 OpenEncoder = Callable[[str], TowerEncoder]
-Measured = ZeroShotAnswers | RetrievalScore
+
+
+def _unheard(*_: object) -> None:
+    """Progress that nobody watches."""
 
 
 def run_suite(
-    suite: Suite, open_encoder: OpenEncoder, progress: Progress | None = None, *, fallback: Fallback = neutral
+    suite: Suite,
+    open_encoder: OpenEncoder,
+    progress: Progress = _unheard,
+    *,
+    fallback: Fallback = neutral,
+    parts: Parts | None = None,
 ) -> Results:
     """Measure every model of a suite; one that cannot be opened or measured is skipped, with its reason.
 
@@ -34,6 +43,7 @@ def run_suite(
             need torch.
         progress: told of progress.
         fallback: templates for data sets that have none; given from outside, too.
+        parts: where accuracies are kept as they are measured, and taken from where they were measured already.
 
     Raises:
         ConfigError: the suite does not make sense.
@@ -50,22 +60,22 @@ def run_suite(
             model = suite.find(row)
             # A runtime can only be chosen for a bundle, and only a bundle is opened without torch.
             encoder = load(model, threads=suite.threads, runtime=row.runtime) if row.runtime else open_encoder(model)
-            measured[row.label] = [_measure(encoder, task, row, progress) for task in tasks]
+            measured[row.label] = [_measure_once(encoder, task, row, model, parts, progress) for task in tasks]
             encoders[row.label] = encoder
-        except ClipRdEdgeError as error:
-            skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
         except ModuleNotFoundError as error:
             # A device without torch still measures its bundles.
             reason = f"It needs the package {error.name!r}, which is not installed."
             skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
+        except DamagedPartError:
+            raise
+        except ClipRdEdgeError as error:
+            skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
     if not encoders:
         reasons = " ".join(f"{row.label}: {row.reason}" for row in skipped)
         raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
-    if progress is not None:
-        progress("Latency", 0, 1)
+    progress("Latency", 0, 1)
     latencies = measure_latencies(encoders, tasks[0].images[0], threads=suite.threads, rounds=suite.rounds)
-    if progress is not None:
-        progress("Latency", 1, 1)
+    progress("Latency", 1, 1)
     rows = tuple(
         RowResult(
             label=row.label,
@@ -90,8 +100,20 @@ def run_suite(
     )
 
 
-def _measure(encoder: TowerEncoder, task: Task, row: SuiteRow, progress: Progress | None) -> Measured:
-    advance: Advance | None = partial(progress, f"{row.label}: {task.name}") if progress is not None else None
+def _measure_once(
+    encoder: TowerEncoder, task: Task, row: SuiteRow, model: str, parts: Parts | None, progress: Progress
+) -> Measured:
+    """A model's measurement on a task: what was kept of it, or else a new one, which is kept."""
+    kept = parts.find(model, row.runtime, task) if parts else None
+    if kept is not None:
+        return kept
+    measured = _measure(encoder, task, advance=partial(progress, f"{row.label}: {task.name}"))
+    if parts:
+        parts.keep(model, row.runtime, task, measured, row=row.label)
+    return measured
+
+
+def _measure(encoder: TowerEncoder, task: Task, *, advance: Advance) -> Measured:
     if isinstance(task, ZeroShotTask):
         return zero_shot(encoder, task, advance=advance)
     return retrieval(encoder, task, advance=advance)

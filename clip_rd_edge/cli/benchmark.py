@@ -30,6 +30,9 @@ def command(suite: str, output: Path, root: str | None, models: tuple[str, ...],
     quickstart. The table goes to stdout; results.json, report.html, report.md and accuracy-latency.png to FOLDER.
     A model that is missing is skipped, and the report says why.
 
+    Each accuracy is kept in FOLDER as it is measured: interrupted, the same command goes on from there, and times all
+    models anew, so that ratios of latencies are of one run.
+
     The suite paper has the tasks of the CLIP-RD paper, by CLIP_benchmark's names: it runs those whose data sets are in
     --root and says which are missing.
 
@@ -38,6 +41,8 @@ def command(suite: str, output: Path, root: str | None, models: tuple[str, ...],
     clip-rd-edge benchmark my-suite.yaml -o report --force
     clip-rd-edge benchmark paper --root data --model student=runs/first --model quantised=bundle -o report
     """
+    from clip_rd_edge.benchmarking.environment import this_environment
+    from clip_rd_edge.benchmarking.parts import FOLDER, Parts
     from clip_rd_edge.benchmarking.plot import require_matplotlib
     from clip_rd_edge.benchmarking.report import write_report
     from clip_rd_edge.benchmarking.run import run_suite
@@ -49,17 +54,28 @@ def command(suite: str, output: Path, root: str | None, models: tuple[str, ...],
     from clip_rd_edge.cli._rows import parse_models
     from clip_rd_edge.cli._templates import imagenet_templates
     from clip_rd_edge.contract.files import refuse_unless_free
+    from clip_rd_edge.contract.lock import LOCK, only_writer
 
     # What can be refused is refused before the long work.
-    refuse_unless_free(output, overwrite=force)
+    interrupted = (output / FOLDER).is_dir()
+    refuse_unless_free(output, overwrite=force or interrupted, ignoring=(LOCK,))
     require_matplotlib()
     wanted = read_suite(find_suite(suite), rows=parse_models(models), data_root=root)
-    with step_progress() as report:
-        results = run_suite(wanted, partial(open_encoder, threads=wanted.threads), report, fallback=imagenet_templates)
-    write_report(results, output)
+    if models:
+        for row in wanted.rows:
+            wanted.find(row)  # one that was named just now is not skipped
+    with only_writer(output):
+        if interrupted:
+            say(f"going on with what {output / FOLDER} holds")
+        parts = Parts(output / FOLDER, this_environment())
+        with step_progress() as report:
+            opening = partial(open_encoder, threads=wanted.threads)
+            results = run_suite(wanted, opening, report, fallback=imagenet_templates, parts=parts)
+        write_report(results, output)
+        parts.remove()
     print_table(terminal_table(results))
-    for row in results.skipped:
-        say(f"{row.label} was skipped: {row.reason}")
+    for skipped in results.skipped:
+        say(f"{skipped.label} was skipped: {skipped.reason}")
     for task in results.missing:
         say(f"{task.name} is missing: {task.reason}")
     say(f"The report is {output / 'report.html'}")

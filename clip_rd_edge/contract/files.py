@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +52,16 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def refuse_unless_free(path: Path, *, overwrite: bool) -> None:
+def refuse_unless_free(path: Path, *, overwrite: bool, ignoring: Collection[str] = ()) -> None:
     """Refuse an output path that is in use.
+
+    Args:
+        ignoring: names in the folder that do not count.
 
     Raises:
         UsageError: `path` is a file, or a folder with something in it, and `overwrite` is false.
     """
-    in_use = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    in_use = path.is_file() or (path.is_dir() and any(each.name not in ignoring for each in path.iterdir()))
     if in_use and not overwrite:
         raise UsageError(
             f"The output {path} exists already and is not empty.",

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_rd_edge.cli import main as cli_main
 from clip_rd_edge.contract.encoder import Description
+from clip_rd_edge.contract.lock import only_writer
 from clip_rd_edge.contract.preprocess import Preprocessing
 
 Run = Callable[..., int]
@@ -146,3 +147,35 @@ def test_the_papers_tasks_as_far_as_they_are_here(run: Any, suite: Path, tmp_pat
 def test_the_papers_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -> None:
     assert run("benchmark", "paper", "--root", str(tmp_path), "-o", str(tmp_path / "report")) == 2
     assert "hint: name some: --model student=" in capsys.readouterr().err
+
+
+def test_interrupted_it_goes_on_by_the_same_command(run: Any, suite: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    output = tmp_path / "report"
+    with monkeypatch.context() as patched:
+        patched.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
+        assert run("benchmark", str(suite), "-o", str(output)) == 130
+    assert [path.name for path in output.iterdir()] == ["parts"]
+    embedded: list[int] = []
+    monkeypatch.setattr(Grey, "encode_texts", lambda self, texts: embedded.append(len(texts)))
+    assert run("benchmark", str(suite), "-o", str(output)) == 0
+    assert embedded == []
+    assert (output / "results.json").is_file()
+    assert not (output / "parts").exists()
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_two_runs_in_one_folder(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    with only_writer(tmp_path / "report"):
+        assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
+    assert "report is being written by another run, process " in capsys.readouterr().err
+    assert run.opened == []
+
+
+def test_a_model_named_on_the_command_line_is_not_skipped(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    options = ("--model", "student=nowhere", "-o", str(tmp_path / "report"))
+    assert run("benchmark", str(suite), *options) == 2
+    assert capsys.readouterr().err == "error: There is no model folder nowhere.\n"
+    assert not (tmp_path / "report").exists()
