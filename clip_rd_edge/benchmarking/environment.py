@@ -12,7 +12,18 @@ import msgspec
 
 from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name
 
-PACKAGES = ("clip-rd-edge", "onnxruntime", "torch", "open_clip_torch", "timm", "numpy", "pillow", "tokenizers")
+PACKAGES = (
+    "clip-rd-edge",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "torch",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "tokenizers",
+)
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
