@@ -23,6 +23,7 @@ COMMANDS = {
     "search": ("search", "Find pictures of an index by text or picture."),
     "demo": ("demo", "A page with camera or pictures, to try bundles on."),
     "benchmark": ("benchmark", "Compare models: accuracy × latency × size."),
+    "evidence": ("evidence", "Train by several methods and seeds, and compare them."),
     "spread": ("spread", "Means and spreads over several results of one suite."),
     "devices": ("devices", "Where a bundle can run, and how to get it there."),
     "doctor": ("doctor", "What this machine can do, and what to install for the rest."),

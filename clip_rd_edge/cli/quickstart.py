@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from clip_rd_edge.contract.preprocess import Picture
 
 
@@ -36,13 +34,14 @@ def command(folder: Path, **options: Any) -> None:
     from clip_rd_edge.cli._models import open_encoder
     from clip_rd_edge.cli._output import print_table
     from clip_rd_edge.cli._progress import progress_bar
+    from clip_rd_edge.cli._stages import StageBar
     from clip_rd_edge.quickstart.pipeline import run_quickstart
     from clip_rd_edge.quickstart.settings import Settings
 
     settings = Settings(folder=folder, **{name: value for name, value in options.items() if value is not None})
     began = time.perf_counter()
     with progress_bar() as bar:
-        results = run_quickstart(settings, _Bar(bar), lambda spec: open_encoder(spec, threads=1))
+        results = run_quickstart(settings, StageBar(bar), lambda spec: open_encoder(spec, threads=1))
 
     from clip_rd_edge.benchmarking.table import terminal_table
 
@@ -51,30 +50,6 @@ def command(folder: Path, **options: Any) -> None:
     minutes, seconds = divmod(round(time.perf_counter() - began), 60)
     click.echo(f"\nDone in {minutes} min {seconds} s. The report: {folder / 'report' / 'report.html'}")
     click.echo(_next_steps(folder))
-
-
-class _Bar:
-    """A stage a line: its number, its title, a bar while it runs, how long it took."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar = bar
-        self._began = time.perf_counter()
-        self._task: TaskID | None = None
-
-    def stage(self, number: int, stages: int, title: str) -> None:
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self.say(f"done in {time.perf_counter() - self._began:.0f} s")
-        self._began = time.perf_counter()
-        self._bar.console.print(f"[bold]{number}/{stages}[/bold] {title}")
-        self._task = self._bar.add_task(title, total=None, note="")
-
-    def progress(self, done: int, total: int, note: str) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-
-    def say(self, sentence: str) -> None:
-        self._bar.console.print(f"    [dim]{sentence}[/dim]", soft_wrap=True)
 
 
 def _classify_one(folder: Path) -> None:

@@ -1,0 +1,135 @@
+"""Run a suite: teacher, then every training, each left behind whole; whatever is there already is not done again."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_rd_edge.benchmarking.environment import this_environment
+from clip_rd_edge.contract.files import write_bytes
+from clip_rd_edge.contract.lock import only_writer
+from clip_rd_edge.contract.structs import read_json, to_json
+from clip_rd_edge.contract.task import Task
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.distill.metrics import Progress, read_metrics
+from clip_rd_edge.distill.run import run_distillation
+from clip_rd_edge.errors import InterruptedRunError, UsageError
+from clip_rd_edge.evidence.measure import measure, top1
+from clip_rd_edge.evidence.results import RESULT, Curve, Evidence, ModelResult, RunResult, read_run
+from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.quickstart.settings import Settings, Watcher
+from clip_rd_edge.quickstart.training import tune_teacher
+
+TEACHER, CACHES, TEACHER_RESULT = "teacher", "teacher-cache", "teacher-result.json"
+# What is kept of metrics.jsonl; the total loss is left out, as methods add up different terms.
+CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
+
+
+def run_evidence(suite: EvidenceSuite, folder: Path, watch: Watcher, *, teacher: str | None = None) -> Evidence:
+    """Train and measure what is not done yet; returns all of it.
+
+    Args:
+        teacher: what `load_clip` takes; None tunes the embedded one in `folder`.
+
+    Raises:
+        UsageError: another process writes `folder`, or a run in it was made with other settings.
+        InterruptedRunError: a signal asked to stop; the same call goes on from there.
+    """
+    torch.set_num_threads(suite.threads)
+    with only_writer(folder):
+        runs = list(suite.runs())
+        watch.stage(1, len(runs) + 1, "The teacher")
+        if teacher is None:
+            teacher = _embedded_teacher(suite, folder, watch)
+        tasks = [load_task(name) for name in suite.tasks]
+        _measure_teacher(folder, teacher, tasks)
+        for number, run in enumerate(runs, start=2):
+            watch.stage(number, len(runs) + 1, str(run))
+            try:
+                _train_and_measure(suite, run, folder, teacher=teacher, tasks=tasks, watch=watch)
+            except InterruptedRunError as error:
+                raise InterruptedRunError(str(error), hint="the same command goes on from there") from error
+    return collect(suite, folder)
+
+
+def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
+    """What is done so far in a suite's folder.
+
+    Raises:
+        UsageError: nothing is.
+    """
+    found = (read_run(folder / run.place) for run in suite.runs())
+    runs = tuple(result for result in found if result is not None)
+    if not runs:
+        raise UsageError(f"{folder} has no finished run of the suite {suite.name}.", hint="run the suite first")
+    return Evidence(suite=suite, teacher=read_json(folder / TEACHER_RESULT, ModelResult), runs=runs)
+
+
+def _embedded_teacher(suite: EvidenceSuite, folder: Path, watch: Watcher) -> str:
+    if suite.data != "emoji":
+        raise UsageError(
+            f"The suite {suite.name} trains on {suite.data}, for which there is no embedded teacher.",
+            hint="name one: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
+        )
+    tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), watch)
+    return str(folder / TEACHER)
+
+
+def _measure_teacher(folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
+    path = folder / TEACHER_RESULT
+    if not path.is_file():
+        clip = load_clip(teacher)
+        write_bytes(path, to_json(measure(TorchEncoder(clip), tasks, name=clip.name)))
+
+
+def _train_and_measure(
+    suite: EvidenceSuite, run: Run, folder: Path, *, teacher: str, tasks: Sequence[Task], watch: Watcher
+) -> None:
+    place = folder / run.place
+    config = run_config(suite, run, teacher=teacher, caches=folder / CACHES)
+    resumed, began = place.is_dir(), time.process_time()
+
+    def show(progress: Progress) -> None:
+        watch.progress(progress.step, progress.steps, f"{progress.samples_per_second:.0f} pairs/s")
+
+    def show_cache(done: int, shards: int) -> None:
+        nonlocal began
+        watch.progress(done, shards, "shards of the teacher's embeddings")
+        began = time.process_time()  # whichever run comes first builds the cache for all
+
+    # Asked of a finished run, too: it refuses one that was made with other settings.
+    student = run_distillation(
+        config, place, resume=True, on_progress=show, on_cache=show_cache, evaluate=lambda e: top1(e, tasks)
+    )
+    if (place / RESULT).is_file():
+        return
+    seconds = time.process_time() - began
+    result = RunResult(
+        student=run.student,
+        method=run.method.name,
+        seed=run.seed,
+        cpu_seconds=None if resumed else round(seconds, 1),
+        result=measure(TorchEncoder(load_clip(str(student))), tasks, name=run.student),
+        curves=_curves(read_metrics(place)),
+        environment=this_environment(),
+    )
+    write_bytes(place / RESULT, to_json(result))
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # three times the student's size each
+    watch.say(", ".join(f"{name} {curve.values[-1]:.1%}" for name, curve in result.curves.items() if "/emoji" in name))
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+    names = [*CURVES, *dict.fromkeys(key for line in lines for key in line if key.startswith("evaluation/"))]
+    points = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in names}
+    return {
+        name: Curve(steps=tuple(step for step, _ in of), values=tuple(round(value, 4) for _, value in of))
+        for name, of in points.items()
+        if of
+    }

@@ -1,0 +1,168 @@
+"""What is compared: students × methods × seeds, all trained alike; a small YAML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from clip_rd_edge.benchmarking.suite import find_suite
+from clip_rd_edge.contract.structs import convert, read_yaml
+from clip_rd_edge.distill.config import Precision, Recipe, RunConfig, load_recipe
+from clip_rd_edge.losses.objective import Weights
+
+_SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How students are trained.
+
+    Attributes:
+        name: in tables and folders.
+        recipe: what `distill.config.load_recipe` takes.
+        weights: of the objective, where they differ from the recipe's.
+    """
+
+    name: str
+    recipe: str
+    weights: dict[str, float] = {}
+
+    def __post_init__(self) -> None:
+        if not _SAFE_NAME.fullmatch(self.name):
+            raise ValueError(f"the method's name is {self.name!r}; expected small letters, digits, '.', '-' and '_'")
+
+
+class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A comparison of methods.
+
+    Attributes:
+        data, tasks: to train on and to test on, as `distill` and `evaluate` take them.
+        students: presets or timm names.
+        compare_with: methods that every other one is compared with, seed by seed.
+        views: see `RunConfig`; the teacher's embeddings of them are computed once a seed.
+        evaluate_every: steps between the points of the learning curves.
+        teacher_steps: of the embedded teacher's tuning, where no teacher is given.
+        threads: to train with.
+    """
+
+    name: str
+    data: str
+    tasks: tuple[str, ...]
+    students: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    methods: Annotated[tuple[Method, ...], msgspec.Meta(min_length=1)]
+    compare_with: tuple[str, ...] = ()
+    seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+    steps: Count
+    batch_size: Count
+    learning_rate: float
+    precision: Precision
+    image_size: Count
+    text: str
+    context_length: Count
+    embedding_size: Count
+    views: Count
+    evaluate_every: Count
+    log_every: Count
+    teacher_steps: Count = 600
+    threads: Count = 1
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
+        for what, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} has something twice: {', '.join(map(str, values))}")
+        for name in self.compare_with:
+            if name not in names:
+                raise ValueError(f"compare_with names {name!r}; expected one of {', '.join(names)}")
+        if self.precision == "auto":
+            raise ValueError("precision is auto; expected fp32, bf16 or fp16, so that all runs have the same")
+
+    def runs(self) -> Iterator[Run]:
+        """Every run; all of the first seed before the second, so that half the way gives a whole table."""
+        for seed in self.seeds:
+            for student in self.students:
+                for method in self.methods:
+                    yield Run(student, method, seed)
+
+    def recipe(self, method: Method) -> Recipe:
+        """A method's recipe with this suite's settings.
+
+        Raises:
+            ConfigError: no such recipe, or a weight that there is not.
+        """
+        recipe = load_recipe(method.recipe)
+        weights = {**msgspec.to_builtins(recipe.objective), **method.weights}
+        return msgspec.structs.replace(
+            recipe,
+            objective=convert(weights, Weights, source=f"The method {method.name}"),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a suite."""
+
+    student: str
+    method: Method
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.student}, {self.method.name}, seed {self.seed}"
+
+    @property
+    def place(self) -> Path:
+        """Where it lies in the suite's folder."""
+        return Path("runs") / self.student / self.method.name / f"seed-{self.seed}"
+
+
+def read_evidence(suite: str) -> EvidenceSuite:
+    """A suite from a YAML file, or a shipped one by its name.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: a key, a value, a recipe or a weight that does not fit.
+    """
+    read = read_yaml(find_suite(suite), EvidenceSuite)
+    for method in read.methods:
+        read.recipe(method)
+    return read
+
+
+def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) -> RunConfig:
+    """What a run trains.
+
+    Args:
+        teacher: what `load_clip` takes.
+        caches: folder of the teacher's embeddings, one cache a seed: views follow from the seed.
+    """
+    recipe = suite.recipe(run.method)
+    taught = recipe.objective.need_teacher
+    return RunConfig(
+        recipe_name=run.method.name,
+        recipe=recipe,
+        data=suite.data,
+        teacher=teacher if taught else None,
+        student=run.student,
+        image_size=suite.image_size,
+        text=suite.text,
+        context_length=suite.context_length,
+        embedding_size=suite.embedding_size,
+        teacher_precision=suite.precision,
+        teacher_cache=str(caches / f"seed-{run.seed}") if taught else None,
+        views=suite.views,
+        seed=run.seed,
+        workers=0,
+        log_every=suite.log_every,
+        checkpoint_every=suite.evaluate_every,
+        evaluate_every=suite.evaluate_every,
+        tasks=suite.tasks,
+    )
