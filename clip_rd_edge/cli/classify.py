@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._device import device_option
 from clip_rd_edge.cli._labels import LabelsOption, read_labels
 from clip_rd_edge.errors import InputError, UsageError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--camera", metavar="NUMBER", help="Classify what a camera sees, until Ctrl-C; 0 is the first one.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: every core.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--csv", "as_csv", is_flag=True, help="A table with a row a label.")
 def command(
@@ -41,6 +43,7 @@ def command(
     none_below: float,
     camera: str | None,
     threads: int | None,
+    device: str,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -63,7 +66,7 @@ def command(
     from clip_rd_edge.runtime.pictures import find_pictures
 
     paths = list(find_pictures(pictures, listed=sys.stdin))
-    encoder = load(bundle, threads=threads)
+    encoder = load(bundle, threads=threads, device=device)
     classifier = ZeroShotClassifier(encoder, read_labels(labels), templates=templates or None, none_below=none_below)
     shape: Format = _answers.as_json if as_json else _answers.as_csv if as_csv else _answers.as_text
     if as_csv:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._device import device_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 
@@ -16,7 +17,8 @@ from clip_rd_edge.errors import ClipRdEdgeError
     "-o", "--output", metavar="INDEX", type=click.Path(path_type=Path), required=True, help="Folder of the index."
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: every core.")
-def command(bundle: Path, folder: Path, output: Path, threads: int | None) -> None:
+@device_option
+def command(bundle: Path, folder: Path, output: Path, threads: int | None, device: str) -> None:
     """Embed the pictures in FOLDER and its sub-folders with BUNDLE, to be searched with clip-rd-edge search.
 
     The same command again embeds only what is new or has changed. Interrupt it at any time: what is done stays.
@@ -29,7 +31,7 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None) -> No
     from clip_rd_edge.runtime import load
     from clip_rd_edge.runtime.indexing import update_index
 
-    encoder = load(bundle, threads=threads)
+    encoder = load(bundle, threads=threads, device=device)
     with progress_bar() as bar:
         task = bar.add_task("embedding", total=None, note="")
         done = update_index(

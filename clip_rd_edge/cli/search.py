@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._device import device_option
 from clip_rd_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="How many pictures to show.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Where the bundle lies now, if it was moved.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: every core.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def command(index: Path, query: str, top: int, bundle: Path | None, threads: int | None, as_json: bool) -> None:
+def command(
+    index: Path, query: str, top: int, bundle: Path | None, threads: int | None, device: str, as_json: bool
+) -> None:
     """Show the pictures of INDEX that are nearest to QUERY: a text, or the path of a picture.
 
     Each line has the cosine similarity and the picture's path.
@@ -38,7 +42,7 @@ def command(index: Path, query: str, top: int, bundle: Path | None, threads: int
     if not query.strip():
         raise InputError("The query is empty.", hint='give a text, such as "a red car", or the path of a picture')
     known, rows = read_index(index)
-    encoder = load(bundle or known.bundle, threads=threads)
+    encoder = load(bundle or known.bundle, threads=threads, device=device)
     if model_key(encoder.manifest) != known.model:
         raise InputError(
             f"The bundle {encoder.folder} is not the one that made the index {index}.",

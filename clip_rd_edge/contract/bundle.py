@@ -27,6 +27,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER, LABELS = "tokenizer.json", "labels.npz"
+ENGINE_SUFFIX = ".engine"  # of a TensorRT engine; for the rest it is called as its ONNX
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):

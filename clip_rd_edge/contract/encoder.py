@@ -20,6 +20,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         runtime: what runs it: `torch`, `onnxruntime`, …
+        device: what it computes on, such as `cpu`, or `cuda + cpu` where its towers differ.
         precision: of its image tower and its text tower, such as `fp32` or `int8 + fp32`.
         logit_scale: what cosine similarities are multiplied with before a softmax.
         parameters: number of weights, 0 where unknown.
@@ -35,6 +36,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     templates: tuple[str, ...] = ("{}",)
     parameters: int = 0
     size_bytes: int = 0
+    device: str = "cpu"
 
 
 @runtime_checkable

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.contract.cache import cache_home
 from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.data.cache import cache_home
 from clip_rd_edge.errors import InputError
 
 Kind = Literal["picture", "text", "json", "class"]

@@ -151,5 +151,5 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
 def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
     """Embed each label once by the bundle's own text tower and prompts, and write labels.npz."""
     names = tuple(dict.fromkeys(labels))
-    embeddings = label_embeddings(encoder_of(folder, manifest), names, manifest.templates)
+    embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
     write_labels(folder, LabelBank(names, embeddings))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
@@ -16,8 +16,6 @@ from clip_rd_edge.exporters.jetson import write_build_files
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.tensorrt import JETSON_TARGETS, RTX_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
-
-ENGINE_SUFFIX = ".engine"
 
 
 def write_engines(

@@ -15,6 +15,7 @@ import msgspec
 
 from clip_rd_edge.runtime.footprint import Footprint, footprints
 from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name, usable_cores
+from clip_rd_edge.runtime.providers import AUTO, PROVIDERS, choose_device
 
 PACKAGE = "clip-rd-edge"
 # What each extra is for; one that is not named here is listed all the same.
@@ -24,7 +25,8 @@ EXTRAS = {
     "demo": "the demo page",
     "camera": "classify --camera",
     "openvino": "export --format openvino, and running such bundles",
-    "rtx": "export --format trt for RTX cards",
+    "rtx": "export --format trt for RTX cards, and running the engines there",
+    "tensorrt": "running a Jetson's engines",
 }
 _NOT_LISTED = {"all", "dev"}
 _GREATEST = 5  # packages whose size is told
@@ -94,25 +96,34 @@ def _onnxruntime() -> Finding:
     try:
         import onnxruntime as ort
 
-        providers = [name.removesuffix("ExecutionProvider") for name in ort.get_available_providers()]
+        available = ort.get_available_providers()
     except Exception as error:  # noqa: BLE001 — whatever keeps it from loading is what is looked for
         detail = f"does not load: {' '.join(str(error).split())}"
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
-    # Others that it may have (Azure is in every wheel) are told, but bundles run on the CPU's.
-    others = f"; it has {', '.join(providers)}" if set(providers) - {"CPU", "Azure"} else ""
-    return Finding(
-        what="ONNX Runtime", state="ok", detail=f"{ort.__version__}, bundles run on its CPU provider{others}"
-    )
+    devices = [name for name, provider in PROVIDERS.items() if provider.name in available]
+    taken = choose_device(AUTO, available, precision="fp32")
+    detail = f"{ort.__version__} for {', '.join(devices)}; bundles run on {taken}"
+    if taken != "cpu":
+        detail += ", and on cpu in INT8"
+    others = [name for name in devices if name not in ("cpu", taken)]
+    if others:
+        detail += f"; --device takes {', '.join(others)}"
+    return Finding(what="ONNX Runtime", state="ok", detail=detail)
 
 
 def _gpu() -> Finding:
+    remedy = ""
     if Path("/etc/nv_tegra_release").is_file():
         detail = "NVIDIA Jetson: see clip-rd-edge devices jetson-orin"
+        if not _installed("cuda-bindings"):
+            remedy = f"pip install cuda-bindings  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
-        detail = "NVIDIA: used for training where torch sees it; see clip-rd-edge devices rtx"
+        detail = "NVIDIA: for training where torch sees it, for bundles by onnxruntime-gpu or by engines ([rtx])"
+        if not _installed("onnxruntime-gpu"):
+            remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # float32 bundles on the card"
     else:
         detail = "none that clip-rd-edge would use"
-    return Finding(what="GPU", state="ok", detail=detail)
+    return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
 
 
 def _room(packages: list[Footprint]) -> Finding:

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+from clip_rd_edge.runtime.providers import AUTO
 
-Runtime = Literal["onnxruntime", "openvino"]
-RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
-def load(bundle: str | Path, *, threads: int | None = None, runtime: Runtime | None = None) -> BundleEncoder:
+def load(
+    bundle: str | Path, *, threads: int | None = None, runtime: Runtime | None = None, device: str = AUTO
+) -> BundleEncoder:
     """Open a bundle. Neither tower is loaded before it is first asked for.
 
     Args:
         bundle: the folder.
         threads: threads a tower runs on; None leaves it to the runtime, which takes every core.
-        runtime: what runs it; None takes what the bundle was exported for.
+        runtime: what runs it; None takes what the bundle was exported for, and for engines that cannot run here the
+            ONNX files that they came from.
+        device: what ONNX Runtime computes on, one of `providers.DEVICES`; `auto` takes a CUDA card where its package is
+            installed, and the CPU otherwise and for INT8. `describe().device` tells what was taken.
 
     Raises:
         InputError, ConfigError: it is no bundle, incomplete, or of a newer format.
-        UsageError: there is no such runtime.
+        UsageError: there is no such runtime, or no such device here.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
     if runtime is not None and runtime not in RUNTIMES:
         raise UsageError(f"There is no runtime {runtime!r}; there are {', '.join(RUNTIMES)}.")
-    return encoder_of(folder, manifest, threads=threads, runtime=runtime)
+    return encoder_of(folder, manifest, threads=threads, runtime=runtime, device=device)
 
 
 def encoder_of(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, runtime: Runtime | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    runtime: Runtime | None = None,
+    device: str = AUTO,
 ) -> BundleEncoder:
     """As `load`, of a bundle whose manifest has been read."""
-    if (runtime or manifest.target) == "openvino":
+    # A device other than the CPU is ONNX Runtime's to serve, whatever the bundle was exported for.
+    meant = runtime or ("onnxruntime" if device not in (AUTO, "cpu") else manifest.target)
+    if meant == "openvino":
         from clip_rd_edge.runtime.openvino import OpenVinoEncoder
 
         return OpenVinoEncoder(folder, manifest, threads=threads)
+    if meant == "tensorrt" or (meant.startswith("tensorrt") and device == AUTO):
+        from clip_rd_edge.runtime.tensorrt import TensorRtEncoder
+
+        return TensorRtEncoder(folder, manifest, threads=threads, required=runtime is not None)
     from clip_rd_edge.runtime.ort import OrtEncoder
 
-    return OrtEncoder(folder, manifest, threads=threads)
+    return OrtEncoder(folder, manifest, threads=threads, device=device)

@@ -38,10 +38,27 @@ def test_every_extra_but_all_and_dev_is_looked_at() -> None:
     assert "onnxscript" in doctor.extras()["train"]
 
 
+def test_providers_and_what_of_them_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    detail = doctor._onnxruntime().detail
+    assert detail.endswith("for cpu, cuda, tensorrt; bundles run on cuda, and on cpu in INT8; --device takes tensorrt")
+
+
+def test_a_card_that_only_a_package_is_missing_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(doctor, "_installed", lambda package: package != "onnxruntime-gpu")
+    assert "pip install onnxruntime-gpu" in doctor._gpu().remedy
+    monkeypatch.setattr(doctor, "_installed", lambda package: True)
+    assert doctor._gpu().remedy == ""
+
+
 def test_the_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, error = command_line("doctor")
     assert (code, error) == (0, "")
-    assert "bundles run on its CPU provider" in output
+    assert "for cpu; bundles run on cpu" in output
     assert "[emoji]" in output
     code, output, _ = command_line("doctor", "--json")
     assert {"machine", "processor", "threads", "ONNX Runtime", "GPU"} <= {each["what"] for each in json.loads(output)}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.runtime import load
+from clip_rd_edge.runtime.providers import PROVIDERS, choose_device, provider_list
+
+Run = Callable[..., tuple[int, str, str]]
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+RED = [Image.new("RGB", (9, 9), (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("available", "precision", "chosen"),
+    [
+        ((CPU,), "fp32", "cpu"),
+        ((TENSORRT, CUDA, CPU), "fp32", "cuda"),
+        ((TENSORRT, CUDA, CPU), "int8 static (U8 activations, S8 weights)", "cpu"),
+        (("CoreMLExecutionProvider", "AzureExecutionProvider", CPU), "fp32", "cpu"),
+        (("OpenVINOExecutionProvider", CPU), "fp16", "openvino"),
+    ],
+)
+def test_what_auto_takes(available: tuple[str, ...], precision: str, chosen: str) -> None:
+    assert choose_device("auto", available, precision=precision) == chosen
+
+
+def test_a_device_that_is_asked_for_is_taken_or_refused_with_what_brings_it() -> None:
+    assert choose_device("cuda", (CUDA, CPU), precision="int8") == "cuda"
+    with pytest.raises(UsageError, match="no provider for cuda; it has cpu") as raised:
+        choose_device("cuda", (CPU, "AzureExecutionProvider"), precision="fp32")
+    assert "onnxruntime-gpu" in raised.value.hint
+    with pytest.raises(UsageError, match="no device 'gpu'; there are auto, cpu, cuda, tensorrt, coreml"):
+        choose_device("gpu", (CPU,), precision="fp32")
+
+
+@pytest.mark.parametrize("device", PROVIDERS)
+def test_the_cpu_stands_behind_every_provider(device: str, tmp_path: Path) -> None:
+    providers = provider_list(device, cache=tmp_path, threads=3)
+    assert (providers[0][0], providers[-1][0]) == (PROVIDERS[device].name, CPU)
+    assert all(name in ort.get_all_providers() for name, _ in providers)
+    assert all(isinstance(value, str) for _, options in providers for value in options.values())
+
+
+@pytest.fixture
+def cuda_package(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An onnxruntime-gpu: returns a function that says how its CUDA provider starts."""
+    real = ort.InferenceSession
+
+    def behave(how: str) -> list[Any]:
+        opened = []
+
+        def session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
+            opened.append(providers)
+            made = real(model, options, providers=[CPU])
+            if providers[0] == CPU or how == "falls back":
+                return made
+            if how == "raises":
+                raise RuntimeError("CUDA failure 35: driver version\nis insufficient.")
+            monkeypatch.setattr(made, "get_providers", lambda: [CUDA, CPU])
+            return made
+
+        monkeypatch.setattr(ort, "InferenceSession", session)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+        return opened
+
+    return behave
+
+
+def test_a_float32_bundle_runs_on_the_card(colour_bundle: Path, cuda_package: Any) -> None:
+    opened = cuda_package("starts")
+    encoder = load(colour_bundle)
+    assert encoder.describe().device == "cuda"  # what was chosen; nothing is loaded yet
+    assert opened == []
+    assert encoder.encode_images(RED).argmax() == 0
+    assert [name for name, _ in opened[0]] == [CUDA, CPU]
+    assert load(colour_bundle, device="cpu").describe().device == "cpu"
+
+
+def test_each_tower_has_its_own_device(colour_bundle: Path, cuda_package: Any) -> None:
+    cuda_package("starts")
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, precision="int8 static")
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    assert load(colour_bundle).describe().device == "cpu + cuda"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [("raises", "CUDA failure 35: driver version is insufficient."), ("falls back", "loaded; clip-")]
+)
+def test_a_provider_that_does_not_start_is_said_once_and_the_cpu_takes_its_place(
+    colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, how: str, reason: str
+) -> None:
+    cuda_package(how)
+    logging.getLogger().setLevel(logging.ERROR)  # as open_clip's loading leaves it
+    encoder = load(colour_bundle, device="cuda")
+    assert encoder.encode_images(RED).argmax() == 0
+    encoder.encode_images(RED)
+    assert encoder.describe().device == "cpu + cuda"  # the text tower was not tried
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("cuda does not start and the CPU takes its place for")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_the_command_line(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
+    picture = colour_pictures / "red.png"
+    code, output, _ = command_line("classify", colour_bundle, picture, "--labels", "red", "blue", "--device", "cpu")
+    assert (code, output.split("\t")[1].startswith("red")) == (0, True)
+    code, _, error = command_line("classify", colour_bundle, picture, "--labels", "red", "--device", "cuda")
+    assert code == 2
+    assert "This ONNX Runtime has no provider for cuda" in error
+    assert "hint: what brings it: onnxruntime-gpu" in error

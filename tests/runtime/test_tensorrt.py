@@ -1,0 +1,230 @@
+"""Engines against a stand-in for TensorRT and CUDA, whose engine is an ONNX file; no GPU is needed."""
+
+# ruff: noqa: N802, N815 — CUDA names its functions so
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
+from clip_rd_edge.runtime import load
+
+MAX_BATCH = 2
+
+
+class Code(IntEnum):
+    GOOD, BAD = 0, 2
+
+
+class Memory:
+    """cuda.bindings.runtime, with a GPU's memory in this process."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+
+    def __init__(self) -> None:
+        self.gpus, self.room = 1, 1 << 20
+        self.held: dict[int, Any] = {}
+
+    def cudaGetDeviceCount(self) -> tuple[Code, int | None]:
+        return (Code.GOOD, self.gpus) if self.gpus >= 0 else (Code.BAD, None)
+
+    def cudaGetErrorString(self, error: Code) -> tuple[Code, bytes]:
+        return Code.GOOD, b"out of memory" if self.gpus >= 0 else b"no driver"
+
+    def cudaMalloc(self, size: int) -> tuple[Code, int | None]:
+        if size > self.room:
+            return Code.BAD, None
+        buffer = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(buffer)] = buffer
+        return Code.GOOD, ctypes.addressof(buffer)
+
+    def cudaFree(self, address: int) -> tuple[Code]:
+        del self.held[address]
+        return (Code.GOOD,)
+
+    def cudaStreamCreate(self) -> tuple[Code, str]:
+        return Code.GOOD, "stream"
+
+    def cudaStreamSynchronize(self, stream: str) -> tuple[Code]:
+        return (Code.GOOD if stream == "stream" else Code.BAD,)
+
+    cudaStreamDestroy = cudaStreamSynchronize
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: str) -> tuple[Code]:
+        device = to if kind == 1 else source
+        assert device in self.held
+        assert size <= ctypes.sizeof(self.held[device])
+        ctypes.memmove(to, source, size)
+        return (Code.GOOD,)
+
+
+class Engine:
+    """ICudaEngine and IExecutionContext in one, over an ONNX Runtime session."""
+
+    def __init__(self, content: bytes) -> None:
+        self._session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+        self._given, self._taken = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        self.num_io_tensors = 2
+        self._shape: tuple[int, ...] = ()
+        self._addresses: dict[str, int] = {}
+
+    def create_execution_context(self) -> Engine:
+        return self
+
+    def get_tensor_name(self, i: int) -> str:
+        return str((self._given, self._taken)[i].name)
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == self._given.name else "out"
+
+    def get_tensor_dtype(self, name: str) -> type:
+        return np.int64 if name == self._given.name and "int64" in self._given.type else np.float32
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        rest = tuple(self._given.shape[1:])
+        return [(1, *rest), (1, *rest), (MAX_BATCH, *rest)]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert 1 <= shape[0] <= MAX_BATCH
+        self._shape = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self._shape if name == self._given.name else (self._shape[0], 3)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: str) -> bool:
+        assert stream == "stream"
+        dtype = np.dtype(self.get_tensor_dtype(self._given.name))
+        size = int(np.prod(self._shape)) * dtype.itemsize
+        content = ctypes.string_at(self._addresses[self._given.name], size)
+        values = np.frombuffer(content, dtype).reshape(self._shape)
+        (result,) = self._session.run(None, {self._given.name: values})
+        ctypes.memmove(self._addresses[self._taken.name], result.ctypes.data, result.nbytes)
+        return True
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    """The stand-ins, installed."""
+
+    class Runtime:
+        def __init__(self, logger: object) -> None:
+            pass
+
+        def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
+            return None if content == b"another GPU's" else Engine(content)
+
+    trt = ModuleType("tensorrt_rtx_bindings")
+    trt.__dict__.update(
+        __version__="1.0", Runtime=Runtime, TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype
+    )
+    trt.__dict__["Logger"] = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
+    memory = Memory()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", trt)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", memory)  # type: ignore[arg-type]
+    yield memory
+    gc.collect()  # an error that a test keeps holds its encoder
+    assert memory.held == {}  # every engine's memory was given back
+
+
+@pytest.fixture
+def engines(colour_bundle: Path) -> Path:
+    """The colours as a bundle for an RTX card."""
+    manifest = read_manifest(colour_bundle)
+    towers = {}
+    for name, tower in (("image", manifest.image), ("text", manifest.text)):
+        (colour_bundle / f"{name}.engine").write_bytes((colour_bundle / tower.file).read_bytes())
+        towers[name] = msgspec.structs.replace(tower, engine=f"{name}.engine")
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, target="tensorrt-rtx sm89", **towers))
+    return colour_bundle
+
+
+def test_engines_give_what_their_onnx_gives_in_parts_of_their_greatest_batch(cuda: Memory, engines: Path) -> None:
+    encoder, expected = load(engines), load(engines, device="cpu")
+    assert encoder.describe().runtime == "tensorrt"
+    noise = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    np.testing.assert_allclose(encoder.encode_images(pictures), expected.encode_images(pictures), atol=1e-6)
+    texts = ["red", "green blue", "yellow"]
+    np.testing.assert_allclose(encoder.encode_texts(texts), expected.encode_texts(texts), atol=1e-6)
+    assert (encoder.describe().device, expected.describe().runtime) == ("cuda", "onnxruntime")
+    assert len(cuda.held) == 4
+
+
+def test_a_jetson_s_engines_are_found_where_its_script_builds_them(cuda: Memory, colour_bundle: Path) -> None:
+    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
+    write_manifest(colour_bundle, manifest)
+    with pytest.raises(ConfigError, match=r"no engine .*text\.engine") as raised:
+        load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
+    assert "build.sh" in raised.value.hint
+    (colour_bundle / "text.engine").write_bytes((colour_bundle / "text.onnx").read_bytes())
+    encoder = load(colour_bundle)
+    encoder.encode_texts(["red"])
+    assert encoder.describe().runtime == "tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "sentence"),
+    [
+        (-1, b"", "There is no NVIDIA GPU to run .*image.engine on: no driver"),
+        (0, b"", "There is no NVIDIA GPU to run .*image.engine on: CUDA finds none"),
+        (1, b"another GPU's", "TensorRT 1.0 does not take the engine: it was built for another GPU or version"),
+    ],
+)
+def test_an_engine_that_cannot_run_here_is_said_and_its_onnx_runs(
+    cuda: Memory, engines: Path, caplog: pytest.LogCaptureFixture, gpus: int, engine: bytes, sentence: str
+) -> None:
+    cuda.gpus = gpus
+    (engines / "image.engine").write_bytes(engine)
+    red = [Image.new("RGB", (9, 9), (255, 0, 0))]
+    with pytest.raises(ConfigError, match=sentence):
+        load(engines, runtime="tensorrt").encode_images(red)
+    encoder = load(engines)
+    assert encoder.encode_images(red).argmax() == 0
+    assert (encoder.describe().runtime, encoder.describe().device) == ("onnxruntime", "cpu")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("image.onnx runs on the CPU in place of its engine. ")
+
+
+def test_a_full_gpu_is_one_sentence_and_leaks_nothing(cuda: Memory, engines: Path) -> None:
+    cuda.room = 100
+    with pytest.raises(ClipRdEdgeError, match="CUDA failed: out of memory"):
+        load(engines, runtime="tensorrt").encode_images([Image.new("RGB", (9, 9))])
+
+
+def test_what_is_not_installed_has_its_pip_line(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    with pytest.raises(MissingExtraError) as raised:
+        load(engines, runtime="tensorrt").encode_texts(["red"])
+    assert raised.value.hint == "pip install 'clip-rd-edge[rtx]'"
+
+
+def test_the_real_bindings_have_the_names_that_are_used() -> None:
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'clip-rd-edge[rtx]'")
+    real = pytest.importorskip("cuda.bindings.runtime", reason="pip install 'clip-rd-edge[rtx]'")
+    for name in (each for each in vars(Memory) if each.startswith("cuda")):
+        assert hasattr(real, name)
+    for name in (each for each in vars(Engine) if not each.startswith("_")):
+        assert hasattr(trt.ICudaEngine, name) or hasattr(trt.IExecutionContext, name)
+    assert trt.TensorIOMode.INPUT != trt.TensorIOMode.OUTPUT
+    assert trt.nptype(trt.float32) == np.float32
+    assert trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine
