@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import pytest
 from PIL import Image
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
+
+
+@pytest.fixture(autouse=True)
+def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of labels that is a test's own, and not there yet."""
+    folder = tmp_path_factory.getbasetemp() / "labels" / uuid.uuid4().hex
+    monkeypatch.setattr("clip_rd_edge.runtime.label_cache.label_cache_folder", lambda: folder)
+    return folder
 
 
 @pytest.fixture

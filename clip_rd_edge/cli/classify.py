@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 @click.option("--camera", metavar="NUMBER", help="Classify what a camera sees, until Ctrl-C; 0 is the first one.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the model; default: every core.")
 @device_option
+@click.option(
+    "--no-cache", is_flag=True, help="Neither take the labels' embeddings from the user's cache nor keep them."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--csv", "as_csv", is_flag=True, help="A table with a row a label.")
 def command(
@@ -44,6 +47,7 @@ def command(
     camera: str | None,
     threads: int | None,
     device: str,
+    no_cache: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -67,7 +71,9 @@ def command(
 
     paths = list(find_pictures(pictures, listed=sys.stdin))
     encoder = load(bundle, threads=threads, device=device)
-    classifier = ZeroShotClassifier(encoder, read_labels(labels), templates=templates or None, none_below=none_below)
+    classifier = ZeroShotClassifier(
+        encoder, read_labels(labels), templates=templates or None, none_below=none_below, cache=not no_cache
+    )
     shape: Format = _answers.as_json if as_json else _answers.as_csv if as_csv else _answers.as_text
     if as_csv:
         click.echo(_answers.CSV_HEADER)

@@ -78,7 +78,6 @@ class Model:
         self._encoder: BundleEncoder
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         read_manifest(folder)  # says what is wrong with a folder that never was a bundle
-        read_manifest(folder)  # says what is wrong with a folder that never was a bundle
         self._facts = self._describe(self.encoder())
 
     def encoder(self) -> BundleEncoder:
@@ -143,7 +142,7 @@ class Model:
         with self._lock:
             known = self._classifiers.get(key)
             if known is None:
-                known = self._classifiers[key] = ZeroShotClassifier(encoder, labels)
+                known = self._classifiers[key] = ZeroShotClassifier(encoder, labels, cache=False)
             self._classifiers.move_to_end(key)
             while len(self._classifiers) > _REMEMBERED:
                 self._classifiers.popitem(last=False)

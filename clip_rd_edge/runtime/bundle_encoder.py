@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -58,6 +60,16 @@ class BundleEncoder(ABC):
     def label_bank(self) -> LabelBank | None:
         """The labels that the bundle brings with their embeddings, or None."""
         return read_labels(self.folder)
+
+    @cached_property
+    def text_key(self) -> str:
+        """Changes when the same text might get another embedding; empty where the manifest does not tell."""
+        manifest = self.manifest
+        files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
+        if not all(files):
+            return ""
+        content = msgspec.json.encode((files, manifest.tokenizer, self.runtime))
+        return hashlib.sha256(content).hexdigest()
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """Embed RGB pictures, (N, D)."""

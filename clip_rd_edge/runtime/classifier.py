@@ -12,6 +12,7 @@ from clip_rd_edge.contract.bundle import LabelBank
 from clip_rd_edge.contract.encoder import Embeddings, Encoder
 from clip_rd_edge.contract.zero_shot import Probabilities, label_embeddings, probabilities
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.label_cache import label_set_key, read_label_set, write_label_set
 
 
 class Prediction(NamedTuple):
@@ -31,6 +32,8 @@ class ZeroShotClassifier:
         templates: prompts with one `{}`; None takes the model's own. Other templates than the model's pass by the bank.
         none_below: labels less likely than this, between 0 and 1, are not given as an answer: a picture with no
             likelier one shows none of them. A softmax over a single label is always 1, so that it takes two at least.
+        cache: keep the embeddings of a bundle's labels in the user's cache folder (`label_cache`), so that the next
+            program with the same labels does not load the text tower. False where labels change all the time.
 
     Raises:
         InputError: no labels, an empty one, or a template without `{}`.
@@ -44,6 +47,7 @@ class ZeroShotClassifier:
         *,
         templates: Sequence[str] | None = None,
         none_below: float = 0.0,
+        cache: bool = True,
     ) -> None:
         if not 0 <= none_below <= 1:
             raise UsageError(f"none_below is {none_below}; expected a probability between 0 and 1.")
@@ -54,6 +58,7 @@ class ZeroShotClassifier:
         self._templates = tuple(templates or description.templates)
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
+        self._text_key: str = getattr(encoder, "text_key", "") if cache else ""
         self._known: dict[str, Embeddings] = {}
         self.labels: tuple[str, ...] = ()
         self._embeddings: Embeddings
@@ -97,10 +102,25 @@ class ZeroShotClassifier:
         """Embeddings by the text tower, (C, D); it sees only labels that it was not asked for by the last call."""
         new = [label for label in labels if label not in self._known]
         if new or not labels:
-            self._known.update(zip(new, label_embeddings(self.encoder, new, self._templates), strict=True))
+            self._known.update(self._stored(labels) or self._embed_new(labels, new))
         # What is no longer among the labels is forgotten: a page whose labels change all day shall not grow.
         self._known = {label: self._known[label] for label in labels}
         return np.stack(list(self._known.values()))
+
+    def _stored(self, labels: Sequence[str]) -> dict[str, Embeddings]:
+        """The labels' embeddings from the cache, or nothing."""
+        if not self._text_key:
+            return {}
+        rows = read_label_set(label_set_key(self._text_key, labels, self._templates), count=len(labels))
+        return {} if rows is None else dict(zip(labels, rows, strict=True))
+
+    def _embed_new(self, labels: Sequence[str], new: Sequence[str]) -> dict[str, Embeddings]:
+        """The embeddings of those labels that are new; with the others' they go into the cache."""
+        found = dict(zip(new, label_embeddings(self.encoder, new, self._templates), strict=True))
+        if self._text_key:
+            rows = np.stack([found[label] if label in found else self._known[label] for label in labels])
+            write_label_set(label_set_key(self._text_key, labels, self._templates), rows)
+        return found
 
 
 def _best(row: Probabilities, top: int) -> list[int]:

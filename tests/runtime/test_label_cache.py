@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.runtime import ZeroShotClassifier, label_cache, load
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+
+Run = Callable[..., tuple[int, str, str]]
+LABELS = ["red", "green", "blue"]
+NOISE = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))]
+
+
+def text_tower_loaded(encoder: BundleEncoder) -> bool:
+    return bool({"_text_session", "_tokenizer"} & vars(encoder).keys())
+
+
+def classifier(bundle: Path, labels: list[str] = LABELS, **rest: object) -> ZeroShotClassifier:
+    return ZeroShotClassifier(load(bundle), labels, **rest)  # type: ignore[arg-type]
+
+
+def test_the_second_process_loads_no_text_tower(colour_bundle: Path, label_cache: Path) -> None:
+    first = classifier(colour_bundle)
+    second = classifier(colour_bundle)
+    assert text_tower_loaded(first.encoder)  # type: ignore[arg-type]
+    assert not text_tower_loaded(second.encoder)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(second.probabilities(NOISE), first.probabilities(NOISE))
+    second.set_labels([*LABELS, "yellow"])
+    assert text_tower_loaded(second.encoder)  # type: ignore[arg-type]
+    third = classifier(colour_bundle, [*LABELS, "yellow"])
+    assert not text_tower_loaded(third.encoder)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(third.probabilities(NOISE), second.probabilities(NOISE))
+    assert len(list(label_cache.iterdir())) == 2
+
+
+def test_whatever_the_rows_depend_on_is_in_their_name(colour_bundle: Path, label_cache: Path) -> None:
+    classifier(colour_bundle)
+    assert text_tower_loaded(classifier(colour_bundle, LABELS[::-1]).encoder)  # type: ignore[arg-type]
+    other = classifier(colour_bundle, templates=["a drawing of {}"])
+    assert text_tower_loaded(other.encoder)  # type: ignore[arg-type]
+    for file in ("text.onnx", "tokenizer.json"):
+        with (colour_bundle / file).open("ab") as appended:
+            appended.write(b"\x3a\x00" if file == "text.onnx" else b"\n")
+        write_manifest(colour_bundle, read_manifest(colour_bundle))
+        assert text_tower_loaded(classifier(colour_bundle).encoder)  # type: ignore[arg-type]
+    assert len(list(label_cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 200, None])
+def test_what_is_damaged_is_passed_over_and_written_anew(
+    colour_bundle: Path, label_cache: Path, damage: bytes | None
+) -> None:
+    expected = classifier(colour_bundle).probabilities(NOISE)
+    (file,) = label_cache.iterdir()
+    whole = file.read_bytes()
+    # The last byte is in the rows: nothing but the digest tells.
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    np.testing.assert_array_equal(classifier(colour_bundle).probabilities(NOISE), expected)
+    assert file.read_bytes() == whole
+
+
+def test_it_does_not_grow_and_what_was_used_last_stays(label_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clip_rd_edge.runtime import label_cache as module
+
+    rows = np.zeros((4, 8), dtype=np.float32)
+    for i, key in enumerate("abc"):
+        module.write_label_set(key, rows)
+        os.utime(label_cache / key, ns=(i, i))
+    size = (label_cache / "a").stat().st_size
+    assert module.read_label_set("a", count=4) is not None
+    monkeypatch.setattr(module, "MAX_BYTES", 3 * size)
+    module.write_label_set("d", rows)
+    assert sorted(path.name for path in label_cache.iterdir()) == ["a", "c", "d"]
+    module.write_label_set("too much", np.zeros((4 * size, 8), dtype=np.float32))
+    assert not (label_cache / "too much").exists()
+    assert module.read_label_set("a", count=5) is None  # another number of labels is another set
+
+
+def test_a_cache_that_cannot_be_written_is_none(colour_bundle: Path, label_cache: Path) -> None:
+    label_cache.parent.mkdir(parents=True, exist_ok=True)
+    label_cache.write_text("in the way")
+    assert classifier(colour_bundle).classify(NOISE)
+
+
+def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # the test's own cache
+    monkeypatch.delenv("CLIP_RD_EDGE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert label_cache.label_cache_folder() == tmp_path / "clip-rd-edge" / "labels"
+
+
+def test_the_command_line(command_line: Run, colour_bundle: Path, colour_pictures: Path, label_cache: Path) -> None:
+    ask = ("classify", colour_bundle, colour_pictures / "red.png", "--labels", "red", "blue")
+    _, expected, _ = command_line(*ask, "--no-cache")
+    assert not label_cache.exists()
+    assert command_line(*ask) == (0, expected, "")
+    assert len(list(label_cache.iterdir())) == 1
+    assert command_line(*ask) == (0, expected, "")
