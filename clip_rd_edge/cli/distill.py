@@ -103,8 +103,18 @@ def command(run: Path, resume: bool, **options: Any) -> None:
         def show_cache(done: int, shards: int) -> None:
             bar.update(task, completed=done, total=shards, note="shards of the teacher's cache")
 
+        def show_index(done: int, shards: int) -> None:
+            bar.update(task, completed=done, total=shards, note="shards looked through")
+
         folder = run_distillation(
-            config, run, resume=resume, on_progress=show, on_cache=show_cache, say=say, evaluate=_evaluator(config)
+            config,
+            run,
+            resume=resume,
+            on_progress=show,
+            on_cache=show_cache,
+            on_index=show_index,
+            say=say,
+            evaluate=_evaluator(config),
         )
     say(f"next: clip-rd-edge export {run} --precision int8 -o {run}/bundle")
     click.echo(folder)

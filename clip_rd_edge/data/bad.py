@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from PIL import Image
 
@@ -43,7 +44,17 @@ class BadSamples:
         self._check(pairs.left_out)
 
     def __len__(self) -> int:
-        return len(self._pairs.left_out) + len(self._found)
+        return self.left_out + self.found
+
+    @property
+    def left_out(self) -> int:
+        """Samples that are no pairs."""
+        return len(self._pairs.left_out)
+
+    @property
+    def found(self) -> int:
+        """Pairs that turned out to be bad, in this process."""
+        return len(self._found)
 
     def add(self, found: Iterable[Bad]) -> None:
         """Count bad pairs, each once, however often it is met.
@@ -54,6 +65,11 @@ class BadSamples:
         fresh = {index: reason for index, reason in found if index not in self._found}
         self._found.update(fresh)
         self._check(tuple(fresh.values()))
+
+    def check_total(self, found: int) -> None:
+        """Refuse as `add` does, in every process, by what all of them found; a pair met by two counts twice."""
+        if self.left_out + found > self.allowed:
+            self._refuse(self.left_out + found, next(reversed(self._found.values()), "found by another process"))
 
     def sound(self, index: int) -> SoundPair | tuple[Bad, ...]:
         """The pair at `index`, or the next one that is sound; where that is too far off, the bad ones alone.
@@ -77,11 +93,13 @@ class BadSamples:
         return found
 
     def _check(self, latest: tuple[str, ...]) -> None:
-        if len(self) <= self.allowed or not latest:
-            return
+        if len(self) > self.allowed and latest:
+            self._refuse(len(self), latest[0])
+
+    def _refuse(self, bad: int, example: str) -> NoReturn:
         samples = len(self._pairs) + len(self._pairs.left_out)
         raise InputError(
-            f"{len(self):,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
-            f"{latest[0]}" + ("" if latest[0].endswith(".") else "."),
+            f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
+            f"{example.rstrip('.')}.",
             hint="mend or remove them, or allow more with --max-bad",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +39,10 @@ class Pairs(Protocol):
         """At least one caption; raises InputError where none can be read."""
         ...
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells these pairs from others, in their order; a copy in another folder has the same."""
+        ...
+
 
 def load_pairs(
     source: str,
@@ -47,6 +52,7 @@ def load_pairs(
     separator: str | None = None,
     weights: str | None = None,
     json_key: str | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, parts: None,
 ) -> Pairs:
     """Load pairs for training.
 
@@ -57,7 +63,7 @@ def load_pairs(
         image_key, caption_key: names of the table's two columns.
         separator: of the table; None means tab for `.tsv`, and for others what the header holds.
         weights: how often each source of shards is shown an epoch, such as `1::2`; None for once.
-        json_key: see `data.shards.ShardPairs`.
+        json_key, on_progress: see `data.shards.ShardPairs`.
 
     Raises:
         InputError: no such file, a missing column, a missing picture, an empty caption, or fewer than two pairs.
@@ -65,26 +71,21 @@ def load_pairs(
     """
     if weights and not source.endswith(TAR_ENDINGS):
         raise UsageError(f"The weights {weights!r} are for sources of shards, and {source} is none.")
-    pairs = _load(source, image_key, caption_key, separator, weights=weights, json_key=json_key)
-    if len(pairs) < 2:
-        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.")
-    return pairs
-
-
-def _load(
-    source: str, image_key: str, caption_key: str, separator: str | None, *, weights: str | None, json_key: str | None
-) -> Pairs:
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
-        return training_pairs()
-    if source.endswith(TAR_ENDINGS):
+        pairs: Pairs = training_pairs()
+    elif source.endswith(TAR_ENDINGS):
         from clip_rd_edge.data.shards import ShardPairs, parse_sources
 
-        return ShardPairs(source, parse_sources(source, weights), json_key=json_key)
-    from clip_rd_edge.data.table import read_table
+        pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, on_progress=on_progress)
+    else:
+        from clip_rd_edge.data.table import read_table
 
-    return read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
+        pairs = read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
+    if len(pairs) < 2:
+        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.")
+    return pairs
 
 
 def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:

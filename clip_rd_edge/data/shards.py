@@ -6,7 +6,7 @@ uninterrupted one would have seen. That needs every sample's place, and no shuff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class ShardPairs:
     Args:
         json_key: take captions from this key of the .json, a string or a list of them; None takes the .txt where there
             is one, else the .json's `caption`.
+        on_progress: told of shards looked through and shards in all; a shard's index is kept for the next time.
 
     Attributes:
         left_out: samples without a picture or a caption's file, and damaged shards, in words.
@@ -50,15 +51,25 @@ class ShardPairs:
         InputError: a shard is missing or is no tar.
     """
 
-    def __init__(self, name: str, sources: Sequence[Source], *, json_key: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        *,
+        json_key: str | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, shards: None,
+    ) -> None:
         self.name = name
         self._json_key = json_key
         self._shards: list[Shard] = []
         left_out: list[str] = []
         numbers, samples = [], []
+        count = sum(len(source.shards) for source in sources)
         for source in sources:
             first = len(self._shards)
-            self._shards += [open_shard(path) for path in source.shards]
+            for path in source.shards:
+                on_progress(len(self._shards), count)
+                self._shards.append(open_shard(path))
             sound = [_sound(shard, json_key, left_out) for shard in self._shards[first:]]
             of_shard = np.repeat(np.arange(first, len(self._shards), dtype=np.int32), [len(part) for part in sound])
             numbers.append(np.tile(of_shard, source.weight))
@@ -84,6 +95,12 @@ class ShardPairs:
         json = shard.member(sample, "json")
         assert json is not None  # left out at the start otherwise
         return json_captions(json, self._json_key or JSON_KEY)
+
+    def identity(self) -> Iterator[bytes]:
+        """What tells these pairs from others: names, places and sizes of all samples. No sample is read."""
+        for shard in self._shards:
+            yield from (shard.path.name.encode(), shard.names.tobytes(), shard.places.tobytes())
+        yield from (self._shard_of.tobytes(), self._sample_of.tobytes(), repr(self._json_key).encode())
 
     def _place(self, index: int) -> tuple[Shard, int]:
         return self._shards[int(self._shard_of[index])], int(self._sample_of[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,11 @@ class TablePairs:
     def captions(self, index: int) -> tuple[str, ...]:
         """All captions."""
         return self.texts[index]
+
+    def identity(self) -> Iterator[bytes]:
+        """What tells these pairs from others: names of the pictures and their captions."""
+        for path, captions in zip(self.images, self.texts, strict=True):
+            yield f"{path.name}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
 
 
 def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:

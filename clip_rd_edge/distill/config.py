@@ -13,9 +13,9 @@ from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind
 
 RECIPES = Path(__file__).parent / "recipes"
-# What a resumed run may have otherwise: it changes what is written or how fast, and nothing that is computed.
+# What a resumed run may have otherwise: it changes what is written or how fast, and no batch and no loss.
 MAY_CHANGE = frozenset(
-    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache"}
+    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache", "processes"}
 )
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -83,6 +83,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
         loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
         global_logits: with several processes, each looks at all pairs and not at its own alone.
+        processes: that share a batch, as torchrun started them. A resumed run may have another number: batches and
+            loss stay what they are, but batch norms and dropout see each process's part.
     """
 
     recipe_name: str
@@ -109,6 +111,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     accumulate: int = 1
     loss_block: int = 0
     global_logits: bool = False
+    processes: int = 1
     seed: int = 0
     workers: int = -1
     log_every: int = 10

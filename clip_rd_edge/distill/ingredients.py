@@ -9,6 +9,7 @@ from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.data.pairs import Pairs, load_pairs, require_batch
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.loader import ViewDataset
+from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.state import seed_everything
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
@@ -27,27 +28,37 @@ class Ingredients:
     objective: Objective
 
 
-def load_ingredients(config: RunConfig, *, name: str, processes: int, say: Callable[[str], None]) -> Ingredients:
+def load_ingredients(
+    config: RunConfig,
+    *,
+    name: str,
+    processes: Processes,
+    say: Callable[[str], None],
+    on_index: Callable[[int, int], None] = lambda done, parts: None,
+) -> Ingredients:
     """Load what a configuration names.
 
     Args:
         name: the student's.
-        processes: how many share a batch.
+        processes: that share a batch; the first looks shards through, and the others read what it wrote down.
+        on_index: told of shards looked through and shards in all.
 
     Raises:
         UsageError: a teacher is needed and none is named, or the batch does not fit.
         InputError, ConfigError: data, teacher or student do not fit.
     """
-    pairs = load_pairs(
-        config.data,
-        image_key=config.image_key,
-        caption_key=config.caption_key,
-        weights=config.weights,
-        json_key=config.json_key,
-    )
+    with processes.first_goes_first():
+        pairs = load_pairs(
+            config.data,
+            image_key=config.image_key,
+            caption_key=config.caption_key,
+            weights=config.weights,
+            json_key=config.json_key,
+            on_progress=on_index,
+        )
     if pairs.left_out:
         say(f"{len(pairs.left_out):,} samples are no pairs and left out, the first: {pairs.left_out[0]}")
-    require_batch(pairs, config.recipe.batch_size, processes=processes)
+    require_batch(pairs, config.recipe.batch_size, processes=processes.count)
     teacher = _load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name)

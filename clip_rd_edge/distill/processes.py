@@ -69,10 +69,29 @@ class Processes:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def total(self, own: int) -> int:
+        """The sum of a number over processes."""
+        if self.count == 1:
+            return own
+        value = torch.tensor(own, device=self.device)
+        dist.all_reduce(value)
+        return int(value.item())
+
     def wait(self) -> None:
         """Wait for the others."""
         if self.count > 1:
             dist.barrier()
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The first process does the body alone, then the others: what it left on disk is there for them."""
+        if not self.first:
+            self.wait()
+        try:
+            yield
+        finally:  # what fails the first fails the others with the same words, and nobody waits in vain
+            if self.first:
+                self.wait()
 
 
 @contextmanager

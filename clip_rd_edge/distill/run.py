@@ -51,6 +51,7 @@ def run_distillation(
     resume: bool,
     on_progress: Callable[[Progress], None] = _unheard,
     on_cache: Callable[[int, int], None] = _unheard,
+    on_index: Callable[[int, int], None] = _unheard,
     say: Callable[[str], None] = _unheard,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> Path:
@@ -59,6 +60,7 @@ def run_distillation(
     Args:
         resume: go on from the newest checkpoint in `run` where there is one; a finished run is left as it is.
         on_cache: told of shards done and shards in all while a teacher cache is built.
+        on_index: the same while shards of pairs are looked through, which is done once.
         say: told in a sentence what was decided, such as the precision.
 
     Raises:
@@ -69,13 +71,14 @@ def run_distillation(
     """
     with join_processes() as processes:
         if not processes.first:
-            on_progress, on_cache, say = _unheard, _unheard, _unheard
-        config, fresh = _agree_with_folder(config, run, resume=resume)
+            on_progress, on_cache, on_index, say = _unheard, _unheard, _unheard, _unheard
+        config = msgspec.structs.replace(config, processes=processes.count)
+        config, fresh = _agree_with_folder(config, run, resume=resume, say=say)
         processes.wait()  # before the first writes: the others would find the folder in use
         if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
             say(f"{run} is finished already")
             return run / STUDENT_FOLDER
-        of = load_ingredients(config, name=run.resolve().name, processes=processes.count, say=say)
+        of = load_ingredients(config, name=run.resolve().name, processes=processes, say=say, on_index=on_index)
         steps = total_steps(config, of.pairs)
         if fresh:
             say(f"{len(of.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size}")
@@ -101,7 +104,9 @@ def run_distillation(
         return run / STUDENT_FOLDER
 
 
-def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool) -> tuple[RunConfig, bool]:
+def _agree_with_folder(
+    config: RunConfig, run: Path, *, resume: bool, say: Callable[[str], None]
+) -> tuple[RunConfig, bool]:
     """The configuration to run, and whether the run is new: a resumed run keeps the precision it was measured to be."""
     if config.teacher_cache and not config.views:
         raise UsageError(
@@ -127,6 +132,11 @@ def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool) -> tuple[R
         raise UsageError(
             f"{run} holds a run of another configuration: {difference}.",
             hint="give the same options as before, or choose another -o",
+        )
+    if config.processes != old.processes:
+        say(
+            f"the run began on {old.processes} processes and goes on on {config.processes}: batches and loss stay the "
+            "same, but batch norms and dropout see other parts of a batch"
         )
     return config, False
 

@@ -91,6 +91,7 @@ def train(
             if due and evaluate and processes.first:
                 evaluation = evaluate(TorchEncoder(kept))
             elapsed = time.perf_counter() - began
+            bad = processes.total(dataset.bad.found)
             progress = Progress(
                 step=done,
                 steps=steps,
@@ -98,7 +99,7 @@ def train(
                 samples_per_second=(done - start) * recipe.batch_size / elapsed,
                 data_wait=waited / elapsed,
                 evaluation=evaluation,
-                bad=len(dataset.bad),
+                bad=dataset.bad.left_out + bad,
                 skipped=update.skipped,
             )
             if log and (last or evaluation or done % config.log_every == 0):
@@ -109,6 +110,7 @@ def train(
                 }
                 log.write(step_line(progress, result.loss.terms, result.embeddings, extra))
             on_progress(progress)
+            dataset.bad.check_total(bad)
             stopping = processes.any(bool(stop))
             if last or stopping or done % config.checkpoint_every == 0:
                 if processes.first:

@@ -74,7 +74,7 @@ def main() -> None:
             views=1,
             workers=1,
         )
-        of = load_ingredients(config, name="student", processes=1, say=print)
+        of = load_ingredients(config, name="student", processes=Processes(), say=print)
         assert of.teacher is not None
         live = Teacher(of.teacher, device, autocast=None)
         manifest = manifest_of(of.teacher, of.pairs, crop_scale=(0.9, 1.0), seed=0, views=1, precision="fp32")

@@ -50,7 +50,7 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def of(config: RunConfig) -> Ingredients:
-    return load_ingredients(config, name="student", processes=1, say=lambda _: None)
+    return load_ingredients(config, name="student", processes=Processes(), say=lambda _: None)
 
 
 @pytest.fixture
