@@ -45,8 +45,13 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="auto measures what is faster.")
 @click.option("--image-size", type=click.IntRange(16), default=224, show_default=True, help="Edge in pixels.")
 @click.option(
-    "--text", type=click.Choice(["tiny", "small", "standard"]), default="standard", show_default=True,
-    help="Size of the text tower.",
+    "--text", default="standard", show_default=True,
+    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6.",
+)  # fmt: skip
+@click.option("--pretrained-image", metavar="timm|FILE", help="Weights the student's image trunk starts from.")
+@click.option(
+    "--pretrained-text", metavar="teacher|FILE",
+    help="Weights the student's text tower starts from: evenly spaced layers of the teacher's or of a checkpoint's.",
 )  # fmt: skip
 @click.option("--context-length", type=click.IntRange(4), default=77, show_default=True, help="Tokens a caption.")
 @click.option("--embedding-size", type=click.IntRange(0), default=0, help="Of the student; default: the teacher's.")
@@ -67,8 +72,11 @@ if TYPE_CHECKING:
 @click.option("--freeze-text", is_flag=True, help="Train nothing of the text tower but its projection.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(-1), default=-1, help="Loading processes; default: half the cores.")
-@click.option("--task", "tasks", multiple=True, help="Evaluate on this task while training (see evaluate).")
-@click.option("--evaluate-every", type=click.IntRange(0), default=0, help="Steps between evaluations on --task.")
+@click.option("--task", "tasks", multiple=True, help="Evaluate on this task (see evaluate) and keep RUN/best.")
+@click.option(
+    "--evaluate-every", type=click.IntRange(0), default=0, help="Steps between evaluations; default: at the end."
+)
+@click.option("--report-to", type=click.Choice(["tensorboard"]), help="Write the metrics there, too: RUN/tensorboard.")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, help="Steps.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in the output folder.")
 @click.option("-o", "--output", "run", required=True, type=click.Path(path_type=Path), help="The run's folder.")
@@ -89,7 +97,8 @@ def command(run: Path, resume: bool, **options: Any) -> None:
         task = bar.add_task("training", total=None, note="")
 
         def show(progress: Progress) -> None:
-            note = f"loss {progress.loss:.3f}, {progress.samples_per_second:.0f} pairs/s"
+            note = f"loss {progress.loss:.3f}, {progress.samples_per_second:.0f} pairs/s, "
+            note += f"{progress.memory_bytes / 1e9:.1f} GB"
             if progress.bad:
                 note += f", {progress.bad:,} bad samples"
             bar.update(

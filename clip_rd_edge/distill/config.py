@@ -15,7 +15,8 @@ from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind
 RECIPES = Path(__file__).parent / "recipes"
 # What a resumed run may have otherwise: it changes what is written or how fast, and no batch and no loss.
 MAY_CHANGE = frozenset(
-    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "workers", "max_bad", "teacher_cache", "processes"}
+    {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
+    | {"processes"}
 )
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -74,6 +75,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
         embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. Where it differs from the
             teacher's, the objective learns projections between the two, which stay in the objective.
+        text: see `models.student.text_size`.
+        pretrained_image, pretrained_text: what the towers start from; see `models.pretrained`.
         teacher_precision: what the teacher computes in, measured apart from the student's.
         teacher_cache: folder of the teacher's embeddings, computed once; needs `views`.
         views: different crops and captions of a pair, gone through again and again; 0 for new ones every epoch.
@@ -83,6 +86,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
         loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
         global_logits: with several processes, each looks at all pairs and not at its own alone.
+        report_to: `tensorboard` writes the metrics there, too.
+        evaluate_every: steps between evaluations on `tasks`; 0 evaluates at the end alone.
         processes: that share a batch, as torchrun started them. A resumed run may have another number: batches and
             loss stay what they are, but batch norms and dropout see each process's part.
     """
@@ -102,6 +107,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     text: str = "standard"
     context_length: int = 77
     embedding_size: int = 0
+    pretrained_image: str | None = None
+    pretrained_text: str | None = None
     teacher_precision: Precision = "auto"
     teacher_cache: str | None = None
     views: int = 0
@@ -118,6 +125,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     checkpoint_every: int = 500
     evaluate_every: int = 0
     tasks: tuple[str, ...] = ()
+    report_to: Literal["tensorboard"] | None = None
 
 
 def recipe_names() -> list[str]:

@@ -15,6 +15,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.pretrained import start_image_tower, start_text_tower
 from clip_rd_edge.models.student import build_student, student_config
 
 
@@ -61,7 +62,7 @@ def load_ingredients(
     require_batch(pairs, config.recipe.batch_size, processes=processes.count)
     teacher = _load_teacher(config)
     seed_everything(config.seed)
-    student = _make_student(config, teacher, name)
+    student = _make_student(config, teacher, name, say)
     objective = Objective(
         config.recipe.objective,
         scales=config.recipe.scales,
@@ -95,8 +96,13 @@ def _load_teacher(config: RunConfig) -> ClipModel | None:
     return load_clip(config.teacher, pretrained=config.teacher_pretrained)
 
 
-def _make_student(config: RunConfig, teacher: ClipModel | None, name: str) -> ClipModel:
+def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, say: Callable[[str], None]) -> ClipModel:
     if config.student.startswith(LOCAL_DIR):
+        if config.pretrained_image or config.pretrained_text:
+            raise UsageError(
+                f"{config.student} has weights already, and others were named to start from.",
+                hint="leave --pretrained-image and --pretrained-text away",
+            )
         return load_clip(config.student)
     described = student_config(
         config.student,
@@ -105,4 +111,9 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str) -> Cl
         text=config.text,
         context_length=config.context_length,
     )
-    return build_student(described, name=name)
+    student = build_student(described, name=name)
+    if config.pretrained_image:
+        say(start_image_tower(student, config.pretrained_image))
+    if config.pretrained_text:
+        say(start_text_tower(student, config.pretrained_text, teacher))
+    return student

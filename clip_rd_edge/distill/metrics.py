@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.losses.objective import EmbeddingBatch
 
 FILE = "metrics.jsonl"
+EVALUATION = "evaluation/"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Progress:
     Attributes:
         data_wait: share of the time spent waiting for batches.
         skipped: steps that were not made, since the loss or a gradient was not finite.
-        bad: samples left out or passed over since the start or resume.
+        bad: samples left out or passed over since the start or resume, in all processes.
+        memory_bytes: see `peak_memory_bytes`.
     """
 
     step: int
@@ -36,6 +39,7 @@ class Progress:
     evaluation: dict[str, float]
     bad: int = 0
     skipped: int = 0
+    memory_bytes: int = 0
 
 
 class MetricsLog:
@@ -64,6 +68,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_evaluation(run: Path) -> dict[str, float]:
+    """Figures of a run's last evaluation by task; empty where there was none."""
+    lines = [line for line in read_metrics(run) if any(name.startswith(EVALUATION) for name in line)]
+    return {name.removeprefix(EVALUATION): v for name, v in lines[-1].items() if EVALUATION in name} if lines else {}
+
+
 def step_line(
     progress: Progress, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, extra: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -76,10 +86,23 @@ def step_line(
         **extra,
         "samples_per_second": round(progress.samples_per_second, 2),
         "data_wait": round(progress.data_wait, 4),
+        "memory_mb": round(progress.memory_bytes / 1e6),
         "bad_samples": progress.bad,
         "skipped_steps": progress.skipped,
-        **{f"evaluation/{name}": value for name, value in progress.evaluation.items()},
+        **{f"{EVALUATION}{name}": value for name, value in progress.evaluation.items()},
     }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: the GPU's where it computes there, else the machine's; 0 on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.distill.metrics import read_metrics
+from clip_rd_edge.distill.metrics import EVALUATION, read_metrics
 
 STUDENT, TEACHER, MUTED = "#c2410c", "#1d4ed8", "#6b7280"
 
@@ -63,13 +63,13 @@ def _plot_geometry(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith("evaluation/")})
+    names = sorted({key for line in lines for key in line if key.startswith(EVALUATION)})
     if not names:
         return
     figure, axes = _figure(1, "Accuracy over training")
     for name in names:
         steps, values = _series(lines, name)
-        axes[0].plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix("evaluation/"))
+        axes[0].plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix(EVALUATION))
     axes[0].set_ylabel("%")
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)

@@ -4,7 +4,9 @@ config.yaml      the resolved configuration
 metrics.jsonl    one line a log step
 checkpoints/     all state, for --resume
 student/         the trained model, an open_clip local-dir; written last, so that a run without one is unfinished
+best/            the best student by the run's own evaluations, where there were some
 report/          plots
+tensorboard/     the metrics once more, where asked for
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from clip_rd_edge.distill.cache_build import build_cache, manifest_of
 from clip_rd_edge.distill.config import RunConfig, first_difference
 from clip_rd_edge.distill.ingredients import Ingredients, load_ingredients, make_dataset
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.metrics import Progress
+from clip_rd_edge.distill.metrics import Progress, last_evaluation
 from clip_rd_edge.distill.plots import plot_run
 from clip_rd_edge.distill.precision import AUTOCAST, choose_precision, choose_teacher_precision
 from clip_rd_edge.distill.processes import Processes, join_processes
@@ -100,7 +102,8 @@ def run_distillation(
             student.model.to("cpu")
             of = dataclasses.replace(of, student=student)
             plot_run(run, run / REPORT_FOLDER, similarities(config, of))
-            save_clip(run / STUDENT_FOLDER, student, provenance=provenance(config, of, steps=steps))
+            figures = {"evaluation": last_evaluation(run)}
+            save_clip(run / STUDENT_FOLDER, student, provenance={**provenance(config, of, steps=steps), **figures})
         return run / STUDENT_FOLDER
 
 

@@ -11,17 +11,20 @@ import torch
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distill.best import keep_if_best
 from clip_rd_edge.distill.captions import freeze_all_but_projection
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.ingredients import Ingredients
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.metrics import MetricsLog, Progress, step_line
+from clip_rd_edge.distill.metrics import MetricsLog, Progress, peak_memory_bytes, step_line
 from clip_rd_edge.distill.precision import AUTOCAST
 from clip_rd_edge.distill.processes import Processes
+from clip_rd_edge.distill.provenance import provenance
 from clip_rd_edge.distill.signals import stop_on_signals
 from clip_rd_edge.distill.state import Stateful, load_state, save_state, seed_everything
 from clip_rd_edge.distill.step import StepSettings, TrainingStep
 from clip_rd_edge.distill.teacher import TeacherOfBatches
+from clip_rd_edge.distill.tensorboard import TensorBoardLog
 from clip_rd_edge.distill.update import Update
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
@@ -49,7 +52,8 @@ def train(
     Args:
         config: resolved; its precision is not `auto`.
         teacher: None where the objective needs none.
-        evaluate: called with the student every `config.evaluate_every` steps; its figures go into the metrics.
+        evaluate: called with the student every `config.evaluate_every` steps and at the end; its figures go into the
+            metrics, and the best student is kept as `RUN/best`.
 
     Raises:
         InterruptedRunError: a signal asked to stop; the state was saved.
@@ -66,6 +70,7 @@ def train(
     kept = dataclasses.replace(student, model=update.model_to_keep)
     step_of = TrainingStep(student, teacher, objective, processes, step_settings(config, AUTOCAST[recipe.precision]))
     log = MetricsLog(run, start=start) if processes.first else None
+    board = TensorBoardLog(run, start=start) if processes.first and config.report_to == "tensorboard" else None
     sampler = StepSampler(
         len(of.pairs),
         recipe.batch_size,
@@ -87,9 +92,10 @@ def train(
 
             done, evaluation = step + 1, dict[str, float]()
             last = done == steps
-            due = config.evaluate_every and (last or done % config.evaluate_every == 0)
+            due = last or (config.evaluate_every and done % config.evaluate_every == 0)
             if due and evaluate and processes.first:
                 evaluation = evaluate(TorchEncoder(kept))
+                keep_if_best(run, kept, evaluation, provenance=provenance(config, of, steps=done))
             elapsed = time.perf_counter() - began
             bad = processes.total(dataset.bad.found)
             progress = Progress(
@@ -101,6 +107,7 @@ def train(
                 evaluation=evaluation,
                 bad=dataset.bad.left_out + bad,
                 skipped=update.skipped,
+                memory_bytes=peak_memory_bytes(processes.device),
             )
             if log and (last or evaluation or done % config.log_every == 0):
                 extra = {
@@ -108,7 +115,10 @@ def train(
                     "gradient_norm": update.gradient_norm,
                     "logit_scale": student.logit_scale,
                 }
-                log.write(step_line(progress, result.loss.terms, result.embeddings, extra))
+                line = step_line(progress, result.loss.terms, result.embeddings, extra)
+                log.write(line)
+                if board:
+                    board.write(line)
             on_progress(progress)
             dataset.bad.check_total(bad)
             stopping = processes.any(bool(stop))

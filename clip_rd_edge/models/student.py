@@ -16,20 +16,39 @@ from clip_rd_edge.models.clip import ClipModel
 CONFIGS = Path(__file__).parent / "configs"
 
 
+_HEAD = 64  # numbers an attention head, as in CLIP
+
+
 class TextSize(msgspec.Struct, frozen=True):
     """A CLIP text transformer's size."""
 
     width: int
-    heads: int
     layers: int
 
 
 # `standard` is the text tower of the published students; the smaller ones suit short labels and small devices.
 TEXT_SIZES = {
-    "tiny": TextSize(width=128, heads=2, layers=3),
-    "small": TextSize(width=256, heads=4, layers=6),
-    "standard": TextSize(width=384, heads=6, layers=12),
+    "tiny": TextSize(width=128, layers=3),
+    "small": TextSize(width=256, layers=6),
+    "standard": TextSize(width=384, layers=12),
 }
+
+
+def text_size(name: str) -> TextSize:
+    """A size by name, or as WIDTHxLAYERS.
+
+    Raises:
+        ConfigError: it is neither, or the width is no multiple of 64.
+    """
+    if name in TEXT_SIZES:
+        return TEXT_SIZES[name]
+    width, _, layers = name.partition("x")
+    if not (width.isdecimal() and layers.isdecimal()) or int(layers) < 1 or int(width) < _HEAD or int(width) % _HEAD:
+        raise ConfigError(
+            f"The text tower is {name!r}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, the "
+            f"width a multiple of {_HEAD}."
+        )
+    return TextSize(width=int(width), layers=int(layers))
 
 
 def preset_names() -> list[str]:
@@ -46,17 +65,15 @@ def student_config(
         student: a preset, any timm trunk by name, or the path of a JSON file with an open_clip `vision_cfg`.
         embedding_size: D, the teacher's width where the two are compared entry by entry.
         image_size: edge of the square input, in pixels.
-        text: one of TEXT_SIZES.
+        text: see `text_size`.
         context_length: T, the token ids a caption.
 
     Raises:
         InputError: the student is unknown (with near matches).
-        ConfigError: the text size is unknown.
+        ConfigError: there is no such text size.
     """
-    if text not in TEXT_SIZES:
-        raise ConfigError(f"The text tower is {text!r}; expected one of {', '.join(TEXT_SIZES)}.")
+    size = text_size(text)
     preset = _preset(student)
-    size = TEXT_SIZES[text]
     return {
         "model_cfg": {
             "embed_dim": embedding_size,
@@ -65,7 +82,7 @@ def student_config(
                 "context_length": context_length,
                 "vocab_size": 49408,
                 "width": size.width,
-                "heads": size.heads,
+                "heads": size.width // _HEAD,
                 "layers": size.layers,
             },
             "custom_text": True,

@@ -45,3 +45,10 @@ def test_samples_left_out_count_too(tmp_path: Path, write_tar: Callable[..., Pat
     assert len(BadSamples(load_pairs(str(path)), max_share=0.1)) == 1
     with pytest.raises(InputError, match=r"1 of 10 samples of .* more than 9\.00%: .*0\.tar: 9 has no caption"):
         BadSamples(load_pairs(str(path)), max_share=0.09)
+
+
+def test_what_other_processes_found_counts(damaged: Pairs) -> None:
+    bad = BadSamples(damaged, max_share=0.1)  # two of 24
+    bad.check_total(2)
+    with pytest.raises(InputError, match=r"3 of 24 samples .* found by another process"):
+        bad.check_total(3)

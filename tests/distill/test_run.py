@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.distill.state import saved_states
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
 from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 STEPS = 8
@@ -192,6 +194,37 @@ def test_a_teacher_of_another_width_is_seen_through_a_projection_that_is_not_exp
 
 def replaced(config: RunConfig, **recipe: object) -> RunConfig:
     return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
+
+
+def test_the_best_student_is_kept_beside_the_last(config: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = msgspec.structs.replace(config, evaluate_every=3, report_to="tensorboard")
+    figures = iter([0.2, 0.5, 0.4])
+
+    run_distillation(config, tmp_path / "run", resume=False, evaluate=lambda _: {"task": next(figures)})
+    best, last = (
+        json.loads((tmp_path / "run" / name / "distillation.json").read_text()) for name in ("best", "student")
+    )
+    assert (best["steps"], best["evaluation"]) == (6, {"task": 0.5})
+    assert (last["steps"], last["evaluation"]) == (STEPS, {"task": 0.4})
+    assert load_clip(str(tmp_path / "run" / "best")).embedding_size == 24
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
+    logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_a_run_goes_on_on_another_number_of_processes_and_says_so(config: RunConfig, tmp_path: Path) -> None:
+    go(config, tmp_path / "run")
+    begun = (tmp_path / "run" / "config.yaml").read_text()
+    assert "processes: 1" in begun
+    (tmp_path / "run" / "config.yaml").write_text(begun.replace("processes: 1", "processes: 2"))
+    said: list[str] = []
+    run_distillation(config, tmp_path / "run", resume=True, say=said.append)
+    assert "began on 2 processes and goes on on 1" in said[0]
 
 
 def test_a_moving_average_is_what_is_kept_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
