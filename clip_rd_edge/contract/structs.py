@@ -30,11 +30,13 @@ def read_yaml(path: Path, kind: type[T]) -> T:
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file into a struct; raises as `read_yaml`."""
+    content = _read(path)
     try:
-        raw = msgspec.json.decode(_read(path))
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError:
+        return convert(msgspec.json.decode(content), kind, source=str(path))  # says what does not fit
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from error
-    return convert(raw, kind, source=str(path))
 
 
 def convert(raw: Any, kind: type[T], *, source: str) -> T:

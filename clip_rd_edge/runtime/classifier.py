@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import LabelBank
-from clip_rd_edge.contract.encoder import Embeddings, Encoder
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, greatest
 from clip_rd_edge.contract.zero_shot import Probabilities, label_embeddings, probabilities
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_cache import label_set_key, read_label_set, write_label_set
@@ -94,7 +94,7 @@ class ZeroShotClassifier:
         """As `classify`, for pictures that were embedded already, (N, D)."""
         likely = probabilities(embeddings, self._embeddings, self._logit_scale)
         return [
-            [Prediction(self.labels[i], float(row[i])) for i in _best(row, top) if row[i] >= self.none_below]
+            [Prediction(self.labels[i], float(row[i])) for i in greatest(row, top) if row[i] >= self.none_below]
             for row in likely
         ]
 
@@ -121,15 +121,3 @@ class ZeroShotClassifier:
             rows = np.stack([found[label] if label in found else self._known[label] for label in labels])
             write_label_set(label_set_key(self._text_key, labels, self._templates), rows)
         return found
-
-
-def _best(row: Probabilities, top: int) -> list[int]:
-    """Indices of the `top` greatest, greatest first, the earlier of equals first."""
-    if top < len(row):
-        # Sorting a thousand labels takes longer than a small tower takes for the picture; finding the few does not.
-        least = np.partition(row, len(row) - top)[len(row) - top]
-        candidates = np.flatnonzero(row >= least)
-    else:
-        candidates = np.arange(len(row))
-    best: list[int] = candidates[np.argsort(-row[candidates], kind="stable")[:top]].tolist()
-    return best

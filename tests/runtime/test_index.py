@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.encoder import greatest
+from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import indexing, load
 from clip_rd_edge.runtime.index import nearest, read_index
@@ -140,6 +144,12 @@ def test_another_model_embeds_everything_again(colour_bundle: Path, colour_pictu
     assert update_index(load(colour_bundle), colour_pictures, index).embedded == 4
 
 
+@pytest.mark.parametrize("count", [1, 3, 50, 90])
+def test_the_greatest_are_those_that_sorting_everything_gives(count: int) -> None:
+    values = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)  # many equals
+    np.testing.assert_array_equal(greatest(values, count), np.argsort(-values, kind="stable")[:count])
+
+
 def test_what_is_no_index_is_refused(colour_bundle: Path, colour_pictures: Path, index: Path, tmp_path: Path) -> None:
     encoder = load(colour_bundle)
     with pytest.raises(UsageError, match="something else than an index"):
@@ -155,6 +165,19 @@ def test_what_is_no_index_is_refused(colour_bundle: Path, colour_pictures: Path,
     next(index.glob("*.npy")).write_bytes(b"")
     with pytest.raises(ConfigError, match="is damaged"):
         read_index(index)
+
+
+def test_search_finds_as_often_as_the_evaluation_says(colour_bundle: Path, pairs_csv: Path, index: Path) -> None:
+    task, encoder = load_task(str(pairs_csv)), load(colour_bundle)
+    assert isinstance(task, RetrievalTask)
+    update_index(encoder, pairs_csv.parent / "pictures", index)
+    known, rows = read_index(index)
+    hits = [
+        task.images[number] in [hit.path for hit in nearest(known, rows, encoder.encode_texts([caption]), top=5)]
+        for caption, number in zip(task.captions, task.caption_images, strict=True)
+    ]
+    assert np.mean(hits) == retrieval(encoder, task).text_to_image.at5
+    assert 0.5 < np.mean(hits) < 1  # six pictures of each colour: not all are found
 
 
 def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
