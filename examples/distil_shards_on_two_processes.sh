@@ -3,7 +3,7 @@
 #   SHARDS='shards/{00000..00009}.tar' TEACHER=local-dir:quickstart/teacher/student \
 #       bash examples/distil_shards_on_two_processes.sh
 set -euo pipefail
-SHARDS=${SHARDS:?such as shards/{00000..00009}.tar}
+SHARDS=${SHARDS:?the shards to train on, as in the line above}
 TEACHER=${TEACHER:?such as local-dir:quickstart/teacher/student}
 OUT=${OUT:-runs/shards}
 

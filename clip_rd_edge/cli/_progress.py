@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-stderr = Console(stderr=True, highlight=False)
+# Of the processes that torchrun starts, one speaks.
+first_process = os.environ.get("RANK", "0") == "0"
+stderr = Console(stderr=True, highlight=False, quiet=not first_process)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def command(run: Path, resume: bool, **options: Any) -> None:
     clip-rd-edge distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
         --student mobilevit_s -o runs/first
     """
-    from clip_rd_edge.cli._progress import progress_bar, say
+    from clip_rd_edge.cli._progress import first_process, progress_bar, say
     from clip_rd_edge.distill.run import run_distillation
 
     config = resolve(**options)
@@ -126,7 +126,8 @@ def command(run: Path, resume: bool, **options: Any) -> None:
             evaluate=_evaluator(config),
         )
     say(f"next: clip-rd-edge export {run} --precision int8 -o {run}/bundle")
-    click.echo(folder)
+    if first_process:
+        click.echo(folder)
 
 
 def resolve(*, recipe_name: str, **options: Any) -> RunConfig:

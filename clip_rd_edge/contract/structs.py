@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,9 +48,25 @@ def convert(raw: Any, kind: type[T], *, source: str) -> T:
         message = str(error)
         suggestion = ""
         if "unknown field" in message:
-            unknown = message.split("`")[1]
-            suggestion = near_matches(unknown, kind.__struct_fields__)
+            unknown, *place = message.split("`")[1::2]
+            suggestion = near_matches(unknown, _keys_at(place[0] if place else "$", kind))
         raise ConfigError(f"{source} does not fit: {message}.{suggestion}") from error
+
+
+def _keys_at(place: str, kind: type[T]) -> list[str]:
+    """Keys that are known at a place such as `$.rows[2].model`."""
+    kinds: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(kind)]
+    for key in re.sub(r"\[[^]]*\]", "", place).split(".")[1:]:
+        kinds = [f.type for k in kinds for s in _structs(k) for f in s.fields if f.encode_name == key]
+    return [field.encode_name for k in kinds for struct in _structs(k) for field in struct.fields]
+
+
+def _structs(kind: msgspec.inspect.Type) -> list[msgspec.inspect.StructType]:
+    """The structs that a type holds: itself, what a union offers, the items of a list."""
+    if isinstance(kind, msgspec.inspect.StructType):
+        return [kind]
+    inner = getattr(kind, "types", None) or [i for i in [getattr(kind, "item_type", None)] if i]
+    return [struct for part in inner for struct in _structs(part)]
 
 
 def to_json(struct: Any) -> bytes:

@@ -34,9 +34,9 @@ class Processes:
         """Rows of all processes in the order of their ranks, (b, D) to (count · b, D); no gradient flows through."""
         if self.count == 1:
             return rows
-        gathered = rows.new_empty(self.count * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
-        return gathered
+        gathered = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
 
     def own(self, rows: Tensor) -> Tensor:
         """This process's part of what `gather` returned."""

@@ -10,13 +10,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-
 import torch
 from clip_benchmark.metrics import zeroshot_classification as classification
 from clip_benchmark.metrics import zeroshot_retrieval as ranking
+from PIL import Image
 
 from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
 from clip_rd_edge.contract.encoder import Description, Embeddings

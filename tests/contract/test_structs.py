@@ -14,6 +14,18 @@ class Oven(msgspec.Struct, forbid_unknown_fields=True):
     grill: bool = False
 
 
+class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
+    ovens: tuple[Oven, ...]
+    spare: Oven | None = None
+
+
+@pytest.mark.parametrize("text", ["ovens: [{temperature: 1, gril: true}]", "{ovens: [], spare: {gril: true}}"])
+def test_a_misspelt_key_further_down_has_near_matches(tmp_path: Path, text: str) -> None:
+    (tmp_path / "kitchen.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"unknown field `gril`.* Did you mean 'grill'"):
+        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
