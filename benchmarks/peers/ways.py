@@ -82,19 +82,17 @@ def with_onnxruntime(path: Path) -> Made:
 
 
 def eager(given: Given) -> Made:
-    model = open_clip_model(given)
-
-    @torch.inference_mode()
-    def embed(pixels: Rows) -> Rows:
-        rows: Rows = model.encode_image(torch.from_numpy(pixels), normalize=True).numpy()  # type: ignore[operator]
-        return rows
-
-    return embed, (given.student / "open_clip_model.safetensors").stat().st_size
+    return _open_clip(given, compiled=False)
 
 
 def compiled(given: Given) -> Made:
+    return _open_clip(given, compiled=True)
+
+
+def _open_clip(given: Given, *, compiled: bool) -> Made:
     model = open_clip_model(given)
-    model.visual = torch.compile(model.visual)
+    if compiled:
+        model.visual = torch.compile(model.visual)
 
     @torch.inference_mode()
     def embed(pixels: Rows) -> Rows:
