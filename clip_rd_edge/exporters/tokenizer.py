@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,6 @@ from clip_rd_edge.errors import ClipRdEdgeError
 # which U+0345, a mark whose upper case is a letter, is neither letter nor other, and is dropped.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 _END_OF_WORD = "</w>"
-_STEPS_FROM = 1_000_000  # ids that no vocabulary uses
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
@@ -43,8 +44,9 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     specials = {name: i for name, i in tokenizer.encoder.items() if i in tokenizer.all_special_ids}
     vocabulary = {name: i for name, i in tokenizer.encoder.items() if name not in specials}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
+    free = itertools.count(len(tokenizer.encoder))
     for name, token_id in specials.items():
-        _merge_whole(name, token_id, vocabulary=vocabulary, merges=merges)
+        _merge_whole(name, token_id, vocabulary=vocabulary, merges=merges, free=free)
     fast = FastTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
     pattern = Regex("|".join([*specials, _WORDS]))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,7 +65,9 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     )
 
 
-def _merge_whole(name: str, token_id: int, *, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+def _merge_whole(
+    name: str, token_id: int, *, vocabulary: dict[str, int], merges: list[tuple[str, str]], free: Iterator[int]
+) -> None:
     """Teach the model to merge a special token's name, met as a word of its own in a text, to its one id.
 
     open_clip does so only where its pattern meets the name as a word: in `!<end_of_text>` the `<` belongs to `!<`.
@@ -78,8 +82,8 @@ def _merge_whole(name: str, token_id: int, *, vocabulary: dict[str, int], merges
         merges.append((merged, piece))
         merged += piece
         # A step on the way to the whole name, never what a word ends as, so that no text gets an id that is no token's.
-        vocabulary[merged] = _STEPS_FROM + len(vocabulary)
-    vocabulary[merged] = token_id
+        # The ids go on where the tokens' end: the library complains of holes by listing them all.
+        vocabulary[merged] = token_id if merged == name + _END_OF_WORD else next(free)
 
 
 def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
