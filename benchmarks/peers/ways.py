@@ -144,7 +144,10 @@ def _optimum(given: Given, how: object, name: str) -> Made:
     quantizer = ORTQuantizer(given.plain_onnx)
     ranges = None
     if how.is_static:  # type: ignore[attr-defined]
-        data = Dataset.from_dict({"pixels": given.calibrate}).with_format("numpy")
+        # A transform of its own: the numpy format asks torchvision for a video reader that it no longer has.
+        data = Dataset.from_dict({"pixels": given.calibrate.tolist()}).with_transform(
+            lambda rows: {"pixels": [np.asarray(sample, dtype=np.float32) for sample in rows["pixels"]]}
+        )
         ranges = quantizer.fit(
             data,
             AutoCalibrationConfig.minmax(data),
