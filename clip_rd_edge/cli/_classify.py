@@ -15,7 +15,7 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_pictures
 
-_MANY = 50  # pictures from which a rate means something
+MANY = 50  # pictures from which a rate means something
 
 
 def classify_files(
@@ -28,19 +28,20 @@ def classify_files(
     """
     out = sys.stdout  # kept: a bar would take it over
     batches = embed_pictures(encoder, paths)
-    if len(paths) >= _MANY and not out.isatty():  # on a terminal the answers themselves are the progress
+    if len(paths) >= MANY and not out.isatty():  # on a terminal the answers themselves are the progress
         batches = _with_bar(batches, len(paths))
     unreadable: list[InputError] = []
     began = time.perf_counter()
     for batch in batches:
         predictions = classifier.classify_embeddings(batch.embeddings, top=top)
-        for path, answers in zip(batch.pictures, predictions, strict=True):
-            click.echo(shape(str(path), answers), file=out)
+        lines = [shape(str(path), answers) for path, answers in zip(batch.pictures, predictions, strict=True)]
+        if lines:
+            click.echo("\n".join(lines), file=out)  # at once: it flushes each time
         unreadable += batch.unreadable
         if len(paths) > 1:
             for error in batch.unreadable:
                 click.echo(f"error: {error}", err=True)
-    if len(paths) >= _MANY:
+    if len(paths) >= MANY:
         seconds = time.perf_counter() - began
         click.echo(f"{len(paths):,} pictures in {seconds:.1f} s, {len(paths) / seconds:,.0f} a second", err=True)
     if len(paths) == 1 and unreadable:

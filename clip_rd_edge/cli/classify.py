@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,12 +66,15 @@ def command(
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other.")
 
+    # Its products are small, and more threads of numpy's only take cores from the model; read when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from clip_rd_edge.cli import _answers
+    from clip_rd_edge.cli._classify import MANY, classify_camera, classify_files
     from clip_rd_edge.runtime import ZeroShotClassifier, load
     from clip_rd_edge.runtime.pictures import find_pictures
 
     paths = list(find_pictures(pictures, listed=sys.stdin))
-    encoder = load(bundle, threads=threads, device=device)
+    encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY)
     classifier = ZeroShotClassifier(
         encoder, read_labels(labels), templates=templates or None, none_below=none_below, cache=not no_cache
     )
@@ -78,13 +82,9 @@ def command(
     if as_csv:
         click.echo(_answers.CSV_HEADER)
     if camera is not None:
-        from clip_rd_edge.cli._classify import classify_camera
-
         classify_camera(classifier, camera, top=top, shape=shape)
         return
     if not paths:
         raise InputError("There are no pictures: the list on stdin is empty.")
-
-    from clip_rd_edge.cli._classify import classify_files
 
     classify_files(classifier, encoder, paths, top=top, shape=shape)

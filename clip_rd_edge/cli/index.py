@@ -31,7 +31,7 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     from clip_rd_edge.runtime import load
     from clip_rd_edge.runtime.indexing import update_index
 
-    encoder = load(bundle, threads=threads, device=device)
+    encoder = load(bundle, threads=threads, device=device, spin=False)
     with progress_bar() as bar:
         task = bar.add_task("embedding", total=None, note="")
         done = update_index(

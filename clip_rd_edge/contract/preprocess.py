@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import InputError
 
@@ -78,7 +78,9 @@ def open_image(picture: Picture) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB, decoded and upright; see `open_image`."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # PNG has its EXIF behind the pixels
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # copies a picture that is upright, too
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow clips 16-bit grey at 255 when it converts: scale instead.
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).round().clip(0, 255).astype(np.uint8))
@@ -86,7 +88,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+    # convert copies an RGB picture, too; one that Pillow maps from its file must not outlive that.
+    return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
 
 
 def preprocess(image: Image.Image, how: Preprocessing) -> Pixels:
@@ -137,6 +140,8 @@ def _shorter_edge_to(size: int, width: int, height: int) -> tuple[int, int]:
 def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
     """Crop the middle, padding first where the picture is smaller, as torchvision's center_crop does."""
     height, width = how.size
+    if image.size == (width, height):
+        return image
     if image.width < width or image.height < height:
         canvas = Image.new("RGB", (max(image.width, width), max(image.height, height)), (how.fill_color,) * 3)
         canvas.paste(image, (max(0, width - image.width) // 2, max(0, height - image.height) // 2))
@@ -146,8 +151,12 @@ def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
 
 
 def _normalise(image: Image.Image, how: Preprocessing) -> Pixels:
-    pixels = np.asarray(image, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
     mean = np.asarray(how.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(how.std, dtype=np.float32)[:, None, None]
-    normalised: Pixels = (pixels - mean) / std
+    # In place and channel by channel in memory: several times faster than the same written as one expression.
+    normalised: Pixels = np.empty((3, image.height, image.width), dtype=np.float32)
+    np.copyto(normalised, np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+    normalised /= np.float32(255)
+    normalised -= mean
+    normalised /= std
     return normalised

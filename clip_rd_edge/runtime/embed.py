@@ -18,6 +18,7 @@ from clip_rd_edge.errors import InputError
 
 BATCH_SIZE = 32
 _MOST_WORKERS = 8
+_BATCHES_AHEAD = 3  # one with the model, one that is being opened, and one opened in full, so that none waits
 P = TypeVar("P", bound=Picture)
 
 
@@ -39,7 +40,8 @@ class EmbeddedBatch(Generic[P]):
 def embed_pictures(
     encoder: TowerEncoder, pictures: Iterable[P], *, batch_size: int = BATCH_SIZE, workers: int | None = None
 ) -> Iterator[EmbeddedBatch[P]]:
-    """Embed pictures batch by batch, opening those of the next batch while the model works on this one.
+    """Embed pictures batch by batch: while the caller has one batch, the model works on the next, and threads open the
+    pictures of the one after it.
 
     Pillow and ONNX Runtime let go of Python's lock while they work, so that threads are enough. An unreadable
     picture is handed over as such and stops nothing.
@@ -47,7 +49,7 @@ def embed_pictures(
     Args:
         encoder: whose image tower is used.
         pictures: paths, or whatever else `open_image` opens; taken only as
-            far ahead as two batches need, so that a long list may be a generator.
+            far ahead as three batches need, so that a long list may be a generator.
         batch_size: pictures that the tower sees at once, at least 1.
         workers: threads that open pictures; None takes one a core, 8 at most.
     """
@@ -60,20 +62,27 @@ def embed_pictures(
         except InputError as error:
             return error
 
+    def embed(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> EmbeddedBatch[P]:
+        return _embed(encoder, [(picture, opened.result()) for picture, opened in batch], size)
+
     remaining = iter(pictures)
-    with ThreadPoolExecutor(workers or min(_MOST_WORKERS, os.cpu_count() or 1)) as pool:
-        ahead: deque[tuple[P, Future[Pixels | InputError]]] = deque()
-        try:
-            while True:
-                for picture in islice(remaining, 2 * batch_size - len(ahead)):
-                    ahead.append((picture, pool.submit(pixels_of, picture)))
-                if not ahead:
-                    return
-                batch = [ahead.popleft() for _ in range(min(batch_size, len(ahead)))]
-                yield _embed(encoder, [(picture, opened.result()) for picture, opened in batch], size)
-        finally:
-            # A consumer that stops early, or Ctrl-C, shall not wait for pictures that nobody wants.
-            pool.shutdown(wait=False, cancel_futures=True)
+    openers = ThreadPoolExecutor(workers or min(_MOST_WORKERS, os.cpu_count() or 1))
+    model = ThreadPoolExecutor(1)
+    try:
+        ahead: deque[Future[EmbeddedBatch[P]]] = deque()
+        while True:
+            while len(ahead) < _BATCHES_AHEAD:
+                batch = [(picture, openers.submit(pixels_of, picture)) for picture in islice(remaining, batch_size)]
+                if not batch:
+                    break
+                ahead.append(model.submit(embed, batch))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        # A consumer that stops early, or Ctrl-C, shall not wait for pictures that nobody wants.
+        openers.shutdown(wait=False, cancel_futures=True)
+        model.shutdown(cancel_futures=True)
 
 
 def _embed(encoder: TowerEncoder, opened: Sequence[tuple[P, Pixels | InputError]], size: int) -> EmbeddedBatch[P]:

@@ -15,7 +15,12 @@ RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def load(
-    bundle: str | Path, *, threads: int | None = None, runtime: Runtime | None = None, device: str = AUTO
+    bundle: str | Path,
+    *,
+    threads: int | None = None,
+    runtime: Runtime | None = None,
+    device: str = AUTO,
+    spin: bool = True,
 ) -> BundleEncoder:
     """Open a bundle. Neither tower is loaded before it is first asked for.
 
@@ -26,6 +31,7 @@ def load(
             ONNX files that they came from.
         device: what ONNX Runtime computes on, one of `providers.DEVICES`; `auto` takes a CUDA card where its package is
             installed, and the CPU otherwise and for INT8. `describe().device` tells what was taken.
+        spin: False for many pictures in ONNX Runtime: see `ort.open_session`.
 
     Raises:
         InputError, ConfigError: it is no bundle, incomplete, or of a newer format.
@@ -35,7 +41,7 @@ def load(
     manifest = read_manifest(folder)
     if runtime is not None and runtime not in RUNTIMES:
         raise UsageError(f"There is no runtime {runtime!r}; there are {', '.join(RUNTIMES)}.")
-    return encoder_of(folder, manifest, threads=threads, runtime=runtime, device=device)
+    return encoder_of(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
 
 
 def encoder_of(
@@ -45,6 +51,7 @@ def encoder_of(
     threads: int | None = None,
     runtime: Runtime | None = None,
     device: str = AUTO,
+    spin: bool = True,
 ) -> BundleEncoder:
     """As `load`, of a bundle whose manifest has been read."""
     # A device other than the CPU is ONNX Runtime's to serve, whatever the bundle was exported for.
@@ -59,4 +66,4 @@ def encoder_of(
         return TensorRtEncoder(folder, manifest, threads=threads, required=runtime is not None)
     from clip_rd_edge.runtime.ort import OrtEncoder
 
-    return OrtEncoder(folder, manifest, threads=threads, device=device)
+    return OrtEncoder(folder, manifest, threads=threads, device=device, spin=spin)

@@ -15,10 +15,14 @@ from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.providers import AUTO, choose_device, device_of, provider_list, say
 
 
-def open_session(model: str | bytes, *, threads: int | None = None, device: str = "cpu") -> Any:
+def open_session(model: str | bytes, *, threads: int | None = None, device: str = "cpu", spin: bool = True) -> Any:
     """An ONNX Runtime session for a file's path or a model's bytes.
 
     A device whose provider is there but does not start (no driver, another CUDA) is said, and the CPU takes its place.
+
+    Args:
+        spin: threads wait for one another in a loop, ONNX Runtime's default: fastest for one picture. False leaves
+            their cores to whatever else has work, such as opening many pictures.
 
     Raises:
         ConfigError: it is no model that this ONNX Runtime can run.
@@ -31,6 +35,8 @@ def open_session(model: str | bytes, *, threads: int | None = None, device: str 
         if threads < 1:
             raise UsageError(f"threads is {threads}; at least 1 is needed.")
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     shown = model if isinstance(model, str) else "the model"
     try:
         if device != "cpu":
@@ -61,6 +67,7 @@ class OrtEncoder(BundleEncoder):
 
     Args:
         device: see `providers`; each tower gets what suits its precision where it is `auto`.
+        spin: see `open_session`.
 
     Raises:
         UsageError: there is no such device here.
@@ -68,9 +75,18 @@ class OrtEncoder(BundleEncoder):
 
     runtime = "onnxruntime"
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, device: str = AUTO) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        threads: int | None = None,
+        device: str = AUTO,
+        spin: bool = True,
+    ) -> None:
         super().__init__(folder, manifest, threads=threads)
         self.device = device
+        self.spin = spin
         self._opened: dict[str, str] = {}
         if device not in (AUTO, "cpu"):
             self._device_for(manifest.image)  # refused now, not at the first picture
@@ -83,7 +99,9 @@ class OrtEncoder(BundleEncoder):
 
     def open_tower(self, tower: Tower) -> Any:
         """An ONNX Runtime session of the tower; raises as `open_session`."""
-        session = open_session(str(self.folder / tower.file), threads=self.threads, device=self._device_for(tower))
+        session = open_session(
+            str(self.folder / tower.file), threads=self.threads, device=self._device_for(tower), spin=self.spin
+        )
         self._opened[tower.file] = device_of(session)
         return session
 

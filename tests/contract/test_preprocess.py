@@ -74,3 +74,12 @@ def test_a_truncated_jpeg_is_refused(tmp_path: Path) -> None:
 def test_a_missing_picture_is_named() -> None:
     with pytest.raises(InputError, match="there is no such file"):
         open_image(Path("nowhere.png"))
+
+
+def test_a_picture_outlives_its_file(tmp_path: Path) -> None:
+    path, picture = tmp_path / "mapped.bmp", noise(64, 64)  # Pillow maps such a file into memory
+    picture.save(path)
+    opened = open_image(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert opened.tobytes() == picture.tobytes()

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clip_rd_edge.contract.preprocess import open_image
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime import load
 from clip_rd_edge.runtime.embed import embed_pictures
 from clip_rd_edge.runtime.pictures import find_pictures, pictures_below
@@ -40,9 +41,42 @@ def test_a_long_list_is_taken_as_it_is_needed(colour_bundle: Path, colour_pictur
 
     batches = embed_pictures(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
     assert len(next(batches).pictures) == 4
-    assert taken == 8
+    assert taken == 12
     batches.close()
-    assert taken == 8
+    assert taken == 12
+
+
+def test_the_next_batch_is_embedded_while_the_caller_has_one(
+    colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(colour_bundle)
+    encode, second = encoder.encode_pixels, threading.Event()
+    seen: list[int] = []
+
+    def watched(pixels: np.ndarray) -> np.ndarray:
+        seen.append(len(pixels))
+        if len(seen) == 2:
+            second.set()
+        return encode(pixels)
+
+    monkeypatch.setattr(encoder, "encode_pixels", watched)
+    batches = embed_pictures(encoder, [colour_pictures / "red.png"] * 5, batch_size=2)
+    next(batches)
+    assert second.wait(timeout=10)
+    assert [len(batch.pictures) for batch in batches] == [2, 1]
+
+
+def test_what_the_model_fails_on_reaches_the_caller(
+    colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(colour_bundle)
+
+    def fail(pixels: np.ndarray) -> np.ndarray:
+        raise ClipRdEdgeError("the card is gone")
+
+    monkeypatch.setattr(encoder, "encode_pixels", fail)
+    with pytest.raises(ClipRdEdgeError, match="the card is gone"):
+        list(embed_pictures(encoder, [colour_pictures / "red.png"] * 9, batch_size=2))
 
 
 def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:

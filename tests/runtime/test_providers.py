@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,27 @@ def test_a_provider_that_does_not_start_is_said_once_and_the_cpu_takes_its_place
     assert message.startswith("cuda does not start and the CPU takes its place for")
     assert reason in message
     assert "\n" not in message
+
+
+def test_threads_do_not_spin_where_other_threads_open_many_pictures(
+    command_line: Run, colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spins = []
+
+    class Session(ort.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: str, options: ort.SessionOptions, **rest: Any) -> None:
+            try:
+                spins.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
+            except RuntimeError:
+                spins.append("as it is")
+            super().__init__(model, options, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    picture = colour_pictures / "red.png"
+    assert command_line("classify", colour_bundle, picture, "--labels", "red", "blue")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{picture}\n" * 60))
+    assert command_line("classify", colour_bundle, "-", "--labels", "red", "green")[0] == 0
+    assert spins == ["as it is", "as it is", "0", "0"]  # text tower and image tower
 
 
 def test_the_command_line(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
