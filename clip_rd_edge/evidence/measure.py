@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import evaluate, zero_shot
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.preprocess import open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
@@ -37,7 +37,7 @@ def _measure_task(encoder: Encoder, task: Task) -> TaskResult:
     if isinstance(task, ZeroShotTask):
         answers = zero_shot(encoder, task)
         return TaskResult(score=answers.score, hits="".join("01"[int(hit)] for hit in answers.hits(task)))
-    return TaskResult(score=retrieval(encoder, task), geometry=_geometry(encoder, task))
+    return TaskResult(score=evaluate(encoder, task), geometry=_geometry(encoder, task))
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:

@@ -20,6 +20,7 @@ from clip_rd_edge.distill.metrics import Progress, read_metrics
 from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.evidence.measure import measure, top1
+from clip_rd_edge.evidence.publish import write_evidence
 from clip_rd_edge.evidence.results import RESULT, Curve, Evidence, ModelResult, RunResult, read_run
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -33,7 +34,7 @@ CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_n
 
 
 def run_evidence(suite: EvidenceSuite, folder: Path, watch: Watcher, *, teacher: str | None = None) -> Evidence:
-    """Train and measure what is not done yet; returns all of it.
+    """Train and measure what is not done yet; returns all of it, which also stands in NAME.json after every run.
 
     Args:
         teacher: what `load_clip` takes; None tunes the embedded one in `folder`.
@@ -56,6 +57,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, watch: Watcher, *, teacher:
                 _train_and_measure(suite, run, folder, teacher=teacher, tasks=tasks, watch=watch)
             except InterruptedRunError as error:
                 raise InterruptedRunError(str(error), hint="the same command goes on from there") from error
+            write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
     return collect(suite, folder)
 
 

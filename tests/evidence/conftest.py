@@ -1,0 +1,91 @@
+"""A small suite, and results of it as they might have come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from clip_rd_edge.benchmarking.environment import this_environment
+from clip_rd_edge.benchmarking.scores import Interval, Recall, RetrievalScore, ZeroShotScore
+from clip_rd_edge.evidence.results import Curve, Evidence, Geometry, ModelResult, RunResult, TaskResult
+from clip_rd_edge.evidence.suite import EvidenceSuite, Method
+
+PICTURES = 20
+Make = Callable[[dict[tuple[str, int], int]], Evidence]
+
+
+@pytest.fixture
+def suite() -> EvidenceSuite:
+    """Three methods, two seeds, one student."""
+    return EvidenceSuite(
+        name="small",
+        data="emoji",
+        tasks=("emoji:unseen-style", "emoji:unseen-style:retrieval"),
+        students=("test_vit",),
+        methods=(
+            Method(name="none", recipe="clip"),
+            Method(name="clip-rd", recipe="clip-rd"),
+            Method(name="clip-rd-without-xrd", recipe="clip-rd", weights={"xrd": 0}),
+        ),
+        compare_with=("none",),
+        seeds=(0, 1),
+        steps=2,
+        batch_size=6,
+        learning_rate=1e-3,
+        precision="fp32",
+        image_size=32,
+        text="tiny",
+        context_length=12,
+        embedding_size=24,
+        views=1,
+        evaluate_every=1,
+        log_every=1,
+    )
+
+
+@pytest.fixture
+def make(suite: EvidenceSuite) -> Make:
+    """Evidence of which only the runs given are done: {(method, seed): pictures told right, of 20}."""
+
+    def evidence(right: dict[tuple[str, int], int]) -> Evidence:
+        runs = [_run(method, seed, model_result(method, hits)) for (method, seed), hits in right.items()]
+        return Evidence(suite=suite, teacher=model_result("teacher", 15), runs=tuple(runs))
+
+    return evidence
+
+
+def model_result(name: str, right: int) -> ModelResult:
+    """A model that told the first `right` pictures."""
+    top1 = right / PICTURES
+    zero_shot = ZeroShotScore(
+        task="emoji, unseen style",
+        pictures=PICTURES,
+        classes=PICTURES,
+        top1=top1,
+        top1_interval=Interval(top1, top1),
+        top5=top1,
+        mean_per_class=top1,
+    )
+    recall = Recall(at1=top1, at5=None, at10=None)
+    retrieval = RetrievalScore(
+        task="emoji, unseen style, retrieval", pictures=5, captions=5, image_to_text=recall, text_to_image=recall
+    )
+    tasks = (
+        TaskResult(score=zero_shot, hits="1" * right + "0" * (PICTURES - right)),
+        TaskResult(score=retrieval, geometry=Geometry(positive=0.5, negative=-0.125)),
+    )
+    return ModelResult(model=name, parameters=1, tasks=tasks)
+
+
+def _run(method: str, seed: int, result: ModelResult) -> RunResult:
+    names = ("student_positive", "student_negative", "evaluation/emoji, unseen style")
+    return RunResult(
+        student="test_vit",
+        method=method,
+        seed=seed,
+        cpu_seconds=90.0,
+        result=result,
+        curves={name: Curve(steps=(1, 2), values=(0.1, 0.2)) for name in names},
+        environment=this_environment(),
+    )

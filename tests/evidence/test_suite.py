@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from clip_rd_edge.contract.structs import to_yaml
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.evidence.suite import EvidenceSuite, read_evidence, run_config
+
+
+def test_the_shipped_suite_trains_all_alike() -> None:
+    suite = read_evidence("method-evidence")
+    runs = list(suite.runs())
+    assert len(runs) == 36
+    assert [run.seed for run in runs] == [0] * 12 + [1] * 12 + [2] * 12  # a whole table after a third of the way
+    assert len({run.place for run in runs}) == 36
+    configs = [run_config(suite, run, teacher="t", caches=Path("c")) for run in runs]
+    same = {(c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs}
+    assert len(same) == 1
+
+
+def test_a_method_may_leave_terms_out(suite: EvidenceSuite) -> None:
+    none, whole, without = (suite.recipe(method).objective.active() for method in suite.methods)
+    assert list(none) == ["task"]
+    assert whole.keys() - without.keys() == {"xrd"}
+
+
+def test_what_needs_no_teacher_gets_none(suite: EvidenceSuite) -> None:
+    configs = {
+        run.method.name: run_config(suite, run, teacher="t", caches=Path("c")) for run in suite.runs() if run.seed == 1
+    }
+    assert (configs["none"].teacher, configs["none"].teacher_cache) == (None, None)
+    assert (configs["clip-rd"].teacher, configs["clip-rd"].teacher_cache) == ("t", "c/seed-1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 2", "stepps: 2", "unknown field `stepps`.*Did you mean 'steps'"),
+        ("steps: 2", "steps: 0", "`int` >= 1.*steps"),
+        ("xrd: 0", "xdr: 0", "clip-rd-without-xrd does not fit.*`xdr`.*Did you mean 'xrd'"),
+        ("recipe: clip-rd\n", "recipe: clip-dr\n", "no recipe 'clip-dr'"),
+        ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
+        ("- 1\n", "- 0\n", "seeds has something twice: 0, 0"),
+        ("name: none", "name: ../none", "expected small letters"),
+        ("precision: fp32", "precision: auto", "precision is auto"),
+    ],
+)
+def test_a_suite_that_cannot_be_run_is_refused(
+    suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    text = to_yaml(suite)
+    assert old in text
+    path = tmp_path / "suite.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        read_evidence(str(path))
+
+
+def test_it_is_written_as_it_is_read(suite: EvidenceSuite, tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(to_yaml(suite))
+    assert msgspec.to_builtins(read_evidence(str(path))) == msgspec.to_builtins(suite)
