@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from clip_rd_edge.evidence.results import Curve, Evidence
 from clip_rd_edge.evidence.statistics import runs_of
@@ -29,7 +30,7 @@ def learning_curves(evidence: Evidence) -> bytes:
             axes = grid[row][column]
             axes.set_title(f"{student}: {name.removeprefix('evaluation/')}", fontsize=9)
             _lines(axes, evidence, student, [name], factor=100)
-            axes.set_ylim(bottom=0)
+        grid[row][0].set_ylim(bottom=0)  # of the whole row, and after all of it: it ends the search for the upper end
     return _png(figure, grid)
 
 
@@ -102,6 +103,8 @@ def _png(figure: Figure, grid: list[list[Axes]]) -> bytes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    # A palette: half the bytes, for pictures that lie in the repository.
+    Image.open(drawn).convert("RGB").quantize(128).save(small, format="png", optimize=True)
+    return small.getvalue()

@@ -22,6 +22,7 @@ from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.evidence.measure import measure, top1
 from clip_rd_edge.evidence.publish import write_evidence
 from clip_rd_edge.evidence.results import RESULT, Curve, Evidence, ModelResult, RunResult, read_run
+from clip_rd_edge.evidence.statistics import headline
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
@@ -123,8 +124,9 @@ def _train_and_measure(
         environment=this_environment(),
     )
     write_bytes(place / RESULT, to_json(result))
-    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # three times the student's size each
-    watch.say(", ".join(f"{name} {curve.values[-1]:.1%}" for name, curve in result.curves.items() if "/emoji" in name))
+    for leftover in ("checkpoints", "best"):  # `best` was chosen by what is tested here: the last step is what counts
+        shutil.rmtree(place / leftover, ignore_errors=True)
+    watch.say(", ".join(f"{task.score.task} {headline(task.score):.1%}" for task in result.result.tasks))
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, Curve]:

@@ -69,9 +69,10 @@ def difference(
         return Difference(between, agreed, None)
     # Seeds share the pictures: a picture is drawn with all of its seeds, or the interval would be too narrow.
     a_picture = np.mean([_hits(one.hits) - _hits(other.hits) for one, other in pairs], axis=0)
-    rng = np.random.default_rng(seed)
-    means = np.stack([rng.choice(a_picture, len(a_picture)).mean() for _ in range(RESAMPLES)])
-    low, high = np.percentile(means, [2.5, 97.5])
+    # N draws with replacement hold each of the few different values as often as a multinomial says.
+    values, counts = np.unique(a_picture, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
+    low, high = np.percentile(draws @ values / counts.sum(), [2.5, 97.5])
     return Difference(between, agreed, Interval(float(low), float(high)))
 
 
