@@ -20,6 +20,8 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 # Done on INT8 where all that they work on comes from INT8: SiLU and its kind, residual sums, pooling. In float, each
 # would need its inputs converted and its output converted back.
 _FOLLOWERS = ("Add", "Mul", "Sigmoid", "HardSigmoid", "ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
+# The quantiser lets the range of what they give do their work, and takes them away: kept, each costs a conversion more.
+_CUTS = ("Relu", "Clip")
 
 
 class StaticQuantizer:
@@ -55,7 +57,7 @@ class StaticQuantizer:
                 tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
-                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS],
+                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CUTS],
                 extra_options={},
             )
             quantizer.quantize_model()
@@ -68,7 +70,7 @@ class StaticQuantizer:
         names = {
             name: None
             for node in self._model.graph.node
-            if node.op_type in (*_LAYERS, *_FOLLOWERS)
+            if node.op_type in (*_LAYERS, *_FOLLOWERS, *_CUTS)
             for name in (*node.input[:2], *node.output)  # the third input is a bias or a setting
             if name and name not in constants
         }
@@ -92,16 +94,15 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
 
 
 def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
-    """Names of the nodes of _FOLLOWERS that work on nothing but what quantised nodes give."""
+    """Names of the nodes of _FOLLOWERS and _CUTS that work on nothing but what quantised nodes give."""
     constants = {tensor.name for tensor in model.graph.initializer}
     quantized, followers, given = set(layers), [], set[str]()
     for node in model.graph.node:  # ONNX keeps them in the order of computation
         works_on = [name for name in node.input if name and name not in constants]
-        if node.op_type in _FOLLOWERS and works_on and given.issuperset(works_on):
+        if node.op_type in (*_FOLLOWERS, *_CUTS) and works_on and given.issuperset(works_on):
             followers.append(node.name)
             given.update(node.output)
-        # Relu and Clip become part of the layer before them.
-        elif node.name in quantized or (node.op_type in ("Relu", "Clip") and given.issuperset(works_on)):
+        elif node.name in quantized:
             given.update(node.output)
     return followers
 

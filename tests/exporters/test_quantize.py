@@ -122,6 +122,21 @@ def test_only_what_follows_an_int8_layer_is_quantised(
     assert quantized == {"Conv": 2, "Sigmoid": 1, "Mul": 1}  # and the next convolution reads what the SiLU gives
 
 
+def test_the_range_of_a_layer_does_its_relus_work(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    model = preprocessed(fp32_bundle / "image.onnx", tmp_path)
+    quantizer = StaticQuantizer(model, calibration.calibrate.pixels)
+    content = quantizer.quantize("min-max", quantizer.layers)
+    before, after = (
+        Counter(node.op_type for node in m.graph.node) for m in (onnx.load(model), onnx.load_from_string(content))
+    )
+    assert (before["Relu"], after["Relu"]) == (11, 0)
+    judge = calibration.judge.pixels
+    of = agreement(embed(open_session(str(model)), judge), embed(open_session(content), judge))
+    assert of.centred_cosine > 0.99
+
+
 def test_sensitivity_finds_the_layer_that_int8_hurts() -> None:
     reference = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
 
