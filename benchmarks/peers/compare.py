@@ -19,6 +19,7 @@ import torch
 from ways import WAYS, Embed, Given, Rows
 
 from clip_rd_edge.benchmarking.environment import Environment, this_environment
+from clip_rd_edge.benchmarking.marks import write_between_marks
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.preprocess import open_image, preprocess
 from clip_rd_edge.contract.structs import to_json
@@ -77,7 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("quickstart", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--readme", type=Path, help="where the table goes, between its marks")
+    parser.add_argument("--repeats", type=int, default=9)
     given = parser.parse_args()
     torch.set_num_threads(1)
     clip = load_clip(str(given.quickstart / "student"))
@@ -121,6 +123,8 @@ def main() -> None:
         )
     write_bytes(given.output, to_json(results))
     print(table(results))
+    if given.readme:
+        write_between_marks(given.readme, "peers", table(results))
 
 
 def make_all(given: Given) -> tuple[dict[str, tuple[Embed, int]], dict[str, str]]:

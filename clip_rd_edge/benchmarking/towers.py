@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.contract.files import write_text
-from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.timing import Milliseconds
 
 ORT_FP32, ORT_INT8 = "ORT FP32", "ORT INT8"
 OPENVINO = ("OpenVINO FP32", "OpenVINO BF16", "OpenVINO INT8 (NNCF)", "OpenVINO INT8 (our Q/DQ)")
 VARIANTS = (ORT_FP32, ORT_INT8, *OPENVINO)
-BEGIN, END = "<!-- towers: begin -->", "<!-- towers: end -->"
 
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,20 +106,6 @@ def towers_table(results: Towers) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_between_marks(document: Path, table: str) -> None:
-    """Replace what stands between BEGIN and END in a Markdown file.
-
-    Raises:
-        InputError: the file has no such marks.
-    """
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise InputError(f"{document} has no lines {BEGIN} and {END}, between which the table goes.")
-    write_text(document, f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 def _spread(values: Milliseconds) -> tuple[float, float, float]:

@@ -1,23 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.environment import this_environment
 from clip_rd_edge.benchmarking.towers import (
-    BEGIN,
-    END,
     Made,
     TowerLatencies,
     Towers,
     summarise,
     towers_table,
-    write_between_marks,
 )
-from clip_rd_edge.contract.shipped import shipped
-from clip_rd_edge.errors import InputError
 
 
 def _row() -> TowerLatencies:
@@ -43,20 +36,7 @@ def test_speedups_are_paired_by_repeat_and_openvinos_best_is_compared_with_ort_s
     assert row.best == (2, 1, 2)
 
 
-def test_the_table_shows_every_variant_and_goes_between_the_marks(tmp_path: Path) -> None:
-    results = Towers(environment=this_environment(), threads=1, weights="random", towers=(_row(),))
-    table = towers_table(results)
+def test_the_table_shows_every_variant() -> None:
+    table = towers_table(Towers(environment=this_environment(), threads=1, weights="random", towers=(_row(),)))
     assert "| resnet18 | 16.00 | 2.00× (2.00 to 4.00) | 0.80× (0.80 to 0.80) | 4.00×" in table
     assert "| – | – | 2.00× (1.00 to 2.00) | dynamic, 0.25× |" in table  # NNCF was not there
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_between_marks(page, table)
-    assert page.read_text() == f"before\n{BEGIN}\n{table}\n{END}\nafter\n"
-    page.write_text("none")
-    with pytest.raises(InputError, match="between which the table goes"):
-        write_between_marks(page, table)
-
-
-def test_the_page_of_benchmarks_has_the_marks() -> None:
-    text = (shipped("benchmarks") / "README.md").read_text()
-    assert text.index(BEGIN) < text.index(END)

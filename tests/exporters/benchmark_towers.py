@@ -23,6 +23,7 @@ import open_clip
 import torch
 
 from clip_rd_edge.benchmarking.environment import this_environment
+from clip_rd_edge.benchmarking.marks import write_between_marks
 from clip_rd_edge.benchmarking.towers import (
     OPENVINO,
     ORT_FP32,
@@ -32,7 +33,6 @@ from clip_rd_edge.benchmarking.towers import (
     Towers,
     summarise,
     towers_table,
-    write_between_marks,
 )
 from clip_rd_edge.contract.files import new_folder, write_bytes
 from clip_rd_edge.contract.structs import to_json
@@ -225,7 +225,7 @@ def main() -> None:
     if given.output:
         write_bytes(given.output, to_json(results))
     if given.readme:
-        write_between_marks(given.readme, table)
+        write_between_marks(given.readme, "towers", table)
 
 
 if __name__ == "__main__":
