@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.cli.main import COMMANDS
+from clip_rd_edge.cli.main import COMMANDS, EXTRA_OF
 
 Run = Callable[..., tuple[int, str, str]]
+EXTRAS_MODULES = (*(module for modules in EXTRA_OF.values() for module in modules), "cv2", "openvino", "tensorrt")
 
 
 def loaded_after(code: str) -> set[str]:
@@ -41,6 +42,20 @@ for package in (clip_rd_edge.contract, clip_rd_edge.runtime):
     loaded = loaded_after(code)
     assert "clip_rd_edge" in loaded
     assert not loaded & {"torch", "torchvision", "timm", "open_clip", "transformers", "onnx", "matplotlib"}
+
+
+def test_a_base_install_classifies(colour_bundle: Path, colour_pictures: Path) -> None:
+    arguments = ["classify", str(colour_bundle), str(colour_pictures / "red.png"), "--labels", "red", "blue"]
+    code = f"""
+import contextlib, io
+for name in {EXTRAS_MODULES!r}:
+    sys.modules[name] = None  # as where it is not installed
+sys.argv = ["clip-rd-edge", *{arguments!r}]
+from clip_rd_edge.cli.main import main
+with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+    main()
+assert said.getvalue().split("\\t")[1].startswith("red"), said.getvalue()"""
+    assert "onnxruntime" in loaded_after(code)
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
