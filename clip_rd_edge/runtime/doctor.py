@@ -14,7 +14,14 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.runtime.footprint import Footprint, footprints
-from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name, usable_cores
+from clip_rd_edge.runtime.machine import (
+    cpu_quota,
+    instruction_sets,
+    machine_name,
+    memory_bytes,
+    system_name,
+    usable_cores,
+)
 from clip_rd_edge.runtime.providers import AUTO, PROVIDERS, choose_device
 
 PACKAGE = "clip-rd-edge"
@@ -57,7 +64,7 @@ def examine() -> list[Finding]:
         Finding(what="machine", state="ok", detail=f"{machine_name()}{memory}"),
         Finding(what="system", state="ok", detail=f"{system_name()}, Python {platform.python_version()}"),
         _processor(instruction_sets()),
-        _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")),
+        _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"), cpu_quota()),
         _onnxruntime(),
         _gpu(),
         _room(footprints(PACKAGE)),
@@ -85,8 +92,10 @@ def _processor(sets: tuple[str, ...]) -> Finding:
     return Finding(what="processor", state="ok", detail=f"{', '.join(sets)}: {int8}; {bf16}")
 
 
-def _threads(usable: int, cores: int, limit: str | None) -> Finding:
+def _threads(usable: int, cores: int, limit: str | None, quota: float | None = None) -> Finding:
     limited = f"{usable} of {cores} cores may be used" if usable < cores else f"{cores} cores"
+    if quota is not None and quota < usable:
+        limited += f", for the time of {quota:g} in all: --threads {max(1, int(quota))} for a bundle"
     # ONNX Runtime's own thread pool does not read the variable; numpy's and torch's libraries do.
     note = f"; OMP_NUM_THREADS={limit} holds for numpy and torch, --threads for a bundle" if limit else ""
     return Finding(what="threads", state="ok", detail=f"{limited}{note}")

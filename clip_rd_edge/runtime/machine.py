@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that decide how fast INT8 and BF16 are, by the names that people use.
@@ -21,7 +22,17 @@ INSTRUCTION_SETS = {
     "bf16": "Arm BF16",
     "sve": "SVE",
 }
+# The same as macOS names them, below hw.optional.
+_MACOS_INSTRUCTION_SETS = {
+    "avx2_0": "AVX2",
+    "avx512f": "AVX-512",
+    "neon": "Neon",
+    "FEAT_DotProd": "Neon dot product",
+    "FEAT_I8MM": "Arm I8MM",
+    "FEAT_BF16": "Arm BF16",
+}
 _CPUINFO = Path("/proc/cpuinfo")
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def machine_name() -> str:
@@ -55,20 +66,43 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def instruction_sets(cpuinfo: str | None = None) -> tuple[str, ...]:
-    """The INSTRUCTION_SETS that the text of /proc/cpuinfo names, on x86 (`flags`) and Arm (`Features`).
+def cpu_quota(text: str | None = None) -> float | None:
+    """Cores whose time the container gets in all, or None where it is not limited; `docker run --cpus` sets it.
 
     Args:
-        cpuinfo: the text; None reads this machine's. Empty where the system tells nothing.
+        text: of the control group's cpu.max; None reads this process's.
     """
-    if cpuinfo is None:
-        cpuinfo = _CPUINFO.read_text(errors="replace") if _CPUINFO.is_file() else ""
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
+    if text is None:
+        text = _CPU_MAX.read_text() if _CPU_MAX.is_file() else ""
+    quota, _, period = text.strip().partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def instruction_sets(features: str | None = None) -> tuple[str, ...]:
+    """The INSTRUCTION_SETS that the processor has, by what the system says of it.
+
+    Args:
+        features: the text of /proc/cpuinfo, on x86 (`flags`) and Arm (`Features`), or of macOS's `sysctl hw.optional`;
+            None reads this machine's. Empty where the system tells nothing.
+    """
+    if features is None:
+        features = _features()
+    lines = [line.partition(":") for line in features.splitlines()]
+    for key, _, value in lines:
         if key.strip() in ("flags", "Features"):
             flags = set(value.split())
             return tuple(name for flag, name in INSTRUCTION_SETS.items() if flag in flags)
-    return ()
+    has = {key.strip().removeprefix("hw.optional.").removeprefix("arm.") for key, _, on in lines if on.strip() == "1"}
+    return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in has)
+
+
+def _features() -> str:
+    if _CPUINFO.is_file():
+        return _CPUINFO.read_text(errors="replace")
+    if platform.system() == "Darwin":
+        said = subprocess.run(["/usr/sbin/sysctl", "hw.optional"], capture_output=True, text=True, check=False)
+        return said.stdout
+    return ""
 
 
 def _processor() -> str:

@@ -22,6 +22,8 @@ def test_what_int8_and_bfloat16_have_here() -> None:
 def test_threads_that_a_container_or_a_variable_takes_away() -> None:
     assert doctor._threads(2, 8, None).detail == "2 of 8 cores may be used"
     assert doctor._threads(8, 8, "1").detail.startswith("8 cores; OMP_NUM_THREADS=1")
+    assert doctor._threads(8, 8, None, 1.5).detail == "8 cores, for the time of 1.5 in all: --threads 1 for a bundle"
+    assert doctor._threads(2, 8, None, 4.0).detail == "2 of 8 cores may be used"
 
 
 def test_a_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
