@@ -19,15 +19,24 @@ MANY = 50  # pictures from which a rate means something
 
 
 def classify_files(
-    classifier: ZeroShotClassifier, encoder: TowerEncoder, paths: Sequence[Path], *, top: int, shape: Format
+    classifier: ZeroShotClassifier,
+    encoder: TowerEncoder,
+    paths: Sequence[Path],
+    *,
+    top: int,
+    shape: Format,
+    quick: bool,
 ) -> None:
     """Print what each picture shows. One that cannot be read is said on stderr, and the others go on.
+
+    Args:
+        quick: see `embed_pictures`.
 
     Raises:
         InputError: some picture could not be read; after all others are answered.
     """
     out = sys.stdout  # kept: a bar would take it over
-    batches = embed_pictures(encoder, paths)
+    batches = embed_pictures(encoder, paths, quick=quick)
     if len(paths) >= MANY and not out.isatty():  # on a terminal the answers themselves are the progress
         batches = _with_bar(batches, len(paths))
     unreadable: list[InputError] = []

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option(
     "--no-cache", is_flag=True, help="Neither take the labels' embeddings from the user's cache nor keep them."
 )
+@click.option("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; answers differ a little.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--csv", "as_csv", is_flag=True, help="A table with a row a label.")
 def command(
@@ -49,6 +50,7 @@ def command(
     threads: int | None,
     device: str,
     no_cache: bool,
+    quick: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -87,4 +89,4 @@ def command(
     if not paths:
         raise InputError("There are no pictures: the list on stdin is empty.")
 
-    classify_files(classifier, encoder, paths, top=top, shape=shape)
+    classify_files(classifier, encoder, paths, top=top, shape=shape, quick=quick)

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
-from clip_rd_edge.contract.preprocess import Picture, Pixels, open_image, preprocess
+from clip_rd_edge.contract.preprocess import Picture, Pixels, open_image, preprocess, quick_edge
 from clip_rd_edge.errors import InputError
 
 BATCH_SIZE = 32
@@ -38,7 +38,12 @@ class EmbeddedBatch(Generic[P]):
 
 
 def embed_pictures(
-    encoder: TowerEncoder, pictures: Iterable[P], *, batch_size: int = BATCH_SIZE, workers: int | None = None
+    encoder: TowerEncoder,
+    pictures: Iterable[P],
+    *,
+    batch_size: int = BATCH_SIZE,
+    workers: int | None = None,
+    quick: bool = False,
 ) -> Iterator[EmbeddedBatch[P]]:
     """Embed pictures batch by batch: while the caller has one batch, the model works on the next, and threads open the
     pictures of the one after it.
@@ -52,13 +57,15 @@ def embed_pictures(
             far ahead as three batches need, so that a long list may be a generator.
         batch_size: pictures that the tower sees at once, at least 1.
         workers: threads that open pictures; None takes one a core, 8 at most.
+        quick: decode large JPEGs at a fraction of their size (`open_image(at_least=…)`).
     """
     how = encoder.describe().preprocessing
     size = encoder.describe().embedding_size
+    at_least = quick_edge(how) if quick else None
 
     def pixels_of(picture: P) -> Pixels | InputError:
         try:
-            return preprocess(open_image(picture), how)
+            return preprocess(open_image(picture, at_least=at_least), how)
         except InputError as error:
             return error
 

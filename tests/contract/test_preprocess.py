@@ -83,3 +83,16 @@ def test_a_picture_outlives_its_file(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
     assert opened.tobytes() == picture.tobytes()
+
+
+def test_a_large_jpeg_may_be_decoded_at_a_fraction(tmp_path: Path) -> None:
+    coarse = noise(8, 6).resize((800, 600))
+    for name in ("photo.jpg", "drawing.png"):
+        coarse.save(tmp_path / name)
+    whole = open_image(tmp_path / "photo.jpg")
+    quick = open_image(tmp_path / "photo.jpg", at_least=128)
+    assert (whole.size, quick.size) == ((800, 600), (200, 150))
+    assert open_image(tmp_path / "photo.jpg", at_least=301).size == (800, 600)
+    assert open_image(tmp_path / "drawing.png", at_least=128).size == (800, 600)
+    difference = np.asarray(whole.resize((64, 48)), dtype=float) - np.asarray(quick.resize((64, 48)), dtype=float)
+    assert np.abs(difference).mean() < 3

@@ -26,9 +26,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.preprocess import open_image, preprocess, quick_edge
 from clip_rd_edge.runtime import load
-from clip_rd_edge.runtime.embed import BATCH_SIZE
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_pictures
 from clip_rd_edge.runtime.machine import machine_name
 from clip_rd_edge.runtime.pictures import pictures_below
 
@@ -59,8 +61,12 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=256)
     parser.add_argument("--format", default="jpg")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="as classify --quick")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
+    options = ["--quick"] if given.quick else []
+    if given.threads is not None:
+        options += ["--threads", str(given.threads)]
     encoder = load(given.bundle, threads=given.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = given.folder or Path(name)
@@ -79,13 +85,16 @@ def main() -> None:
 
         def open_all() -> None:
             for path in paths:
-                preprocess(open_image(path), how)
+                preprocess(open_image(path, at_least=quick_edge(how) if given.quick else None), how)
 
         rates: dict[str, list[float]] = {"bare": [], "classify": [], "opening alone, one core": []}
         for _ in range(given.rounds):
             rates["bare"].append(len(paths) / seconds(bare))
-            rates["classify"].append(classify(given.bundle, paths, threads=given.threads))
+            rates["classify"].append(classify(given.bundle, paths, options))
             rates["opening alone, one core"].append(len(paths) / seconds(open_all))
+        if given.quick:
+            cosines = (embeddings(encoder, paths, quick=True) * embeddings(encoder, paths, quick=False)).sum(axis=1)
+            print(f"quick against whole: mean cosine {cosines.mean():.5f}, least {cosines.min():.5f}")
     ratios = sorted(map(lambda b, c: c / b, rates["bare"], rates["classify"]))
     print(f"{machine_name()}; {encoder.manifest.name} {encoder.manifest.image.precision}, {how.size[0]} pixels")
     print(f"{len(paths):,} pictures in {folder if given.folder else f'{given.format}, {given.edge} pixels'}")
@@ -93,15 +102,18 @@ def main() -> None:
     print(f"classify / bare: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 
-def classify(bundle: str, paths: Sequence[Path], *, threads: int | None) -> float:
+def classify(bundle: str, paths: Sequence[Path], options: Sequence[str]) -> float:
     """Pictures a second, as the command itself says; its start does not count, opening the model does."""
-    command = [sys.executable, "-m", "clip_rd_edge", "classify", bundle, "-"]
-    if threads is not None:
-        command += ["--threads", str(threads)]
+    command = [sys.executable, "-m", "clip_rd_edge", "classify", bundle, "-", *options]
     done = subprocess.run(command, input="\n".join(map(str, paths)), capture_output=True, text=True, check=True)
     rate = re.search(r"([\d,]+) a second", done.stderr)
     assert rate is not None, done.stderr
     return float(rate[1].replace(",", ""))
+
+
+def embeddings(encoder: BundleEncoder, paths: Sequence[Path], *, quick: bool) -> Embeddings:
+    """Those of all pictures, (N, D)."""
+    return np.concatenate([batch.embeddings for batch in embed_pictures(encoder, paths, quick=quick)])
 
 
 def seconds(call: Callable[[], None]) -> float:

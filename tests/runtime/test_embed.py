@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_rd_edge.contract.preprocess import open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
@@ -64,6 +65,16 @@ def test_the_next_batch_is_embedded_while_the_caller_has_one(
     next(batches)
     assert second.wait(timeout=10)
     assert [len(batch.pictures) for batch in batches] == [2, 1]
+
+
+def test_large_jpegs_may_be_opened_quickly(colour_bundle: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((320, 240)).save(path)
+    encoder = load(colour_bundle)
+    (whole,), (quick,) = (list(embed_pictures(encoder, [path], quick=quick)) for quick in (False, True))
+    assert not np.array_equal(whole.embeddings, quick.embeddings)
+    np.testing.assert_allclose(whole.embeddings, quick.embeddings, atol=0.02)
 
 
 def test_what_the_model_fails_on_reaches_the_caller(
