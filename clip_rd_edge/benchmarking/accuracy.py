@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
+from clip_rd_edge.benchmarking.answers import IMAGE_TO_TEXT, TEXT_TO_IMAGE, RetrievalAnswers, ZeroShotAnswers, marks
 from clip_rd_edge.benchmarking.scores import (
-    Hits,
     RetrievalScore,
     Score,
     ZeroShotScore,
     best,
+    calibration_error,
+    found_among_best,
     hit_interval,
     mean_per_class,
-    recall,
+    recall_of,
     top_k,
 )
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches
@@ -28,29 +29,11 @@ BATCH_SIZE = 64
 Advance = Callable[[int, int], None]  # pictures done, pictures in all
 
 
-class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
-    """What an encoder said to each of N pictures.
-
-    Attributes:
-        answers: index of the label it found best.
-        probabilities: the probability it gave to that label.
-    """
-
-    score: ZeroShotScore
-    answers: tuple[int, ...]
-    probabilities: tuple[float, ...]
-
-    def hits(self, task: ZeroShotTask) -> Hits:
-        """Which pictures it got right, (N,)."""
-        right: Hits = np.asarray(self.answers) == np.asarray(task.targets)
-        return right
-
-
 def evaluate(encoder: Encoder, task: Task, *, advance: Advance | None = None, seed: int = 0) -> Score:
     """An encoder's score on a task of either kind; arguments and errors as `zero_shot` and `retrieval`."""
     if isinstance(task, ZeroShotTask):
         return zero_shot(encoder, task, advance=advance, seed=seed).score
-    return retrieval(encoder, task, advance=advance)
+    return retrieval(encoder, task, advance=advance).score
 
 
 def zero_shot(
@@ -73,6 +56,7 @@ def zero_shot(
     ranked = best(images @ labels.T, 5)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
+    confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
     score = ZeroShotScore(
         task=task.name,
         pictures=len(targets),
@@ -82,8 +66,8 @@ def zero_shot(
         top5=top_k(ranked, targets, 5) if len(task.labels) >= 5 else None,
         mean_per_class=mean_per_class(hits, targets),
         templates=_templates(task),
+        calibration_error=calibration_error(confidence, hits),
     )
-    confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
     return ZeroShotAnswers(
         score=score, answers=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
@@ -96,7 +80,7 @@ def _templates(task: ZeroShotTask) -> str:
     return ", ".join(part for part in (str(len(task.templates)), task.templates_from) if part)
 
 
-def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None = None) -> RetrievalScore:
+def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None = None) -> RetrievalAnswers:
     """Retrieval in both directions, with all captions that a picture has; raises as `zero_shot`."""
     if not task.captions:
         raise InputError(f"The task {task.name!r} has no captions.")
@@ -105,13 +89,19 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None 
     positive = np.zeros((len(texts), len(images)), dtype=np.bool_)
     positive[np.arange(len(texts)), np.asarray(task.caption_images)] = True
     similarities = texts @ images.T
-    return RetrievalScore(
+    captions_found, images_found = (
+        found_among_best(similarities.T, positive.T),
+        found_among_best(similarities, positive),
+    )
+    score = RetrievalScore(
         task=task.name,
         pictures=len(images),
         captions=len(texts),
-        image_to_text=recall(similarities.T, positive.T),
-        text_to_image=recall(similarities, positive),
+        image_to_text=recall_of(captions_found, candidates=len(texts)),
+        text_to_image=recall_of(images_found, candidates=len(images)),
     )
+    both = (marks(task, IMAGE_TO_TEXT, captions_found[:, 0]), marks(task, TEXT_TO_IMAGE, images_found[:, 0]))
+    return RetrievalAnswers(score=score, marks=both)
 
 
 def _embed_pictures(encoder: Encoder, pictures: tuple[Picture, ...], task: str, advance: Advance | None) -> Embeddings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
+from clip_rd_edge.benchmarking.answers import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Comparison, RowResult
 from clip_rd_edge.benchmarking.scores import difference_interval
 from clip_rd_edge.benchmarking.suite import Role

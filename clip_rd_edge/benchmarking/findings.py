@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clip_rd_edge.benchmarking import formats
+from clip_rd_edge.benchmarking.recommendation import recommendation
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 from clip_rd_edge.benchmarking.scores import Interval, ZeroShotScore
 
@@ -26,15 +27,17 @@ def headline(results: Results) -> list[str]:
     if teacher and quantised:
         ours, theirs = quantised.latency.end_to_end.p50, teacher.latency.end_to_end.p50
         sentences.append(
-            f"From a picture's file to its embedding, {quantised.label} takes {formats.milliseconds(ours)} ms, "
-            f"the teacher {formats.milliseconds(theirs)} ms: {_speed(ours, theirs)}."
+            f"From a picture's file to its {_answer(quantised)}, {quantised.label} takes {formats.milliseconds(ours)} "
+            f"ms, the teacher {formats.milliseconds(theirs)} ms: {_speed(ours, theirs)}."
         )
     if student and baseline and (found := _comparison(results, student, baseline)):
         sentences.append(
             f"Distilling brought **{formats.signed_points(found.difference)} points** of top-1 over the same student "
             f"trained without a teacher (95 % interval {formats.signed_interval(found.interval)})."
         )
-    return sentences or [_plain(row, results) for row in results.rows]
+    sentences = sentences or [_plain(row, results) for row in results.rows]
+    advice = recommendation(results)
+    return [*sentences[:1], *([advice] if advice else []), *sentences[1:]]
 
 
 def headline_task(results: Results) -> str | None:
@@ -52,6 +55,10 @@ def headline_score(results: Results, row: RowResult) -> ZeroShotScore | None:
 def better_than_a_guess(score: ZeroShotScore) -> bool:
     """Whether the interval of top-1 lies above what a guess among the labels reaches."""
     return score.top1_interval.low > 1 / score.classes
+
+
+def _answer(row: RowResult) -> str:
+    return "label" if row.latency.steps else "embedding"
 
 
 def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:

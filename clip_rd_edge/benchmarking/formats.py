@@ -23,6 +23,11 @@ def signed_points(difference: float) -> str:
     return text if text.startswith(("−", "0.0")) else f"+{text}"
 
 
+def signed_percent(change: float) -> str:
+    """A change in per cent with its sign and one decimal, `−1.3 %`."""
+    return f"{signed_points(change)}\N{NO-BREAK SPACE}%"
+
+
 def interval(bounds: Interval) -> str:
     """An interval of fractions in per cent, `67.1 to 76.3`."""
     return f"{percent(bounds.low)} to {percent(bounds.high)}"
@@ -36,6 +41,18 @@ def signed_interval(bounds: Interval) -> str:
 def milliseconds(value: float) -> str:
     """A latency with three digits, without the unit: `1.78`, `32.5`, `120`."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """A time with two digits, without the unit: `0.41`, `2.3`, `15`, or a dash where there is none."""
+    return (
+        NOTHING if value is None else f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    )
+
+
+def rate(value: float) -> str:
+    """How many a second, with about three digits: `9.74`, `97.4`, `974`."""
+    return milliseconds(value)
 
 
 def megabytes(size_bytes: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from clip_rd_edge.benchmarking import noise
+from clip_rd_edge.benchmarking.changes import BUSY
 from clip_rd_edge.benchmarking.findings import better_than_a_guess
 from clip_rd_edge.benchmarking.overview import heading
 from clip_rd_edge.benchmarking.results import Results
@@ -31,8 +33,9 @@ def remarks(results: Results) -> list[str]:
     notes = [
         *_guesses(results),
         f"Latency: one picture or text at a time, on {suite.threads} thread{'s' if suite.threads > 1 else ''}, all "
-        f"models timed in turn in one process, {latency.rounds} rounds. End to end is from a picture's file to its "
-        f"embedding.",
+        f"models timed in turn in one process, {latency.rounds} rounds, after warming up until they are steady. End to "
+        f"end is from a picture's file to its {'label' if latency.steps else 'embedding'}.",
+        *_noise(results),
     ]
     runtimes: dict[str, list[str]] = {}
     for row in results.rows:
@@ -48,6 +51,52 @@ def remarks(results: Results) -> list[str]:
             "picture. They do not cover other seeds of training or other pictures than these."
         )
     return notes
+
+
+def _noise(results: Results) -> list[str]:
+    """How far the figures can be trusted, and what the machine did not tell."""
+    notes = []
+    if (found := noise_figure(results)) is not None:
+        notes.append(
+            f"Noise: p50s of two runs of this suite on this machine differ by up to {found:.0%} by chance, each as a "
+            f"multiple of a fixed piece of work that is timed beside the models; --compare takes less for no change."
+        )
+    if results.other_load is not None and results.other_load > BUSY:
+        notes.append(
+            f"The machine was busy: other processes took {results.other_load:.0%} of its time while models were timed. "
+            f"Latencies are too high, and unevenly so."
+        )
+    rows = results.rows
+    if rows[0].throughput and all(row.energy_joules is None for row in rows):
+        notes.append("Energy: this machine does not tell (/sys/class/powercap has no counter that may be read).")
+    if cold := [row.cold_start for row in rows if row.cold_start]:
+        notes.append(
+            f"Cold start and memory: a new process that imports, loads, and embeds one picture and one text, with its "
+            f"files in the system's cache; the median of up to {max(each.runs for each in cold)}."
+        )
+    return notes
+
+
+def noise_figure(results: Results) -> float | None:
+    """What two such runs may differ by in any row's p50, as a fraction; None where it was not measured."""
+    if results.reference is None:
+        return None
+    kinds = ("image", "text", "end_to_end")
+    return max(
+        noise.of_one_run(
+            [noise.paces(getattr(row.latency, kind).sittings, getattr(results.reference, kind)) for row in results.rows]
+        )
+        for kind in kinds
+    )
+
+
+def worst_note(results: Results) -> str:
+    """What is shown of the worst classes."""
+    first = results.worst[0]
+    return (
+        f"{heading(first.task)}, {first.row}: classes of which it gets the fewest pictures right, and of these "
+        f"those that it was surest to call something else."
+    )
 
 
 def samples_note(results: Results) -> str:

@@ -6,13 +6,14 @@ a phone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from clip_rd_edge.benchmarking import formats
+from clip_rd_edge.benchmarking.quantiles import Percentiles
 from clip_rd_edge.benchmarking.results import Comparison, Results
-from clip_rd_edge.benchmarking.scores import Recall, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.benchmarking.scores import Interval, Recall, RetrievalScore, Score, ZeroShotScore
 
 T = TypeVar("T")
 COMPARED = "Each second figure: how many times less than the teacher's, or what part of its accuracy."
@@ -57,25 +58,78 @@ class Difference:
 def sections(results: Results) -> list[Section]:
     """Cost first, then each task in the suite's order."""
     latencies = [row.latency for row in results.rows]
-    cost = (
+    cost = [
         _cheaper("Size, MB", results, [row.description.size_bytes for row in results.rows], formats.megabytes),
         _cheaper("Image tower, ms", results, [found.image.p50 for found in latencies], formats.milliseconds),
         _cheaper("Text tower, ms", results, [found.text.p50 for found in latencies], formats.milliseconds),
         _cheaper("End to end, ms", results, [found.end_to_end.p50 for found in latencies], formats.milliseconds),
-    )
-    return [Section("Cost", "one picture or text at a time, median", cost), *_tasks(results, _accuracy)]
+        *_memory(results),
+    ]
+    return [Section("Cost", "one picture or text at a time, median", tuple(cost)), *_tasks(results, _accuracy)]
 
 
 def details(results: Results) -> list[Section]:
-    """What `sections` leaves out: tails of latencies, intervals, means per class and deeper recalls."""
-    latencies = [row.latency for row in results.rows]
-    cost = (
-        _plain("Weights, millions", [formats.millions(row.description.parameters) for row in results.rows]),
-        _plain("Image tower, ms, p95", [formats.milliseconds(found.image.p95) for found in latencies]),
-        _plain("Text tower, ms, p95", [formats.milliseconds(found.text.p95) for found in latencies]),
-        _plain("End to end, ms, p95", [formats.milliseconds(found.end_to_end.p95) for found in latencies]),
+    """What `sections` leaves out: tails and steps of latencies, load, intervals, means per class and deeper recalls."""
+    weights = _plain("Weights, millions", [formats.millions(row.description.parameters) for row in results.rows])
+    cost = [
+        weights,
+        *_tails("Image tower", [row.latency.image for row in results.rows]),
+        *_tails("Text tower", [row.latency.text for row in results.rows]),
+        *_tails("End to end", [row.latency.end_to_end for row in results.rows]),
+        *_steps(results),
+        *_load(results),
+    ]
+    return [Section("Cost", "", tuple(cost)), *_tasks(results, _accuracy_in_detail)]
+
+
+def _memory(results: Results) -> Iterator[Line]:
+    peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in results.rows]
+    if all(peaks):
+        known = [peak for peak in peaks if peak]
+        yield _cheaper("Peak memory, MB", results, known, formats.megabytes)
+
+
+def _tails(name: str, found: Sequence[Percentiles]) -> Iterator[Line]:
+    """p50 to p99 with their intervals, as far as they were measured."""
+    if all(each.p50_interval for each in found):
+        yield _plain(f"{name}, ms, p50, 95 % interval", [_bounds(each.p50_interval) for each in found])
+    yield _plain(f"{name}, ms, p95", [formats.milliseconds(each.p95) for each in found])
+    if all(each.p95_interval for each in found):
+        yield _plain("… its 95 % interval", [_bounds(each.p95_interval) for each in found])
+    if all(each.p99 is not None for each in found):
+        yield _plain(f"{name}, ms, p99", [formats.milliseconds(each.p99 or 0) for each in found])
+        yield _plain("… its 95 % interval", [_bounds(each.p99_interval) for each in found])
+
+
+def _bounds(interval: Interval | None) -> str:
+    return (
+        f"{formats.milliseconds(interval.low)} to {formats.milliseconds(interval.high)}"
+        if interval
+        else formats.NOTHING
     )
-    return [Section("Cost", "", cost), *_tasks(results, _accuracy_in_detail)]
+
+
+def _steps(results: Results) -> Iterator[Line]:
+    steps = [row.latency.steps for row in results.rows if row.latency.steps]
+    if len(steps) == len(results.rows):
+        yield _plain("Decoding, ms", [formats.milliseconds(each.decode) for each in steps])
+        yield _plain("Preprocessing, ms", [formats.milliseconds(each.preprocess) for each in steps])
+        name = f"Classifying among {steps[0].labels:,} labels, ms"
+        yield _plain(name, [formats.milliseconds(each.classify) for each in steps])
+
+
+def _load(results: Results) -> Iterator[Line]:
+    rows = results.rows
+    if all(row.throughput for row in rows):
+        yield _plain("Pictures a second, batch 1", [formats.rate(1000 / row.latency.image.p50) for row in rows])
+        for i, batch in enumerate(each.batch for each in rows[0].throughput):
+            rates = [formats.rate(row.throughput[i].pictures_per_second) for row in rows]
+            yield _plain(f"Pictures a second, batch {batch}", rates)
+    if any(row.cold_start for row in rows):
+        firsts = [formats.seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
+        yield _plain("Cold start to first answer, s", firsts)
+    if all(row.energy_joules is not None for row in rows):
+        yield _plain("Energy a picture, mJ", [formats.milliseconds(1000 * (row.energy_joules or 0)) for row in rows])
 
 
 def differences(results: Results) -> list[Difference]:
@@ -129,10 +183,12 @@ def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
 def _accuracy_in_detail(results: Results, scores: Sequence[Score]) -> Section:
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
+    lines: tuple[Line, ...]
     if zero_shot:
         lines = (
             _plain("Top-1, 95 % interval", [formats.interval(score.top1_interval) for score in zero_shot]),
             _plain("Mean per class, %", [formats.percent(score.mean_per_class) for score in zero_shot]),
+            _plain("Calibration error, points", [formats.percent(score.calibration_error) for score in zero_shot]),
         )
     else:
         lines = (

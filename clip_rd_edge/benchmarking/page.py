@@ -11,10 +11,10 @@ from string import Template
 
 from clip_rd_edge.benchmarking import formats
 from clip_rd_edge.benchmarking.findings import headline
-from clip_rd_edge.benchmarking.method import facts, remarks, samples_note
+from clip_rd_edge.benchmarking.method import facts, remarks, samples_note, worst_note
 from clip_rd_edge.benchmarking.overview import COMPARED, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.plot import DARK, LIGHT, Palette, draw
-from clip_rd_edge.benchmarking.results import Answer, Results, RowResult, Sample
+from clip_rd_edge.benchmarking.results import Answer, Results, RowResult, Sample, WorstClass
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -33,6 +33,7 @@ def page(results: Results) -> str:
         overview=_table(results, sections(results)),
         skipped=_skipped(results),
         samples=_samples(results),
+        worst=_worst(results),
         differences=_differences(results),
         facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts(results)),
         remarks="\n".join(f"<li>{escape(remark)}</li>" for remark in remarks(results)),
@@ -119,6 +120,31 @@ def _samples(results: Results) -> str:
     return (
         f'<section aria-labelledby="samples"><h2 id="samples">What it says to pictures</h2>'
         f'<p class="small">{escape(samples_note(results))}</p><ul class="samples">{items}</ul></section>'
+    )
+
+
+def _worst(results: Results) -> str:
+    if not results.worst:
+        return ""
+    items = "\n".join(map(_worst_class, results.worst))
+    return (
+        f'<section aria-labelledby="worst"><h2 id="worst">What it gets wrong most</h2>'
+        f'<p class="small">{escape(worst_note(results))}</p><ul class="samples worst">{items}</ul></section>'
+    )
+
+
+def _worst_class(found: WorstClass) -> str:
+    shown = f'<img src="{_data_uri(found.png, "image/png")}" alt="{escape(found.label)}" loading="lazy">'
+    other = ""
+    if found.taken_for_png:
+        other = (
+            f'<img src="{_data_uri(found.taken_for_png, "image/png")}" alt="{escape(found.taken_for)}" loading="lazy">'
+        )
+    right = f"{found.right} of {found.pictures} right"
+    return (
+        f"<li><figure>{shown}<figcaption><strong>{escape(found.label)}</strong> {right}</figcaption></figure>"
+        f'<span class="no" aria-hidden="true">→</span>'
+        f"<figure>{other}<figcaption>taken for <strong>{escape(found.taken_for)}</strong></figcaption></figure></li>"
     )
 
 

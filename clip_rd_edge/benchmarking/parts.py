@@ -12,16 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
+from clip_rd_edge.benchmarking.answers import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.benchmarking.scores import RetrievalScore
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.errors import ConfigError
 
 FOLDER = "parts"
-Measured = ZeroShotAnswers | RetrievalScore
 
 
 class DamagedPartError(ConfigError):
@@ -29,12 +27,12 @@ class DamagedPartError(ConfigError):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One file: a model's answers on a task, or its score in retrieval."""
+    """One file: a model's answers on a task of either kind."""
 
     row: str
     task: str
-    answers: ZeroShotAnswers | None = None
-    retrieval: RetrievalScore | None = None
+    zero_shot: ZeroShotAnswers | None = None
+    retrieval: RetrievalAnswers | None = None
 
 
 class Parts:
@@ -49,7 +47,7 @@ class Parts:
         self.folder = folder
         self._software = repr((sorted(environment.packages.items()), environment.commit))
 
-    def find(self, model: str, runtime: str | None, task: Task) -> Measured | None:
+    def find(self, model: str, runtime: str | None, task: Task) -> Answers | None:
         """What was measured of this model on this task, or None.
 
         Raises:
@@ -62,15 +60,15 @@ class Parts:
             part = read_json(path, Part)
         except ConfigError as error:
             raise DamagedPartError(str(error), hint=f"remove {path}: what was in it is measured again") from error
-        return part.answers or part.retrieval
+        return part.zero_shot or part.retrieval
 
-    def keep(self, model: str, runtime: str | None, task: Task, measured: Measured, *, row: str) -> None:
+    def keep(self, model: str, runtime: str | None, task: Task, answers: Answers, *, row: str) -> None:
         """Write what was measured, whole or not at all."""
         part = Part(
             row=row,
             task=task.name,
-            answers=measured if isinstance(measured, ZeroShotAnswers) else None,
-            retrieval=measured if isinstance(measured, RetrievalScore) else None,
+            zero_shot=answers if isinstance(answers, ZeroShotAnswers) else None,
+            retrieval=answers if isinstance(answers, RetrievalAnswers) else None,
         )
         write_bytes(self._path(model, runtime, task), msgspec.json.encode(part))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_rd_edge.benchmarking import formats
 from clip_rd_edge.benchmarking.findings import headline
-from clip_rd_edge.benchmarking.method import facts, remarks, samples_note
+from clip_rd_edge.benchmarking.method import facts, remarks, samples_note, worst_note
 from clip_rd_edge.benchmarking.overview import COMPARED, Section, details, differences, sections
 from clip_rd_edge.benchmarking.page import page
 from clip_rd_edge.benchmarking.plot import draw
@@ -43,6 +43,8 @@ def markdown(results: Results, *, plot: bool) -> str:
         parts.append("\n".join(f"- **{task.name}** is missing: {task.reason}" for task in results.missing))
     if results.samples:
         parts += ["## What it says to pictures", samples_note(results), _samples(results)]
+    if results.worst:
+        parts += ["## What it gets wrong most", worst_note(results), _worst(results)]
     if results.comparisons:
         parts += ["## Differences in top-1", _differences(results)]
     parts += ["## How it was measured", _table(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
@@ -64,6 +66,11 @@ def _models(results: Results, shown: Sequence[Section]) -> str:
 def _samples(results: Results) -> str:
     heads = ["Picture of", *(answer.row for answer in results.samples[0].answers)]
     return _table(heads, [[sample.label, *map(_answer, sample.answers)] for sample in results.samples])
+
+
+def _worst(results: Results) -> str:
+    rows = [[each.label, f"{each.right} of {each.pictures}", each.taken_for] for each in results.worst]
+    return _table(["Class", "Right", "Taken for"], rows)
 
 
 def _answer(answer: Answer) -> str:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from clip_rd_edge.benchmarking.answers import Marks
+from clip_rd_edge.benchmarking.cold import ColdStart
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.benchmarking.latency import Latency
+from clip_rd_edge.benchmarking.latency import Latency, Reference
+from clip_rd_edge.benchmarking.load import Throughput
 from clip_rd_edge.benchmarking.scores import Interval, Score
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.contract.encoder import Description
@@ -15,12 +18,21 @@ from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.structs import read_json, to_json
 from clip_rd_edge.errors import ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RESULTS = "results.json"
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: what it is, its score on each task of the suite in the suite's order, and its latency."""
+    """One model: what it is, its score on each task of the suite in the suite's order, and its latency.
+
+    Attributes:
+        throughput: pictures a second by batch.
+        cold_start: time to the first answer and peak memory of a new process; None where none was started.
+        energy_joules: a picture in the image tower, of the whole processor; None where the machine does not tell.
+        marks: which questions it answered rightly.
+
+    Results of format version 1 have none of the last four.
+    """
 
     label: str
     role: Role
@@ -28,6 +40,10 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     description: Description
     scores: tuple[Score, ...]
     latency: Latency
+    throughput: tuple[Throughput, ...] = ()
+    cold_start: ColdStart | None = None
+    energy_joules: float | None = None
+    marks: tuple[Marks, ...] = ()
 
 
 class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,16 +93,44 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     answers: tuple[Answer, ...]
 
 
+class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
+    """A class that a row gets wrong most.
+
+    Attributes:
+        right: of its `pictures`.
+        png: a picture of it that was taken for another.
+        taken_for: what it was taken for most.
+        taken_for_png: a picture of that, or empty where the task has none.
+    """
+
+    row: str
+    task: str
+    label: str
+    right: int
+    pictures: int
+    png: bytes
+    taken_for: str
+    taken_for_png: bytes
+
+
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """results.json."""
+    """results.json.
+
+    Attributes:
+        reference: what the machine's own pace was; None in results of format version 1.
+        other_load: part of the machine's time that other processes took while latencies were timed.
+    """
 
     suite: Suite
     environment: Environment
     rows: tuple[RowResult, ...]
+    reference: Reference | None = None
+    other_load: float | None = None
     skipped: tuple[SkippedRow, ...] = ()
     missing: tuple[MissingTask, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     samples: tuple[Sample, ...] = ()
+    worst: tuple[WorstClass, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def first(self, *roles: Role) -> RowResult | None:

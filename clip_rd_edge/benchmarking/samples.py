@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
+from clip_rd_edge.benchmarking.answers import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample
 from clip_rd_edge.contract.preprocess import Picture, open_image
 from clip_rd_edge.contract.task import ZeroShotTask
@@ -39,7 +39,7 @@ def choose_samples(
 def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: int) -> Sample:
     return Sample(
         task=task.name,
-        png=_thumbnail(task.images[index]),
+        png=thumbnail(task.images[index]),
         label=task.labels[task.targets[index]],
         answers=tuple(
             Answer(
@@ -53,7 +53,8 @@ def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: i
     )
 
 
-def _thumbnail(picture: Picture) -> bytes:
+def thumbnail(picture: Picture) -> bytes:
+    """A small PNG of a picture."""
     image = open_image(picture)
     image.thumbnail((EDGE, EDGE))
     buffer = io.BytesIO()

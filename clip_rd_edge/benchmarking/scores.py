@@ -31,6 +31,8 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
         top1, top5: part of the pictures whose label is the best, among the best five; top5 is None below five labels.
         top1_interval: by bootstrap over pictures.
         mean_per_class: top-1 of each class that has pictures, averaged.
+        calibration_error: how far the probability of an answer is from how often such answers are right, on average;
+            None in results of format version 1.
         templates: what prompts the labels were put into, such as `80, ImageNet's, from open_clip`.
     """
 
@@ -42,6 +44,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
     top5: float | None
     mean_per_class: float
     templates: str = ""
+    calibration_error: float | None = None
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,12 +94,32 @@ def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
     return float((np.bincount(targets, weights=hits)[present] / counts[present]).mean())
 
 
-def recall(similarities: Similarities, positive: Hits) -> Recall:
-    """Recall of N queries over M candidates, both (N, M): a query counts once, however many positives it found."""
-    found = np.take_along_axis(positive, best(similarities, 10), axis=1)
-    candidates = similarities.shape[1]
+def calibration_error(confidence: npt.NDArray[np.floating], hits: Hits, *, bins: int = 15) -> float:
+    """Expected calibration error of N answers (Guo et al. 2017, equation 3), with bins of equal width.
+
+    Answers are put into bins by their confidence; of each bin, mean confidence and part of hits differ by so much, and
+    the error is the mean over bins, weighted by their answers.
+    """
+    bin_of = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(bin_of, weights=confidence - hits, minlength=bins)
+    return float(np.abs(gaps).sum() / len(hits))
+
+
+def found_among_best(similarities: Similarities, positive: Hits) -> Hits:
+    """Whether each of the best 10 of M candidates is a right one, (N, M) twice to (N, min(10, M)), best first."""
+    found: Hits = np.take_along_axis(positive, best(similarities, 10), axis=1)
+    return found
+
+
+def recall_of(found: Hits, *, candidates: int) -> Recall:
+    """Recall of N queries by what `found_among_best` tells: a query counts once, however many positives it found."""
     at = {k: float(found[:, :k].any(axis=1).mean()) if candidates >= k else None for k in (5, 10)}
     return Recall(at1=float(found[:, 0].mean()), at5=at[5], at10=at[10])
+
+
+def recall(similarities: Similarities, positive: Hits) -> Recall:
+    """Recall of N queries over M candidates, both (N, M)."""
+    return recall_of(found_among_best(similarities, positive), candidates=similarities.shape[1])
 
 
 def hit_interval(hits: Hits, *, seed: int = 0) -> Interval:
@@ -110,17 +133,17 @@ def hit_interval(hits: Hits, *, seed: int = 0) -> Interval:
     return _percentiles(means)
 
 
-def difference_interval(hits: Hits, reference: Hits, *, seed: int = 0) -> Interval:
-    """95 % percentile bootstrap interval of mean(hits) − mean(reference), paired picture by picture.
+def difference_interval(hits: Hits, reference: Hits, *, seed: int = 0, level: float = 0.95) -> Interval:
+    """Percentile bootstrap interval of mean(hits) − mean(reference), paired picture by picture.
 
     Most pictures are easy or hard for both models; pairing takes that out, so that small differences can be told.
     """
     count = len(hits)
     won, lost = (hits & ~reference).mean(), (reference & ~hits).mean()
     draws = np.random.default_rng(seed).multinomial(count, [won, lost, 1 - won - lost], RESAMPLES)
-    return _percentiles((draws[:, 0] - draws[:, 1]) / count)
+    return _percentiles((draws[:, 0] - draws[:, 1]) / count, level=level)
 
 
-def _percentiles(means: npt.NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(means, [2.5, 97.5])
+def _percentiles(means: npt.NDArray[np.float64], *, level: float = 0.95) -> Interval:
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))

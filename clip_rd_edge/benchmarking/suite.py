@@ -14,9 +14,9 @@ from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.tasks import EMBEDDED, load_task
 from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.runtime.loading import Runtime
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
+RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]
 _HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"
 
@@ -29,13 +29,14 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: the folder of a bundle, a run or an open_clip model, or `hf-hub:ORG/REPO`.
         role: what it is compared with: a student with the teacher and the baseline (the same student, trained without
             a teacher), the exported one with the student, the quantised one with the exported one.
-        runtime: what runs it, where it is a bundle; None takes what the bundle was exported for.
+        runtime: what runs it: torch or torch-compile for a model, one of the others for a bundle; None takes eager
+            torch, or what the bundle was exported for.
     """
 
     label: str
     model: str
     role: Role
-    runtime: Runtime | None = None
+    runtime: RowRuntime | None = None
 
 
 class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +49,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         missing_tasks: what to do where a task's data set is not there.
         threads: of every model. One by default: waiting thread pools of one runtime take cores from the next.
         rounds: how often each latency is timed, at most.
+        budget_ms, min_accuracy: what the report's recommendation is for: milliseconds from a picture's file to its
+            answer, in 95 of 100 pictures, and top-1 as a fraction.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     missing_tasks: Literal["error", "skip"] = "error"
     threads: int = 1
     rounds: int = 50
+    budget_ms: float | None = None
+    min_accuracy: float | None = None
 
     def load_tasks(self, fallback: Fallback = neutral) -> list[Task]:
         """Its tasks, without those that `missing` names.

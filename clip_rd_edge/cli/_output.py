@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +21,15 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH)
     console.print(table)
+
+
+def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
+    """An empty table: names to the left, numbers below each other; the columns named in `left` are text, too."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
 
 
 @contextmanager

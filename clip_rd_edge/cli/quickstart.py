@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def command(folder: Path, **options: Any) -> None:
 
     Interrupt it at any time: the same command goes on from there.
     """
-    from clip_rd_edge.cli._models import open_encoder
+    from clip_rd_edge.cli._models import first_answer, open_encoder
     from clip_rd_edge.cli._output import print_table
     from clip_rd_edge.cli._progress import progress_bar
     from clip_rd_edge.cli._stages import StageBar
@@ -41,7 +42,7 @@ def command(folder: Path, **options: Any) -> None:
     settings = Settings(folder=folder, **{name: value for name, value in options.items() if value is not None})
     began = time.perf_counter()
     with progress_bar() as bar:
-        results = run_quickstart(settings, StageBar(bar), lambda spec: open_encoder(spec, threads=1))
+        results = run_quickstart(settings, StageBar(bar), partial(open_encoder, threads=1), first_answer)
 
     from clip_rd_edge.benchmarking.table import terminal_table
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
 from clip_rd_edge.contract.files import size_bytes
@@ -68,13 +68,19 @@ class TorchEncoder:
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
-        return self._run(self._image_tower, pixels)
+        return self._run(self._tower_for(self._image_tower, len(pixels)), pixels)
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         """Embed tokenised texts, (N, T) to (N, D)."""
-        return self._run(self._text_tower, ids)
+        return self._run(self._tower_for(self._text_tower, len(ids)), ids)
 
-    def _run(self, tower: nn.Module, inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]) -> Embeddings:
+    def _tower_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """What runs a tower at a batch size: itself."""
+        return tower
+
+    def _run(
+        self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
+    ) -> Embeddings:
         device = next(self.clip.model.parameters()).device
         was_training = self.clip.model.training
         self.clip.model.eval()

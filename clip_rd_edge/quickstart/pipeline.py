@@ -8,12 +8,13 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.benchmarking.cold import Launch
 from clip_rd_edge.benchmarking.report import write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
+from clip_rd_edge.benchmarking.rows import OpenEncoder
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.contract.bundle import is_bundle
-from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.data import emoji
@@ -25,14 +26,15 @@ from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.quickstart.settings import Settings, Watcher
 from clip_rd_edge.quickstart.training import distil, train_alone, tune_teacher
 
-OpenEncoder = Callable[[str], TowerEncoder]
 
-
-def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> Results:
+def run_quickstart(
+    settings: Settings, watch: Watcher, open_encoder: OpenEncoder, launch: Launch | None = None
+) -> Results:
     """Run every stage that is not done yet; returns what was measured.
 
     Args:
         open_encoder: opens a bundle or a model's folder for the benchmark.
+        launch: as `benchmarking.run.run_suite` takes it.
 
     Raises:
         UsageError: the folder holds a quickstart with other settings.
@@ -43,9 +45,9 @@ def run_quickstart(settings: Settings, watch: Watcher, open_encoder: OpenEncoder
         ("Tune the teacher", tune_teacher),
         ("Distil the student", distil),
         *([("Train the same student alone", train_alone)] if settings.with_baseline else []),
-        ("Export to ONNX FP32", _export_fp32),
+        ("Export to ONNX FP32 and FP16", _export_floats),
         ("Quantise to INT8", _quantise),
-        ("Compare all of them", lambda s, w: _compare(s, w, open_encoder)),
+        ("Compare all of them", lambda s, w: _compare(s, w, open_encoder, launch)),
     ]
     for number, (title, run) in enumerate(stages, start=1):
         watch.stage(number, len(stages), title)
@@ -58,22 +60,22 @@ def _draw(settings: Settings, watch: Watcher) -> None:
     watch.say(f"{len(emoji.concepts()):,} emoji in two art styles; {len(pairs):,} pairs to train on, 760 to test by")
 
 
-def _export_fp32(settings: Settings, watch: Watcher) -> None:
+def _export_floats(settings: Settings, watch: Watcher) -> None:
     _export(settings, watch, "fp32")
+    _export(settings, watch, "fp16")
 
 
 def _quantise(settings: Settings, watch: Watcher) -> None:
     _export(settings, watch, "int8")
 
 
-def _export(settings: Settings, watch: Watcher, precision: Literal["fp32", "int8"]) -> None:
+def _export(settings: Settings, watch: Watcher, precision: Literal["fp32", "fp16", "int8"]) -> None:
     bundle = settings.folder / "bundles" / precision
     if is_bundle(bundle):
         return
     clip = load_clip(str(settings.folder / "student"))
-    calibration, source = None, None
+    calibration = None
     if precision == "int8":
-        source = settings.folder / "bundles" / "fp32"
         calibration = calibration_set(
             emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
         )
@@ -84,7 +86,7 @@ def _export(settings: Settings, watch: Watcher, precision: Literal["fp32", "int8
         calibration=calibration,
         labels=[concept.name for concept in emoji.concepts()],
         provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
-        source=source,
+        source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",
         progress=lambda what: watch.progress(0, 1, what),
         on_trials=lambda trials: _tell(watch, trials),
     )
@@ -99,11 +101,11 @@ def _tell(watch: Watcher, trials: Sequence[Trial]) -> None:
         )
 
 
-def _compare(settings: Settings, watch: Watcher, open_encoder: OpenEncoder) -> None:
+def _compare(settings: Settings, watch: Watcher, open_encoder: OpenEncoder, launch: Launch | None) -> None:
     report, suite = settings.folder / "report", quickstart_suite(settings.folder)
     if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
         return
-    results = run_suite(suite, open_encoder, lambda what, done, total: watch.progress(done, total, what))
+    results = run_suite(suite, open_encoder, lambda what, done, total: watch.progress(done, total, what), launch=launch)
     with new_folder(report) as folder:
         write_report(results, folder)
 

@@ -115,6 +115,10 @@ def colour_retrieval(pictures: dict[str, Path]) -> RetrievalTask:
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
     """All five roles over a folder of two squares a colour; the models are empty folders."""
+    return make_suite(tmp_path / "models")
+
+
+def make_suite(root: Path) -> Suite:
     roles: tuple[tuple[str, str, Role], ...] = (
         ("Teacher", "teacher", "teacher"),
         ("Alone", "alone", "baseline"),
@@ -122,7 +126,6 @@ def suite(tmp_path: Path) -> Suite:
         ("FP32", "fp32", "exported"),
         ("INT8", "int8", "quantised"),
     )
-    root = tmp_path / "models"
     for _, model, _ in roles:
         (root / model).mkdir(parents=True)
     for name, colour in COLOURS.items():
@@ -138,17 +141,18 @@ def suite(tmp_path: Path) -> Suite:
 @pytest.fixture
 def open_fake() -> Callable[[str], ColourEncoder]:
     """Opens the suite's models by the names of their folders."""
+    return open_colours
+
+
+def open_colours(spec: str) -> ColourEncoder:
     every = tuple(COLOURS)
     known = {"teacher": every, "alone": every[:2], "student": every[:4], "fp32": every[:4], "int8": every[:3]}
 
-    def open_encoder(spec: str) -> ColourEncoder:
-        name = Path(spec).name
-        return ColourEncoder(known[name], name=name, precision="int8" if name == "int8" else "fp32")
-
-    return open_encoder
+    name = Path(spec).name
+    return ColourEncoder(known[name], name=name, precision="int8" if name == "int8" else "fp32")
 
 
-@pytest.fixture
-def results(suite: Suite, open_fake: Callable[[str], ColourEncoder]) -> Results:
-    """What the suite gives."""
-    return run_suite(suite, open_fake)
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What the suite gives, measured once: nothing can change it."""
+    return run_suite(make_suite(tmp_path_factory.mktemp("colours") / "models"), open_colours)

@@ -43,7 +43,7 @@ def test_too_few_labels_for_a_top5(make_encoder: Make, colour_task: ZeroShotTask
 
 
 def test_retrieval_counts_any_caption_of_a_picture(make_encoder: Make, colour_retrieval: RetrievalTask) -> None:
-    score = retrieval(make_encoder(), colour_retrieval)
+    score = retrieval(make_encoder(), colour_retrieval).score
     # Each picture finds its colour's name first; red's second caption finds blue's picture.
     assert score.image_to_text.at1 == 1
     assert score.text_to_image.at1 == pytest.approx(6 / 7)

@@ -146,7 +146,7 @@ def test_retrieval_with_five_captions_a_picture(tmp_path: Path) -> None:
     theirs = ranking.evaluate(
         RandomClip(), Loader(task, captions), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
     )
-    ours = retrieval(Ours(), task)
+    ours = retrieval(Ours(), task).score
     for direction, found in (("image", ours.text_to_image), ("text", ours.image_to_text)):
         for k, value in ((1, found.at1), (5, found.at5), (10, found.at10)):
             assert value is not None

@@ -23,7 +23,7 @@ def test_each_tower_and_the_whole_way(make_encoder: Callable[..., Any], pictures
         return plain(pixels)
 
     slow.encode_pixels = encode_slowly
-    measured = measure_latencies({"slow": slow, "quick": quick}, pictures["red"], threads=1, rounds=6)
+    measured = measure_latencies({"slow": slow, "quick": quick}, pictures["red"], threads=1, rounds=6).rows
     as_encoded = np.stack([preprocess(open_image(pictures["red"]), slow.describe().preprocessing)])
     assert set(layouts) == {((1, 3, 8, 8), as_encoded.strides)}
     assert measured["slow"].image.p50 >= 4 > measured["quick"].image.p50

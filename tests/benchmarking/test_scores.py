@@ -5,6 +5,7 @@ import pytest
 
 from clip_rd_edge.benchmarking.scores import (
     best,
+    calibration_error,
     difference_interval,
     hit_interval,
     mean_per_class,
@@ -21,6 +22,15 @@ def test_best_is_greatest_first_and_breaks_ties_by_index() -> None:
 def test_best_of_more_rows_than_it_ranks_at_once() -> None:
     similarities = np.random.default_rng(0).normal(size=(600, 7)).astype(np.float32)
     assert (best(similarities, 1)[:, 0] == similarities.argmax(axis=1)).all()
+
+
+def test_calibration_error_by_hand() -> None:
+    # 0.9 is right in 1 of 2, 0.5 in 1 of 1: gaps of 0.4 and 0.5, weighed 2 to 1.
+    error = calibration_error(np.asarray([0.91, 0.89, 0.5]), np.asarray([True, False, True]), bins=2)
+    assert error == pytest.approx((abs(0.91 + 0.89 + 0.5 - 2)) / 3)
+    error = calibration_error(np.asarray([0.9, 0.9, 0.5]), np.asarray([True, False, True]), bins=10)
+    assert error == pytest.approx((0.8 + 0.5) / 3)
+    assert calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
 
 
 def test_top_k_by_hand() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         return Grey()
 
     monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", open_encoder)
+
+    ends = [sys.executable, "-S", "-c", ""]  # what would answer once for a cold start
+    monkeypatch.setattr("clip_rd_edge.cli._models.first_answer", lambda *_: ends)
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
@@ -179,3 +185,32 @@ def test_a_model_named_on_the_command_line_is_not_skipped(run: Any, suite: Path,
     assert run("benchmark", str(suite), *options) == 2
     assert capsys.readouterr().err == "error: There is no model folder nowhere.\n"
     assert not (tmp_path / "report").exists()
+
+
+def test_compare_says_what_has_changed(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "report"
+    assert run("benchmark", str(suite), "-o", str(output)) == 0
+    path = output / "results.json"
+    capsys.readouterr()
+    assert run("benchmark", "--compare", str(output), str(path)) == 0
+    assert capsys.readouterr().out.endswith("No regression.\n")
+    slow = json.loads(path.read_text())
+    slow["rows"][0]["latency"]["text"]["sittings"] = [1e3] * len(slow["reference"]["text"])
+    (tmp_path / "slow.json").write_text(json.dumps(slow))
+    assert run("benchmark", "--compare", str(path), str(tmp_path / "slow.json")) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"Good, text tower .* regression *\n", out)
+    assert out.endswith("1 regression.\n")
+    assert run("benchmark", "--compare", str(path), str(tmp_path / "slow.json"), "--json") == 1
+    assert json.loads(capsys.readouterr().out)["regressions"] == 1
+
+
+def test_compare_of_what_is_no_result(run: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "results.json").write_text("{")
+    assert run("benchmark", "--compare", str(tmp_path), str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'results.json'} is not valid JSON")
+
+
+def test_neither_suite_nor_comparison(run: Any, capsys: Any) -> None:
+    assert run("benchmark", "quickstart") == 2
+    assert capsys.readouterr().err.startswith("error: -o FOLDER is missing.")

@@ -87,7 +87,7 @@ class Prepared(msgspec.Struct):
 def model_of(tower: str) -> ClipModel:
     """A model with random weights that has the tower."""
     torch.manual_seed(0)
-    name = TOWERS[tower]
+    name = TOWERS.get(tower, tower)
     if not name.startswith("ViT-"):
         return build_student(student_config(name, embedding_size=512), name=tower)
     model = open_clip.create_model(name)

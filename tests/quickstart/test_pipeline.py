@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -39,7 +40,14 @@ def test_killed_at_every_stage_it_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 0, error
     assert "ONNX INT8" in output
     results = msgspec.json.decode((folder / "report" / "results.json").read_bytes())
-    assert [row["label"] for row in results["rows"]] == ["Teacher", "Student", "ONNX FP32", "ONNX INT8"]
+    assert [row["label"] for row in results["rows"]] == [
+        "Teacher",
+        "Student",
+        "ONNX FP32",
+        "ONNX FP16",
+        *(["OpenVINO FP32"] if importlib.util.find_spec("openvino") else []),
+        "ONNX INT8",
+    ]
     assert not [path for path in folder.rglob("*.tmp") if path.parent.name == "student"]
 
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,31 @@
+"""A process that opens a model, embeds one picture and one text, and says so: what a cold start is timed by.
+
+python -m clip_rd_edge.cli._first_answer MODEL RUNTIME THREADS PICTURE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from clip_rd_edge.cli._models import open_encoder
+from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.runtime.usage import peak_memory_bytes
+
+TEXT = "a photo of a cat"
+
+
+def main() -> None:
+    """Print one line of JSON as soon as both embeddings are there."""
+    model, runtime, threads, picture = sys.argv[1:]
+    chosen: Any = runtime or None
+    encoder = open_encoder(model, runtime=chosen, threads=int(threads))
+    encoder.encode_images([open_image(Path(picture))])
+    encoder.encode_texts([TEXT])
+    print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

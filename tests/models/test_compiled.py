@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from clip_rd_edge.models.compiled import CompiledEncoder
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.student import build_student, student_config
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_towers_give_the_same_embeddings() -> None:
+    torch.manual_seed(0)
+    config = student_config("resnet10t", embedding_size=32, image_size=32, text="tiny", context_length=8)
+    clip = build_student(config, name="tiny")
+    eager, compiled = TorchEncoder(clip), CompiledEncoder(clip)
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    for count in (1, 3, 2):
+        np.testing.assert_allclose(
+            compiled.encode_pixels(pixels[:count]), eager.encode_pixels(pixels[:count]), rtol=1e-3, atol=1e-4
+        )
+    np.testing.assert_allclose(compiled.encode_texts(["a cat"]), eager.encode_texts(["a cat"]), rtol=1e-3, atol=1e-4)
+    assert (eager.describe().runtime, compiled.describe().runtime) == ("torch", "torch-compile")
