@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from clip_rd_edge.contract.heic import HEADER_BYTES, is_heic, teach_pillow
 from clip_rd_edge.errors import InputError
 
 Pixels = npt.NDArray[np.float32]
@@ -63,8 +64,7 @@ def open_image(picture: Picture, *, at_least: int | None = None) -> Image.Image:
         InputError: no such file, not a picture, damaged, or of more than MAX_PIXELS.
     """
     try:
-        # Pillow reads a Path's header first, so that a file of the wrong kind is not read to its end.
-        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture.read_bytes())) as image:
+        with _opened(picture) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InputError(
                     f"{picture} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read.",
@@ -80,6 +80,19 @@ def open_image(picture: Picture, *, at_least: int | None = None) -> Image.Image:
         elif isinstance(error, UnidentifiedImageError):
             reason = "it is in no format that Pillow knows"  # Pillow's own words name an object in memory
         raise InputError(f"Cannot read the picture {picture}: {reason}.") from error
+
+
+def _opened(picture: Picture) -> Image.Image:
+    # Pillow reads a Path's header first, so that a file of the wrong kind is not read to its end.
+    file = picture if isinstance(picture, Path) else io.BytesIO(picture.read_bytes())
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with picture.open("rb") if isinstance(picture, Path) else io.BytesIO(picture.read_bytes()) as content:
+            if not is_heic(content.read(HEADER_BYTES)):
+                raise
+        teach_pillow(picture)
+        return Image.open(file)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clip_rd_edge.errors import InputError
 
 # By which a folder's pictures are told from other files. What Pillow cannot open of them is reported when it is met.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 FROM_LIST = "-"
 
 

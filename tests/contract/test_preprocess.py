@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import base64
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
 from clip_rd_edge.errors import InputError
@@ -41,6 +43,69 @@ def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg").size == (3, 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_upright(tmp_path: Path, orientation: int) -> None:
+    upright = Image.new("RGB", (40, 24), "white")
+    upright.paste((200, 0, 0), (0, 0, 20, 12))  # the left upper quarter, which no turn or mirror leaves in place
+    stored = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    picture = upright.transpose(stored[orientation]) if orientation in stored else upright
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "picture.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "picture.png")), np.asarray(upright))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "avif", "gif"])
+def test_what_is_half_transparent_is_laid_on_white(tmp_path: Path, suffix: str) -> None:
+    if suffix in ("webp", "avif") and not features.check(suffix):
+        pytest.skip(f"this Pillow reads no {suffix}")
+    picture = Image.new("RGBA", (32, 32), (200, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    if suffix != "gif":  # which knows no half
+        picture.paste((200, 0, 0, 128), (16, 16, 32, 32))
+    picture.save(tmp_path / f"picture.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    opened = np.asarray(open_image(tmp_path / f"picture.{suffix}")).astype(int)
+    expected = {(4, 8): (255, 255, 255), (8, 24): (200, 0, 0)}
+    if suffix != "gif":
+        expected[24, 24] = (227, 127, 127)
+    for place, colour in expected.items():
+        assert np.abs(opened[place] - colour).max() <= (6 if suffix == "avif" else 1)
+
+
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
+    "AAAAAERAAAEAAQAAAAABoQABAAAAAAAAAB8AAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Wlw"
+    "cnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AA"
+    "AAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAA"
+    "QAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWB"
+    "AgMFhAAAACdtZGF0AAAAGygBrwY4iS58L/UgT///j1f2X90Q2zNTCc4z8A=="
+)  # 64 × 48 pixels of (220, 30, 30)
+
+
+def test_heic_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    (tmp_path / "red.heic").write_bytes(HEIC)
+    picture = open_image(tmp_path / "red.heic")
+    assert picture.size == (64, 48)
+    assert np.abs(np.asarray(picture).astype(int) - (220, 30, 30)).max() <= 4
+
+
+def test_heic_without_it_is_said_with_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import PIL.Image
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(PIL.Image, "OPEN", {name: PIL.Image.OPEN[name] for name in ("PNG", "JPEG")})
+    monkeypatch.setattr(PIL.Image, "ID", ["PNG", "JPEG"])
+    (tmp_path / "red.heic").write_bytes(HEIC)
+    with pytest.raises(InputError, match=r"red\.heic: it is HEIC, which Pillow reads with the package") as raised:
+        open_image(tmp_path / "red.heic")
+    assert raised.value.hint.startswith("pip install pillow-heif")
 
 
 @pytest.mark.parametrize(
