@@ -96,7 +96,7 @@ def colour_bundle(tmp_path: Path) -> Path:
         opset = [helper.make_opsetid("", 17)]
         onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), folder / f"{tower}.onnx")
     words = {"?": 1, "red": 2, "green": 3, "blue": 4, "yellow": 5}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     manifest = contract.Manifest(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._browser import BROWSER, require_browser, write_from_bundle
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
@@ -28,7 +29,11 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
     help="openvino: ONNX, for OpenVINO. trt: TensorRT engines beside their ONNX; needs no GPU.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
-@click.option("--target", help="What trt is for: sm75, sm80, sm86, sm89, sm120, sm121; jetson-orin, jetson-thor.")
+@click.option(
+    "--target",
+    help="What trt is for: sm75, sm80, sm86, sm89, sm120, sm121; jetson-orin, jetson-thor. browser: a page that runs "
+    "the bundle in the browser alone; MODEL may be a bundle then.",
+)
 @click.option(
     "--layout", type=click.Choice(["bundle", "immich"]), default="bundle", show_default=True,
     help="immich: the folder that immich keeps a model in; of --format onnx.",
@@ -41,6 +46,10 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 @click.option(
     "--calibration", metavar="CSV|emoji",
     help="Pairs to set INT8's ranges by and to judge it by. Default: those that MODEL was trained with.",
+)  # fmt: skip
+@click.option(
+    "--node-modules", type=click.Path(path_type=Path), metavar="DIR",
+    help="Where npm has installed what --target browser needs. Default: fetched once.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="To measure latency with.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
@@ -56,6 +65,7 @@ def command(
     preprocess_in_graph: bool,
     labels_file: Path | None,
     calibration: str | None,
+    node_modules: Path | None,
     threads: int,
     output: Path,
     force: bool,
@@ -72,13 +82,20 @@ def command(
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     clip-rd-edge export runs/first --format trt --precision fp16 --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt --precision int8 --target jetson-orin -o bundle
+    clip-rd-edge export bundle --target browser -o site
     """
     refuse_unless_free(output, overwrite=force)
-    if is_bundle(Path(model)):
+    for_browser = target == BROWSER
+    if is_bundle(Path(model)) and not for_browser:
         raise UsageError(f"{model} is a bundle already.", hint="give the model that it was made from")
 
     require_fit(format, precision)
-    _require_target(format, target)
+    if for_browser:
+        require_browser(
+            format=format, layout=layout, preprocess_in_graph=preprocess_in_graph, node_modules=node_modules
+        )
+    else:
+        _require_target(format, target)
     if layout == "immich" and format != "onnx":
         raise UsageError(f"immich runs ONNX; expected --format onnx, not {format}.")
 
@@ -87,6 +104,10 @@ def command(
     from clip_rd_edge.cli._progress import stderr
 
     labels = read_labels_file(labels_file) if labels_file else None
+    if for_browser and is_bundle(Path(model)):
+        manifest = write_from_bundle(Path(model), output, labels=labels, node_modules=node_modules, overwrite=force)
+        click.echo(_as_json(output, manifest, []) if as_json else output)
+        return
     pairs = calibration_pairs(calibration, model) if precision == "int8" else None
 
     # Only now, so that what was mistyped is said at once: torch takes seconds to import.
@@ -96,6 +117,7 @@ def command(
     from clip_rd_edge.models.load import load_clip
 
     trials: list[Trial] = []
+    as_bundle = layout == "bundle" and not for_browser
     with tempfile.TemporaryDirectory() as scratch, stderr.status("loading the model") as status:
         clip = load_clip(model, pretrained=pretrained)
         drawn = None
@@ -104,15 +126,15 @@ def command(
             drawn = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
         manifest = export_bundle(
             clip,
-            output if layout == "bundle" else Path(scratch),
+            output if as_bundle else Path(scratch),
             precision=precision,
             format=format,
-            target=target,
+            target=None if for_browser else target,
             preprocess_in_graph=preprocess_in_graph,
             calibration=drawn,
             labels=labels,
             provenance=_provenance(model, pretrained),
-            overwrite=force or layout != "bundle",
+            overwrite=force or not as_bundle,
             threads=threads,
             progress=status.update,
             on_trials=trials.extend,
@@ -121,6 +143,10 @@ def command(
             from clip_rd_edge.exporters.immich import write_immich
 
             write_immich(Path(scratch), output, overwrite=force)
+        elif for_browser:
+            from clip_rd_edge.demo.browser import write_browser
+
+            write_browser(Path(scratch), output, node_modules=node_modules, overwrite=force)
     _show(manifest, trials)
     click.echo(_as_json(output, manifest, trials) if as_json else output)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from clip_rd_edge.contract.bundle import LabelBank, Manifest, write_labels, write_manifest
+from clip_rd_edge.contract.bundle import Manifest, write_manifest
 from clip_rd_edge.contract.files import new_folder, refuse_unless_free, write_bytes
-from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.backends import OPENVINO, ORT
 from clip_rd_edge.exporters.calibration import CalibrationSet
@@ -25,7 +24,7 @@ from clip_rd_edge.exporters.int8 import write_int8
 from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.tensorrt import require_target
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.loading import encoder_of
+from clip_rd_edge.runtime.label_bank import write_label_bank
 
 
 def _unheard(_: object) -> None:
@@ -146,10 +145,3 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=PICTURE, takes_pictures=True)
     return msgspec.structs.replace(manifest, image=image)
-
-
-def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
-    """Embed each label once by the bundle's own text tower and prompts, and write labels.npz."""
-    names = tuple(dict.fromkeys(labels))
-    embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
-    write_labels(folder, LabelBank(names, embeddings))

@@ -1,4 +1,5 @@
 // What the page asks of the server. A refusal comes as a sentence, which is thrown.
+// `clip-rd-edge export --target browser` puts demo/alone/api.js in its place, which does the same without a server.
 
 export class Refusal extends Error {
   constructor(status, sentence) {
@@ -21,7 +22,20 @@ async function ask(path, body) {
   return content;
 }
 
-export const bundles = () => ask("api/bundles");
+// What there is to choose from, and what the page says of it.
+export async function choices() {
+  const { bundles, labels } = await ask("api/bundles");
+  const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+  const privacy = local
+    ? "Pictures go to the program on this machine, and no further; they are not kept."
+    : `Pictures go to ${location.host} without encryption, and no further; they are not kept.`;
+  return { choices: bundles, labels, privacy };
+}
+
+// A camera's frame as `classify` takes it.
+export function packed(canvas) {
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
+}
 
 // Labels are sent once and named by a key from then on; null means the bundle's own.
 const keys = new Map();

@@ -1,14 +1,15 @@
 // Puts the page together: a picture and labels go in, bars and times come out.
 
-import { bundles, classify } from "./api.js";
+import { choices, classify } from "./api.js";
 import { Labels, percent } from "./labels.js";
 import { Pictures } from "./picture.js";
 
 const byId = (id) => document.getElementById(id);
 const REMEMBERED = 30; // times that a median is taken of
+const QUESTION = byId("lead").textContent;
 const START = ["a person", "a cat", "a dog", "a flower", "food", "a building"];
 
-let known = []; // the bundles
+let known = []; // the bundles, or what else there is to choose from
 let chosen = 0; // which of them
 let picture = null; // the last one, to be classified again when labels or bundle change
 let asked = 0; // number of the last request: an older one that comes late is not shown
@@ -61,6 +62,11 @@ function say(before, strong = "", after = "") {
   best.textContent = strong;
   best.dir = "auto";
   lead.replaceChildren(before, best, after);
+}
+
+function loading(sentence) {
+  byId("lead").setAttribute("aria-live", "off");
+  byId("lead").textContent = sentence;
 }
 
 function fail(sentence) {
@@ -127,15 +133,15 @@ byId("bank").addEventListener("change", () => labels.useBank(byId("bank").checke
 addEventListener("pagehide", () => pictures.stop());
 
 try {
-  const start = await bundles();
-  known = start.bundles.map((bundle) => ({ ...bundle, times: [] }));
+  const start = await choices(loading);
+  known = start.choices.map((bundle) => ({ ...bundle, times: [] }));
   byId("bundles").replaceChildren(...known.map(rowOf));
-  const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
-  byId("privacy").textContent = local
-    ? "Pictures go to the program on this machine, and no further; they are not kept."
-    : `Pictures go to ${location.host} without encryption, and no further; they are not kept.`;
+  byId("privacy").textContent = start.privacy;
+  byId("what").textContent = start.what ?? "bundle";
+  byId("note").textContent = start.note ?? "";
   labels.add(start.labels.length ? start.labels : START);
   byId("bank").checked = known[0].bank > 0 && !start.labels.length;
+  say(QUESTION);
   choose(0);
 } catch (error) {
   fail(error.message);

@@ -1,5 +1,7 @@
 // Where pictures come from: a file that is chosen, dropped or pasted, or the camera, whose newest frame is taken.
 
+import { packed } from "./api.js";
+
 const stage = document.getElementById("stage");
 const video = document.getElementById("video");
 const still = document.getElementById("still");
@@ -115,6 +117,6 @@ function frame() {
   const scale = Math.min(1, FRAME / Math.min(video.videoWidth, video.videoHeight));
   canvas.width = Math.round(video.videoWidth * scale);
   canvas.height = Math.round(video.videoHeight * scale);
-  canvas.getContext("2d", { alpha: false }).drawImage(video, 0, 0, canvas.width, canvas.height);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
+  canvas.getContext("2d", { alpha: false, willReadFrequently: true }).drawImage(video, 0, 0, canvas.width, canvas.height);
+  return packed(canvas);
 }

@@ -1,0 +1,21 @@
+"""Label banks, made by the bundle's own text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_rd_edge.contract.bundle import LabelBank, Manifest, write_labels
+from clip_rd_edge.contract.zero_shot import label_embeddings
+from clip_rd_edge.runtime.loading import encoder_of
+
+
+def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
+    """Embed each label once by the bundle's own text tower and prompts, and write labels.npz; the manifest comes after.
+
+    Raises:
+        InputError: no labels, or an empty one.
+    """
+    names = tuple(dict.fromkeys(labels))
+    embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
+    write_labels(folder, LabelBank(names, embeddings))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from clip_rd_edge.contract.bundle import read_labels, read_manifest, write_manifest
+from clip_rd_edge.demo import npm
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def node_modules(tmp_path: Path) -> Path:
+    """Empty files where npm would have installed the packages."""
+    for package in npm.PACKAGES:
+        for name in package.files.values():
+            path = tmp_path / "node_modules" / package.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return tmp_path / "node_modules"
+
+
+def test_a_bundle_gets_a_page(command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("red\nblue\n")
+    site = tmp_path / "site"
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", site)
+    code, output, error = command_line("export", colour_bundle, "--labels", tmp_path / "labels.txt", *options)
+    assert (code, output) == (0, f"{site}\n"), error
+    bank = read_labels(site / "bundle")
+    assert bank is not None
+    assert bank.names == ("red", "blue")
+    assert read_labels(colour_bundle) is None
+    assert command_line("verify", site / "bundle")[0] == 0
+    page = (site / "index.html").read_text()
+    assert "Content-Security-Policy" in page
+    assert "import { Model }" in (site / "worker.js").read_text()
+    assert "Worker" in (site / "api.js").read_text()  # and not the one that asks a server
+    assert {path.name for path in (site / "npm").iterdir()} == {
+        name for package in npm.PACKAGES for name in package.files
+    }
+    sizes = json.loads((site / "sizes.json").read_text())
+    assert sizes["loaded"] == sizes["bundle"] == sum(path.stat().st_size for path in (site / "bundle").iterdir())
+    code, _, error = command_line("export", colour_bundle, *options)
+    assert (code, "--force" in error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "openvino"), "--target browser does not go with --format openvino"),
+        (("--layout", "immich"), "does not go with --layout immich"),
+        (("--preprocess-in-graph",), "does not go with --preprocess-in-graph"),
+        (("--precision", "int8"), "is a bundle already, which --precision cannot change"),
+        (("--node-modules", "nowhere"), "nowhere has no onnxruntime-web/dist"),
+    ],
+)
+def test_what_does_not_go_with_a_browser(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    site = tmp_path / "site"
+    code, output, error = command_line(
+        "export", colour_bundle, "--target", "browser", "--node-modules", node_modules, *options, "-o", site
+    )
+    assert (code, output) == (2, "")
+    assert message in error
+    assert not site.exists()
+
+
+def test_bundles_that_no_browser_runs(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, takes_pictures=True)
+    for changes, message in (
+        ({"target": "openvino"}, "is for openvino; a browser runs those of --format onnx"),
+        ({"image": image}, "preprocesses in its graph"),
+        ({}, "has a tokenizer of the kind WordLevel; a browser has BPE, WordPiece, Unigram"),
+    ):
+        if not changes:
+            Tokenizer(WordLevel({"?": 1}, unk_token="?")).save(str(colour_bundle / "tokenizer.json"))
+        write_manifest(colour_bundle, msgspec.structs.replace(manifest, **changes))
+        options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+        code, _, error = command_line("export", colour_bundle, *options)
+        assert (code, message in error) == (2, True)

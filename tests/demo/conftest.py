@@ -1,0 +1,53 @@
+"""A real Chromium, headless, whose console and whose requests are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream"),
+    "--use-fake-device-for-media-stream",
+)
+NO_FAULT = "No available adapters."  # what Chromium says to a page that asks whether there is WebGPU
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Opens a page whose camera plays a clip; what its console says and what it asks of others fails the test."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM.exists():
+        pytest.skip("needs Chromium")
+    complaints: list[str] = []
+    with playwright.sync_playwright() as play:
+
+        def opened(url: str, *, camera: Path) -> Any:
+            context = play.chromium.launch_persistent_context(
+                tmp_path / "profile",
+                executable_path=CHROMIUM,
+                args=[*FLAGS, f"--use-file-for-fake-video-capture={camera}"],
+                viewport={"width": 1280, "height": 800},
+                timeout=120_000,
+            )
+            page = context.pages[0]
+            page.set_default_timeout(120_000)
+
+            def heard(message: Any) -> None:
+                if message.type in ("error", "warning") and message.text != NO_FAULT:
+                    complaints.append(message.text)
+
+            page.on("console", heard)
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("request", lambda request: request.url.startswith((url, "blob:")) or complaints.append(request.url))
+            page.goto(url)
+            page.wait_for_selector("#bundles tr")
+            page.complaints = complaints
+            return page
+
+        yield opened
+    assert complaints == []
