@@ -122,3 +122,16 @@ def test_a_target_that_nothing_is_built_for_lists_the_known_ones(
     code, _, err = command_line("export", run_folder, "--target", "sm86", "-o", new)
     assert (code, "--format trt" in err) == (2, True)
     assert not new.exists()
+
+
+@pytest.mark.slow
+def test_a_page_for_the_browser_straight_from_a_run(
+    run_folder: Path, node_modules: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
+    site = tmp_path / "site"
+    code, out, err = command_line(
+        "export", run_folder, "--target", "browser", "--node-modules", node_modules, "-o", site
+    )
+    assert (code, out) == (0, f"{site}\n"), err
+    assert read_manifest(site / "bundle").provenance["model"] == str(run_folder)
+    assert (site / "index.html").is_file()

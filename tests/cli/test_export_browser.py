@@ -15,17 +15,6 @@ from clip_rd_edge.demo import npm
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def node_modules(tmp_path: Path) -> Path:
-    """Empty files where npm would have installed the packages."""
-    for package in npm.PACKAGES:
-        for name in package.files.values():
-            path = tmp_path / "node_modules" / package.name / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    return tmp_path / "node_modules"
-
-
 def test_a_bundle_gets_a_page(command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("red\nblue\n")
     site = tmp_path / "site"
