@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--student",
     required=True,
-    help="mobilevit_xxs, resnet18, … or any timm name; local-dir:PATH trains a model on.",
+    help="mobilevit_xxs, resnet18, … or any timm name; a run's folder or local-dir:PATH trains a model on.",
 )
 @click.option("--recipe", "recipe_name", default="clip-rd", show_default=True, help="clip-rd, clip-kd, … or YAML.")
 @click.option("--epochs", type=click.IntRange(1), help="Rounds over the data; default: the recipe's.")
@@ -70,6 +70,10 @@ if TYPE_CHECKING:
 @click.option("--loss-block", type=click.IntRange(0), default=0, help="Pairs the loss sees together, to save memory.")
 @click.option("--global-logits", is_flag=True, help="Under torchrun: each process looks at all pairs.")
 @click.option("--freeze-text", is_flag=True, help="Train nothing of the text tower but its projection.")
+@click.option(
+    "--quantize", type=click.Choice(["int8"]),
+    help="Fine-tune a trained student for INT8, briefly: 300 steps at 1e-4, unless said otherwise.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(-1), default=-1, help="Loading processes; default: half the cores.")
 @click.option("--task", "tasks", multiple=True, help="Evaluate on this task (see evaluate) and keep RUN/best.")
@@ -134,7 +138,7 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
     """The run that the options describe: the recipe, with what was said otherwise."""
     import msgspec
 
-    from clip_rd_edge.distill.config import RunConfig, load_recipe
+    from clip_rd_edge.distill.config import QUANTIZED, RunConfig, load_recipe
 
     recipe: Recipe = load_recipe(recipe_name)
     said = {
@@ -146,6 +150,8 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
         said["steps"] = 0
     if "precision" in said:
         options["teacher_precision"] = said["precision"]
+    if options["quantize"]:
+        said = {**QUANTIZED, **said}
     return RunConfig(recipe_name=recipe_name, recipe=msgspec.structs.replace(recipe, **said), **options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,6 +19,9 @@ MAY_CHANGE = frozenset(
     | {"processes"}
 )
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+# What a recipe becomes for `quantize` where nothing else is said: a short fine-tuning, in float32, which alone holds
+# INT8's steps exactly.
+QUANTIZED: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +84,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         teacher_cache: folder of the teacher's embeddings, computed once; needs `views`.
         views: different crops and captions of a pair, gone through again and again; 0 for new ones every epoch.
         freeze_text: train nothing of the text tower but its last projection.
+        quantize: fine-tune a trained student for static INT8; see `distill.quantized`.
         compile: run the student's towers through torch.compile.
         gradient_checkpointing: compute activations again on the way back, to save memory.
         accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
@@ -113,6 +117,7 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     teacher_cache: str | None = None
     views: int = 0
     freeze_text: bool = False
+    quantize: Literal["int8"] | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     accumulate: int = 1

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clip_rd_edge.contract.checkpoint import LOCAL_DIR
+from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs, load_pairs, require_batch
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.loader import ViewDataset
 from clip_rd_edge.distill.processes import Processes
+from clip_rd_edge.distill.quantized import require_convolutions, require_fit
 from clip_rd_edge.distill.state import seed_everything
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
@@ -45,9 +46,10 @@ def load_ingredients(
         on_index: told of shards looked through and shards in all.
 
     Raises:
-        UsageError: a teacher is needed and none is named, or the batch does not fit.
+        UsageError: a teacher is needed and none is named, the batch does not fit, or quantisation does not.
         InputError, ConfigError: data, teacher or student do not fit.
     """
+    require_fit(config)
     with processes.first_goes_first():
         pairs = load_pairs(
             config.data,
@@ -63,6 +65,8 @@ def load_ingredients(
     teacher = _load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, say)
+    if config.quantize:
+        require_convolutions(student)
     objective = Objective(
         config.recipe.objective,
         scales=config.recipe.scales,
@@ -97,7 +101,7 @@ def _load_teacher(config: RunConfig) -> ClipModel | None:
 
 
 def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, say: Callable[[str], None]) -> ClipModel:
-    if config.student.startswith(LOCAL_DIR):
+    if model_folder(config.student) is not None:
         if config.pretrained_image or config.pretrained_text:
             raise UsageError(
                 f"{config.student} has weights already, and others were named to start from.",

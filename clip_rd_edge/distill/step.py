@@ -59,6 +59,8 @@ class TrainingStep:
 
     Args:
         teacher: None where the objective needs none.
+        image_tower: another way of computing the student's image embeddings by its parameters, such as with INT8's
+            rounding; None for the plain one.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class TrainingStep:
         objective: Objective,
         processes: Processes,
         settings: StepSettings,
+        *,
+        image_tower: nn.Module | None = None,
     ) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
         self.processes, self.settings = processes, settings
-        self._image_tower: nn.Module = ImageTower(student.model)
+        self._image_tower: nn.Module = image_tower or ImageTower(student.model)
         self._text_tower: nn.Module = TextTower(student.model)
         if settings.compile:
             self._image_tower.compile()

@@ -20,6 +20,7 @@ from clip_rd_edge.distill.metrics import MetricsLog, Progress, peak_memory_bytes
 from clip_rd_edge.distill.precision import AUTOCAST
 from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.provenance import provenance
+from clip_rd_edge.distill.quantized import Quantization
 from clip_rd_edge.distill.signals import stop_on_signals
 from clip_rd_edge.distill.state import Stateful, load_state, save_state, seed_everything
 from clip_rd_edge.distill.step import StepSettings, TrainingStep
@@ -66,9 +67,22 @@ def train(
     set_training_mode(student, config)
     update = Update(model, objective, recipe, steps=steps)
     parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": update}
+    quantization = Quantization() if config.quantize else None
+    if quantization:
+        parts["ranges"] = quantization.ranges
     start = load_state(run, parts)
     kept = dataclasses.replace(student, model=update.model_to_keep)
-    step_of = TrainingStep(student, teacher, objective, processes, step_settings(config, AUTOCAST[recipe.precision]))
+    if quantization and start == 0:
+        quantization.calibrate(student, dataset, config)
+    step_of = TrainingStep(
+        student,
+        teacher,
+        objective,
+        processes,
+        step_settings(config, AUTOCAST[recipe.precision]),
+        image_tower=quantization.tower(student) if quantization else None,
+    )
+    encoder = TorchEncoder(kept, image_tower=quantization.tower(kept) if quantization else None)
     log = MetricsLog(run, start=start) if processes.first else None
     board = TensorBoardLog(run, start=start) if processes.first and config.report_to == "tensorboard" else None
     sampler = StepSampler(
@@ -94,7 +108,7 @@ def train(
             last = done == steps
             due = last or (config.evaluate_every and done % config.evaluate_every == 0)
             if due and evaluate and processes.first:
-                evaluation = evaluate(TorchEncoder(kept))
+                evaluation = evaluate(encoder)
                 keep_if_best(run, kept, evaluation, provenance=provenance(config, of, steps=done))
             elapsed = time.perf_counter() - began
             bad = processes.total(dataset.bad.found)
@@ -149,8 +163,11 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettin
 
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
-    """Training mode; with `freeze_text`, the text tower learns nothing but its projection."""
-    student.model.train()
+    """Training mode; with `freeze_text`, the text tower learns nothing but its projection.
+
+    With `quantize` it is evaluation mode: batch norms, which become part of convolutions, keep their figures.
+    """
+    student.model.train(config.quantize is None)
     if config.gradient_checkpointing:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.freeze_text:

@@ -24,12 +24,13 @@ class TorchEncoder:
 
     Args:
         folder: where the model lies, for its size on disk; None where it has none yet.
+        image_tower: another way of computing its image embeddings, such as with INT8's rounding.
     """
 
-    def __init__(self, clip: ClipModel, *, folder: Path | None = None) -> None:
+    def __init__(self, clip: ClipModel, *, folder: Path | None = None, image_tower: nn.Module | None = None) -> None:
         self.clip = clip
         self.folder = folder
-        self._image_tower = ImageTower(clip.model)
+        self._image_tower = image_tower or ImageTower(clip.model)
         self._text_tower = TextTower(clip.model)
 
     def describe(self) -> Description:

@@ -30,6 +30,7 @@ def test_a_run_of_the_users_own_pairs(command_line: Run, pairs_csv: Path, tmp_pa
         (("--recipe", "clip-rd"), "needs a teacher"),
         (("--batch-size", "1"), "at least 2"),
         (("--batch-size", "100"), "has only 24 pairs"),
+        (("--quantize", "int8"), "fine-tunes a trained student"),
         (("--recipe", "clip-rd", "--teacher", "ViT-B-61", "--teacher-pretrained", "openai"), "no model 'ViT-B-61'"),
     ],
 )
@@ -43,6 +44,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert message in error
     assert error.count("\n") <= 2
     assert not run.exists()
+
+
+def test_only_int8_can_be_distilled_for(command_line: Run, tmp_path: Path) -> None:
+    arguments = ("--data", "emoji", "--student", "mobilevit_xxs", "--quantize", "int4", "-o", tmp_path / "run")
+    code, _, error = command_line("distill", *arguments)
+    assert (code, (tmp_path / "run").exists()) == (2, False)
+    assert "'int4' is not 'int8'" in error
 
 
 def test_a_folder_in_use(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
