@@ -70,6 +70,7 @@ def test_it_trains_what_is_exported_and_goes_on_where_it_was_killed(config: RunC
     assert all(torch.equal(after[name], resumed[name]) for name in after)
 
 
+@pytest.mark.slow
 def test_its_loss_is_that_of_the_rounded_tower(config: RunConfig, tmp_path: Path) -> None:
     one = msgspec.structs.replace(config.recipe, steps=1)
     losses = []

@@ -89,7 +89,7 @@ def int8_tensors(exported: bytes, pixels: Pixels) -> list[tuple[float, Pixels]]:
 @pytest.mark.parametrize(
     "trunk",
     [
-        "test_resnet",  # ReLU, residual sums, max pooling
+        pytest.param("test_resnet", marks=pytest.mark.slow),  # ReLU, residual sums, max pooling
         "test_efficientnet",  # SiLU, depthwise convolutions
         pytest.param("mobilenetv3_small", marks=pytest.mark.slow),  # hard swish, squeeze and excitation
         pytest.param("mobilevit_xxs", marks=pytest.mark.slow),  # attention between convolutions
