@@ -8,13 +8,14 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmarking import noise
+from clip_rd_edge.benchmarking import formats, noise
 from clip_rd_edge.benchmarking.answers import Marks
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.benchmarking.scores import Interval, difference_interval
 from clip_rd_edge.errors import InputError
 
 Verdict = Literal["regression", "improvement", "noise", "same"]
+VISIBLE = 0.15  # a change that a comparison should be able to tell
 BUSY = 0.05  # of the machine's time: above, latencies are not the models' alone
 KINDS = {"image": "image tower", "text": "text tower", "end_to_end": "end to end"}
 
@@ -90,6 +91,11 @@ def compare_runs(old: Results, new: Results) -> Changes:
     if unpaired := [row.label for row, _ in pairs if row.label not in {each.row for each in accuracies}]:
         remarks.append(f"Accuracy is not compared, as no task has the same questions in both runs: {_join(unpaired)}.")
     latencies = () if why_not else tuple(_latencies(old, new, pairs))
+    if noisy := sum(each.noise > VISIBLE for each in latencies):
+        remarks.append(
+            f"{noisy} of {len(latencies)} latencies are so noisy that a change of {formats.share(VISIBLE, 1)} would "
+            f"not be seen: time both runs again on a quiet machine."
+        )
     return Changes(
         latencies=latencies,
         accuracies=accuracies,
@@ -189,10 +195,14 @@ def _pace(old: Results, new: Results) -> list[str]:
     before, after = np.median(old.reference.image), np.median(new.reference.image)
     if abs(after / before - 1) >= 0.01:
         slower = "slower" if after > before else "faster"
-        remarks.append(f"The machine itself was {abs(after / before - 1):.0%} {slower}, which is taken out.")
+        remarks.append(
+            f"The machine itself was {formats.share(abs(after / before - 1), 1)} {slower}, which is taken out."
+        )
     for name, run in (("old", old), ("new", new)):
         if run.other_load is not None and run.other_load > BUSY:
-            remarks.append(f"Other processes took {run.other_load:.0%} of the machine during the {name} run.")
+            remarks.append(
+                f"Other processes took {formats.share(run.other_load, 1)} of the machine during the {name} run."
+            )
     return remarks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking import noise
+from clip_rd_edge.benchmarking import formats, noise
 from clip_rd_edge.benchmarking.changes import BUSY
 from clip_rd_edge.benchmarking.findings import better_than_a_guess
 from clip_rd_edge.benchmarking.overview import heading
@@ -58,13 +58,13 @@ def _noise(results: Results) -> list[str]:
     notes = []
     if (found := noise_figure(results)) is not None:
         notes.append(
-            f"Noise: p50s of two runs of this suite on this machine differ by up to {found:.0%} by chance, each as a "
-            f"multiple of a fixed piece of work that is timed beside the models; --compare takes less for no change."
+            f"Noise: by chance, p50s of two such runs differ by up to {formats.share(found, 1)}, each taken as a "
+            f"multiple of a fixed piece of work that is timed beside the models."
         )
     if results.other_load is not None and results.other_load > BUSY:
         notes.append(
-            f"The machine was busy: other processes took {results.other_load:.0%} of its time while models were timed. "
-            f"Latencies are too high, and unevenly so."
+            f"The machine was busy: other processes took {formats.share(results.other_load, 1)} of its time while "
+            f"models were timed. Latencies are too high, and unevenly so."
         )
     rows = results.rows
     if rows[0].throughput and all(row.energy_joules is None for row in rows):

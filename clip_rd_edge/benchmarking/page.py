@@ -134,12 +134,10 @@ def _worst(results: Results) -> str:
 
 
 def _worst_class(found: WorstClass) -> str:
-    shown = f'<img src="{_data_uri(found.png, "image/png")}" alt="{escape(found.label)}" loading="lazy">'
+    shown = f'<img src="{_data_uri(found.png, "image/png")}" alt="{escape(found.label)}">'
     other = ""
     if found.taken_for_png:
-        other = (
-            f'<img src="{_data_uri(found.taken_for_png, "image/png")}" alt="{escape(found.taken_for)}" loading="lazy">'
-        )
+        other = f'<img src="{_data_uri(found.taken_for_png, "image/png")}" alt="{escape(found.taken_for)}">'
     right = f"{found.right} of {found.pictures} right"
     return (
         f"<li><figure>{shown}<figcaption><strong>{escape(found.label)}</strong> {right}</figcaption></figure>"
@@ -149,7 +147,7 @@ def _worst_class(found: WorstClass) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    picture = f'<img src="{_data_uri(sample.png, "image/png")}" alt="{escape(sample.label)}" loading="lazy">'
+    picture = f'<img src="{_data_uri(sample.png, "image/png")}" alt="{escape(sample.label)}">'
     answers = "".join(map(_answer, sample.answers))
     return f"<li>{picture}<div><strong>{escape(sample.label)}</strong><dl>{answers}</dl></div></li>"
 

@@ -114,6 +114,7 @@ def test_on_a_real_machine_slow_is_told_from_noise(
     second = timed(results, clock, pictures["red"], open_fake, real(1, clock, 1.08))  # the machine is slower
     honest = compare_runs(first, second)
     assert honest.regressions == 0
+    assert max(each.noise for each in honest.latencies) < 0.15
     assert any("The machine itself was" in remark and "slower" in remark for remark in honest.remarks)
     raw = [each.new_ms / each.old_ms for each in honest.latencies]
     assert np.median(raw) > 1.05
@@ -159,8 +160,19 @@ def test_latencies_of_other_machines_and_old_results_are_left_alone(results: Res
     other = msgspec.structs.replace(results.environment, machine="Abacus, 2 cores")
     changes = compare_runs(results, msgspec.structs.replace(results, environment=other))
     assert changes.latencies == ()
+    assert "would not be seen" not in " ".join(changes.remarks)
     assert "the machines differ" in changes.remarks[0]
     assert compare_runs(msgspec.structs.replace(results, reference=None), results).latencies == ()
+
+
+def test_a_run_that_is_too_noisy_says_so(results: Results) -> None:
+    def shaken(row: Any) -> Any:
+        image = msgspec.structs.replace(row.latency.image, sittings=(1.0, 3.0))
+        return msgspec.structs.replace(row, latency=msgspec.structs.replace(row.latency, image=image))
+
+    reference = msgspec.structs.replace(results.reference, image=(1.0, 1.0))
+    noisy = msgspec.structs.replace(results, rows=tuple(map(shaken, results.rows)), reference=reference)
+    assert "a change of 15\u00a0% would not be seen" in " ".join(compare_runs(noisy, noisy).remarks)
 
 
 def test_nothing_in_common(results: Results) -> None:
