@@ -54,8 +54,6 @@ class Int8Placement(TorchFunctionMode):
         first = args[0] if args else kwargs.get("input")
         if func is F.batch_norm and id(first) in self._normed:
             return first
-        if func is F.dropout and not kwargs.get("training", True):
-            return first
         follower = self._follower(func, first, args, kwargs) if id(first) in self._given else None
         if follower is not None:
             return follower

@@ -19,8 +19,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.data import emoji
@@ -51,6 +53,7 @@ class Measured:
 
     def __init__(self, run: str, tasks: list[ZeroShotTask]) -> None:
         clip = load_clip(run)
+        self.trunk: str = clip.model_cfg["vision_cfg"]["timm_model_name"]
         encoder = TorchEncoder(clip)
         labels = [label_embeddings(encoder, task.labels, clip.templates) for task in tasks]
         pixels = np.stack([preprocess(open_image(path), clip.preprocessing) for task in tasks for path in task.images])
@@ -87,6 +90,19 @@ def right_answers(embeddings: Embeddings, labels: list[Embeddings], tasks: list[
     return found
 
 
+class Trained(msgspec.Struct):
+    """What is said of a run."""
+
+    steps: int
+    seed: int
+
+
+def trained(run: str) -> Trained:
+    folder = model_folder(run)
+    assert folder is not None, f"{run} is no run"
+    return read_json(folder / DISTILLATION_FILE, Trained)
+
+
 def row(name: str, of: Measured, original: Measured, pictures: int) -> dict[str, Any]:
     own, others = (agreement(m.float32.embeddings, of.int8.embeddings).centred_cosine for m in (of, original))
     drift = agreement(original.float32.embeddings, of.float32.embeddings).centred_cosine
@@ -115,12 +131,15 @@ def main() -> None:
     pictures = sum(len(task.images) for task in tasks)
     original = Measured(given.student, tasks)
     rows = [row("post-training", original, original, pictures)]
-    for number, run in enumerate(given.quantized):
-        rows.append(row(f"distilled for INT8, run {number}", Measured(run, tasks), original, pictures))
+    for run in given.quantized:
+        how = trained(run)
+        name = f"distilled for INT8, {how.steps} steps, seed {how.seed}"
+        rows.append(row(name, Measured(run, tasks), original, pictures))
         print(msgspec.json.encode(rows[-1]).decode())
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": machine_name(),
+        "student": original.trunk,
         "pictures": pictures,
         "rows": rows,
     }
