@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.structs import convert
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.hub import asks_the_hub, hub_if_reachable, loading_error, with_parts
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
@@ -41,15 +43,22 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     else:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
-    try:
-        model = open_clip.create_model(
-            spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
-        )
-        tokenizer = open_clip.get_tokenizer(spec)
-        model_cfg = model_cfg or open_clip.get_model_config(spec)
-    except Exception as error:  # open_clip, hub and torch raise all kinds
-        raise _loading_error(spec, pretrained, error) from error
+    # Its own words come in the error that is raised: open_clip logs each step of loading, and each failure, too.
+    logging.getLogger().setLevel(logging.CRITICAL)
+    with hub_if_reachable() if asks_the_hub(spec, pretrained, model_cfg) else nullcontext():
+        try:
+            model = open_clip.create_model(
+                spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
+            )
+        except Exception as error:  # open_clip, hub and torch raise all kinds
+            raise loading_error(with_parts(spec, pretrained, model_cfg), error) from error
+        try:
+            tokenizer = open_clip.get_tokenizer(spec)
+            model_cfg = model_cfg or open_clip.get_model_config(spec)
+        except Exception as error:
+            named = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
+            what = f"The tokenizer of {spec}{f' ({named})' if named and not folder else ''}"
+            raise loading_error(what, error) from error
     return ClipModel(
         name=_display_name(spec, pretrained),
         model=model.eval(),
@@ -138,15 +147,3 @@ def _display_name(spec: str, pretrained: str | None) -> str:
         # Every run keeps its student in a folder of the same name: the run's name tells more.
         return path.parent.name if path.name == STUDENT_FOLDER else path.name
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
-
-
-def _loading_error(spec: str, pretrained: str | None, error: Exception) -> InputError | ConfigError:
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    what = f"{spec} with the weights {pretrained!r}" if pretrained else spec
-    offline = any(word in str(error) for word in ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound"))
-    if offline or spec.startswith("hf-hub:"):
-        return InputError(
-            f"The model {what} could not be fetched: {first_line}.",
-            hint="fetch it where there is a network, and give its folder as local-dir:PATH",
-        )
-    return ConfigError(f"The model {what} could not be loaded: {first_line}.")

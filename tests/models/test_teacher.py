@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -71,3 +72,56 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, 
         load_clip("hf-hub:someone/none")
     assert "\n" not in str(error.value)
     assert "local-dir" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "expected"),
+    [
+        ("open_clip:ViT-B-32", "openai", "The model ViT-B-32 with the weights 'openai' could not be fetched"),
+        (
+            "xlm-roberta-base-ViT-B-32",
+            "laion5b_s13b_b90k",
+            "The model xlm-roberta-base-ViT-B-32 with the text tower xlm-roberta-base and the weights",
+        ),
+    ],
+)
+def test_without_a_network_what_is_missing_is_named_at_once(
+    name: str, pretrained: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=f"{expected}.*the hub cannot be reached") as error:
+        load_clip(name, pretrained=pretrained)
+    assert "local-dir:PATH" in error.value.hint
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # only within
+
+
+@pytest.mark.slow
+def test_a_siglip_whose_tokenizer_is_not_here_is_one_sentence_and_its_folder_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = open_clip.get_model_config("ViT-B-16-SigLIP")
+    folder = tmp_path / "siglip"
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-16-SigLIP")
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(InputError, match=r"The tokenizer of ViT-B-16-SigLIP \(timm/ViT-B-16-SigLIP\) could not be"):
+        load_clip("open_clip:ViT-B-16-SigLIP", pretrained=str(folder / "open_clip_pytorch_model.bin"))
+    # With the tokenizer's files beside the weights, as the hub has them, no network is needed.
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
+    )
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "a"]))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    clip = load_clip(str(folder))
+    assert clip.tokenizer(["a cat"])[0, :5].tolist() == [2, 6, 5, 3, 0]
+    assert clip.context_length == 64
