@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._browser import BROWSER, require_browser, write_from_bundle
+from clip_rd_edge.cli._int8 import budget_of, int8_options
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.formats import Format, Precision, require_fit
+from clip_rd_edge.exporters.formats import Fallback, Format, Precision, require_fit
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporters.choose import Trial
@@ -51,6 +52,7 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
     "--node-modules", type=click.Path(path_type=Path), metavar="DIR",
     help="Where npm has installed what --target browser needs. Default: fetched once.",
 )  # fmt: skip
+@int8_options
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="To measure latency with.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder.")
 @click.option("--force", is_flag=True, help="Replace what stands at the output.")
@@ -66,6 +68,9 @@ def command(
     labels_file: Path | None,
     calibration: str | None,
     node_modules: Path | None,
+    min_agreement: float | None,
+    max_loss: float | None,
+    fallback: Fallback | None,
     threads: int,
     output: Path,
     force: bool,
@@ -74,12 +79,13 @@ def command(
     """Turn MODEL into a bundle: two ONNX files, a tokenizer and a manifest, which run without torch.
 
     MODEL is the folder of a run, an open_clip folder, or any model that open_clip loads. INT8 is tried in several
-    ways; a tower that it makes no faster, or too inaccurate, stays float32. FP16 is for size and for GPUs: on a CPU it
-    is no faster. TensorRT engines for RTX cards are built on any machine; a Jetson
-    builds its own with the bundle's build.sh.
+    ways and measured beside float32; a tower that it makes neither faster nor, at the same speed, smaller, or too
+    inaccurate, stays float32. FP16 is for size and for GPUs: on a CPU it is no faster. TensorRT engines for RTX cards
+    are built on any machine; a Jetson builds its own with the bundle's build.sh.
 
     \b
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
+    clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --format trt --precision fp16 --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt --precision int8 --target jetson-orin -o bundle
     clip-rd-edge export bundle --target browser -o site
@@ -96,6 +102,9 @@ def command(
         )
     else:
         _require_target(format, target)
+    budget = budget_of(
+        precision=precision, format=format, min_agreement=min_agreement, max_loss=max_loss, fallback=fallback
+    )
     if layout == "immich" and format != "onnx":
         raise UsageError(f"immich runs ONNX; expected --format onnx, not {format}.")
 
@@ -132,6 +141,8 @@ def command(
             target=None if for_browser else target,
             preprocess_in_graph=preprocess_in_graph,
             calibration=drawn,
+            budget=budget,
+            fallback=fallback,
             labels=labels,
             provenance=_provenance(model, pretrained),
             overwrite=force or not as_bundle,
@@ -177,11 +188,16 @@ def _show(manifest: Manifest, trials: Sequence[Trial]) -> None:
 
     if trials:
         table = Table("tower", "INT8", title="tried, each beside float32", title_justify="left")
-        for heading in ("latency", "centred cosine", "size"):
+        for heading in ("latency", "centred cosine", "zero-shot", "size"):
             table.add_column(heading, justify="right")
         table.add_column("verdict")
         for trial in trials:
-            figures = (f"× {trial.latency_ratio:.2f}", f"{trial.centred_cosine:.4f}", f"× {trial.size_ratio:.2f}")
+            figures = (
+                f"× {trial.latency_ratio:.2f}",
+                f"{trial.centred_cosine:.4f}",
+                f"{-trial.loss_points:+.1f}",
+                f"× {trial.size_ratio:.2f}",
+            )
             style = "bold" if trial.verdict == "shipped" else None
             table.add_row(trial.tower, trial.name, *figures, trial.verdict, style=style)
         stderr.print(table, width=None if stderr.is_terminal else _PIPED_WIDTH)

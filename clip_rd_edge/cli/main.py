@@ -97,6 +97,11 @@ def main() -> None:
         if isinstance(error, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(130)
+        from clip_rd_edge.contract.files import full_disk
+
+        if full := full_disk(error):
+            _say(full)
+            sys.exit(full.exit_code)
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
         click.echo("hint: run it again with --debug for the traceback", err=True)
         sys.exit(1)

@@ -6,6 +6,7 @@ half-written thing for a finished one, whenever the writer was killed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,7 +15,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_of(path: Path) -> str:
@@ -90,3 +93,17 @@ def new_folder(path: Path) -> Iterator[Path]:
             old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def full_disk(error: BaseException) -> ClipRdEdgeError | None:
+    """Where `error`, or what it came of, is a disk that is full: the same in one sentence; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            where = f" for {cause.filename}" if cause.filename else ""
+            return ClipRdEdgeError(
+                f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
+                hint="free some, or choose another -o; temporary files lie where the variable TMPDIR says",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -14,9 +14,9 @@ from clip_rd_edge.contract.files import new_folder, refuse_unless_free, write_by
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.backends import OPENVINO, ORT
 from clip_rd_edge.exporters.calibration import CalibrationSet
-from clip_rd_edge.exporters.choose import Trial
+from clip_rd_edge.exporters.choose import Budget, Trial
 from clip_rd_edge.exporters.engines import write_engines
-from clip_rd_edge.exporters.formats import Format, Precision, require_fit
+from clip_rd_edge.exporters.formats import Fallback, Format, Precision, require_fit
 from clip_rd_edge.exporters.fp32 import write_fp32
 from clip_rd_edge.exporters.half import write_fp16
 from clip_rd_edge.exporters.in_graph import PICTURE, with_preprocessing
@@ -40,6 +40,8 @@ def export_bundle(
     target: str | None = None,
     preprocess_in_graph: bool = False,
     calibration: CalibrationSet | None = None,
+    budget: Budget = Budget(),  # noqa: B008 — frozen
+    fallback: Fallback | None = None,
     labels: Sequence[str] | None = None,
     provenance: dict[str, str],
     overwrite: bool = False,
@@ -56,6 +58,8 @@ def export_bundle(
         target: what engines are for, one of `tensorrt.TARGETS`.
         preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises itself.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
+        budget: what INT8 may cost.
+        fallback: what a tower becomes that INT8 makes no better; see `int8.write_int8`.
         provenance: where the model comes from, for the manifest.
         source: the model's own float32 bundle, from which INT8 is then made without a second export.
         labels: names for a label bank, so that a device with fixed labels needs no text tower.
@@ -69,7 +73,8 @@ def export_bundle(
             calibration set; `source` is no float32 bundle.
         InputError: engines cannot be built for `target`.
         MissingExtraError: TensorRT or OpenVINO is needed and not installed.
-        ClipRdEdgeError: a tower cannot be exported, or the file does not do what the model does.
+        ClipRdEdgeError: a tower cannot be exported, the file does not do what the model does, or INT8 is worth
+            shipping for no tower and `fallback` allows nothing else.
     """
     refuse_unless_free(output, overwrite=overwrite)
     require_fit(format, precision)
@@ -95,6 +100,8 @@ def export_bundle(
                 precision=precision,
                 target=target or "",
                 calibration=calibration,
+                budget=budget,
+                fallback=fallback,
                 threads=threads,
                 progress=progress,
                 on_trials=on_trials,
@@ -116,6 +123,8 @@ def _written_from(
     precision: Precision,
     target: str,
     calibration: CalibrationSet | None,
+    budget: Budget,
+    fallback: Fallback | None,
     threads: int,
     progress: Callable[[str], None],
     on_trials: Callable[[Sequence[Trial]], None],
@@ -123,7 +132,13 @@ def _written_from(
     """What is made from the float32 bundle `source`, in `folder`."""
     if format == "trt" and precision != "bf16":
         return write_engines(
-            source, folder, precision=precision, target=target, calibration=calibration, progress=progress
+            source,
+            folder,
+            precision=precision,
+            target=target,
+            calibration=calibration,
+            budget=budget,
+            progress=progress,
         )
     if precision == "int8" and calibration is not None:
         return write_int8(
@@ -134,6 +149,8 @@ def _written_from(
             progress=progress,
             on_trials=on_trials,
             backend=OPENVINO if format == "openvino" else ORT,
+            budget=budget,
+            fallback=fallback,
         )
     if precision in ("fp32", "bf16"):
         return write_openvino(source, folder, precision=precision, threads=threads, progress=progress)

@@ -11,6 +11,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.choose import Budget
 from clip_rd_edge.exporters.engine_layers import layers_not_in
 from clip_rd_edge.exporters.jetson import write_build_files
 from clip_rd_edge.exporters.source import open_source
@@ -26,6 +27,7 @@ def write_engines(
     target: str,
     calibration: CalibrationSet | None,
     progress: Callable[[str], None],
+    budget: Budget = Budget(),  # noqa: B008 — frozen
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
 
@@ -41,7 +43,9 @@ def write_engines(
     """
     require_target(target)
     manifest = open_source(source, folder, calibration=calibration)
-    typed = typed_towers(source, manifest, precision=precision, calibration=calibration, progress=progress)
+    typed = typed_towers(
+        source, manifest, precision=precision, calibration=calibration, budget=budget, progress=progress
+    )
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
         typed_tower = typed[name]

@@ -8,6 +8,8 @@ from clip_rd_edge.errors import UsageError
 
 Format = Literal["onnx", "openvino", "trt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+# What a tower becomes that no INT8 version deserves; `none` refuses the export.
+Fallback = Literal["fp32", "fp16", "none"]
 PRECISIONS: dict[Format, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "bf16", "int8"),

@@ -80,18 +80,19 @@ def write_fp16(
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
         progress(f"{name} tower: float16")
-        half = half_tower(source / tower.file, probes[name])
-        towers[name] = _written(half, tower, probes[name], (source, folder), threads=threads, timer=timer)
+        towers[name] = write_half(source, folder, tower, probes[name], threads=threads, timer=timer)
     precisions = dict.fromkeys(tower.precision for tower in towers.values())
     return msgspec.structs.replace(
         manifest, precision=" + ".join(precisions), image=towers["image"], text=towers["text"], files={}
     )
 
 
-def _written(
-    half: HalfTower, tower: Tower, probes: Inputs, folders: tuple[Path, Path], *, threads: int, timer: Timer
+def write_half(
+    from_folder: Path, folder: Path, tower: Tower, probes: Inputs, *, threads: int, timer: Timer = time_in_turn
 ) -> Tower:
-    source, target = folders[0] / tower.file, folders[1] / tower.file
+    """Write one tower of a float32 bundle in float16 into `folder`; returns it as the manifest has it."""
+    source, target = from_folder / tower.file, folder / tower.file
+    half = half_tower(source, probes)
     if half.model is None:
         shutil.copy2(source, target)
         return msgspec.structs.replace(tower, note=why_float32(half))

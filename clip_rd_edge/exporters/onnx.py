@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
+from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.quiet import silently
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -59,6 +60,8 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
             )
         onnx.checker.check_model(str(path))
     except Exception as error:  # the exporter raises all kinds, whose reports are pages long
+        if full := full_disk(error):
+            raise full from error
         raise ClipRdEdgeError(
             f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {_reason(error)}.",
             hint="choose a trunk among clip-rd-edge's presets, or a newer torch",

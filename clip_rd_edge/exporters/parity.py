@@ -56,6 +56,16 @@ def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
     )
 
 
+def matched(pictures: Embeddings, captions: Embeddings) -> float:
+    """Share of N pictures whose own caption is nearest among all N: both (N, D), row by row a pair.
+
+    A caption that another pair has, too, counts as either's own.
+    """
+    similarities = pictures.astype(np.float64) @ captions.astype(np.float64).T
+    own = np.diagonal(similarities)
+    return float(np.mean(own >= similarities.max(axis=1) - 1e-6))  # rounding sets equal captions apart
+
+
 def _mean_cosine(a: Rows, b: Rows) -> float:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(np.mean(np.sum(a * b, axis=1) / np.maximum(norms, 1e-24)))

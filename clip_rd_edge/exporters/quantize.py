@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from clip_rd_edge.contract.bundle import Measurement
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.candidates import Candidate
-from clip_rd_edge.exporters.choose import Measured, Trial, choose
+from clip_rd_edge.exporters.choose import Budget, Measured, Trial, choose
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.runtime.timing import time_in_turn
 
-# Least centred cosine with float32. Text asks for more: its embeddings are the classifier of every picture.
-MIN_AGREEMENT = {"image": 0.99, "text": 0.995}
 _FP32 = "float32"
 
 
@@ -48,7 +48,8 @@ def quantize_tower(
     tower: str,
     calibrate: Inputs,
     judge: Inputs,
-    min_agreement: float | None = None,
+    budget: Budget = Budget(),  # noqa: B008 — frozen
+    accuracy: Callable[[Embeddings], float] = lambda _: 1.0,
     threads: int = 1,
     progress: Callable[[str], None] = lambda _: None,
     timer: Timer = time_in_turn,
@@ -61,13 +62,13 @@ def quantize_tower(
         tower: `image` or `text`.
         calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
         judge: others, which candidates are judged by.
-        min_agreement: least centred cosine with float32; None takes the tower's in MIN_AGREEMENT.
+        budget: what INT8 may cost.
+        accuracy: share of the judging pairs that the tower's embeddings of `judge` match beside the other tower's.
         threads: threads that latencies are measured with.
         progress: told in a few words what is being done.
         timer: times calls in turn.
         backend: the runtime that it is quantised for, and measured in.
     """
-    least = MIN_AGREEMENT[tower] if min_agreement is None else min_agreement
     sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
     contents: dict[str, bytes] = {}
     failed: list[Trial] = []
@@ -75,7 +76,7 @@ def quantize_tower(
         ways = backend.ways(
             preprocessed(model, Path(folder)),
             calibrate,
-            allowed_error=1 - least,
+            allowed_error=1 - budget.min_agreement(tower),
             threads=threads,
             progress=lambda what: progress(f"{tower} tower: {what}"),
         )
@@ -90,11 +91,12 @@ def quantize_tower(
     reference = embed(sessions[_FP32], judge)
     times = latencies(sessions, judge, timer=timer)
     fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
-    tried = {
-        name: Measured(name, times[name], agreement(reference, embed(sessions[name], judge)), len(content))
-        for name, content in contents.items()
-    }
-    choice = choose(tower, fp32, list(tried.values()), min_agreement=least)
+    tried = {}
+    for name, content in contents.items():
+        found = embed(sessions[name], judge)
+        loss = 100 * (accuracy(reference) - accuracy(found))
+        tried[name] = Measured(name, times[name], agreement(reference, found), len(content), loss)
+    choice = choose(tower, fp32, list(tried.values()), budget=budget)
     shipped = tried[choice.name] if choice.name else fp32
     return QuantizedTower(
         model=contents[choice.name] if choice.name else None,
@@ -112,7 +114,9 @@ def _made(way: Candidate, backend: Backend, threads: int) -> tuple[bytes, Any] |
         return content, backend.open(content, threads=threads)
     except ConfigError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 — the quantiser raises all kinds; one way that fails leaves the others
+    except Exception as error:  # the quantiser raises all kinds; one way that fails leaves the others
+        if full := full_disk(error):
+            raise full from error
         return f"{type(error).__name__}: {error}"
 
 
@@ -124,5 +128,6 @@ def _failed(tower: str, way: Candidate, reason: str) -> Trial:
         latency_ratio=float("nan"),
         centred_cosine=float("nan"),
         size_ratio=float("nan"),
+        loss_points=float("nan"),
         verdict=f"failed: {first_line[:80]}",
     )

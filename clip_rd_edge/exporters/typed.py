@@ -12,10 +12,10 @@ import onnx
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.choose import Budget
 from clip_rd_edge.exporters.fp16 import overflowing, to_fp16
 from clip_rd_edge.exporters.half import half_tower, probes_of, why_float32
 from clip_rd_edge.exporters.measure import Inputs
-from clip_rd_edge.exporters.quantize import MIN_AGREEMENT
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.exporters.symmetric_tower import symmetric_tower
 
@@ -45,6 +45,7 @@ def typed_towers(
     *,
     precision: TypedPrecision,
     calibration: CalibrationSet | None,
+    budget: Budget,
     progress: Callable[[str], None],
 ) -> dict[str, TypedTower]:
     """Both towers of the float32 bundle `source`; one that INT8 costs too much is in float16, and its note says so."""
@@ -56,7 +57,7 @@ def typed_towers(
         if precision == "int8" and calibration is not None:
             drawn = (calibration.calibrate, calibration.judge)
             samples = [part.pixels if name == "image" else part.ids for part in drawn]
-            made[name] = _int8(model, name, (samples[0], samples[1]), probes[name], progress)
+            made[name] = _int8(model, name, (samples[0], samples[1]), probes[name], budget, progress)
         else:
             made[name] = _float(model, probes[name], half=precision != "fp32")
     return made
@@ -74,9 +75,14 @@ def _float(model: Path, probes: Inputs, *, half: bool, note: str = "") -> TypedT
 
 
 def _int8(
-    model: Path, name: str, samples: tuple[Inputs, Inputs], probes: Inputs, progress: Callable[[str], None]
+    model: Path,
+    name: str,
+    samples: tuple[Inputs, Inputs],
+    probes: Inputs,
+    budget: Budget,
+    progress: Callable[[str], None],
 ) -> TypedTower:
-    least = MIN_AGREEMENT[name]
+    least = budget.min_agreement(name)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = preprocessed(model, Path(scratch))
         found = symmetric_tower(

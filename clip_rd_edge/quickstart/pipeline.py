@@ -84,6 +84,7 @@ def _export(settings: Settings, watch: Watcher, precision: Literal["fp32", "fp16
         bundle,
         precision=precision,
         calibration=calibration,
+        fallback="fp32",  # a machine on which INT8 is not worth it gets its report, too
         labels=[concept.name for concept in emoji.concepts()],
         provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
         source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",

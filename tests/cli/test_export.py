@@ -77,11 +77,20 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
     empty, few = tmp_path / "empty.txt", tmp_path / "few.csv"
     empty.write_text("\n")
     few.write_text("\n".join(pairs.read_text().splitlines()[:11]))
-    new = tmp_path / "new"
+    new, used = tmp_path / "new", tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
     wrong: list[tuple[tuple[str | Path, ...], str]] = [
         ((run_folder,), "Missing option '-o'"),
+        ((run_folder, "-o", used), "exists already and is not empty"),
         ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8'"),
         ((run_folder, "-o", new, "--precision", "bf16"), "onnx cannot be in bf16; expected fp32, fp16, int8"),
+        ((run_folder, "-o", new, "--fallback", "fp16"), "--fallback is for --precision int8, not fp32"),
+        (
+            (run_folder, "-o", new, "--precision", "int8", "--format", "trt", "--target", "sm86", "--max-loss", "1"),
+            "--max-loss is for ONNX Runtime and OpenVINO",
+        ),
+        (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was named without weights"),
         ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),
         ((tmp_path / "none", "-o", new), "There is no model"),

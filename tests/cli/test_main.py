@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,3 +85,14 @@ def test_an_error_is_a_sentence_and_a_hint(command_line: Run, tmp_path: Path) ->
     assert output == ""
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+def test_a_full_disk_is_one_sentence(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
+
+    monkeypatch.setattr("clip_rd_edge.contract.device.device_names", full)
+    code, _, error = command_line("devices")
+    assert code == 1
+    assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")
+    assert "hint: free some" in error

@@ -39,11 +39,10 @@ from clip_rd_edge.contract.structs import to_json
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporters.backends import ORT
 from clip_rd_edge.exporters.calibration import calibration_set
-from clip_rd_edge.exporters.choose import Measured, choose
+from clip_rd_edge.exporters.choose import Budget, Measured, choose
 from clip_rd_edge.exporters.measure import Inputs, embed, latencies
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
 from clip_rd_edge.exporters.parity import Agreement, agreement
-from clip_rd_edge.exporters.quantize import MIN_AGREEMENT
 from clip_rd_edge.exporters.quiet import silently
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.models.clip import ClipModel
@@ -145,8 +144,12 @@ def quantize_by_nncf(model: Path, calibrate: Inputs, path: Path) -> None:
         openvino.save_model(nncf.quantize(read, data, model_type=kind, subset_size=len(calibrate)), path)
 
 
+def kind_of(tower: str) -> str:
+    return "text" if tower == TEXT else "image"
+
+
 def least(tower: str) -> float:
-    return MIN_AGREEMENT["text" if tower == TEXT else "image"]
+    return Budget().min_agreement(kind_of(tower))
 
 
 def shipped_by_ort(tower: str, folder: Path, one: Inputs) -> Made:
@@ -159,7 +162,7 @@ def shipped_by_ort(tower: str, folder: Path, one: Inputs) -> Made:
     itself = Agreement(0.0, 1.0, 1.0, JUDGE)
     fp32 = Measured(ORT_FP32, times[ORT_FP32], itself, size[ORT_FP32])
     tried = [Measured(each.name, times[each.name], each.of, size[each.name]) for each in candidates]
-    choice = choose(tower, fp32, tried, min_agreement=least(tower))
+    choice = choose(kind_of(tower), fp32, tried, budget=Budget())
     name = choice.name or ORT_FP32
     made = choice.name or "none: float32"
     return Made(path=str(folder / files[name]), made=made, size_bytes=size[name])

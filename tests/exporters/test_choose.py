@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_rd_edge.exporters.choose import Choice, Measured, choose
+from clip_rd_edge.exporters.choose import Budget, Choice, Measured, choose
 from clip_rd_edge.exporters.parity import Agreement
 from clip_rd_edge.exporters.sensitivity import GroupError, layers_within
 
 
-def _measured(name: str, latency_ms: float, agreement: float = 1.0, size: int = 100) -> Measured:
-    return Measured(name, np.full(9, latency_ms), Agreement(0.0, 1.0, agreement, 8), size)
+def _measured(name: str, latency_ms: float, agreement: float = 1.0, size: int = 100, loss: float = 0.0) -> Measured:
+    return Measured(name, np.full(9, latency_ms), Agreement(0.0, 1.0, agreement, 64), size, loss)
 
 
 def _choose(*tried: Measured) -> Choice:
-    return choose("image", _measured("float32", 10, size=400), tried, min_agreement=0.99)
+    return choose("image", _measured("float32", 10, size=400), tried, budget=Budget())
 
 
 def test_the_fastest_that_agrees_is_shipped() -> None:
@@ -34,14 +34,30 @@ def test_a_tower_that_is_slower_and_less_accurate_is_never_shipped() -> None:
     assert choice.name is None
     assert "none of 2 INT8 versions was faster" in choice.note
     assert "(slower) took 1.05 times as long at 0.9990" in choice.note
-    assert {trial.verdict for trial in choice.trials} == {"not faster than float32"}
+    assert {trial.verdict for trial in choice.trials} == {"slower than float32"}
 
 
 def test_the_note_tells_of_the_most_accurate_of_the_faster_ones() -> None:
     choice = _choose(_measured("x", 2, 0.5), _measured("y", 5, 0.985), _measured("z", 11, 0.97))
     assert choice.name is None
     assert "(y) took 0.50 times as long at 0.9850" in choice.note
-    assert choice.trials[2].verdict == "not faster than float32 and below 0.99"
+    assert choice.trials[2].verdict == "slower than float32 and below 0.99"
+
+
+def test_what_is_much_smaller_and_not_slower_is_shipped_where_nothing_is_faster() -> None:
+    table = _measured("token table alone", 10.1, 0.9999, size=200)
+    assert _choose(table).name == "token table alone"
+    assert _choose(table, _measured("good", 5, 0.995, size=150)).name == "good"
+    assert _choose(_measured("no smaller", 10.1, 0.9999, size=390)).name is None
+    assert _choose(_measured("slower", 10.4, 0.9999, size=200)).name is None
+
+
+def test_a_loss_of_zero_shot_accuracy_is_an_objection_from_the_second_picture_on() -> None:
+    assert _choose(_measured("one of 64", 3, 0.995, loss=100 / 64)).name == "one of 64"
+    lost = _choose(_measured("two of 64", 3, 0.995, loss=200 / 64))
+    assert (lost.name, lost.trials[0].verdict) == (None, "loses 3.1 points")
+    patient = choose("image", _measured("float32", 10), [_measured("a", 3, loss=3.1)], budget=Budget(max_loss=5))
+    assert patient.name == "a"
 
 
 def test_figures_are_ratios_to_float32() -> None:

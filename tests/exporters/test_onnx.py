@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,6 +96,17 @@ def test_an_unsupported_operator_is_one_sentence(make_student: Callable[..., Cli
         export_image_tower(clip, tmp_path)
     assert "\n" not in str(raised.value)
     assert raised.value.hint
+
+
+def test_a_full_disk_is_not_taken_for_an_unsupported_operator(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("the exporter failed") from OSError(errno.ENOSPC, "No space left on device", "image.onnx")
+
+    monkeypatch.setattr("torch.onnx.export", full)
+    with pytest.raises(ClipRdEdgeError, match=r"^There is no space left on the disk for image\.onnx"):
+        export_image_tower(student, tmp_path)
 
 
 def test_a_tower_that_differs_from_torch_is_refused(

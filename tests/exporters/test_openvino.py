@@ -51,7 +51,7 @@ def test_int8_is_tried_in_openvino(
     trials: list[str] = []
     manifest = export_bundle(
         student, tmp_path / "bundle", precision="int8", format="openvino",
-        source=fp32_bundle, calibration=calibration, provenance={},
+        source=fp32_bundle, calibration=calibration, provenance={}, fallback="fp32",
         on_trials=lambda tried: trials.extend(f"{trial.tower} {trial.name}" for trial in tried),
     )  # fmt: skip
     assert manifest.target == "openvino"
