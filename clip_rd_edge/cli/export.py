@@ -11,10 +11,11 @@ import click
 
 from clip_rd_edge.cli._browser import BROWSER, require_browser, write_from_bundle
 from clip_rd_edge.cli._int8 import budget_of, int8_options
+from clip_rd_edge.cli._target import aim_at
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.formats import Fallback, Format, Precision, require_fit
+from clip_rd_edge.exporters.formats import Fallback, Format, Precision
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporters.choose import Trial
@@ -26,14 +27,18 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 @click.argument("model")
 @click.option("--pretrained", metavar="TAG|FILE", help="Weights, where MODEL is one of open_clip's architectures.")
 @click.option(
-    "--format", type=click.Choice(["onnx", "openvino", "trt"]), default="onnx", show_default=True,
-    help="openvino: ONNX, for OpenVINO. trt: TensorRT engines beside their ONNX; needs no GPU.",
+    "--format", type=click.Choice(["onnx", "openvino", "trt"]),
+    help="openvino: ONNX, for OpenVINO. trt: TensorRT engines beside their ONNX; needs no GPU.  "
+    "[default: the target's, else onnx]",
 )  # fmt: skip
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="[default: the target's, else fp32]"
+)
 @click.option(
     "--target",
-    help="What trt is for: sm75, sm80, sm86, sm89, sm120, sm121; jetson-orin, jetson-thor. browser: a page that runs "
-    "the bundle in the browser alone; MODEL may be a bundle then.",
+    help="A device of `clip-rd-edge devices`, such as cpu-x86 or jetson-orin, or an RTX card's capability, such as "
+    "sm86: sets format and precision. browser: a page that runs the bundle in the browser alone; MODEL may be a "
+    "bundle then.",
 )
 @click.option(
     "--layout", type=click.Choice(["bundle", "immich"]), default="bundle", show_default=True,
@@ -60,8 +65,8 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
 def command(
     model: str,
     pretrained: str | None,
-    format: Format,
-    precision: Precision,
+    format: Format | None,
+    precision: Precision | None,
     target: str | None,
     layout: str,
     preprocess_in_graph: bool,
@@ -84,10 +89,10 @@ def command(
     are built on any machine; a Jetson builds its own with the bundle's build.sh.
 
     \b
-    clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
+    clip-rd-edge export runs/first --target cpu-x86 --labels labels.txt -o bundle
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
-    clip-rd-edge export runs/first --format trt --precision fp16 --target sm89 -o bundle
-    clip-rd-edge export runs/first --format trt --precision int8 --target jetson-orin -o bundle
+    clip-rd-edge export runs/first --target sm89 -o bundle
+    clip-rd-edge export runs/first --target jetson-orin -o bundle
     clip-rd-edge export bundle --target browser -o site
     """
     refuse_unless_free(output, overwrite=force)
@@ -95,13 +100,12 @@ def command(
     if is_bundle(Path(model)) and not for_browser:
         raise UsageError(f"{model} is a bundle already.", hint="give the model that it was made from")
 
-    require_fit(format, precision)
     if for_browser:
         require_browser(
-            format=format, layout=layout, preprocess_in_graph=preprocess_in_graph, node_modules=node_modules
+            format=format or "onnx", layout=layout, preprocess_in_graph=preprocess_in_graph, node_modules=node_modules
         )
-    else:
-        _require_target(format, target)
+    aim = aim_at(target, format=format, precision=precision)
+    format, precision = aim.format, aim.precision
     budget = budget_of(
         precision=precision, format=format, min_agreement=min_agreement, max_loss=max_loss, fallback=fallback
     )
@@ -138,13 +142,13 @@ def command(
             output if as_bundle else Path(scratch),
             precision=precision,
             format=format,
-            target=None if for_browser else target,
+            target=aim.engine,
             preprocess_in_graph=preprocess_in_graph,
             calibration=drawn,
             budget=budget,
             fallback=fallback,
             labels=labels,
-            provenance=_provenance(model, pretrained),
+            provenance=_provenance(model, pretrained, target),
             overwrite=force or not as_bundle,
             threads=threads,
             progress=status.update,
@@ -162,22 +166,16 @@ def command(
     click.echo(_as_json(output, manifest, trials) if as_json else output)
 
 
-def _require_target(format: str, target: str | None) -> None:
-    """Refuse a target that nothing is built for, before anything is loaded."""
-    if format == "trt":
-        from clip_rd_edge.exporters.tensorrt import require_target
-
-        require_target(target)
-    elif target is not None:
-        raise UsageError(f"--target {target} is for --format trt; ONNX runs anywhere.", hint="leave --target away")
-
-
-def _provenance(model: str, pretrained: str | None) -> dict[str, str]:
+def _provenance(model: str, pretrained: str | None, target: str | None) -> dict[str, str]:
     from importlib.metadata import version
 
     packages = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime")
-    weights = {"pretrained": pretrained} if pretrained else {}
-    return {"model": model, **weights, **{package: version(package) for package in packages}}
+    given = {"pretrained": pretrained, "device": target}
+    return {
+        "model": model,
+        **{key: value for key, value in given.items() if value},
+        **{package: version(package) for package in packages},
+    }
 
 
 def _show(manifest: Manifest, trials: Sequence[Trial]) -> None:

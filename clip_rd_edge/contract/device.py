@@ -15,6 +15,18 @@ DEVICES = "export"
 _FILE = "device.yaml"
 
 
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is exported for a target.
+
+    Attributes:
+        format: of `clip-rd-edge export`; it decides by which runtime INT8 is tried, and in which ways.
+        precisions: that the target takes, the one to try first in front.
+    """
+
+    format: Literal["onnx", "openvino", "trt"]
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...]
+
+
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One target.
 
@@ -24,6 +36,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         needs: what has to be there before anything is installed.
         install: the command that installs what runs a bundle there.
         precision: what to export for it, with the reason.
+        profile: the same for `clip-rd-edge export --target`.
         export: the command that makes the bundle.
         runs: what of this has been run by the project itself: `here` on such a machine, `nearby` on another that
             shares the software, `not yet`.
@@ -35,6 +48,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     needs: tuple[str, ...]
     install: str
     precision: str
+    profile: Profile
     export: str
     runs: Literal["here", "nearby", "not yet"]
     proof: str

@@ -45,8 +45,8 @@ def typed_towers(
     *,
     precision: TypedPrecision,
     calibration: CalibrationSet | None,
-    budget: Budget,
     progress: Callable[[str], None],
+    budget: Budget = Budget(),  # noqa: B008 — frozen
 ) -> dict[str, TypedTower]:
     """Both towers of the float32 bundle `source`; one that INT8 costs too much is in float16, and its note says so."""
     probes = probes_of(source, manifest)

@@ -69,6 +69,7 @@ def examine() -> list[Finding]:
         _gpu(),
         _room(footprints(PACKAGE)),
         *(_extra(name, packages) for name, packages in extras().items()),
+        _torch_tensorrt(),
     ]
 
 
@@ -144,6 +145,13 @@ def _room(packages: list[Footprint]) -> Finding:
         f"{sum(each.size_bytes for each in rest) / 1e6:.0f}; {compiled / 1e6:.0f} of it is compiled Python"
     )
     return Finding(what="installed", state="ok", detail=detail)
+
+
+def _torch_tensorrt() -> Finding:
+    """The other way from PyTorch to TensorRT, which users look for; no command here takes it."""
+    here = "installed" if _installed("torch-tensorrt") else "not installed, and it needs a CUDA build of torch"
+    detail = f"{here}; not used: export --format trt builds engines from ONNX, without a GPU, with the extra rtx"
+    return Finding(what="torch-tensorrt", state="ok", detail=detail)
 
 
 def _extra(name: str, packages: list[str]) -> Finding:

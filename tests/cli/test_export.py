@@ -10,8 +10,11 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.cli._calibration import calibration_pairs
+from clip_rd_edge.cli._target import Aim, aim_at
 from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.contract.device import device_names, read_device
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.formats import require_fit
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -125,11 +128,16 @@ def test_a_target_that_nothing_is_built_for_lists_the_known_ones(
 ) -> None:
     new = tmp_path / "new"
     code, _, err = command_line("export", run_folder, "--format", "trt", "--target", "sm99", "-o", new)
-    assert (code, "sm86 (GeForce RTX 30" in err, "sm120" in err) == (2, True, True)
+    assert (code, "There is no target 'sm99'; there are" in err) == (2, True)
+    assert all(name in err.replace("\n", " ") for name in ("cpu-x86", "browser", "jetson-thor", "sm86", "sm120"))
     code, _, err = command_line("export", run_folder, "--format", "trt", "-o", new)
     assert (code, "needs a target" in err) == (2, True)
-    code, _, err = command_line("export", run_folder, "--target", "sm86", "-o", new)
-    assert (code, "--format trt" in err) == (2, True)
+    code, _, err = command_line("export", run_folder, "--target", "sm86", "--format", "onnx", "-o", new)
+    assert (code, "sm86 takes --format trt, not onnx" in err) == (2, True)
+    code, _, err = command_line("export", run_folder, "--target", "rtx", "-o", new)
+    assert (code, "sm86 (GeForce RTX 30" in err) == (2, True)
+    code, _, err = command_line("export", run_folder, "--target", "cpu-x86", "--precision", "bf16", "-o", new)
+    assert (code, "cpu-x86 takes --precision int8 or fp32 or fp16, not bf16" in err) == (2, True)
     assert not new.exists()
 
 
@@ -144,3 +152,20 @@ def test_a_page_for_the_browser_straight_from_a_run(
     assert (code, out) == (0, f"{site}\n"), err
     assert read_manifest(site / "bundle").provenance["model"] == str(run_folder)
     assert (site / "index.html").is_file()
+
+
+def test_a_target_sets_what_is_left_open() -> None:
+    assert aim_at(None, format=None, precision=None) == Aim("onnx", "fp32", None)
+    assert aim_at("cpu-x86", format=None, precision=None) == Aim("onnx", "int8", None)
+    assert aim_at("cpu-arm", format=None, precision="fp32") == Aim("onnx", "fp32", None)
+    assert aim_at("openvino", format=None, precision="bf16") == Aim("openvino", "bf16", None)
+    assert aim_at("sm89", format="trt", precision=None) == Aim("trt", "fp16", "sm89")
+    assert aim_at("jetson-orin", format=None, precision=None) == Aim("trt", "int8", "jetson-orin")
+
+
+@pytest.mark.parametrize("name", [name for name in device_names() if name != "rtx"])
+def test_every_device_is_a_target_of_formats_and_precisions_that_go_together(name: str) -> None:
+    profile = read_device(name).profile
+    for precision in profile.precisions:
+        require_fit(profile.format, precision)
+        assert aim_at(name, format=profile.format, precision=precision).precision == precision

@@ -36,4 +36,4 @@ def test_the_command(command_line: Run) -> None:
     assert json.loads(output)["cpu-x86"]["runs"] == "here"
     code, _, error = command_line("devices", "toaster")
     assert code == 2
-    assert "There is no device 'toaster'; there are browser, cpu-arm" in error
+    assert "There is no device 'toaster'; there are android, browser, cpu-arm" in error

@@ -40,6 +40,13 @@ def test_every_extra_but_all_and_dev_is_looked_at() -> None:
     assert "onnxscript" in doctor.extras()["train"]
 
 
+def test_the_absence_of_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda package: package != "torch-tensorrt")
+    (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
+    assert finding.detail.startswith("not installed, and it needs a CUDA build of torch")
+    assert "--format trt" in finding.detail
+
+
 def test_providers_and_what_of_them_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
