@@ -26,7 +26,7 @@ WORK = Path(sys.argv[1]) if len(sys.argv) > 1 and not sys.argv[1].startswith("-"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(WORK.resolve() / "inductor"))  # what --prepare compiled is kept
 
 import torch  # noqa: E402
-from benchmark_towers import Prepared, least, model_of, prepare  # noqa: E402
+from benchmark_towers import Prepared, kind_of, model_of, prepare  # noqa: E402
 
 from clip_rd_edge.benchmarking.architectures import (  # noqa: E402
     BASELINE,
@@ -46,7 +46,7 @@ from clip_rd_edge.benchmarking.environment import this_environment  # noqa: E402
 from clip_rd_edge.benchmarking.marks import write_between_marks  # noqa: E402
 from clip_rd_edge.contract.files import new_folder, write_bytes  # noqa: E402
 from clip_rd_edge.contract.structs import to_json  # noqa: E402
-from clip_rd_edge.exporters.choose import Measured, choose  # noqa: E402
+from clip_rd_edge.exporters.choose import Budget, Measured, choose  # noqa: E402
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower  # noqa: E402
 from clip_rd_edge.exporters.parity import Agreement  # noqa: E402
 from clip_rd_edge.models.clip import ImageTower, parameter_count  # noqa: E402
@@ -111,7 +111,7 @@ def int8_of(name: str, fp32: Call, one: np.ndarray) -> tuple[Call | None, str]:
     size = {each.name: (folder / each.file).stat().st_size for each in candidates}
     itself = Measured(ORT_FP32, times[ORT_FP32], Agreement(0.0, 1.0, 1.0, 1), (folder / "fp32.onnx").stat().st_size)
     tried = [Measured(each.name, times[each.name], each.of, size[each.name]) for each in candidates]
-    chosen = choose(name, itself, tried, min_agreement=least(tower_name(name))).name
+    chosen = choose(kind_of(tower_name(name)), itself, tried, budget=Budget()).name
     return (calls[chosen], chosen) if chosen else (None, "float32 is shipped: no INT8 is faster and accurate enough")
 
 
