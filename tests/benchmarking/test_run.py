@@ -14,7 +14,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.scores import ZeroShotScore
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.data.templates import Templates
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
 
 
 def test_rows_scores_and_latency(results: Results, suite: Suite) -> None:
@@ -76,6 +76,31 @@ def test_a_row_that_needs_torch_is_skipped_where_there_is_none(suite: Suite, ope
     found = run_suite(suite, without_torch)
     assert [row.label for row in found.rows] == ["FP32", "INT8"]
     assert {row.reason for row in found.skipped} == {"It needs the package 'torch', which is not installed."}
+
+
+def test_a_row_names_its_runtime_and_is_skipped_where_that_is_missing(
+    suite: Suite, open_fake: Callable[[str], Any]
+) -> None:
+    asked: list[str] = []
+
+    def with_runtime(spec: str, **options: str) -> Any:
+        encoder = open_fake(spec)
+        if options:
+            asked.append(options["runtime"])
+            encoder.encode_pixels = without_openvino  # a runtime is imported when a tower is first asked for
+        return encoder
+
+    def without_openvino(pixels: Any) -> Any:
+        raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO")
+
+    *others, int8 = suite.rows
+    rows = (*others, msgspec.structs.replace(int8, runtime="openvino"))
+    found = run_suite(msgspec.structs.replace(suite, rows=rows), with_runtime)
+    assert asked == ["openvino"]
+    assert [row.label for row in found.rows] == [row.label for row in others]
+    assert (
+        found.skipped[0].reason == "Running a bundle in OpenVINO needs the package 'openvino', which is not installed."
+    )
 
 
 def test_no_model_at_all(suite: Suite, open_fake: Callable[[str], Any]) -> None:
