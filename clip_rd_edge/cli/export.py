@@ -169,7 +169,7 @@ def command(
 def _provenance(model: str, pretrained: str | None, target: str | None) -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime")
+    packages = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")
     given = {"pretrained": pretrained, "device": target}
     return {
         "model": model,

@@ -71,7 +71,9 @@ def test_ids_are_open_clips_on_every_letter_of_the_basic_plane(tmp_path: Path) -
 def test_ids_are_open_clips_on_the_embedded_captions(tmp_path: Path) -> None:
     emoji = pytest.importorskip("clip_rd_edge.data.emoji")
     pytest.importorskip("emoji")
-    captions = [name for concept in emoji.concepts() for name in (concept.name, *concept.aliases)]
+    names = [name for concept in emoji.concepts() for name in (concept.name, *concept.aliases)]
+    captions = [*names, *(f"A photo of {name}." for name in names)]
+    assert len(captions) >= 5000
     theirs = open_clip.SimpleTokenizer(context_length=16)
     ours = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(theirs, tmp_path))
     np.testing.assert_array_equal(ours(captions), theirs(captions).numpy())

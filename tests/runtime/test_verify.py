@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from clip_rd_edge.contract.bundle import LabelBank, Manifest, Tower, write_labels, write_manifest
+from clip_rd_edge.contract.bundle import LabelBank, Manifest, Tower, read_manifest, write_labels, write_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
@@ -173,3 +174,16 @@ def test_the_command_exits_2_for_no_bundle(tmp_path: Path, command_line: Command
     code, out, err = command_line("verify", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert "is not a bundle: it does not exist." in err
+
+
+def test_a_pillow_that_resizes_otherwise_is_told_and_no_failure(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, provenance={"pillow": "12.1.0"}))
+    monkeypatch.setattr("clip_rd_edge.runtime.verify.PILLOW", "13.0.0")
+    check = verify_bundle(colour_bundle)[-1]
+    assert (check.what, check.passed) == ("Pillow", True)
+    assert check.detail.startswith("13.0.0 here, 12.1.0 at the export")
+    monkeypatch.setattr("clip_rd_edge.runtime.verify.PILLOW", "10.4.0")
+    assert "Pillow" not in {check.what for check in verify_bundle(colour_bundle)}
