@@ -50,7 +50,7 @@ def run(suite: str, folder: Path, teacher: str | None) -> None:
 @click.argument("results", metavar="JSON", type=click.Path(path_type=Path))
 @click.option(
     "--into", "page", metavar="FILE", type=click.Path(path_type=Path),
-    help="Put the tables between the lines `<!-- begin NAME -->` and `<!-- end NAME -->` of FILE, where NAME is the "
+    help="Put the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, where NAME is the "
     "suite's, and draw the figures beside JSON; without it, the tables go to stdout.",
 )  # fmt: skip
 def report(results: Path, page: Path | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.benchmarking.marked import replace_marked
+from clip_rd_edge.benchmarking.marks import write_between_marks
 from clip_rd_edge.contract.files import write_bytes, write_text
 from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.errors import ConfigError
@@ -62,7 +62,7 @@ def publish(source: Path, page: Path) -> list[Path]:
     name = evidence.suite.name
     figures = {source.with_name(f"{name}-curves.png"): learning_curves(evidence)}
     figures[source.with_name(f"{name}-geometry.png")] = geometry_curves(evidence)
-    replace_marked(page, name, markdown(evidence))
+    write_between_marks(page, name, markdown(evidence))
     for path, png in figures.items():
         write_bytes(path, png)
     return [page, *figures]
