@@ -89,6 +89,8 @@ def test_it_goes_on_where_it_was_stopped(
     assert found.runs[2].result == without.result
     assert found.runs[2].cpu_seconds is None
     assert (folder / "small.md").read_text() == output
+    for name in ("small-curves.png", "small-geometry.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
     other = msgspec.structs.replace(own, steps=3)
     with pytest.raises(UsageError, match="another configuration: steps: 2 → 3"):
