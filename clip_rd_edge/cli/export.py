@@ -193,7 +193,7 @@ def _show(manifest: Manifest, trials: Sequence[Trial]) -> None:
             figures = (
                 f"× {trial.latency_ratio:.2f}",
                 f"{trial.centred_cosine:.4f}",
-                f"{-trial.loss_points:+.1f}",
+                f"{0 - trial.loss_points:+.1f}",
                 f"× {trial.size_ratio:.2f}",
             )
             style = "bold" if trial.verdict == "shipped" else None
