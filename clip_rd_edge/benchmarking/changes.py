@@ -16,6 +16,7 @@ from clip_rd_edge.errors import InputError
 
 Verdict = Literal["regression", "improvement", "noise", "same"]
 VISIBLE = 0.15  # a change that a comparison should be able to tell
+TOO_BUSY = 0.25  # above, calls are interrupted so often that no statistics of theirs tell anything
 BUSY = 0.05  # of the machine's time: above, latencies are not the models' alone
 KINDS = {"image": "image tower", "text": "text tower", "end_to_end": "end to end"}
 
@@ -164,6 +165,13 @@ def _why_no_latency(old: Results, new: Results) -> list[str]:
     """Why latencies cannot be compared, or nothing."""
     if old.reference is None or new.reference is None:
         return ["Latency is not compared: one result was written before the machine's own pace was measured with it."]
+    for name, run in (("old", old), ("new", new)):
+        if run.other_load is not None and run.other_load > TOO_BUSY:
+            taken = formats.share(run.other_load, 1)
+            return [
+                f"Latency is not compared: other processes took {taken} of the machine during the {name} run; time it "
+                f"again on a quiet machine."
+            ]
     unlike = [
         (what, one, other)
         for what, one, other in (

@@ -40,7 +40,10 @@ def compare(old: Path, new: Path, *, as_json: bool) -> int:
     for remark in changes.remarks:
         say(remark)
     count = changes.regressions
-    click.echo(f"{count} regression{'s' if count > 1 else ''}." if count else "No regression.")
+    if count:
+        click.echo(f"{count} regression{'s' if count > 1 else ''}.")
+    else:
+        click.echo("No regression." if changes.latencies else "No regression in accuracy; latency was not compared.")
     return int(count > 0)
 
 

@@ -157,6 +157,7 @@ def test_a_model_that_is_lost_is_a_regression(results: Results) -> None:
 
 
 def test_latencies_of_other_machines_and_old_results_are_left_alone(results: Results) -> None:
+    results = msgspec.structs.replace(results, other_load=None)
     other = msgspec.structs.replace(results.environment, machine="Abacus, 2 cores")
     changes = compare_runs(results, msgspec.structs.replace(results, environment=other))
     assert changes.latencies == ()
@@ -165,7 +166,19 @@ def test_latencies_of_other_machines_and_old_results_are_left_alone(results: Res
     assert compare_runs(msgspec.structs.replace(results, reference=None), results).latencies == ()
 
 
+def test_a_busy_machine_tells_nothing_of_latency(results: Results) -> None:
+    busy = msgspec.structs.replace(results, other_load=0.5)
+    idle = msgspec.structs.replace(results, other_load=0.1)
+    changes = compare_runs(idle, busy)
+    assert changes.latencies == ()
+    assert "other processes took 50\u00a0% of the machine during the new run" in changes.remarks[0]
+    (remark,) = (each for each in compare_runs(idle, idle).remarks if "old run" in each)
+    assert "10\u00a0%" in remark
+
+
 def test_a_run_that_is_too_noisy_says_so(results: Results) -> None:
+    results = msgspec.structs.replace(results, other_load=None)
+
     def shaken(row: Any) -> Any:
         image = msgspec.structs.replace(row.latency.image, sittings=(1.0, 3.0))
         return msgspec.structs.replace(row, latency=msgspec.structs.replace(row.latency, image=image))

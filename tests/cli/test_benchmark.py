@@ -191,6 +191,8 @@ def test_compare_says_what_has_changed(run: Any, suite: Path, tmp_path: Path, ca
     output = tmp_path / "report"
     assert run("benchmark", str(suite), "-o", str(output)) == 0
     path = output / "results.json"
+    quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # whatever else runs beside this test
+    path.write_text(json.dumps(quiet))
     capsys.readouterr()
     assert run("benchmark", "--compare", str(output), str(path)) == 0
     assert capsys.readouterr().out.endswith("No regression.\n")
