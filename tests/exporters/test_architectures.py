@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
 from clip_rd_edge.exporters.parity import agreement
@@ -87,9 +88,8 @@ def test_a_text_tower_of_xlm_roberta(tmp_path: Path) -> None:
     text_cfg = {**config["text_cfg"], "hf_model_name": str(tmp_path), "hf_model_pretrained": False}
     vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32, "head_width": 32}
     model = open_clip.CustomTextCLIP(embed_dim=512, vision_cfg=vision_cfg, text_cfg=text_cfg).eval()
-    clip = ClipModel(
-        "xlm", model, lambda texts: torch.full((len(texts), length), 5), preprocessing_of(model), {"embed_dim": 512}
-    )
+    how = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    clip = ClipModel("xlm", model, lambda texts: torch.full((len(texts), length), 5), how, {"embed_dim": 512})
     ids = np.ones((8, length), dtype=np.int64)  # padding, which sets the positions of what stands before it
     for row, words in zip(ids, np.linspace(2, length, 8, dtype=int), strict=True):
         row[:words] = np.random.default_rng(words).integers(3, vocabulary, words)
