@@ -59,7 +59,7 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     fast.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, specials[start]), (end, specials[end])]
     )
-    fast.save(str(path))
+    fast.save(str(path), pretty=False)
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), end_id=specials[end]
     )
@@ -97,7 +97,7 @@ def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
     ):
         if refused:
             raise ClipRdEdgeError(f"The tokenizer {inner.name_or_path!r} {reason}, which a bundle cannot express.")
-    backend.save(str(path))
+    backend.save(str(path), pretty=False)
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), pad_id=int(inner.pad_token_id)
     )
