@@ -153,7 +153,11 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
         InputError: there is no such file.
         ConfigError: it is no YAML, has an unknown key or a wrong type, or does not make sense.
     """
-    suite = read_yaml(path, Suite)
+    try:
+        suite = read_yaml(path, Suite)
+    except ConfigError as error:
+        hint = "benchmark takes rows of models, and tasks; methods are compared by clip-rd-edge evidence run"
+        raise ConfigError(str(error), hint=hint) from error
     data_root = data_root or suite.data_root or suite.root
     if rows:
         suite = msgspec.structs.replace(suite, rows=tuple(rows), root=None)

@@ -13,6 +13,7 @@ import msgspec
 from clip_rd_edge.benchmarking.suite import find_suite
 from clip_rd_edge.contract.structs import convert, read_yaml
 from clip_rd_edge.distill.config import Precision, Recipe, RunConfig, load_recipe
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Weights
 
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -131,7 +132,11 @@ def read_evidence(suite: str) -> EvidenceSuite:
         InputError: there is no such file.
         ConfigError: a key, a value, a recipe or a weight that does not fit.
     """
-    read = read_yaml(find_suite(suite), EvidenceSuite)
+    try:
+        read = read_yaml(find_suite(suite), EvidenceSuite)
+    except ConfigError as error:
+        hint = "evidence takes students, methods and seeds; models are compared by clip-rd-edge benchmark"
+        raise ConfigError(str(error), hint=hint) from error
     for method in read.methods:
         read.recipe(method)
     return read

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -63,3 +64,10 @@ def test_it_is_written_as_it_is_read(suite: EvidenceSuite, tmp_path: Path) -> No
     path = tmp_path / "suite.yaml"
     path.write_text(to_yaml(suite))
     assert msgspec.to_builtins(read_evidence(str(path))) == msgspec.to_builtins(suite)
+
+
+def test_a_suite_of_the_other_command_names_that_command(command_line: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, error = command_line("benchmark", "method-evidence", "-o", "nowhere")
+    assert (code, "clip-rd-edge evidence run" in error) == (2, True)
+    code, _, error = command_line("evidence", "run", "quickstart", "-o", "nowhere")
+    assert (code, "clip-rd-edge benchmark" in error) == (2, True)
