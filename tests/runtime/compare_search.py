@@ -48,7 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     task = load_task(given.task)
     assert isinstance(task, RetrievalTask)
-    evaluated = retrieval(load(given.bundle), task).text_to_image.at5
+    evaluated = retrieval(load(given.bundle), task).score.text_to_image.at5
     with tempfile.TemporaryDirectory() as name:
         searched = found_by_search(given.bundle, task, Path(name))
     print(f"{task.name}: {len(task.captions)} captions, {len(task.images)} pictures")

@@ -176,7 +176,7 @@ def test_search_finds_as_often_as_the_evaluation_says(colour_bundle: Path, pairs
         task.images[number] in [hit.path for hit in nearest(known, rows, encoder.encode_texts([caption]), top=5)]
         for caption, number in zip(task.captions, task.caption_images, strict=True)
     ]
-    assert np.mean(hits) == retrieval(encoder, task).text_to_image.at5
+    assert np.mean(hits) == retrieval(encoder, task).score.text_to_image.at5
     assert 0.5 < np.mean(hits) < 1  # six pictures of each colour: not all are found
 
 
