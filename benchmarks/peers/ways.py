@@ -151,6 +151,7 @@ def _optimum(given: Given, how: object, name: str) -> Made:
         ranges = quantizer.fit(
             data,
             AutoCalibrationConfig.minmax(data),
+            onnx_augmented_model_name=str(given.work / "augmented.onnx"),  # else it lands where the command runs
             operators_to_quantize=how.operators_to_quantize,  # type: ignore[attr-defined]
         )
     quantizer.quantize(how, given.work / name, calibration_tensors_range=ranges)
