@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking.scores import Interval, Score
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.structs import read_json, to_json
+from clip_rd_edge.contract.structs import read_versioned_json, to_json
 from clip_rd_edge.errors import ConfigError
 
 FORMAT_VERSION = 2
@@ -150,17 +150,7 @@ def read_results(path: Path) -> Results:
         InputError: there is no such file.
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
-    found = read_json(path, _Version).format_version
-    if found > FORMAT_VERSION:
-        raise ConfigError(
-            f"{path} has format version {found}; this clip-rd-edge reads up to {FORMAT_VERSION}.",
-            hint="pip install -U clip-rd-edge",
-        )
-    results = read_json(path, Results)
+    results = read_versioned_json(path, Results, newest=FORMAT_VERSION)
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one a measured model.", hint="run the benchmark again")
     return results
-
-
-class _Version(msgspec.Struct):
-    format_version: int

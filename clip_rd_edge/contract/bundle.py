@@ -20,7 +20,7 @@ import numpy as np
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of, size_bytes, write_bytes
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.structs import read_json, to_json
+from clip_rd_edge.contract.structs import read_versioned_json, to_json
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
 
@@ -125,13 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_bundle(folder):
         reason = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise InputError(f"{folder} is not a bundle: it {reason}.", hint="make one with clip-rd-edge export")
-    version = read_json(folder / MANIFEST, _Version).format_version
-    if version > FORMAT_VERSION:
-        raise ConfigError(
-            f"{folder / MANIFEST} has format version {version}; this clip-rd-edge reads up to {FORMAT_VERSION}.",
-            hint="pip install -U clip-rd-edge",
-        )
-    manifest = read_json(folder / MANIFEST, Manifest)
+    manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION)
     for name in manifest.files:
         if not (folder / name).is_file():
             raise InputError(f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export it again")
@@ -174,7 +168,3 @@ def read_labels(folder: Path) -> LabelBank | None:
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
-
-
-class _Version(msgspec.Struct):
-    format_version: int

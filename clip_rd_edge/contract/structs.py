@@ -40,6 +40,29 @@ def read_json(path: Path, kind: type[T]) -> T:
         raise ConfigError(f"{path} is not valid JSON: {error}.") from error
 
 
+def read_versioned_json(path: Path, kind: type[T], *, newest: int) -> T:
+    """Read a JSON file that names its `format_version` into a struct.
+
+    Args:
+        newest: format that is known.
+
+    Raises:
+        InputError: there is no such file.
+        ConfigError: it is damaged, or of a newer format, which is said before anything that this makes not fit.
+    """
+    found = read_json(path, _Version).format_version
+    if found > newest:
+        raise ConfigError(
+            f"{path} has format version {found}; this clip-rd-edge reads up to {newest}.",
+            hint="pip install -U clip-rd-edge",
+        )
+    return read_json(path, kind)
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
 def convert(raw: Any, kind: type[T], *, source: str) -> T:
     """Turn plain dicts and lists into a struct, or raise ConfigError naming `source` and the key."""
     try:

@@ -8,7 +8,7 @@ import msgspec
 
 from clip_rd_edge.benchmarking.marks import write_between_marks
 from clip_rd_edge.contract.files import write_bytes, write_text
-from clip_rd_edge.contract.structs import read_json
+from clip_rd_edge.contract.structs import read_versioned_json
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.plots import geometry_curves, learning_curves
 from clip_rd_edge.evidence.results import FORMAT_VERSION, Evidence
@@ -30,13 +30,7 @@ def read_evidence_file(path: Path) -> Evidence:
         InputError: there is no such file.
         ConfigError: it is damaged, of a newer format, or has no runs.
     """
-    found = read_json(path, _Version).format_version
-    if found > FORMAT_VERSION:
-        raise ConfigError(
-            f"{path} has format version {found}; this clip-rd-edge reads up to {FORMAT_VERSION}.",
-            hint="pip install -U clip-rd-edge",
-        )
-    evidence = read_json(path, Evidence)
+    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION)
     if not evidence.runs:
         raise ConfigError(f"{path} has no runs; expected one or more.", hint="run the suite again")
     return evidence
@@ -66,7 +60,3 @@ def publish(source: Path, page: Path) -> list[Path]:
     for path, png in figures.items():
         write_bytes(path, png)
     return [page, *figures]
-
-
-class _Version(msgspec.Struct):
-    format_version: int
