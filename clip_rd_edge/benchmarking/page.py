@@ -117,19 +117,20 @@ def _samples(results: Results) -> str:
     if not results.samples:
         return ""
     items = "\n".join(map(_sample, results.samples))
-    return (
-        f'<section aria-labelledby="samples"><h2 id="samples">What it says to pictures</h2>'
-        f'<p class="small">{escape(samples_note(results))}</p><ul class="samples">{items}</ul></section>'
-    )
+    return _pictures("samples", "What it says to pictures", samples_note(results), items, kind="samples")
 
 
 def _worst(results: Results) -> str:
     if not results.worst:
         return ""
     items = "\n".join(map(_worst_class, results.worst))
+    return _pictures("worst", "What it gets wrong most", worst_note(results), items, kind="samples worst")
+
+
+def _pictures(name: str, title: str, note: str, items: str, *, kind: str) -> str:
     return (
-        f'<section aria-labelledby="worst"><h2 id="worst">What it gets wrong most</h2>'
-        f'<p class="small">{escape(worst_note(results))}</p><ul class="samples worst">{items}</ul></section>'
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>'
+        f'<p class="small">{escape(note)}</p><ul class="{kind}">{items}</ul></section>'
     )
 
 

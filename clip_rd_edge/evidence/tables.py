@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from clip_rd_edge.benchmarking.formats import NOTHING, percent, signed_interval, signed_points
 from clip_rd_edge.benchmarking.scores import ZeroShotScore
 from clip_rd_edge.evidence.results import Evidence, ModelResult, RunResult, TaskResult
-from clip_rd_edge.evidence.statistics import Difference, Spread, difference, runs_of, spread
+from clip_rd_edge.evidence.statistics import Difference, difference, runs_of, spread
 
 _NOTE = (
     "Differences of top-1 in points, paired by seed; in brackets the 95 % interval by bootstrap over pictures, each "
@@ -53,13 +53,7 @@ def _cost(evidence: Evidence) -> str:
 
 def _scores(evidence: Evidence) -> str:
     heads = [f"{_task(evidence, task)}, {what}" for task in evidence.teacher.tasks for what in _figures(task)]
-    lines = [["student", "method", "seeds", *heads]]
-    lines.append(["", "teacher", "", *(percent(value) for value in _values(evidence.teacher))])
-    for student, method, runs in _rows(evidence):
-        columns = zip(*(_values(run.result) for run in runs), strict=True)
-        cells = [_percents(spread(column)) for column in columns]
-        lines.append([student, f"`{method}`", str(len(runs)), *cells])
-    return _table(lines)
+    return _means(evidence, heads, _values, show=percent)
 
 
 def _figures(task: TaskResult) -> dict[str, float | None]:
@@ -92,18 +86,29 @@ def _differences(evidence: Evidence, reference: str) -> str:
 def _geometry(evidence: Evidence) -> str:
     shown = [task for task in evidence.teacher.tasks if task.geometry]
     heads = [f"{_task(evidence, task)}: {what}" for task in shown for what in ("own", "others", "gap")]
-    lines = [["student", "method", "seeds", *heads]]
-    lines.append(["", "teacher", "", *(_three(value) for value in _cosines(evidence.teacher))])
-    for student, method, runs in _rows(evidence):
-        columns = zip(*(_cosines(run.result) for run in runs), strict=True)
-        cells = [_cosine(spread(column)) for column in columns]
-        lines.append([student, f"`{method}`", str(len(runs)), *cells])
-    return _table(lines)
+    return _means(evidence, heads, _cosines, show=_three)
 
 
 def _cosines(result: ModelResult) -> list[float]:
     known = [task.geometry for task in result.tasks if task.geometry]
     return [value for of in known for value in (of.positive, of.negative, of.gap)]
+
+
+def _means(
+    evidence: Evidence,
+    heads: Sequence[str],
+    figures: Callable[[ModelResult], list[float]],
+    *,
+    show: Callable[[float], str],
+) -> str:
+    """The teacher's figures, and of each student and method their means and deviations over seeds."""
+    lines = [["student", "method", "seeds", *heads]]
+    lines.append(["", "teacher", "", *map(show, figures(evidence.teacher))])
+    for student, method, runs in _rows(evidence):
+        spreads = map(spread, zip(*(figures(run.result) for run in runs), strict=True))
+        cells = [show(of.mean) + ("" if of.deviation is None else f" ± {show(of.deviation)}") for of in spreads]
+        lines.append([student, f"`{method}`", str(len(runs)), *cells])
+    return _table(lines)
 
 
 def _rows(evidence: Evidence) -> list[tuple[str, str, list[RunResult]]]:
@@ -115,14 +120,6 @@ def _rows(evidence: Evidence) -> list[tuple[str, str, list[RunResult]]]:
 
 def _task(evidence: Evidence, task: TaskResult) -> str:
     return task.score.task.removeprefix(f"{evidence.suite.data}, ")
-
-
-def _percents(of: Spread) -> str:
-    return percent(of.mean) + ("" if of.deviation is None else f" ± {percent(of.deviation)}")
-
-
-def _cosine(of: Spread) -> str:
-    return _three(of.mean) + ("" if of.deviation is None else f" ± {_three(of.deviation)}")
 
 
 def _three(value: float) -> str:
