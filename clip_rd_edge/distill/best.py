@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ class _Record(msgspec.Struct):
     evaluation: dict[str, float]
 
 
-def keep_if_best(run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: dict[str, Any]) -> bool:
+def keep_if_best(
+    run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
+) -> bool:
     """Write the student to `RUN/best` where the mean of its figures is above that of the one there.
 
     Args:
         evaluation: a figure a task, greater is better.
-        provenance: what its distillation.json is to say; the evaluation is added.
+        provenance: gives what its distillation.json is to say, to which the evaluation is added; asked only where it
+            is written, since it takes the hash of the teacher's weights.
 
     Returns:
         whether it was written.
@@ -35,5 +38,5 @@ def keep_if_best(run: Path, student: ClipModel, evaluation: Mapping[str, float],
         before = msgspec.json.decode(path.read_bytes(), type=_Record).evaluation
         if statistics.fmean(evaluation.values()) <= statistics.fmean(before.values()):
             return False
-    save_clip(run / BEST_FOLDER, student, provenance={**provenance, "evaluation": dict(evaluation)})
+    save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
     return True

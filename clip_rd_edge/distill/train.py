@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ def train(
             due = last or (config.evaluate_every and done % config.evaluate_every == 0)
             if due and evaluate and processes.first:
                 evaluation = evaluate(encoder)
-                keep_if_best(run, kept, evaluation, provenance=provenance(config, of, steps=done))
+                keep_if_best(run, kept, evaluation, provenance=partial(provenance, config, of, steps=done))
             elapsed = time.perf_counter() - began
             bad = processes.total(dataset.bad.found)
             progress = Progress(
