@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.losses.objective import EmbeddingBatch
+from clip_rd_edge.runtime.usage import peak_memory_bytes
 
 FILE = "metrics.jsonl"
 EVALUATION = "evaluation/"
@@ -28,7 +28,7 @@ class Progress:
         data_wait: share of the time spent waiting for batches.
         skipped: steps that were not made, since the loss or a gradient was not finite.
         bad: samples left out or passed over since the start or resume, in all processes.
-        memory_bytes: see `peak_memory_bytes`.
+        memory_bytes: see `peak_memory_on`.
     """
 
     step: int
@@ -93,16 +93,9 @@ def step_line(
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: the GPU's where it computes there, else the machine's; 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+def peak_memory_on(device: torch.device) -> int:
+    """The most bytes this process has held: the GPU's where it computes there, else the machine's; 0 where unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes() or 0
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from clip_rd_edge.distill.captions import freeze_all_but_projection
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.ingredients import Ingredients
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.metrics import MetricsLog, Progress, peak_memory_bytes, step_line
+from clip_rd_edge.distill.metrics import MetricsLog, Progress, peak_memory_on, step_line
 from clip_rd_edge.distill.precision import AUTOCAST
 from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.provenance import provenance
@@ -122,7 +122,7 @@ def train(
                 evaluation=evaluation,
                 bad=dataset.bad.left_out + bad,
                 skipped=update.skipped,
-                memory_bytes=peak_memory_bytes(processes.device),
+                memory_bytes=peak_memory_on(processes.device),
             )
             if log and (last or evaluation or done % config.log_every == 0):
                 extra = {
