@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from ways import WAYS, Embed, Given, Rows
 
-from clip_rd_edge.benchmarking.environment import Environment, this_environment
+from clip_rd_edge.benchmarking.environment import Environment, installed_versions, this_environment
 from clip_rd_edge.benchmarking.marks import write_between_marks
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.preprocess import open_image, preprocess
@@ -114,7 +113,7 @@ def main() -> None:
         ]
         results = Peers(
             environment=this_environment(),
-            versions=versions(),
+            versions=installed_versions(PEERS),
             threads=1,
             pictures=sum(map(len, pixels)),
             peers=(*peers, *(Peer(name=name, problem=problem) for name, problem in problems.items())),
@@ -167,16 +166,6 @@ def by_clip_benchmark(given: Given, task: ZeroShotTask, pixels: Rows) -> float:
 
 def spread(ratios: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PEERS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def table(results: Peers) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,16 +57,17 @@ def this_environment() -> Environment:
         memory_bytes=memory_bytes(),
         system=system_name(),
         python=platform.python_version(),
-        packages=_versions(),
+        packages=installed_versions(PACKAGES),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=_commit(),
     )
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
     # From the metadata: importing torch to ask for its version takes seconds, and a device has none.
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
