@@ -11,7 +11,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.runtime.loading import load
+from clip_rd_edge.runtime.loading import Runtime, load
 
 
 def test_without_the_package_the_extra_is_named(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_row_of_a_suite_may_name_the_runtime(colour_bundle: Path, colour_pictu
     )
     suite = Suite(name="two", rows=rows, tasks=(str(table),), rounds=5)
 
-    def opened(spec: str) -> TowerEncoder:
-        return load(spec, threads=1)
+    def opened(spec: str, *, runtime: Runtime | None = None) -> TowerEncoder:
+        return load(spec, threads=1, runtime=runtime)
 
     assert [row.description.runtime for row in run_suite(suite, opened).rows] == ["onnxruntime", "openvino"]
