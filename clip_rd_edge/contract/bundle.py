@@ -7,7 +7,7 @@ text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.engine, text.engine   for TensorRT targets, beside the ONNX that they were built from
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: `names` (C,) and their prompt-averaged `embeddings` (C, D), so that fixed labels need
-                 no text tower
+                 no text tower; float32 in a float32 bundle, float16 in every other
 """
 
 from __future__ import annotations
@@ -142,12 +142,18 @@ def bundle_size_bytes(folder: Path) -> int:
     return size_bytes(folder)
 
 
-def write_labels(folder: Path, bank: LabelBank) -> None:
-    """Write labels.npz; float32, so that probabilities are those of the text tower."""
+def write_labels(folder: Path, bank: LabelBank, *, half: bool = False) -> None:
+    """Write labels.npz.
+
+    Args:
+        half: in float16: half the size, and an error far below what quantising the text tower costs. Otherwise in
+            float32, so that probabilities are those of the text tower.
+    """
     import io
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, names=np.asarray(bank.names, dtype=np.str_), embeddings=bank.embeddings)
+    embeddings = bank.embeddings.astype(np.float16 if half else np.float32)
+    np.savez_compressed(buffer, names=np.asarray(bank.names, dtype=np.str_), embeddings=embeddings)
     write_bytes(folder / LABELS, buffer.getvalue())
 
 

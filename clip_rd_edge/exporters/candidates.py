@@ -13,7 +13,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.exporters.dynamic import quantize_dynamically
 from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.sensitivity import GroupError, group_errors, layers_within
-from clip_rd_edge.exporters.static import StaticQuantizer, layers_of
+from clip_rd_edge.exporters.static import RANGE_METHODS, StaticQuantizer, layers_of
 from clip_rd_edge.runtime.ort import open_session
 
 SENSITIVITY_SAMPLES = 16
@@ -84,8 +84,8 @@ def static_candidates(
 
 
 def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
-    yield Candidate("static, min-max", partial(quantizer.quantize, "min-max", quantizer.layers))
-    yield Candidate("static, percentile", partial(quantizer.quantize, "percentile", quantizer.layers))
+    for method in RANGE_METHODS:
+        yield Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
 
 
 def _errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.quiet import silently
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSET = 18  # the exporter's own: it writes others by converting, and 17 is the least that has LayerNormalization
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
@@ -58,7 +62,10 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
                 external_data=False,
                 verbose=False,
             )
-        onnx.checker.check_model(str(path))
+        model = onnx.load(path)
+        _forget_sources(model.graph)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
     except Exception as error:  # the exporter raises all kinds, whose reports are pages long
         if full := full_disk(error):
             raise full from error
@@ -67,6 +74,14 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
             hint="choose a trunk among clip-rd-edge's presets, or a newer torch",
         ) from error
     return path
+
+
+def _forget_sources(graph: onnx.GraphProto) -> None:
+    """Remove what the exporter notes of each part: the lines of Python that it came from, with the paths of this
+    machine, which take up to a megabyte and are nobody's business on a device."""
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 def _reason(error: BaseException) -> str:

@@ -6,16 +6,18 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 
+from clip_rd_edge.exporters.entropy import entropy_ranges
 from clip_rd_edge.exporters.measure import Inputs
 from clip_rd_edge.exporters.quiet import silently
-from clip_rd_edge.exporters.ranges import Ranges, measure_ranges
+from clip_rd_edge.exporters.ranges import Ranges, measure_ranges, watched
 
-RangeMethod = Literal["min-max", "percentile"]
+RangeMethod = Literal["min-max", "percentile", "entropy"]
+RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 _LAYERS = ("Conv", "Gemm", "MatMul")
 # Done on INT8 where all that they work on comes from INT8: SiLU and its kind, residual sums, pooling. In float, each
 # would need its inputs converted and its output converted back.
@@ -46,7 +48,6 @@ class StaticQuantizer:
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-        ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
         with silently():
             quantizer = QDQQuantizer(
                 copy.deepcopy(self._model),
@@ -54,7 +55,7 @@ class StaticQuantizer:
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,
-                tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+                tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges_by(method)),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
                 op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CUTS],
@@ -64,8 +65,23 @@ class StaticQuantizer:
         content: bytes = quantizer.model.model.SerializeToString()
         return content
 
+    def _ranges_by(self, method: RangeMethod) -> dict[str, tuple[Any, Any]]:
+        if method == "entropy":
+            return self._by_entropy
+        return self._ranges.min_max if method == "min-max" else self._ranges.percentile
+
     @cached_property
     def _ranges(self) -> Ranges:
+        measured = measure_ranges(self._model, self._tensors, self._samples)
+        return Ranges(_finite(measured.min_max), _finite(measured.percentile))
+
+    @cached_property
+    def _by_entropy(self) -> dict[str, tuple[Any, Any]]:
+        return entropy_ranges(watched(self._model, list(self._ranges.min_max), self._samples))
+
+    @cached_property
+    def _tensors(self) -> list[str]:
+        """The activations that quantised nodes take and give."""
         constants = {tensor.name for tensor in self._model.graph.initializer}
         names = {
             name: None
@@ -75,8 +91,7 @@ class StaticQuantizer:
             if name and name not in constants
         }
         floats = _float_tensors(self._model)
-        measured = measure_ranges(self._model, [name for name in names if name in floats], self._samples)
-        return Ranges(_finite(measured.min_max), _finite(measured.percentile))
+        return [name for name in names if name in floats]
 
 
 def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:

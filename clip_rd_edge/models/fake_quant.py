@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from clip_rd_edge.contract.ranges import without_outliers
+
 _U8, _S8 = (0, 255), (-127, 127)  # ONNX Runtime leaves -128 out of symmetric ranges
 _SMALLEST = 1e-12  # a scale of what is 0 always
-# As the exporter's: see `exporters.ranges`.
-_PERCENTILE, _MOST_ENTRIES = 99.99, 50_000
 
 
 class Rounding(Protocol):
@@ -61,10 +60,7 @@ class Watching:
         self._rows: list[dict[int, tuple[float, float]]] = []
 
     def activation(self, number: int, values: Tensor) -> Tensor:
-        flat = values.detach().reshape(-1)
-        few = flat[:: -(-flat.numel() // _MOST_ENTRIES)].float().cpu().numpy()
-        low, high = np.percentile(few, [100 - _PERCENTILE, _PERCENTILE])
-        self._seen[number] = (float(low), float(high))
+        self._seen[number] = without_outliers(values.detach().float().cpu().numpy())
         return values
 
     def again(self, number: int, values: Tensor) -> Tensor:

@@ -18,4 +18,4 @@ def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) ->
     """
     names = tuple(dict.fromkeys(labels))
     embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
-    write_labels(folder, LabelBank(names, embeddings))
+    write_labels(folder, LabelBank(names, embeddings), half=manifest.precision != "fp32")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.contract.bundle import LabelBank, read_labels, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.demo.browser import ALONE
@@ -37,6 +38,11 @@ PREPROCESS = """async ([encoded, how, width]) => {
     const { decode, preprocess } = await import("./pixels.js");
     const bytes = Uint8ClampedArray.from(atob(encoded), (each) => each.charCodeAt(0));
     return [...preprocess(await decode(width ? new ImageData(bytes, width) : new Blob([bytes])), how)];
+}"""
+READ_NPZ = """async (encoded) => {
+    const { readNpz } = await import("./npz.js");
+    const { names, embeddings } = await readNpz(Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0)).buffer);
+    return [names.data, embeddings.shape, [...embeddings.data]];
 }"""
 TOKENIZE = """async ([texts, spec]) => {
     const [{ Tokenizer }, { clean }] = await Promise.all([import("./tokenizer.js"), import("./clean.js")]);
@@ -98,6 +104,18 @@ def test_resizing_is_pillow_s_to_the_last_bit(page: Any, interpolation: str) -> 
             expected = np.asarray(picture.resize((new[0], height), resample).resize(new, resample)).ravel()
             given = page.evaluate(RESIZE, [text_of(noise.tobytes()), width, *new, interpolation])
             assert given == expected.tolist(), (width, height, new)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_label_bank_is_read_as_numpy_reads_it(page: Any, tmp_path: Path, half: bool) -> None:
+    rows = np.random.default_rng(0).standard_normal((3, 40)) * 10.0 ** np.arange(-30, 10)
+    rows = rows.clip(-6e4, 6e4).astype(np.float32)  # from what vanishes in float16 to nearly its largest
+    write_labels(tmp_path, LabelBank(("cat", "naïve café", "猫🐈"), rows), half=half)
+    bank = read_labels(tmp_path)
+    assert bank is not None
+    names, shape, values = page.evaluate(READ_NPZ, text_of((tmp_path / "labels.npz").read_bytes()))
+    assert (tuple(names), shape) == (bank.names, [3, 40])
+    assert values == bank.embeddings.ravel().tolist()
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

@@ -65,6 +65,7 @@ def test_names_types_opset_and_weights_are_as_the_contract_says(fp32_bundle: Pat
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch is free
         assert model.opset_import[0].version >= 17
         assert not any(tensor.external_data for tensor in model.graph.initializer)
+        assert b".py" not in model.SerializeToString()  # no trace of the sources, nor where they lie on this machine
 
 
 def test_exporting_says_nothing_and_leaves_every_mode_as_it_was(

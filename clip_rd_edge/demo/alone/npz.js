@@ -1,4 +1,4 @@
-// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/bundle.py writes: float32 and Unicode text.
+// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/bundle.py writes: floats and Unicode text.
 
 // Its arrays by name: { shape, data }, data a Float32Array or a list of strings.
 export async function readNpz(buffer) {
@@ -39,8 +39,18 @@ function readNpy(buffer) {
   const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((each) => each.trim()).map(Number);
   const content = buffer.slice(start + length);
   if (type === "<f4") return { shape, data: new Float32Array(content) };
+  if (type === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
   if (type.startsWith("<U")) return { shape, data: texts(new Uint32Array(content), Number(type.slice(2))) };
   throw new Error(`The label bank has the type ${type}, which this page does not read.`);
+}
+
+// The number whose float16 has these bits; not every browser has Float16Array.
+function fromHalf(bits) {
+  const sign = bits & 0x8000 ? -1 : 1;
+  const exponent = (bits >> 10) & 31;
+  const fraction = bits & 1023;
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
 }
 
 // Texts of one length, a number a character, filled up with zeros.
