@@ -12,6 +12,7 @@ import onnx
 
 from clip_rd_edge.exporters.candidates import Candidate, candidates, static_candidates
 from clip_rd_edge.exporters.measure import Inputs
+from clip_rd_edge.exporters.nncf import nncf_is_there, quantize_by_nncf
 from clip_rd_edge.exporters.ranges import measure_ranges
 from clip_rd_edge.exporters.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.runtime.openvino import open_openvino
@@ -50,11 +51,13 @@ def openvino_candidates(
 ) -> Iterator[Candidate]:
     """Q/DQ of both kinds: OpenVINO's kernels are fast with U8 and with S8 activations, but not always right with S8.
 
-    NNCF's own is a little faster, and less accurate on MobileViT and ResNet, measured with version 3.4; dynamic INT8
-    is left in float by OpenVINO.
+    NNCF's own is tried where it is installed: at times faster, mostly less accurate. Dynamic INT8 is left in float by
+    OpenVINO.
     """
     yield from static_candidates(model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
     yield Candidate("symmetric, percentile", partial(_symmetric, model, samples))
+    if nncf_is_there():
+        yield Candidate("by NNCF", partial(quantize_by_nncf, model, samples))
 
 
 def _symmetric(model: Path, samples: Inputs) -> bytes:

@@ -8,6 +8,7 @@ import pytest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.calibration import CalibrationSet
+from clip_rd_edge.exporters.nncf import nncf_is_there
 from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.static import StaticQuantizer, preprocessed
 from clip_rd_edge.models.clip import ClipModel
@@ -55,7 +56,8 @@ def test_int8_is_tried_in_openvino(
         on_trials=lambda tried: trials.extend(f"{trial.tower} {trial.name}" for trial in tried),
     )  # fmt: skip
     assert manifest.target == "openvino"
-    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, percentile"} <= set(trials)
+    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= set(trials)
+    assert ("image by NNCF" in trials) == nncf_is_there()
     assert not any("dynamic" in trial for trial in trials)
 
 
