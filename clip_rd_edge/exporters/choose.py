@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ _WORTH_LATENCY, _WORTH_SIZE = 0.95, 0.67
 # What takes no longer than this is not slower: a token table in INT8 halves a text tower's file and changes nothing in
 # its time, so that two runs disagree on which of the two was faster.
 _NOT_SLOWER = 1.03
+# A loss of accuracy counts that chance brings about in fewer cases than this.
+_CHANCE = 0.1
 # Latencies are compared by their lowest tenth: on a busy machine what runs longer than a time slice is interrupted
 # almost always, and its median tells of the other programs.
 _PERCENTILE = 10
@@ -31,7 +34,7 @@ class Budget:
         image, text: least centred cosine with float32, by tower. Text asks for more: its embeddings are the classifier
             of every picture.
         max_loss: points of zero-shot accuracy that a tower may lose on the held-out pairs, each picture among all
-            captions. One picture is let pass, since fewer pairs than 200 cannot tell half a point.
+            captions. Some answers change either way with any rounding; a loss that is within chance is let pass.
     """
 
     image: float = 0.99
@@ -66,13 +69,23 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a candidate (or of float32, whose `of` is with itself); `loss_points` as in Trial."""
+    """What was measured of a candidate (or of float32, whose `of` is with itself).
+
+    Attributes:
+        lost, gained: answers on the held-out pairs that were right in float32 alone, and in the candidate alone.
+    """
 
     name: str
     times: Milliseconds
     of: Agreement
     size_bytes: int
-    loss_points: float = 0.0
+    lost: int = 0
+    gained: int = 0
+
+    @property
+    def loss_points(self) -> float:
+        """As in Trial."""
+        return 100 * (self.lost - self.gained) / self.of.samples
 
 
 @dataclass(frozen=True)
@@ -134,9 +147,17 @@ def _objections(
         reasons.append("hardly faster or smaller than float32")
     if candidate.of.centred_cosine < min_agreement:
         reasons.append(f"below {min_agreement}")
-    if candidate.loss_points > max(max_loss, 100 / candidate.of.samples + 1e-6):
+    if candidate.loss_points > max_loss and not _by_chance(candidate.lost, candidate.gained):
         reasons.append(f"loses {candidate.loss_points:.1f} points")
     return " and ".join(reasons)
+
+
+def _by_chance(lost: int, gained: int) -> bool:
+    """Whether rounding that spoils no more answers than it mends would lose as many of them (one-sided sign test)."""
+    changed = lost + gained
+    as_many = sum(math.comb(changed, count) for count in range(lost, changed + 1))
+    chance: float = as_many / 2**changed
+    return chance >= _CHANCE
 
 
 def _why_float(trials: Sequence[Trial], min_agreement: float) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import onnx
+
 from clip_rd_edge.exporters.quiet import silently
+
+
+def scales_by_batch(content: bytes) -> bool:
+    """Whether a model quantises activations at run time, by their range over the whole batch."""
+    return any(node.op_type == "DynamicQuantizeLinear" for node in onnx.load_from_string(content).graph.node)
 
 
 def quantize_dynamically(model: Path | bytes, *, products: bool, table: bool, per_channel: bool) -> bytes:

@@ -20,7 +20,7 @@ from clip_rd_edge.exporters.choose import Budget, Trial, nearest
 from clip_rd_edge.exporters.formats import Fallback
 from clip_rd_edge.exporters.half import probes_of, write_half
 from clip_rd_edge.exporters.measure import Inputs, embed
-from clip_rd_edge.exporters.parity import matched
+from clip_rd_edge.exporters.parity import Answers, matched
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.runtime.ort import open_session
@@ -62,7 +62,7 @@ def write_int8(
     }
     sources = {name: open_session(str(source / tower.file), threads=threads) for name, tower in towers.items()}
     image, text = (embed(sources[name], samples[name][1]) for name in towers)
-    accuracy: dict[str, Callable[[Embeddings], float]] = {
+    accuracy: dict[str, Callable[[Embeddings], Answers]] = {
         "image": partial(matched, captions=text),
         "text": partial(matched, image),
     }
@@ -126,7 +126,11 @@ def _written(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path
     else:
         write_bytes(folder / tower.file, quantized.model)
     return msgspec.structs.replace(
-        tower, precision=quantized.precision, note=quantized.note, measured=quantized.measured
+        tower,
+        precision=quantized.precision,
+        note=quantized.note,
+        measured=quantized.measured,
+        one_at_a_time=quantized.one_at_a_time,
     )
 
 

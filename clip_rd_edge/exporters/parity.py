@@ -11,6 +11,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.errors import UsageError
 
 Rows = npt.NDArray[np.float64]
+Answers = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
     )
 
 
-def matched(pictures: Embeddings, captions: Embeddings) -> float:
-    """Share of N pictures whose own caption is nearest among all N: both (N, D), row by row a pair.
+def matched(pictures: Embeddings, captions: Embeddings) -> Answers:
+    """Which of N pictures have their own caption nearest among all N: both (N, D), row by row a pair.
 
     A caption that another pair has, too, counts as either's own.
     """
     similarities = pictures.astype(np.float64) @ captions.astype(np.float64).T
     own = np.diagonal(similarities)
-    return float(np.mean(own >= similarities.max(axis=1) - 1e-6))  # rounding sets equal captions apart
+    right: Answers = own >= similarities.max(axis=1) - 1e-6  # rounding sets equal captions apart
+    return right
 
 
 def _mean_cosine(a: Rows, b: Rows) -> float:

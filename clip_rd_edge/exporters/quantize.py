@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import full_disk
@@ -15,8 +17,9 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.candidates import Candidate
 from clip_rd_edge.exporters.choose import Budget, Measured, Trial, choose
-from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
-from clip_rd_edge.exporters.parity import agreement
+from clip_rd_edge.exporters.dynamic import scales_by_batch
+from clip_rd_edge.exporters.measure import BATCH_SIZE, Inputs, Timer, embed, latencies, measurement
+from clip_rd_edge.exporters.parity import Answers, agreement
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.runtime.timing import time_in_turn
 
@@ -29,6 +32,7 @@ class QuantizedTower:
 
     Attributes:
         model: the file's content, or None where float32 is to be shipped.
+        one_at_a_time: as `contract.bundle.Tower` has it.
         precision: as `contract.bundle.Tower` has it.
         note: why it is float32, with figures, or empty.
         measured: of what is shipped.
@@ -40,6 +44,7 @@ class QuantizedTower:
     note: str
     measured: Measurement
     trials: tuple[Trial, ...]
+    one_at_a_time: bool = False
 
 
 def quantize_tower(
@@ -49,7 +54,7 @@ def quantize_tower(
     calibrate: Inputs,
     judge: Inputs,
     budget: Budget = Budget(),  # noqa: B008 — frozen
-    accuracy: Callable[[Embeddings], float] = lambda _: 1.0,
+    accuracy: Callable[[Embeddings], Answers] = lambda found: np.ones(len(found), dtype=bool),
     threads: int = 1,
     progress: Callable[[str], None] = lambda _: None,
     timer: Timer = time_in_turn,
@@ -63,7 +68,7 @@ def quantize_tower(
         calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
         judge: others, which candidates are judged by.
         budget: what INT8 may cost.
-        accuracy: share of the judging pairs that the tower's embeddings of `judge` match beside the other tower's.
+        accuracy: which of the judging pairs the tower's embeddings of `judge` match beside the other tower's, (N,).
         threads: threads that latencies are measured with.
         progress: told in a few words what is being done.
         timer: times calls in turn.
@@ -88,14 +93,24 @@ def quantize_tower(
             else:
                 contents[way.name], sessions[way.name] = made
     progress(f"{tower} tower: timing {len(contents)} candidates and float32 in turn")
-    reference = embed(sessions[_FP32], judge)
     times = latencies(sessions, judge, timer=timer)
+    progress(f"{tower} tower: judging {len(contents)} candidates")
+    reference = embed(sessions[_FP32], judge)
+    right = accuracy(reference)
     fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
+    alone = {name for name, content in contents.items() if scales_by_batch(content)}
     tried = {}
     for name, content in contents.items():
-        found = embed(sessions[name], judge)
-        loss = 100 * (accuracy(reference) - accuracy(found))
-        tried[name] = Measured(name, times[name], agreement(reference, found), len(content), loss)
+        found = embed(sessions[name], judge, batch_size=1 if name in alone else BATCH_SIZE)
+        still = accuracy(found)
+        tried[name] = Measured(
+            name,
+            times[name],
+            agreement(reference, found),
+            len(content),
+            lost=int((right & ~still).sum()),
+            gained=int((still & ~right).sum()),
+        )
     choice = choose(tower, fp32, list(tried.values()), budget=budget)
     shipped = tried[choice.name] if choice.name else fp32
     return QuantizedTower(
@@ -104,6 +119,7 @@ def quantize_tower(
         note=choice.note,
         measured=measurement(shipped.of, shipped.times, reference=fp32.times, threads=threads),
         trials=(*choice.trials, *failed),
+        one_at_a_time=choice.name in alone,
     )
 
 

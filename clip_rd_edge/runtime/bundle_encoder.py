@@ -68,13 +68,13 @@ class BundleEncoder(ABC):
         files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
         if not all(files):
             return ""
-        content = msgspec.json.encode((files, manifest.tokenizer, self.runtime))
+        content = msgspec.json.encode((files, manifest.tokenizer, self.runtime, manifest.text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """Embed RGB pictures, (N, D)."""
         if self.manifest.image.takes_pictures:
-            return self._one_by_one([np.asarray(image) for image in images])
+            return self._each(self._image_session, self.manifest.image, [np.asarray(image)[None] for image in images])
         parts = []
         for batch in in_batches(len(images), BATCH_SIZE):
             pixels = np.stack([preprocess(image, self.manifest.preprocessing) for image in images[batch]])
@@ -85,7 +85,8 @@ class BundleEncoder(ABC):
         """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
         if self.manifest.image.takes_pictures:
             # Back to the bytes that they were made of, which the graph then has nothing to resize in.
-            return self._one_by_one(list(to_bytes(pixels, self.manifest.preprocessing)))
+            pictures = to_bytes(pixels, self.manifest.preprocessing)
+            return self._each(self._image_session, self.manifest.image, [picture[None] for picture in pictures])
         return self._run(self._image_session, self.manifest.image, pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
@@ -115,15 +116,16 @@ class BundleEncoder(ABC):
     def _text_session(self) -> Any:
         return self.open_tower(self.manifest.text)
 
-    def _one_by_one(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> Embeddings:
-        run, tower = self._run, self.manifest.image
-        parts = [run(self._image_session, tower, picture[None]) for picture in pictures]
-        return np.concatenate(parts) if parts else self._nothing()
-
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
+        if tower.one_at_a_time and len(inputs) > 1:
+            return self._each(session, tower, [one[None] for one in inputs])
         (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
         result: Embeddings = embeddings
         return result
+
+    def _each(self, session: Any, tower: Tower, inputs: Sequence[npt.NDArray[Any]]) -> Embeddings:
+        parts = [self._run(session, tower, one) for one in inputs]
+        return np.concatenate(parts) if parts else self._nothing()
 
     def _nothing(self) -> Embeddings:
         return np.zeros((0, self.manifest.embedding_size), dtype=np.float32)

@@ -7,8 +7,8 @@ from clip_rd_edge.exporters.parity import Agreement
 from clip_rd_edge.exporters.sensitivity import GroupError, layers_within
 
 
-def _measured(name: str, latency_ms: float, agreement: float = 1.0, size: int = 100, loss: float = 0.0) -> Measured:
-    return Measured(name, np.full(9, latency_ms), Agreement(0.0, 1.0, agreement, 64), size, loss)
+def _measured(name: str, latency_ms: float, agreement: float = 1.0, size: int = 100, **answers: int) -> Measured:
+    return Measured(name, np.full(9, latency_ms), Agreement(0.0, 1.0, agreement, 200), size, **answers)
 
 
 def _choose(*tried: Measured) -> Choice:
@@ -52,11 +52,14 @@ def test_what_is_much_smaller_and_not_slower_is_shipped_where_nothing_is_faster(
     assert _choose(_measured("slower", 10.4, 0.9999, size=200)).name is None
 
 
-def test_a_loss_of_zero_shot_accuracy_is_an_objection_from_the_second_picture_on() -> None:
-    assert _choose(_measured("one of 64", 3, 0.995, loss=100 / 64)).name == "one of 64"
-    lost = _choose(_measured("two of 64", 3, 0.995, loss=200 / 64))
-    assert (lost.name, lost.trials[0].verdict) == (None, "loses 3.1 points")
-    patient = choose("image", _measured("float32", 10), [_measured("a", 3, loss=3.1)], budget=Budget(max_loss=5))
+def test_a_loss_of_zero_shot_accuracy_is_an_objection_where_chance_does_not_explain_it() -> None:
+    assert _choose(_measured("three of three", 3, 0.995, lost=3)).name == "three of three"
+    assert _choose(_measured("even", 3, 0.995, lost=12, gained=10)).name == "even"
+    lost = _choose(_measured("four of four", 3, 0.995, lost=4))
+    assert (lost.name, lost.trials[0].verdict) == (None, "loses 2.0 points")
+    assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).trials[0].loss_points == 4
+    assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).name is None
+    patient = choose("image", _measured("float32", 10), [_measured("a", 3, lost=4)], budget=Budget(max_loss=5))
     assert patient.name == "a"
 
 

@@ -68,6 +68,7 @@ def test_a_text_tower_shrinks_with_its_token_table_and_keeps_the_mask_in_float(
     assert kinds["Softmax"] == 3
     assert kinds["MatMul"] == 6  # queries with keys, and attention with values, of 3 layers: both stay in float
     assert kinds["QLinearAdd"] == kinds["QLinearSoftmax"] == 0
+    assert done.one_at_a_time  # its activations are scaled by the whole batch
 
 
 def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibration: CalibrationSet) -> None:

@@ -74,8 +74,9 @@ export class Model {
     await this.#openText();
     const { text, tokenizer, embedding_size: size } = this.manifest;
     const all = new Float32Array(texts.length * size);
-    for (let start = 0; start < texts.length; start += BATCH) {
-      const batch = texts.slice(start, start + BATCH);
+    const most = text.one_at_a_time ? 1 : BATCH;
+    for (let start = 0; start < texts.length; start += most) {
+      const batch = texts.slice(start, start + most);
       const ids = new this.ort.Tensor("int64", this.tokenizer.ids(batch), [batch.length, tokenizer.context_length]);
       all.set(await run(this.text, text, ids), start * size);
     }
