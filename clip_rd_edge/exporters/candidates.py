@@ -13,6 +13,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.exporters.dynamic import quantize_dynamically
 from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.sensitivity import GroupError, group_errors, layers_within
+from clip_rd_edge.exporters.speed import faster_layers
 from clip_rd_edge.exporters.static import RANGE_METHODS, StaticQuantizer, layers_of
 from clip_rd_edge.runtime.ort import open_session
 
@@ -41,8 +42,9 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Candidates for a tower, by what it is made of.
 
-    Convolutions are quantised statically; where a tower has several layers that are matrix products, these are
-    quantised dynamically; the two are combined where it has both.
+    Convolutions are quantised statically, all of them, those that bear it, and those that it makes faster; where a
+    tower has several layers that are matrix products, these are quantised dynamically; the two are combined where it
+    has both.
 
     Args:
         model: a float32 tower that `quant_pre_process` has optimised.
@@ -60,9 +62,10 @@ def candidates(
         progress(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
         errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
         yield from _partly_static(quantizer, errors, allowed_error)
-        if len(products) > 1:
-            robust = layers_within(errors, _SHARES[0] * allowed_error)
-            yield from _mixed(quantizer, [layer for layer in robust if layer in convolutions])
+        robust = [layer for layer in layers_within(errors, _SHARES[0] * allowed_error) if layer in convolutions]
+        if robust:
+            progress(f"timing INT8 in each part of {len(robust)} convolutions")
+            yield from _mixed(quantizer, robust, samples, products=len(products) > 1, threads=threads)
     if len(products) > 1:
         yield from _dynamic(model, table=table)
 
@@ -109,13 +112,23 @@ def _partly_static(
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
 
 
-def _mixed(quantizer: StaticQuantizer, convolutions: Sequence[str]) -> Iterator[Candidate]:
-    def make() -> bytes:
-        static = quantizer.quantize("percentile", convolutions)
-        return quantize_dynamically(static, products=True, table=False, per_channel=False)
+def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, products: bool) -> bytes:
+    """Static INT8 in these convolutions, and dynamic INT8 in products where the tower has several."""
+    static = quantizer.quantize("percentile", convolutions)
+    return quantize_dynamically(static, products=True, table=False, per_channel=False) if products else static
 
-    if convolutions:
-        yield Candidate(f"static in {len(convolutions)} convolutions, dynamic in products", make)
+
+def _mixed(
+    quantizer: StaticQuantizer, robust: Sequence[str], samples: Inputs, *, products: bool, threads: int
+) -> Iterator[Candidate]:
+    """Static INT8 in all robust convolutions, which for a CNN was tried already, and in those that it makes faster."""
+    mix = partial(_mix, quantizer, products=products)
+    rest = ", dynamic in products" if products else ""
+    if products:
+        yield Candidate(f"static in {len(robust)} convolutions{rest}", partial(mix, robust))
+    faster = faster_layers(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
+    if faster and len(faster) < len(robust):
+        yield Candidate(f"static in {len(faster)} convolutions that it makes faster{rest}", partial(mix, faster))
 
 
 def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:

@@ -44,6 +44,9 @@ class StaticQuantizer:
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
         """The model with `layers`, a subset of `self.layers`, in INT8, as a file's content."""
+        if not layers:  # which the library would take for all
+            unchanged: bytes = self._model.SerializeToString()
+            return unchanged
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
