@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -14,10 +14,8 @@ from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.quiet import silently
+from clip_rd_edge.exporters.slim import slim
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
-
-if TYPE_CHECKING:
-    import onnx
 
 OPSET = 18  # the exporter's own: it writes others by converting, and 17 is the least that has LayerNormalization
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
@@ -45,8 +43,6 @@ def export_text_tower(clip: ClipModel, folder: Path) -> Path:
 
 
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
-    import onnx
-
     example = example.to(next(tower.parameters()).device)
     try:
         with evaluating(tower), _without_fast_path(), silently(), torch.no_grad():
@@ -63,7 +59,7 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
                 verbose=False,
             )
         model = onnx.load(path)
-        _forget_sources(model.graph)
+        slim(model)
         onnx.checker.check_model(model)
         onnx.save(model, path)
     except Exception as error:  # the exporter raises all kinds, whose reports are pages long
@@ -74,14 +70,6 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
             hint="choose a trunk among clip-rd-edge's presets, or a newer torch",
         ) from error
     return path
-
-
-def _forget_sources(graph: onnx.GraphProto) -> None:
-    """Remove what the exporter notes of each part: the lines of Python that it came from, with the paths of this
-    machine, which take up to a megabyte and are nobody's business on a device."""
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
 
 
 def _reason(error: BaseException) -> str:
