@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
+import numpy as np
+from PIL import Image
 
 from clip_rd_edge.cli._answers import Format
 from clip_rd_edge.contract.encoder import TowerEncoder
@@ -40,6 +42,8 @@ def classify_files(
     if len(paths) >= MANY and not out.isatty():  # on a terminal the answers themselves are the progress
         batches = _with_bar(batches, len(paths))
     unreadable: list[InputError] = []
+    if len(paths) >= MANY:
+        _prepare(encoder)  # once, which the rate is not to tell of
     began = time.perf_counter()
     for batch in batches:
         predictions = classifier.classify_embeddings(batch.embeddings, top=top)
@@ -80,6 +84,13 @@ def classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, sh
             click.echo()
     seconds = time.perf_counter() - began
     click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} a second", err=True)
+
+
+def _prepare(encoder: TowerEncoder) -> None:
+    """Open the image tower, and let Pillow load its formats."""
+    Image.preinit()
+    height, width = encoder.describe().preprocessing.size
+    encoder.encode_pixels(np.zeros((1, 3, height, width), dtype=np.float32))
 
 
 def _with_bar(batches: Iterator[EmbeddedBatch[Path]], total: int) -> Iterator[EmbeddedBatch[Path]]:

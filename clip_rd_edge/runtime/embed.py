@@ -56,7 +56,8 @@ def embed_pictures(
         pictures: paths, or whatever else `open_image` opens; taken only as
             far ahead as three batches need, so that a long list may be a generator.
         batch_size: pictures that the tower sees at once, at least 1.
-        workers: threads that open pictures; None takes one a core, 8 at most.
+        workers: threads that open pictures; None takes one for each core that the model leaves, or one for each core
+            where the model was given no number of threads; 8 at most.
         quick: decode large JPEGs at a fraction of their size (`open_image(at_least=…)`).
     """
     how = encoder.describe().preprocessing
@@ -69,11 +70,14 @@ def embed_pictures(
         except InputError as error:
             return error
 
-    def embed(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> EmbeddedBatch[P]:
-        return _embed(encoder, [(picture, opened.result()) for picture, opened in batch], size)
+    def gather(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> _Gathered[P]:
+        return _gather([(picture, opened.result()) for picture, opened in batch])
+
+    def embed(gathered: Future[_Gathered[P]]) -> EmbeddedBatch[P]:
+        return _embed(encoder, gathered.result(), size)
 
     remaining = iter(pictures)
-    openers = ThreadPoolExecutor(workers or min(_MOST_WORKERS, os.cpu_count() or 1))
+    openers = ThreadPoolExecutor(workers or _cores_left(encoder))
     model = ThreadPoolExecutor(1)
     try:
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()
@@ -82,7 +86,8 @@ def embed_pictures(
                 batch = [(picture, openers.submit(pixels_of, picture)) for picture in islice(remaining, batch_size)]
                 if not batch:
                     break
-                ahead.append(model.submit(embed, batch))
+                # By an opener: they take tasks in turn, so that each of the batch's is done or being done by then.
+                ahead.append(model.submit(embed, openers.submit(gather, batch)))
             if not ahead:
                 return
             yield ahead.popleft().result()
@@ -92,12 +97,30 @@ def embed_pictures(
         model.shutdown(cancel_futures=True)
 
 
-def _embed(encoder: TowerEncoder, opened: Sequence[tuple[P, Pixels | InputError]], size: int) -> EmbeddedBatch[P]:
+def _cores_left(encoder: TowerEncoder) -> int:
+    cores = os.cpu_count() or 1
+    return min(_MOST_WORKERS, max(1, cores - (getattr(encoder, "threads", None) or 0)))
+
+
+@dataclass(frozen=True)
+class _Gathered(Generic[P]):
+    """A batch that is ready for the model; `pixels` are None where no picture could be read."""
+
+    pictures: Sequence[P]
+    pixels: Pixels | None
+    unreadable: Sequence[InputError]
+
+
+def _gather(opened: Sequence[tuple[P, Pixels | InputError]]) -> _Gathered[P]:
     readable = [(picture, pixels) for picture, pixels in opened if not isinstance(pixels, InputError)]
-    return EmbeddedBatch(
-        pictures=[picture for picture, _ in readable],
-        embeddings=encoder.encode_pixels(np.stack([pixels for _, pixels in readable]))
-        if readable
-        else np.zeros((0, size), dtype=np.float32),
-        unreadable=[error for _, error in opened if isinstance(error, InputError)],
+    return _Gathered(
+        [picture for picture, _ in readable],
+        np.stack([pixels for _, pixels in readable]) if readable else None,
+        [error for _, error in opened if isinstance(error, InputError)],
     )
+
+
+def _embed(encoder: TowerEncoder, batch: _Gathered[P], size: int) -> EmbeddedBatch[P]:
+    nothing = np.zeros((0, size), dtype=np.float32)
+    embeddings = nothing if batch.pixels is None else encoder.encode_pixels(batch.pixels)
+    return EmbeddedBatch(pictures=batch.pictures, embeddings=embeddings, unreadable=batch.unreadable)
