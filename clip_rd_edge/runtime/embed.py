@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,8 +57,7 @@ def embed_pictures(
         pictures: paths, or whatever else `open_image` opens; taken only as
             far ahead as three batches need, so that a long list may be a generator.
         batch_size: pictures that the tower sees at once, at least 1.
-        workers: threads that open pictures; None takes one for each core that the model leaves, or one for each core
-            where the model was given no number of threads; 8 at most.
+        workers: threads that open pictures; None takes one a core, 8 at most. They give way to the model.
         quick: decode large JPEGs at a fraction of their size (`open_image(at_least=…)`).
     """
     how = encoder.describe().preprocessing
@@ -77,7 +77,8 @@ def embed_pictures(
         return _embed(encoder, gathered.result(), size)
 
     remaining = iter(pictures)
-    openers = ThreadPoolExecutor(workers or _cores_left(encoder))
+    workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+    openers = ThreadPoolExecutor(workers, initializer=_give_way)
     model = ThreadPoolExecutor(1)
     try:
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()
@@ -97,9 +98,10 @@ def embed_pictures(
         model.shutdown(cancel_futures=True)
 
 
-def _cores_left(encoder: TowerEncoder) -> int:
-    cores = os.cpu_count() or 1
-    return min(_MOST_WORKERS, max(1, cores - (getattr(encoder, "threads", None) or 0)))
+def _give_way() -> None:
+    """Let the model run first, where a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 @dataclass(frozen=True)
