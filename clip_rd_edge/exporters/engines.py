@@ -13,9 +13,9 @@ from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Budget
 from clip_rd_edge.exporters.engine_layers import layers_not_in
-from clip_rd_edge.exporters.jetson import write_build_files
+from clip_rd_edge.exporters.self_build import write_build_files
 from clip_rd_edge.exporters.source import open_source
-from clip_rd_edge.exporters.tensorrt import JETSON_TARGETS, RTX_TARGETS, build_engine, require_target
+from clip_rd_edge.exporters.tensorrt import RTX_TARGETS, SELF_BUILDING_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
 
 
@@ -31,9 +31,9 @@ def write_engines(
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
 
-    A Jetson builds its engines itself: for it, the folder has what that takes (`jetson.py`) in their place. For an RTX
-    card they are built without a GPU, so that their latency is not measured here; what their layers compute in is
-    checked by the builder's own account.
+    Some devices build their engines themselves: for them, the folder has what that takes (`self_build.py`) in their
+    place. For an RTX card they are built without a GPU, so that their latency is not measured here; what their layers
+    compute in is checked by the builder's own account.
 
     Raises:
         InputError: there is no target of that name.
@@ -66,8 +66,8 @@ def write_engines(
         text=towers["text"],
         files={},
     )
-    if target in JETSON_TARGETS:
-        write_build_files(folder, made, title=JETSON_TARGETS[target])
+    if target in SELF_BUILDING_TARGETS:
+        write_build_files(folder, made, title=SELF_BUILDING_TARGETS[target])
     return made
 
 

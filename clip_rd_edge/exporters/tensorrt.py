@@ -1,7 +1,7 @@
-"""TensorRT engines from ONNX: one builder for TensorRT and TensorRT for RTX. Never imports torch.
+"""TensorRT engines from ONNX, built by TensorRT for RTX; TensorRT proper builds where the GPU is (`self_build.py`).
 
 Networks are strongly typed: every type stands in the ONNX (`fp16.py`, `symmetric.py`), since TensorRT 11 has neither
-precision flags nor calibrators, and 10 and TensorRT for RTX do without them, too.
+precision flags nor calibrators, and 10 and TensorRT for RTX do without them, too. Never imports torch.
 """
 
 from __future__ import annotations
@@ -9,15 +9,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError, near_matches
 
-Module = Literal["tensorrt", "tensorrt_rtx_bindings"]
-_EXTRAS: dict[str, tuple[str, str]] = {
-    "tensorrt": ("tensorrt", "tensorrt"),
-    "tensorrt_rtx_bindings": ("tensorrt-rtx-cu13-bindings", "rtx"),
-}
 # Compute capabilities that TensorRT for RTX builds for on any machine.
 RTX_TARGETS = {
     "sm75": "GeForce RTX 20, T4",
@@ -28,11 +23,12 @@ RTX_TARGETS = {
     "sm121": "GB10 (DGX Spark)",
 }
 # Devices that build their engines themselves, and what they need for it.
-JETSON_TARGETS = {
+SELF_BUILDING_TARGETS = {
+    "nvidia-gpu": "NVIDIA GPU with TensorRT 10 or 11",
     "jetson-orin": "Jetson Orin, compute capability 8.7; JetPack 6, TensorRT 10",
     "jetson-thor": "Jetson Thor, compute capability 11.0; JetPack 7, TensorRT 10.13",
 }
-TARGETS = {**RTX_TARGETS, **JETSON_TARGETS}
+TARGETS = {**RTX_TARGETS, **SELF_BUILDING_TARGETS}
 
 
 @dataclass(frozen=True)
@@ -61,22 +57,20 @@ def require_target(name: str | None) -> str:
 def build_engine(
     model: bytes,
     *,
-    module: Module = "tensorrt_rtx_bindings",
-    target: str | None = None,
+    target: str,
     max_batch: int = 8,
 ) -> Engine:
     """Build an engine for batches of 1 to `max_batch`, tuned for 1.
 
     Args:
         model: a strongly typed ONNX file's content with one input, whose first dimension is the batch.
-        module: `tensorrt` builds for the GPU of this machine, `tensorrt_rtx_bindings` for `target`, without a GPU.
         target: one of RTX_TARGETS.
 
     Raises:
-        MissingExtraError: the module is not installed.
+        MissingExtraError: TensorRT for RTX is not installed.
         ClipRdEdgeError: the parser does not take the ONNX, or the builder fails.
     """
-    trt = _import(module)
+    trt = _import()
     logger = _logger(trt)
     builder = trt.Builder(logger)
     # From version 11 on there is no other kind of network, and no flag.
@@ -86,27 +80,25 @@ def build_engine(
     if not parser.parse(model):
         reasons = [parser.get_error(i) for i in range(parser.num_errors)]
         raise ClipRdEdgeError(
-            f"{module} {trt.__version__} does not take the ONNX: {_first(reasons)}.",
+            f"TensorRT for RTX {trt.__version__} does not take the ONNX: {_first(reasons)}.",
             hint="export another precision, or another architecture",
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if target is not None:
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
     config.add_optimization_profile(_profile(builder, network.get_input(0), max_batch))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ClipRdEdgeError(f"{module} {trt.__version__} cannot build the engine: {_first(logger.errors)}.")
+        raise ClipRdEdgeError(f"TensorRT for RTX {trt.__version__} cannot build the engine: {_first(logger.errors)}.")
     return Engine(bytes(plan), "\n".join(logger.lines))
 
 
-def _import(module: Module) -> Any:
+def _import() -> Any:
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("tensorrt_rtx_bindings")
     except ImportError as error:
-        package, extra = _EXTRAS[module]
-        raise MissingExtraError(package, extra=extra, purpose="Building an engine") from error
+        raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
 
 
 def _profile(builder: Any, given: Any, max_batch: int) -> Any:

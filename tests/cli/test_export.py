@@ -161,6 +161,7 @@ def test_a_target_sets_what_is_left_open() -> None:
     assert aim_at("openvino", format=None, precision="bf16") == Aim("openvino", "bf16", None)
     assert aim_at("sm89", format="trt", precision=None) == Aim("trt", "fp16", "sm89")
     assert aim_at("jetson-orin", format=None, precision=None) == Aim("trt", "int8", "jetson-orin")
+    assert aim_at("nvidia-gpu", format=None, precision=None) == Aim("trt", "fp16", "nvidia-gpu")
 
 
 @pytest.mark.parametrize("name", [name for name in device_names() if name != "rtx"])

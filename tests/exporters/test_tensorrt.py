@@ -134,7 +134,7 @@ def test_a_bundle_has_its_engines_beside_their_onnx(
 @pytest.mark.tensorrt
 @pytest.mark.usefixtures("rtx")
 def test_what_the_parser_does_not_take_is_one_sentence() -> None:
-    with pytest.raises(ClipRdEdgeError, match=r"^tensorrt_rtx_bindings [\d.]+ does not take the ONNX: ") as raised:
+    with pytest.raises(ClipRdEdgeError, match=r"^TensorRT for RTX [\d.]+ does not take the ONNX: ") as raised:
         build_engine(b"no onnx", target="sm86")
     assert "\n" not in str(raised.value)
 

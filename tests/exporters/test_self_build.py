@@ -1,4 +1,4 @@
-"""The folder for a Jetson, built by its own scripts against a stand-in for TensorRT."""
+"""The folder that builds its own engines, such as a Jetson's, by its scripts against a stand-in for TensorRT."""
 
 from __future__ import annotations
 
@@ -62,6 +62,19 @@ def test_the_folder_is_whole(folder: Path) -> None:
     assert manifest.target == "tensorrt jetson-orin"
     assert {"build.sh", "build.py", "SHA256SUMS", "image.onnx", "text.onnx", "tokenizer.json"} == set(manifest.files)
     assert all(check.passed for check in verify_bundle(folder))
+
+
+def test_a_graphics_card_gets_the_same_in_half_precision(
+    student: ClipModel, fp32_bundle: Path, trtexec: Path, tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    export_bundle(student, made, precision="fp16", format="trt", target="nvidia-gpu", source=fp32_bundle, provenance={})
+    assert read_manifest(made).target == "tensorrt nvidia-gpu"
+    assert "NVIDIA GPU with TensorRT 10 or 11" in (made / "build.sh").read_text()
+    done = _build(made, trtexec)
+    assert done.returncode == 0, done.stderr
+    assert (made / "image.engine").is_file()
+    assert (made / "text.engine").is_file()
 
 
 def test_build_sh_asks_trtexec_for_both_engines(folder: Path, trtexec: Path) -> None:

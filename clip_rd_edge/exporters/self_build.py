@@ -1,4 +1,4 @@
-"""What a Jetson needs to build its engines: an engine fits only the GPU and the TensorRT that it was built with.
+"""What a device needs to build its engines: an engine fits only the GPU and the TensorRT that it was built with.
 
 Beside the strongly typed ONNX files lie `build.sh` (trtexec), `build.py` (TensorRT's Python, where there is no
 trtexec) and `SHA256SUMS`; none of them needs clip-rd-edge. Never imports torch.
