@@ -12,6 +12,7 @@ labels.npz       optional: `names` (C,) and their prompt-averaged `embeddings` (
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -76,7 +77,12 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """manifest.json. `files` maps the name of every other file to its SHA-256."""
+    """manifest.json.
+
+    Attributes:
+        files: by the name of every other file its SHA-256.
+        checksum: SHA-256 of this file, as it is with an empty one.
+    """
 
     format_version: int
     name: str
@@ -92,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     parameters: int = 0
     provenance: dict[str, str] = {}
     files: dict[str, str] = {}
+    checksum: str = ""
 
 
 class LabelBank(msgspec.Struct, frozen=True):
@@ -108,9 +115,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    complete = msgspec.structs.replace(manifest, files=files)
+    complete = msgspec.structs.replace(manifest, files=files, checksum="")
+    complete = msgspec.structs.replace(complete, checksum=hashlib.sha256(to_json(complete)).hexdigest())
     write_bytes(folder / MANIFEST, to_json(complete))
     return complete
+
+
+def manifest_is_intact(folder: Path, manifest: Manifest) -> bool:
+    """Whether manifest.json, which was read as `manifest`, is to the byte what was written."""
+    content = (folder / MANIFEST).read_bytes()
+    told = f'"checksum": "{manifest.checksum}"'.encode()
+    return hashlib.sha256(content.replace(told, b'"checksum": ""')).hexdigest() == manifest.checksum
 
 
 def is_bundle(folder: Path) -> bool:

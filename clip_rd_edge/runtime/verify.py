@@ -9,7 +9,15 @@ import msgspec
 import numpy as np
 from PIL import __version__ as PILLOW
 
-from clip_rd_edge.contract.bundle import LABELS, MANIFEST, TOKENIZER, Manifest, is_bundle, read_manifest
+from clip_rd_edge.contract.bundle import (
+    LABELS,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    is_bundle,
+    manifest_is_intact,
+    read_manifest,
+)
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of
 from clip_rd_edge.contract.structs import read_json
@@ -39,14 +47,15 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def verify_bundle(folder: Path, *, threads: int | None = None) -> list[Check]:
-    """Check every file of a bundle by its SHA-256, and run what is intact once.
+    """Check every file of a bundle by its SHA-256, the manifest by its own, and run what is intact once.
 
     Raises:
         InputError: it is no bundle.
         ConfigError: its manifest is damaged, or of a newer format.
     """
     manifest = _manifest_of(folder)
-    checks = [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
+    checks = [_check_manifest(folder, manifest)]
+    checks += [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
     broken = {check.what for check in checks if not check.passed}
     encoder = encoder_of(folder, manifest, threads=threads)
     checks.append(_check_run("image tower", {manifest.image.file} & broken, lambda: _noise(encoder), manifest))
@@ -65,6 +74,11 @@ def _manifest_of(folder: Path) -> Manifest:
             raise
         # A file is missing: the manifest itself is good, and every missing file is to be named, not the first alone.
         return read_json(folder / MANIFEST, Manifest)
+
+
+def _check_manifest(folder: Path, manifest: Manifest) -> Check:
+    intact = manifest_is_intact(folder, manifest)
+    return Check(what=MANIFEST, passed=intact, detail="intact" if intact else "not as it was exported: it was changed")
 
 
 def _check_file(folder: Path, name: str, digest: str) -> Check:

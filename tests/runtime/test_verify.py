@@ -89,7 +89,7 @@ def _flip_a_byte(path: Path) -> None:
 def test_an_intact_bundle_passes(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert [check.what for check in checks] == [
-        *("image.onnx", "labels.npz", "text.onnx", "tokenizer.json"),
+        *("manifest.json", "image.onnx", "labels.npz", "text.onnx", "tokenizer.json"),
         *("image tower", "text tower", "label bank"),
     ]
     assert not _failed(checks)
@@ -110,6 +110,20 @@ def test_a_flipped_byte_is_found_and_what_needs_the_file_is_not_run(bundle: Path
     assert set(failed) == {file, tower}
     assert "SHA-256 differs" in failed[file]
     assert failed[tower] == f"not run, because of {file}"
+
+
+def test_a_flipped_byte_of_the_manifest_is_found_wherever_it_is(bundle: Path) -> None:
+    path = bundle / "manifest.json"
+    whole = path.read_bytes()
+    for place in (*range(0, len(whole), 29), len(whole) - 1):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        try:
+            failed = _failed(verify_bundle(bundle))
+        except (ConfigError, InputError):
+            continue  # it is no manifest any more
+        assert "manifest.json" in failed, (place, whole[place - 20 : place + 20])
 
 
 def test_every_missing_file_is_named(bundle: Path) -> None:
@@ -158,7 +172,7 @@ def test_the_command_exits_0_where_all_is_well(bundle: Path, command_line: Comma
     assert all(check["passed"] for check in json.loads(out))
     code, out, _ = command_line("verify", bundle)
     assert code == 0
-    assert out.count(" ok ") == 7
+    assert out.count(" ok ") == 8
 
 
 def test_the_command_exits_1_and_names_what_is_damaged(bundle: Path, command_line: CommandLine) -> None:
@@ -166,7 +180,7 @@ def test_the_command_exits_1_and_names_what_is_damaged(bundle: Path, command_lin
     code, out, err = command_line("verify", bundle)
     assert code == 1
     assert "text.onnx" in out
-    assert "failed 2 of 7 checks: text.onnx, text tower." in err
+    assert "failed 2 of 8 checks: text.onnx, text tower." in err
     assert "hint:" in err
 
 
