@@ -26,7 +26,7 @@ with torch.inference_mode():
         embeddings = each.reshape(len(labels), len(templates), -1).mean(1)
         embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
     image = model.encode_image(preprocess(Image.open(picture).convert("RGB"))[None], normalize=True)
-    likely = (model.logit_scale.exp() * image @ embeddings.T).softmax(-1)[0]
+    likely = (model.logit_scale.exp() * image @ embeddings.float().T).softmax(-1)[0]
 best = likely.topk(3)
 predictions = [{"label": labels[i], "probability": p} for i, p in zip(best.indices, best.values.tolist(), strict=True)]
 print(json.dumps({"picture": picture, "predictions": predictions}))
