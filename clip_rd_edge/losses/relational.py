@@ -80,5 +80,6 @@ class _ExpectedDifference(torch.autograd.Function):
 
 
 def _expected_difference(weights: Tensor, target: Tensor, logits: Tensor) -> Tensor:
-    result: Tensor = _ExpectedDifference.apply(weights, target.detach(), logits)  # type: ignore[no-untyped-call]
+    apply: Any = _ExpectedDifference.apply  # some versions of torch type it, others do not
+    result: Tensor = apply(weights, target.detach(), logits)
     return result

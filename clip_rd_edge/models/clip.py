@@ -79,7 +79,9 @@ class TextTower(nn.Module):
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model in place, its kernels in channels-last order, in which convolutions are faster on CPUs and GPUs."""
-    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    moved: Any = model.to(device)  # some versions of torch type the next call, others do not
+    result: nn.Module = moved.to(memory_format=torch.channels_last)
+    return result
 
 
 def default_device() -> torch.device:
