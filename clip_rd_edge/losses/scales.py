@@ -38,7 +38,9 @@ class Scales(nn.Module):
         """What a parameter of this module multiplies with, a scalar."""
         if self.kind == "raw":
             return parameter
-        return parameter.clamp(0.0, _MAX_LOG).exp()
+        # Past clamp's own gradient, which is 0 at the bounds from torch 2.15 on: a scale there could not come back.
+        bounded = parameter.detach().clamp(0.0, _MAX_LOG)
+        return (bounded + (parameter - parameter.detach())).exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
