@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 from PIL import Image
 
 from clip_rd_edge.cli._answers import Format
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_pictures
+from clip_rd_edge.runtime.embed import EmbeddedBatch, embed_pictures, open_image_tower
 
 MANY = 50  # pictures from which a rate means something
 
@@ -43,7 +42,9 @@ def classify_files(
         batches = _with_bar(batches, len(paths))
     unreadable: list[InputError] = []
     if len(paths) >= MANY:
-        _prepare(encoder)  # once, which the rate is not to tell of
+        # What is done once, and the rate is not to tell of.
+        Image.preinit()
+        open_image_tower(encoder)
     began = time.perf_counter()
     for batch in batches:
         predictions = classifier.classify_embeddings(batch.embeddings, top=top)
@@ -84,13 +85,6 @@ def classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, sh
             click.echo()
     seconds = time.perf_counter() - began
     click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} a second", err=True)
-
-
-def _prepare(encoder: TowerEncoder) -> None:
-    """Open the image tower, and let Pillow load its formats."""
-    Image.preinit()
-    height, width = encoder.describe().preprocessing.size
-    encoder.encode_pixels(np.zeros((1, 3, height, width), dtype=np.float32))
 
 
 def _with_bar(batches: Iterator[EmbeddedBatch[Path]], total: int) -> Iterator[EmbeddedBatch[Path]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
@@ -22,6 +21,7 @@ from clip_rd_edge.contract.preprocess import open_image, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.loading import load
 
 MAX_PIXELS = 50_000_000  # of a picture that is sent: a phone's camera has up to that
@@ -93,7 +93,7 @@ class Model:
         with self._lock:
             if self._stamp != (stat.st_mtime_ns, stat.st_size):
                 self._encoder = load(self.folder, threads=self._threads)
-                _warm_up(self._encoder)
+                open_image_tower(self._encoder)
                 self._classifiers.clear()
                 self._stamp = (stat.st_mtime_ns, stat.st_size)
             return self._encoder
@@ -181,11 +181,6 @@ class LabelSets:
     def get(self, key: str) -> tuple[str, ...] | None:
         """The labels of that key, or None where they are no longer known."""
         return self._sets.get(key)
-
-
-def _warm_up(encoder: BundleEncoder) -> None:
-    # The first picture shall not wait for the tower to be loaded, nor its time be told as the model's.
-    encoder.encode_pixels(np.zeros((1, 3, *encoder.manifest.preprocessing.size), dtype=np.float32))
 
 
 def label_key(labels: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 
+from clip_rd_edge.exporters.measure import lowest_tenth
 from clip_rd_edge.exporters.parity import Agreement
 from clip_rd_edge.runtime.timing import Milliseconds
 
@@ -21,9 +21,6 @@ _WORTH_LATENCY, _WORTH_SIZE = 0.95, 0.67
 _NOT_SLOWER = 1.03
 # A loss of accuracy counts that chance brings about in fewer cases than this.
 _CHANCE = 0.1
-# Latencies are compared by their lowest tenth: on a busy machine what runs longer than a time slice is interrupted
-# almost always, and its median tells of the other programs.
-_PERCENTILE = 10
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def choose(tower: str, fp32: Measured, tried: Sequence[Measured], *, budget: Bud
         budget: what INT8 may cost.
     """
     min_agreement = budget.min_agreement(tower)
-    ratios = {c.name: _latency(c) / _latency(fp32) for c in tried}
+    ratios = {c.name: lowest_tenth(c.times) / lowest_tenth(fp32.times) for c in tried}
     sizes = {c.name: c.size_bytes / fp32.size_bytes for c in tried}
     verdicts = {c.name: _objections(c, ratios[c.name], sizes[c.name], min_agreement, budget.max_loss) for c in tried}
     good = [c for c in tried if not verdicts[c.name]]
@@ -130,10 +127,6 @@ def choose(tower: str, fp32: Measured, tried: Sequence[Measured], *, budget: Bud
         for c in tried
     )
     return Choice(best.name if best else None, "" if best else _why_float(trials, min_agreement), trials)
-
-
-def _latency(of: Measured) -> float:
-    return float(np.percentile(of.times, _PERCENTILE))
 
 
 def _objections(

@@ -34,6 +34,12 @@ def latencies(sessions: Mapping[str, Any], one: Inputs, *, timer: Timer = time_i
     return timer({name: _call(session, feed[name]) for name, session in sessions.items()})
 
 
+def lowest_tenth(times: Milliseconds) -> float:
+    """What candidates are compared by: on a busy machine what runs longer than a time slice is interrupted almost
+    always, and its median tells of the other programs."""
+    return float(np.percentile(times, 10))
+
+
 def measurement(of: Agreement, times: Milliseconds, *, reference: Milliseconds, threads: int) -> Measurement:
     """As the manifest keeps it; `reference` are the float32 tower's latencies, timed in turn with `times`."""
     return Measurement(

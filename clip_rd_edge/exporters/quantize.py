@@ -32,11 +32,11 @@ class QuantizedTower:
 
     Attributes:
         model: the file's content, or None where float32 is to be shipped.
-        one_at_a_time: as `contract.bundle.Tower` has it.
         precision: as `contract.bundle.Tower` has it.
         note: why it is float32, with figures, or empty.
         measured: of what is shipped.
         trials: all that was tried, for a table.
+        one_at_a_time: as `contract.bundle.Tower` has it.
     """
 
     model: bytes | None

@@ -12,15 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from clip_rd_edge.exporters.measure import Inputs, Timer, latencies
+from clip_rd_edge.exporters.measure import Inputs, Timer, latencies, lowest_tenth
 from clip_rd_edge.runtime.timing import time_in_turn
 
 _GROUPS = 8
 _SAVES = 0.995  # of the time without it, at most
 _NONE = "none"
-_PERCENTILE = 10  # as candidates are compared by, see `choose`
 _TIMER = partial(time_in_turn, rounds=30, max_seconds=8.0)
 
 
@@ -43,5 +40,5 @@ def faster_layers(
     groups = {str(start): tuple(layers[start : start + size]) for start in range(0, len(layers), size)}
     sessions = {_NONE: open_with(())} | {name: open_with(group) for name, group in groups.items()}
     times = latencies(sessions, one, timer=timer)
-    fastest = {name: float(np.percentile(times[name], _PERCENTILE)) for name in sessions}
+    fastest = {name: lowest_tenth(times[name]) for name in sessions}
     return tuple(layer for name, group in groups.items() if fastest[name] <= _SAVES * fastest[_NONE] for layer in group)

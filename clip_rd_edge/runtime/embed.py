@@ -98,6 +98,12 @@ def embed_pictures(
         model.shutdown(cancel_futures=True)
 
 
+def open_image_tower(encoder: TowerEncoder) -> None:
+    """Embed a blank picture, so that none waits for the tower to be loaded, nor has its time told as the model's."""
+    height, width = encoder.describe().preprocessing.size
+    encoder.encode_pixels(np.zeros((1, 3, height, width), dtype=np.float32))
+
+
 def _give_way() -> None:
     """Let the model run first, where a thread has a priority of its own."""
     if sys.platform == "linux":
