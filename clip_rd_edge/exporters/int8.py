@@ -23,7 +23,6 @@ from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.parity import Answers, matched
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
 from clip_rd_edge.exporters.source import open_source
-from clip_rd_edge.runtime.ort import open_session
 
 
 def write_int8(
@@ -60,11 +59,13 @@ def write_int8(
         "image": (calibration.calibrate.pixels, calibration.judge.pixels),
         "text": (calibration.calibrate.ids, calibration.judge.ids),
     }
-    sources = {name: open_session(str(source / tower.file), threads=threads) for name, tower in towers.items()}
-    image, text = (embed(sources[name], samples[name][1]) for name in towers)
+    references = {
+        name: embed(backend.open(str(source / tower.file), threads=threads), samples[name][1])
+        for name, tower in towers.items()
+    }
     accuracy: dict[str, Callable[[Embeddings], Answers]] = {
-        "image": partial(matched, captions=text),
-        "text": partial(matched, image),
+        "image": partial(matched, captions=references["text"]),
+        "text": partial(matched, references["image"]),
     }
     quantized = {}
     for name, tower in towers.items():
@@ -73,6 +74,7 @@ def write_int8(
             tower=name,
             calibrate=samples[name][0],
             judge=samples[name][1],
+            reference=references[name],
             budget=budget,
             accuracy=accuracy[name],
             threads=threads,

@@ -53,6 +53,7 @@ def quantize_tower(
     tower: str,
     calibrate: Inputs,
     judge: Inputs,
+    reference: Embeddings | None = None,
     budget: Budget = Budget(),  # noqa: B008 — frozen
     accuracy: Callable[[Embeddings], Answers] = lambda found: np.ones(len(found), dtype=bool),
     threads: int = 1,
@@ -67,6 +68,7 @@ def quantize_tower(
         tower: `image` or `text`.
         calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
         judge: others, which candidates are judged by.
+        reference: embeddings of `judge` by the float32 file in `backend`, where they are there already.
         budget: what INT8 may cost.
         accuracy: which of the judging pairs the tower's embeddings of `judge` match beside the other tower's, (N,).
         threads: threads that latencies are measured with.
@@ -95,7 +97,7 @@ def quantize_tower(
     progress(f"{tower} tower: timing {len(contents)} candidates and float32 in turn")
     times = latencies(sessions, judge, timer=timer)
     progress(f"{tower} tower: judging {len(contents)} candidates")
-    reference = embed(sessions[_FP32], judge)
+    reference = embed(sessions[_FP32], judge) if reference is None else reference
     right = accuracy(reference)
     fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
     alone = {name for name, content in contents.items() if scales_by_batch(content)}
