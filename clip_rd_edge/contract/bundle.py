@@ -6,8 +6,7 @@ image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.engine, text.engine   for TensorRT targets, beside the ONNX that they were built from
 tokenizer.json   read by the `tokenizers` library
-labels.npz       optional: `names` (C,) and their prompt-averaged `embeddings` (C, D), so that fixed labels need
-                 no text tower; float32 in a float32 bundle, float16 in every other
+labels.npz       optional: embeddings of fixed labels, which then need no text tower
 """
 
 from __future__ import annotations
@@ -16,18 +15,16 @@ import hashlib
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of, size_bytes, write_bytes
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.structs import read_versioned_json, to_json
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import InputError
 
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
-TOKENIZER, LABELS = "tokenizer.json", "labels.npz"
+TOKENIZER = "tokenizer.json"
 ENGINE_SUFFIX = ".engine"  # of a TensorRT engine; for the rest it is called as its ONNX
 
 
@@ -101,13 +98,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     checksum: str = ""
 
 
-class LabelBank(msgspec.Struct, frozen=True):
-    """Names and their embeddings, (C,) and (C, D)."""
-
-    names: tuple[str, ...]
-    embeddings: Embeddings
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every file in `folder` and write its manifest, last, so that a bundle without one is an unfinished one."""
     files = {
@@ -158,37 +148,3 @@ def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
 def bundle_size_bytes(folder: Path) -> int:
     """Size of a bundle on disk, in bytes."""
     return size_bytes(folder)
-
-
-def write_labels(folder: Path, bank: LabelBank, *, half: bool = False) -> None:
-    """Write labels.npz.
-
-    Args:
-        half: in float16: half the size, and an error far below what quantising the text tower costs. Otherwise in
-            float32, so that probabilities are those of the text tower.
-    """
-    import io
-
-    buffer = io.BytesIO()
-    embeddings = bank.embeddings.astype(np.float16 if half else np.float32)
-    np.savez_compressed(buffer, names=np.asarray(bank.names, dtype=np.str_), embeddings=embeddings)
-    write_bytes(folder / LABELS, buffer.getvalue())
-
-
-def read_labels(folder: Path) -> LabelBank | None:
-    """The bundle's label bank, or None where it has none.
-
-    Raises:
-        ConfigError: labels.npz is damaged.
-    """
-    path = folder / LABELS
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names, embeddings = arrays["names"], arrays["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{path} is not a label bank: {error}.", hint="export the bundle again") from error
-    if embeddings.ndim != 2 or len(names) != len(embeddings):
-        raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
-    return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))

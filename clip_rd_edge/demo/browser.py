@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
 from clip_rd_edge.contract.files import new_folder, refuse_unless_free, size_bytes, write_bytes
+from clip_rd_edge.contract.label_bank import LABELS
 from clip_rd_edge.contract.structs import to_json
 from clip_rd_edge.demo.npm import find_packages
 from clip_rd_edge.errors import UsageError

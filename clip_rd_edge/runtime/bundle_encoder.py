@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import TOKENIZER, LabelBank, Manifest, Tower, bundle_size_bytes, read_labels
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, bundle_size_bytes
 from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
+from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_bytes
 from clip_rd_edge.contract.tokenizer import Tokenizer
 

@@ -9,17 +9,10 @@ import msgspec
 import numpy as np
 from PIL import __version__ as PILLOW
 
-from clip_rd_edge.contract.bundle import (
-    LABELS,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    is_bundle,
-    manifest_is_intact,
-    read_manifest,
-)
+from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER, Manifest, is_bundle, manifest_is_intact, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import sha256_of
+from clip_rd_edge.contract.label_bank import LABELS
 from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from clip_rd_edge.contract.bundle import read_labels, read_manifest, write_manifest
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.demo import npm
 
 Run = Callable[..., tuple[int, str, str]]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import LabelBank, read_labels, write_labels
+from clip_rd_edge.contract.label_bank import LabelBank, read_labels, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.demo.browser import ALONE

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import LabelBank, read_manifest, write_labels, write_manifest
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.browser

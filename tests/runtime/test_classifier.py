@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import LabelBank, read_labels, read_manifest, write_labels, write_manifest
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import ZeroShotClassifier, load
 
@@ -62,19 +63,6 @@ def test_odd_labels(colour_bundle: Path) -> None:
     with pytest.raises(InputError, match="No labels"):
         classifier.set_labels([])
     assert classifier.labels == tuple(labels)  # a refusal changes nothing
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, half: bool) -> None:
-    rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = ("naïve café", "猫", *map(str, range(48)))
-    write_labels(tmp_path, LabelBank(names, rows), half=half)
-    bank = read_labels(tmp_path)
-    assert bank is not None
-    assert bank.names == names
-    assert bank.embeddings.dtype == np.float32
-    np.testing.assert_allclose(bank.embeddings, rows, rtol=5e-4 if half else 0, atol=1e-7 if half else 0)
 
 
 def test_labels_of_the_bank_need_no_text_tower(colour_bundle: Path) -> None:

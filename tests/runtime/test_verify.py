@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from clip_rd_edge.contract.bundle import LabelBank, Manifest, Tower, read_manifest, write_labels, write_manifest
+from clip_rd_edge.contract.bundle import Manifest, Tower, read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError

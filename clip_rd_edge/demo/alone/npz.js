@@ -1,4 +1,4 @@
-// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/bundle.py writes: floats and Unicode text.
+// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/label_bank.py writes: floats and Unicode text.
 
 // Its arrays by name: { shape, data }, data a Float32Array or a list of strings.
 export async function readNpz(buffer) {
