@@ -1,17 +1,25 @@
-"""labels.npz of a bundle: `names` (C,) and their prompt-averaged `embeddings` (C, D); in float32 or in float16."""
+"""labels.npz of a bundle: `names` (C,) and their prompt-averaged `embeddings` (C, D), in float32 or float16.
+
+In INT8 it has `levels` (C, D), int8, in place of `embeddings`, to be multiplied by float32 `scales` (C, 1). They go by
+other names so that a reader that does not know of them refuses the file and does not misread it.
+"""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ConfigError
 
 LABELS = "labels.npz"
+LabelPrecision = Literal["fp32", "fp16", "int8"]
 
 
 class LabelBank(msgspec.Struct, frozen=True):
@@ -21,18 +29,17 @@ class LabelBank(msgspec.Struct, frozen=True):
     embeddings: Embeddings
 
 
-def write_labels(folder: Path, bank: LabelBank, *, half: bool = False) -> None:
-    """Write labels.npz.
-
-    Args:
-        half: in float16: half the size, and an error far below what quantising the text tower costs. Otherwise in
-            float32, so that probabilities are those of the text tower.
-    """
-    import io
-
+def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
+    """Write labels.npz; in `int8` each embedding has its own scale, so that its greatest entry is level 127 or -127."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {"names": np.asarray(bank.names, dtype=np.str_)}
+    if precision == "int8":
+        scales = np.abs(bank.embeddings).max(axis=1, keepdims=True) / 127
+        arrays["levels"] = np.rint(bank.embeddings / np.where(scales > 0, scales, 1)).astype(np.int8)
+        arrays["scales"] = scales.astype(np.float32)
+    else:
+        arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
     buffer = io.BytesIO()
-    embeddings = bank.embeddings.astype(np.float16 if half else np.float32)
-    np.savez_compressed(buffer, names=np.asarray(bank.names, dtype=np.str_), embeddings=embeddings)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_bytes(folder / LABELS, buffer.getvalue())
 
 
@@ -47,7 +54,8 @@ def read_labels(folder: Path) -> LabelBank | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            names, embeddings = arrays["names"], arrays["embeddings"]
+            names = arrays["names"]
+            embeddings = arrays["levels"] * arrays["scales"] if "levels" in arrays else arrays["embeddings"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ConfigError(f"{path} is not a label bank: {error}.", hint="export the bundle again") from error
     if embeddings.ndim != 2 or len(names) != len(embeddings):

@@ -3,17 +3,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_rd_edge.contract.label_bank import LabelBank, read_labels, write_labels
+from clip_rd_edge.contract.label_bank import LABELS, LabelBank, LabelPrecision, read_labels, write_labels
+from clip_rd_edge.errors import ConfigError
+
+NAMES = ("naïve café", "猫", *map(str, range(48)))
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, half: bool) -> None:
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0), ("fp16", 5e-4), ("int8", 0.501 / 127)])
+def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, precision: LabelPrecision, error: float) -> None:
     rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    names = ("naïve café", "猫", *map(str, range(48)))
-    write_labels(tmp_path, LabelBank(names, rows), half=half)
+    rows *= np.geomspace(1, 0.01, 50)[:, None].astype(np.float32)  # of scales far apart
+    rows[-1] = 0
+    write_labels(tmp_path, LabelBank(NAMES, rows), precision=precision)
     bank = read_labels(tmp_path)
     assert bank is not None
-    assert bank.names == names
+    assert bank.names == NAMES
     assert bank.embeddings.dtype == np.float32
-    np.testing.assert_allclose(bank.embeddings, rows, rtol=5e-4 if half else 0, atol=1e-7 if half else 0)
+    assert (np.abs(bank.embeddings - rows) <= error * np.abs(rows).max(axis=1, keepdims=True)).all()
+
+
+def test_int8_takes_a_byte_an_entry(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 512)).astype(np.float32)
+    write_labels(tmp_path, LabelBank(NAMES, rows), precision="int8")
+    assert (tmp_path / LABELS).stat().st_size < 1.05 * rows.size
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"names": np.asarray(["a"])}, "is not a label bank"),
+        ({"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)}, "is not a label bank"),
+        ({"names": np.asarray(["a"]), "embeddings": np.zeros((2, 2))}, r"1 names for embeddings of shape \(2, 2\)"),
+        ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
+    ],
+)
+def test_a_damaged_label_bank_is_a_sentence(
+    tmp_path: Path,
+    arrays: dict[str, np.ndarray],
+    message: str,  # type: ignore[type-arg]
+) -> None:
+    np.savez(tmp_path / LABELS, **arrays)
+    with pytest.raises(ConfigError, match=message):
+        read_labels(tmp_path)

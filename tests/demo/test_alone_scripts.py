@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.label_bank import LabelBank, read_labels, write_labels
+from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.demo.browser import ALONE
@@ -39,10 +39,10 @@ PREPROCESS = """async ([encoded, how, width]) => {
     const bytes = Uint8ClampedArray.from(atob(encoded), (each) => each.charCodeAt(0));
     return [...preprocess(await decode(width ? new ImageData(bytes, width) : new Blob([bytes])), how)];
 }"""
-READ_NPZ = """async (encoded) => {
-    const { readNpz } = await import("./npz.js");
-    const { names, embeddings } = await readNpz(Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0)).buffer);
-    return [names.data, embeddings.shape, [...embeddings.data]];
+READ_BANK = """async (encoded) => {
+    const [{ readNpz }, { bankOf }] = await Promise.all([import("./npz.js"), import("./model.js")]);
+    const arrays = await readNpz(Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0)).buffer);
+    return [...bankOf(arrays)].map(([name, row]) => [name, [...row]]);
 }"""
 TOKENIZE = """async ([texts, spec]) => {
     const [{ Tokenizer }, { clean }] = await Promise.all([import("./tokenizer.js"), import("./clean.js")]);
@@ -106,16 +106,15 @@ def test_resizing_is_pillow_s_to_the_last_bit(page: Any, interpolation: str) -> 
             assert given == expected.tolist(), (width, height, new)
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_a_label_bank_is_read_as_numpy_reads_it(page: Any, tmp_path: Path, half: bool) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_label_bank_is_read_as_numpy_reads_it(page: Any, tmp_path: Path, precision: LabelPrecision) -> None:
     rows = np.random.default_rng(0).standard_normal((3, 40)) * 10.0 ** np.arange(-30, 10)
     rows = rows.clip(-6e4, 6e4).astype(np.float32)  # from what vanishes in float16 to nearly its largest
-    write_labels(tmp_path, LabelBank(("cat", "naïve café", "猫🐈"), rows), half=half)
+    write_labels(tmp_path, LabelBank(("cat", "naïve café", "猫🐈"), rows), precision=precision)
     bank = read_labels(tmp_path)
     assert bank is not None
-    names, shape, values = page.evaluate(READ_NPZ, text_of((tmp_path / "labels.npz").read_bytes()))
-    assert (tuple(names), shape) == (bank.names, [3, 40])
-    assert values == bank.embeddings.ravel().tolist()
+    read = page.evaluate(READ_BANK, text_of((tmp_path / "labels.npz").read_bytes()))
+    assert read == [[name, row] for name, row in zip(bank.names, bank.embeddings.tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

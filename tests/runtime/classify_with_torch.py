@@ -16,7 +16,8 @@ student, bundle, picture, *options = sys.argv[1:]
 model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{student}")
 model.eval()
 with np.load(Path(bundle) / "labels.npz") as bank:
-    labels, embeddings = bank["names"].tolist(), torch.from_numpy(bank["embeddings"])
+    labels = bank["names"].tolist()
+    embeddings = torch.from_numpy(bank["levels"] * bank["scales"] if "levels" in bank else bank["embeddings"])
 with torch.inference_mode():
     if options == ["--embed-labels"]:
         templates = json.loads((Path(bundle) / "manifest.json").read_text())["templates"]

@@ -104,9 +104,12 @@ async function run(session, tower, input) {
   return output.data;
 }
 
-function bankOf({ names, embeddings }) {
-  const size = embeddings.shape[1];
-  return new Map(names.data.map((name, i) => [name, embeddings.data.subarray(i * size, (i + 1) * size)]));
+// Each name's embedding, from the arrays of a label bank.
+export function bankOf({ names, embeddings, levels, scales }) {
+  const { data, shape } = levels ?? embeddings;
+  const row = (i) => data.subarray(i * shape[1], (i + 1) * shape[1]);
+  const rowOf = (i) => (levels ? Float32Array.from(row(i), (level) => level * scales.data[i]) : row(i));
+  return new Map(names.data.map((name, i) => [name, rowOf(i)]));
 }
 
 // Reads at once; again when that failed.

@@ -1,6 +1,7 @@
-// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/label_bank.py writes: floats and Unicode text.
+// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/label_bank.py writes:
+// floats, int8 and Unicode text.
 
-// Its arrays by name: { shape, data }, data a Float32Array or a list of strings.
+// Its arrays by name: { shape, data }, data a Float32Array, an Int8Array or a list of strings.
 export async function readNpz(buffer) {
   const view = new DataView(buffer);
   const arrays = {};
@@ -40,6 +41,7 @@ function readNpy(buffer) {
   const content = buffer.slice(start + length);
   if (type === "<f4") return { shape, data: new Float32Array(content) };
   if (type === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
+  if (type === "|i1") return { shape, data: new Int8Array(content) };
   if (type.startsWith("<U")) return { shape, data: texts(new Uint32Array(content), Number(type.slice(2))) };
   throw new Error(`The label bank has the type ${type}, which this page does not read.`);
 }
