@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from clip_rd_edge.contract.bundle import TOKENIZER
+from clip_rd_edge.contract.files import write_text
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
 
@@ -59,7 +61,7 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     fast.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, specials[start]), (end, specials[end])]
     )
-    fast.save(str(path), pretty=False)
+    _write(fast, path)
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), end_id=specials[end]
     )
@@ -97,10 +99,19 @@ def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
     ):
         if refused:
             raise ClipRdEdgeError(f"The tokenizer {inner.name_or_path!r} {reason}, which a bundle cannot express.")
-    backend.save(str(path), pretty=False)
+    _write(backend, path)
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), pad_id=int(inner.pad_token_id)
     )
+
+
+def _write(tokenizer: Any, path: Path) -> None:
+    """Save a `tokenizers.Tokenizer` with its merges as `"a b"`: the file is a tenth smaller and is opened faster."""
+    content = json.loads(tokenizer.to_str())
+    merges = content["model"].get("merges", [])
+    if merges and not any(" " in piece for pair in merges for piece in pair):
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
 def _cleaning_of(tokenizer: Any) -> Literal["lower", "whitespace", "canonicalize"]:
