@@ -13,7 +13,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.exporters.dynamic import quantize_dynamically
 from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.sensitivity import GroupError, group_errors, layers_within
-from clip_rd_edge.exporters.speed import faster_layers
+from clip_rd_edge.exporters.speed import layers_no_slower
 from clip_rd_edge.exporters.static import RANGE_METHODS, StaticQuantizer, layers_of
 from clip_rd_edge.runtime.ort import open_session
 
@@ -42,7 +42,7 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Candidates for a tower, by what it is made of.
 
-    Convolutions are quantised statically, all of them, those that bear it, and those that it makes faster; where a
+    Convolutions are quantised statically, all of them, those that bear it, and those that it makes no slower; where a
     tower has several layers that are matrix products, these are quantised dynamically; the two are combined where it
     has both.
 
@@ -121,14 +121,14 @@ def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, products: b
 def _mixed(
     quantizer: StaticQuantizer, robust: Sequence[str], samples: Inputs, *, products: bool, threads: int
 ) -> Iterator[Candidate]:
-    """Static INT8 in all robust convolutions, which for a CNN was tried already, and in those that it makes faster."""
+    """Static INT8 in all robust convolutions (for a CNN tried already), and in those that it makes no slower."""
     mix = partial(_mix, quantizer, products=products)
     rest = ", dynamic in products" if products else ""
     if products:
         yield Candidate(f"static in {len(robust)} convolutions{rest}", partial(mix, robust))
-    faster = faster_layers(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
-    if faster and len(faster) < len(robust):
-        yield Candidate(f"static in {len(faster)} convolutions that it makes faster{rest}", partial(mix, faster))
+    kept = layers_no_slower(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
+    if kept and len(kept) < len(robust):
+        yield Candidate(f"static in {len(kept)} convolutions that it makes no slower{rest}", partial(mix, kept))
 
 
 def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:
