@@ -30,12 +30,14 @@ class LabelBank(msgspec.Struct, frozen=True):
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
-    """Write labels.npz; in `int8` each embedding has its own scale, so that its greatest entry is level 127 or -127."""
+    """Write labels.npz; in `int8` the greatest entry of each embedding is level 127 or -127, and its norm is kept."""
     arrays: dict[str, npt.NDArray[np.generic]] = {"names": np.asarray(bank.names, dtype=np.str_)}
     if precision == "int8":
-        scales = np.abs(bank.embeddings).max(axis=1, keepdims=True) / 127
-        arrays["levels"] = np.rint(bank.embeddings / np.where(scales > 0, scales, 1)).astype(np.int8)
-        arrays["scales"] = scales.astype(np.float32)
+        greatest = np.abs(bank.embeddings).max(axis=1, keepdims=True)
+        levels = np.rint(bank.embeddings * (127 / np.where(greatest > 0, greatest, 1)))
+        norm, norm_of_levels = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank.embeddings, levels))
+        arrays["levels"] = levels.astype(np.int8)
+        arrays["scales"] = (norm / np.maximum(norm_of_levels, 1)).astype(np.float32)
     else:
         arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
     buffer = io.BytesIO()
