@@ -15,7 +15,7 @@ from clip_rd_edge.cli._target import aim_at
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.formats import Fallback, Format, Precision
+from clip_rd_edge.exporters.formats import Fallback, Format, Precision, Via, require_via
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporters.choose import Trial
@@ -40,6 +40,10 @@ _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no t
     "sm86: sets format and precision. browser: a page that runs the bundle in the browser alone; MODEL may be a "
     "bundle then.",
 )
+@click.option(
+    "--via", type=click.Choice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
+    help="How TensorRT engines are built: from ONNX, or from PyTorch, on the GPU that they are for.",
+)  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(["bundle", "immich"]), default="bundle", show_default=True,
     help="immich: the folder that immich keeps a model in; of --format onnx.",
@@ -68,6 +72,7 @@ def command(
     format: Format | None,
     precision: Precision | None,
     target: str | None,
+    via: Via,
     layout: str,
     preprocess_in_graph: bool,
     labels_file: Path | None,
@@ -106,6 +111,7 @@ def command(
         )
     aim = aim_at(target, format=format, precision=precision)
     format, precision = aim.format, aim.precision
+    require_via(via, format=format, precision=precision)
     budget = budget_of(
         precision=precision, format=format, min_agreement=min_agreement, max_loss=max_loss, fallback=fallback
     )
@@ -143,6 +149,7 @@ def command(
             precision=precision,
             format=format,
             target=aim.engine,
+            via=via,
             preprocess_in_graph=preprocess_in_graph,
             calibration=drawn,
             budget=budget,

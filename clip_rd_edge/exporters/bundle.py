@@ -15,14 +15,15 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.backends import OPENVINO, ORT
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Budget, Trial
-from clip_rd_edge.exporters.engines import write_engines
-from clip_rd_edge.exporters.formats import Fallback, Format, Precision, require_fit
+from clip_rd_edge.exporters.engines import EngineBuilder, write_engines
+from clip_rd_edge.exporters.formats import Fallback, Format, Precision, Via, require_fit, require_via
 from clip_rd_edge.exporters.fp32 import write_fp32
 from clip_rd_edge.exporters.half import write_fp16
 from clip_rd_edge.exporters.in_graph import PICTURE, with_preprocessing
 from clip_rd_edge.exporters.int8 import write_int8
 from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.tensorrt import require_target
+from clip_rd_edge.exporters.torch_trt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.label_bank import write_label_bank
 
@@ -38,6 +39,7 @@ def export_bundle(
     precision: Precision,
     format: Format = "onnx",
     target: str | None = None,
+    via: Via = "onnx",
     preprocess_in_graph: bool = False,
     calibration: CalibrationSet | None = None,
     budget: Budget = Budget(),  # noqa: B008 — frozen
@@ -56,6 +58,7 @@ def export_bundle(
         output: the bundle's folder.
         format: `onnx`; `openvino`, the same files measured by OpenVINO; or `trt`, TensorRT engines beside their ONNX.
         target: what engines are for, one of `tensorrt.TARGETS`.
+        via: how engines are built: from ONNX without a GPU, or by torch-tensorrt on the GPU that is here.
         preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises itself.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
         budget: what INT8 may cost.
@@ -72,16 +75,19 @@ def export_bundle(
         UsageError: `output` is in use; the format does not go with the precision; INT8 is asked for without a
             calibration set; `source` is no float32 bundle.
         InputError: engines cannot be built for `target`.
-        MissingExtraError: TensorRT or OpenVINO is needed and not installed.
+        MissingExtraError: TensorRT, torch-tensorrt or OpenVINO is needed and not installed.
         ClipRdEdgeError: a tower cannot be exported, the file does not do what the model does, or INT8 is worth
             shipping for no tower and `fallback` allows nothing else.
     """
     refuse_unless_free(output, overwrite=overwrite)
     require_fit(format, precision)
+    require_via(via, format=format, precision=precision)
     if precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
     if format == "trt":
-        require_target(target)
+        target = require_target(target)
+        if via == "torch-tensorrt":
+            require_torch_tensorrt(target)  # before anything takes time
         if preprocess_in_graph:
             raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
@@ -99,6 +105,7 @@ def export_bundle(
                 format=format,
                 precision=precision,
                 target=target or "",
+                build=engine_builder(clip, source, target=target) if target and via == "torch-tensorrt" else None,
                 calibration=calibration,
                 budget=budget,
                 fallback=fallback,
@@ -122,6 +129,7 @@ def _written_from(
     format: Format,
     precision: Precision,
     target: str,
+    build: EngineBuilder | None,
     calibration: CalibrationSet | None,
     budget: Budget,
     fallback: Fallback | None,
@@ -139,6 +147,7 @@ def _written_from(
             calibration=calibration,
             budget=budget,
             progress=progress,
+            build=build,
         )
     if precision == "int8" and calibration is not None:
         return write_int8(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
+from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest
 from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
@@ -17,6 +18,9 @@ from clip_rd_edge.exporters.self_build import write_build_files
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.tensorrt import RTX_TARGETS, SELF_BUILDING_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
+
+# The content of the engine of a tower, `image` or `text`, from the ONNX that goes beside it, or what that came from.
+EngineBuilder = Callable[[str, TypedTower], bytes]
 
 
 def write_engines(
@@ -28,12 +32,16 @@ def write_engines(
     calibration: CalibrationSet | None,
     progress: Callable[[str], None],
     budget: Budget = Budget(),  # noqa: B008 — frozen
+    build: EngineBuilder | None = None,
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
 
     Some devices build their engines themselves: for them, the folder has what that takes (`self_build.py`) in their
     place. For an RTX card they are built without a GPU, so that their latency is not measured here; what their layers
     compute in is checked by the builder's own account.
+
+    Args:
+        build: builds every engine here, in place of TensorRT for RTX.
 
     Raises:
         InputError: there is no target of that name.
@@ -46,14 +54,17 @@ def write_engines(
     typed = typed_towers(
         source, manifest, precision=precision, calibration=calibration, budget=budget, progress=progress
     )
+    if build is None and target in RTX_TARGETS:
+        build = partial(_build_from_onnx, target=target)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
         typed_tower = typed[name]
         write_bytes(folder / tower.file, typed_tower.content)
         engine = ""
-        if target in RTX_TARGETS:
+        if build is not None:
             progress(f"{name} tower: building the engine for {target}")
-            engine = _build(typed_tower, tower, folder, target)
+            engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
+            write_bytes(folder / engine, build(name, typed_tower))
         towers[name] = msgspec.structs.replace(
             tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
         )
@@ -66,22 +77,19 @@ def write_engines(
         text=towers["text"],
         files={},
     )
-    if target in SELF_BUILDING_TARGETS:
+    if build is None:
         write_build_files(folder, made, title=SELF_BUILDING_TARGETS[target])
     return made
 
 
-def _build(typed: TypedTower, tower: Tower, folder: Path, target: str) -> str:
-    """Write the engine of a tower; returns its file's name."""
+def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
     engine = build_engine(typed.content, target=target)
     wrong = layers_not_in(engine.log, typed.types)
     if wrong:
-        name, types = next(iter(wrong.items()))
+        layer, types = next(iter(wrong.items()))
         raise ClipRdEdgeError(
-            f"The engine of {tower.file} computes {len(wrong)} of {len(typed.types)} layers in another type than its "
-            f"ONNX says: {name} in {' and '.join(types) or 'none that is told'} instead of {typed.types[name]}.",
+            f"The engine of the {name} tower computes {len(wrong)} of {len(typed.types)} layers in another type than "
+            f"its ONNX says: {layer} in {' and '.join(types) or 'none that is told'} instead of {typed.types[layer]}.",
             hint="report it, with the version of tensorrt-rtx-cu13-bindings; --precision fp16 may do",
         )
-    path = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
-    write_bytes(folder / path, engine.content)
-    return path
+    return engine.content

@@ -45,7 +45,7 @@ def export_text_tower(clip: ClipModel, folder: Path) -> Path:
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
     example = example.to(next(tower.parameters()).device)
     try:
-        with evaluating(tower), _without_fast_path(), silently(), torch.no_grad():
+        with evaluating(tower), without_fast_path(), silently(), torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -66,13 +66,13 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
         if full := full_disk(error):
             raise full from error
         raise ClipRdEdgeError(
-            f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {_reason(error)}.",
+            f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {reason(error)}.",
             hint="choose a trunk among clip-rd-edge's presets, or a newer torch",
         ) from error
     return path
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first sentence of the error that the exporter's own errors hide."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -93,7 +93,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Without the fused attention that becomes `aten::_native_multi_head_attention`, which ONNX does not have."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -35,7 +35,7 @@ EXTRAS = {
     "rtx": "export --format trt for RTX cards, and running the engines there",
     "tensorrt": "running a Jetson's engines",
 }
-_NOT_LISTED = {"all", "dev"}
+_NOT_LISTED = {"all", "dev", "torch-tensorrt"}  # the last has a line of its own
 _GREATEST = 5  # packages whose size is told
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
@@ -148,9 +148,12 @@ def _room(packages: list[Footprint]) -> Finding:
 
 
 def _torch_tensorrt() -> Finding:
-    """The other way from PyTorch to TensorRT, which users look for; no command here takes it."""
-    here = "installed" if _installed("torch-tensorrt") else "not installed, and it needs a CUDA build of torch"
-    detail = f"{here}; not used: export --format trt builds engines from ONNX, without a GPU, with the extra rtx"
+    """The other way from PyTorch to TensorRT, and why it is closed here."""
+    here = [package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package)]
+    detail = (
+        f"{' and '.join(here) or 'not installed'}: for export --via torch-tensorrt, which needs the GPU that it builds "
+        "for and a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
+    )
     return Finding(what="torch-tensorrt", state="ok", detail=detail)
 
 

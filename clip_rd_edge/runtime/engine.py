@@ -75,8 +75,13 @@ class TensorRtModel:
         return [_Input(name) for name in self._inputs]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """The outputs of those names, or all, float32; more rows than the engine was built for go in parts."""
-        wanted = self._outputs if names is None else list(names)
+        """The outputs of those names, or all, float32; more rows than the engine was built for go in parts.
+
+        Names do not matter where there is one input and one output, which torch-tensorrt gives names of its own.
+        """
+        wanted = self._outputs if names is None or len(self._outputs) == 1 else list(names)
+        if len(self._inputs) == 1:
+            feed = dict(zip(self._inputs, feed.values(), strict=True))
         count = len(next(iter(feed.values())))
         with self._lock:
             parts = [

@@ -93,6 +93,11 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
             (run_folder, "-o", new, "--precision", "int8", "--format", "trt", "--target", "sm86", "--max-loss", "1"),
             "--max-loss is for ONNX Runtime and OpenVINO",
         ),
+        ((run_folder, "-o", new, "--via", "torch-tensorrt"), "expected --format trt, not onnx"),
+        (
+            (run_folder, "-o", new, "--precision", "int8", "--target", "sm86", "--via", "torch-tensorrt"),
+            "--via torch-tensorrt takes no INT8",
+        ),
         (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was named without weights"),
         ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),

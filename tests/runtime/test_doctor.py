@@ -34,17 +34,19 @@ def test_a_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> No
     assert train.remedy == "pip install 'clip-rd-edge[train]'"
 
 
-def test_every_extra_but_all_and_dev_is_looked_at() -> None:
+def test_every_extra_but_those_of_many_is_looked_at() -> None:
     assert {"train", "emoji"} <= doctor.extras().keys()
-    assert not {"all", "dev"} & doctor.extras().keys()
+    assert not {"all", "dev", "torch-tensorrt"} & doctor.extras().keys()
     assert "onnxscript" in doctor.extras()["train"]
 
 
 def test_the_absence_of_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda package: package != "torch-tensorrt")
+    monkeypatch.setattr(doctor, "_installed", lambda package: not package.startswith("torch-tensorrt"))
     (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
-    assert finding.detail.startswith("not installed, and it needs a CUDA build of torch")
-    assert "--format trt" in finding.detail
+    assert finding.detail.startswith("not installed: for export --via torch-tensorrt, which needs the GPU")
+    assert "a CUDA build of torch" in finding.detail
+    monkeypatch.setattr(doctor, "_installed", lambda package: package == "torch-tensorrt-rtx")
+    assert doctor._torch_tensorrt().detail.startswith("torch-tensorrt-rtx: for")
 
 
 def test_providers_and_what_of_them_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
