@@ -1,8 +1,12 @@
-"""A real Chromium, headless, whose console and whose requests are watched."""
+"""A real Chromium, headless, whose console and whose requests are watched; and a server for it to ask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,30 @@ FLAGS = (
     "--use-fake-device-for-media-stream",
 )
 NO_FAULT = "No available adapters."  # what Chromium says to a page that asks whether there is WebGPU
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., str]]:
+    """Serves a folder as any static server does, with more headers where they are given, and says at which address."""
+
+    def served(folder: Path, headers: Mapping[str, str] | None = None) -> str:
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+            def end_headers(self) -> None:
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                super().end_headers()
+
+        handler = functools.partial(Handler, directory=str(folder))
+        server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        return f"http://127.0.0.1:{server.server_address[1]}/"
+
+    with contextlib.ExitStack() as stack:
+        yield served
 
 
 @pytest.fixture

@@ -8,14 +8,11 @@ The figures of export/browser/README.md come from here, for a bundle of one's ow
 from __future__ import annotations
 
 import base64
-import functools
-import http.server
 import io
 import json
 import os
 import statistics
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,6 +33,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RED, BLUE = (230, 20, 20), (20, 20, 230)
 PICTURES, WARM_UP = 50, 5
 Site = Callable[..., Any]
+# What a browser asks for before it gives a page several threads.
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 CLASSIFY = """async ([encoded, labels]) => {
     const bytes = Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0));
     const { classify } = await import("./api.js");
@@ -44,38 +43,20 @@ CLASSIFY = """async ([encoded, labels]) => {
 
 
 @pytest.fixture
-def site(open_page: Callable[..., Any], tmp_path: Path) -> Iterator[Site]:
+def site(open_page: Callable[..., Any], serve: Callable[..., str], tmp_path: Path) -> Site:
     """Exports a bundle, serves the folder as any static server does, and opens it."""
     try:
         find_packages()
     except ClipRdEdgeError as error:
         pytest.skip(str(error))
-    servers = []
 
     def opened(bundle: Path, *, threads: bool = False) -> Any:
         write_browser(bundle, tmp_path / "site")
         camera = tmp_path / "clip.mjpeg"
         camera.write_bytes(encoded(Image.new("RGB", (320, 240), BLUE), "JPEG", quality=95) * 30)
+        return open_page(serve(tmp_path / "site", ISOLATED if threads else None), camera=camera)
 
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-            def end_headers(self) -> None:
-                if threads:
-                    self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-                    self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-                super().end_headers()
-
-        handler = functools.partial(Handler, directory=str(tmp_path / "site"))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return open_page(f"http://127.0.0.1:{servers[-1].server_address[1]}/", camera=camera)
-
-    yield opened
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return opened
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import functools
-import http.server
 import io
 import random
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +64,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(folder: Path) -> Iterator[Any]:
+def page(folder: Path, serve: Callable[..., str]) -> Iterator[Any]:
     """An empty page that can import the scripts."""
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         pytest.skip("needs Chromium")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as play:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
-        page.goto(f"http://127.0.0.1:{server.server_address[1]}/empty.html")
+        page.goto(f"{serve(folder)}empty.html")
         yield page
         browser.close()
-        server.shutdown()
 
 
 def text_of(content: bytes) -> str:
