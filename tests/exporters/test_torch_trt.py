@@ -176,8 +176,15 @@ def test_what_is_installed_must_build_for_the_target_here(
 
 
 @pytest.fixture(scope="module")
+def installed() -> None:
+    if importlib.util.find_spec("torch_tensorrt") is None:  # it cannot be imported before torch is told of a GPU
+        pytest.skip("pip install torch-tensorrt-rtx")
+    pytest.importorskip("tensorrt_rtx", reason="pip install torch-tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
 def mobilevit(
-    make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
+    installed: None, make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ClipModel, Path]:
     """A student and its float32 bundle, made before torch is told of a GPU."""
     clip, bundle = make_student("mobilevit_xxs", image_size=64), tmp_path_factory.mktemp("mobilevit") / "fp32"
@@ -188,9 +195,8 @@ def mobilevit(
 @pytest.fixture
 def real_log(mobilevit: tuple[ClipModel, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What the real package logs; it is told of a GPU, builds for it, and never loads what it built."""
-    rtx = pytest.importorskip("tensorrt_rtx", reason="pip install torch-tensorrt-rtx")
-    if importlib.util.find_spec("torch_tensorrt") is None:  # it cannot be imported before what follows
-        pytest.skip("pip install torch-tensorrt-rtx")
+    import tensorrt_rtx as rtx
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
