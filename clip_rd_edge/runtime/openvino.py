@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 
 BF16 = "bf16"
+_MOST_SIZES = 3  # of batches that a model is compiled for; others are computed one by one
 
 
 class _Input(NamedTuple):
@@ -21,13 +25,28 @@ class _Input(NamedTuple):
 
 
 class OpenVinoModel:
-    """A compiled model with the two methods of an ONNX Runtime session that are used here; one call at a time runs."""
+    """A model with the two methods of an ONNX Runtime session that are used here; one call at a time runs.
 
-    def __init__(self, compiled: Any) -> None:
+    Where its batch alone is free, it is compiled for 1 at once, and for other sizes of batch when they first come:
+    OpenVINO is faster where it knows all shapes, and its INT8 of small pictures is reported to crash on processors with
+    AMX where it does not (ultralytics/ultralytics#25898).
+
+    Args:
+        read: the model as OpenVINO has read it.
+        compile: compiles such a model.
+    """
+
+    def __init__(self, read: Any, compile: Callable[[Any], Any]) -> None:
         self._lock = threading.Lock()  # a request holds its inputs and outputs
-        self._request = compiled.create_infer_request()
-        self._inputs = [_Input(port.any_name) for port in compiled.inputs]
-        self._outputs = compiled.outputs
+        self._read, self._compile = read, compile
+        self._inputs = [_Input(port.any_name) for port in read.inputs]
+        self._outputs = [port.any_name for port in read.outputs]
+        batch, *rest = read.inputs[0].partial_shape
+        self._rest = [each.get_length() for each in rest] if not any(each.is_dynamic for each in rest) else None
+        if len(self._inputs) > 1 or not batch.is_dynamic:
+            self._rest = None
+        self._requests: dict[int, Any] = {}
+        self._request(1)
 
     def get_inputs(self) -> list[_Input]:
         """The inputs, by their names."""
@@ -35,10 +54,26 @@ class OpenVinoModel:
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The outputs of those names, or all, in their order; copies, which the next call leaves alone."""
-        wanted = [port for port in self._outputs if names is None or port.any_name in names]
+        wanted = [i for i, name in enumerate(self._outputs) if names is None or name in names]
+        count = len(next(iter(feed.values())))
+        parts = []
         with self._lock:
-            found = self._request.infer(dict(feed), share_inputs=True)
-            return [found[port].copy() for port in wanted]
+            known = self._rest is None or count in self._requests or len(self._requests) < _MOST_SIZES
+            size = count if known else 1
+            for part in in_batches(count, size):
+                found = self._request(size).infer({name: rows[part] for name, rows in feed.items()}, share_inputs=True)
+                parts.append([found[i].copy() for i in wanted])
+        return parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
+
+    def _request(self, size: int) -> Any:
+        key = size if self._rest is not None else 0
+        if key not in self._requests:
+            model = self._read
+            if self._rest is not None:
+                model = model.clone()
+                model.reshape([size, *self._rest])
+            self._requests[key] = self._compile(model).create_infer_request()
+        return self._requests[key]
 
 
 def open_openvino(model: str | bytes, *, threads: int | None = None, bf16: bool = False) -> OpenVinoModel:
@@ -67,13 +102,25 @@ def open_openvino(model: str | bytes, *, threads: int | None = None, bf16: bool 
             raise UsageError(f"threads is {threads}; at least 1 is needed.")
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
+        core = _core()
         read = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
-        return OpenVinoModel(core.compile_model(read, "CPU", settings))
+        return OpenVinoModel(read, lambda shaped: core.compile_model(shaped, "CPU", settings))
     except Exception as error:
         shown = model if isinstance(model, str) else "the model"
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {shown}: {reason}.") from error
+
+
+@cache
+def _core() -> Any:
+    """The one Core of this process.
+
+    Its plugin gives the thread that it begins in a stack for signals, and takes the memory back in the thread that it
+    ends in: after that, the first signal that the process handles, such as that of an ended child, kills it.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoEncoder(BundleEncoder):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.loading import Runtime, load
+from clip_rd_edge.runtime.openvino import open_openvino
 
 
 def test_without_the_package_the_extra_is_named(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +40,35 @@ def test_it_does_what_onnxruntime_does(colour_bundle: Path) -> None:
     first = ours.encode_texts(["red", "green blue"])
     ours.encode_texts(["blue", "yellow"])
     np.testing.assert_allclose(first, theirs.encode_texts(["red", "green blue"]), atol=1e-5)  # and not overwritten
+
+
+def test_batches_of_any_size_are_computed_and_few_are_compiled_for(colour_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    model, reference = open_openvino(str(colour_bundle / "image.onnx"), threads=1), load(colour_bundle)
+    assert isinstance(reference, BundleEncoder)
+    pixels = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
+    for count in (7, 2, 5, 1, 3, 7):
+        (given,) = model.run(None, {model.get_inputs()[0].name: pixels[:count]})
+        np.testing.assert_allclose(given, reference.encode_pixels(pixels[:count]), atol=1e-5)
+    assert sorted(model._requests) == [1, 2, 7]
+
+
+def test_a_signal_after_openvino_ended_in_another_thread_is_survived(colour_bundle: Path) -> None:
+    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    script = f"""
+import gc, signal, threading
+from clip_rd_edge.runtime.openvino import open_openvino
+models = [open_openvino({str(colour_bundle / "image.onnx")!r})]
+def end():
+    models.clear()
+    gc.collect()
+ends = threading.Thread(target=end)
+ends.start()
+ends.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGUSR1)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
 def test_a_damaged_file_is_one_sentence(colour_bundle: Path) -> None:
