@@ -14,9 +14,10 @@ from clip_rd_edge.evidence.suite import EvidenceSuite, read_evidence, run_config
 def test_the_shipped_suite_trains_all_alike() -> None:
     suite = read_evidence("method-evidence")
     runs = list(suite.runs())
-    assert len(runs) == 36
-    assert [run.seed for run in runs] == [0] * 12 + [1] * 12 + [2] * 12  # a whole table after a third of the way
-    assert len({run.place for run in runs}) == 36
+    assert len(runs) == 60
+    # A whole table after a fifth of the way.
+    assert [run.seed for run in runs] == [seed for seed in range(5) for _ in range(12)]
+    assert len({run.place for run in runs}) == 60
     configs = [run_config(suite, run, teacher="t", caches=Path("c")) for run in runs]
     same = {(c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs}
     assert len(same) == 1
