@@ -42,9 +42,8 @@ class OpenVinoModel:
         self._inputs = [_Input(port.any_name) for port in read.inputs]
         self._outputs = [port.any_name for port in read.outputs]
         batch, *rest = read.inputs[0].partial_shape
-        self._rest = [each.get_length() for each in rest] if not any(each.is_dynamic for each in rest) else None
-        if len(self._inputs) > 1 or not batch.is_dynamic:
-            self._rest = None
+        free = len(self._inputs) == 1 and batch.is_dynamic and not any(each.is_dynamic for each in rest)
+        self._rest = [each.get_length() for each in rest] if free else None
         self._requests: dict[int, Any] = {}
         self._request(1)
 
