@@ -86,10 +86,10 @@ def export_bundle(
         raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
     if format == "trt":
         target = require_target(target)
-        if via == "torch-tensorrt":
-            require_torch_tensorrt(target)  # before anything takes time
         if preprocess_in_graph:
             raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
+    # Before anything takes time.
+    torch_tensorrt = require_torch_tensorrt(target) if target and via == "torch-tensorrt" else None
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         whole = (format, precision) == ("onnx", "fp32")
         if whole or source is None:
@@ -105,7 +105,7 @@ def export_bundle(
                 format=format,
                 precision=precision,
                 target=target or "",
-                build=engine_builder(clip, source, target=target) if target and via == "torch-tensorrt" else None,
+                build=engine_builder(torch_tensorrt, clip, source) if torch_tensorrt else None,
                 calibration=calibration,
                 budget=budget,
                 fallback=fallback,

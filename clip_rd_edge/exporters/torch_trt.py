@@ -46,19 +46,13 @@ class _Half(nn.Module):
         return embeddings
 
 
-def engine_builder(clip: ClipModel, source: Path, *, target: str) -> EngineBuilder:
+def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> EngineBuilder:
     """What builds the engines of a model on this machine's GPU.
 
     Args:
+        torch_tensorrt: the package, as `require_torch_tensorrt` gives it.
         source: the model's float32 bundle, whose tokenizer makes what float16 is tried on.
-        target: one of `tensorrt.TARGETS`.
-
-    Raises:
-        UsageError: there is no GPU, or what is installed does not build for `target` on it.
-        MissingExtraError: torch-tensorrt is not installed.
-        ClipRdEdgeError: torch-tensorrt does not load.
     """
-    torch_tensorrt = require_torch_tensorrt(target)
     probes = probes_of(source, read_manifest(source))
 
     def build(name: str, typed: TypedTower) -> bytes:
@@ -72,7 +66,13 @@ def engine_builder(clip: ClipModel, source: Path, *, target: str) -> EngineBuild
 
 
 def require_torch_tensorrt(target: str) -> Any:
-    """The package, where it builds for `target` on this machine; raises as `engine_builder`."""
+    """The package, where it builds for `target`, one of `tensorrt.TARGETS`, on this machine.
+
+    Raises:
+        UsageError: there is no GPU, or what is installed does not build for `target` on it.
+        MissingExtraError: torch-tensorrt is not installed.
+        ClipRdEdgeError: torch-tensorrt does not load.
+    """
     if not torch.cuda.is_available():
         raise UsageError(
             f"--via torch-tensorrt needs a CUDA build of torch and its GPU; torch {torch.__version__} sees none.",

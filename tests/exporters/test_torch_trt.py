@@ -118,11 +118,10 @@ def test_an_engine_for_tensorrt_itself_needs_no_script(
 def test_float16_that_overflows_is_refused(
     install: Callable[..., StandIn], make_student: Callable[..., ClipModel], fp32_bundle: Path
 ) -> None:
-    install()
-    clip = make_student()
+    stand_in, clip = install(), make_student()
     with torch.no_grad():
         clip.model.visual.head.proj.weight.mul_(1e6)  # type: ignore[union-attr, operator]
-    build = engine_builder(clip, fp32_bundle, target="sm89")
+    build = engine_builder(stand_in, clip, fp32_bundle)
     with pytest.raises(
         ClipRdEdgeError, match=r"^The image tower cannot be in float16 by torch-tensorrt: .* below 0\.999"
     ):
@@ -203,10 +202,8 @@ def real_log(mobilevit: tuple[ClipModel, Path], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch._C, "_CudaDeviceProperties", object, raising=False)
     is_file = os.path.isfile  # its runtime's library needs CUDA, and is done without where it is not found
     monkeypatch.setattr(os.path, "isfile", lambda path: "libtorchtrt" not in str(path) and is_file(path))
-    import torch_tensorrt
     from torch_tensorrt.dynamo.conversion import _TRTInterpreter as interpreter
 
-    monkeypatch.setattr(torch_trt, "require_torch_tensorrt", lambda target: torch_tensorrt)
     monkeypatch.setattr(torch_trt, "_device", lambda: torch.device("cpu"))
 
     configure = interpreter.TRTInterpreter._populate_trt_builder_config
@@ -242,7 +239,7 @@ def test_the_real_package_builds_products_in_the_type_that_was_asked_for(
     real_log: list[str], mobilevit: tuple[ClipModel, Path], tower: str, precision: str, type: str
 ) -> None:
     clip, bundle = mobilevit
-    engine = engine_builder(clip, bundle, target="sm89")(tower, TypedTower(b"", precision))
+    engine = engine_builder(sys.modules["torch_tensorrt"], clip, bundle)(tower, TypedTower(b"", precision))
     assert len(engine) > 10_000
     products = [kernel for kernel in kernels("\n".join(real_log)) if kernel.kind in ("correlation", "gemm")]
     assert len(products) > 10
