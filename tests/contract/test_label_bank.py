@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from clip_rd_edge.contract.label_bank import LABELS, LabelBank, LabelPrecision, read_labels, write_labels
@@ -39,11 +41,7 @@ def test_int8_takes_a_byte_an_entry(tmp_path: Path) -> None:
         ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
     ],
 )
-def test_a_damaged_label_bank_is_a_sentence(
-    tmp_path: Path,
-    arrays: dict[str, np.ndarray],
-    message: str,  # type: ignore[type-arg]
-) -> None:
+def test_a_damaged_label_bank_is_a_sentence(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]], message: str) -> None:
     np.savez(tmp_path / LABELS, **arrays)
     with pytest.raises(ConfigError, match=message):
         read_labels(tmp_path)
