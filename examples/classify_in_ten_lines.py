@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.runtime import ZeroShotClassifier, load
 
 bundle, picture = sys.argv[1:3]

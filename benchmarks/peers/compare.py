@@ -19,17 +19,17 @@ from ways import WAYS, Embed, Given, Rows
 
 from clip_rd_edge.benchmarking.environment import Environment, installed_versions, this_environment
 from clip_rd_edge.benchmarking.marks import write_between_marks
-from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.preprocess import open_image, preprocess
-from clip_rd_edge.contract.structs import to_json
+from clip_rd_edge.contract.encoder import label_embeddings
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
 from clip_rd_edge.exporters.calibration import calibration_set
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.io import to_json, write_bytes
+from clip_rd_edge.utils.timing import time_in_turn
 
 EAGER = "open_clip, torch eager"
 PEERS = ("optimum", "optimum-onnx", "nncf", "openvino", "clip-benchmark", "onnxruntime", "open_clip_torch", "torch")

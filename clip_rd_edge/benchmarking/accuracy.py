@@ -19,10 +19,9 @@ from clip_rd_edge.benchmarking.scores import (
     recall_of,
     top_k,
 )
-from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches
-from clip_rd_edge.contract.preprocess import Picture, open_image
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches, label_embeddings, probabilities
+from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.contract.zero_shot import label_embeddings, probabilities
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
 BATCH_SIZE = 64
@@ -104,7 +103,9 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, advance: Advance | None 
     return RetrievalAnswers(score=score, marks=both)
 
 
-def _embed_pictures(encoder: Encoder, pictures: tuple[Picture, ...], task: str, advance: Advance | None) -> Embeddings:
+def _embed_pictures(
+    encoder: Encoder, pictures: tuple[ImageFile, ...], task: str, advance: Advance | None
+) -> Embeddings:
     if not pictures:
         raise InputError(f"The task {task!r} has no pictures.")
     parts = []

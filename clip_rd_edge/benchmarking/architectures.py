@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.runtime.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds
 
 BASELINE = "baseline"
 EAGER, COMPILED, ORT_FP32, ORT_INT8 = "torch", "torch.compile", "ORT FP32", "ORT INT8"

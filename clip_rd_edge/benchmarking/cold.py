@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.preprocess import Picture
+from clip_rd_edge.contract.images import ImageFile
 
 # The command of a process that opens a model (its name, its runtime, its threads), embeds a text and the picture whose
 # path is its last word, and prints one line of JSON with `peak_memory_bytes`.
@@ -34,7 +34,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     peak_memory_bytes: int | None
 
 
-def measure_cold_start(command: Sequence[str], picture: Picture) -> ColdStart | None:
+def measure_cold_start(command: Sequence[str], picture: ImageFile) -> ColdStart | None:
     """Run a command up to three times, in about six seconds at most; None where it fails."""
     seconds: list[float] = []
     peaks: list[int] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.runtime.machine import instruction_sets, machine_name, memory_bytes, system_name
+from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, system_name
 
 PACKAGES = (
     "clip-rd-edge",

@@ -13,9 +13,9 @@ from clip_rd_edge.benchmarking.quantiles import Percentiles, medians, percentile
 from clip_rd_edge.benchmarking.reference import NAME as REFERENCE
 from clip_rd_edge.benchmarking.reference import reference_call
 from clip_rd_edge.contract.encoder import TowerEncoder
-from clip_rd_edge.contract.preprocess import Picture
-from clip_rd_edge.runtime.timing import Milliseconds, time_in_turn, warm_up
-from clip_rd_edge.runtime.usage import OtherLoad
+from clip_rd_edge.contract.images import ImageFile
+from clip_rd_edge.utils.host import OtherLoad
+from clip_rd_edge.utils.timing import Milliseconds, time_in_turn, warm_up
 
 SITTINGS = 10
 _LEAST_ROUNDS = 2  # a sitting
@@ -79,7 +79,7 @@ class Latencies(NamedTuple):
 
 def measure_latencies(
     encoders: Mapping[str, TowerEncoder],
-    picture: Picture,
+    picture: ImageFile,
     *,
     labels: int = 1_000,
     threads: int | None = None,

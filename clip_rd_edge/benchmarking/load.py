@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.runtime.energy import EnergyMeter
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.timing import time_in_turn
 
 BATCHES = (8, 32)  # beside 1, which is the latency
 _ROUNDS, _MAX_SECONDS, _ENERGY_SECONDS = 7, 10.0, 2.0

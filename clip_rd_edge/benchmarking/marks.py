@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clip_rd_edge.contract.files import write_text
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import write_text
 
 
 def write_between_marks(document: Path, name: str, table: str) -> None:

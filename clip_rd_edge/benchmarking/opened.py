@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import TowerEncoder, greatest
-from clip_rd_edge.contract.preprocess import Picture, open_image, preprocess
-from clip_rd_edge.contract.zero_shot import normalise, probabilities
+from clip_rd_edge.contract.encoder import TowerEncoder, greatest, normalise, probabilities
+from clip_rd_edge.contract.images import ImageFile, open_image
+from clip_rd_edge.contract.preprocess import preprocess
 
 TEXT = "a photo of a cat"
 _BEST = 5  # labels of an answer
@@ -23,7 +23,7 @@ class Opened:
         InputError: the picture cannot be read.
     """
 
-    def __init__(self, encoder: TowerEncoder, picture: Picture, labels: int) -> None:
+    def __init__(self, encoder: TowerEncoder, picture: ImageFile, labels: int) -> None:
         self.encoder = encoder
         self._picture = picture
         self._image = open_image(picture)

@@ -14,10 +14,9 @@ import msgspec
 
 from clip_rd_edge.benchmarking.answers import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.io import read_json, write_bytes
 
 FOLDER = "parts"
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.scores import Interval
-from clip_rd_edge.runtime.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds
 
 RESAMPLES = 1_000
 _QUANTILES = (50, 95, 99)

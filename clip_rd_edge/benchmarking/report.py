@@ -12,7 +12,7 @@ from clip_rd_edge.benchmarking.overview import COMPARED, Section, details, diffe
 from clip_rd_edge.benchmarking.page import page
 from clip_rd_edge.benchmarking.plot import draw
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
-from clip_rd_edge.contract.files import write_bytes, write_text
+from clip_rd_edge.utils.io import write_bytes, write_text
 
 MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
 

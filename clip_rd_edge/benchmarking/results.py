@@ -14,9 +14,8 @@ from clip_rd_edge.benchmarking.load import Throughput
 from clip_rd_edge.benchmarking.scores import Interval, Score
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.structs import read_versioned_json, to_json
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.io import read_versioned_json, to_json, write_bytes
 
 FORMAT_VERSION = 2
 RESULTS = "results.json"

@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_rd_edge.benchmarking.answers import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample
-from clip_rd_edge.contract.preprocess import Picture, open_image
+from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import ZeroShotTask
 
 EACH = 6  # right ones, and as many wrong ones
@@ -53,7 +53,7 @@ def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: i
     )
 
 
-def thumbnail(picture: Picture) -> bytes:
+def thumbnail(picture: ImageFile) -> bytes:
     """A small PNG of a picture."""
     image = open_image(picture)
     image.thumbnail((EDGE, EDGE))

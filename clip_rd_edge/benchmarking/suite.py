@@ -8,12 +8,11 @@ from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.contract.shipped import shipped
-from clip_rd_edge.contract.structs import read_yaml
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.tasks import EMBEDDED, load_task
 from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.utils.io import read_yaml, shipped
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]

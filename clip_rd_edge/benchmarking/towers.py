@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.environment import Environment
-from clip_rd_edge.runtime.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds
 
 ORT_FP32, ORT_INT8 = "ORT FP32", "ORT INT8"
 OPENVINO = ("OpenVINO FP32", "OpenVINO BF16", "OpenVINO INT8 (NNCF)", "OpenVINO INT8 (our Q/DQ)")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
-from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.data.pairs import Pairs, load_pairs
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.io import read_json
 
 _HINT = "name pairs like those the model will meet: --calibration pairs.csv, or --calibration emoji"
 

@@ -13,7 +13,7 @@ from clip_rd_edge.benchmarking.changes import AccuracyChange, Changes, LatencyCh
 from clip_rd_edge.benchmarking.results import RESULTS, read_results
 from clip_rd_edge.cli._output import plain_table, print_table
 from clip_rd_edge.cli._progress import say
-from clip_rd_edge.contract.structs import to_json
+from clip_rd_edge.utils.io import to_json
 
 _STYLES: dict[Verdict, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from clip_rd_edge.cli._models import open_encoder
-from clip_rd_edge.contract.preprocess import open_image
-from clip_rd_edge.runtime.usage import peak_memory_bytes
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.utils.host import peak_memory_bytes
 
 TEXT = "a photo of a cat"
 

@@ -97,8 +97,8 @@ def _run(
     from clip_rd_edge.cli._progress import say
     from clip_rd_edge.cli._rows import parse_models
     from clip_rd_edge.cli._templates import imagenet_templates
-    from clip_rd_edge.contract.files import refuse_unless_free
-    from clip_rd_edge.contract.lock import LOCK, only_writer
+    from clip_rd_edge.utils.io import refuse_unless_free
+    from clip_rd_edge.utils.lock import LOCK, only_writer
 
     # What can be refused is refused before the long work.
     interrupted = (output / FOLDER).is_dir()

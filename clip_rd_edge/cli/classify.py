@@ -72,10 +72,10 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from clip_rd_edge.cli import _answers
     from clip_rd_edge.cli._classify import MANY, classify_camera, classify_files
+    from clip_rd_edge.contract.images import find_images
     from clip_rd_edge.runtime import ZeroShotClassifier, load
-    from clip_rd_edge.runtime.pictures import find_pictures
 
-    paths = list(find_pictures(pictures, listed=sys.stdin))
+    paths = list(find_images(pictures, listed=sys.stdin))
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY)
     classifier = ZeroShotClassifier(
         encoder, read_labels(labels), templates=templates or None, none_below=none_below, cache=not no_cache

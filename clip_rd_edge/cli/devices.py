@@ -19,7 +19,7 @@ def command(name: str | None, as_json: bool) -> None:
 
     devices = {each: read_device(each) for each in ([name] if name else device_names())}
     if as_json:
-        from clip_rd_edge.contract.structs import to_json
+        from clip_rd_edge.utils.io import to_json
 
         click.echo(to_json(devices), nl=False)
     elif name:

@@ -40,8 +40,8 @@ def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads:
     from clip_rd_edge.cli._models import open_encoder
     from clip_rd_edge.cli._output import print_table, step_progress
     from clip_rd_edge.cli._templates import imagenet_templates
-    from clip_rd_edge.contract.structs import to_json
     from clip_rd_edge.data.tasks import load_task
+    from clip_rd_edge.utils.io import to_json
 
     loaded = [load_task(name, fallback=imagenet_templates) for name in dict.fromkeys(tasks)]
     encoder = open_encoder(model, pretrained=pretrained, threads=threads)

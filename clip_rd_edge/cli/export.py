@@ -13,9 +13,9 @@ from clip_rd_edge.cli._browser import BROWSER, require_browser, write_from_bundl
 from clip_rd_edge.cli._int8 import budget_of, int8_options
 from clip_rd_edge.cli._target import aim_at
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
-from clip_rd_edge.contract.files import refuse_unless_free, size_bytes
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.formats import Fallback, Format, Precision, Via, require_via
+from clip_rd_edge.utils.io import refuse_unless_free, size_bytes
 
 if TYPE_CHECKING:
     from clip_rd_edge.exporters.choose import Trial

@@ -97,7 +97,7 @@ def main() -> None:
         if isinstance(error, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(130)
-        from clip_rd_edge.contract.files import full_disk
+        from clip_rd_edge.utils.io import full_disk
 
         if full := full_disk(error):
             _say(full)

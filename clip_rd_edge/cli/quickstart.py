@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.preprocess import Picture
+    from clip_rd_edge.contract.images import ImageFile
 
 
 @click.command("quickstart", short_help="The whole way on the embedded data, in minutes, on a CPU.")
@@ -55,7 +55,7 @@ def command(folder: Path, **options: Any) -> None:
 
 def _classify_one(folder: Path) -> None:
     """Classify one picture of an emoji that was in no training pair, by the INT8 bundle."""
-    from clip_rd_edge.contract.preprocess import open_image
+    from clip_rd_edge.contract.images import open_image
     from clip_rd_edge.data.emoji import zero_shot_task
     from clip_rd_edge.runtime import ZeroShotClassifier, load
 
@@ -69,7 +69,7 @@ def _classify_one(folder: Path) -> None:
         click.echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 
 
-def _sample_picture() -> Picture:
+def _sample_picture() -> ImageFile:
     from clip_rd_edge.data.emoji import zero_shot_task
 
     # The first of the split in a hashed order is as good as any, and not chosen for its answer.

@@ -59,7 +59,7 @@ def command(
 def _embed(encoder: BundleEncoder, query: str) -> Embeddings:
     """The embedding of a picture where `query` is a file's path, else of the text as it stands, (1, D)."""
     if Path(query).is_file():
-        from clip_rd_edge.contract.preprocess import open_image
+        from clip_rd_edge.contract.images import open_image
 
         return encoder.encode_images([open_image(Path(query))])
     return encoder.encode_texts([query])

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.files import sha256_of, size_bytes, write_bytes
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.structs import read_versioned_json, to_json
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
 
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"

@@ -7,9 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.contract.shipped import shipped
-from clip_rd_edge.contract.structs import read_yaml
 from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.io import read_yaml, shipped
 
 DEVICES = "export"
 _FILE = "device.yaml"

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.io import write_bytes
 
 LABELS = "labels.npz"
 LabelPrecision = Literal["fp32", "fp16", "int8"]

@@ -6,25 +6,15 @@ bit, done with Pillow and numpy alone, so that no copy of it can drift.
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-
-from clip_rd_edge.contract.heic import HEADER_BYTES, is_heic, teach_pillow
-from clip_rd_edge.errors import InputError
+from PIL import Image
 
 Pixels = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
-
-# What a transparent picture is laid on; page and paper are white, and so are most training pictures' grounds.
-BACKGROUND = (255, 255, 255)
-# Refused above this many pixels before anything is decoded, against decompression bombs.
-MAX_PIXELS = 200_000_000
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,72 +33,6 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
-
-
-class Picture(Protocol):
-    """A picture's file, wherever it lies: a Path, or a member of a tar. As a string it names its place."""
-
-    def read_bytes(self) -> bytes:
-        """The file's content."""
-        ...
-
-
-def open_image(picture: Picture, *, at_least: int | None = None) -> Image.Image:
-    """Open a picture as RGB: turned as its EXIF says, first frame, transparency laid on white, 16 bits scaled to 8.
-
-    Args:
-        at_least: pixels that both edges shall keep. A greater JPEG is decoded at 1/2, 1/4 or 1/8, which is many times
-            faster for a photograph, and no longer equal to open_clip's bit for bit. None decodes all of it.
-
-    Raises:
-        InputError: no such file, not a picture, damaged, or of more than MAX_PIXELS.
-    """
-    try:
-        with _opened(picture) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{picture} has {image.width} × {image.height} pixels; at most {MAX_PIXELS:,} are read.",
-                    hint="make it smaller first",
-                )
-            if at_least is not None:
-                image.draft("RGB", (at_least, at_least))
-            return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error)
-        if isinstance(error, FileNotFoundError):
-            reason = "there is no such file"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "it is in no format that Pillow knows"  # Pillow's own words name an object in memory
-        raise InputError(f"Cannot read the picture {picture}: {reason}.") from error
-
-
-def _opened(picture: Picture) -> Image.Image:
-    # Pillow reads a Path's header first, so that a file of the wrong kind is not read to its end.
-    file = picture if isinstance(picture, Path) else io.BytesIO(picture.read_bytes())
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        with picture.open("rb") if isinstance(picture, Path) else io.BytesIO(picture.read_bytes()) as content:
-            if not is_heic(content.read(HEADER_BYTES)):
-                raise
-        teach_pillow(picture)
-        return Image.open(file)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, decoded and upright; see `open_image`."""
-    image.load()  # PNG has its EXIF behind the pixels
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # copies a picture that is upright, too
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey at 255 when it converts: scale instead.
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        image = Image.alpha_composite(ground, image)
-    # convert copies an RGB picture, too; one that Pillow maps from its file must not outlive that.
-    return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
 
 
 def quick_edge(how: Preprocessing) -> int:

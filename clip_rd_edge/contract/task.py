@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from clip_rd_edge.contract.preprocess import Picture
+from clip_rd_edge.contract.images import ImageFile
 
 
 class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,7 +20,7 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    images: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     targets: tuple[int, ...]
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ("{}",)
@@ -37,7 +37,7 @@ class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    images: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     captions: tuple[str, ...]
     caption_images: tuple[int, ...]
 

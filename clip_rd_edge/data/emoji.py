@@ -23,10 +23,9 @@ from typing import Literal
 
 from PIL import Image
 
-from clip_rd_edge.contract.cache import cache_home
-from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.table import TablePairs
+from clip_rd_edge.utils.io import cache_home, new_folder
 
 Split = Literal["training", "unseen style", "unseen concepts"]
 UNSEEN_CONCEPTS, UNSEEN_STYLE = 190, 380

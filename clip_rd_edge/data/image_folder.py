@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data.metadata import CLASS_NAMES, DataSet
 from clip_rd_edge.data.templates import Fallback
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.pictures import IMAGE_SUFFIXES
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.data.braces import expand_braces
 from clip_rd_edge.data.sidecars import json_captions, text_captions
 from clip_rd_edge.data.tars import Shard, open_shard

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.errors import InputError, near_matches
 
 

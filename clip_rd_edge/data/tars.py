@@ -20,9 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.cache import cache_home
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import cache_home, write_bytes
 
 Kind = Literal["picture", "text", "json", "class"]
 _KINDS: dict[str, int] = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
@@ -37,7 +36,7 @@ _DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in an uncompressed tar; it satisfies `contract.preprocess.Picture`."""
+    """A file in an uncompressed tar; it satisfies `contract.images.ImageFile`."""
 
     shard: Path
     name: str

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
-from clip_rd_edge.contract.files import new_folder, refuse_unless_free, size_bytes, write_bytes
 from clip_rd_edge.contract.label_bank import LABELS
-from clip_rd_edge.contract.structs import to_json
 from clip_rd_edge.demo.npm import find_packages
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.io import new_folder, refuse_unless_free, size_bytes, to_json, write_bytes
 
 _HERE = Path(__file__).parent
 PAGE, ALONE = _HERE / "page", _HERE / "alone"

@@ -17,7 +17,8 @@ import msgspec
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
-from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.cache import cache_home
-from clip_rd_edge.contract.files import new_folder, write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.utils.io import cache_home, new_folder, write_bytes
 
 _PATIENCE_S = 60
 

@@ -17,11 +17,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.structs import read_json, to_json
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 
 MANIFEST = "manifest.json"
 SHARD = 4096  # pairs a shard: 4 MiB at D = 512

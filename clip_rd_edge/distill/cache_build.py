@@ -10,15 +10,7 @@ import torch
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distill.cache import (
-    SHARD,
-    CacheManifest,
-    claim,
-    fingerprint,
-    missing_shards,
-    shard_path,
-    write_shard,
-)
+from clip_rd_edge.distill.cache import SHARD, CacheManifest, claim, fingerprint, missing_shards, shard_path, write_shard
 from clip_rd_edge.distill.loader import View, ViewDataset, step_loader
 from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.teacher import Teacher

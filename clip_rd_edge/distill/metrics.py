@@ -12,9 +12,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.losses.objective import EmbeddingBatch
-from clip_rd_edge.runtime.usage import peak_memory_bytes
+from clip_rd_edge.utils.host import peak_memory_bytes
+from clip_rd_edge.utils.io import write_bytes
 
 FILE = "metrics.jsonl"
 EVALUATION = "evaluation/"

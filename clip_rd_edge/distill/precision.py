@@ -13,7 +13,7 @@ from clip_rd_edge.distill.config import Precision
 from clip_rd_edge.distill.loader import Batch
 from clip_rd_edge.distill.step import TrainingStep
 from clip_rd_edge.distill.teacher import Teacher
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.timing import time_in_turn
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Measured = Literal["fp32", "bf16"]

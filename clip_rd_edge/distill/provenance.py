@@ -12,11 +12,11 @@ import numpy as np
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import sha256_of
 from clip_rd_edge.data.bad import BadSamples
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.ingredients import Ingredients
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.utils.io import sha256_of
 
 PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
 _SAMPLES_OF_FIGURES = 512

@@ -20,8 +20,6 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.files import write_text
-from clip_rd_edge.contract.structs import read_yaml, to_yaml
 from clip_rd_edge.distill.cache import open_cache
 from clip_rd_edge.distill.cache_build import build_cache, manifest_of
 from clip_rd_edge.distill.config import RunConfig, first_difference
@@ -38,6 +36,7 @@ from clip_rd_edge.distill.train import set_training_mode, step_settings, total_s
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import to_device
+from clip_rd_edge.utils.io import read_yaml, to_yaml, write_text
 
 CONFIG_FILE, REPORT_FOLDER = "config.yaml", "report"
 

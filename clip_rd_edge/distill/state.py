@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.io import new_folder
 
 KEPT = 2  # checkpoints; the one before the last is there in case the disk damaged the last
 

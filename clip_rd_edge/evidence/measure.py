@@ -9,7 +9,7 @@ import torch
 
 from clip_rd_edge.benchmarking.accuracy import evaluate, zero_shot
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distill.metrics import pair_similarities
 from clip_rd_edge.evidence.results import Geometry, ModelResult, TaskResult

@@ -7,12 +7,11 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.benchmarking.marks import write_between_marks
-from clip_rd_edge.contract.files import write_bytes, write_text
-from clip_rd_edge.contract.structs import read_versioned_json
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.plots import geometry_curves, learning_curves
 from clip_rd_edge.evidence.results import FORMAT_VERSION, Evidence
 from clip_rd_edge.evidence.tables import markdown
+from clip_rd_edge.utils.io import read_versioned_json, write_bytes, write_text
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:

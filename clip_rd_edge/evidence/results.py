@@ -8,8 +8,8 @@ import msgspec
 
 from clip_rd_edge.benchmarking.environment import Environment
 from clip_rd_edge.benchmarking.scores import Score
-from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.evidence.suite import EvidenceSuite
+from clip_rd_edge.utils.io import read_json
 
 RESULT = "result.json"  # of one run, in its folder
 FORMAT_VERSION = 1

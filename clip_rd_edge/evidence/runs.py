@@ -11,9 +11,6 @@ from typing import Any
 import torch
 
 from clip_rd_edge.benchmarking.environment import this_environment
-from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.lock import only_writer
-from clip_rd_edge.contract.structs import read_json, to_json
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distill.metrics import Progress, read_metrics
@@ -28,6 +25,8 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.quickstart.settings import Settings, Watcher
 from clip_rd_edge.quickstart.training import tune_teacher
+from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.lock import only_writer
 
 TEACHER, CACHES, TEACHER_RESULT = "teacher", "teacher-cache", "teacher-result.json"
 # What is kept of metrics.jsonl; the total loss is left out, as methods add up different terms.

@@ -11,10 +11,10 @@ from typing import Annotated
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import find_suite
-from clip_rd_edge.contract.structs import convert, read_yaml
 from clip_rd_edge.distill.config import Precision, Recipe, RunConfig, load_recipe
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.utils.io import convert, read_yaml
 
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -10,7 +10,6 @@ import msgspec
 import onnx
 
 from clip_rd_edge.contract.bundle import Manifest, write_manifest
-from clip_rd_edge.contract.files import new_folder, refuse_unless_free, write_bytes
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.backends import OPENVINO, ORT
 from clip_rd_edge.exporters.calibration import CalibrationSet
@@ -26,6 +25,7 @@ from clip_rd_edge.exporters.tensorrt import require_target
 from clip_rd_edge.exporters.torch_trt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.label_bank import write_label_bank
+from clip_rd_edge.utils.io import new_folder, refuse_unless_free, write_bytes
 
 
 def _unheard(_: object) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from clip_rd_edge.exporters.measure import lowest_tenth
 from clip_rd_edge.exporters.parity import Agreement
-from clip_rd_edge.runtime.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds
 
 # Candidates that are this close to the fastest count as equally fast: latencies wander by some percent from run to run.
 _NEARLY = 1.1

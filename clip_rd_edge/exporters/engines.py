@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.calibration import CalibrationSet
 from clip_rd_edge.exporters.choose import Budget
@@ -18,6 +17,7 @@ from clip_rd_edge.exporters.self_build import write_build_files
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.tensorrt import RTX_TARGETS, SELF_BUILDING_TARGETS, build_engine, require_target
 from clip_rd_edge.exporters.typed import TypedPrecision, TypedTower, typed_towers
+from clip_rd_edge.utils.io import write_bytes
 
 # The content of the engine of a tower, `image` or `text`, from the ONNX that goes beside it, or what that came from.
 EngineBuilder = Callable[[str, TypedTower], bytes]

@@ -12,7 +12,6 @@ import msgspec
 import onnx
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.exporters.fp16 import overflowing, to_fp16
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
@@ -21,7 +20,8 @@ from clip_rd_edge.exporters.probes import PROBES, hard_pixels
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.runtime.ort import open_session
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.timing import time_in_turn
 
 # Rounding alone costs less than this; what costs more has overflowed somewhere.
 MIN_AGREEMENT = 0.999

@@ -18,8 +18,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
-from clip_rd_edge.contract.files import new_folder, refuse_unless_free, write_bytes, write_text
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.io import new_folder, refuse_unless_free, write_bytes, write_text
 
 
 def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None:

@@ -12,7 +12,6 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import write_bytes
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.calibration import CalibrationSet
@@ -23,6 +22,7 @@ from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.parity import Answers, matched
 from clip_rd_edge.exporters.quantize import QuantizedTower, quantize_tower
 from clip_rd_edge.exporters.source import open_source
+from clip_rd_edge.utils.io import write_bytes
 
 
 def write_int8(

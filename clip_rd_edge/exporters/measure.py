@@ -11,8 +11,8 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings, in_batches
 from clip_rd_edge.exporters.parity import Agreement
-from clip_rd_edge.runtime.machine import machine_name
-from clip_rd_edge.runtime.timing import Milliseconds, time_in_turn
+from clip_rd_edge.utils.host import machine_name
+from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 # Times some calls in turn: `runtime.timing.time_in_turn`, or a stand-in.

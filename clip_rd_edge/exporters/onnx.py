@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
-from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.quiet import silently
 from clip_rd_edge.exporters.slim import slim
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.utils.io import full_disk
 
 OPSET = 18  # the exporter's own: it writes others by converting, and 17 is the least that has LayerNormalization
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"

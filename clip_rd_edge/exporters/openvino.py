@@ -17,7 +17,7 @@ from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.runtime.openvino import open_openvino
 from clip_rd_edge.runtime.ort import open_session
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.timing import time_in_turn
 
 
 def write_openvino(

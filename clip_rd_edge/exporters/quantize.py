@@ -12,7 +12,6 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import full_disk
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.exporters.backends import ORT, Backend
 from clip_rd_edge.exporters.candidates import Candidate
@@ -21,7 +20,8 @@ from clip_rd_edge.exporters.dynamic import scales_by_batch
 from clip_rd_edge.exporters.measure import BATCH_SIZE, Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import Answers, agreement
 from clip_rd_edge.exporters.static import preprocessed
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.io import full_disk
+from clip_rd_edge.utils.timing import time_in_turn
 
 _FP32 = "float32"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest
-from clip_rd_edge.contract.files import sha256_of, write_text
+from clip_rd_edge.utils.io import sha256_of, write_text
 
 BUILD_SHELL, BUILD_PYTHON, CHECKSUMS = "build.sh", "build.py", "SHA256SUMS"
 MAX_BATCH = 8

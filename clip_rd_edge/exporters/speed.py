@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from clip_rd_edge.exporters.measure import Inputs, Timer, latencies, lowest_tenth
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.timing import time_in_turn
 
 _GROUPS = 8
 _NO_SLOWER = 1.01  # than without the group: as fast is enough, for its weights take a quarter of the room

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clip_rd_edge.contract.bundle import TOKENIZER
-from clip_rd_edge.contract.files import write_text
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.utils.io import write_text
 
 # What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front. Its pattern ignores case, by
 # which U+0345, a mark whose upper case is a letter, is neither letter nor other, and is dropped.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, WEIGHTS_FILE
-from clip_rd_edge.contract.files import new_folder
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.io import new_folder
 
 
 def save_clip(

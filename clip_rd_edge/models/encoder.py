@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
-from clip_rd_edge.contract.files import size_bytes
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, parameter_count
+from clip_rd_edge.utils.io import size_bytes
 
 BATCH_SIZE = 64
 

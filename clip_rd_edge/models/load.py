@@ -13,10 +13,10 @@ import msgspec
 
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, LOCAL_DIR, STUDENT_FOLDER, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.structs import convert
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.hub import asks_the_hub, hub_if_reachable, loading_error, with_parts
+from clip_rd_edge.utils.io import convert
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:

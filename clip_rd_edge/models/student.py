@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.structs import convert
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.io import convert
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -15,8 +15,6 @@ from clip_rd_edge.benchmarking.rows import OpenEncoder
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.contract.bundle import is_bundle
-from clip_rd_edge.contract.files import new_folder
-from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.data import emoji
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.calibration import calibration_set
@@ -25,6 +23,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.quickstart.settings import Settings, Watcher
 from clip_rd_edge.quickstart.training import distil, train_alone, tune_teacher
+from clip_rd_edge.utils.io import new_folder, shipped
 
 
 def run_quickstart(

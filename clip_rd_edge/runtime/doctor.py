@@ -14,15 +14,8 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.runtime.footprint import Footprint, footprints
-from clip_rd_edge.runtime.machine import (
-    cpu_quota,
-    instruction_sets,
-    machine_name,
-    memory_bytes,
-    system_name,
-    usable_cores,
-)
 from clip_rd_edge.runtime.providers import AUTO, PROVIDERS, choose_device
+from clip_rd_edge.utils.host import cpu_quota, instruction_sets, machine_name, memory_bytes, system_name, usable_cores
 
 PACKAGE = "clip-rd-edge"
 # What each extra is for; one that is not named here is listed all the same.

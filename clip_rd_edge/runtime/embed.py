@@ -14,13 +14,14 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
-from clip_rd_edge.contract.preprocess import Picture, Pixels, open_image, preprocess, quick_edge
+from clip_rd_edge.contract.images import ImageFile, open_image
+from clip_rd_edge.contract.preprocess import Pixels, preprocess, quick_edge
 from clip_rd_edge.errors import InputError
 
 BATCH_SIZE = 32
 _MOST_WORKERS = 8
 _BATCHES_AHEAD = 3  # one with the model, one that is being opened, and one opened in full, so that none waits
-P = TypeVar("P", bound=Picture)
+P = TypeVar("P", bound=ImageFile)
 
 
 @dataclass(frozen=True, kw_only=True)

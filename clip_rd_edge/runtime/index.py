@@ -21,9 +21,8 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, greatest
-from clip_rd_edge.contract.files import write_bytes
-from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.utils.io import read_json, write_bytes
 
 INDEX_VERSION = 1
 _FILE = "index.json"

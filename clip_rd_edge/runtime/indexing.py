@@ -12,12 +12,12 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import sha256_of
+from clip_rd_edge.contract.images import images_below
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.embed import embed_pictures
 from clip_rd_edge.runtime.index import INDEX_VERSION, Entry, Index, is_index, model_key, read_index, write_index
-from clip_rd_edge.runtime.pictures import pictures_below
+from clip_rd_edge.utils.io import sha256_of
 
 Progress = Callable[[int, int], None]  # pictures done, pictures to embed
 SAVE_EVERY_S = 20.0  # what a kill -9 may cost
@@ -75,7 +75,7 @@ def update_index(
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.", hint="check the path")
     index, rows = _start(encoder, folder.resolve(), path)
-    found = [picture.relative_to(folder).as_posix() for picture in pictures_below(folder)]
+    found = [picture.relative_to(folder).as_posix() for picture in images_below(folder)]
     if not found and not index.entries:
         raise InputError(f"The folder {folder} has no pictures.")
     kept, new = _compare(index.entries, [_Source(folder, name) for name in found])

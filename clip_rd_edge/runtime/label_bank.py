@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.encoder import label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
-from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.runtime.loading import encoder_of
 
 

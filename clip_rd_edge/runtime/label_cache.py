@@ -18,9 +18,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.cache import cache_home
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import write_bytes
+from clip_rd_edge.utils.io import cache_home, write_bytes
 
 MAX_BYTES = 64_000_000
 _DIGEST_BYTES = hashlib.sha256().digest_size

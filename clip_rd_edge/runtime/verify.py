@@ -11,12 +11,11 @@ from PIL import __version__ as PILLOW
 
 from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER, Manifest, is_bundle, manifest_is_intact, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.files import sha256_of
 from clip_rd_edge.contract.label_bank import LABELS
-from clip_rd_edge.contract.structs import read_json
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.loading import encoder_of
+from clip_rd_edge.utils.io import read_json, sha256_of
 
 TEXT = "a photo of a cat"
 # INT8 towers normalise in float32, so that only rounding keeps a norm from 1.

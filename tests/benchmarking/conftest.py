@@ -13,10 +13,9 @@ from PIL import Image
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow
-from clip_rd_edge.contract.encoder import Description, Embeddings
+from clip_rd_edge.contract.encoder import Description, Embeddings, normalise
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.contract.zero_shot import normalise
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -16,7 +16,7 @@ from clip_rd_edge.benchmarking.changes import Changes, compare_runs
 from clip_rd_edge.benchmarking.latency import Latencies
 from clip_rd_edge.benchmarking.results import Results, SkippedRow
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime import timing
+from clip_rd_edge.utils import timing
 
 SCALES = {"Teacher": 9.0, "Alone": 8.0, "Student": 8.0, "FP32": 3.0, "INT8": 1.0}
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
 from clip_rd_edge.contract.encoder import Description, Embeddings
-from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.latency import measure_latencies
-from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import InputError
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.benchmarking.marks import write_between_marks
-from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import shipped
 
 
 def test_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.environment import this_environment
-from clip_rd_edge.benchmarking.towers import (
-    Made,
-    TowerLatencies,
-    Towers,
-    summarise,
-    towers_table,
-)
+from clip_rd_edge.benchmarking.towers import Made, TowerLatencies, Towers, summarise, towers_table
 
 
 def _row() -> TowerLatencies:

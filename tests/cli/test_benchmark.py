@@ -13,8 +13,8 @@ from PIL import Image
 
 from clip_rd_edge.cli import main as cli_main
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.contract.lock import only_writer
 from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.utils.lock import only_writer
 
 Run = Callable[..., int]
 SUITE = """

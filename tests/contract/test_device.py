@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from clip_rd_edge.contract.device import device_guide, device_names, read_device
-from clip_rd_edge.contract.shipped import shipped
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import shipped
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import InputError
 
 MEAN, STD = (0.481, 0.457, 0.408), (0.268, 0.261, 0.275)

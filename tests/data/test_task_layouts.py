@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.templates import Templates

@@ -22,8 +22,9 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.contract.preprocess import open_image, preprocess
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.demo.browser import write_browser
 from clip_rd_edge.demo.npm import find_packages
 from clip_rd_edge.errors import ClipRdEdgeError

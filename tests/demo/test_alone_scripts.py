@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
-from clip_rd_edge.contract.preprocess import Preprocessing, open_image, preprocess
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.demo.browser import ALONE
 from clip_rd_edge.demo.npm import find_packages

@@ -20,11 +20,10 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.preprocess import open_image, preprocess
-from clip_rd_edge.contract.structs import read_json
+from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.contract.zero_shot import label_embeddings
 from clip_rd_edge.data import emoji
 from clip_rd_edge.exporters.calibration import calibration_set
 from clip_rd_edge.exporters.measure import Inputs, embed
@@ -33,8 +32,9 @@ from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.static import RangeMethod, StaticQuantizer, preprocessed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.runtime.machine import machine_name
 from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.utils.host import machine_name
+from clip_rd_edge.utils.io import read_json
 
 SPLITS = ("unseen style", "unseen concepts")
 METHODS: tuple[RangeMethod, ...] = ("min-max", "percentile")

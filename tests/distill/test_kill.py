@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 

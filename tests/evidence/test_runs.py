@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_rd_edge.contract.lock import only_writer
-from clip_rd_edge.contract.structs import to_yaml
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import runs
 from clip_rd_edge.evidence.publish import read_evidence_file
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.io import to_yaml
+from clip_rd_edge.utils.lock import only_writer
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 

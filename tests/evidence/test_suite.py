@@ -6,9 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from clip_rd_edge.contract.structs import to_yaml
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, read_evidence, run_config
+from clip_rd_edge.utils.io import to_yaml
 
 
 def test_the_shipped_suite_trains_all_alike() -> None:

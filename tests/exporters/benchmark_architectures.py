@@ -44,8 +44,6 @@ from clip_rd_edge.benchmarking.architectures import (  # noqa: E402
 )
 from clip_rd_edge.benchmarking.environment import this_environment  # noqa: E402
 from clip_rd_edge.benchmarking.marks import write_between_marks  # noqa: E402
-from clip_rd_edge.contract.files import new_folder, write_bytes  # noqa: E402
-from clip_rd_edge.contract.structs import to_json  # noqa: E402
 from clip_rd_edge.exporters.choose import Budget, Measured, choose  # noqa: E402
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower  # noqa: E402
 from clip_rd_edge.exporters.parity import Agreement  # noqa: E402
@@ -53,7 +51,12 @@ from clip_rd_edge.models.clip import ImageTower, parameter_count  # noqa: E402
 from clip_rd_edge.models.student import preset_names  # noqa: E402
 from clip_rd_edge.runtime.openvino import open_openvino  # noqa: E402
 from clip_rd_edge.runtime.ort import open_session  # noqa: E402
-from clip_rd_edge.runtime.timing import Milliseconds, time_in_turn  # noqa: E402
+from clip_rd_edge.utils.io import (  # noqa: E402
+    new_folder,
+    to_json,
+    write_bytes,
+)
+from clip_rd_edge.utils.timing import Milliseconds, time_in_turn  # noqa: E402
 
 TEACHERS = ("ViT-B/16", "ViT-L/14")
 NAMES = {"ViT-L/14": "ViT-L-14", "vit_tiny_16": "ViT-T/16"}  # those that benchmark_towers.py has

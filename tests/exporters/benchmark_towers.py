@@ -34,8 +34,6 @@ from clip_rd_edge.benchmarking.towers import (
     summarise,
     towers_table,
 )
-from clip_rd_edge.contract.files import new_folder, write_bytes
-from clip_rd_edge.contract.structs import to_json
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporters.backends import ORT
 from clip_rd_edge.exporters.calibration import calibration_set
@@ -51,7 +49,8 @@ from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.openvino import open_openvino
 from clip_rd_edge.runtime.ort import open_session
-from clip_rd_edge.runtime.timing import time_in_turn
+from clip_rd_edge.utils.io import new_folder, to_json, write_bytes
+from clip_rd_edge.utils.timing import time_in_turn
 
 TEXT = "text, 12 layers of 384"
 TOWERS = {

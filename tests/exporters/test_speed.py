@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clip_rd_edge.exporters.speed import layers_no_slower
-from clip_rd_edge.runtime.timing import Milliseconds
+from clip_rd_edge.utils.timing import Milliseconds
 
 SAVED = {"a": -1.0, "b": -0.5, "c": 2.0, "d": 0.0, "e": -0.05}  # milliseconds, of 10
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.zero_shot import normalise
+from clip_rd_edge.contract.encoder import Embeddings, normalise
 from clip_rd_edge.runtime.index import INDEX_VERSION, Entry, Index, nearest, read_index, write_index
 
 TOP, QUERIES = 10, 20

@@ -27,12 +27,12 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.preprocess import open_image, preprocess, quick_edge
+from clip_rd_edge.contract.images import images_below, open_image
+from clip_rd_edge.contract.preprocess import preprocess, quick_edge
 from clip_rd_edge.runtime import load
 from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_pictures
-from clip_rd_edge.runtime.machine import machine_name
-from clip_rd_edge.runtime.pictures import pictures_below
+from clip_rd_edge.utils.host import machine_name
 
 
 def draw(count: int, edge: int, ending: str, folder: Path) -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         folder = given.folder or Path(name)
         if given.folder is None:
             draw(given.pictures, given.edge, given.format, folder)
-        paths = list(islice(cycle(pictures_below(folder)), given.pictures))
+        paths = list(islice(cycle(images_below(folder)), given.pictures))
         how = encoder.manifest.preprocessing
         tensors = [
             np.stack([preprocess(open_image(path), how) for path in paths[start : start + BATCH_SIZE]])

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.runtime.machine import machine_name
+from clip_rd_edge.utils.host import machine_name
 
 REFERENCE = Path(__file__).with_name("classify_with_torch.py")
 # As users have it: Python keeps what it compiles.

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.preprocess import open_image
+from clip_rd_edge.contract.images import find_images, images_below, open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime import load
 from clip_rd_edge.runtime.embed import embed_pictures
-from clip_rd_edge.runtime.pictures import find_pictures, pictures_below
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -19,7 +18,7 @@ def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
     colour_bundle: Path, colour_pictures: Path, batch_size: int
 ) -> None:
     (colour_pictures / "broken.png").write_bytes(b"no picture")
-    paths = [*pictures_below(colour_pictures)] * 3
+    paths = [*images_below(colour_pictures)] * 3
     encoder = load(colour_bundle)
     batches = list(embed_pictures(encoder, paths, batch_size=batch_size, workers=2))
     read = [path for batch in batches for path in batch.pictures]
@@ -96,7 +95,7 @@ def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:
     (colour_pictures / ".thumbnails" / "red.png").write_bytes(b"")
 
     def found(*names: object, listed: tuple[str, ...] = ()) -> list[str]:
-        paths = find_pictures(map(str, names), listed=listed)
+        paths = find_images(map(str, names), listed=listed)
         return [path.relative_to(colour_pictures).as_posix() for path in paths]
 
     everything = ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
@@ -114,4 +113,4 @@ def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:
 def test_what_is_not_there(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
-        list(find_pictures([str(tmp_path / name)]))
+        list(find_images([str(tmp_path / name)]))

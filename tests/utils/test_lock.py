@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.contract.lock import only_writer
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.lock import only_writer
 
 
 def test_a_second_writer_is_refused_and_told_by_whom(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ import errno
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from clip_rd_edge.contract.files import full_disk, new_folder, refuse_unless_free, write_text
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.utils.io import full_disk, new_folder, read_yaml, refuse_unless_free, write_text
 
 
 def test_new_folder_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
@@ -66,3 +67,43 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, monkeypa
     wrapped.__cause__ = OSError(errno.EDQUOT, "Quota exceeded", "/mnt/image.onnx")
     assert "on the disk for /mnt/image.onnx" in str(full_disk(wrapped))
     assert full_disk(PermissionError(errno.EACCES, "Permission denied")) is None
+
+
+class Oven(msgspec.Struct, forbid_unknown_fields=True):
+    temperature: int
+    grill: bool = False
+
+
+class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
+    ovens: tuple[Oven, ...]
+    spare: Oven | None = None
+
+
+@pytest.mark.parametrize("text", ["ovens: [{temperature: 1, gril: true}]", "{ovens: [], spare: {gril: true}}"])
+def test_a_misspelt_key_further_down_has_near_matches(tmp_path: Path, text: str) -> None:
+    (tmp_path / "kitchen.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"unknown field `gril`.* Did you mean 'grill'"):
+        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("temperature: hot", r"Expected `int`, got `str` - at `\$.temperature`"),
+        ("temperatur: 200", r"unknown field `temperatur`.* Did you mean 'temperature'"),
+        ("grill: true", "missing required field `temperature`"),
+        ("temperature: [", "not valid YAML"),
+        ("", "missing required field `temperature`"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "oven.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_yaml(path, Oven)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        read_yaml(tmp_path / "nowhere.yaml", Oven)

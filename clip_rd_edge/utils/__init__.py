@@ -1,0 +1,1 @@
+"""What every layer needs: files, locks, the host, timing and progress. Never imports torch."""

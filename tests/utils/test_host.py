@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from clip_rd_edge.utils import host as usage
+from clip_rd_edge.utils.host import (
+    INSTRUCTION_SETS,
+    OtherLoad,
+    cpu_quota,
+    instruction_sets,
+    machine_name,
+    peak_memory_bytes,
+    usable_cores,
+)
+
+
+def test_instruction_sets_of_x86_and_arm() -> None:
+    x86 = "processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni amx_int8\nprocessor\t: 1\n"
+    assert instruction_sets(x86) == ("AVX2", "AVX-512", "AVX-512 VNNI", "AMX INT8")
+    arm = "processor\t: 0\nFeatures\t: fp asimd asimddp\n"
+    assert instruction_sets(arm) == ("Neon", "Neon dot product")
+    assert instruction_sets("") == ()
+
+
+def test_instruction_sets_of_macos() -> None:
+    said = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+    assert instruction_sets(said) == ("Neon", "Neon dot product")
+    assert instruction_sets("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n") == ("AVX2",)
+
+
+def test_the_time_that_a_container_gets() -> None:
+    assert cpu_quota("150000 100000\n") == 1.5
+    assert cpu_quota("max 100000\n") is None
+    assert cpu_quota("") is None
+
+
+def test_this_machine() -> None:
+    assert "core" in machine_name()
+    assert usable_cores() >= 1
+    assert set(instruction_sets()) <= set(INSTRUCTION_SETS.values())
+
+
+def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = usage.os.sysconf("SC_CLK_TCK")
+    # Two cores for ten seconds; twelve seconds of work, of which nine are this process's.
+    states = iter([(0, 0), (12 * ticks, 20 * ticks)])
+    own = iter([100.0, 109.0])
+    monkeypatch.setattr(usage, "_jiffies", lambda: next(states))
+    monkeypatch.setattr(time, "process_time", lambda: next(own))
+    assert OtherLoad().share() == pytest.approx(3 / 20)
+
+
+def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "_jiffies", lambda: (0, 0))
+    assert OtherLoad().share() is None
+
+
+def test_peak_memory_is_this_process_s() -> None:
+    before = peak_memory_bytes()
+    assert before is not None
+    assert before > 5e6
+    held = bytearray(40_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    assert (peak_memory_bytes() or 0) >= before
