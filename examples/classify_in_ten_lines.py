@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.runtime import ZeroShotClassifier, load
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
 
 bundle, picture = sys.argv[1:3]
 classifier = ZeroShotClassifier(load(bundle), labels=["a bicycle", "a cat", "a flag", "a clock"])

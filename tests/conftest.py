@@ -19,7 +19,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), 
 def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of labels that is a test's own, and not there yet."""
     folder = tmp_path_factory.getbasetemp() / "labels" / uuid.uuid4().hex
-    monkeypatch.setattr("clip_rd_edge.runtime.label_cache.label_cache_folder", lambda: folder)
+    monkeypatch.setattr("clip_rd_edge.runtime.labels.label_cache_folder", lambda: folder)
     return folder
 
 

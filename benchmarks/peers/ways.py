@@ -195,7 +195,7 @@ def ours_int8_openvino(given: Given) -> Made:
 
 def _ours(given: Given, format: str, precision: str) -> Made:
     from clip_rd_edge.contract.bundle import read_manifest
-    from clip_rd_edge.runtime import load
+    from clip_rd_edge.runtime.load import load
 
     bundle = given.work / f"ours-{format}-{precision}"
     how = ["--format", format, "--precision", precision, "--threads", "1", "--force", "-o", str(bundle)]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 NAME = "\0reference"  # no row's label
 # onnx.helper's model of one node, y = MatMul(x, w), opset 17, IR version 8: a device has no `onnx` to make it with.

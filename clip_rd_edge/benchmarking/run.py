@@ -19,7 +19,7 @@ from clip_rd_edge.benchmarking.samples import choose_samples
 from clip_rd_edge.benchmarking.suite import Suite, check_suite
 from clip_rd_edge.benchmarking.worst import worst_classes
 from clip_rd_edge.contract.task import Task, ZeroShotTask
-from clip_rd_edge.data.templates import Fallback, neutral
+from clip_rd_edge.data.clip_benchmark import Fallback, neutral
 from clip_rd_edge.errors import InputError
 
 _DEFAULT_LABELS = 1_000  # to classify among, where the suite has retrieval alone

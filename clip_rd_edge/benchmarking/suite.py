@@ -9,8 +9,8 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.contract.task import Task
+from clip_rd_edge.data.clip_benchmark import Fallback, neutral
 from clip_rd_edge.data.tasks import EMBEDDED, load_task
-from clip_rd_edge.data.templates import Fallback, neutral
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.utils.io import read_yaml, shipped
 

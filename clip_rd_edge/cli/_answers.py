@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from clip_rd_edge.runtime import Prediction
+    from clip_rd_edge.runtime.classifier import Prediction
 
 Format = Callable[[str, "Sequence[Prediction]"], str]
 CSV_HEADER = "picture,rank,label,probability"

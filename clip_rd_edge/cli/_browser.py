@@ -48,7 +48,7 @@ def write_from_bundle(
     """
     from clip_rd_edge.contract.bundle import read_manifest, write_manifest
     from clip_rd_edge.demo.browser import write_browser
-    from clip_rd_edge.runtime.label_bank import write_label_bank
+    from clip_rd_edge.runtime.labels import write_label_bank
 
     context = click.get_current_context()
     for name in _FIXED:

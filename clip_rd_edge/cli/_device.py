@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from clip_rd_edge.runtime.providers import AUTO, DEVICES
+from clip_rd_edge.runtime.backends.providers import AUTO, DEVICES
 
 device_option = click.option(
     "--device",

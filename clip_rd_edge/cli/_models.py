@@ -32,15 +32,14 @@ def open_encoder(
     if is_bundle(path):
         if runtime == "torch" or runtime == "torch-compile":
             raise UsageError(f"{spec} is a bundle, which torch does not run.", hint="name the model it was made from")
-        from clip_rd_edge.runtime.loading import load
+        from clip_rd_edge.runtime.load import load
 
         return load(path, threads=threads, runtime=runtime)
     if runtime not in (None, "torch", "torch-compile"):
         raise UsageError(f"{spec} is no bundle: {runtime} cannot run it.", hint="clip-rd-edge export makes one")
     import torch
 
-    from clip_rd_edge.models.compiled import CompiledEncoder
-    from clip_rd_edge.models.encoder import TorchEncoder
+    from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
 
     if threads is not None:

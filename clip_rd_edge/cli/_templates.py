@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_rd_edge.data.templates import Templates, neutral
+from clip_rd_edge.data.clip_benchmark import Templates, neutral
 
 
 def imagenet_templates() -> Templates:

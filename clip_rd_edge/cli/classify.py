@@ -73,7 +73,8 @@ def command(
     from clip_rd_edge.cli import _answers
     from clip_rd_edge.cli._classify import MANY, classify_camera, classify_files
     from clip_rd_edge.contract.images import find_images
-    from clip_rd_edge.runtime import ZeroShotClassifier, load
+    from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+    from clip_rd_edge.runtime.load import load
 
     paths = list(find_images(pictures, listed=sys.stdin))
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY)

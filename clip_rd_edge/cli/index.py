@@ -28,8 +28,8 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     clip-rd-edge search photos.index "a red car"
     """
     from clip_rd_edge.cli._progress import progress_bar
-    from clip_rd_edge.runtime import load
-    from clip_rd_edge.runtime.indexing import update_index
+    from clip_rd_edge.runtime.index import update_index
+    from clip_rd_edge.runtime.load import load
 
     encoder = load(bundle, threads=threads, device=device, spin=False)
     with progress_bar() as bar:

@@ -57,7 +57,8 @@ def _classify_one(folder: Path) -> None:
     """Classify one picture of an emoji that was in no training pair, by the INT8 bundle."""
     from clip_rd_edge.contract.images import open_image
     from clip_rd_edge.data.emoji import zero_shot_task
-    from clip_rd_edge.runtime import ZeroShotClassifier, load
+    from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+    from clip_rd_edge.runtime.load import load
 
     picture = _sample_picture()
     task = zero_shot_task("unseen concepts")

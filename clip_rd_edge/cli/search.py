@@ -12,7 +12,7 @@ from clip_rd_edge.errors import InputError
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.encoder import Embeddings
-    from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+    from clip_rd_edge.runtime.encoder import BundleEncoder
 
 
 @click.command("search", short_help="Find pictures of an index by text or picture.")
@@ -36,8 +36,8 @@ def command(
     """
     import json
 
-    from clip_rd_edge.runtime import load
     from clip_rd_edge.runtime.index import model_key, nearest, read_index
+    from clip_rd_edge.runtime.load import load
 
     if not query.strip():
         raise InputError("The query is empty.", hint='give a text, such as "a red car", or the path of a picture')

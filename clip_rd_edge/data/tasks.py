@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from clip_rd_edge.contract.task import RetrievalTask, Task
-from clip_rd_edge.data.image_folder import image_folder_task
-from clip_rd_edge.data.metadata import find_data_set
+from clip_rd_edge.data.clip_benchmark import (
+    Fallback,
+    find_data_set,
+    image_folder_task,
+    neutral,
+    retrieval_from_shards,
+    shard_task,
+)
 from clip_rd_edge.data.pairs import TAR_ENDINGS
-from clip_rd_edge.data.shard_tasks import retrieval_from_shards, shard_task
-from clip_rd_edge.data.shards import parse_sources
-from clip_rd_edge.data.table import TablePairs, read_table
+from clip_rd_edge.data.tables import TablePairs, read_table
 from clip_rd_edge.data.tars import open_shard
-from clip_rd_edge.data.templates import Fallback, neutral
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.errors import InputError, near_matches
 
 TABLES = (".csv", ".tsv")

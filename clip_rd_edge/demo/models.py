@@ -20,10 +20,10 @@ from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
-from clip_rd_edge.runtime.loading import load
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import load
 
 MAX_PIXELS = 50_000_000  # of a picture that is sent: a phone's camera has up to that
 MAX_LABELS = 2_000

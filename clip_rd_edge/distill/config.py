@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 
 from clip_rd_edge.errors import ConfigError, near_matches
+from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
-from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind
 from clip_rd_edge.utils.io import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"

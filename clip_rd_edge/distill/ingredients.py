@@ -16,8 +16,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.pretrained import start_image_tower, start_text_tower
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.student import build_student, start_image_tower, start_text_tower, student_config
 
 
 @dataclass(frozen=True)

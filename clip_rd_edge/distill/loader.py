@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
-from clip_rd_edge.data.bad import MAX_SHARE, Bad, BadSamples, SoundPair
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.pairs import MAX_SHARE, Bad, BadSamples, Pairs, SoundPair
 from clip_rd_edge.distill.cache import Half, TeacherCache
 
 

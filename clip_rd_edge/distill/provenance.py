@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.data.bad import BadSamples
+from clip_rd_edge.data.pairs import BadSamples
 from clip_rd_edge.distill.config import RunConfig
 from clip_rd_edge.distill.ingredients import Ingredients
 from clip_rd_edge.models.encoder import TorchEncoder

@@ -15,8 +15,8 @@ from clip_rd_edge.exporters.measure import Inputs
 from clip_rd_edge.exporters.nncf import nncf_is_there, quantize_by_nncf
 from clip_rd_edge.exporters.ranges import measure_ranges
 from clip_rd_edge.exporters.symmetric import quantize_symmetrically, quantized_inputs
-from clip_rd_edge.runtime.openvino import open_openvino
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.openvino import open_openvino
 
 
 class Opener(Protocol):

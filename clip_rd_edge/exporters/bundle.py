@@ -24,7 +24,7 @@ from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.tensorrt import require_target
 from clip_rd_edge.exporters.torch_trt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.label_bank import write_label_bank
+from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import new_folder, refuse_unless_free, write_bytes
 
 

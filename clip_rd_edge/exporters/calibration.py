@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
-from clip_rd_edge.data.bad import BadSamples
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.errors import InputError
 
 # Ranges of activations hardly move after some hundred pictures; of 192 to judge by, one is half a point of accuracy.

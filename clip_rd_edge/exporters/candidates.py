@@ -15,7 +15,7 @@ from clip_rd_edge.exporters.measure import Inputs, embed
 from clip_rd_edge.exporters.sensitivity import GroupError, group_errors, layers_within
 from clip_rd_edge.exporters.speed import layers_no_slower
 from clip_rd_edge.exporters.static import RANGE_METHODS, StaticQuantizer, layers_of
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.measure import Inputs
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
 # From this opset on QuantizeLinear and DequantizeLinear take float16; what else changed since 18 only adds to it.

@@ -26,7 +26,7 @@ from clip_rd_edge.exporters.probes import PROBES
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 MAX_DIFFERENCE, LEAST_COSINE = 1e-4, 0.99999
 TARGET = "onnxruntime"

@@ -19,7 +19,7 @@ from clip_rd_edge.exporters.parity import Agreement, agreement
 from clip_rd_edge.exporters.probes import PROBES, hard_pixels
 from clip_rd_edge.exporters.source import open_source
 from clip_rd_edge.exporters.static import preprocessed
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.io import write_bytes
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -15,8 +15,8 @@ from clip_rd_edge.exporters.half import probes_of
 from clip_rd_edge.exporters.measure import Inputs, Timer, embed, latencies, measurement
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.source import open_source
-from clip_rd_edge.runtime.openvino import open_openvino
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.timing import time_in_turn
 
 

@@ -12,7 +12,7 @@ import onnx
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.contract.ranges import without_outliers
 from clip_rd_edge.exporters.measure import Inputs
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 _BATCH_SIZE = 8
 

@@ -16,7 +16,7 @@ from clip_rd_edge.exporters.ranges import measure_ranges
 from clip_rd_edge.exporters.sensitivity import group_errors, layers_within
 from clip_rd_edge.exporters.static import layers_of
 from clip_rd_edge.exporters.symmetric import quantize_symmetrically, quantized_inputs
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 # Shares of the allowed error that the layers left in INT8 may sum to, tried from the first on.
 _SHARES = (0.9, 0.4, 0.1)

@@ -24,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses.contrastive import interactive_contrastive, symmetric_contrastive
-from clip_rd_edge.losses.feature import feature_distillation
-from clip_rd_edge.losses.logits import Logits, product
-from clip_rd_edge.losses.relational import affinity_mimicking, cross_relation_divergence, relation_divergence
-from clip_rd_edge.losses.scales import PUBLISHED_START, ScaleKind, Scales
+from clip_rd_edge.losses.logits import PUBLISHED_START, Logits, ScaleKind, Scales, product
+from clip_rd_edge.losses.terms import (
+    affinity_mimicking,
+    cross_relation_divergence,
+    feature_distillation,
+    interactive_contrastive,
+    relation_divergence,
+    symmetric_contrastive,
+)
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

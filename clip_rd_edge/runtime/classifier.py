@@ -11,7 +11,7 @@ from PIL import Image
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, Probabilities, greatest, label_embeddings, probabilities
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.label_cache import label_set_key, read_label_set, write_label_set
+from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 
 
 class Prediction(NamedTuple):

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +24,11 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, greatest
-from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.io import read_json, write_bytes
+from clip_rd_edge.contract.images import images_below
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.runtime.embed import embed_pictures
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.utils.io import read_json, sha256_of, write_bytes
 
 INDEX_VERSION = 1
 _FILE = "index.json"
@@ -117,3 +123,131 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> l
     similarities = np.asarray(rows @ query.reshape(-1))
     best = greatest(similarities, top).tolist()
     return [Hit(Path(index.folder, index.entries[i].path), float(similarities[i])) for i in best]
+
+
+Progress = Callable[[int, int], None]  # pictures done, pictures to embed
+SAVE_EVERY_S = 20.0  # what a kill -9 may cost
+
+
+@dataclass(kw_only=True)
+class Update:
+    """What was done: pictures kept as they were, embedded, dropped, and why the others could not be read."""
+
+    kept: int = 0
+    embedded: int = 0
+    gone: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+
+class _Source:
+    """A picture's file, whose SHA-256 is taken as it is read, so that it is read once."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.name = folder / name, name
+        stat = self.path.stat()  # before the file is read: a change meanwhile is seen the next time
+        self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
+        self.sha256 = ""
+
+    def read_bytes(self) -> bytes:
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        return content
+
+    def entry(self, sha256: str = "") -> Entry:
+        return Entry(
+            path=self.name,
+            size_bytes=self.size_bytes,
+            modified_ns=self.modified_ns,
+            sha256=sha256 or self.sha256,
+        )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def update_index(
+    encoder: BundleEncoder, folder: Path, path: Path, *, progress: Progress = lambda done, total: None
+) -> Update:
+    """Make the index at `path` say what is in `folder` now.
+
+    A picture with the size and time that the index has is taken for unchanged. Another is hashed where the index has
+    one of its size: it may have been moved, copied or only touched, and is embedded only if its content is new. What
+    is done is saved every SAVE_EVERY_S, and when it is interrupted.
+
+    Raises:
+        InputError: the folder is not there, or has no picture.
+        UsageError: `path` holds something else, or another folder's index.
+    """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.", hint="check the path")
+    index, rows = _start(encoder, folder.resolve(), path)
+    found = [picture.relative_to(folder).as_posix() for picture in images_below(folder)]
+    if not found and not index.entries:
+        raise InputError(f"The folder {folder} has no pictures.")
+    kept, new = _compare(index.entries, [_Source(folder, name) for name in found])
+    entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
+    gone = len({entry.path for entry in index.entries} - set(found))
+    update = Update(kept=len(kept), gone=gone)
+    if entries == index.entries and not new and is_index(path):
+        return update
+
+    def save() -> None:
+        write_index(path, msgspec.structs.replace(index, entries=entries), np.concatenate(parts))
+
+    saved = time.monotonic()
+    try:
+        for batch in embed_pictures(encoder, new):
+            parts.append(batch.embeddings)
+            entries += [source.entry() for source in batch.pictures]
+            update.embedded += len(batch.pictures)
+            update.unreadable += map(str, batch.unreadable)
+            progress(update.embedded + len(update.unreadable), len(new))
+            if time.monotonic() - saved > SAVE_EVERY_S:
+                save()
+                saved = time.monotonic()
+    finally:
+        save()
+    return update
+
+
+def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
+    """The index to go on from: the one at `path`, or an empty one where there is none or another model made it."""
+    fresh = Index(
+        version=INDEX_VERSION,
+        folder=str(folder),
+        bundle=str(encoder.folder.resolve()),
+        model=model_key(encoder.manifest),
+        embeddings="",
+        entries=[],
+    )
+    nothing = np.zeros((0, encoder.manifest.embedding_size), dtype=np.float32)
+    if not is_index(path):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise UsageError(f"The output {path} holds something else than an index.", hint="choose another -o")
+        return fresh, nothing
+    index, rows = read_index(path)
+    if index.folder != fresh.folder:
+        raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
+    if index.model != fresh.model:
+        return fresh, nothing
+    return msgspec.structs.replace(index, bundle=fresh.bundle), rows
+
+
+def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Entry, int]], list[_Source]]:
+    """What the index has already, each with its row, and what is to be embedded."""
+    rows = {entry.path: row for row, entry in enumerate(known)}
+    sizes = {entry.size_bytes for entry in known}
+    contents = {entry.sha256: row for row, entry in enumerate(known)}
+    kept: list[tuple[Entry, int]] = []
+    new: list[_Source] = []
+    for source in sources:
+        row = rows.get(source.name)
+        if row is not None and source.entry(known[row].sha256) == known[row]:
+            kept.append((known[row], row))
+            continue
+        digest = sha256_of(source.path) if source.size_bytes in sizes else ""
+        if digest in contents:
+            kept.append((source.entry(digest), contents[digest]))
+        else:
+            new.append(source)
+    return kept, new

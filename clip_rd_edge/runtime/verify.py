@@ -13,8 +13,8 @@ from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER, Manifest, is_bundl
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.label_bank import LABELS
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
-from clip_rd_edge.runtime.loading import encoder_of
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import encoder_of
 from clip_rd_edge.utils.io import read_json, sha256_of
 
 TEXT = "a photo of a cat"

@@ -13,7 +13,7 @@ from clip_rd_edge.benchmarking.results import Results, read_results, write_resul
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.scores import ZeroShotScore
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.data.templates import Templates
+from clip_rd_edge.data.clip_benchmark import Templates
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
 
 

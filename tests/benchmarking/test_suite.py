@@ -7,7 +7,7 @@ from PIL import Image
 
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.data.templates import Templates
+from clip_rd_edge.data.clip_benchmark import Templates
 from clip_rd_edge.errors import ConfigError, InputError
 
 GOOD = """

@@ -28,7 +28,8 @@ from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.demo.browser import write_browser
 from clip_rd_edge.demo.npm import find_packages
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.runtime import ZeroShotClassifier, load
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 RED, BLUE = (230, 20, 20), (20, 20, 230)

@@ -32,7 +32,7 @@ from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.static import RangeMethod, StaticQuantizer, preprocessed
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.io import read_json
 

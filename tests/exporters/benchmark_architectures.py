@@ -49,13 +49,9 @@ from clip_rd_edge.exporters.onnx import evaluating, export_image_tower  # noqa: 
 from clip_rd_edge.exporters.parity import Agreement  # noqa: E402
 from clip_rd_edge.models.clip import ImageTower, parameter_count  # noqa: E402
 from clip_rd_edge.models.student import preset_names  # noqa: E402
-from clip_rd_edge.runtime.openvino import open_openvino  # noqa: E402
-from clip_rd_edge.runtime.ort import open_session  # noqa: E402
-from clip_rd_edge.utils.io import (  # noqa: E402
-    new_folder,
-    to_json,
-    write_bytes,
-)
+from clip_rd_edge.runtime.backends.onnxruntime import open_session  # noqa: E402
+from clip_rd_edge.runtime.backends.openvino import open_openvino  # noqa: E402
+from clip_rd_edge.utils.io import new_folder, to_json, write_bytes  # noqa: E402
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn  # noqa: E402
 
 TEACHERS = ("ViT-B/16", "ViT-L/14")

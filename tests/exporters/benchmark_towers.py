@@ -47,8 +47,8 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.runtime.openvino import open_openvino
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.io import new_folder, to_json, write_bytes
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -15,7 +15,7 @@ from clip_rd_edge.exporters.calibration import CalibrationSet, Samples
 from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.runtime.loading import load
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

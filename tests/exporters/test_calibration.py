@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenIds
-from clip_rd_edge.data.table import TablePairs
+from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporters.calibration import calibration_set
 

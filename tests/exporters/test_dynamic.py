@@ -9,7 +9,7 @@ import numpy as np
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.exporters.dynamic import quantize_dynamically, scales_by_batch
 from clip_rd_edge.exporters.static import preprocessed
-from clip_rd_edge.runtime.loading import load
+from clip_rd_edge.runtime.load import load
 
 
 def test_a_text_has_one_embedding_whatever_it_is_embedded_with(fp32_bundle: Path, tmp_path: Path) -> None:

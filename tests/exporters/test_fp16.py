@@ -19,7 +19,7 @@ from clip_rd_edge.exporters.measure import embed
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

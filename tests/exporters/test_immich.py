@@ -13,8 +13,8 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.immich import write_immich
-from clip_rd_edge.runtime.loading import load
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.load import load
 
 
 def test_immich_reads_the_same_embeddings_from_it(fp32_bundle: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.in_graph import preprocessing_model
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.loading import load
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -20,7 +20,7 @@ from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 @pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])

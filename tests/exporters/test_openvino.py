@@ -12,7 +12,7 @@ from clip_rd_edge.exporters.nncf import nncf_is_there
 from clip_rd_edge.exporters.openvino import write_openvino
 from clip_rd_edge.exporters.static import StaticQuantizer, preprocessed
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.loading import load
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 openvino = pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")

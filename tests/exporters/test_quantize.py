@@ -17,7 +17,7 @@ from clip_rd_edge.exporters.quantize import quantize_tower
 from clip_rd_edge.exporters.sensitivity import group_errors
 from clip_rd_edge.exporters.static import StaticQuantizer, preprocessed
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.timing import Milliseconds
 
 Calls = Mapping[str, Callable[[], object]]

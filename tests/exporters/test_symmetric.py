@@ -18,7 +18,7 @@ from clip_rd_edge.exporters.static import layers_of, preprocessed
 from clip_rd_edge.exporters.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.exporters.symmetric_tower import symmetric_tower
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.ort import open_session
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from clip_rd_edge.exporters.engine_layers import kernels
 from clip_rd_edge.exporters.torch_trt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.exporters.typed import TypedTower
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime import load
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

@@ -8,10 +8,9 @@ import torch
 from torch.nn.functional import normalize
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses.logits import Logits
+from clip_rd_edge.losses.logits import Logits, Scales
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
-from clip_rd_edge.losses.relational import affinity_mimicking, relation_divergence
-from clip_rd_edge.losses.scales import Scales
+from clip_rd_edge.losses.terms import affinity_mimicking, relation_divergence
 
 ALL = Weights(task=1, fd=2000, icl=1, hrd=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
 

@@ -5,14 +5,24 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import build_student, preset_names, student_config
+from clip_rd_edge.models.student import (
+    build_student,
+    evenly_spaced,
+    preset_names,
+    start_image_tower,
+    start_text_tower,
+    student_config,
+)
 
 
 def tiny(name: str, size: int = 64, width: int = 32):  # type: ignore[no-untyped-def]
@@ -94,3 +104,82 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="could not be loaded"):
         load_clip(str(tmp_path / "student"))
+
+
+def clip(text: str, *, trunk: str = "test_resnet", length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
+    torch.manual_seed(seed)
+    config = student_config(trunk, embedding_size=width, image_size=32, text=text, context_length=length)
+    return build_student(config, name="student")
+
+
+def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
+    save_file(state, str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(("count", "of", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])])
+def test_layers_are_spread_from_the_first_to_the_last(count: int, of: int, expected: list[int]) -> None:
+    assert evenly_spaced(count, of=of) == expected
+
+
+def test_a_text_tower_starts_from_the_teachers_layers() -> None:
+    teacher, student = clip("64x4", length=12, width=48), clip("64x2", seed=1)
+    said = start_text_tower(student, "teacher", teacher)
+    ours, theirs = student.model.state_dict(), teacher.model.state_dict()
+    assert "layers 1, 4 of the 4 layers of teacher" in said
+    for new, old in ((0, 0), (1, 3)):
+        name = "text.transformer.resblocks.{}.attn.in_proj_weight"
+        assert torch.equal(ours[name.format(new)], theirs[name.format(old)])
+    assert torch.equal(ours["text.positional_embedding"], theirs["text.positional_embedding"][:8])
+    assert ours["text.text_projection"].shape == (64, 32)  # the teacher's fits another width, so this stays random
+
+
+def test_a_text_tower_starts_from_a_checkpoint_in_the_older_form(tmp_path: Path) -> None:
+    student, other = clip("64x1"), clip("64x1", seed=1)
+    state = {k.removeprefix("text."): v for k, v in other.model.state_dict().items() if k.startswith("text.")}
+    start_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
+    theirs = other.model.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
+
+
+def test_text_weights_that_do_not_fit(tmp_path: Path) -> None:
+    student = clip("64x2")
+    with pytest.raises(ConfigError, match=r"is 8 × 128 there and 8 × 64 here") as error:
+        start_text_tower(student, "teacher", clip("128x2"))
+    assert "--text 128xLAYERS" in error.value.hint
+    with pytest.raises(ConfigError, match="has 2 layers and the weights of teacher only 1"):
+        start_text_tower(student, "teacher", clip("64x1"))
+    with pytest.raises(InputError, match="needs a teacher"):
+        start_text_tower(student, "teacher", None)
+    with pytest.raises(InputError, match=r"no file of text weights nothing\.pt"):
+        start_text_tower(student, "nothing.pt", None)
+    (tmp_path / "damaged.pt").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="cannot be read"):
+        start_text_tower(student, str(tmp_path / "damaged.pt"), None)
+
+
+def test_an_image_trunk_starts_from_a_file_of_timms(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    published = timm.create_model("test_resnet").state_dict()  # with its classifier, as timm publishes it
+    student = clip("64x1")
+    start_image_tower(student, saved(tmp_path / "weights.safetensors", published))
+    trunk = student.model.get_submodule("visual.trunk").state_dict()
+    assert trunk.keys() < published.keys()
+    assert all(torch.equal(value, published[name]) for name, value in trunk.items())
+
+
+def test_image_weights_that_do_not_fit(tmp_path: Path) -> None:
+    student = clip("64x1")
+    other = saved(tmp_path / "vit.safetensors", timm.create_model("test_vit").state_dict())
+    with pytest.raises(ConfigError, match="do not fit test_resnet"):
+        start_image_tower(student, other)
+    with pytest.raises(InputError, match=r"no file of image weights nothing\.pt"):
+        start_image_tower(student, "nothing.pt")
+    with pytest.raises(ConfigError, match="no timm trunk"):
+        start_image_tower(clip("64x1", trunk="vit_tiny_16"), "timm")
+
+
+@pytest.mark.parametrize("size", ["huge", "512", "100x2", "64x0", "x"])
+def test_a_text_size_that_is_none(size: str) -> None:
+    with pytest.raises(ConfigError, match="expected one of tiny, small, standard, or WIDTHxLAYERS"):
+        student_config("test_resnet", embedding_size=8, text=size)

@@ -29,9 +29,9 @@ from PIL import Image
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import images_below, open_image
 from clip_rd_edge.contract.preprocess import preprocess, quick_edge
-from clip_rd_edge.runtime import load
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
 from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_pictures
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.host import machine_name
 
 

@@ -18,7 +18,7 @@ from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.runtime import load
+from clip_rd_edge.runtime.load import load
 
 TOP = 5
 TOLERANCE = 1e-6  # of rounding: no embedding depends on what it is embedded with

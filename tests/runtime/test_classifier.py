@@ -9,7 +9,8 @@ from PIL import Image
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime import ZeroShotClassifier, load
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
 
 RED, GREY = Image.new("RGB", (9, 9), (250, 5, 5)), Image.new("RGB", (9, 9), (100, 100, 100))
 LABELS = ["blue", "red", "green"]

@@ -9,8 +9,8 @@ from PIL import Image
 
 from clip_rd_edge.contract.images import find_images, images_below, open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime import load
 from clip_rd_edge.runtime.embed import embed_pictures
+from clip_rd_edge.runtime.load import load
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

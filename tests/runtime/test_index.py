@@ -15,10 +15,10 @@ from clip_rd_edge.contract.encoder import greatest
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.runtime import indexing, load
-from clip_rd_edge.runtime.index import nearest, read_index
-from clip_rd_edge.runtime.indexing import update_index
-from clip_rd_edge.runtime.ort import OrtEncoder
+from clip_rd_edge.runtime import index as indexing
+from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
+from clip_rd_edge.runtime.index import nearest, read_index, update_index
+from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -30,7 +30,7 @@ def test_a_folder_that_stayed_empty_goes(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from clip_rd_edge.contract.lock import only_writer\n"
+        "import os, sys; from pathlib import Path; from clip_rd_edge.utils.lock import only_writer\n"
         "with only_writer(Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 9

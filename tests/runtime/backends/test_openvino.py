@@ -12,9 +12,9 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
-from clip_rd_edge.runtime.loading import Runtime, load
-from clip_rd_edge.runtime.openvino import open_openvino
+from clip_rd_edge.runtime.backends.openvino import open_openvino
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import Runtime, load
 
 
 def test_without_the_package_the_extra_is_named(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_signal_after_openvino_ended_in_another_thread_is_survived(colour_bund
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
     script = f"""
 import gc, signal, threading
-from clip_rd_edge.runtime.openvino import open_openvino
+from clip_rd_edge.runtime.backends.openvino import open_openvino
 models = [open_openvino({str(colour_bundle / "image.onnx")!r})]
 def end():
     models.clear()

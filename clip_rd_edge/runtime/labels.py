@@ -1,10 +1,4 @@
-"""Embeddings of label sets on disk, by content: the next process with the same labels loads no text tower.
-
-    CACHE/labels/KEY    SHA-256 of the rest, then the rows as .npy, (C, D) float32
-
-KEY is a hash of all that the rows depend on, so that nothing ever goes stale. What is damaged is passed over and
-written anew; what was not used for longest goes when the folder grows beyond MAX_BYTES.
-"""
+"""Label banks, made by the bundle's own text tower."""
 
 from __future__ import annotations
 
@@ -18,8 +12,27 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
+from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
+from clip_rd_edge.runtime.load import encoder_of
 from clip_rd_edge.utils.io import cache_home, write_bytes
+
+
+def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
+    """Embed each label once by the bundle's own text tower and prompts, and write labels.npz; the manifest comes after.
+
+    They are stored in the precision of the tower that made them: INT8 costs them less than it cost the tower.
+
+    Raises:
+        InputError: no labels, or an empty one.
+    """
+    names = tuple(dict.fromkeys(labels))
+    embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
+    tower = manifest.text.precision
+    precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if tower.startswith("int8") else "fp16"
+    write_labels(folder, LabelBank(names, embeddings), precision=precision)
+
 
 MAX_BYTES = 64_000_000
 _DIGEST_BYTES = hashlib.sha256().digest_size

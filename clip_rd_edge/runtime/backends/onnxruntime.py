@@ -10,8 +10,8 @@ import msgspec
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
-from clip_rd_edge.runtime.providers import AUTO, choose_device, device_of, provider_list, say
+from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, device_of, provider_list, say
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.utils.io import cache_home
 
 

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
-from clip_rd_edge.runtime.providers import AUTO
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -57,13 +57,13 @@ def encoder_of(
     # A device other than the CPU is ONNX Runtime's to serve, whatever the bundle was exported for.
     meant = runtime or ("onnxruntime" if device not in (AUTO, "cpu") else manifest.target)
     if meant == "openvino":
-        from clip_rd_edge.runtime.openvino import OpenVinoEncoder
+        from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 
         return OpenVinoEncoder(folder, manifest, threads=threads)
     if meant == "tensorrt" or (meant.startswith("tensorrt") and device == AUTO):
-        from clip_rd_edge.runtime.tensorrt import TensorRtEncoder
+        from clip_rd_edge.runtime.backends.tensorrt import TensorRtEncoder
 
         return TensorRtEncoder(folder, manifest, threads=threads, required=runtime is not None)
-    from clip_rd_edge.runtime.ort import OrtEncoder
+    from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 
     return OrtEncoder(folder, manifest, threads=threads, device=device, spin=spin)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
-from clip_rd_edge.runtime import load
+from clip_rd_edge.runtime.load import load
 
 MAX_BATCH = 2
 

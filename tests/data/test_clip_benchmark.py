@@ -10,8 +10,8 @@ import pytest
 
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
+from clip_rd_edge.data.clip_benchmark import Templates
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.data.templates import Templates
 from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]

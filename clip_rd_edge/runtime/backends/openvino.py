@@ -14,7 +14,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Tower
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder
 
 BF16 = "bf16"
 _MOST_SIZES = 3  # of batches that a model is compiled for; others are computed one by one

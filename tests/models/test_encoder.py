@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rd_edge.models.compiled import CompiledEncoder
-from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
 from clip_rd_edge.models.student import build_student, student_config
 
 

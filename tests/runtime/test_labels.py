@@ -4,16 +4,43 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.runtime import ZeroShotClassifier, label_cache, load
-from clip_rd_edge.runtime.bundle_encoder import BundleEncoder
+from clip_rd_edge.contract.label_bank import LABELS, read_labels
+from clip_rd_edge.runtime import labels as label_cache
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.labels import write_label_bank
+from clip_rd_edge.runtime.load import load
+
+
+@pytest.mark.parametrize(
+    ("tower", "array", "dtype"),
+    [
+        ("fp32", "embeddings", np.float32),
+        ("fp16", "embeddings", np.float16),
+        ("bf16", "embeddings", np.float16),
+        ("int8 dynamic with token table, by channel", "levels", np.int8),
+    ],
+)
+def test_a_bank_is_stored_as_the_tower_computes(colour_bundle: Path, tower: str, array: str, dtype: type) -> None:
+    manifest = read_manifest(colour_bundle)
+    text = msgspec.structs.replace(manifest.text, precision=tower)
+    write_label_bank(colour_bundle, msgspec.structs.replace(manifest, text=text), ["red", "blue", "red"])
+    with np.load(colour_bundle / LABELS) as arrays:
+        assert arrays[array].dtype == dtype
+    bank = read_labels(colour_bundle)
+    assert bank is not None
+    assert bank.names == ("red", "blue")
+    np.testing.assert_allclose(bank.embeddings, load(colour_bundle).encode_texts(["red", "blue"]), atol=0.5 / 127)
+
 
 Run = Callable[..., tuple[int, str, str]]
-LABELS = ["red", "green", "blue"]
+NAMES = ["red", "green", "blue"]
 NOISE = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))]
 
 
@@ -21,7 +48,7 @@ def text_tower_loaded(encoder: BundleEncoder) -> bool:
     return bool({"_text_session", "_tokenizer"} & vars(encoder).keys())
 
 
-def classifier(bundle: Path, labels: list[str] = LABELS, **rest: object) -> ZeroShotClassifier:
+def classifier(bundle: Path, labels: list[str] = NAMES, **rest: object) -> ZeroShotClassifier:
     return ZeroShotClassifier(load(bundle), labels, **rest)  # type: ignore[arg-type]
 
 
@@ -31,9 +58,9 @@ def test_the_second_process_loads_no_text_tower(colour_bundle: Path, label_cache
     assert text_tower_loaded(first.encoder)  # type: ignore[arg-type]
     assert not text_tower_loaded(second.encoder)  # type: ignore[arg-type]
     np.testing.assert_array_equal(second.probabilities(NOISE), first.probabilities(NOISE))
-    second.set_labels([*LABELS, "yellow"])
+    second.set_labels([*NAMES, "yellow"])
     assert text_tower_loaded(second.encoder)  # type: ignore[arg-type]
-    third = classifier(colour_bundle, [*LABELS, "yellow"])
+    third = classifier(colour_bundle, [*NAMES, "yellow"])
     assert not text_tower_loaded(third.encoder)  # type: ignore[arg-type]
     np.testing.assert_array_equal(third.probabilities(NOISE), second.probabilities(NOISE))
     assert len(list(label_cache.iterdir())) == 2
@@ -41,7 +68,7 @@ def test_the_second_process_loads_no_text_tower(colour_bundle: Path, label_cache
 
 def test_whatever_the_rows_depend_on_is_in_their_name(colour_bundle: Path, label_cache: Path) -> None:
     classifier(colour_bundle)
-    assert text_tower_loaded(classifier(colour_bundle, LABELS[::-1]).encoder)  # type: ignore[arg-type]
+    assert text_tower_loaded(classifier(colour_bundle, NAMES[::-1]).encoder)  # type: ignore[arg-type]
     other = classifier(colour_bundle, templates=["a drawing of {}"])
     assert text_tower_loaded(other.encoder)  # type: ignore[arg-type]
     for file in ("text.onnx", "tokenizer.json"):
@@ -66,7 +93,7 @@ def test_what_is_damaged_is_passed_over_and_written_anew(
 
 
 def test_it_does_not_grow_and_what_was_used_last_stays(label_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_rd_edge.runtime import label_cache as module
+    from clip_rd_edge.runtime import labels as module
 
     rows = np.zeros((4, 8), dtype=np.float32)
     for i, key in enumerate("abc"):

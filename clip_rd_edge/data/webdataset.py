@@ -6,19 +6,19 @@ uninterrupted one would have seen. That needs every sample's place, and no shuff
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.data.braces import expand_braces
-from clip_rd_edge.data.sidecars import json_captions, text_captions
-from clip_rd_edge.data.tars import Shard, open_shard
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.data.tars import Shard, TarMember, open_shard
+from clip_rd_edge.errors import InputError, UsageError, near_matches
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources, and between their weights, as in open_clip
@@ -154,3 +154,84 @@ def _sound(shard: Shard, json_key: str | None, left_out: list[str]) -> npt.NDArr
     if shard.damage:
         left_out.append(f"{shard.path}: {shard.damage}")
     return np.flatnonzero(captioned & pictured)
+
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names that a pattern stands for, in its order; several braces give every combination.
+
+    A range keeps leading zeros: `{08..11}` is 08, 09, 10, 11.
+
+    Raises:
+        InputError: a brace that holds neither a range of whole numbers nor a list, or one that stands alone.
+    """
+    found = _BRACES.search(pattern)
+    if found is None:
+        if "{" in pattern or "}" in pattern:
+            raise InputError(f"The pattern {pattern!r} has a brace without its partner.")
+        return [pattern]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [before + choice + rest for choice in _choices(found[1], pattern) for rest in expand_braces(after)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    numbers = _RANGE.fullmatch(inside)
+    if numbers is None:
+        if "," not in inside:
+            raise InputError(
+                f"{{{inside}}} in {pattern!r} is neither a range nor a list.",
+                hint="write {00000..00012} or {train,val}",
+            )
+        return inside.split(",")
+    first, last = numbers.groups()
+    # As in a shell: leading zeros on either side set the width of all.
+    width = max(len(first), len(last)) if "0" in (first[0], last[0]) and max(len(first), len(last)) > 1 else 0
+    step = 1 if int(first) <= int(last) else -1
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+
+
+def text_captions(member: TarMember) -> tuple[str, ...]:
+    """The caption of a .txt, lines and all, as open_clip takes it.
+
+    Raises:
+        InputError: it is empty, or no UTF-8.
+    """
+    return _said([read_text(member)], str(member))
+
+
+def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
+    """The captions at a key of a .json: a text or a list of texts.
+
+    Raises:
+        InputError: no such key, no text there, or no JSON.
+    """
+    try:
+        content = msgspec.json.decode(read_text(member))
+    except msgspec.DecodeError as error:
+        raise InputError(f"{member} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict) or key not in content:
+        known = [str(name) for name in content] if isinstance(content, dict) else []
+        raise InputError(f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name it: --json-caption-key")
+    value = content[key]
+    captions = value if isinstance(value, list) else [value]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
+    return _said(captions, str(member))
+
+
+def _said(captions: Sequence[str], place: str) -> tuple[str, ...]:
+    said = tuple(stripped for caption in captions if (stripped := caption.strip()))
+    if not said:
+        raise InputError(f"{place}: the caption is empty.")
+    return said
+
+
+def read_text(member: TarMember) -> str:
+    """A member's content as UTF-8; raises InputError where it is none or cannot be read."""
+    try:
+        return member.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read {member}: {error}.") from error

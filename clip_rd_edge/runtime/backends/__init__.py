@@ -1,0 +1,1 @@
+"""One module per inference engine, and how each opens a tower. Never imports torch."""
