@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
 from clip_rd_edge.data.pairs import MAX_SHARE, Bad, BadSamples, Pairs, SoundPair
-from clip_rd_edge.distill.cache import Half, TeacherCache
+
+if TYPE_CHECKING:
+    from clip_rd_edge.distill.embedding_store import TeacherCache
+
+Half = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)

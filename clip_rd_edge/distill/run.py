@@ -20,17 +20,13 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.distill.cache import open_cache
-from clip_rd_edge.distill.cache_build import build_cache, manifest_of
+from clip_rd_edge.distill.build import Ingredients, load_ingredients, make_dataset, provenance, similarities
 from clip_rd_edge.distill.config import RunConfig, first_difference
-from clip_rd_edge.distill.ingredients import Ingredients, load_ingredients, make_dataset
+from clip_rd_edge.distill.distributed import Processes, join_processes
+from clip_rd_edge.distill.embedding_store import build_cache, manifest_of, open_cache
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.metrics import Progress, last_evaluation
-from clip_rd_edge.distill.plots import plot_run
-from clip_rd_edge.distill.precision import AUTOCAST, choose_precision, choose_teacher_precision
-from clip_rd_edge.distill.processes import Processes, join_processes
-from clip_rd_edge.distill.provenance import provenance, similarities
-from clip_rd_edge.distill.step import TrainingStep
+from clip_rd_edge.distill.metrics import Progress, last_evaluation, plot_run
+from clip_rd_edge.distill.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distill.teacher import CachedTeacher, Teacher, TeacherOfBatches
 from clip_rd_edge.distill.train import set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError

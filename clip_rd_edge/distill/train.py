@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import msgspec
 import torch
 
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distill.best import keep_if_best
-from clip_rd_edge.distill.captions import freeze_all_but_projection
+from clip_rd_edge.distill.build import Ingredients, provenance
+from clip_rd_edge.distill.checkpoint import Stateful, load_state, save_state, seed_everything
 from clip_rd_edge.distill.config import RunConfig
-from clip_rd_edge.distill.ingredients import Ingredients
+from clip_rd_edge.distill.distributed import Processes
 from clip_rd_edge.distill.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.metrics import MetricsLog, Progress, peak_memory_on, step_line
-from clip_rd_edge.distill.precision import AUTOCAST
-from clip_rd_edge.distill.processes import Processes
-from clip_rd_edge.distill.provenance import provenance
-from clip_rd_edge.distill.quantized import Quantization
-from clip_rd_edge.distill.signals import stop_on_signals
-from clip_rd_edge.distill.state import Stateful, load_state, save_state, seed_everything
-from clip_rd_edge.distill.step import StepSettings, TrainingStep
-from clip_rd_edge.distill.teacher import TeacherOfBatches
-from clip_rd_edge.distill.tensorboard import TensorBoardLog
-from clip_rd_edge.distill.update import Update
+from clip_rd_edge.distill.metrics import MetricsLog, Progress, TensorBoardLog, peak_memory_on, step_line
+from clip_rd_edge.distill.optim import Update
+from clip_rd_edge.distill.quantized.tower import Quantization
+from clip_rd_edge.distill.step import AUTOCAST, StepSettings, TrainingStep
+from clip_rd_edge.distill.teacher import TeacherOfBatches, freeze_all_but_projection
 from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 
@@ -173,3 +176,65 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.freeze_text:
         freeze_all_but_projection(student.model.get_submodule("text"))
+
+
+BEST_FOLDER = "best"
+
+
+class _Record(msgspec.Struct):
+    evaluation: dict[str, float]
+
+
+def keep_if_best(
+    run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
+) -> bool:
+    """Write the student to `RUN/best` where the mean of its figures is above that of the one there.
+
+    Args:
+        evaluation: a figure a task, greater is better.
+        provenance: gives what its distillation.json is to say, to which the evaluation is added; asked only where it
+            is written, since it takes the hash of the teacher's weights.
+
+    Returns:
+        whether it was written.
+    """
+    path = run / BEST_FOLDER / DISTILLATION_FILE
+    if path.is_file():
+        before = msgspec.json.decode(path.read_bytes(), type=_Record).evaluation
+        if statistics.fmean(evaluation.values()) <= statistics.fmean(before.values()):
+            return False
+    save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
+    return True
+
+
+class StopRequest:
+    """Whether a signal asked the run to stop; false until then."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block, the first SIGINT or SIGTERM sets the request, and a second SIGINT interrupts at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python delivers signals to the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

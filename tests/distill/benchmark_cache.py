@@ -20,12 +20,11 @@ import open_clip
 import torch
 from PIL import Image
 
-from clip_rd_edge.distill.cache import open_cache
-from clip_rd_edge.distill.cache_build import build_cache, manifest_of
+from clip_rd_edge.distill.build import load_ingredients, make_dataset
 from clip_rd_edge.distill.config import RunConfig, load_recipe
-from clip_rd_edge.distill.ingredients import load_ingredients, make_dataset
+from clip_rd_edge.distill.distributed import Processes
+from clip_rd_edge.distill.embedding_store import build_cache, manifest_of, open_cache
 from clip_rd_edge.distill.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.step import StepSettings, TrainingStep
 from clip_rd_edge.distill.teacher import CachedTeacher, Teacher
 from clip_rd_edge.models.clip import to_device

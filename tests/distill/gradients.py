@@ -7,8 +7,8 @@ import sys
 import torch
 
 from clip_rd_edge.distill.config import load_recipe
+from clip_rd_edge.distill.distributed import join_processes
 from clip_rd_edge.distill.loader import Batch
-from clip_rd_edge.distill.processes import join_processes
 from clip_rd_edge.distill.step import StepSettings, TrainingStep
 from clip_rd_edge.distill.teacher import Teacher
 from clip_rd_edge.losses.objective import Objective

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from clip_rd_edge.distill.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names
-from clip_rd_edge.distill.optimizer import build_optimizer, learning_rate_at
+from clip_rd_edge.distill.optim import build_optimizer, learning_rate_at
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Objective, Weights
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.distill.checkpoint import saved_states
 from clip_rd_edge.distill.config import RunConfig, load_recipe
 from clip_rd_edge.distill.metrics import Progress, read_metrics
 from clip_rd_edge.distill.run import run_distillation
-from clip_rd_edge.distill.state import saved_states
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.load import load_clip

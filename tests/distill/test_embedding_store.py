@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from clip_rd_edge.distill import cache_build
-from clip_rd_edge.distill.cache import missing_shards, open_cache, shard_path
-from clip_rd_edge.distill.cache_build import build_cache, manifest_of
+from clip_rd_edge.distill import embedding_store as cache_build
+from clip_rd_edge.distill.build import Ingredients, load_ingredients, make_dataset
 from clip_rd_edge.distill.config import RunConfig, load_recipe
-from clip_rd_edge.distill.ingredients import Ingredients, load_ingredients, make_dataset
+from clip_rd_edge.distill.distributed import Processes
+from clip_rd_edge.distill.embedding_store import build_cache, manifest_of, missing_shards, open_cache, shard_path
 from clip_rd_edge.distill.loader import StepSampler, step_loader
-from clip_rd_edge.distill.processes import Processes
 from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.distill.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, UsageError
