@@ -10,7 +10,7 @@ import click
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from clip_rd_edge.exporters.choose import Budget
+    from clip_rd_edge.convert.int8.select import Budget
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,7 +54,7 @@ def budget_of(
         name = "--fallback" if fallback else "--max-loss"
         raise UsageError(f"{name} is for ONNX Runtime and OpenVINO; TensorRT's INT8 falls back to FP16 by layer.")
 
-    from clip_rd_edge.exporters.choose import Budget
+    from clip_rd_edge.convert.int8.select import Budget
 
     budget = Budget()
     return Budget(

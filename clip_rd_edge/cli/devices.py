@@ -15,7 +15,7 @@ def command(name: str | None, as_json: bool) -> None:
     clip-rd-edge devices
     clip-rd-edge devices cpu-arm
     """
-    from clip_rd_edge.contract.device import device_guide, device_names, read_device
+    from clip_rd_edge.convert.targets import device_guide, device_names, read_device
 
     devices = {each: read_device(each) for each in ([name] if name else device_names())}
     if as_json:

@@ -11,14 +11,14 @@ import click
 
 from clip_rd_edge.cli._browser import BROWSER, require_browser, write_from_bundle
 from clip_rd_edge.cli._int8 import budget_of, int8_options
-from clip_rd_edge.cli._target import aim_at
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
+from clip_rd_edge.convert.options import Fallback, Format, Precision, Via, require_via
+from clip_rd_edge.convert.targets import aim_at
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.formats import Fallback, Format, Precision, Via, require_via
 from clip_rd_edge.utils.io import refuse_unless_free, size_bytes
 
 if TYPE_CHECKING:
-    from clip_rd_edge.exporters.choose import Trial
+    from clip_rd_edge.convert.int8.select import Trial
 
 _PIPED_WIDTH = 140  # columns; rich would break lines at 80 where stderr is no terminal
 
@@ -118,9 +118,9 @@ def command(
     if layout == "immich" and format != "onnx":
         raise UsageError(f"immich runs ONNX; expected --format onnx, not {format}.")
 
-    from clip_rd_edge.cli._calibration import calibration_pairs
     from clip_rd_edge.cli._labels import read_labels_file
     from clip_rd_edge.cli._progress import stderr
+    from clip_rd_edge.convert.calibration import calibration_pairs
 
     labels = read_labels_file(labels_file) if labels_file else None
     if for_browser and is_bundle(Path(model)):
@@ -130,8 +130,8 @@ def command(
     pairs = calibration_pairs(calibration, model) if precision == "int8" else None
 
     # Only now, so that what was mistyped is said at once: torch takes seconds to import.
+    from clip_rd_edge.convert.calibration import calibration_set
     from clip_rd_edge.exporters.bundle import export_bundle
-    from clip_rd_edge.exporters.calibration import calibration_set
     from clip_rd_edge.models.encoder import TorchEncoder
     from clip_rd_edge.models.load import load_clip
 
@@ -162,7 +162,7 @@ def command(
             on_trials=trials.extend,
         )
         if layout == "immich":
-            from clip_rd_edge.exporters.immich import write_immich
+            from clip_rd_edge.convert.immich import write_immich
 
             write_immich(Path(scratch), output, overwrite=force)
         elif for_browser:

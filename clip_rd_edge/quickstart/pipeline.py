@@ -15,10 +15,10 @@ from clip_rd_edge.benchmarking.rows import OpenEncoder
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.convert.calibration import calibration_set
+from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.data import emoji
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.calibration import calibration_set
-from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.quickstart.settings import Settings, Watcher

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.cli._calibration import calibration_pairs
-from clip_rd_edge.cli._target import Aim, aim_at
 from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.device import device_names, read_device
+from clip_rd_edge.convert.calibration import calibration_pairs
+from clip_rd_edge.convert.options import require_fit
+from clip_rd_edge.convert.targets import Aim, aim_at, device_names, read_device
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.formats import require_fit
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 

@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_sentence(command_line: Run, monkeypatch: pytest.Monk
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
 
-    monkeypatch.setattr("clip_rd_edge.contract.device.device_names", full)
+    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", full)
     code, _, error = command_line("devices")
     assert code == 1
     assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")

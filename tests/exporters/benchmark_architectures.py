@@ -44,9 +44,9 @@ from clip_rd_edge.benchmarking.architectures import (  # noqa: E402
 )
 from clip_rd_edge.benchmarking.environment import this_environment  # noqa: E402
 from clip_rd_edge.benchmarking.marks import write_between_marks  # noqa: E402
-from clip_rd_edge.exporters.choose import Budget, Measured, choose  # noqa: E402
+from clip_rd_edge.convert.int8.select import Budget, Measured, choose  # noqa: E402
+from clip_rd_edge.convert.parity import Agreement  # noqa: E402
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower  # noqa: E402
-from clip_rd_edge.exporters.parity import Agreement  # noqa: E402
 from clip_rd_edge.models.clip import ImageTower, parameter_count  # noqa: E402
 from clip_rd_edge.models.student import preset_names  # noqa: E402
 from clip_rd_edge.runtime.backends.onnxruntime import open_session  # noqa: E402

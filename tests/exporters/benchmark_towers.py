@@ -34,15 +34,13 @@ from clip_rd_edge.benchmarking.towers import (
     summarise,
     towers_table,
 )
+from clip_rd_edge.convert.calibration import calibration_set
+from clip_rd_edge.convert.graph import preprocessed, silently
+from clip_rd_edge.convert.int8.candidates import ORT
+from clip_rd_edge.convert.int8.select import Budget, Measured, choose
+from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, latencies
 from clip_rd_edge.data.emoji import training_pairs
-from clip_rd_edge.exporters.backends import ORT
-from clip_rd_edge.exporters.calibration import calibration_set
-from clip_rd_edge.exporters.choose import Budget, Measured, choose
-from clip_rd_edge.exporters.measure import Inputs, embed, latencies
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
-from clip_rd_edge.exporters.parity import Agreement, agreement
-from clip_rd_edge.exporters.quiet import silently
-from clip_rd_edge.exporters.static import preprocessed
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
@@ -120,7 +118,7 @@ def prepare(tower: str, folder: Path) -> None:
         made.append(Candidate(way.name, path.name, agreement(reference, embed(open_session(str(path)), judge))))
     static = next((each.file for each in made if each.name == STATIC), None)
     if static is None:  # the ways for ONNX Runtime have no static INT8 of towers made of products
-        from clip_rd_edge.exporters.static import StaticQuantizer
+        from clip_rd_edge.convert.int8.static import StaticQuantizer
 
         quantizer = StaticQuantizer(folder / f"preprocessed-{model.name}", calibrate)
         (folder / "static.onnx").write_bytes(quantizer.quantize("percentile", quantizer.layers))

@@ -12,9 +12,8 @@ import torch
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.exporters.measure import Inputs, embed
+from clip_rd_edge.convert.parity import Inputs, agreement, embed
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
-from clip_rd_edge.exporters.parity import agreement
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.convert.calibration import CalibrationSet, Samples
+from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.calibration import CalibrationSet, Samples
-from clip_rd_edge.exporters.choose import Trial
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.load import load
@@ -87,7 +87,7 @@ def test_an_interrupted_export_leaves_nothing(
         (folder / "image.onnx").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clip_rd_edge.exporters.fp32.export_image_tower", interrupt)
+    monkeypatch.setattr("clip_rd_edge.exporters.bundle.export_image_tower", interrupt)
     old = tmp_path / "out" / "bundle"
     shutil.copytree(fp32_bundle, old)
     for output in (tmp_path / "out" / "new", old):
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_reads_otherwise_is_refused(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for tower in ("image", "text"):
-        monkeypatch.setattr(f"clip_rd_edge.exporters.fp32.export_{tower}_tower", lambda *_: None)
+        monkeypatch.setattr(f"clip_rd_edge.exporters.bundle.export_{tower}_tower", lambda *_: None)
     monkeypatch.setattr("clip_rd_edge.contract.tokenizer.clean_text", lambda text, _: text)
     with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t reads"):
         export_bundle(student, tmp_path / "a", precision="fp32", provenance={})

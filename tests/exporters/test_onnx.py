@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import open_clip
 import pytest
 import torch
 from torch import nn
 
+from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporters.fp32 import write_fp32
-from clip_rd_edge.exporters.measure import embed
-from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
-from clip_rd_edge.exporters.parity import agreement
+from clip_rd_edge.exporters.bundle import write_fp32
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower, forget_sources, regroup_gelu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -116,10 +117,40 @@ def test_a_tower_that_differs_from_torch_is_refused(
     for tower in ("image", "text"):
         name = f"{tower}.onnx"
         monkeypatch.setattr(
-            f"clip_rd_edge.exporters.fp32.export_{tower}_tower",
+            f"clip_rd_edge.exporters.bundle.export_{tower}_tower",
             lambda _, folder, name=name: shutil.copy(fp32_bundle / name, folder / name),
         )
     honest = TorchEncoder.encode_pixels
     monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: honest(self, x)[::-1].copy())
     with pytest.raises(ClipRdEdgeError, match=r"image\.onnx does not do what the model does at batch 1"):
         write_fp32(student, tmp_path, provenance={}, threads=1, progress=lambda _: None)
+
+
+def test_gelu_becomes_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, fused = tmp_path / "gelu.onnx", tmp_path / "fused.onnx"
+    with silently():
+        torch.onnx.export(nn.Sequential(nn.Linear(8, 8), nn.GELU()), (torch.zeros(2, 8),), str(path), dynamo=True)
+    model = onnx.load(path)
+    before = values(model)
+    forget_sources(model.graph)
+    assert b".py" not in model.SerializeToString()
+    regroup_gelu(model.graph)
+    onnx.checker.check_model(model)
+    np.testing.assert_array_equal(values(model), before)
+    values(model, written=fused)
+    kinds = {node.op_type for node in onnx.load(fused).graph.node}
+    assert "Erf" not in kinds
+    assert kinds & {"Gelu", "BiasGelu"}
+
+
+def values(model: onnx.ModelProto, written: Path | None = None) -> np.ndarray:
+    """What it gives for some inputs; as it stands, or as ONNX Runtime rewrites it, which then is `written`."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if written is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(written)
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    inputs = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: inputs})[0])

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.ranges import without_outliers
+from clip_rd_edge.convert.int8.ranges import without_outliers
 
 _U8, _S8 = (0, 255), (-127, 127)  # ONNX Runtime leaves -128 out of symmetric ranges
 _SMALLEST = 1e-12  # a scale of what is 0 always

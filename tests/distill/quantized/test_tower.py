@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
+from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distill.config import QUANTIZED, RunConfig, load_recipe
 from clip_rd_edge.distill.metrics import Progress, read_metrics
 from clip_rd_edge.distill.quantized.fake_quant import ActivationRanges, RoundingToInt8
@@ -24,7 +26,6 @@ from clip_rd_edge.distill.quantized.tower import QuantizedTower
 from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.onnx import export_image_tower
-from clip_rd_edge.exporters.static import StaticQuantizer, preprocessed
 from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.student import build_student, student_config

@@ -1,0 +1,47 @@
+"""What every other precision is made from: a whole float32 bundle, and a calibration set that fits it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.errors import UsageError
+
+
+def open_source(source: Path, folder: Path, *, calibration: CalibrationSet | None = None) -> Manifest:
+    """Begin a bundle in `folder` from the float32 bundle `source`: its tokenizer is taken along; returns its manifest.
+
+    Raises:
+        InputError, ConfigError: `source` is no bundle.
+        UsageError: it is not in float32, is damaged, or the calibration set was made for another model.
+    """
+    manifest = read_manifest(source)
+    _require_fp32(source, manifest)
+    if calibration is not None:
+        _require_fit(manifest, calibration)
+    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    return manifest
+
+
+def _require_fp32(source: Path, manifest: Manifest) -> None:
+    """Refuse a source that is no whole float32 bundle; raises UsageError."""
+    if manifest.precision != "fp32":
+        raise UsageError(
+            f"The bundle {source} is in {manifest.precision}; other precisions are made from a float32 bundle.",
+            hint="export it with --precision fp32 first, or give the model itself",
+        )
+    if damaged := damaged_files(source, manifest):
+        raise UsageError(f"The bundle {source} is damaged: {', '.join(damaged)}.", hint="export it again")
+
+
+def _require_fit(manifest: Manifest, calibration: CalibrationSet) -> None:
+    """Refuse a calibration set that was made for another model; raises UsageError."""
+    pixels, ids = calibration.calibrate.pixels, calibration.calibrate.ids
+    expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length)
+    if (*pixels.shape[2:], ids.shape[1]) != expected:
+        raise UsageError(
+            f"The calibration set has pictures of {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
+            f"{manifest.name} takes {expected[:2]} and {expected[2]}."
+        )

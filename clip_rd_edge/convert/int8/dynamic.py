@@ -1,0 +1,45 @@
+"""Dynamic INT8: weights are quantised, activations at run time. Never imports torch."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx
+
+from clip_rd_edge.convert.graph import silently
+
+
+def scales_by_batch(content: bytes) -> bool:
+    """Whether a model quantises activations at run time, by their range over the whole batch."""
+    return any(node.op_type == "DynamicQuantizeLinear" for node in onnx.load_from_string(content).graph.node)
+
+
+def quantize_dynamically(model: Path | bytes, *, products: bool, table: bool, per_channel: bool) -> bytes:
+    """A model with S8 weights, as a file's content.
+
+    Args:
+        model: a float32 model that `quant_pre_process` has optimised.
+        products: quantise MatMul and Gemm with constant weights; the products of attention stay in float, and so do
+            Softmax and the mask that is added before it.
+        table: quantise the token table, most of a small text tower's size.
+        per_channel: a scale a column of the weights, which is more accurate and at times slower.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    kinds = [*(["MatMul", "Gemm"] if products else []), *(["Gather"] if table else [])]
+    with tempfile.TemporaryDirectory() as folder, silently():
+        source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
+        if isinstance(model, bytes):
+            source.write_bytes(model)
+        else:
+            source = model
+        quantize_dynamic(
+            source,
+            target,
+            kinds,
+            per_channel=per_channel,
+            weight_type=QuantType.QInt8,  # U8 weights are several times slower
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return target.read_bytes()

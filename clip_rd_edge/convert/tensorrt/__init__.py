@@ -1,0 +1,1 @@
+"""TensorRT engines and what builds them on the device. Never imports torch."""

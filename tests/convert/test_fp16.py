@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.fp16 import LARGEST, half_tower, overflowing, to_fp16, write_fp16
+from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.parity import agreement, embed
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.verify import verify_bundle
+
+
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    described = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
+    return {**described, **{t.name: t.data_type for t in inferred.initializer}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
+def test_layers_are_in_float16_and_what_overflows_first_in_float32(
+    trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
+) -> None:
+    path = image_tower(trunk)[1]
+    model = to_fp16(onnx.load(preprocessed(path, tmp_path)))
+    onnx.checker.check_model(model)
+    types = _types(model)
+    kinds = {node.op_type: set[int]() for node in model.graph.node}
+    for node in model.graph.node:
+        kinds[node.op_type].add(types[node.output[0]])
+    for kind in ("Conv", "MatMul", "Gemm"):
+        assert kinds[kind] == {TensorProto.FLOAT16}
+    for kind in ("LayerNormalization", "Softmax", "ReduceL2", "Clip"):
+        assert kinds[kind] == {TensorProto.FLOAT}
+    assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    reference = embed(open_session(str(path)), pixels)
+    assert agreement(reference, embed(open_session(model.SerializeToString()), pixels)).centred_cosine > 0.9999
+
+
+def _tower_with_large_values(scale: float) -> onnx.ModelProto:
+    """pixels (N, 3, 4, 4), times `scale` and back, through a layer to an embedding (N, 2), normalised."""
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["x", "scale"], ["large"], name="grow"),
+        node("Div", ["large", "scale"], ["small"], name="shrink"),
+        node("GlobalAveragePool", ["small"], ["mean"], name="pool"),
+        node("Flatten", ["mean"], ["features"], name="flatten"),
+        node("Gemm", ["features", "weight"], ["embedding"], name="project"),
+        node("LpNormalization", ["embedding"], ["y"], name="norm"),
+    ]
+    weight = np.asarray([[1, 0], [0, 1], [1, 1]], dtype=np.float32)
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32(scale), "scale")]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])
+    taken = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph(nodes, "tower", [given], [taken], initializer=constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_nodes_that_overflow_float16_are_found_and_kept_in_float32(tmp_path: Path) -> None:
+    model = onnx.shape_inference.infer_shapes(_tower_with_large_values(1e5))
+    pixels = np.random.default_rng(0).uniform(-1, 1, (8, 3, 4, 4)).astype(np.float32)
+    reference = embed(open_session(model.SerializeToString()), pixels)
+    assert overflowing(model, pixels) == ["grow", "shrink"]
+    path = tmp_path / "tower.onnx"
+    onnx.save(model, path)
+    half = half_tower(path, pixels)
+    assert half.model is not None
+    types = _types(onnx.load_from_string(half.model))
+    assert types["large"] == types["small"] == TensorProto.FLOAT
+    assert types["embedding"] == TensorProto.FLOAT16
+    assert agreement(reference, embed(open_session(half.model), pixels)).centred_cosine > 0.9999
+    assert overflowing(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
+
+
+def test_a_finite_mask_stays_finite() -> None:
+    model = _tower_with_large_values(-3.4e38)
+    constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}
+    assert constants["scale/fp16"] == -LARGEST
+
+
+def test_branches_are_refused() -> None:
+    model = _tower_with_large_values(1)
+    branch = helper.make_graph([], "nothing", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)])
+    model.graph.node.append(helper.make_node("If", ["c"], ["z"], name="fork", then_branch=branch, else_branch=branch))
+    with pytest.raises(ClipRdEdgeError, match=r"The node fork \(If\) branches"):
+        to_fp16(model)
+
+
+def test_a_float16_bundle_is_half_the_size_and_says_what_it_costs(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "fp16"
+    manifest = export_bundle(student, bundle, precision="fp16", source=fp32_bundle, labels=["cat"], provenance={})
+    assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp16"
+    for name in ("image.onnx", "text.onnx"):
+        assert (bundle / name).stat().st_size < 0.52 * (fp32_bundle / name).stat().st_size
+    assert all(check.passed for check in verify_bundle(bundle))
+    kinds = Counter(node.op_type for node in onnx.load(bundle / "text.onnx").graph.node)
+    assert kinds["Softmax"] == 3
+
+
+def test_a_slower_float16_tower_says_so(fp32_bundle: Path, tmp_path: Path) -> None:
+    slow = {"fp16": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
+    manifest = write_fp16(fp32_bundle, tmp_path, threads=1, progress=lambda _: None, timer=lambda _: slow)
+    assert "takes 1.50 times as long" in manifest.image.note
+    assert manifest.image.measured is not None
+    assert manifest.image.measured.centred_cosine > 0.999
+    assert read_manifest(fp32_bundle).image.note == ""
+
+
+def test_only_a_float32_bundle_is_taken(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    half = tmp_path / "half"
+    export_bundle(student, half, precision="fp16", source=fp32_bundle, provenance={})
+    with pytest.raises(UsageError, match="are made from a float32 bundle"):
+        export_bundle(student, tmp_path / "int8", precision="int8", source=half, calibration=calibration, provenance={})
+    assert not (tmp_path / "int8").exists()
