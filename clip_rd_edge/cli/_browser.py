@@ -25,7 +25,7 @@ def require_browser(*, format: str, layout: str, preprocess_in_graph: bool, node
         ClipRdEdgeError: the packages cannot be had; see `demo.npm.find_packages`.
     """
     from clip_rd_edge.cli._progress import stderr
-    from clip_rd_edge.demo.npm import find_packages
+    from clip_rd_edge.demo.browser import find_packages
 
     for given, option in (
         (format != "onnx", f"--format {format}"),

@@ -8,9 +8,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from clip_rd_edge.benchmarking import formats
-from clip_rd_edge.benchmarking.changes import AccuracyChange, Changes, LatencyChange, Verdict, compare_runs
-from clip_rd_edge.benchmarking.results import RESULTS, read_results
+from clip_rd_edge.benchmark import formatting as formats
+from clip_rd_edge.benchmark.regression import AccuracyChange, Changes, LatencyChange, Verdict, compare_runs
+from clip_rd_edge.benchmark.results import RESULTS, read_results
 from clip_rd_edge.cli._output import plain_table, print_table
 from clip_rd_edge.cli._progress import say
 from clip_rd_edge.utils.io import to_json

@@ -12,7 +12,7 @@ from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from clip_rd_edge.benchmarking.suite import RowRuntime
+    from clip_rd_edge.benchmark.suite import RowRuntime
 
 
 def open_encoder(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from clip_rd_edge.benchmarking.suite import Role, SuiteRow
+from clip_rd_edge.benchmark.suite import Role, SuiteRow
 from clip_rd_edge.errors import ConfigError, near_matches
 
 ROLES = get_args(Role)

@@ -84,14 +84,14 @@ def _run(
 ) -> None:
     import msgspec
 
-    from clip_rd_edge.benchmarking.environment import this_environment
-    from clip_rd_edge.benchmarking.parts import FOLDER, Parts
-    from clip_rd_edge.benchmarking.plot import require_matplotlib
-    from clip_rd_edge.benchmarking.recommendation import recommendation
-    from clip_rd_edge.benchmarking.report import write_report
-    from clip_rd_edge.benchmarking.run import run_suite
-    from clip_rd_edge.benchmarking.suite import find_suite, read_suite
-    from clip_rd_edge.benchmarking.table import terminal_table
+    from clip_rd_edge.benchmark.answer_cache import FOLDER, Parts
+    from clip_rd_edge.benchmark.report.findings import recommendation
+    from clip_rd_edge.benchmark.report.markdown import write_report
+    from clip_rd_edge.benchmark.report.plot import require_matplotlib
+    from clip_rd_edge.benchmark.report.terminal import terminal_table
+    from clip_rd_edge.benchmark.results import this_environment
+    from clip_rd_edge.benchmark.run import run_suite
+    from clip_rd_edge.benchmark.suite import find_suite, read_suite
     from clip_rd_edge.cli._models import first_answer, open_encoder
     from clip_rd_edge.cli._output import print_table, step_progress
     from clip_rd_edge.cli._progress import say

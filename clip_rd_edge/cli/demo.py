@@ -29,8 +29,7 @@ def command(
     \b
     clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
     """
-    from clip_rd_edge.demo.app import Demo
-    from clip_rd_edge.demo.server import is_loopback, serve
+    from clip_rd_edge.demo.app import Demo, is_loopback, serve
 
     demo = Demo(bundles, labels=read_labels(labels), threads=threads)
 

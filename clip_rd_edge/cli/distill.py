@@ -158,8 +158,8 @@ def resolve(*, recipe_name: str, **options: Any) -> RunConfig:
 def _evaluator(config: RunConfig) -> Any:
     if not config.tasks:
         return None
-    from clip_rd_edge.benchmarking.accuracy import evaluate
-    from clip_rd_edge.benchmarking.scores import Score, ZeroShotScore
+    from clip_rd_edge.benchmark.accuracy import evaluate
+    from clip_rd_edge.benchmark.metrics import Score, ZeroShotScore
     from clip_rd_edge.cli._templates import imagenet_templates
     from clip_rd_edge.data.tasks import load_task
 

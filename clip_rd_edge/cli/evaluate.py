@@ -35,8 +35,8 @@ def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads:
     clip-rd-edge evaluate runs/emoji --task emoji:unseen-style --task emoji:unseen-style:retrieval
     clip-rd-edge evaluate bundle --task my-pictures/ --json
     """
-    from clip_rd_edge.benchmarking.accuracy import evaluate
-    from clip_rd_edge.benchmarking.table import score_tables
+    from clip_rd_edge.benchmark.accuracy import evaluate
+    from clip_rd_edge.benchmark.report.terminal import score_tables
     from clip_rd_edge.cli._models import open_encoder
     from clip_rd_edge.cli._output import print_table, step_progress
     from clip_rd_edge.cli._templates import imagenet_templates

@@ -29,13 +29,12 @@ def run(suite: str, folder: Path, teacher: str | None) -> None:
     \b
     clip-rd-edge evidence run method-evidence -o evidence
     """
-    from clip_rd_edge.benchmarking.plot import require_matplotlib
+    from clip_rd_edge.benchmark.report.plot import require_matplotlib
     from clip_rd_edge.cli._progress import progress_bar, say
     from clip_rd_edge.cli._stages import StageBar
-    from clip_rd_edge.evidence.publish import write_report
-    from clip_rd_edge.evidence.runs import run_evidence
+    from clip_rd_edge.evidence.report import markdown, write_report
+    from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
-    from clip_rd_edge.evidence.tables import markdown
 
     require_matplotlib()
     wanted = read_evidence(suite)
@@ -60,8 +59,7 @@ def report(results: Path, page: Path | None) -> None:
     clip-rd-edge evidence report benchmarks/results/epyc-zen4-2-cores/method-evidence.json --into benchmarks/README.md
     """
     from clip_rd_edge.cli._progress import say
-    from clip_rd_edge.evidence.publish import publish, read_evidence_file
-    from clip_rd_edge.evidence.tables import markdown
+    from clip_rd_edge.evidence.report import markdown, publish, read_evidence_file
 
     if page is None:
         click.echo(markdown(read_evidence_file(results)))

@@ -36,15 +36,14 @@ def command(folder: Path, **options: Any) -> None:
     from clip_rd_edge.cli._output import print_table
     from clip_rd_edge.cli._progress import progress_bar
     from clip_rd_edge.cli._stages import StageBar
-    from clip_rd_edge.quickstart.pipeline import run_quickstart
-    from clip_rd_edge.quickstart.settings import Settings
+    from clip_rd_edge.quickstart.pipeline import Settings, run_quickstart
 
     settings = Settings(folder=folder, **{name: value for name, value in options.items() if value is not None})
     began = time.perf_counter()
     with progress_bar() as bar:
         results = run_quickstart(settings, StageBar(bar), partial(open_encoder, threads=1), first_answer)
 
-    from clip_rd_edge.benchmarking.table import terminal_table
+    from clip_rd_edge.benchmark.report.terminal import terminal_table
 
     print_table(terminal_table(results))
     _classify_one(folder)

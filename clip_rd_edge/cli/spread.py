@@ -15,7 +15,7 @@ def command(results: tuple[Path, ...]) -> None:
     \b
     clip-rd-edge spread benchmarks/results/*/quickstart-seed-*.json
     """
-    from clip_rd_edge.benchmarking.results import read_results
-    from clip_rd_edge.benchmarking.seeds import seeds_table
+    from clip_rd_edge.benchmark.results import read_results
+    from clip_rd_edge.benchmark.statistics import seeds_table
 
     click.echo(seeds_table([read_results(path) for path in results]))

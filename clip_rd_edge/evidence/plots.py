@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.evidence.results import Curve, Evidence
-from clip_rd_edge.evidence.statistics import runs_of
+from clip_rd_edge.evidence.results import Curve, Evidence, runs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

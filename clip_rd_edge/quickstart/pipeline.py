@@ -1,29 +1,148 @@
-"""The quickstart as stages: each leaves something behind by which it is known to be done, so any can be resumed."""
+"""What a quickstart is asked to do, and who watches it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
-from clip_rd_edge.benchmarking.cold import Launch
-from clip_rd_edge.benchmarking.report import write_report
-from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
-from clip_rd_edge.benchmarking.rows import OpenEncoder
-from clip_rd_edge.benchmarking.run import run_suite
-from clip_rd_edge.benchmarking.suite import Suite, read_suite
+from clip_rd_edge.benchmark.report.markdown import write_report
+from clip_rd_edge.benchmark.results import RESULTS, Results, read_results
+from clip_rd_edge.benchmark.run import OpenEncoder, run_suite
+from clip_rd_edge.benchmark.suite import Suite, read_suite
+from clip_rd_edge.benchmark.throughput import Launch
 from clip_rd_edge.contract.bundle import is_bundle
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.data import emoji
+from clip_rd_edge.distill.config import RunConfig, load_recipe
+from clip_rd_edge.distill.metrics import Progress
+from clip_rd_edge.distill.run import run_distillation
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.quickstart.settings import Settings, Watcher
-from clip_rd_edge.quickstart.training import distil, train_alone, tune_teacher
+from clip_rd_edge.quickstart.teacher import build_teacher
 from clip_rd_edge.utils.io import new_folder, shipped
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def stage(self, number: int, stages: int, title: str) -> None:
+        """A stage begins; numbers count from 1."""
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        """How far the stage is."""
+
+    def say(self, sentence: str) -> None:
+        """Something was decided."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        folder: where everything goes.
+        student: a preset.
+        recipe: how it is distilled.
+        seed: of the student; the teacher's is 0 always.
+        with_baseline: train the same student without a teacher, too, for as many steps.
+        teacher_steps, student_steps: of 64 and 32 pairs.
+    """
+
+    folder: Path
+    student: str = "resnet10t"
+    recipe: str = "clip-rd"
+    seed: int = 0
+    with_baseline: bool = False
+    teacher_steps: int = 600
+    student_steps: int = 1100
+
+
+IMAGE_SIZE = 64  # pixels: what emoji need, and two cores can train on
+
+
+def tune_teacher(settings: Settings, watch: Watcher) -> None:
+    """Tune the embedded teacher on the training pairs; small batches learn more here than few large ones."""
+    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
+    _run(
+        settings.folder / "teacher",
+        watch,
+        recipe="clip",
+        steps=settings.teacher_steps,
+        batch_size=64,
+        learning_rate=1e-3,
+        student=f"local-dir:{start}",
+        freeze_text=True,
+        seed=0,  # the same teacher for every student, so that seeds of students can be compared
+    )
+
+
+def distil(settings: Settings, watch: Watcher) -> None:
+    """Distil the student from the tuned teacher."""
+    _train_student(settings, watch, settings.folder / "student", settings.recipe)
+
+
+def train_alone(settings: Settings, watch: Watcher) -> None:
+    """Train the same student on the pairs alone, for as many steps."""
+    _train_student(settings, watch, settings.folder / "student-alone", "clip")
+
+
+def _train_student(settings: Settings, watch: Watcher, run: Path, recipe: str) -> None:
+    _run(
+        run,
+        watch,
+        recipe=recipe,
+        steps=settings.student_steps,
+        batch_size=32,
+        learning_rate=2e-3,
+        student=settings.student,
+        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.need_teacher else None,
+        text="tiny",
+        seed=settings.seed,
+    )
+
+
+def _run(
+    run: Path,
+    watch: Watcher,
+    *,
+    recipe: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    student: str,
+    seed: int,
+    teacher: str | None = None,
+    text: str = "standard",
+    freeze_text: bool = False,
+) -> None:
+    config = RunConfig(
+        recipe_name=recipe,
+        recipe=msgspec.structs.replace(
+            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
+        ),
+        data="emoji",
+        teacher=teacher,
+        student=student,
+        image_size=IMAGE_SIZE,
+        text=text,
+        context_length=16,
+        embedding_size=256,
+        freeze_text=freeze_text,
+        seed=seed,
+        checkpoint_every=100,
+    )
+
+    def show(progress: Progress) -> None:
+        note = f"loss {progress.loss:.2f}, {progress.samples_per_second:.0f} pairs/s"
+        watch.progress(progress.step, progress.steps, note)
+
+    run_distillation(config, run, resume=True, on_progress=show, say=watch.say)
 
 
 def run_quickstart(

@@ -118,7 +118,7 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> l
 
     One product over all rows, exact, at the pace of the memory: for a hundred thousand pictures it takes less than
     opening their index, which names them all. A graph (usearch) answers faster once it is built, and building it takes
-    longer than embedding: `python tests/runtime/benchmark_search.py 100000 --graph` measures both.
+    longer than embedding: `python benchmarks/scripts/search.py 100000 --graph` measures both.
     """
     similarities = np.asarray(rows @ query.reshape(-1))
     best = greatest(similarities, top).tolist()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.demo import npm
+from clip_rd_edge.demo import browser as npm
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_the_papers_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -
 def test_interrupted_it_goes_on_by_the_same_command(run: Any, suite: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output = tmp_path / "report"
     with monkeypatch.context() as patched:
-        patched.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
+        patched.setattr("clip_rd_edge.benchmark.run.measure_latencies", interrupt)
         assert run("benchmark", str(suite), "-o", str(output)) == 130
     assert [path.name for path in output.iterdir()] == ["parts"]
     embedded: list[int] = []

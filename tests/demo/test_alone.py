@@ -25,8 +25,7 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.demo.browser import write_browser
-from clip_rd_edge.demo.npm import find_packages
+from clip_rd_edge.demo.browser import find_packages, write_browser
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load

@@ -19,8 +19,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
-from clip_rd_edge.demo.browser import ALONE
-from clip_rd_edge.demo.npm import find_packages
+from clip_rd_edge.demo.browser import ALONE, find_packages
 from clip_rd_edge.errors import ClipRdEdgeError
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.demo import npm
+from clip_rd_edge.demo import browser as npm
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
 

@@ -8,9 +8,8 @@ import msgspec
 import pytest
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.evidence import publish
-from clip_rd_edge.evidence.publish import read_evidence_file, write_evidence
-from clip_rd_edge.evidence.tables import markdown
+from clip_rd_edge.evidence import report as publish
+from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
 
 from .conftest import Make
 

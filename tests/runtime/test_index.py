@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmarking.accuracy import retrieval
+from clip_rd_edge.benchmark.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import greatest
 from clip_rd_edge.contract.task import RetrievalTask

@@ -1,0 +1,1 @@
+"""Accuracy × latency × size of several models in one run. Never imports torch."""

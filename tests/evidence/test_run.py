@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from PIL import Image
+
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.evidence import run as runs
+from clip_rd_edge.evidence.report import read_evidence_file
+from clip_rd_edge.evidence.suite import EvidenceSuite
+from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.io import to_yaml
+from clip_rd_edge.utils.lock import only_writer
+
+COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
+
+
+class Silent:
+    """A watcher that keeps the stages' titles."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def stage(self, number: int, stages: int, title: str) -> None:
+        self.titles.append(title)
+
+    def progress(self, done: int, total: int, note: str) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+
+@pytest.fixture
+def own(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> EvidenceSuite:
+    """The small suite on coloured squares."""
+    for colour in COLOURS:
+        (tmp_path / "squares" / colour).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "squares" / colour / "one.png")
+    tasks = (str(tmp_path / "squares"), str(pairs_csv))
+    return msgspec.structs.replace(suite, data=str(pairs_csv), tasks=tasks, students=("test_resnet",))
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    torch.manual_seed(1)
+    config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
+    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
+    return str(tmp_path / "teacher")
+
+
+def test_two_writers_are_refused_and_a_teacher_asked_for(own: EvidenceSuite, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
+        runs.run_evidence(own, tmp_path / "out", Silent())
+    with pytest.raises(UsageError, match="no embedded teacher"):
+        runs.run_evidence(own, tmp_path / "out", Silent())
+    with pytest.raises(UsageError, match="no finished run of the suite small"):
+        runs.collect(own, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_stopped(
+    own: EvidenceSuite, teacher: str, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder, path = tmp_path / "out", tmp_path / "suite.yaml"
+    path.write_text(to_yaml(own))
+    first_seed = msgspec.structs.replace(own, seeds=(0,))
+    evidence = runs.run_evidence(first_seed, folder, Silent(), teacher=teacher)
+    assert [run.method for run in evidence.runs] == ["none", "clip-rd", "clip-rd-without-xrd"]
+    whole, without = evidence.runs[1:]
+    assert whole.curves["student_positive"].values != without.curves["student_positive"].values
+    assert whole.curves["teacher_positive"] == without.curves["teacher_positive"]  # they saw the same
+    assert whole.curves["evaluation/squares"].steps == (1, 2)
+    assert {path.name for path in folder.glob("runs/*/*/*/*") if path.is_dir()} == {"student", "report"}
+
+    # As if killed while the last run was measured: the student is there, its result is not.
+    last = folder / "runs" / "test_resnet" / "clip-rd-without-xrd" / "seed-0"
+    (last / "result.json").unlink()
+    stamps = {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*") if file.is_file()}
+    code, output, error = command_line("evidence", "run", path, "--teacher", teacher, "-o", folder)
+    assert code == 0, error
+    assert output.startswith("All 6 runs are done")
+    assert stamps == {file: file.stat().st_mtime_ns for file in stamps}
+    found = read_evidence_file(folder / "small.json")
+    assert [run.seed for run in found.runs] == [0, 0, 0, 1, 1, 1]
+    assert found.runs[2].result == without.result
+    assert found.runs[2].cpu_seconds is None
+    assert (folder / "small.md").read_text() == output
+    for name in ("small-curves.png", "small-geometry.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    other = msgspec.structs.replace(own, steps=3)
+    with pytest.raises(UsageError, match="another configuration: steps: 2 → 3"):
+        runs.run_evidence(other, folder, Silent(), teacher=teacher)
+    heavier = msgspec.structs.replace(own.methods[1], weights={"fd": 1})
+    other = msgspec.structs.replace(own, methods=(heavier,), compare_with=())
+    with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
+        runs.run_evidence(other, folder, Silent(), teacher=teacher)
