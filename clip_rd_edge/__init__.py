@@ -1,3 +1,106 @@
-"""clip-rd-edge: CLIP from the data centre to the device. Importing it imports nothing heavy."""
+"""clip-rd-edge: CLIP from the data centre to the device.
+
+>>> import clip_rd_edge as edge
+>>> model = edge.load("bundle")
+>>> model.classify("photo.jpg", labels=["a bicycle", "a dog"])
+
+Importing it imports nothing heavy: each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clip_rd_edge.api import (
+        ExportedBundle,
+        benchmark,
+        compare,
+        demo,
+        devices,
+        distill,
+        doctor,
+        evaluate,
+        evidence_report,
+        evidence_run,
+        export,
+        index,
+        load,
+        quickstart,
+        search,
+        spread,
+        verify,
+    )
+    from clip_rd_edge.errors import (
+        ClipRdEdgeError,
+        ConfigError,
+        InputError,
+        InterruptedRunError,
+        MissingExtraError,
+        UsageError,
+    )
+    from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
+    from clip_rd_edge.runtime.model import Model
+    from clip_rd_edge.utils.reporting import Reporter
 
 __version__ = "0.1.0"
+
+_ERRORS = (
+    "ClipRdEdgeError",
+    "ConfigError",
+    "InputError",
+    "InterruptedRunError",
+    "MissingExtraError",
+    "UsageError",
+)
+_CLASSES = {
+    "Model": "clip_rd_edge.runtime.model",
+    "Prediction": "clip_rd_edge.runtime.classifier",
+    "Reporter": "clip_rd_edge.utils.reporting",
+    "ZeroShotClassifier": "clip_rd_edge.runtime.classifier",
+}
+
+__all__ = [
+    "ClipRdEdgeError",
+    "ConfigError",
+    "ExportedBundle",
+    "InputError",
+    "InterruptedRunError",
+    "MissingExtraError",
+    "Model",
+    "Prediction",
+    "Reporter",
+    "UsageError",
+    "ZeroShotClassifier",
+    "benchmark",
+    "compare",
+    "demo",
+    "devices",
+    "distill",
+    "doctor",
+    "evaluate",
+    "evidence_report",
+    "evidence_run",
+    "export",
+    "index",
+    "load",
+    "quickstart",
+    "search",
+    "spread",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = "clip_rd_edge.errors" if name in _ERRORS else _CLASSES.get(name, "clip_rd_edge.api")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -177,10 +177,22 @@ def student(make_student: Callable[..., ClipModel]) -> ClipModel:
 @pytest.fixture(scope="session")
 def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student's float32 bundle; not to be changed."""
+    from clip_rd_edge.convert.options import ExportRequest
     from clip_rd_edge.exporters.bundle import export_bundle
 
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
-    export_bundle(student, bundle, precision="fp32", labels=["cat", "dog"], provenance={"model": "tiny"})
+    export_bundle(
+        student,
+        bundle,
+        ExportRequest(
+            precision="fp32",
+            labels=(
+                "cat",
+                "dog",
+            ),
+            provenance={"model": "tiny"},
+        ),
+    )
     return bundle
 
 

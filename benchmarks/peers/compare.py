@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from ways import WAYS, Embed, Given, Rows
 
-from clip_rd_edge.benchmark.report.markdown import write_between_marks
-from clip_rd_edge.benchmark.results import Environment, installed_versions, this_environment
+from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.results import Environment, installed_versions, this_environment
 from clip_rd_edge.contract.encoder import label_embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess

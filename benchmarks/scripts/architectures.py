@@ -24,12 +24,10 @@ import numpy as np
 import torch
 from towers import Prepared, kind_of, model_of, prepare
 
-from clip_rd_edge.benchmark.report.markdown import write_between_marks
-from clip_rd_edge.benchmark.results import (
-    Environment,
-    this_environment,
-)
-from clip_rd_edge.convert.int8.select import Budget, Measured, choose
+from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.convert.int8.select import Measured, choose
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower
 from clip_rd_edge.models.clip import ImageTower, parameter_count

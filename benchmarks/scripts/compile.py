@@ -15,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from clip_rd_edge.distill.config import load_recipe
-from clip_rd_edge.distill.distributed import Processes
-from clip_rd_edge.distill.loader import Batch
-from clip_rd_edge.distill.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import default_device, to_device
 from clip_rd_edge.models.student import build_student, student_config

@@ -20,13 +20,13 @@ import open_clip
 import torch
 from PIL import Image
 
-from clip_rd_edge.distill.build import load_ingredients, make_dataset
-from clip_rd_edge.distill.config import RunConfig, load_recipe
-from clip_rd_edge.distill.distributed import Processes
-from clip_rd_edge.distill.embedding_store import build_cache, manifest_of, open_cache
-from clip_rd_edge.distill.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distill.step import StepSettings, TrainingStep
-from clip_rd_edge.distill.teacher import CachedTeacher, Teacher
+from clip_rd_edge.distillation.build import load_ingredients, make_dataset
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.embedding_store import build_cache, manifest_of, open_cache
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 
 
@@ -73,13 +73,11 @@ def main() -> None:
             views=1,
             workers=1,
         )
-        of = load_ingredients(config, name="student", processes=Processes(), say=print)
+        of = load_ingredients(config, name="student", processes=Processes())
         assert of.teacher is not None
         live = Teacher(of.teacher, device, autocast=None)
         manifest = manifest_of(of.teacher, of.pairs, crop_scale=(0.9, 1.0), seed=0, views=1, precision="fp32")
-        build_cache(
-            folder / "cache", manifest, live, of.pairs, Processes(), workers=1, max_bad=0.0, on_progress=lambda *_: None
-        )
+        build_cache(folder / "cache", manifest, live, of.pairs, Processes(), workers=1, max_bad=0.0)
         cached = make_dataset(config, of, with_teacher_pixels=False)
         cached.cache = open_cache(folder / "cache")
         to_device(of.student.model, device).train()

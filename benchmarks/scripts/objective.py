@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_rd_edge.distill.config import load_recipe
+from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective
 
 PAIRS, WIDTH, BLOCK, TURNS = 4096, 512, 512, 3

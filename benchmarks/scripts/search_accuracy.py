@@ -14,7 +14,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from clip_rd_edge.benchmark.accuracy import retrieval
+from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task

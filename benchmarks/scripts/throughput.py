@@ -29,7 +29,7 @@ from PIL import Image
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import images_below, open_image
 from clip_rd_edge.contract.preprocess import preprocess, quick_edge
-from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_pictures
+from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.host import machine_name
@@ -113,7 +113,7 @@ def classify(bundle: str, paths: Sequence[Path], options: Sequence[str]) -> floa
 
 def embeddings(encoder: BundleEncoder, paths: Sequence[Path], *, quick: bool) -> Embeddings:
     """Those of all pictures, (N, D)."""
-    return np.concatenate([batch.embeddings for batch in embed_pictures(encoder, paths, quick=quick)])
+    return np.concatenate([batch.embeddings for batch in embed_images(encoder, paths, quick=quick)])
 
 
 def seconds(call: Callable[[], None]) -> float:

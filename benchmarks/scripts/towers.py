@@ -23,12 +23,13 @@ import onnx
 import open_clip
 import torch
 
-from clip_rd_edge.benchmark.report.markdown import write_between_marks
-from clip_rd_edge.benchmark.results import Environment, this_environment
+from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import preprocessed, silently
 from clip_rd_edge.convert.int8.candidates import ORT
-from clip_rd_edge.convert.int8.select import Budget, Measured, choose
+from clip_rd_edge.convert.int8.select import Measured, choose
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, latencies
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
@@ -39,6 +40,7 @@ from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.io import new_folder, to_json, write_bytes
+from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 ORT_FP32, ORT_INT8 = "ORT FP32", "ORT INT8"
@@ -207,7 +209,7 @@ def prepare(tower: str, folder: Path) -> None:
     np.save(folder / "one.npy", judge[:1])
     reference = embed(open_session(str(model)), judge)
     ways = ORT.ways(
-        preprocessed(model, folder), calibrate, allowed_error=1 - least(tower), threads=THREADS, progress=lambda _: None
+        preprocessed(model, folder), calibrate, allowed_error=1 - least(tower), threads=THREADS, reporter=SILENT
     )
     made = []
     for number, way in enumerate(ways):

@@ -1,6 +1,6 @@
-"""A process that opens a model, embeds one picture and one text, and says so: what a cold start is timed by.
+"""A process that opens a model, embeds one image and one text, and says so: what a cold start is timed by.
 
-python -m clip_rd_edge.cli._first_answer MODEL RUNTIME THREADS PICTURE
+python -m clip_rd_edge.cli._first_answer MODEL RUNTIME THREADS IMAGE
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.cli._models import open_encoder
+from clip_rd_edge.api import open_encoder
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.utils.host import peak_memory_bytes
 
@@ -19,10 +19,10 @@ TEXT = "a photo of a cat"
 
 def main() -> None:
     """Print one line of JSON as soon as both embeddings are there."""
-    model, runtime, threads, picture = sys.argv[1:]
+    model, runtime, threads, image = sys.argv[1:]
     chosen: Any = runtime or None
     encoder = open_encoder(model, runtime=chosen, threads=int(threads))
-    encoder.encode_images([open_image(Path(picture))])
+    encoder.encode_images([open_image(Path(image))])
     encoder.encode_texts([TEXT])
     print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}), flush=True)
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from clip_rd_edge.errors import UsageError
 
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
-@click.command()
+    from clip_rd_edge.benchmarking.regression import AccuracyChange, Changes, LatencyChange
+
+_STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
+
+
+@click.command("benchmark")
 @click.argument("suite", required=False)
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--root", metavar="DIR", help="Folder that the data sets are in; default: the suite's root.")
@@ -68,56 +75,26 @@ def command(
     clip-rd-edge benchmark --compare report-of-last-week report
     """
     if compared is not None:
-        from clip_rd_edge.cli._compare import compare
-
-        sys.exit(compare(*compared, as_json=as_json))
+        sys.exit(_compare(*compared, as_json=as_json))
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
-    stated = {name: value for name, value in budget.items() if value is not None}
-    _run(suite, output, root=root, models=models, budget=stated, force=force)
+    import clip_rd_edge as edge
+    from clip_rd_edge.benchmarking.report.findings import recommendation
+    from clip_rd_edge.benchmarking.report.terminal import terminal_table
+    from clip_rd_edge.cli._console import console_reporter, print_table, say
 
-
-def _run(
-    suite: str, output: Path, *, root: str | None, models: Sequence[str], budget: dict[str, float], force: bool
-) -> None:
-    import msgspec
-
-    from clip_rd_edge.benchmark.answer_cache import FOLDER, Parts
-    from clip_rd_edge.benchmark.report.findings import recommendation
-    from clip_rd_edge.benchmark.report.markdown import write_report
-    from clip_rd_edge.benchmark.report.plot import require_matplotlib
-    from clip_rd_edge.benchmark.report.terminal import terminal_table
-    from clip_rd_edge.benchmark.results import this_environment
-    from clip_rd_edge.benchmark.run import run_suite
-    from clip_rd_edge.benchmark.suite import find_suite, read_suite
-    from clip_rd_edge.cli._models import first_answer, open_encoder
-    from clip_rd_edge.cli._output import print_table, step_progress
-    from clip_rd_edge.cli._progress import say
-    from clip_rd_edge.cli._rows import parse_models
-    from clip_rd_edge.cli._templates import imagenet_templates
-    from clip_rd_edge.utils.io import refuse_unless_free
-    from clip_rd_edge.utils.lock import LOCK, only_writer
-
-    # What can be refused is refused before the long work.
-    interrupted = (output / FOLDER).is_dir()
-    refuse_unless_free(output, overwrite=force or interrupted, ignoring=(LOCK,))
-    require_matplotlib()
-    wanted = read_suite(find_suite(suite), rows=parse_models(models), data_root=root)
-    wanted = msgspec.structs.replace(wanted, **budget)
-    if models:
-        for row in wanted.rows:
-            wanted.find(row)  # one that was named just now is not skipped
-    with only_writer(output):
-        if interrupted:
-            say(f"going on with what {output / FOLDER} holds")
-        parts = Parts(output / FOLDER, this_environment())
-        with step_progress() as report:
-            opening = partial(open_encoder, threads=wanted.threads)
-            results = run_suite(wanted, opening, report, fallback=imagenet_templates, parts=parts, launch=first_answer)
-        write_report(results, output)
-        parts.remove()
+    with console_reporter() as reporter:
+        results = edge.benchmark(
+            suite,
+            output,
+            root=root,
+            models=models,
+            budget_ms=budget_ms,
+            min_accuracy=min_accuracy,
+            force=force,
+            reporter=reporter,
+        )
     print_table(terminal_table(results))
     if advice := recommendation(results):
         click.echo(advice.replace("**", ""))
@@ -126,3 +103,69 @@ def _run(
     for task in results.missing:
         say(f"{task.name} is missing: {task.reason}")
     say(f"The report is {output / 'report.html'}")
+
+
+def _compare(old: Path, new: Path, *, as_json: bool) -> int:
+    """Print what has changed; returns the exit code, 1 where something became worse.
+
+    Raises:
+        InputError, ConfigError: a result is missing, damaged, or has no model in common with the other.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import print_table, say
+    from clip_rd_edge.utils.io import to_json
+
+    changes = edge.compare(old, new)
+    if as_json:
+        click.echo(to_json(changes), nl=False)
+        return int(changes.regressions > 0)
+    if changes.latencies:
+        print_table(_latency_table(changes))
+    if shown := [each for each in changes.accuracies if each.verdict != "same"]:
+        print_table(_accuracy_table(shown))
+    if same := len(changes.accuracies) - len(shown):
+        click.echo(f"{same} of {len(changes.accuracies)} accuracies are the same, question by question.")
+    for label, reason in changes.lost.items():
+        click.echo(f"{label} was measured before and is not now: {reason}")
+    for remark in changes.remarks:
+        say(remark)
+    count = changes.regressions
+    if count:
+        click.echo(f"{count} regression{'s' if count > 1 else ''}.")
+    else:
+        click.echo("No regression." if changes.latencies else "No regression in accuracy; latency was not compared.")
+    return int(count > 0)
+
+
+def _latency_table(changes: Changes) -> Table:
+    from clip_rd_edge.benchmarking import formatting
+    from clip_rd_edge.cli._console import plain_table
+
+    table = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
+    for each in changes.latencies:
+        figures = (formatting.milliseconds(each.old_ms), formatting.milliseconds(each.new_ms))
+        compared = (formatting.signed_percent(each.change), f"± {100 * each.noise:.1f} %")
+        table.add_row(f"{each.row}, {each.what}", *figures, *compared, _verdict(each))
+    return table
+
+
+def _accuracy_table(shown: list[AccuracyChange]) -> Table:
+    from clip_rd_edge.benchmarking import formatting
+    from clip_rd_edge.cli._console import plain_table
+
+    table = plain_table("Right answers, %", "Old", "New", "Points", "Interval, paired", "", left=("",))
+    for each in shown:
+        figures = (
+            formatting.percent(each.old),
+            formatting.percent(each.new),
+            formatting.signed_points(each.new - each.old),
+        )
+        name = f"{each.row}, {each.task}, {each.measure}"
+        table.add_row(name, *figures, formatting.signed_interval(each.interval), _verdict(each))
+    return table
+
+
+def _verdict(each: LatencyChange | AccuracyChange) -> Text:
+    from rich.text import Text
+
+    return Text("within noise" if each.verdict == "noise" else each.verdict, style=_STYLES[each.verdict])

@@ -15,9 +15,9 @@ def command(name: str | None, as_json: bool) -> None:
     clip-rd-edge devices
     clip-rd-edge devices cpu-arm
     """
-    from clip_rd_edge.convert.targets import device_guide, device_names, read_device
+    import clip_rd_edge as edge
 
-    devices = {each: read_device(each) for each in ([name] if name else device_names())}
+    devices = edge.devices(name)
     if as_json:
         from clip_rd_edge.utils.io import to_json
 
@@ -26,13 +26,15 @@ def command(name: str | None, as_json: bool) -> None:
         from rich.console import Console
         from rich.markdown import Markdown
 
+        from clip_rd_edge.convert.targets import device_guide
+
         console = Console()
         # A pipe gets the Markdown itself.
         console.print(Markdown(device_guide(name))) if console.is_terminal else click.echo(device_guide(name), nl=False)
     else:
         from rich.table import Table
 
-        from clip_rd_edge.cli._output import print_table
+        from clip_rd_edge.cli._console import print_table
 
         table = Table("device", "what it is", "needs", "run by us", show_lines=True)
         for each, device in devices.items():

@@ -16,9 +16,9 @@ def command(as_json: bool) -> None:
 
     What is missing is shown with the line that installs it. Exit code 0: bundles run here, 1: they do not.
     """
-    from clip_rd_edge.runtime.doctor import examine
+    import clip_rd_edge as edge
 
-    findings = examine()
+    findings = edge.doctor()
     if as_json:
         import msgspec
 
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
         from rich.markup import escape
         from rich.table import Table
 
-        from clip_rd_edge.cli._output import print_table
+        from clip_rd_edge.cli._console import print_table
 
         table = Table(show_header=False)
         for finding in findings:

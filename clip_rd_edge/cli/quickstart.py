@@ -6,14 +6,15 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from clip_rd_edge.cli._options import given
+
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.images import ImageFile
+    from clip_rd_edge.contract.task import ZeroShotTask
 
 
 @click.command("quickstart", short_help="The whole way on the embedded data, in minutes, on a CPU.")
@@ -24,64 +25,58 @@ if TYPE_CHECKING:
 @click.option("--student-steps", type=click.IntRange(1), help="Training steps of the student.")
 @click.option("--teacher-steps", type=click.IntRange(1), help="Training steps of the teacher.")
 @click.option(
-    "-o", "--output", "folder", default="quickstart", show_default=True, type=click.Path(path_type=Path),
+    "-o", "--output", default="quickstart", show_default=True, type=click.Path(path_type=Path),
     help="Where everything goes.",
 )  # fmt: skip
-def command(folder: Path, **options: Any) -> None:
+def command(output: Path, **options: Any) -> None:
     """Draw a data set, tune a teacher, distil a student, export, quantise, compare, classify.
 
-    Interrupt it at any time: the same command goes on from there.
+    Interrupt it at any time: the same command resumes.
     """
-    from clip_rd_edge.cli._models import first_answer, open_encoder
-    from clip_rd_edge.cli._output import print_table
-    from clip_rd_edge.cli._progress import progress_bar
-    from clip_rd_edge.cli._stages import StageBar
-    from clip_rd_edge.quickstart.pipeline import Settings, run_quickstart
+    import clip_rd_edge as edge
+    from clip_rd_edge.benchmarking.report.terminal import terminal_table
+    from clip_rd_edge.cli._console import console_reporter, print_table
 
-    settings = Settings(folder=folder, **{name: value for name, value in options.items() if value is not None})
     began = time.perf_counter()
-    with progress_bar() as bar:
-        results = run_quickstart(settings, StageBar(bar), partial(open_encoder, threads=1), first_answer)
-
-    from clip_rd_edge.benchmark.report.terminal import terminal_table
-
+    with console_reporter() as reporter:
+        results = edge.quickstart(output, **given(**options), reporter=reporter)
+        reporter.end_chapter()
     print_table(terminal_table(results))
-    _classify_one(folder)
+    _classify_one(output)
     minutes, seconds = divmod(round(time.perf_counter() - began), 60)
-    click.echo(f"\nDone in {minutes} min {seconds} s. The report: {folder / 'report' / 'report.html'}")
-    click.echo(_next_steps(folder))
+    click.echo(f"\nDone in {minutes} min {seconds} s. The report: {output / 'report' / 'report.html'}")
+    click.echo(_next_steps(output))
+
+
+def _unseen() -> ZeroShotTask:
+    from clip_rd_edge.data.emoji import zero_shot_task
+
+    return zero_shot_task("unseen concepts")
 
 
 def _classify_one(folder: Path) -> None:
-    """Classify one picture of an emoji that was in no training pair, by the INT8 bundle."""
+    """Classify one image of an emoji that was in no training pair, by the INT8 bundle."""
+    import clip_rd_edge as edge
     from clip_rd_edge.contract.images import open_image
-    from clip_rd_edge.data.emoji import zero_shot_task
-    from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-    from clip_rd_edge.runtime.load import load
 
-    picture = _sample_picture()
-    task = zero_shot_task("unseen concepts")
-    classifier = ZeroShotClassifier(load(folder / "bundles" / "int8"), task.labels)
-    (answers,) = classifier.classify([open_image(picture)], top=3)
-    truth = task.labels[task.targets[task.images.index(picture)]]
-    click.echo(f"\nA picture of “{truth}”, which no training pair showed, among {len(task.labels)} such names:")
+    task = _unseen()
+    # The first of the split in a hashed order is as good as any, and not chosen for its answer.
+    answers = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
+    truth = task.labels[task.targets[0]]
+    click.echo(f"\nAn image of “{truth}”, which no training pair showed, among {len(task.labels)} such names:")
     for label, probability in answers:
         click.echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
-
-
-def _sample_picture() -> ImageFile:
-    from clip_rd_edge.data.emoji import zero_shot_task
-
-    # The first of the split in a hashed order is as good as any, and not chosen for its answer.
-    return zero_shot_task("unseen concepts").images[0]
 
 
 def _next_steps(folder: Path) -> str:
     # Installed by make, the command is in .venv and not on the path: what is printed has to work as it stands.
     program = "clip-rd-edge" if shutil.which("clip-rd-edge") else os.path.relpath(sys.argv[0])
+    task = _unseen()
+    labels = [task.labels[task.targets[i]] for i in range(4)]
+    shown = " ".join(f'"{label}"' for label in labels)
     return f"""
 Try next:
-  {program} classify {folder}/bundles/int8 {_sample_picture()} --labels "a cat" "a flag" "a clock"
-  {program} search --help                    # find pictures of a folder by text
+  {program} classify {folder}/bundles/int8 {task.images[0]} --labels {shown}
+  {program} demo {folder}/bundles/fp32 {folder}/bundles/int8    # a page for camera and images; needs the extra [demo]
   {program} distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
       --student mobilevit_s -o runs/mine      # your own pairs, your own teacher"""

@@ -1,4 +1,4 @@
-"""`clip-rd-edge spread`: means and spreads over runs of one suite."""
+"""`clip-rd-edge spread`: means and spreads over several results of one suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def command(results: tuple[Path, ...]) -> None:
     \b
     clip-rd-edge spread benchmarks/results/*/quickstart-seed-*.json
     """
-    from clip_rd_edge.benchmark.results import read_results
-    from clip_rd_edge.benchmark.statistics import seeds_table
+    import clip_rd_edge as edge
 
-    click.echo(seeds_table([read_results(path) for path in results]))
+    click.echo(edge.spread(results))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._options import threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 if TYPE_CHECKING:
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
 
 @click.command("verify", short_help="Check a bundle's files on the device.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), help="Threads; default: every core.")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 def command(bundle: Path, threads: int | None, as_json: bool) -> None:
     """Check that every file of BUNDLE is the one that was exported, and run both towers once.
 
-    It needs no torch. Exit code 0: all is well, 1: something is damaged, missing, or does not run.
+    It needs no PyTorch. Exit code 0: all is well, 1: something is damaged, missing, or does not run.
     """
-    from clip_rd_edge.runtime.verify import verify_bundle
+    import clip_rd_edge as edge
 
-    checks = verify_bundle(bundle, threads=threads)
+    checks = edge.verify(bundle, threads=threads)
     if as_json:
         import msgspec
 
@@ -43,7 +44,7 @@ def command(bundle: Path, threads: int | None, as_json: bool) -> None:
 def _print(checks: list[Check]) -> None:
     from rich.table import Table
 
-    from clip_rd_edge.cli._output import print_table
+    from clip_rd_edge.cli._console import print_table
 
     table = Table(show_header=False)
     for check in checks:

@@ -12,6 +12,7 @@ labels.npz       optional: embeddings of fixed labels, which then need no text t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -95,6 +96,27 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     provenance: dict[str, str] = {}
     files: dict[str, str] = {}
     checksum: str = ""
+
+    @property
+    def towers(self) -> dict[str, Tower]:
+        """Both towers by their names, `image` and `text`."""
+        return {"image": self.image, "text": self.text}
+
+    def with_towers(self, towers: Mapping[str, Tower], *, target: str | None = None) -> Manifest:
+        """The manifest of a bundle with these towers, not yet written; its precision is both towers' where they differ.
+
+        Args:
+            target: what the towers are for; None leaves it.
+        """
+        precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
+        return msgspec.structs.replace(
+            self,
+            precision=" + ".join(precisions),
+            target=self.target if target is None else target,
+            image=towers["image"],
+            text=towers["text"],
+            files={},
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import io
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import InputError
@@ -21,6 +23,7 @@ HEADER_BYTES = 12
 _BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
 
+@runtime_checkable
 class ImageFile(Protocol):
     """A picture's file, wherever it lies: a Path, or a member of a tar. As a string it names its place."""
 
@@ -85,6 +88,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(ground, image)
     # convert copies an RGB picture, too; one that Pillow maps from its file must not outlive that.
     return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
+
+
+# What callers may give for an image: a file's path, a PIL image of any mode, or an array of bytes, (H, W), (H, W, 3) or
+# (H, W, 4).
+ImageInput = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+
+
+def as_rgb(image: ImageInput) -> Image.Image:
+    """An image in any of the forms of `ImageInput` as RGB, converted as `open_image` converts a file.
+
+    Raises:
+        InputError: a path as `open_image`; an array of another shape or type; something else.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, str | os.PathLike):
+        return open_image(Path(image))
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"An image is a {type(image).__name__}; expected a path, a PIL image or a numpy array.")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        raise InputError(
+            f"An image is an array of shape {image.shape} and type {image.dtype}; expected bytes (uint8) of shape "
+            "(H, W), (H, W, 3) or (H, W, 4), in the order red, green, blue, alpha."
+        )
+    return to_rgb(Image.fromarray(image))
+
+
+def is_one_image(images: ImageInput | Sequence[ImageInput]) -> bool:
+    """Whether `images` is one image and not several: an array of four dimensions is a batch."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, str | os.PathLike | Image.Image)
 
 
 def is_heic(header: bytes) -> bool:

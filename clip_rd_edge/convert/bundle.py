@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted bundle's manifest, not yet written, and the INT8 candidates that were measured for it."""
+
+    manifest: Manifest
+    trials: tuple[Trial, ...] = ()
 
 
 def open_source(source: Path, folder: Path, *, calibration: CalibrationSet | None = None) -> Manifest:

@@ -100,7 +100,9 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
         raise UsageError(f"INT8 needs pairs to calibrate on, and {record} names no data.", hint=_HINT)
     keys = trained.configuration
     try:
-        return load_pairs(trained.data, image_key=keys.image_key, caption_key=keys.caption_key, json_key=keys.json_key)
+        return load_pairs(
+            trained.data, image_key=keys.csv_img_key, caption_key=keys.csv_caption_key, json_key=keys.json_caption_key
+        )
     except InputError as error:
         raise UsageError(
             f"INT8 needs pairs to calibrate on, and those that the model was trained with cannot be loaded: {error}",
@@ -109,9 +111,9 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
 
 
 class _Columns(msgspec.Struct):
-    image_key: str = "filepath"
-    caption_key: str = "title"
-    json_key: str | None = None
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    json_caption_key: str | None = None
 
 
 class _Trained(msgspec.Struct):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.convert.bundle import open_source
 from clip_rd_edge.convert.graph import float_tensors, preprocessed, with_outputs
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import (
     PROBES,
     Agreement,
@@ -37,6 +38,7 @@ from clip_rd_edge.convert.parity import (
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 LARGEST = float(np.finfo(np.float16).max)  # 65504
@@ -231,7 +233,7 @@ def half_tower(model: Path, probes: Inputs) -> HalfTower:
 
 
 def write_fp16(
-    source: Path, folder: Path, *, threads: int, progress: Callable[[str], None], timer: Timer = time_in_turn
+    source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT, timer: Timer = time_in_turn
 ) -> Manifest:
     """Write the towers of the float32 bundle `source` in float16 into `folder`; return their manifest, not yet written.
 
@@ -244,13 +246,10 @@ def write_fp16(
     manifest = open_source(source, folder)
     probes = probes_of(source, manifest)
     towers = {}
-    for name, tower in (("image", manifest.image), ("text", manifest.text)):
-        progress(f"{name} tower: float16")
-        towers[name] = write_half(source, folder, tower, probes[name], threads=threads, timer=timer)
-    precisions = dict.fromkeys(tower.precision for tower in towers.values())
-    return msgspec.structs.replace(
-        manifest, precision=" + ".join(precisions), image=towers["image"], text=towers["text"], files={}
-    )
+    for name, tower in manifest.towers.items():
+        reporter.update(f"{name} tower: float16")
+        towers[name] = write_half(source, folder, tower, probes[name], threads=request.threads, timer=timer)
+    return manifest.with_towers(towers)
 
 
 def write_half(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -13,19 +11,20 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import open_source
 from clip_rd_edge.convert.fp16 import probes_of
 from clip_rd_edge.convert.int8.candidates import OPENVINO
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 
 def write_openvino(
     source: Path,
     folder: Path,
+    request: ExportRequest,
     *,
-    precision: Literal["fp32", "bf16"],
-    threads: int,
-    progress: Callable[[str], None],
+    reporter: Reporter = SILENT,
     timer: Timer = time_in_turn,
 ) -> Manifest:
     """Write the float32 bundle `source` for OpenVINO into `folder`; return its manifest, not yet written.
@@ -41,21 +40,15 @@ def write_openvino(
     manifest = open_source(source, folder)
     probes = probes_of(source, manifest)
     towers = {}
-    for name, tower in (("image", manifest.image), ("text", manifest.text)):
-        progress(f"{name} tower: measuring OpenVINO beside ONNX Runtime")
+    for name, tower in manifest.towers.items():
+        reporter.update(f"{name} tower: measuring OpenVINO beside ONNX Runtime")
         shutil.copy2(source / tower.file, folder / tower.file)
-        towers[name] = _measured(folder / tower.file, tower, probes[name], precision, threads=threads, timer=timer)
-    return msgspec.structs.replace(
-        manifest,
-        precision=precision,
-        target=OPENVINO.name,
-        image=towers["image"],
-        text=towers["text"],
-        files={},
-    )
+        towers[name] = _measured(folder / tower.file, tower, probes[name], request, timer=timer)
+    return manifest.with_towers(towers, target=OPENVINO.name)
 
 
-def _measured(model: Path, tower: Tower, probes: Inputs, precision: str, *, threads: int, timer: Timer) -> Tower:
+def _measured(model: Path, tower: Tower, probes: Inputs, request: ExportRequest, *, timer: Timer) -> Tower:
+    precision, threads = request.precision, request.threads
     sessions = {
         "fp32": open_session(str(model), threads=threads),
         "openvino": open_openvino(str(model), threads=threads, bf16=precision == "bf16"),

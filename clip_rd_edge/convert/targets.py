@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from clip_rd_edge.convert.options import Format, Precision, require_fit
+from clip_rd_edge.convert.options import (
+    ExportOptions,
+    ExportRequest,
+    Format,
+    Precision,
+    budget_of,
+    require_fit,
+    require_via,
+)
 from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.runtime.labels import read_labels_file
 from clip_rd_edge.utils.io import read_yaml, shipped
 
 DEVICES = "export"
+BROWSER = "browser"
 _FILE = "device.yaml"
 _RTX = "rtx"  # the device that all of RTX_TARGETS are
 # Compute capabilities that TensorRT for RTX builds for on any machine.
@@ -140,6 +151,72 @@ def aim_at(target: str | None, *, format: Format | None, precision: Precision | 
     if precision is not None and precision not in profile.precisions:
         raise UsageError(f"{target} takes --precision {' or '.join(profile.precisions)}, not {precision}.")
     return Aim(profile.format, precision or profile.precisions[0], target if target in TARGETS else None)
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What the options of an export mean together.
+
+    Attributes:
+        request: what is exported, without its provenance.
+        layout: what is written: a bundle's folder, immich's, or a page for the browser.
+        device: the target as it was named, or empty.
+    """
+
+    request: ExportRequest
+    layout: Literal["bundle", "immich", "browser"]
+    device: str = ""
+
+
+def plan_export(options: ExportOptions) -> ExportPlan:
+    """Check an export's options and fill in what they leave open, before anything heavy is imported.
+
+    Raises:
+        InputError: there is no such target, or the labels cannot be read.
+        UsageError: options do not go together, or there is no such option.
+    """
+    if unknown := sorted(set(options) - set(ExportOptions.__annotations__)):
+        raise UsageError(
+            f"There is no export option {unknown[0]!r}.{near_matches(unknown[0], ExportOptions.__annotations__)}"
+        )
+    target, layout = options.get("target"), options.get("layout", "bundle")
+    if target == BROWSER:
+        _require_browser(options)
+        aim = aim_at(None, format="onnx", precision=options.get("precision"))
+    else:
+        aim = aim_at(target, format=options.get("format"), precision=options.get("precision"))
+    via = options.get("via", "onnx")
+    require_via(via, format=aim.format, precision=aim.precision)
+    budget = budget_of(options, precision=aim.precision, format=aim.format)
+    if layout == "immich" and aim.format != "onnx":
+        raise UsageError(f"immich runs ONNX; expected --format onnx, not {aim.format}.")
+    labels = options.get("labels")
+    if isinstance(labels, str | os.PathLike):
+        labels = read_labels_file(Path(labels))
+    request = ExportRequest(
+        precision=aim.precision,
+        format=aim.format,
+        target=aim.engine or "",
+        via=via,
+        preprocess_in_graph=options.get("preprocess_in_graph", False),
+        budget=budget,
+        fallback=options.get("fallback"),
+        labels=None if labels is None else tuple(labels),
+        threads=options.get("threads", 1),
+    )
+    return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "")
+
+
+def _require_browser(options: ExportOptions) -> None:
+    """Refuse options that do not go with a browser."""
+    format, layout = options.get("format"), options.get("layout", "bundle")
+    for given, option in (
+        (format not in (None, "onnx"), f"--format {format}"),
+        (layout != "bundle", f"--layout {layout}"),
+        (bool(options.get("preprocess_in_graph")), "--preprocess-in-graph"),
+    ):
+        if given:
+            raise UsageError(f"--target browser does not go with {option}.", hint=f"leave {option} away")
 
 
 def require_target(name: str | None) -> str:

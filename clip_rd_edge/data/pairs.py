@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol
 from PIL import Image
 
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 TAR_ENDINGS = (".tar", ".tar}")
 
@@ -54,7 +55,7 @@ def load_pairs(
     separator: str | None = None,
     weights: str | None = None,
     json_key: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, parts: None,
+    reporter: Reporter = SILENT,
 ) -> Pairs:
     """Load pairs for training.
 
@@ -65,7 +66,7 @@ def load_pairs(
         image_key, caption_key: names of the table's two columns.
         separator: of the table; None means tab for `.tsv`, and for others what the header holds.
         weights: how often each source of shards is shown an epoch, such as `1::2`; None for once.
-        json_key, on_progress: see `data.shards.ShardPairs`.
+        json_key, reporter: see `data.webdataset.ShardPairs`.
 
     Raises:
         InputError: no such file, a missing column, a missing picture, an empty caption, or fewer than two pairs.
@@ -80,7 +81,7 @@ def load_pairs(
     elif source.endswith(TAR_ENDINGS):
         from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 
-        pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, on_progress=on_progress)
+        pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:
         from clip_rd_edge.data.tables import read_table
 

@@ -7,7 +7,7 @@ uninterrupted one would have seen. That needs every sample's place, and no shuff
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from PIL import Image
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.data.tars import Shard, TarMember, open_shard
 from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources, and between their weights, as in open_clip
@@ -42,7 +43,7 @@ class ShardPairs:
     Args:
         json_key: take captions from this key of the .json, a string or a list of them; None takes the .txt where there
             is one, else the .json's `caption`.
-        on_progress: told of shards looked through and shards in all; a shard's index is kept for the next time.
+        reporter: told how many shards are indexed; a shard's index is kept for the next time.
 
     Attributes:
         left_out: samples without a picture or a caption's file, and damaged shards, in words.
@@ -57,7 +58,7 @@ class ShardPairs:
         sources: Sequence[Source],
         *,
         json_key: str | None = None,
-        on_progress: Callable[[int, int], None] = lambda done, shards: None,
+        reporter: Reporter = SILENT,
     ) -> None:
         self.name = name
         self._json_key = json_key
@@ -68,7 +69,7 @@ class ShardPairs:
         for source in sources:
             first = len(self._shards)
             for path in source.shards:
-                on_progress(len(self._shards), count)
+                reporter.update("indexing shards", len(self._shards), count)
                 self._shards.append(open_shard(path))
             sound = [_sound(shard, json_key, left_out) for shard in self._shards[first:]]
             of_shard = np.repeat(np.arange(first, len(self._shards), dtype=np.int32), [len(part) for part in sound])

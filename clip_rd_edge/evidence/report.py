@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.benchmark.formatting import NOTHING, percent, signed_interval, signed_points
-from clip_rd_edge.benchmark.metrics import ZeroShotScore
-from clip_rd_edge.benchmark.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.formatting import NOTHING, percent, signed_interval, signed_points
+from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+from clip_rd_edge.benchmarking.report.markdown import write_between_marks
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.plots import geometry_curves, learning_curves
 from clip_rd_edge.evidence.results import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmark.metrics import RESAMPLES, Interval, Score, ZeroShotScore
-from clip_rd_edge.benchmark.results import Environment
+from clip_rd_edge.benchmarking.metrics import RESAMPLES, Interval, Score, primary_metric
+from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.utils.io import read_json
 
@@ -122,11 +122,6 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)), deviation, len(values))
 
 
-def headline(score: Score) -> float:
-    """Top-1, or how often a picture finds its caption first."""
-    return score.top1 if isinstance(score, ZeroShotScore) else score.image_to_text.at1
-
-
 def runs_of(evidence: Evidence, student: str, method: str) -> dict[int, RunResult]:
     """Finished runs by seed."""
     return {run.seed: run for run in evidence.runs if (run.student, run.method) == (student, method)}
@@ -144,7 +139,7 @@ def difference(
     pairs = [(runs[s].result.tasks[task], reference[s].result.tasks[task]) for s in sorted(runs.keys() & reference)]
     if not pairs:
         return None
-    differences = [headline(one.score) - headline(other.score) for one, other in pairs]
+    differences = [primary_metric(one.score) - primary_metric(other.score) for one, other in pairs]
     between, agreed = spread(differences), min(differences) > 0 or max(differences) < 0
     if not all(one.hits and other.hits for one, other in pairs):
         return Difference(between, agreed, None)

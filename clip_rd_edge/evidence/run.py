@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from clip_rd_edge.benchmark.accuracy import evaluate, zero_shot
-from clip_rd_edge.benchmark.results import this_environment
+from clip_rd_edge.benchmarking.accuracy import evaluate, zero_shot
+from clip_rd_edge.benchmarking.metrics import primary_metric
+from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distill.metrics import Progress, pair_similarities, read_metrics
-from clip_rd_edge.distill.run import run_distillation
+from clip_rd_edge.distillation.embedding_store import STORING
+from clip_rd_edge.distillation.metrics import pair_similarities, read_metrics
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.evidence.report import write_evidence
 from clip_rd_edge.evidence.results import (
@@ -29,15 +31,15 @@ from clip_rd_edge.evidence.results import (
     ModelResult,
     RunResult,
     TaskResult,
-    headline,
     read_run,
 )
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.quickstart.pipeline import Settings, Watcher, tune_teacher
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.lock import only_writer
+from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
 
 def measure(encoder: Encoder, tasks: Sequence[Task], *, name: str) -> ModelResult:
@@ -80,7 +82,7 @@ TEACHER, CACHES, TEACHER_RESULT = "teacher", "teacher-cache", "teacher-result.js
 CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
 
 
-def run_evidence(suite: EvidenceSuite, folder: Path, watch: Watcher, *, teacher: str | None = None) -> Evidence:
+def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teacher: str | None = None) -> Evidence:
     """Train and measure what is not done yet; returns all of it, which also stands in NAME.json after every run.
 
     Args:
@@ -93,15 +95,15 @@ def run_evidence(suite: EvidenceSuite, folder: Path, watch: Watcher, *, teacher:
     torch.set_num_threads(suite.threads)
     with only_writer(folder):
         runs = list(suite.runs())
-        watch.stage(1, len(runs) + 1, "The teacher")
+        reporter.begin("The teacher", 1, len(runs) + 1)
         if teacher is None:
-            teacher = _embedded_teacher(suite, folder, watch)
+            teacher = _embedded_teacher(suite, folder, reporter)
         tasks = [load_task(name) for name in suite.tasks]
         _measure_teacher(folder, teacher, tasks)
         for number, run in enumerate(runs, start=2):
-            watch.stage(number, len(runs) + 1, str(run))
+            reporter.begin(str(run), number, len(runs) + 1)
             try:
-                _train_and_measure(suite, run, folder, teacher=teacher, tasks=tasks, watch=watch)
+                _train_and_measure(suite, run, folder, teacher=teacher, tasks=tasks, reporter=reporter)
             except InterruptedRunError as error:
                 raise InterruptedRunError(str(error), hint="the same command goes on from there") from error
             write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
@@ -121,13 +123,13 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     return Evidence(suite=suite, teacher=read_json(folder / TEACHER_RESULT, ModelResult), runs=runs)
 
 
-def _embedded_teacher(suite: EvidenceSuite, folder: Path, watch: Watcher) -> str:
+def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> str:
     if suite.data != "emoji":
         raise UsageError(
             f"The suite {suite.name} trains on {suite.data}, for which there is no embedded teacher.",
             hint="name one: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
         )
-    tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), watch)
+    tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)
     return str(folder / TEACHER)
 
 
@@ -138,33 +140,39 @@ def _measure_teacher(folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
         write_bytes(path, to_json(measure(TorchEncoder(clip), tasks, name=clip.name)))
 
 
+class _TrainingClock(Reporter):
+    """Processor time of a run from the first report of its training on; whichever run comes first also fills the
+    teacher cache for all, which is not counted."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._began = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        return time.process_time() - self._began
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        if stage == STORING:
+            self._began = time.process_time()
+        self._reporter.update(stage, step, total, message)
+
+
 def _train_and_measure(
-    suite: EvidenceSuite, run: Run, folder: Path, *, teacher: str, tasks: Sequence[Task], watch: Watcher
+    suite: EvidenceSuite, run: Run, folder: Path, *, teacher: str, tasks: Sequence[Task], reporter: Reporter
 ) -> None:
     place = folder / run.place
     config = run_config(suite, run, teacher=teacher, caches=folder / CACHES)
-    resumed, began = place.is_dir(), time.process_time()
-
-    def show(progress: Progress) -> None:
-        watch.progress(progress.step, progress.steps, f"{progress.samples_per_second:.0f} pairs/s")
-
-    def show_cache(done: int, shards: int) -> None:
-        nonlocal began
-        watch.progress(done, shards, "shards of the teacher's embeddings")
-        began = time.process_time()  # whichever run comes first builds the cache for all
-
+    resumed, clock = place.is_dir(), _TrainingClock(reporter)
     # Asked of a finished run, too: it refuses one that was made with other settings.
-    student = run_distillation(
-        config, place, resume=True, on_progress=show, on_cache=show_cache, evaluate=lambda e: top1(e, tasks)
-    )
+    student = run_distillation(config, place, resume=True, reporter=clock, evaluate=lambda e: top1(e, tasks))
     if (place / RESULT).is_file():
         return
-    seconds = time.process_time() - began
     result = RunResult(
         student=run.student,
         method=run.method.name,
         seed=run.seed,
-        cpu_seconds=None if resumed else round(seconds, 1),
+        cpu_seconds=None if resumed else round(clock.seconds, 1),
         result=measure(TorchEncoder(load_clip(str(student))), tasks, name=run.student),
         curves=_curves(read_metrics(place)),
         environment=this_environment(),
@@ -172,7 +180,7 @@ def _train_and_measure(
     write_bytes(place / RESULT, to_json(result))
     for leftover in ("checkpoints", "best"):  # `best` was chosen by what is tested here: the last step is what counts
         shutil.rmtree(place / leftover, ignore_errors=True)
-    watch.say(", ".join(f"{task.score.task} {headline(task.score):.1%}" for task in result.result.tasks))
+    reporter.say(", ".join(f"{task.score.task} {primary_metric(task.score):.1%}" for task in result.result.tasks))
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, Curve]:

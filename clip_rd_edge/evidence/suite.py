@@ -10,8 +10,8 @@ from typing import Annotated
 
 import msgspec
 
-from clip_rd_edge.benchmark.suite import find_suite
-from clip_rd_edge.distill.config import Precision, Recipe, RunConfig, load_recipe
+from clip_rd_edge.benchmarking.suite import find_suite
+from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, load_recipe
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.utils.io import convert, read_yaml

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -21,13 +21,12 @@ from clip_rd_edge.contract.bundle import (
 )
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
+from clip_rd_edge.convert.bundle import Converted
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import write_fp16
 from clip_rd_edge.convert.int8.bundle import write_int8
-from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT
-from clip_rd_edge.convert.int8.select import Budget, Trial
 from clip_rd_edge.convert.openvino import write_openvino
-from clip_rd_edge.convert.options import Fallback, Format, Precision, Via, require_fit, require_via
+from clip_rd_edge.convert.options import ExportRequest, require_fit, require_via
 from clip_rd_edge.convert.parity import PROBES, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import PICTURE, with_preprocessing
 from clip_rd_edge.convert.targets import require_target
@@ -49,34 +48,34 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import new_folder, refuse_unless_free, write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
+_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")
 MAX_DIFFERENCE, LEAST_COSINE = 1e-4, 0.99999
 TARGET = "onnxruntime"
 
 
-def write_fp32(
-    clip: ClipModel, folder: Path, *, provenance: dict[str, str], threads: int, progress: Callable[[str], None]
-) -> Manifest:
+def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT) -> Manifest:
     """Write both towers and the tokenizer into `folder`, and return their manifest, not yet written.
 
     Raises:
         ClipRdEdgeError: a tower cannot be exported, or the file does not do what the model does.
     """
     with evaluating(clip.model):
-        progress("exporting the image tower")
+        reporter.update("exporting the image tower")
         export_image_tower(clip, folder)
-        progress("exporting the text tower")
+        reporter.update("exporting the text tower")
         export_text_tower(clip, folder)
         spec = export_tokenizer(clip.tokenizer, folder)
-        progress("comparing with torch")
+        reporter.update("comparing with torch")
         ids = _same_ids(clip, folder / TOKENIZER, spec)
         height, width = clip.preprocessing.size
         pixels = np.random.default_rng(0).standard_normal((len(PROBES), 3, height, width)).astype(np.float32)
         encoder = TorchEncoder(clip)
         image = _checked(
-            folder / IMAGE_MODEL, pixels, encoder.encode_pixels(pixels), (IMAGE_INPUT, IMAGE_OUTPUT), threads
+            folder / IMAGE_MODEL, pixels, encoder.encode_pixels(pixels), (IMAGE_INPUT, IMAGE_OUTPUT), request.threads
         )
-        text = _checked(folder / TEXT_MODEL, ids, encoder.encode_ids(ids), (TEXT_INPUT, TEXT_OUTPUT), threads)
+        text = _checked(folder / TEXT_MODEL, ids, encoder.encode_ids(ids), (TEXT_INPUT, TEXT_OUTPUT), request.threads)
     return Manifest(
         format_version=FORMAT_VERSION,
         name=clip.name,
@@ -90,7 +89,7 @@ def write_fp32(
         text=text,
         templates=clip.templates,
         parameters=parameter_count(clip.model),
-        provenance=provenance,
+        provenance=request.provenance,
     )
 
 
@@ -128,142 +127,96 @@ def _checked(path: Path, inputs: Inputs, expected: Embeddings, names: tuple[str,
     )
 
 
-def _unheard(_: object) -> None:
-    """What nobody listens to."""
-
-
 def export_bundle(
     clip: ClipModel,
     output: Path,
+    request: ExportRequest,
     *,
-    precision: Precision,
-    format: Format = "onnx",
-    target: str | None = None,
-    via: Via = "onnx",
-    preprocess_in_graph: bool = False,
     calibration: CalibrationSet | None = None,
-    budget: Budget = Budget(),  # noqa: B008 — frozen
-    fallback: Fallback | None = None,
-    labels: Sequence[str] | None = None,
-    provenance: dict[str, str],
-    overwrite: bool = False,
     source: Path | None = None,
-    threads: int = 1,
-    progress: Callable[[str], None] = _unheard,
-    on_trials: Callable[[Sequence[Trial]], None] = _unheard,
-) -> Manifest:
-    """Export a model as a bundle.
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> Converted:
+    """Export a model as a bundle in the folder `output`; its manifest is written last.
 
     Args:
-        output: the bundle's folder.
-        format: `onnx`; `openvino`, the same files measured by OpenVINO; or `trt`, TensorRT engines beside their ONNX.
-        target: what engines are for, one of `tensorrt.TARGETS`.
-        via: how engines are built: from ONNX without a GPU, or by torch-tensorrt on the GPU that is here.
-        preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises itself.
         calibration: what INT8 is calibrated on and judged by; needed for it alone.
-        budget: what INT8 may cost.
-        fallback: what a tower becomes that INT8 makes no better; see `int8.write_int8`.
-        provenance: where the model comes from, for the manifest.
-        source: the model's own float32 bundle, from which INT8 is then made without a second export.
-        labels: names for a label bank, so that a device with fixed labels needs no text tower.
+        source: the model's own float32 bundle, from which other precisions are then made without a second export.
         overwrite: replace what stands at `output`.
-        threads: threads that latencies are measured with.
-        progress: told in a few words what is being done.
-        on_trials: given the table of what was tried for INT8, once a tower.
 
     Raises:
         UsageError: `output` is in use; the format does not go with the precision; INT8 is asked for without a
             calibration set; `source` is no float32 bundle.
-        InputError: engines cannot be built for `target`.
+        InputError: engines cannot be built for the target.
         MissingExtraError: TensorRT, torch-tensorrt or OpenVINO is needed and not installed.
         ClipRdEdgeError: a tower cannot be exported, the file does not do what the model does, or INT8 is worth
-            shipping for no tower and `fallback` allows nothing else.
+            shipping for no tower and the fallback allows nothing else.
     """
     refuse_unless_free(output, overwrite=overwrite)
-    require_fit(format, precision)
-    require_via(via, format=format, precision=precision)
-    if precision == "int8" and calibration is None:
-        raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
-    if format == "trt":
-        target = require_target(target)
-        if preprocess_in_graph:
-            raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
+    _require_possible(request, calibration)
     # Before anything takes time.
-    torch_tensorrt = require_torch_tensorrt(target) if target and via == "torch-tensorrt" else None
+    torch_tensorrt = require_torch_tensorrt(request.target) if request.via == "torch-tensorrt" else None
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        whole = (format, precision) == ("onnx", "fp32")
-        if whole or source is None:
-            source = folder if whole else Path(scratch)
-            manifest = write_fp32(clip, source, provenance=provenance, threads=threads, progress=progress)
-            write_manifest(source, manifest)
-        if not whole:
-            if precision == "int8" and calibration is not None:
-                provenance = {**provenance, "calibration": calibration.name}
-            manifest = _written_from(
-                source,
-                folder,
-                format=format,
-                precision=precision,
-                target=target or "",
-                build=engine_builder(torch_tensorrt, clip, source) if torch_tensorrt else None,
-                calibration=calibration,
-                budget=budget,
-                fallback=fallback,
-                threads=threads,
-                progress=progress,
-                on_trials=on_trials,
-            )
-            manifest = msgspec.structs.replace(manifest, provenance=provenance)
-        if preprocess_in_graph:
-            manifest = _with_preprocessing(folder, manifest)
-        if labels is not None:
-            progress("embedding the labels")
-            write_label_bank(folder, manifest, labels)
-        return write_manifest(folder, manifest)
+        if (request.format, request.precision) == ("onnx", "fp32"):
+            converted = Converted(write_fp32(clip, folder, request, reporter=reporter))
+        else:
+            if source is None:
+                source = Path(scratch)
+                write_manifest(source, write_fp32(clip, source, request, reporter=reporter))
+            build = engine_builder(torch_tensorrt, clip, source) if torch_tensorrt else None
+            converted = _convert(source, folder, request, calibration=calibration, build=build, reporter=reporter)
+        return Converted(_finish(folder, converted.manifest, request, calibration, reporter), converted.trials)
 
 
-def _written_from(
+def _require_possible(request: ExportRequest, calibration: CalibrationSet | None) -> None:
+    require_fit(request.format, request.precision)
+    require_via(request.via, format=request.format, precision=request.precision)
+    if request.precision == "int8" and calibration is None:
+        raise UsageError("INT8 needs a calibration set: pairs to set the ranges of activations by.")
+    if request.format == "trt":
+        require_target(request.target)
+        if request.preprocess_in_graph:
+            raise UsageError("TensorRT takes no pictures: it parses neither their bytes nor their free size.")
+
+
+def _convert(
     source: Path,
     folder: Path,
+    request: ExportRequest,
     *,
-    format: Format,
-    precision: Precision,
-    target: str,
-    build: EngineBuilder | None,
     calibration: CalibrationSet | None,
-    budget: Budget,
-    fallback: Fallback | None,
-    threads: int,
-    progress: Callable[[str], None],
-    on_trials: Callable[[Sequence[Trial]], None],
+    build: EngineBuilder | None,
+    reporter: Reporter,
+) -> Converted:
+    """Write what is asked for, made from the float32 bundle `source`, into `folder`."""
+    if request.format == "trt":
+        return Converted(
+            write_engines(source, folder, request, calibration=calibration, build=build, reporter=reporter)
+        )
+    if request.precision == "int8" and calibration is not None:
+        return write_int8(source, folder, request, calibration=calibration, reporter=reporter)
+    write = write_openvino if request.format == "openvino" else write_fp16
+    return Converted(write(source, folder, request, reporter=reporter))
+
+
+def _finish(
+    folder: Path,
+    manifest: Manifest,
+    request: ExportRequest,
+    calibration: CalibrationSet | None,
+    reporter: Reporter,
 ) -> Manifest:
-    """What is made from the float32 bundle `source`, in `folder`."""
-    if format == "trt" and precision != "bf16":
-        return write_engines(
-            source,
-            folder,
-            precision=precision,
-            target=target,
-            calibration=calibration,
-            budget=budget,
-            progress=progress,
-            build=build,
-        )
-    if precision == "int8" and calibration is not None:
-        return write_int8(
-            source,
-            folder,
-            calibration=calibration,
-            threads=threads,
-            progress=progress,
-            on_trials=on_trials,
-            backend=OPENVINO if format == "openvino" else ORT,
-            budget=budget,
-            fallback=fallback,
-        )
-    if precision in ("fp32", "bf16"):
-        return write_openvino(source, folder, precision=precision, threads=threads, progress=progress)
-    return write_fp16(source, folder, threads=threads, progress=progress)
+    """Put preprocessing into the graph and labels beside it where asked for, and write the manifest."""
+    provenance = dict(request.provenance)
+    if request.precision == "int8" and calibration is not None:
+        provenance["calibration"] = calibration.name
+    manifest = msgspec.structs.replace(manifest, provenance=provenance)
+    if request.preprocess_in_graph:
+        manifest = _with_preprocessing(folder, manifest)
+    if request.labels is not None:
+        reporter.update("embedding the labels")
+        write_label_bank(folder, manifest, request.labels)
+    return write_manifest(folder, manifest)
 
 
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
@@ -271,3 +224,8 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=PICTURE, takes_pictures=True)
     return msgspec.structs.replace(manifest, image=image)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that an export depends on, for its provenance."""
+    return {package: version(package) for package in _PACKAGES}

@@ -1,4 +1,4 @@
-"""Many pictures to embeddings, at the pace of the model: threads open and preprocess ahead of it."""
+"""Many images to embeddings, at the pace of the model: threads open and preprocess ahead of it."""
 
 from __future__ import annotations
 
@@ -26,58 +26,58 @@ P = TypeVar("P", bound=ImageFile)
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedBatch(Generic[P]):
-    """Some pictures in the order in which they were asked for.
+    """Some images in the order in which they were asked for.
 
     Attributes:
-        pictures: those that could be read, n of them.
+        images: those that could be read, n of them.
         embeddings: theirs, (n, D).
         unreadable: for each of the others, the sentence that says why.
     """
 
-    pictures: Sequence[P]
+    images: Sequence[P]
     embeddings: Embeddings
     unreadable: Sequence[InputError]
 
 
-def embed_pictures(
+def embed_images(
     encoder: TowerEncoder,
-    pictures: Iterable[P],
+    images: Iterable[P],
     *,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     quick: bool = False,
 ) -> Iterator[EmbeddedBatch[P]]:
-    """Embed pictures batch by batch: while the caller has one batch, the model works on the next, and threads open the
-    pictures of the one after it.
+    """Embed images batch by batch: while the caller has one batch, the model works on the next, and threads open the
+    images of the one after it.
 
     Pillow and ONNX Runtime let go of Python's lock while they work, so that threads are enough. An unreadable
-    picture is handed over as such and stops nothing.
+    image is handed over as such and stops nothing.
 
     Args:
         encoder: whose image tower is used.
-        pictures: paths, or whatever else `open_image` opens; taken only as
+        images: paths, or whatever else `open_image` opens; taken only as
             far ahead as three batches need, so that a long list may be a generator.
-        batch_size: pictures that the tower sees at once, at least 1.
-        workers: threads that open pictures; None takes one a core, 8 at most. They give way to the model.
+        batch_size: images that the tower sees at once, at least 1.
+        workers: threads that open images; None takes one a core, 8 at most. They give way to the model.
         quick: decode large JPEGs at a fraction of their size (`open_image(at_least=…)`).
     """
     how = encoder.describe().preprocessing
     size = encoder.describe().embedding_size
     at_least = quick_edge(how) if quick else None
 
-    def pixels_of(picture: P) -> Pixels | InputError:
+    def pixels_of(image: P) -> Pixels | InputError:
         try:
-            return preprocess(open_image(picture, at_least=at_least), how)
+            return preprocess(open_image(image, at_least=at_least), how)
         except InputError as error:
             return error
 
     def gather(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> _Gathered[P]:
-        return _gather([(picture, opened.result()) for picture, opened in batch])
+        return _gather([(image, opened.result()) for image, opened in batch])
 
     def embed(gathered: Future[_Gathered[P]]) -> EmbeddedBatch[P]:
         return _embed(encoder, gathered.result(), size)
 
-    remaining = iter(pictures)
+    remaining = iter(images)
     workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
     openers = ThreadPoolExecutor(workers, initializer=_give_way)
     model = ThreadPoolExecutor(1)
@@ -85,7 +85,7 @@ def embed_pictures(
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()
         while True:
             while len(ahead) < _BATCHES_AHEAD:
-                batch = [(picture, openers.submit(pixels_of, picture)) for picture in islice(remaining, batch_size)]
+                batch = [(image, openers.submit(pixels_of, image)) for image in islice(remaining, batch_size)]
                 if not batch:
                     break
                 # By an opener: they take tasks in turn, so that each of the batch's is done or being done by then.
@@ -94,13 +94,13 @@ def embed_pictures(
                 return
             yield ahead.popleft().result()
     finally:
-        # A consumer that stops early, or Ctrl-C, shall not wait for pictures that nobody wants.
+        # A consumer that stops early, or Ctrl-C, shall not wait for images that nobody wants.
         openers.shutdown(wait=False, cancel_futures=True)
         model.shutdown(cancel_futures=True)
 
 
 def open_image_tower(encoder: TowerEncoder) -> None:
-    """Embed a blank picture, so that none waits for the tower to be loaded, nor has its time told as the model's."""
+    """Embed a blank image, so that none waits for the tower to be loaded, nor has its time told as the model's."""
     height, width = encoder.describe().preprocessing.size
     encoder.encode_pixels(np.zeros((1, 3, height, width), dtype=np.float32))
 
@@ -113,17 +113,17 @@ def _give_way() -> None:
 
 @dataclass(frozen=True)
 class _Gathered(Generic[P]):
-    """A batch that is ready for the model; `pixels` are None where no picture could be read."""
+    """A batch that is ready for the model; `pixels` are None where no image could be read."""
 
-    pictures: Sequence[P]
+    images: Sequence[P]
     pixels: Pixels | None
     unreadable: Sequence[InputError]
 
 
 def _gather(opened: Sequence[tuple[P, Pixels | InputError]]) -> _Gathered[P]:
-    readable = [(picture, pixels) for picture, pixels in opened if not isinstance(pixels, InputError)]
+    readable = [(image, pixels) for image, pixels in opened if not isinstance(pixels, InputError)]
     return _Gathered(
-        [picture for picture, _ in readable],
+        [image for image, _ in readable],
         np.stack([pixels for _, pixels in readable]) if readable else None,
         [error for _, error in opened if isinstance(error, InputError)],
     )
@@ -132,4 +132,4 @@ def _gather(opened: Sequence[tuple[P, Pixels | InputError]]) -> _Gathered[P]:
 def _embed(encoder: TowerEncoder, batch: _Gathered[P], size: int) -> EmbeddedBatch[P]:
     nothing = np.zeros((0, size), dtype=np.float32)
     embeddings = nothing if batch.pixels is None else encoder.encode_pixels(batch.pixels)
-    return EmbeddedBatch(pictures=batch.pictures, embeddings=embeddings, unreadable=batch.unreadable)
+    return EmbeddedBatch(images=batch.images, embeddings=embeddings, unreadable=batch.unreadable)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,14 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, greatest
-from clip_rd_edge.contract.images import images_below
+from clip_rd_edge.contract.images import ImageInput, as_rgb, images_below
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.runtime.embed import embed_pictures
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.io import read_json, sha256_of, write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEX_VERSION = 1
 _FILE = "index.json"
@@ -125,7 +128,6 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> l
     return [Hit(Path(index.folder, index.entries[i].path), float(similarities[i])) for i in best]
 
 
-Progress = Callable[[int, int], None]  # pictures done, pictures to embed
 SAVE_EVERY_S = 20.0  # what a kill -9 may cost
 
 
@@ -165,9 +167,7 @@ class _Source:
         return str(self.path)
 
 
-def update_index(
-    encoder: BundleEncoder, folder: Path, path: Path, *, progress: Progress = lambda done, total: None
-) -> Update:
+def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: Reporter = SILENT) -> Update:
     """Make the index at `path` say what is in `folder` now.
 
     A picture with the size and time that the index has is taken for unchanged. Another is hashed where the index has
@@ -196,12 +196,12 @@ def update_index(
 
     saved = time.monotonic()
     try:
-        for batch in embed_pictures(encoder, new):
+        for batch in embed_images(encoder, new):
             parts.append(batch.embeddings)
-            entries += [source.entry() for source in batch.pictures]
-            update.embedded += len(batch.pictures)
+            entries += [source.entry() for source in batch.images]
+            update.embedded += len(batch.images)
             update.unreadable += map(str, batch.unreadable)
-            progress(update.embedded + len(update.unreadable), len(new))
+            reporter.update("embedding", update.embedded + len(update.unreadable), len(new))
             if time.monotonic() - saved > SAVE_EVERY_S:
                 save()
                 saved = time.monotonic()
@@ -251,3 +251,35 @@ def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Ent
         else:
             new.append(source)
     return kept, new
+
+
+def search_index(
+    path: Path,
+    query: ImageInput,
+    *,
+    top: int = 10,
+    bundle: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    device: str = AUTO,
+) -> list[Hit]:
+    """The images of the index at `path` that are nearest to a query, nearest first.
+
+    Args:
+        query: a text, or an image; a text that is the path of a file means that image.
+        bundle: where the bundle that made the index lies now; None takes where it was.
+
+    Raises:
+        InputError: the query is empty, there is no index, or the bundle is not the one that made it.
+    """
+    if isinstance(query, str) and not query.strip():
+        raise InputError("The query is empty.", hint='give a text, such as "a red car", or the path of a picture')
+    index, rows = read_index(path)
+    encoder = load(bundle or index.bundle, threads=threads, device=device)
+    if model_key(encoder.manifest) != index.model:
+        raise InputError(
+            f"The bundle {encoder.folder} is not the one that made the index {path}.",
+            hint=f"clip-rd-edge index {encoder.folder} {index.folder} -o {path}",
+        )
+    if isinstance(query, str) and not Path(query).is_file():
+        return nearest(index, rows, encoder.encode_texts([query]), top=top)
+    return nearest(index, rows, encoder.encode_images([as_rgb(query)]), top=top)

@@ -15,6 +15,7 @@ import numpy as np
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.load import encoder_of
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
@@ -95,3 +96,32 @@ def _shrink(folder: Path) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
+
+
+def read_label_list(labels: Sequence[str]) -> list[str] | None:
+    """Labels, or what the file holds whose path is the only one; None where there are none.
+
+    Raises:
+        InputError: as `read_labels_file`.
+    """
+    if len(labels) == 1 and Path(labels[0]).is_file():
+        return read_labels_file(Path(labels[0]))
+    return list(labels) or None
+
+
+def read_labels_file(path: Path) -> list[str]:
+    """Labels, one a line; empty lines are passed over.
+
+    Raises:
+        InputError: no such file, not UTF-8, or no label in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"Cannot read the labels {path}: {error.strerror or error}.", hint="check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The labels {path} are not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        raise InputError(f"{path} has no labels; expected one a line.")
+    return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,
     runtime: Runtime | None = None,

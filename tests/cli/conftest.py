@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.demo import browser as npm
+from clip_rd_edge.web import browser as npm
 
 
 @pytest.fixture

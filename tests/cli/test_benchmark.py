@@ -62,10 +62,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         opened.append((spec, options))
         return Grey()
 
-    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", open_encoder)
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
 
     ends = [sys.executable, "-S", "-c", ""]  # what would answer once for a cold start
-    monkeypatch.setattr("clip_rd_edge.cli._models.first_answer", lambda *_: ends)
+    monkeypatch.setattr("clip_rd_edge.api.first_answer", lambda *_: ends)
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
@@ -158,7 +158,7 @@ def test_the_papers_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -
 def test_interrupted_it_goes_on_by_the_same_command(run: Any, suite: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output = tmp_path / "report"
     with monkeypatch.context() as patched:
-        patched.setattr("clip_rd_edge.benchmark.run.measure_latencies", interrupt)
+        patched.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
         assert run("benchmark", str(suite), "-o", str(output)) == 130
     assert [path.name for path in output.iterdir()] == ["parts"]
     embedded: list[int] = []

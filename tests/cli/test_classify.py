@@ -18,11 +18,11 @@ def test_a_folder_with_a_broken_picture(command_line: Run, colour_bundle: Path, 
     code, output, error = command_line("classify", colour_bundle, colour_pictures, *LABELS, "--top", "1", "--json")
     assert code == 2
     answers = {
-        Path(line["picture"]).stem: line["predictions"][0]["label"] for line in map(json.loads, output.split("\n")[:-1])
+        Path(line["image"]).stem: line["predictions"][0]["label"] for line in map(json.loads, output.split("\n")[:-1])
     }
     assert answers == {name: name for name in ("red", "green", "blue", "yellow")}
     assert "broken.png" in error
-    assert "1 of 5 pictures could not be read; the others are answered." in error
+    assert "1 of 5 images could not be read; the others are answered." in error
 
 
 def test_csv_and_none_of_these(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
@@ -31,7 +31,7 @@ def test_csv_and_none_of_these(command_line: Run, colour_bundle: Path, colour_pi
     arguments = (colour_pictures / "*.png", "--labels", "red", "green", "blue", "--none-below", "0.6", "--csv")
     code, output, _ = command_line("classify", colour_bundle, *arguments)
     assert code == 0
-    rows = [(Path(row["picture"]).name, row["rank"], row["label"]) for row in csv.DictReader(io.StringIO(output))]
+    rows = [(Path(row["image"]).name, row["rank"], row["label"]) for row in csv.DictReader(io.StringIO(output))]
     assert rows == [(grey.name, "1", ""), ("green.png", "1", "green"), ("red.png", "1", "red")]
     code, output, _ = command_line("classify", colour_bundle, grey, "--labels", "red", "blue", "--none-below", "0.6")
     assert output == f"{grey}\tnone of these\n"
@@ -44,15 +44,15 @@ def test_a_list_on_stdin_and_a_rate(
     code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
     assert code == 0
     assert output.count("\tred 98.0%") == 60
-    assert error.startswith("60 pictures in ")
-    assert error.endswith(" a second\n")
+    assert error.startswith("60 images in ")
+    assert error.endswith(" per second\n")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "Give pictures or a camera"),
-        (("red.png", "--camera", "0"), "Give pictures or a camera"),
+        ((), "Give images or a camera"),
+        (("red.png", "--camera", "0"), "Give images or a camera"),
         (("red.png", "--json", "--csv"), "exclude each other"),
         (("-",), "the list on stdin is empty"),
         (("nowhere.png",), "no picture or folder nowhere.png"),
@@ -73,7 +73,7 @@ def test_a_camera(command_line: Run, colour_bundle: Path, monkeypatch: pytest.Mo
     code, output, error = command_line("classify", colour_bundle, "--camera", "0", *LABELS, "--top", "1", "--json")
     assert code == 0
     lines = [json.loads(line) for line in output.splitlines()]
-    assert [(line["picture"], line["predictions"][0]["label"]) for line in lines] == [
+    assert [(line["image"], line["predictions"][0]["label"]) for line in lines] == [
         ("frame 1", "red"),
         ("frame 2", "blue"),
     ]

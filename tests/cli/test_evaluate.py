@@ -63,16 +63,16 @@ def test_table_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, 
         asked.append((spec, options))
         return BlackAndWhite()
 
-    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", open_encoder)
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
     assert run("evaluate", "some/model", "--task", str(task), "--threads", "2") == 0
     out, err = capsys.readouterr()
     assert "100.0 to 100.0" in out
     assert err == ""
-    assert asked == [("some/model", {"pretrained": None, "threads": 2})]
+    assert asked == [("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto"})]
 
 
 def test_json_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: BlackAndWhite())
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task), "--json") == 0
     found = json.loads(capsys.readouterr().out)
     (score,) = found["scores"]
@@ -85,7 +85,7 @@ def test_json_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: pytest.fail("opened"))
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: pytest.fail("opened"))
     assert run("evaluate", "m", "--task", "emoji:unseen-styl") == 2
     assert "error: There is no task 'emoji:unseen-styl'" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_a_task_is_needed(run: Run, capsys: Any) -> None:
 def test_the_table_says_which_templates_were_used(
     run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.cli._models.open_encoder", lambda spec, **options: BlackAndWhite())
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task)) == 0
     assert "80, ImageNet's, from open_clip" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed

@@ -26,7 +26,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = student_config("resnet10t", embedding_size=16, image_size=32, text="tiny", context_length=8)
     clip = build_student(config, name="tiny")
-    save_clip(folder / "student", clip, provenance={"data": "gone.csv", "configuration": {"image_key": "file"}})
+    save_clip(folder / "student", clip, provenance={"data": "gone.csv", "configuration": {"csv_img_key": "file"}})
     return folder
 
 
@@ -118,7 +118,7 @@ def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Pat
     (student / "open_clip_config.json").write_text("{}")
     renamed = tmp_path / "renamed.csv"
     renamed.write_text(pairs.read_text().replace("filepath,title", "file,text"))
-    record = {"data": str(renamed), "configuration": {"image_key": "file", "caption_key": "text"}, "seed": 1}
+    record = {"data": str(renamed), "configuration": {"csv_img_key": "file", "csv_caption_key": "text"}, "seed": 1}
     (student / "distillation.json").write_text(json.dumps(record))
     assert calibration_pairs(None, str(tmp_path)).captions(3) == ("noise number 3",)
     assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)

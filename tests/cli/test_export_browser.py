@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
-from clip_rd_edge.demo import browser as npm
+from clip_rd_edge.web import browser as npm
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_rd_edge.cli._rows import parse_models
+from clip_rd_edge.benchmarking.suite import parse_models
 from clip_rd_edge.errors import ConfigError
 
 

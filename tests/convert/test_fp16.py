@@ -13,6 +13,7 @@ from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import LARGEST, half_tower, overflowing, to_fp16, write_fp16
 from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -103,7 +104,9 @@ def test_a_float16_bundle_is_half_the_size_and_says_what_it_costs(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "fp16"
-    manifest = export_bundle(student, bundle, precision="fp16", source=fp32_bundle, labels=["cat"], provenance={})
+    manifest = export_bundle(
+        student, bundle, ExportRequest(precision="fp16", labels=("cat",)), source=fp32_bundle
+    ).manifest
     assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp16"
     for name in ("image.onnx", "text.onnx"):
         assert (bundle / name).stat().st_size < 0.52 * (fp32_bundle / name).stat().st_size
@@ -114,7 +117,7 @@ def test_a_float16_bundle_is_half_the_size_and_says_what_it_costs(
 
 def test_a_slower_float16_tower_says_so(fp32_bundle: Path, tmp_path: Path) -> None:
     slow = {"fp16": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
-    manifest = write_fp16(fp32_bundle, tmp_path, threads=1, progress=lambda _: None, timer=lambda _: slow)
+    manifest = write_fp16(fp32_bundle, tmp_path, ExportRequest(precision="fp16"), timer=lambda _: slow)
     assert "takes 1.50 times as long" in manifest.image.note
     assert manifest.image.measured is not None
     assert manifest.image.measured.centred_cosine > 0.999
@@ -125,7 +128,7 @@ def test_only_a_float32_bundle_is_taken(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
     half = tmp_path / "half"
-    export_bundle(student, half, precision="fp16", source=fp32_bundle, provenance={})
+    export_bundle(student, half, ExportRequest(precision="fp16"), source=fp32_bundle)
     with pytest.raises(UsageError, match="are made from a float32 bundle"):
-        export_bundle(student, tmp_path / "int8", precision="int8", source=half, calibration=calibration, provenance={})
+        export_bundle(student, tmp_path / "int8", ExportRequest(precision="int8"), source=half, calibration=calibration)
     assert not (tmp_path / "int8").exists()

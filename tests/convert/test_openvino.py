@@ -10,6 +10,7 @@ from clip_rd_edge.convert.graph import preprocessed
 from clip_rd_edge.convert.int8.candidates import nncf_is_there
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.convert.openvino import write_openvino
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
@@ -24,8 +25,8 @@ def test_a_bundle_for_openvino_runs_there_and_was_measured_there(
 ) -> None:
     bundle = tmp_path / "bundle"
     manifest = export_bundle(
-        student, bundle, precision="fp32", format="openvino", source=fp32_bundle, labels=["cat"], provenance={}
-    )
+        student, bundle, ExportRequest(precision="fp32", format="openvino", labels=("cat",)), source=fp32_bundle
+    ).manifest
     assert (manifest.target, manifest.precision) == ("openvino", "fp32")
     assert manifest.image.measured is not None
     assert 0 < manifest.image.measured.max_difference < 1e-5  # another runtime, another rounding
@@ -37,7 +38,7 @@ def test_a_bundle_for_openvino_runs_there_and_was_measured_there(
 def test_bfloat16_is_a_hint_that_the_manifest_keeps(fp32_bundle: Path, tmp_path: Path) -> None:
     slow = {"openvino": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
     manifest = write_openvino(
-        fp32_bundle, tmp_path, precision="bf16", threads=1, progress=lambda _: None, timer=lambda _: slow
+        fp32_bundle, tmp_path, ExportRequest(precision="bf16", format="openvino"), timer=lambda _: slow
     )
     assert manifest.image.precision == manifest.text.precision == "bf16"
     assert (tmp_path / "image.onnx").read_bytes() == (fp32_bundle / "image.onnx").read_bytes()
@@ -50,21 +51,23 @@ def test_bfloat16_is_a_hint_that_the_manifest_keeps(fp32_bundle: Path, tmp_path:
 def test_int8_is_tried_in_openvino(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    trials: list[str] = []
-    manifest = export_bundle(
-        student, tmp_path / "bundle", precision="int8", format="openvino",
-        source=fp32_bundle, calibration=calibration, provenance={}, fallback="fp32",
-        on_trials=lambda tried: trials.extend(f"{trial.tower} {trial.name}" for trial in tried),
-    )  # fmt: skip
+    converted = export_bundle(
+        student,
+        tmp_path / "bundle",
+        ExportRequest(precision="int8", format="openvino", fallback="fp32"),
+        source=fp32_bundle,
+        calibration=calibration,
+    )
+    manifest, trials = converted.manifest, {f"{trial.tower} {trial.name}" for trial in converted.trials}
     assert manifest.target == "openvino"
-    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= set(trials)
+    assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= trials
     assert ("image by NNCF" in trials) == nncf_is_there()
     assert not any("dynamic" in trial for trial in trials)
 
 
 def test_what_openvino_has_no_use_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"openvino cannot be in fp16; expected fp32, bf16, int8"):
-        export_bundle(student, tmp_path / "bundle", precision="fp16", format="openvino", provenance={})
+        export_bundle(student, tmp_path / "bundle", ExportRequest(precision="fp16", format="openvino"))
 
 
 def test_a_text_tower_can_be_quantised_statically_in_spite_of_its_mask(

@@ -9,6 +9,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.preprocess_graph import preprocessing_model
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -90,7 +91,7 @@ def test_it_is_within_one_grey_level_of_pil_on_a_hundred_pictures() -> None:
 def test_a_bundle_with_it_takes_pictures_of_any_size(student: ClipModel, fp32_bundle: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     export_bundle(
-        student, bundle, precision="fp16", source=fp32_bundle, preprocess_in_graph=True, labels=["cat"], provenance={}
+        student, bundle, ExportRequest(precision="fp16", preprocess_in_graph=True, labels=("cat",)), source=fp32_bundle
     )
     manifest = read_manifest(bundle)
     assert (manifest.image.takes_pictures, manifest.image.input_name) == (True, "picture")
@@ -108,6 +109,7 @@ def test_a_bundle_with_it_takes_pictures_of_any_size(student: ClipModel, fp32_bu
 def test_engines_do_not_take_it(student: ClipModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="TensorRT takes no pictures"):
         export_bundle(
-            student, tmp_path / "b", precision="fp16", format="trt", target="sm86", preprocess_in_graph=True,
-            provenance={},
-        )  # fmt: skip
+            student,
+            tmp_path / "b",
+            ExportRequest(precision="fp16", format="trt", target="sm86", preprocess_in_graph=True),
+        )

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from clip_rd_edge.benchmark.metrics import Interval, Recall, RetrievalScore, ZeroShotScore
-from clip_rd_edge.benchmark.results import this_environment
+from clip_rd_edge.benchmarking.metrics import Interval, Recall, RetrievalScore, ZeroShotScore
+from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.evidence.results import Curve, Evidence, Geometry, ModelResult, RunResult, TaskResult
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method
 

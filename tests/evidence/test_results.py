@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clip_rd_edge.benchmark.metrics import difference_interval
+from clip_rd_edge.benchmarking.metrics import difference_interval
 from clip_rd_edge.evidence.results import Difference, Evidence, difference, runs_of, spread
 
 from .conftest import PICTURES, Make

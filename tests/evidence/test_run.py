@@ -16,22 +16,9 @@ from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.io import to_yaml
 from clip_rd_edge.utils.lock import only_writer
+from clip_rd_edge.utils.reporting import SILENT
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
-
-
-class Silent:
-    """A watcher that keeps the stages' titles."""
-
-    def __init__(self) -> None:
-        self.titles: list[str] = []
-
-    def stage(self, number: int, stages: int, title: str) -> None:
-        self.titles.append(title)
-
-    def progress(self, done: int, total: int, note: str) -> None: ...
-
-    def say(self, sentence: str) -> None: ...
 
 
 @pytest.fixture
@@ -54,9 +41,9 @@ def teacher(tmp_path: Path) -> str:
 
 def test_two_writers_are_refused_and_a_teacher_asked_for(own: EvidenceSuite, tmp_path: Path) -> None:
     with only_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
-        runs.run_evidence(own, tmp_path / "out", Silent())
+        runs.run_evidence(own, tmp_path / "out", SILENT)
     with pytest.raises(UsageError, match="no embedded teacher"):
-        runs.run_evidence(own, tmp_path / "out", Silent())
+        runs.run_evidence(own, tmp_path / "out", SILENT)
     with pytest.raises(UsageError, match="no finished run of the suite small"):
         runs.collect(own, tmp_path / "out")
 
@@ -68,7 +55,7 @@ def test_it_goes_on_where_it_was_stopped(
     folder, path = tmp_path / "out", tmp_path / "suite.yaml"
     path.write_text(to_yaml(own))
     first_seed = msgspec.structs.replace(own, seeds=(0,))
-    evidence = runs.run_evidence(first_seed, folder, Silent(), teacher=teacher)
+    evidence = runs.run_evidence(first_seed, folder, SILENT, teacher=teacher)
     assert [run.method for run in evidence.runs] == ["none", "clip-rd", "clip-rd-without-xrd"]
     whole, without = evidence.runs[1:]
     assert whole.curves["student_positive"].values != without.curves["student_positive"].values
@@ -94,8 +81,8 @@ def test_it_goes_on_where_it_was_stopped(
 
     other = msgspec.structs.replace(own, steps=3)
     with pytest.raises(UsageError, match="another configuration: steps: 2 → 3"):
-        runs.run_evidence(other, folder, Silent(), teacher=teacher)
+        runs.run_evidence(other, folder, SILENT, teacher=teacher)
     heavier = msgspec.structs.replace(own.methods[1], weights={"fd": 1})
     other = msgspec.structs.replace(own, methods=(heavier,), compare_with=())
     with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
-        runs.run_evidence(other, folder, Silent(), teacher=teacher)
+        runs.run_evidence(other, folder, SILENT, teacher=teacher)

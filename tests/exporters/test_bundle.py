@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
-from clip_rd_edge.convert.int8.select import Trial
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
@@ -54,17 +54,14 @@ def test_the_label_bank_holds_what_the_text_tower_says(fp32_bundle: Path) -> Non
 def test_an_int8_bundle_is_smaller_runs_and_tells_what_was_tried(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    trials: list[Trial] = []
-    manifest = export_bundle(
+    converted = export_bundle(
         student,
         tmp_path / "int8",
-        precision="int8",
+        ExportRequest(precision="int8", labels=("cat",), provenance={"model": "tiny"}),
         calibration=calibration,
-        labels=["cat"],
-        provenance={"model": "tiny"},
         source=fp32_bundle,
-        on_trials=trials.extend,
     )
+    manifest, trials = converted.manifest, converted.trials
     assert {trial.tower for trial in trials} == {"image", "text"}
     assert manifest == read_manifest(tmp_path / "int8")
     assert manifest.provenance == {"model": "tiny", "calibration": "noise"}
@@ -92,7 +89,7 @@ def test_an_interrupted_export_leaves_nothing(
     shutil.copytree(fp32_bundle, old)
     for output in (tmp_path / "out" / "new", old):
         with pytest.raises(KeyboardInterrupt):
-            export_bundle(student, output, precision="fp32", provenance={}, overwrite=True)
+            export_bundle(student, output, ExportRequest(precision="fp32"), overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
     assert all(check.passed for check in verify_bundle(old))  # what stood there stands there still
 
@@ -101,17 +98,16 @@ def test_what_cannot_be_exported_as_asked_is_refused(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="exists already"):
-        export_bundle(student, fp32_bundle, precision="fp32", provenance={})
+        export_bundle(student, fp32_bundle, ExportRequest(precision="fp32"))
     with pytest.raises(UsageError, match="INT8 needs a calibration set"):
-        export_bundle(student, tmp_path / "a", precision="int8", provenance={})
+        export_bundle(student, tmp_path / "a", ExportRequest(precision="int8"))
     other = Samples(calibration.judge.pixels[:, :, :16, :16], calibration.judge.ids)
     with pytest.raises(UsageError, match=r"pictures of \(16, 16\) .* takes \(32, 32\) and 16"):
         export_bundle(
             student,
             tmp_path / "a",
-            precision="int8",
+            ExportRequest(precision="int8"),
             calibration=CalibrationSet("small", other, other),
-            provenance={},
             source=fp32_bundle,
         )
     assert not list(tmp_path.iterdir())
@@ -124,11 +120,11 @@ def test_int8_is_made_of_an_intact_float32_bundle_alone(
     shutil.copytree(fp32_bundle, source)
     (source / "text.onnx").write_bytes(b"other")
     with pytest.raises(UsageError, match=r"damaged: text\.onnx"):
-        export_bundle(student, tmp_path / "a", precision="int8", calibration=calibration, provenance={}, source=source)
+        export_bundle(student, tmp_path / "a", ExportRequest(precision="int8"), calibration=calibration, source=source)
     manifest = msgspec.structs.replace(read_manifest(source), precision="int8")
     (source / "manifest.json").write_bytes(msgspec.json.encode(manifest))
     with pytest.raises(UsageError, match="is in int8"):
-        export_bundle(student, tmp_path / "a", precision="int8", calibration=calibration, provenance={}, source=source)
+        export_bundle(student, tmp_path / "a", ExportRequest(precision="int8"), calibration=calibration, source=source)
 
 
 def test_a_tokenizer_that_reads_otherwise_is_refused(
@@ -138,4 +134,4 @@ def test_a_tokenizer_that_reads_otherwise_is_refused(
         monkeypatch.setattr(f"clip_rd_edge.exporters.bundle.export_{tower}_tower", lambda *_: None)
     monkeypatch.setattr("clip_rd_edge.contract.tokenizer.clean_text", lambda text, _: text)
     with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t reads"):
-        export_bundle(student, tmp_path / "a", precision="fp32", provenance={})
+        export_bundle(student, tmp_path / "a", ExportRequest(precision="fp32"))

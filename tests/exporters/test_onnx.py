@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import write_fp32
@@ -123,7 +124,7 @@ def test_a_tower_that_differs_from_torch_is_refused(
     honest = TorchEncoder.encode_pixels
     monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: honest(self, x)[::-1].copy())
     with pytest.raises(ClipRdEdgeError, match=r"image\.onnx does not do what the model does at batch 1"):
-        write_fp32(student, tmp_path, provenance={}, threads=1, progress=lambda _: None)
+        write_fp32(student, tmp_path, ExportRequest())
 
 
 def test_gelu_becomes_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:

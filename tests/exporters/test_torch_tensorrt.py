@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.tensorrt.engine import kernels
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
@@ -79,9 +80,11 @@ def test_engines_are_built_from_both_towers(
 ) -> None:
     stand_in, bundle = install(), tmp_path / "bundle"
     made = export_bundle(
-        student, bundle, precision=precision, format="trt", target="sm89", via="torch-tensorrt",
-        labels=["cat", "dog"], provenance={}, source=fp32_bundle,
-    )  # fmt: skip
+        student,
+        bundle,
+        ExportRequest(precision=precision, format="trt", target="sm89", via="torch-tensorrt", labels=("cat", "dog")),
+        source=fp32_bundle,
+    ).manifest
     assert (made.target, made.precision) == ("tensorrt-rtx sm89", precision)
     assert [(bundle / tower.engine).read_bytes() for tower in (made.image, made.text)] == [b"engine 1", b"engine 2"]
     assert all(check.passed for check in verify_bundle(bundle))
@@ -107,9 +110,11 @@ def test_an_engine_for_tensorrt_itself_needs_no_script(
 ) -> None:
     install(rtx=False)
     made = export_bundle(
-        student, tmp_path / "b", precision="fp16", format="trt", target="nvidia-gpu", via="torch-tensorrt",
-        provenance={}, source=fp32_bundle,
-    )  # fmt: skip
+        student,
+        tmp_path / "b",
+        ExportRequest(precision="fp16", format="trt", target="nvidia-gpu", via="torch-tensorrt"),
+        source=fp32_bundle,
+    ).manifest
     assert (made.target, made.image.engine) == ("tensorrt nvidia-gpu", "image.engine")
     assert not (tmp_path / "b" / "build.sh").exists()
 
@@ -136,9 +141,11 @@ def test_an_operator_that_it_does_not_take_is_one_sentence(
     install(error=ValueError("avg_pool2d is not supported.\nThe graph:\n..."))
     with pytest.raises(ClipRdEdgeError) as raised:
         export_bundle(
-            student, tmp_path / "b", precision="fp16", format="trt", target="sm89", via="torch-tensorrt",
-            provenance={}, source=fp32_bundle,
-        )  # fmt: skip
+            student,
+            tmp_path / "b",
+            ExportRequest(precision="fp16", format="trt", target="sm89", via="torch-tensorrt"),
+            source=fp32_bundle,
+        )
     assert str(raised.value) == (
         "torch-tensorrt cannot build the engine of the image tower: ValueError: avg_pool2d is not supported."
     )
@@ -187,7 +194,7 @@ def mobilevit(
 ) -> tuple[ClipModel, Path]:
     """A student and its float32 bundle, made before torch is told of a GPU."""
     clip, bundle = make_student("mobilevit_xxs", image_size=64), tmp_path_factory.mktemp("mobilevit") / "fp32"
-    export_bundle(clip, bundle, precision="fp32", provenance={})
+    export_bundle(clip, bundle, ExportRequest(precision="fp32"))
     return clip, bundle
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.images import find_images, images_below, open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime.embed import embed_pictures
+from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.load import load
 
 
@@ -20,8 +20,8 @@ def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
     (colour_pictures / "broken.png").write_bytes(b"no picture")
     paths = [*images_below(colour_pictures)] * 3
     encoder = load(colour_bundle)
-    batches = list(embed_pictures(encoder, paths, batch_size=batch_size, workers=2))
-    read = [path for batch in batches for path in batch.pictures]
+    batches = list(embed_images(encoder, paths, batch_size=batch_size, workers=2))
+    read = [path for batch in batches for path in batch.images]
     assert read == [path for path in paths if path.name != "broken.png"]
     expected = encoder.encode_images([open_image(path) for path in read])
     np.testing.assert_allclose(np.concatenate([batch.embeddings for batch in batches]), expected, atol=1e-6)
@@ -39,8 +39,8 @@ def test_a_long_list_is_taken_as_it_is_needed(colour_bundle: Path, colour_pictur
             taken += 1
             yield colour_pictures / "red.png"
 
-    batches = embed_pictures(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
-    assert len(next(batches).pictures) == 4
+    batches = embed_images(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
+    assert len(next(batches).images) == 4
     assert taken == 12
     batches.close()
     assert taken == 12
@@ -60,10 +60,10 @@ def test_the_next_batch_is_embedded_while_the_caller_has_one(
         return encode(pixels)
 
     monkeypatch.setattr(encoder, "encode_pixels", watched)
-    batches = embed_pictures(encoder, [colour_pictures / "red.png"] * 5, batch_size=2)
+    batches = embed_images(encoder, [colour_pictures / "red.png"] * 5, batch_size=2)
     next(batches)
     assert second.wait(timeout=10)
-    assert [len(batch.pictures) for batch in batches] == [2, 1]
+    assert [len(batch.images) for batch in batches] == [2, 1]
 
 
 def test_large_jpegs_may_be_opened_quickly(colour_bundle: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_large_jpegs_may_be_opened_quickly(colour_bundle: Path, tmp_path: Path) 
     path = tmp_path / "photo.jpg"
     Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((320, 240)).save(path)
     encoder = load(colour_bundle)
-    (whole,), (quick,) = (list(embed_pictures(encoder, [path], quick=quick)) for quick in (False, True))
+    (whole,), (quick,) = (list(embed_images(encoder, [path], quick=quick)) for quick in (False, True))
     assert not np.array_equal(whole.embeddings, quick.embeddings)
     np.testing.assert_allclose(whole.embeddings, quick.embeddings, atol=0.02)
 
@@ -86,7 +86,7 @@ def test_what_the_model_fails_on_reaches_the_caller(
 
     monkeypatch.setattr(encoder, "encode_pixels", fail)
     with pytest.raises(ClipRdEdgeError, match="the card is gone"):
-        list(embed_pictures(encoder, [colour_pictures / "red.png"] * 9, batch_size=2))
+        list(embed_images(encoder, [colour_pictures / "red.png"] * 9, batch_size=2))
 
 
 def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:

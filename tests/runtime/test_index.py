@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import Watch
 
-from clip_rd_edge.benchmark.accuracy import retrieval
+from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import greatest
 from clip_rd_edge.contract.task import RetrievalTask
@@ -93,12 +94,12 @@ def test_an_interrupted_indexing_keeps_what_it_did(
         Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
     encoder = load(colour_bundle)
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(done: int) -> None:
         if done >= 64:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        update_index(encoder, colour_pictures, index, progress=interrupt)
+        update_index(encoder, colour_pictures, index, reporter=Watch("embedding", interrupt))
     assert len(names(index)) == 64
     known, rows = read_index(index)
     assert len(nearest(known, rows, encoder.encode_texts(["red"]), top=100)) == 64
@@ -113,7 +114,9 @@ def test_a_kill_costs_what_was_done_since_the_last_save(
         Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
     monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1)
     seen = []
-    update_index(load(colour_bundle), colour_pictures, index, progress=lambda done, total: seen.append(_count(index)))
+    update_index(
+        load(colour_bundle), colour_pictures, index, reporter=Watch("embedding", lambda _: seen.append(_count(index)))
+    )
     assert seen == [0, 32]  # when a batch is done, all before it are on disk
     # A half-written file beside them is nobody's index.
     (index / ".index.json.abc.tmp").write_text("{")
@@ -183,7 +186,7 @@ def test_search_finds_as_often_as_the_evaluation_says(colour_bundle: Path, pairs
 def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
     code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
     assert (code, output) == (0, f"{index}\n")
-    assert "4 embedded, 0 kept, 0 gone" in error
+    assert "4 embedded, 0 kept, 0 removed" in error
     code, output, _ = command_line("search", index, "blue", "--top", "1")
     assert code == 0
     similarity, path = output.rstrip().split("\t")
@@ -191,11 +194,11 @@ def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: P
     assert float(similarity) > 0.9
     code, output, _ = command_line("search", index, colour_pictures / "red.png", "--top", "2", "--json")
     first = json.loads(output.splitlines()[0])
-    assert first == {"picture": str(colour_pictures / "red.png"), "similarity": 1.0}
+    assert first == {"image": str(colour_pictures / "red.png"), "similarity": 1.0}
     (colour_pictures / "broken.png").write_bytes(b"no picture")
     code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
     assert (code, output) == (1, f"{index}\n")
-    assert "1 pictures could not be read" in error
+    assert "1 images could not be read" in error
     code, _, error = command_line("search", index, " ")
     assert (code, "The query is empty" in error) == (2, True)
     with (colour_bundle / "image.onnx").open("ab") as file:

@@ -12,7 +12,7 @@ from architectures import (
     summarise_runtimes,
 )
 
-from clip_rd_edge.benchmark.results import this_environment
+from clip_rd_edge.benchmarking.results import this_environment
 
 
 def test_ratios_are_taken_within_a_sitting_and_the_best_runtime_is_shown() -> None:

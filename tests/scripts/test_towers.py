@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from towers import Made, TowerLatencies, Towers, summarise, towers_table
 
-from clip_rd_edge.benchmark.results import this_environment
+from clip_rd_edge.benchmarking.results import this_environment
 
 
 def _row() -> TowerLatencies:

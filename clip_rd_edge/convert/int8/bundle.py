@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,91 +12,83 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.bundle import open_source
+from clip_rd_edge.convert.bundle import Converted, open_source
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import probes_of, write_half
-from clip_rd_edge.convert.int8.candidates import ORT, Backend
-from clip_rd_edge.convert.int8.search import QuantizedTower, quantize_tower
-from clip_rd_edge.convert.int8.select import Budget, Trial, nearest
-from clip_rd_edge.convert.options import Fallback
+from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend
+from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples, quantize_tower
+from clip_rd_edge.convert.int8.select import nearest
+from clip_rd_edge.convert.options import ExportRequest, Fallback
 from clip_rd_edge.convert.parity import Answers, Inputs, embed, matched
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
 def write_int8(
     source: Path,
     folder: Path,
+    request: ExportRequest,
     *,
     calibration: CalibrationSet,
-    threads: int,
-    progress: Callable[[str], None],
-    on_trials: Callable[[Sequence[Trial]], None],
-    backend: Backend = ORT,
-    budget: Budget = Budget(),  # noqa: B008 — frozen
-    fallback: Fallback | None = None,
-) -> Manifest:
-    """Write the towers of the float32 bundle `source` in INT8 into `folder`; return their manifest, not yet written.
+    reporter: Reporter = SILENT,
+) -> Converted:
+    """Write the towers of the float32 bundle `source` in INT8 into `folder`.
 
     A tower that INT8 makes neither faster nor smaller at no cost in time, or too inaccurate, falls back, and its note
     says so.
 
     Args:
-        on_trials: given the table of what was tried, once a tower.
-        backend: the runtime that they are for, and measured in.
-        budget: what INT8 may cost.
-        fallback: what such a tower becomes. None: float32 where the other tower is in INT8; where none is, the bundle
-            would be none in INT8, and is refused.
+        request: its format decides which runtime the towers are for and measured in.
+        calibration: what ranges are set by, and what candidates are judged by.
 
     Raises:
         UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
         ClipRdEdgeError: towers fall back that may not; it names the best alternative.
     """
     manifest = open_source(source, folder, calibration=calibration)
-    towers = {"image": manifest.image, "text": manifest.text}
-    samples: dict[str, tuple[Inputs, Inputs]] = {
-        "image": (calibration.calibrate.pixels, calibration.judge.pixels),
-        "text": (calibration.calibrate.ids, calibration.judge.ids),
-    }
-    references = {
-        name: embed(backend.open(str(source / tower.file), threads=threads), samples[name][1])
-        for name, tower in towers.items()
-    }
-    accuracy: dict[str, Callable[[Embeddings], Answers]] = {
-        "image": partial(matched, captions=references["text"]),
-        "text": partial(matched, references["image"]),
-    }
-    quantized = {}
-    for name, tower in towers.items():
-        quantized[name] = quantize_tower(
-            source / tower.file,
-            tower=name,
-            calibrate=samples[name][0],
-            judge=samples[name][1],
-            reference=references[name],
-            budget=budget,
-            accuracy=accuracy[name],
-            threads=threads,
-            progress=progress,
+    backend = OPENVINO if request.format == "openvino" else ORT
+    quantized = {
+        samples.tower: quantize_tower(
+            source / manifest.towers[samples.tower].file,
+            samples,
+            budget=request.budget,
+            threads=request.threads,
             backend=backend,
+            reporter=reporter,
         )
-        on_trials(quantized[name].trials)
+        for samples in _samples(source, manifest, calibration, backend, threads=request.threads)
+    }
+    fallback = request.fallback
     _require_allowed(manifest.name, quantized, fallback)
     made = {
         name: _written_half(quantized[name], tower, source, folder, probes=probes_of(source, manifest)[name])
         if fallback == "fp16" and quantized[name].model is None
         else _written(quantized[name], tower, source, folder)
-        for name, tower in towers.items()
+        for name, tower in manifest.towers.items()
     }
-    precisions = dict.fromkeys(tower.precision.split()[0] for tower in made.values())
-    return msgspec.structs.replace(
-        manifest,
-        precision=" + ".join(precisions),
-        target=backend.name,
-        image=made["image"],
-        text=made["text"],
-        files={},
-    )
+    trials = tuple(trial for tower in quantized.values() for trial in tower.trials)
+    return Converted(manifest.with_towers(made, target=backend.name), trials)
+
+
+def _samples(
+    source: Path, manifest: Manifest, calibration: CalibrationSet, backend: Backend, *, threads: int
+) -> list[TowerSamples]:
+    """Samples of both towers, judged by whether image and caption of a pair still find each other."""
+    calibrate, judge = calibration.calibrate, calibration.judge
+    inputs: dict[str, tuple[Inputs, Inputs]] = {
+        "image": (calibrate.pixels, judge.pixels),
+        "text": (calibrate.ids, judge.ids),
+    }
+    references = {
+        name: embed(backend.open(str(source / tower.file), threads=threads), inputs[name][1])
+        for name, tower in manifest.towers.items()
+    }
+    accuracy: dict[str, Callable[[Embeddings], Answers]] = {
+        "image": partial(matched, captions=references["text"]),
+        "text": partial(matched, references["image"]),
+    }
+    return [TowerSamples(name, *inputs[name], references[name], accuracy[name]) for name in manifest.towers]
 
 
 def _require_allowed(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:

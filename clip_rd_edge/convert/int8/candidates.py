@@ -21,6 +21,7 @@ from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantize
 from clip_rd_edge.convert.parity import Inputs, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
+from clip_rd_edge.utils.reporting import Reporter
 
 SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0
@@ -43,7 +44,7 @@ def candidates(
     *,
     allowed_error: float,
     threads: int,
-    progress: Callable[[str], None],
+    reporter: Reporter,
 ) -> Iterator[Candidate]:
     """Candidates for a tower, by what it is made of.
 
@@ -64,12 +65,12 @@ def candidates(
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples)
         yield from _static(quantizer)
-        progress(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
+        reporter.update(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
         errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
         yield from _partly_static(quantizer, errors, allowed_error)
         robust = [layer for layer in layers_within(errors, _SHARES[0] * allowed_error) if layer in convolutions]
         if robust:
-            progress(f"timing INT8 in each part of {len(robust)} convolutions")
+            reporter.update(f"timing INT8 in each part of {len(robust)} convolutions")
             yield from _mixed(quantizer, robust, samples, products=len(products) > 1, threads=threads)
     if len(products) > 1:
         yield from _dynamic(model, table=table)
@@ -81,12 +82,12 @@ def static_candidates(
     *,
     allowed_error: float,
     threads: int,
-    progress: Callable[[str], None],
+    reporter: Reporter,
 ) -> Iterator[Candidate]:
     """Static INT8 in all layers and in the robust ones, whatever a tower is made of; arguments as `candidates`."""
     quantizer = StaticQuantizer(model, samples)
     yield from _static(quantizer)
-    progress(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
+    reporter.update(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
     errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
     yield from _partly_static(quantizer, errors, allowed_error)
 
@@ -183,7 +184,7 @@ class Ways(Protocol):
     """Candidates for a tower; see `candidates.candidates`."""
 
     def __call__(
-        self, model: Path, samples: Inputs, *, allowed_error: float, threads: int, progress: Callable[[str], None]
+        self, model: Path, samples: Inputs, *, allowed_error: float, threads: int, reporter: Reporter
     ) -> Iterator[Candidate]:
         """Those worth trying."""
         ...
@@ -199,14 +200,14 @@ class Backend:
 
 
 def openvino_candidates(
-    model: Path, samples: Inputs, *, allowed_error: float, threads: int, progress: Callable[[str], None]
+    model: Path, samples: Inputs, *, allowed_error: float, threads: int, reporter: Reporter
 ) -> Iterator[Candidate]:
     """Q/DQ of both kinds: OpenVINO's kernels are fast with U8 and with S8 activations, but not always right with S8.
 
     NNCF's own is tried where it is installed: at times faster, mostly less accurate. Dynamic INT8 is left in float by
     OpenVINO.
     """
-    yield from static_candidates(model, samples, allowed_error=allowed_error, threads=threads, progress=progress)
+    yield from static_candidates(model, samples, allowed_error=allowed_error, threads=threads, reporter=reporter)
     yield Candidate("symmetric, percentile", partial(_symmetric, model, samples))
     if nncf_is_there():
         yield Candidate("by NNCF", partial(quantize_by_nncf, model, samples))

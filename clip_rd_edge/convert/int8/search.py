@@ -15,10 +15,12 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.graph import preprocessed
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate
 from clip_rd_edge.convert.int8.dynamic import scales_by_batch
-from clip_rd_edge.convert.int8.select import Budget, Measured, Trial, choose
+from clip_rd_edge.convert.int8.select import Measured, Trial, choose
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import BATCH_SIZE, Answers, Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.io import full_disk
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 _FP32 = "float32"
@@ -45,64 +47,75 @@ class QuantizedTower:
     one_at_a_time: bool = False
 
 
+@dataclass(frozen=True)
+class TowerSamples:
+    """Inputs of one tower.
+
+    Attributes:
+        tower: `image` or `text`.
+        calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
+        judge: others, (M, …), which candidates are judged by.
+        reference: embeddings of `judge` by the float32 file, (M, D), where they have been computed already.
+        accuracy: which of the judging pairs the tower's embeddings of `judge` match beside the other tower's, (M,).
+    """
+
+    tower: str
+    calibrate: Inputs
+    judge: Inputs
+    reference: Embeddings | None = None
+    accuracy: Callable[[Embeddings], Answers] = lambda rows: np.ones(len(rows), dtype=bool)
+
+
 def quantize_tower(
     model: Path,
+    samples: TowerSamples,
     *,
-    tower: str,
-    calibrate: Inputs,
-    judge: Inputs,
-    reference: Embeddings | None = None,
     budget: Budget = Budget(),  # noqa: B008 — frozen
-    accuracy: Callable[[Embeddings], Answers] = lambda found: np.ones(len(found), dtype=bool),
     threads: int = 1,
-    progress: Callable[[str], None] = lambda _: None,
-    timer: Timer = time_in_turn,
     backend: Backend = ORT,
+    reporter: Reporter = SILENT,
+    timer: Timer = time_in_turn,
 ) -> QuantizedTower:
     """Quantise a tower in every way worth trying, and choose by what is measured on this machine.
 
     Args:
         model: the float32 ONNX file.
-        tower: `image` or `text`.
-        calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
-        judge: others, which candidates are judged by.
-        reference: embeddings of `judge` by the float32 file in `backend`, where they are there already.
         budget: what INT8 may cost.
-        accuracy: which of the judging pairs the tower's embeddings of `judge` match beside the other tower's, (N,).
         threads: threads that latencies are measured with.
-        progress: told in a few words what is being done.
-        timer: times calls in turn.
         backend: the runtime that it is quantised for, and measured in.
+        timer: times calls in turn.
     """
+    tower, judge = samples.tower, samples.judge
+    reporter = PrefixedReporter(reporter, f"{tower} tower: ")
     sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
     contents: dict[str, bytes] = {}
     failed: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
         ways = backend.ways(
             preprocessed(model, Path(folder)),
-            calibrate,
+            samples.calibrate,
             allowed_error=1 - budget.min_agreement(tower),
             threads=threads,
-            progress=lambda what: progress(f"{tower} tower: {what}"),
+            reporter=reporter,
         )
         for way in ways:
-            progress(f"{tower} tower: {way.name}")
+            reporter.update(way.name)
             made = _made(way, backend, threads)
             if isinstance(made, str):
                 failed.append(_failed(tower, way, made))
             else:
                 contents[way.name], sessions[way.name] = made
-    progress(f"{tower} tower: timing {len(contents)} candidates and float32 in turn")
+    reporter.update(f"timing {len(contents)} candidates and float32 in turn")
     times = latencies(sessions, judge, timer=timer)
-    progress(f"{tower} tower: judging {len(contents)} candidates")
-    reference = embed(sessions[_FP32], judge) if reference is None else reference
-    right = accuracy(reference)
+    reporter.update(f"judging {len(contents)} candidates")
+    reference = embed(sessions[_FP32], judge) if samples.reference is None else samples.reference
+    right = samples.accuracy(reference)
     fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
     alone = {name for name, content in contents.items() if scales_by_batch(content)}
     tried = {}
     for name, content in contents.items():
         found = embed(sessions[name], judge, batch_size=1 if name in alone else BATCH_SIZE)
-        still = accuracy(found)
+        still = samples.accuracy(found)
         tried[name] = Measured(
             name,
             times[name],

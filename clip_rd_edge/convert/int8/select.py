@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement, lowest_tenth
 from clip_rd_edge.utils.timing import Milliseconds
 
@@ -20,26 +21,6 @@ _WORTH_LATENCY, _WORTH_SIZE = 0.95, 0.67
 _NOT_SLOWER = 1.03
 # A loss of accuracy counts that chance brings about in fewer cases than this.
 _CHANCE = 0.1
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What INT8 may cost.
-
-    Attributes:
-        image, text: least centred cosine with float32, by tower. Text asks for more: its embeddings are the classifier
-            of every picture.
-        max_loss: points of zero-shot accuracy that a tower may lose on the held-out pairs, each picture among all
-            captions. Some answers change either way with any rounding; a loss that is within chance is let pass.
-    """
-
-    image: float = 0.99
-    text: float = 0.995
-    max_loss: float = 0.5
-
-    def min_agreement(self, tower: str) -> float:
-        """The least centred cosine of `image` or `text`."""
-        return self.image if tower == "image" else self.text
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,12 +11,13 @@ import msgspec
 from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, TOKENIZER, Manifest
 from clip_rd_edge.convert.bundle import open_source
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.int8.select import Budget
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.targets import RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
 from clip_rd_edge.convert.tensorrt.engine import build_engine, layers_not_in
-from clip_rd_edge.convert.tensorrt.strongly_typed import TypedPrecision, TypedTower, typed_towers
+from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # The content of the engine of a tower, `image` or `text`, from the ONNX that goes beside it, or what that came from.
 EngineBuilder = Callable[[str, TypedTower], bytes]
@@ -25,12 +26,10 @@ EngineBuilder = Callable[[str, TypedTower], bytes]
 def write_engines(
     source: Path,
     folder: Path,
+    request: ExportRequest,
     *,
-    precision: TypedPrecision,
-    target: str,
-    calibration: CalibrationSet | None,
-    progress: Callable[[str], None],
-    budget: Budget = Budget(),  # noqa: B008 — frozen
+    calibration: CalibrationSet | None = None,
+    reporter: Reporter = SILENT,
     build: EngineBuilder | None = None,
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
@@ -48,33 +47,25 @@ def write_engines(
         MissingExtraError: TensorRT for RTX is not installed.
         ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
-    require_target(target)
+    target = require_target(request.target)
     manifest = open_source(source, folder, calibration=calibration)
-    typed = typed_towers(
-        source, manifest, precision=precision, calibration=calibration, budget=budget, progress=progress
-    )
+    typed = typed_towers(source, manifest, request, calibration=calibration, reporter=reporter)
     if build is None and target in RTX_TARGETS:
         build = partial(_build_from_onnx, target=target)
     towers = {}
-    for name, tower in (("image", manifest.image), ("text", manifest.text)):
+    for name, tower in manifest.towers.items():
         typed_tower = typed[name]
         write_bytes(folder / tower.file, typed_tower.content)
         engine = ""
         if build is not None:
-            progress(f"{name} tower: building the engine for {target}")
+            reporter.update(f"{name} tower: building the engine for {target}")
             engine = Path(tower.file).with_suffix(ENGINE_SUFFIX).name
             write_bytes(folder / engine, build(name, typed_tower))
         towers[name] = msgspec.structs.replace(
             tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
         )
-    precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
-    made = msgspec.structs.replace(
-        manifest,
-        precision=" + ".join(precisions),
-        target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}",
-        image=towers["image"],
-        text=towers["text"],
-        files={},
+    made = manifest.with_towers(
+        towers, target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}"
     )
     if build is None:
         write_build_files(folder, made, title=SELF_BUILDING_TARGETS[target])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,12 +17,14 @@ from clip_rd_edge.convert.fp16 import half_tower, overflowing, probes_of, to_fp1
 from clip_rd_edge.convert.graph import preprocessed
 from clip_rd_edge.convert.int8.candidates import SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
-from clip_rd_edge.convert.int8.select import Budget
+from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_within
 from clip_rd_edge.convert.int8.static import layers_of
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 # Shares of the allowed error that the layers left in INT8 may sum to, tried from the first on.
 _SHARES = (0.9, 0.4, 0.1)
@@ -45,7 +47,7 @@ class SymmetricTower:
 
 
 def symmetric_tower(
-    prepared: Path, *, calibrate: Inputs, judge: Inputs, min_agreement: float, progress: Callable[[str], None]
+    prepared: Path, *, calibrate: Inputs, judge: Inputs, min_agreement: float, reporter: Reporter = SILENT
 ) -> SymmetricTower | None:
     """Quantise every layer; where that costs too much, leave out the layers that it hurts most. None where none holds.
 
@@ -67,7 +69,7 @@ def symmetric_tower(
     whole = attempt(every)
     if whole.of.centred_cosine >= min_agreement:
         return whole
-    progress(f"measuring what INT8 costs in each of {len(every)} layers")
+    reporter.update(f"measuring what INT8 costs in each of {len(every)} layers")
     few = calibrate[:SENSITIVITY_SAMPLES]
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
@@ -105,24 +107,25 @@ class TypedTower:
 def typed_towers(
     source: Path,
     manifest: Manifest,
+    request: ExportRequest,
     *,
-    precision: TypedPrecision,
     calibration: CalibrationSet | None,
-    progress: Callable[[str], None],
-    budget: Budget = Budget(),  # noqa: B008 — frozen
+    reporter: Reporter = SILENT,
 ) -> dict[str, TypedTower]:
     """Both towers of the float32 bundle `source`; one that INT8 costs too much is in float16, and its note says so."""
     probes = probes_of(source, manifest)
     made = {}
-    for name, tower in (("image", manifest.image), ("text", manifest.text)):
-        progress(f"{name} tower: {precision}")
+    for name, tower in manifest.towers.items():
+        reporter.update(f"{name} tower: {request.precision}")
         model = source / tower.file
-        if precision == "int8" and calibration is not None:
-            drawn = (calibration.calibrate, calibration.judge)
-            samples = [part.pixels if name == "image" else part.ids for part in drawn]
-            made[name] = _int8(model, name, (samples[0], samples[1]), probes[name], budget, progress)
+        if request.precision == "int8" and calibration is not None:
+            calibrate, judge = (
+                part.pixels if name == "image" else part.ids for part in (calibration.calibrate, calibration.judge)
+            )
+            samples = TowerSamples(name, calibrate, judge)
+            made[name] = _int8(model, samples, probes[name], request.budget, reporter)
         else:
-            made[name] = _float(model, probes[name], half=precision != "fp32")
+            made[name] = _float(model, probes[name], half=request.precision != "fp32")
     return made
 
 
@@ -137,23 +140,16 @@ def _float(model: Path, probes: Inputs, *, half: bool, note: str = "") -> TypedT
     return TypedTower(model.read_bytes(), "fp32", note)
 
 
-def _int8(
-    model: Path,
-    name: str,
-    samples: tuple[Inputs, Inputs],
-    probes: Inputs,
-    budget: Budget,
-    progress: Callable[[str], None],
-) -> TypedTower:
-    least = budget.min_agreement(name)
+def _int8(model: Path, samples: TowerSamples, probes: Inputs, budget: Budget, reporter: Reporter) -> TypedTower:
+    least = budget.min_agreement(samples.tower)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = preprocessed(model, Path(scratch))
         found = symmetric_tower(
             prepared,
-            calibrate=samples[0],
-            judge=samples[1],
+            calibrate=samples.calibrate,
+            judge=samples.judge,
             min_agreement=least,
-            progress=lambda what: progress(f"{name} tower: {what}"),
+            reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
         )
         if found is None:
             return _float(model, probes, half=True, note=f"fp16: INT8 does not reach a centred cosine of {least}.")

@@ -8,9 +8,9 @@ import pytest
 
 from clip_rd_edge.contract.bundle import Manifest, Measurement
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.int8.search import QuantizedTower
+from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples
 from clip_rd_edge.convert.int8.select import Trial
-from clip_rd_edge.convert.options import Fallback
+from clip_rd_edge.convert.options import ExportRequest, Fallback
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
@@ -36,7 +36,8 @@ class Export:
         self.better: tuple[str, ...] = ()
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
-    def quantize(self, model: Path, *, tower: str, **_: object) -> QuantizedTower:
+    def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
+        tower = samples.tower
         trial = Trial(
             tower=tower,
             name="static",
@@ -54,12 +55,10 @@ class Export:
         return export_bundle(
             self.student,
             self.output,
-            precision="int8",
+            ExportRequest(precision="int8", fallback=fallback),
             calibration=self.calibration,
-            fallback=fallback,
             source=self.source,
-            provenance={},
-        )
+        ).manifest
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import preprocessed
-from clip_rd_edge.convert.int8.search import quantize_tower
-from clip_rd_edge.convert.int8.select import Budget
+from clip_rd_edge.convert.int8.search import TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.sensitivity import group_errors
 from clip_rd_edge.convert.int8.static import StaticQuantizer
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -34,9 +34,7 @@ def test_an_image_tower_gets_smaller_and_still_agrees(fp32_bundle: Path, calibra
     pixels = calibration.judge.pixels
     done = quantize_tower(
         model,
-        tower="image",
-        calibrate=calibration.calibrate.pixels,
-        judge=pixels,
+        TowerSamples("image", calibration.calibrate.pixels, pixels),
         budget=Budget(image=0.97),
         timer=_timer(float32=3.0),
     )
@@ -56,9 +54,7 @@ def test_a_text_tower_shrinks_with_its_token_table_and_keeps_the_mask_in_float(
     model = fp32_bundle / "text.onnx"
     done = quantize_tower(
         model,
-        tower="text",
-        calibrate=calibration.calibrate.ids,
-        judge=calibration.judge.ids,
+        TowerSamples("text", calibration.calibrate.ids, calibration.judge.ids),
         timer=_timer(float32=3.0),
     )
     assert done.model is not None
@@ -74,9 +70,7 @@ def test_a_text_tower_shrinks_with_its_token_table_and_keeps_the_mask_in_float(
 def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibration: CalibrationSet) -> None:
     done = quantize_tower(
         fp32_bundle / "text.onnx",
-        tower="text",
-        calibrate=calibration.calibrate.ids,
-        judge=calibration.judge.ids,
+        TowerSamples("text", calibration.calibrate.ids, calibration.judge.ids),
         timer=_timer(float32=0.8),
     )
     assert done.model is None

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_rd_edge.convert.int8.select import Budget, Choice, Measured, choose
+from clip_rd_edge.convert.int8.select import Choice, Measured, choose
 from clip_rd_edge.convert.int8.sensitivity import GroupError, layers_within
+from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
 
 

@@ -82,7 +82,6 @@ def test_layers_that_int8_hurts_are_left_in_float(
             calibrate=calibration.calibrate.pixels[:8],
             judge=calibration.judge.pixels[:8],
             min_agreement=min_agreement,
-            progress=lambda _: None,
         )
         return found and (len(found.layers), len(found.in_float), found.of.centred_cosine)
 

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle
@@ -37,9 +38,12 @@ def folder(
     """What is copied to the device."""
     made = tmp_path_factory.mktemp("jetson") / "bundle"
     export_bundle(
-        student, made, precision="int8", format="trt", target="jetson-orin",
-        source=fp32_bundle, calibration=calibration, provenance={},
-    )  # fmt: skip
+        student,
+        made,
+        ExportRequest(precision="int8", format="trt", target="jetson-orin"),
+        source=fp32_bundle,
+        calibration=calibration,
+    )
     return made
 
 
@@ -68,7 +72,7 @@ def test_a_graphics_card_gets_the_same_in_half_precision(
     student: ClipModel, fp32_bundle: Path, trtexec: Path, tmp_path: Path
 ) -> None:
     made = tmp_path / "made"
-    export_bundle(student, made, precision="fp16", format="trt", target="nvidia-gpu", source=fp32_bundle, provenance={})
+    export_bundle(student, made, ExportRequest(precision="fp16", format="trt", target="nvidia-gpu"), source=fp32_bundle)
     assert read_manifest(made).target == "tensorrt nvidia-gpu"
     assert "NVIDIA GPU with TensorRT 10 or 11" in (made / "build.sh").read_text()
     done = _build(made, trtexec)

@@ -15,6 +15,7 @@ from clip_rd_edge.convert.graph import preprocessed
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.static import layers_of
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import hard_pixels
 from clip_rd_edge.convert.targets import require_target
 from clip_rd_edge.convert.tensorrt import engine as tensorrt
@@ -105,9 +106,7 @@ def test_an_image_engine_computes_in_the_type_that_was_asked_for(
 @pytest.mark.parametrize("target", ["sm86", "sm120"])
 def test_a_text_engine_computes_in_int8(fp32_bundle: Path, calibration: CalibrationSet, target: str) -> None:
     manifest = read_manifest(fp32_bundle)
-    typed = typed_towers(fp32_bundle, manifest, precision="int8", calibration=calibration, progress=lambda _: None)[
-        "text"
-    ]
+    typed = typed_towers(fp32_bundle, manifest, ExportRequest(precision="int8"), calibration=calibration)["text"]
     assert list(typed.types.values()).count("Int8") == 13
     assert layers_not_in(build_engine(typed.content, target=target).log, typed.types) == {}
 
@@ -119,9 +118,12 @@ def test_a_bundle_has_its_engines_beside_their_onnx(
 ) -> None:
     bundle = tmp_path / "engines"
     manifest = export_bundle(
-        student, bundle, precision="int8", format="trt", target="sm89",
-        source=fp32_bundle, calibration=calibration, labels=["cat"], provenance={},
-    )  # fmt: skip
+        student,
+        bundle,
+        ExportRequest(precision="int8", format="trt", target="sm89", labels=("cat",)),
+        source=fp32_bundle,
+        calibration=calibration,
+    ).manifest
     assert manifest.target == "tensorrt-rtx sm89"
     assert (manifest.image.engine, manifest.text.engine) == ("image.engine", "text.engine")
     assert {"image.onnx", "image.engine", "text.onnx", "text.engine"} < set(manifest.files)
@@ -146,7 +148,10 @@ def test_the_calibration_set_must_fit(
     other = CalibrationSet("other", calibrate=small, judge=small)
     with pytest.raises(ClipRdEdgeError, match="The calibration set has pictures of"):
         export_bundle(
-            student, tmp_path / "b", precision="int8", format="trt", target="sm86",
-            source=fp32_bundle, calibration=other, provenance={},
-        )  # fmt: skip
+            student,
+            tmp_path / "b",
+            ExportRequest(precision="int8", format="trt", target="sm86"),
+            source=fp32_bundle,
+            calibration=other,
+        )
     assert not (tmp_path / "b").exists()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmark.run import run_suite
-from clip_rd_edge.benchmark.suite import Suite, SuiteRow
+from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.openvino import open_openvino

@@ -1,0 +1,106 @@
+"""Tables in a Markdown file that a command writes: what stands between two marks is replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_rd_edge.benchmarking import formatting as formats
+from clip_rd_edge.benchmarking.report.findings import headline
+from clip_rd_edge.benchmarking.report.html import page
+from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note, worst_note
+from clip_rd_edge.benchmarking.report.plot import draw
+from clip_rd_edge.benchmarking.report.tables import COMPARED, Section, details, differences, sections
+from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import write_bytes, write_text
+
+
+def write_between_marks(document: Path, name: str, table: str) -> None:
+    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file.
+
+    Raises:
+        InputError: the file has no such marks.
+    """
+    begin_mark, end_mark = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = document.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
+    if not (begin and end):
+        raise InputError(f"{document} has no lines {begin_mark} and {end_mark}, between which the table goes.")
+    write_text(document, f"{before}{begin_mark}\n{table}\n{end_mark}{after}")
+
+
+MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write results.json and, made from it alone, report.md, report.html and the plot; the folder is made if missing.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; results.json is written all the same.
+    """
+    write_results(folder / RESULTS, results)
+    plot = draw(results, file_format="png")
+    if plot is not None:
+        write_bytes(folder / PLOT, plot)
+    write_text(folder / MARKDOWN, markdown(results, plot=plot is not None))
+    write_text(folder / HTML, page(results))
+
+
+def markdown(results: Results, *, plot: bool) -> str:
+    """The report as Markdown; `plot` says whether accuracy-latency.png stands beside it."""
+    parts = [f"# {results.suite.name}: accuracy, latency, size", "\n\n".join(headline(results))]
+    if plot:
+        parts.append(f"![Top-1 over the latency of the image tower]({PLOT})")
+    parts += ["## Step by step", *([COMPARED] if results.first("teacher") else []), _models(results, sections(results))]
+    if results.skipped:
+        parts.append("\n".join(f"- **{row.label}** was not measured: {row.reason}" for row in results.skipped))
+    if results.missing:
+        parts.append("\n".join(f"- **{task.name}** is missing: {task.reason}" for task in results.missing))
+    if results.samples:
+        parts += ["## What it says to pictures", samples_note(results), _samples(results)]
+    if results.worst:
+        parts += ["## What it gets wrong most", worst_note(results), _worst(results)]
+    if results.comparisons:
+        parts += ["## Differences in top-1", _differences(results)]
+    parts += ["## How it was measured", _table(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
+    parts += ["\n".join(f"- {remark}" for remark in remarks(results))]
+    parts += ["## Every other number", _models(results, details(results))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models(results: Results, shown: Sequence[Section]) -> str:
+    lines = []
+    for section in shown:
+        lines.append([f"**{section.title}**", *("" for _ in results.rows)])
+        for line in section.lines:
+            cells = (f"{cell.text} ({cell.compared})" if cell.compared else cell.text for cell in line.cells)
+            lines.append([line.name, *cells])
+    return _table(["", *(row.label for row in results.rows)], lines, numbers=len(results.rows))
+
+
+def _samples(results: Results) -> str:
+    heads = ["Picture of", *(answer.row for answer in results.samples[0].answers)]
+    return _table(heads, [[sample.label, *map(_answer, sample.answers)] for sample in results.samples])
+
+
+def _worst(results: Results) -> str:
+    rows = [[each.label, f"{each.right} of {each.pictures}", each.taken_for] for each in results.worst]
+    return _table(["Class", "Right", "Taken for"], rows)
+
+
+def _answer(answer: Answer) -> str:
+    return f"{'✓' if answer.right else '✗'} {answer.label}, {formats.share(answer.probability, 1)}"
+
+
+def _differences(results: Results) -> str:
+    heads = ["Models", "Task", "", "Points", "95 % interval"]
+    lines = [[found.models, found.task, found.verdict, found.points, found.interval] for found in differences(results)]
+    return _table(heads, lines, numbers=2)
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: int = 0) -> str:
+    """A Markdown table whose last `numbers` columns are aligned to the right."""
+    rules = ["---"] * (len(heads) - numbers) + ["---:"] * numbers
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in [heads, rules, *lines])

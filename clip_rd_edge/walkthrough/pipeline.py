@@ -1,0 +1,202 @@
+"""What a quickstart is asked to do, and who watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from clip_rd_edge.benchmarking.report.markdown import write_report
+from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
+from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
+from clip_rd_edge.benchmarking.suite import Suite, read_suite
+from clip_rd_edge.benchmarking.throughput import Launch
+from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.convert.calibration import calibration_set
+from clip_rd_edge.convert.int8.select import Trial
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.data import emoji
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.io import new_folder, shipped
+from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.walkthrough.teacher import build_teacher
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        folder: where everything goes.
+        student: a preset.
+        recipe: how it is distilled.
+        seed: of the student; the teacher's is 0 always.
+        with_baseline: train the same student without a teacher, too, for as many steps.
+        teacher_steps, student_steps: of 64 and 32 pairs.
+    """
+
+    folder: Path
+    student: str = "resnet10t"
+    recipe: str = "clip-rd"
+    seed: int = 0
+    with_baseline: bool = False
+    teacher_steps: int = 600
+    student_steps: int = 1100
+
+
+IMAGE_SIZE = 64  # pixels: what emoji need, and two cores can train on
+
+
+def tune_teacher(settings: Settings, reporter: Reporter) -> None:
+    """Tune the embedded teacher on the training pairs; small batches learn more here than few large ones."""
+    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
+    config = _config(
+        recipe="clip",
+        steps=settings.teacher_steps,
+        batch_size=64,
+        learning_rate=1e-3,
+        student=f"local-dir:{start}",
+        freeze_text=True,
+        seed=0,  # the same teacher for every student, so that seeds of students can be compared
+    )
+    run_distillation(config, settings.folder / "teacher", resume=True, reporter=reporter)
+
+
+def distil(settings: Settings, reporter: Reporter) -> None:
+    """Distil the student from the tuned teacher."""
+    _train_student(settings, reporter, settings.folder / "student", settings.recipe)
+
+
+def train_alone(settings: Settings, reporter: Reporter) -> None:
+    """Train the same student on the pairs alone, for as many steps."""
+    _train_student(settings, reporter, settings.folder / "student-alone", "clip")
+
+
+def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
+    config = _config(
+        recipe=recipe,
+        steps=settings.student_steps,
+        batch_size=32,
+        learning_rate=2e-3,
+        student=settings.student,
+        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.need_teacher else None,
+        text="tiny",
+        seed=settings.seed,
+    )
+    run_distillation(config, run, resume=True, reporter=reporter)
+
+
+def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
+    return RunConfig(
+        recipe_name=recipe,
+        recipe=msgspec.structs.replace(
+            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
+        ),
+        data="emoji",
+        image_size=IMAGE_SIZE,
+        context_length=16,
+        embedding_size=256,
+        checkpoint_every=100,
+        **rest,
+    )
+
+
+def run_quickstart(
+    settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, launch: Launch | None = None
+) -> Results:
+    """Run every stage that is not done yet; returns what was measured.
+
+    Args:
+        open_encoder: opens a bundle or a model's folder for the benchmark.
+        launch: as `benchmarking.run.run_suite` takes it.
+
+    Raises:
+        UsageError: the folder holds a quickstart with other settings.
+        InterruptedRunError: a signal asked to stop; the same call goes on from there.
+    """
+    stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
+        ("Draw the data set", _draw),
+        ("Tune the teacher", tune_teacher),
+        ("Distil the student", distil),
+        *([("Train the same student alone", train_alone)] if settings.with_baseline else []),
+        ("Export to ONNX FP32 and FP16", _export_floats),
+        ("Quantise to INT8", _quantise),
+        ("Compare all of them", lambda s, w: _compare(s, w, open_encoder, launch)),
+    ]
+    for number, (title, run) in enumerate(stages, start=1):
+        reporter.begin(title, number, len(stages))
+        run(settings, reporter)
+    return read_results(settings.folder / "report" / RESULTS)
+
+
+def _draw(settings: Settings, reporter: Reporter) -> None:
+    pairs = emoji.training_pairs()
+    reporter.say(f"{len(emoji.concepts()):,} emoji in two art styles; {len(pairs):,} pairs to train on, 760 to test by")
+
+
+def _export_floats(settings: Settings, reporter: Reporter) -> None:
+    _export(settings, reporter, "fp32")
+    _export(settings, reporter, "fp16")
+
+
+def _quantise(settings: Settings, reporter: Reporter) -> None:
+    _export(settings, reporter, "int8")
+
+
+def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "fp16", "int8"]) -> None:
+    bundle = settings.folder / "bundles" / precision
+    if is_bundle(bundle):
+        return
+    clip = load_clip(str(settings.folder / "student"))
+    calibration = None
+    if precision == "int8":
+        calibration = calibration_set(
+            emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize
+        )
+    request = ExportRequest(
+        precision=precision,
+        fallback="fp32",  # a machine on which INT8 is not worth it gets its report, too
+        labels=tuple(concept.name for concept in emoji.concepts()),
+        provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
+    )
+    converted = export_bundle(
+        clip,
+        bundle,
+        request,
+        calibration=calibration,
+        source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",
+        reporter=reporter,
+    )
+    _tell(reporter, converted.trials)
+
+
+def _tell(reporter: Reporter, trials: Sequence[Trial]) -> None:
+    """What was tried, and what became of it."""
+    for trial in trials:
+        reporter.say(
+            f"{trial.tower} tower, {trial.name}: {1 / trial.latency_ratio:.2f}× as fast as FP32, "
+            f"centred cosine {trial.centred_cosine:.4f}, {trial.size_ratio:.2f}× the size: {trial.verdict}"
+        )
+
+
+def _compare(settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, launch: Launch | None) -> None:
+    report, suite = settings.folder / "report", quickstart_suite(settings.folder)
+    if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
+        return
+    results = run_suite(suite, open_encoder, reporter, launch=launch)
+    with new_folder(report) as folder:
+        write_report(results, folder)
+
+
+def quickstart_suite(folder: Path) -> Suite:
+    """The shipped suite over a quickstart's folder, without the baseline where it was not trained."""
+    suite = read_suite(shipped("benchmarks/suites/quickstart.yaml"))
+    rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
+    return msgspec.structs.replace(suite, root=str(folder), rows=rows)

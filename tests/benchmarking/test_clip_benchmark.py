@@ -1,0 +1,157 @@
+"""Scores are CLIP_benchmark's own, to the last digit."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification as classification
+from clip_benchmark.metrics import zeroshot_retrieval as ranking
+from PIL import Image
+
+from clip_rd_edge.benchmarking.accuracy import retrieval, zero_shot
+from clip_rd_edge.contract.encoder import Description, Embeddings
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.data.tasks import load_task
+
+HOW = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+WIDTH = 6
+
+
+class RandomClip:
+    """open_clip's methods on a random projection of pixels and of letters."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.image = torch.randn(3 * 8 * 8, WIDTH, generator=generator)
+        self.text = torch.randn(128, WIDTH, generator=generator)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1) @ self.image
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.text[ids].mean(dim=1)
+
+
+def tokenize(texts: Sequence[str]) -> torch.Tensor:
+    return torch.tensor([[ord(letter) for letter in text.ljust(40)[:40]] for text in texts])
+
+
+class Ours:
+    """The same as an Encoder."""
+
+    def __init__(self) -> None:
+        self.clip = RandomClip()
+
+    def describe(self) -> Description:
+        return Description(
+            name="random", runtime="torch", precision="fp32", embedding_size=WIDTH, preprocessing=HOW, logit_scale=100
+        )
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
+        return self._normalise(self.clip.encode_image(torch.from_numpy(np.stack([preprocess(i, HOW) for i in images]))))
+
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+        return self._normalise(self.clip.encode_text(tokenize(texts)))
+
+    def _normalise(self, rows: torch.Tensor) -> Embeddings:
+        return torch.nn.functional.normalize(rows, dim=-1).numpy()
+
+
+class Loader:
+    """Batches as CLIP_benchmark's data loaders give them: pixels, and classes or captions."""
+
+    def __init__(self, task: Task, said: Sequence[object], classes: Sequence[str] = ()) -> None:
+        self.task, self.said = task, said
+        self.dataset = SimpleNamespace(classes=classes)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, object]]:
+        for start in range(0, len(self.task.images), 16):
+            images = self.task.images[start : start + 16]
+            said = self.said[start : start + 16]
+            pixels = torch.from_numpy(np.stack([preprocess(open_image(image), HOW) for image in images]))
+            yield pixels, torch.tensor(said) if self.dataset.classes else said
+
+
+def export(folder: Path, samples: Sequence[dict[str, bytes]]) -> Path:
+    """Write shards as CLIP_benchmark exports them."""
+    (folder / "test").mkdir(parents=True)
+    with tarfile.open(folder / "test" / "0.tar", "w") as archive:
+        for i, sample in enumerate(samples):
+            for suffix, content in sample.items():
+                info = tarfile.TarInfo(f"s{i:07d}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    return folder
+
+
+def pictures(count: int) -> list[bytes]:
+    rng = np.random.default_rng(1)
+    encoded = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (9, 11, 3)).astype(np.uint8)).save(buffer, "png")
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+
+
+def accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+    """CLIP_benchmark's function of that name, which numpy from 2.4 on refuses: it takes float() of a row of one."""
+    correct = output.topk(max(topk), 1, True, True)[1].t().eq(target)
+    return [correct[:k].sum().item() / len(target) for k in topk]
+
+
+def test_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classification, "accuracy", accuracy)
+    labels = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+    templates = ["a photo of a {c}.", "the {c}", "{c} in a tree"]
+    classes = np.random.default_rng(2).integers(0, 6, 90) // np.array([1, 1, 2] * 30)  # uneven, and never a gnu
+    samples = [{"cls": str(c).encode(), "png": p} for c, p in zip(classes.tolist(), pictures(90), strict=True)]
+    folder = export(tmp_path / "animals", samples)
+    (folder / "classnames.txt").write_text("\n".join(labels))
+    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
+    task = load_task(str(folder))
+    assert isinstance(task, ZeroShotTask)
+    loader = Loader(task, task.targets, labels)
+    theirs = classification.evaluate(RandomClip(), loader, tokenize, labels, templates, "cpu", amp=False)
+    ours = zero_shot(Ours(), task).score
+    assert (ours.top1, ours.top5, ours.mean_per_class) == (
+        theirs["acc1"], theirs["acc5"], theirs["mean_per_class_recall"],
+    )  # fmt: skip
+    assert 0 < ours.top1 < ours.top5 < 1
+    assert ours.templates == "3, the data set's"
+
+
+def test_retrieval_with_five_captions_a_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    captions = [["".join(map(chr, rng.integers(97, 122, 30))) for _ in range(5)] for _ in range(30)]
+    samples = [{"png": p, "txt": "\n".join(c).encode()} for c, p in zip(captions, pictures(30), strict=True)]
+    folder = export(tmp_path / "letters", samples)
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    task = load_task(str(folder))
+    assert isinstance(task, RetrievalTask)
+    theirs = ranking.evaluate(
+        RandomClip(), Loader(task, captions), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
+    )
+    ours = retrieval(Ours(), task).score
+    for direction, found in (("image", ours.text_to_image), ("text", ours.image_to_text)):
+        for k, value in ((1, found.at1), (5, found.at5), (10, found.at10)):
+            assert value is not None
+            # They average in float32.
+            assert np.float32(value) == np.float32(theirs[f"{direction}_retrieval_recall@{k}"])
+    assert 0 < ours.image_to_text.at1 < 1
+    assert (ours.pictures, ours.captions) == (30, 150)

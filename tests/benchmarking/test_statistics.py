@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.benchmarking.statistics import seeds_table
+from clip_rd_edge.errors import InputError
+
+
+def with_top1(results: Results, values: dict[str, float]) -> Results:
+    """The same results with another top-1 on each zero-shot task, by the row's role."""
+    rows = []
+    for row in results.rows:
+        scores = tuple(
+            msgspec.structs.replace(score, top1=values[row.role]) if isinstance(score, ZeroShotScore) else score
+            for score in row.scores
+        )
+        rows.append(msgspec.structs.replace(row, scores=scores))
+    return msgspec.structs.replace(results, rows=tuple(rows))
+
+
+def test_means_spreads_and_paired_ratios(results: Results) -> None:
+    roles = {row.role: row.label for row in results.rows}
+    first = dict.fromkeys(roles, 0.5) | {"teacher": 0.4, "student": 0.2}
+    second = dict.fromkeys(roles, 0.5) | {"teacher": 0.5, "student": 0.4}
+    lines = seeds_table([with_top1(results, first), with_top1(results, second)]).splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].strip(" |") for line in lines[2:]}
+    assert cells[roles["teacher"]] == "45.0 ± 7.1 (40.0 to 50.0)"
+    assert cells[roles["student"]] == "30.0 ± 14.1 (20.0 to 40.0)"
+    # (0.2 / 0.4 + 0.4 / 0.5) / 2, and not 0.3 / 0.45
+    assert cells[f"{roles['student']} / {roles['teacher']}"] == "0.65× ± 0.21 (0.50 to 0.80)"
+
+
+def test_one_result_has_no_spread(results: Results) -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        seeds_table([results])

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names
+from clip_rd_edge.distillation.optim import build_optimizer, learning_rate_at
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.losses.objective import Objective, Weights
+
+
+def test_every_recipe_reads_and_weighs_what_its_name_says() -> None:
+    assert recipe_names() == ["clip", "clip-kd", "clip-rd", "clip-rd-paper", "tinyclip"]
+    assert set(load_recipe("clip").objective.active()) == {"task"}
+    assert set(load_recipe("clip-kd").objective.active()) == {"task", "fd", "icl", "hrd"}
+    rd = load_recipe("clip-rd")
+    assert rd.objective == load_recipe("clip-rd-paper").objective
+    assert (rd.scales, load_recipe("clip-rd-paper").scales) == ("bounded", "raw")
+    assert rd.objective.fd == 2000
+    assert set(load_recipe("tinyclip").objective.active()) == {"task", "affinity"}
+
+
+def test_a_misspelt_recipe_has_near_matches() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'clip-rd'"):
+        load_recipe("cliprd")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: {task: 1}\nlearning_rat: 1", "unknown field `learning_rat`.*Did you mean 'learning_rate'"),
+        ("objective: {task: 1, xdr: 1}", "unknown field `xdr`"),
+        ("objective: {task: 1}\nbatch_size: 0", "batch_size is 0; expected more than 0"),
+        ("objective: {task: 1}\ncrop_scale: [0.9, 0.5]", "crop_scale"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_said(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(str(path))
+
+
+def test_warm_up_then_cosine() -> None:
+    recipe = Recipe(objective=Weights(task=1), learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[10] == max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_short_run_is_not_all_warm_up() -> None:
+    recipe = Recipe(objective=Weights(task=1), warmup_steps=10_000, learning_rate=1.0)
+    assert learning_rate_at(5, 50, recipe) == pytest.approx(1.0)
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    groups = build_optimizer(model, Objective(Weights(task=1, xrd=1)), load_recipe("clip-rd")).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.01]
+    assert [len(group["params"]) for group in groups] == [1, 3, 3]
+
+
+def test_the_first_difference_is_named() -> None:
+    one = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), data="emoji", student="resnet18")
+    other = msgspec.structs.replace(one, recipe=msgspec.structs.replace(one.recipe, batch_size=8), log_every=3)
+    assert first_difference(one, one) is None
+    assert first_difference(one, other) == "batch_size: 1024 → 8"

@@ -1,0 +1,261 @@
+"""Whole runs of a few steps on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import Watch
+
+from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.distillation.checkpoint import saved_states
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.metrics import read_metrics
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
+from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.student import build_student, student_config
+
+STEPS = 8
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
+    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def config(pairs_csv: Path, teacher: Path) -> RunConfig:
+    recipe = msgspec.structs.replace(
+        load_recipe("clip-rd"), steps=STEPS, batch_size=6, precision="fp32", learning_rate=1e-3
+    )
+    return RunConfig(
+        recipe_name="clip-rd",
+        recipe=recipe,
+        data=str(pairs_csv),
+        teacher=str(teacher),
+        teacher_precision="fp32",
+        student="test_vit",
+        image_size=160,
+        text="tiny",
+        context_length=12,
+        checkpoint_every=3,
+        log_every=1,
+        workers=0,
+    )
+
+
+def go(
+    config: RunConfig, run: Path, *, resume: bool = False, on_step: Callable[[int], None] = lambda step: None
+) -> Path:
+    return run_distillation(config, run, resume=resume, reporter=Watch(on_step=on_step))
+
+
+def weights(student: Path) -> dict[str, torch.Tensor]:
+    return load_file(student / "open_clip_model.safetensors")
+
+
+def assert_equal_bit_for_bit(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_what_it_promises(config: RunConfig, tmp_path: Path) -> None:
+    student = go(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert {"loss/vrd_kl", "loss/xrd", "teacher_gap", "student_gap", "data_wait"} <= lines[0].keys()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    record = msgspec.json.decode((student / "distillation.json").read_bytes())
+    assert (record["recipe"], record["pairs"], record["teacher"]) == ("clip-rd", 24, "teacher")
+    assert {path.name for path in (tmp_path / "run" / "report").iterdir()} >= {"losses.png", "geometry.png"}
+
+
+@pytest.mark.parametrize("stop_after", [2, 5])
+def test_a_killed_run_goes_on_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
+    whole = go(config, tmp_path / "whole")
+
+    def kill(step: int) -> None:
+        if step == stop_after:
+            raise MemoryError("as good as a kill: nothing is saved")
+
+    with pytest.raises(MemoryError):
+        go(config, tmp_path / "killed", on_step=kill)
+    resumed = go(config, tmp_path / "killed", resume=True)
+    assert_equal_bit_for_bit(whole, resumed)
+    assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
+
+
+def test_sigterm_saves_and_says_how_to_go_on(config: RunConfig, tmp_path: Path) -> None:
+    def terminate(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 8") as error:
+        go(config, tmp_path / "run", on_step=terminate)
+    assert error.value.exit_code == 75
+    assert_equal_bit_for_bit(go(config, tmp_path / "run", resume=True), go(config, tmp_path / "whole"))
+
+
+def test_a_checkpoint_cut_off_while_written_is_passed_over(config: RunConfig, tmp_path: Path) -> None:
+    whole = go(config, tmp_path / "run")
+    shutil.rmtree(whole)
+    older, newest = saved_states(tmp_path / "run")[-2:]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:5000])
+    assert older != newest
+    assert_equal_bit_for_bit(go(config, tmp_path / "run", resume=True), go(config, tmp_path / "whole"))
+
+
+def test_a_finished_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
+    student = go(config, tmp_path / "run")
+    before = (student / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert go(config, tmp_path / "run", resume=True) == student
+    assert (student / "open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_in_use_or_of_another_run_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    go(config, tmp_path / "run")
+    with pytest.raises(UsageError, match="not empty"):
+        go(config, tmp_path / "run")
+    with pytest.raises(UsageError, match="seed: 0 → 1"):
+        go(msgspec.structs.replace(config, seed=1), tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clip_rd_edge.losses.objective as objective
+
+    monkeypatch.setitem(objective._TERMS, "xrd", lambda products: products.student().rows.sum() * float("nan"))
+    with pytest.raises(ClipRdEdgeError, match="not finite for 5 steps in a row"):
+        go(config, tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[0]["loss"] is None
+
+
+def test_a_teacher_is_asked_for(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs a teacher"):
+        go(msgspec.structs.replace(config, teacher=None), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_text_tower_learns_its_projection_alone(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
+    tuned = msgspec.structs.replace(
+        config, recipe=recipe, recipe_name="clip", teacher=None, student=f"local-dir:{teacher}", freeze_text=True
+    )
+    before, after = weights(teacher), weights(go(tuned, tmp_path / "run"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in changed if name.startswith("text.")} == {"text.text_projection"}
+    assert any(name.startswith("visual.trunk") for name in changed)
+
+
+def test_precision_is_measured_and_kept(config: RunConfig, tmp_path: Path) -> None:
+    auto = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="auto"))
+    watch = Watch()
+
+    def stop(step: int) -> None:
+        raise MemoryError
+
+    watch.on_step = stop
+    with pytest.raises(MemoryError):
+        run_distillation(auto, tmp_path / "run", resume=False, reporter=watch)
+    assert any("measured: a step takes" in sentence for sentence in watch.said)
+    kept: Any = (tmp_path / "run" / "config.yaml").read_text()
+    assert "precision: auto" not in kept
+    assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
+
+
+def test_a_teacher_of_another_width_is_seen_through_a_projection_that_is_not_exported(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    narrow = msgspec.structs.replace(config, embedding_size=10)
+    student = go(narrow, tmp_path / "run")
+    saved = weights(student)
+    assert saved["text.text_projection"].shape[1] == 10
+    assert not any("projection" in name and name != "text.text_projection" for name in saved)
+    assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
+
+
+def replaced(config: RunConfig, **recipe: object) -> RunConfig:
+    return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
+
+
+def test_the_best_student_is_kept_beside_the_last(config: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = msgspec.structs.replace(config, evaluate_every=3, report_to="tensorboard")
+    figures = iter([0.2, 0.5, 0.4])
+
+    run_distillation(config, tmp_path / "run", resume=False, evaluate=lambda _: {"task": next(figures)})
+    best, last = (
+        json.loads((tmp_path / "run" / name / "distillation.json").read_text()) for name in ("best", "student")
+    )
+    assert (best["steps"], best["evaluation"]) == (6, {"task": 0.5})
+    assert (last["steps"], last["evaluation"]) == (STEPS, {"task": 0.4})
+    assert load_clip(str(tmp_path / "run" / "best")).embedding_size == 24
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
+    logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_a_run_goes_on_on_another_number_of_processes_and_says_so(config: RunConfig, tmp_path: Path) -> None:
+    go(config, tmp_path / "run")
+    begun = (tmp_path / "run" / "config.yaml").read_text()
+    assert "processes: 1" in begun
+    (tmp_path / "run" / "config.yaml").write_text(begun.replace("processes: 1", "processes: 2"))
+    watch = Watch()
+    run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
+    assert "began on 2 processes and goes on on 1" in watch.said[0]
+
+
+def test_a_moving_average_is_what_is_kept_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
+    def finite(encoder: Encoder) -> dict[str, float]:
+        return {"finite": float(np.isfinite(encoder.encode_texts(["a cat"])).all())}
+
+    averaging = msgspec.structs.replace(replaced(config, ema_decay=0.9), evaluate_every=4)
+    averaged = run_distillation(averaging, tmp_path / "averaged", resume=False, evaluate=finite)
+    assert [line.get("evaluation/finite") for line in read_metrics(tmp_path / "averaged")][3::4] == [1.0, 1.0]
+    plain = go(config, tmp_path / "plain")
+    start = go(replaced(config, steps=1, learning_rate=1e-12), tmp_path / "start")
+    name = "visual.head.proj.weight"
+    before, after, between = (weights(path)[name] for path in (start, plain, averaged))
+    assert 0 < (between - before).norm() < (after - before).norm()
+
+
+@pytest.mark.slow
+def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -> None:
+    go(replaced(config, precision="fp16", steps=24), tmp_path / "run")  # the scale is found within the first steps
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # The true gradient's norm is logged, not the scaled one's.
+    go(config, tmp_path / "fp32")
+    first_sound = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
+    reference = read_metrics(tmp_path / "fp32")[0]["gradient_norm"]
+    assert 0.5 * reference < first_sound < 2 * reference
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    plain = go(config, tmp_path / "plain")
+    saving = go(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "saving")
+    ours, theirs = weights(plain), weights(saving)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)

