@@ -248,8 +248,8 @@ def benchmark(
     import msgspec
 
     from clip_rd_edge.benchmarking.answer_cache import FOLDER, Parts
-    from clip_rd_edge.benchmarking.report.markdown import write_report
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
+    from clip_rd_edge.benchmarking.report.text import write_report
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite

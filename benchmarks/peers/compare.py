@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from ways import WAYS, Embed, Given, Rows
 
-from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.report.text import write_between_marks
 from clip_rd_edge.benchmarking.results import Environment, installed_versions, this_environment
 from clip_rd_edge.contract.encoder import label_embeddings
 from clip_rd_edge.contract.images import open_image
@@ -172,7 +173,7 @@ def table(results: Peers) -> str:
     """The figures as Markdown."""
     tasks: Sequence[str] = list(results.clip_benchmark)
     head = ["way", "ms", "eager / this", "MB", "centred cosine", *(f"{task}, %" for task in tasks)]
-    lines = [head, ["---", *("---:" for _ in head[1:])]]
+    lines = [head]
     for peer in results.peers:
         if peer.problem:
             lines.append([peer.name, peer.problem, *("–" for _ in head[2:])])
@@ -180,7 +181,7 @@ def table(results: Peers) -> str:
         middle, low, high = peer.speedup
         figures = [f"{peer.latency_ms:.2f}", f"{middle:.2f}× ({low:.2f} to {high:.2f})", f"{peer.size_bytes / 1e6:.1f}"]
         lines.append([peer.name, *figures, f"{peer.centred_cosine:.4f}", *(f"{100 * peer.top1[t]:.1f}" for t in tasks)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from towers import Prepared, kind_of, model_of, prepare
 
-from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.report.text import write_between_marks
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.int8.select import Measured, choose
 from clip_rd_edge.convert.options import Budget
@@ -107,7 +108,6 @@ def architectures_table(results: Architectures) -> str:
     """A Markdown table: a row an architecture, milliseconds a runtime, and the best one's ratio to the baseline."""
     lines = [
         ["image tower", "weights, M", *(f"{runtime}, ms" for runtime in RUNTIMES), f"best: {results.baseline} / it"],
-        ["---", "---:", *("---:" for _ in RUNTIMES), "---:"],
     ]
     for row in results.rows:
         found = {each.runtime: f"{each.latency_ms:.2f}" for each in row.timed}
@@ -115,7 +115,7 @@ def architectures_table(results: Architectures) -> str:
         best = f"{row.best.runtime}, {middle:.1f}× ({low:.1f} to {high:.1f})"
         times = [found.get(runtime, "–") for runtime in RUNTIMES]
         lines.append([row.name, f"{row.parameters / 1e6:.1f}", *times, best])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(lines)
 
 
 TEACHERS = ("ViT-B/16", "ViT-L/14")

@@ -23,7 +23,8 @@ import onnx
 import open_clip
 import torch
 
-from clip_rd_edge.benchmarking.report.markdown import write_between_marks
+from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.report.text import write_between_marks
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import preprocessed, silently
@@ -123,7 +124,6 @@ def towers_table(results: Towers) -> str:
     others = VARIANTS[1:]
     lines = [
         ["tower", "ORT FP32, ms", *others, "best OpenVINO / best ORT", "INT8 that ORT gets, and its size"],
-        ["---", "---:", *("---:" for _ in others), "---:", "---"],
     ]
     for row in results.towers:
         by_name = {variant.name: variant for variant in row.variants}
@@ -138,7 +138,7 @@ def towers_table(results: Towers) -> str:
                 f"{int8.made}, {size:.2f}×",
             ]
         )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(lines, left=(0, len(lines[0]) - 1))
 
 
 def _spread(values: Milliseconds) -> tuple[float, float, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from clip_rd_edge.benchmarking.metrics import Interval
 
 NOTHING = "–"
@@ -74,3 +76,14 @@ def times(ratio: float) -> str:
 def _one_decimal(fraction: float) -> str:
     text = f"{100 * fraction:.1f}"
     return "0.0" if text == "-0.0" else text.replace("-", "−")
+
+
+def markdown_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """A Markdown table whose first row holds the headings.
+
+    Args:
+        left: numbers of the columns that are aligned to the left; the others are aligned to the right.
+    """
+    rule = ["---" if i in left else "---:" for i in range(len(rows[0]))]
+    lines = [rows[0], rule, *rows[1:]]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import InputError
@@ -81,13 +82,13 @@ def seeds_table(runs: Sequence[Results]) -> str:
     tasks = [task for task in scores[0][labels[0]] if all(task in run[labels[0]] for run in scores)] if labels else []
     if not tasks:
         raise InputError("The results have no model and task in common.")
-    lines = [["model", *tasks], ["---", *("---:" for _ in tasks)]]
+    lines = [["model", *tasks]]
     for label in labels:
         lines.append([label, *(_spread([100 * run[label][task] for run in scores], "") for task in tasks)])
     for one, other in _compared(runs[0], labels):
         ratios = ([run[one][task] / run[other][task] for run in scores] for task in tasks)
         lines.append([f"{one} / {other}", *(_spread(values, "×") for values in ratios)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(lines)
 
 
 def _compared(run: Results, labels: Sequence[str]) -> list[tuple[str, str]]:

@@ -81,7 +81,7 @@ def command(
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
     import clip_rd_edge as edge
     from clip_rd_edge.benchmarking.report.findings import recommendation
-    from clip_rd_edge.benchmarking.report.terminal import terminal_table
+    from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, print_table, say
 
     with console_reporter() as reporter:

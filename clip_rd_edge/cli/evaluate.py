@@ -49,7 +49,7 @@ def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads:
 
         click.echo(to_json({"model": opened.describe(), "scores": scores}), nl=False)
         return
-    from clip_rd_edge.benchmarking.report.terminal import score_tables
+    from clip_rd_edge.benchmarking.report.text import score_tables
 
     for table in score_tables(scores):
         print_table(table)

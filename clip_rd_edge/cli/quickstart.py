@@ -34,7 +34,7 @@ def command(output: Path, **options: Any) -> None:
     Interrupt it at any time: the same command resumes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.benchmarking.report.terminal import terminal_table
+    from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, print_table
 
     began = time.perf_counter()

@@ -30,8 +30,8 @@ from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precis
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher, TeacherOfBatches
 from clip_rd_edge.distillation.train import set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import to_device
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.io import read_yaml, to_yaml, write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -31,9 +31,9 @@ from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import TeacherOfBatches, freeze_all_but_projection
 from clip_rd_edge.errors import InterruptedRunError
-from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from clip_rd_edge.benchmarking.report.markdown import write_report
+from clip_rd_edge.benchmarking.report.text import write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite

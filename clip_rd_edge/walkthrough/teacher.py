@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.errors import InputError, MissingExtraError
-from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import preprocessing_of
+from clip_rd_edge.models.load import preprocessing_of, save_clip
 from clip_rd_edge.utils.io import sha256_of
 
 IMAGE_WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

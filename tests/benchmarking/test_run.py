@@ -10,7 +10,7 @@ from support import Watch
 
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.markdown import markdown
+from clip_rd_edge.benchmarking.report.text import markdown
 from clip_rd_edge.benchmarking.results import Results, read_results, write_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow

@@ -14,7 +14,7 @@ from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.convert.options import require_fit
 from clip_rd_edge.convert.targets import Aim, aim_at, device_names, read_device
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 CommandLine = Callable[..., tuple[int, str, str]]

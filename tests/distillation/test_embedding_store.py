@@ -19,7 +19,7 @@ from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 VIEWS = 2

@@ -23,8 +23,7 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
-from clip_rd_edge.models.checkpoint import save_clip
-from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 STEPS = 8

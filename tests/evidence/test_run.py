@@ -12,7 +12,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.suite import EvidenceSuite
-from clip_rd_edge.models.checkpoint import save_clip
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.io import to_yaml
 from clip_rd_edge.utils.lock import only_writer

@@ -27,7 +27,7 @@ SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0
 # Shares of the allowed error that the layers left in INT8 may sum to: the prediction is a little high, and less error
 # may cost no time.
-_SHARES = (0.9, 0.4, 0.1)
+SHARES = (0.9, 0.4, 0.1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def candidates(
         reporter.update(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
         errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
         yield from _partly_static(quantizer, errors, allowed_error)
-        robust = [layer for layer in layers_within(errors, _SHARES[0] * allowed_error) if layer in convolutions]
+        robust = [layer for layer in layers_within(errors, SHARES[0] * allowed_error) if layer in convolutions]
         if robust:
             reporter.update(f"timing INT8 in each part of {len(robust)} convolutions")
             yield from _mixed(quantizer, robust, samples, products=len(products) > 1, threads=threads)
@@ -110,7 +110,7 @@ def _partly_static(
 ) -> Iterator[Candidate]:
     every = quantizer.layers
     seen = {every, ()}
-    for share in _SHARES:
+    for share in SHARES:
         layers = layers_within(errors, share * allowed_error)
         if layers not in seen:
             seen.add(layers)

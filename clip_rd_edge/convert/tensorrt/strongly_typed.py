@@ -15,7 +15,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import half_tower, overflowing, probes_of, to_fp16, why_float32
 from clip_rd_edge.convert.graph import preprocessed
-from clip_rd_edge.convert.int8.candidates import SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
+from clip_rd_edge.convert.int8.candidates import SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS, SHARES
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_within
@@ -25,9 +25,6 @@ from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
-
-# Shares of the allowed error that the layers left in INT8 may sum to, tried from the first on.
-_SHARES = (0.9, 0.4, 0.1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def symmetric_tower(
         return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), few)
 
     errors = group_errors(every, embed_with, embed(open_session(str(prepared)), few), max_seconds=SENSITIVITY_SECONDS)
-    for share in _SHARES:
+    for share in SHARES:
         if layers := layers_within(errors, share * (1 - min_agreement)):
             partly = attempt(layers)
             if partly.of.centred_cosine >= min_agreement:

@@ -15,8 +15,13 @@ from clip_rd_edge.benchmarking import formatting as formats
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.markdown import markdown, write_between_marks, write_report
-from clip_rd_edge.benchmarking.report.terminal import score_tables, terminal_table
+from clip_rd_edge.benchmarking.report.text import (
+    markdown,
+    score_tables,
+    terminal_table,
+    write_between_marks,
+    write_report,
+)
 from clip_rd_edge.benchmarking.results import Results, RowResult, SkippedRow, read_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite

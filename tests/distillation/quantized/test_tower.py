@@ -22,13 +22,12 @@ from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZED, RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, RoundingToInt8
-from clip_rd_edge.distillation.quantized.placement import Int8Placement
-from clip_rd_edge.distillation.quantized.tower import QuantizedTower
+from clip_rd_edge.distillation.quantized.tower import Int8Placement, QuantizedTower
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.onnx import export_image_tower
-from clip_rd_edge.models.checkpoint import save_clip
 from clip_rd_edge.models.clip import ClipModel, ImageTower
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 SIZE = 64
