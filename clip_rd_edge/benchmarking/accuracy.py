@@ -26,7 +26,7 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "picture → text, R@1", "text → picture, R@1"
+TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "image → text, R@1", "text → image, R@1"
 
 
 class Marks(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +133,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
     score = ZeroShotScore(
         task=task.name,
-        pictures=len(targets),
+        images=len(targets),
         classes=len(task.labels),
         top1=float(hits.mean()),
         top1_interval=hit_interval(hits, seed=seed),
@@ -169,7 +169,7 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SIL
     )
     score = RetrievalScore(
         task=task.name,
-        pictures=len(images),
+        images=len(images),
         captions=len(texts),
         image_to_text=recall_of(captions_found, candidates=len(texts)),
         text_to_image=recall_of(images_found, candidates=len(images)),

@@ -46,7 +46,7 @@ class Opened:
         self._labels = normalise(rng.standard_normal((labels, description.embedding_size)))
         self._embedding = self._labels[:1]
 
-    def embed_picture(self) -> object:
+    def embed_image(self) -> object:
         """Pixels to embedding."""
         return self.encoder.encode_pixels(self.pixels)
 
@@ -257,7 +257,7 @@ def _kinds(opened: Mapping[str, Opened], threads: int | None) -> tuple[Calls, Ca
     reference = reference_call(threads=threads)
     images, texts, whole = ({REFERENCE: reference} for _ in _KINDS)
     for label, each in opened.items():
-        images[label], texts[label], whole[label] = each.embed_picture, each.embed_text, each.answer
+        images[label], texts[label], whole[label] = each.embed_image, each.embed_text, each.answer
     return images, texts, whole
 
 

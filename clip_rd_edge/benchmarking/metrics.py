@@ -37,7 +37,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
     """
 
     task: str
-    pictures: int
+    images: int
     classes: int
     top1: float
     top1_interval: Interval
@@ -64,7 +64,7 @@ class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True, tag="retrieval",
     """
 
     task: str
-    pictures: int
+    images: int
     captions: int
     image_to_text: Recall
     text_to_image: Recall

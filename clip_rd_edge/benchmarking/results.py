@@ -183,7 +183,7 @@ class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
     task: str
     label: str
     right: int
-    pictures: int
+    images: int
     png: bytes
     taken_for: str
     taken_for_png: bytes

@@ -71,7 +71,7 @@ def measure_rows(
 def _try_once(encoder: TowerEncoder, task: Task) -> None:
     """Run both towers on one input: what fails when it is timed, after accuracies that were kept, fails here."""
     opened = Opened(encoder, task.images[0], 1)
-    opened.embed_picture()
+    opened.embed_image()
     opened.embed_text()
 
 

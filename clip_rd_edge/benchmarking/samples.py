@@ -102,7 +102,7 @@ def _worst(
         task=task.name,
         label=task.labels[label],
         right=int(hits[of_class].sum()),
-        pictures=len(of_class),
+        images=len(of_class),
         png=thumbnail(task.images[int(wrong[0])]),
         taken_for=task.labels[taken_for],
         taken_for_png=thumbnail(task.images[int(alike[0])]) if len(alike) else b"",

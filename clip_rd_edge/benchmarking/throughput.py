@@ -70,7 +70,7 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
     """Pictures a second that an image tower embeds when it is given `batch` at once; the median of some calls."""
 
     batch: int
-    pictures_per_second: float
+    images_per_second: float
 
 
 def measure_throughput(
@@ -86,7 +86,7 @@ def measure_throughput(
         times = time_in_turn(calls, rounds=_ROUNDS, warmup=1, max_seconds=_MAX_SECONDS, least=3)
         for label, samples in times.items():
             per_second = 1000 * batch / float(np.median(samples))
-            found[label].append(Throughput(batch=batch, pictures_per_second=per_second))
+            found[label].append(Throughput(batch=batch, images_per_second=per_second))
     return {label: tuple(each) for label, each in found.items()}
 
 

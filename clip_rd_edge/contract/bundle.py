@@ -56,7 +56,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         precision: what it is in: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
         note: why it is in another precision than the bundle asked for, or empty.
-        takes_pictures: the graph preprocesses: it takes one picture at a time, (1, H, W, 3) uint8 RGB of any size.
+        preprocesses: the graph preprocesses: it takes one picture at a time, (1, H, W, 3) uint8 RGB of any size.
         one_at_a_time: it is run one input at a time. Dynamic INT8 scales activations by the whole batch, so that an
             embedding would depend on what else was embedded with it, and is less accurate; nor is a batch faster in it.
         engine: the TensorRT engine that was built from `file`, or empty.
@@ -67,7 +67,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     output_name: str
     precision: str
     note: str = ""
-    takes_pictures: bool = False
+    preprocesses: bool = msgspec.field(default=False, name="takes_pictures")
     one_at_a_time: bool = False
     engine: str = ""
     measured: Measurement | None = None

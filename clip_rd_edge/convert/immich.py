@@ -31,11 +31,11 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
     refuse_unless_free(output, overwrite=overwrite)
     manifest = read_manifest(bundle)
     how = manifest.preprocessing
-    if manifest.image.takes_pictures or how.resize_mode == "longest" or how.size[0] != how.size[1]:
+    if manifest.image.preprocesses or how.resize_mode == "longest" or how.size[0] != how.size[1]:
         raise UsageError(
             f"immich preprocesses itself, to squares by the shortest edge; {manifest.name} takes "
             f"{how.size[0]} × {how.size[1]} by {how.resize_mode}"
-            f"{' in its graph' if manifest.image.takes_pictures else ''}.",
+            f"{' in its graph' if manifest.image.preprocesses else ''}.",
             hint="leave --layout away, or --preprocess-in-graph",
         )
     with new_folder(output) as folder:

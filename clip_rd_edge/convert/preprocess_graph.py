@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 
-PICTURE = "picture"  # (1, height, width, 3) uint8
+IMAGE = "image"  # (1, height, width, 3) uint8
 _PREFIX = "preprocess/"
 
 
@@ -36,7 +36,7 @@ def with_preprocessing(model: onnx.ModelProto, how: Preprocessing) -> onnx.Model
     del graph.node[:], graph.input[:]
     graph.node.extend(nodes)
     graph.initializer.extend(before.constants)
-    graph.input.append(helper.make_tensor_value_info(PICTURE, TensorProto.UINT8, [1, "height", "width", 3]))
+    graph.input.append(helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3]))
     return copy
 
 
@@ -46,7 +46,7 @@ def preprocessing_model(how: Preprocessing) -> onnx.ModelProto:
     graph = helper.make_graph(
         before.nodes,
         "preprocessing",
-        [helper.make_tensor_value_info(PICTURE, TensorProto.UINT8, [1, "height", "width", 3])],
+        [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3])],
         [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, *how.size])],
         initializer=before.constants,
     )
@@ -55,12 +55,12 @@ def preprocessing_model(how: Preprocessing) -> onnx.ModelProto:
 
 def _preprocessing(how: Preprocessing, output: str) -> _Graph:
     g = _Graph()
-    height, width = (g.op("Squeeze", g.op("Shape", PICTURE, start=i, end=i + 1), g.ints([0])) for i in (1, 2))
+    height, width = (g.op("Squeeze", g.op("Shape", IMAGE, start=i, end=i + 1), g.ints([0])) for i in (1, 2))
     new_height, new_width = _new_size(g, how, height, width)
     rows, columns = how.size
     across, column_there = _resize(g, how, columns, width, new_width)
     down, row_there = _resize(g, how, rows, height, new_height)
-    planes = g.op("Transpose", g.op("Squeeze", PICTURE, g.ints([0])), perm=[2, 0, 1])  # (3, height, width)
+    planes = g.op("Transpose", g.op("Squeeze", IMAGE, g.ints([0])), perm=[2, 0, 1])  # (3, height, width)
     planes = g.op("Cast", planes, to=TensorProto.FLOAT)
     planes = _bytes(g, g.op("MatMul", planes, g.op("Transpose", across, perm=[1, 0])))  # (3, height, W)
     planes = _bytes(g, g.op("MatMul", down, planes))  # (3, H, W)

@@ -85,7 +85,7 @@ def _figures(task: TaskResult) -> dict[str, float | None]:
     score = task.score
     if isinstance(score, ZeroShotScore):
         return {"top-1": score.top1, "top-5": score.top5}
-    return {"text → picture R@1": score.text_to_image.at1}
+    return {"text → image R@1": score.text_to_image.at1}
 
 
 def _values(result: ModelResult) -> list[float]:

@@ -28,7 +28,7 @@ from clip_rd_edge.convert.int8.bundle import write_int8
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest, require_fit, require_via
 from clip_rd_edge.convert.parity import PROBES, Inputs, agreement, embed, latencies, measurement
-from clip_rd_edge.convert.preprocess_graph import PICTURE, with_preprocessing
+from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
 from clip_rd_edge.convert.targets import require_target
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder, write_engines
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
@@ -222,7 +222,7 @@ def _finish(
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     path = folder / manifest.image.file
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
-    image = msgspec.structs.replace(manifest.image, input_name=PICTURE, takes_pictures=True)
+    image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)
     return msgspec.structs.replace(manifest, image=image)
 
 

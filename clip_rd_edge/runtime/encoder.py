@@ -74,7 +74,7 @@ class BundleEncoder(ABC):
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
         """Embed RGB pictures, (N, D)."""
-        if self.manifest.image.takes_pictures:
+        if self.manifest.image.preprocesses:
             return self._each(self._image_session, self.manifest.image, [np.asarray(image)[None] for image in images])
         parts = []
         for batch in in_batches(len(images), BATCH_SIZE):
@@ -84,7 +84,7 @@ class BundleEncoder(ABC):
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
-        if self.manifest.image.takes_pictures:
+        if self.manifest.image.preprocesses:
             # Back to the bytes that they were made of, which the graph then has nothing to resize in.
             pictures = to_bytes(pixels, self.manifest.preprocessing)
             return self._each(self._image_session, self.manifest.image, [picture[None] for picture in pictures])

@@ -192,7 +192,7 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
 def _require_fit(bundle: Path, manifest: Manifest) -> None:
     if manifest.target != "onnxruntime":
         raise UsageError(f"The bundle {bundle} is for {manifest.target}; a browser runs those of --format onnx.")
-    if manifest.image.takes_pictures:
+    if manifest.image.preprocesses:
         raise UsageError(
             f"The bundle {bundle} preprocesses in its graph; in a browser the page does so.",
             hint="leave --preprocess-in-graph away",

@@ -21,7 +21,7 @@ def test_zero_shot_of_a_perfect_encoder(make_encoder: Make, colour_task: ZeroSho
     found = zero_shot(make_encoder(), colour_task)
     assert found.answers == colour_task.targets
     assert (found.score.top1, found.score.top5, found.score.mean_per_class) == (1, 1, 1)
-    assert (found.score.pictures, found.score.classes) == (6, 6)
+    assert (found.score.images, found.score.classes) == (6, 6)
     # exp(10 · 1) against the cosines of red's neighbours: two at 1/3 (yellow, magenta), two at -1/3, one at -1.
     others = 2 * np.exp(10 / 3) + 2 * np.exp(-10 / 3) + np.exp(-10)
     assert found.probabilities[0] == pytest.approx(np.exp(10) / (np.exp(10) + others), rel=1e-4)
@@ -48,7 +48,7 @@ def test_retrieval_counts_any_caption_of_a_picture(make_encoder: Make, colour_re
     # Each picture finds its colour's name first; red's second caption finds blue's picture.
     assert score.image_to_text.at1 == 1
     assert score.text_to_image.at1 == pytest.approx(6 / 7)
-    assert (score.pictures, score.captions) == (6, 7)
+    assert (score.images, score.captions) == (6, 7)
     assert score.text_to_image.at10 is None
 
 

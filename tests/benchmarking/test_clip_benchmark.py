@@ -154,4 +154,4 @@ def test_retrieval_with_five_captions_a_picture(tmp_path: Path) -> None:
             # They average in float32.
             assert np.float32(value) == np.float32(theirs[f"{direction}_retrieval_recall@{k}"])
     assert 0 < ours.image_to_text.at1 < 1
-    assert (ours.pictures, ours.captions) == (30, 150)
+    assert (ours.images, ours.captions) == (30, 150)

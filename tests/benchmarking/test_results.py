@@ -16,7 +16,7 @@ def test_this_machine() -> None:
 def test_asking_for_versions_imports_neither_torch_nor_onnxruntime() -> None:
     program = (
         "import sys; from clip_rd_edge.benchmarking import results, run;"
-        "from clip_rd_edge.benchmarking.report import markdown, terminal;"
+        "from clip_rd_edge.benchmarking.report import text;"
         "results.this_environment(); print({'torch', 'onnxruntime', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

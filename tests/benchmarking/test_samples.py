@@ -12,7 +12,7 @@ def test_only_classes_that_the_last_row_gets_wrong(results: Results) -> None:
     assert [each.right for each in results.worst] == sorted(each.right for each in results.worst)
     for each in results.worst:
         assert each.row == "INT8"
-        assert each.right < each.pictures == 2
+        assert each.right < each.images == 2
         assert each.label != each.taken_for
         assert each.png.startswith(b"\x89PNG")
         assert each.taken_for_png.startswith(b"\x89PNG")

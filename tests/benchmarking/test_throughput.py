@@ -63,7 +63,7 @@ def test_pictures_a_second_by_batch(make_encoder: Callable[..., Any]) -> None:
     encoder.encode_pixels = lambda pixels: (batches.add(len(pixels)), plain(pixels))[1]
     (found,) = measure_throughput({"a": encoder}, {"a": ONE}).values()
     assert [each.batch for each in found] == sorted(batches) == list(BATCHES)
-    assert all(each.pictures_per_second > 0 for each in found)
+    assert all(each.images_per_second > 0 for each in found)
 
 
 class Meter(EnergyMeter):

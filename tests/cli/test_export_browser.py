@@ -66,7 +66,7 @@ def test_bundles_that_no_browser_runs(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
     manifest = read_manifest(colour_bundle)
-    image = msgspec.structs.replace(manifest.image, takes_pictures=True)
+    image = msgspec.structs.replace(manifest.image, preprocesses=True)
     for changes, message in (
         ({"target": "openvino"}, "is for openvino; a browser runs those of --format onnx"),
         ({"image": image}, "preprocesses in its graph"),

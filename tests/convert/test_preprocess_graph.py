@@ -94,7 +94,7 @@ def test_a_bundle_with_it_takes_pictures_of_any_size(student: ClipModel, fp32_bu
         student, bundle, ExportRequest(precision="fp16", preprocess_in_graph=True, labels=("cat",)), source=fp32_bundle
     )
     manifest = read_manifest(bundle)
-    assert (manifest.image.takes_pictures, manifest.image.input_name) == (True, "picture")
+    assert (manifest.image.preprocesses, manifest.image.input_name) == (True, "picture")
     (given,) = onnx.load(bundle / "image.onnx").graph.input
     assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     ours, plain = load(bundle), load(fp32_bundle)

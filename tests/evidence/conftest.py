@@ -60,7 +60,7 @@ def model_result(name: str, right: int) -> ModelResult:
     top1 = right / PICTURES
     zero_shot = ZeroShotScore(
         task="emoji, unseen style",
-        pictures=PICTURES,
+        images=PICTURES,
         classes=PICTURES,
         top1=top1,
         top1_interval=Interval(top1, top1),
@@ -69,7 +69,7 @@ def model_result(name: str, right: int) -> ModelResult:
     )
     recall = Recall(at1=top1, at5=None, at10=None)
     retrieval = RetrievalScore(
-        task="emoji, unseen style, retrieval", pictures=5, captions=5, image_to_text=recall, text_to_image=recall
+        task="emoji, unseen style, retrieval", images=5, captions=5, image_to_text=recall, text_to_image=recall
     )
     tasks = (
         TaskResult(score=zero_shot, hits="1" * right + "0" * (PICTURES - right)),

@@ -139,7 +139,7 @@ def _worst_class(found: WorstClass) -> str:
     other = ""
     if found.taken_for_png:
         other = f'<img src="{_data_uri(found.taken_for_png, "image/png")}" alt="{escape(found.taken_for)}">'
-    right = f"{found.right} of {found.pictures} right"
+    right = f"{found.right} of {found.images} right"
     return (
         f"<li><figure>{shown}<figcaption><strong>{escape(found.label)}</strong> {right}</figcaption></figure>"
         f'<span class="no" aria-hidden="true">→</span>'

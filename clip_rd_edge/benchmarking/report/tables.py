@@ -123,7 +123,7 @@ def _load(results: Results) -> Iterator[Line]:
     if all(row.throughput for row in rows):
         yield _plain("Pictures a second, batch 1", [formats.rate(1000 / row.latency.image.p50) for row in rows])
         for i, batch in enumerate(each.batch for each in rows[0].throughput):
-            rates = [formats.rate(row.throughput[i].pictures_per_second) for row in rows]
+            rates = [formats.rate(row.throughput[i].images_per_second) for row in rows]
             yield _plain(f"Pictures a second, batch {batch}", rates)
     if any(row.cold_start for row in rows):
         firsts = [formats.seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
@@ -166,16 +166,16 @@ def _accuracy(results: Results, scores: Sequence[Score]) -> Section:
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     first = scores[0]
     if isinstance(first, ZeroShotScore):
-        note = f"{first.pictures:,} pictures, {first.classes:,} labels; a guess is right in {100 / first.classes:.1f} %"
+        note = f"{first.images:,} images, {first.classes:,} labels; a guess is right in {100 / first.classes:.1f} %"
         lines = (
             _better("Top-1, %", results, [score.top1 for score in zero_shot]),
             _better("Top-5, %", results, [score.top5 for score in zero_shot]),
         )
     else:
-        note = f"{first.pictures:,} pictures, {first.captions:,} captions"
+        note = f"{first.images:,} images, {first.captions:,} captions"
         lines = (
-            _better("Picture → text, R@1, %", results, [score.image_to_text.at1 for score in retrieval]),
-            _better("Text → picture, R@1, %", results, [score.text_to_image.at1 for score in retrieval]),
+            _better("Image → text, R@1, %", results, [score.image_to_text.at1 for score in retrieval]),
+            _better("Text → image, R@1, %", results, [score.text_to_image.at1 for score in retrieval]),
         )
     return Section(heading(first.task), note, lines)
 
@@ -192,8 +192,8 @@ def _accuracy_in_detail(results: Results, scores: Sequence[Score]) -> Section:
         )
     else:
         lines = (
-            _plain("Picture → text, R@5 / R@10, %", [_deeper(score.image_to_text) for score in retrieval]),
-            _plain("Text → picture, R@5 / R@10, %", [_deeper(score.text_to_image) for score in retrieval]),
+            _plain("Image → text, R@5 / R@10, %", [_deeper(score.image_to_text) for score in retrieval]),
+            _plain("Text → image, R@5 / R@10, %", [_deeper(score.text_to_image) for score in retrieval]),
         )
     return Section(heading(scores[0].task), "", lines)
 

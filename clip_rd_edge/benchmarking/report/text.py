@@ -95,7 +95,7 @@ def _samples(results: Results) -> str:
 
 
 def _worst(results: Results) -> str:
-    rows = [[each.label, f"{each.right} of {each.pictures}", each.taken_for] for each in results.worst]
+    rows = [[each.label, f"{each.right} of {each.images}", each.taken_for] for each in results.worst]
     return _markdown_table(["Class", "Right", "Taken for"], rows)
 
 
@@ -138,16 +138,16 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
             "Zero-shot, %", "Pictures", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class", "Templates"
         )
         for score in zero_shot:
-            counts = (f"{score.pictures:,}", f"{score.classes:,}")
+            counts = (f"{score.images:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
             table.add_row(
                 score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class), score.templates
             )
         tables.append(table)
     if retrieval:
-        table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Pictures", "Captions", "Picture → text", "Text → picture")
+        table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Pictures", "Captions", "Image → text", "Text → image")
         for found in retrieval:
-            counts = (f"{found.pictures:,}", f"{found.captions:,}")
+            counts = (f"{found.images:,}", f"{found.captions:,}")
             table.add_row(found.task, *counts, _recall(found.image_to_text), _recall(found.text_to_image))
         tables.append(table)
     return tables

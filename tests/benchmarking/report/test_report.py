@@ -232,7 +232,7 @@ def test_a_suite_of_retrieval_alone_has_no_plot_and_no_samples(
     text = (tmp_path / "report" / "report.md").read_text()
     assert "![" not in text
     assert "The student has **1/1.5** of the teacher's size" in text
-    assert "Picture → text, R@1, %" in text
+    assert "Image → text, R@1, %" in text
     assert "<figure" not in (tmp_path / "report" / "report.html").read_text()
 
 
