@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 
-.PHONY: quickstart test lint test-fast test-all clean
+.PHONY: quickstart test lint docs test-fast test-all clean
 
 quickstart: $(STAMP)  ## the whole way on the embedded data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
 
-test: $(STAMP) lint test-fast  ## what CI runs: style, types, layers, tests
+test: $(STAMP) lint docs test-fast  ## what CI runs: style, types, layers, the user guide, tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DOCS_STAMP)  ## the user guide, into site/; a broken link or an undocumented public name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # without --quiet, which would hide its warnings from --strict
 
 test-fast: $(STAMP)
 	$(BIN)/pytest -m "not slow"
@@ -31,5 +35,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet -e '.[train,emoji,dev]'
 	touch $(STAMP)
 
+# Apart from the rest, so that the quickstart does not wait for it.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $(DOCS_STAMP)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache dist build
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache dist build

@@ -1,10 +1,10 @@
-"""clip-rd-edge: CLIP from the data centre to the device.
+"""clip-rd-edge: distil, quantise and run CLIP models on small devices.
 
 >>> import clip_rd_edge as edge
 >>> model = edge.load("bundle")
 >>> model.classify("photo.jpg", labels=["a bicycle", "a dog"])
 
-Importing it imports nothing heavy: each name below is loaded when it is first used.
+Importing this package is cheap: each name below is imported on first use.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def __getattr__(name: str) -> Any:
 
     module = "clip_rd_edge.errors" if name in _ERRORS else _CLASSES.get(name, "clip_rd_edge.api")
     value = getattr(importlib.import_module(module), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # later accesses bypass __getattr__
     return value
 
 

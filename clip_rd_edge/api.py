@@ -1,6 +1,6 @@
-"""What stands behind the front door, `clip_rd_edge.load` and its neighbours: one function per command.
+"""The public Python API: one function per command, re-exported by `clip_rd_edge`.
 
-Nothing heavy is imported before it is needed: PyTorch takes seconds, and a device has none.
+Heavy packages are imported on first use: PyTorch takes seconds to import and is not installed on devices.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ def load(
     runtime: RowRuntime | None = None,
     device: str = "auto",
 ) -> Model:
-    """Open a model: it classifies and embeds paths, PIL images, arrays, and lists of them.
+    """Open a model that classifies and embeds images (paths, PIL images, arrays, or lists of them) and texts.
 
     Args:
-        model: a bundle's folder, which needs no PyTorch; a run's folder; or what open_clip loads: an architecture
-            with `pretrained`, `local-dir:PATH`, `hf-hub:ORG/REPO`.
-        pretrained: open_clip's tag or a checkpoint file, where `model` is an architecture.
-        threads: threads to run on; None takes every core.
-        runtime: for a bundle `onnxruntime`, `openvino` or `tensorrt`, None for what it was exported for; for a model
-            `torch` or `torch-compile`.
-        device: what ONNX Runtime computes a bundle on; see `clip-rd-edge doctor`.
+        model: the folder of a bundle, which needs no PyTorch; the folder of a run; or any open_clip model: an
+            architecture with `pretrained`, `local-dir:PATH` or `hf-hub:ORG/REPO`.
+        pretrained: an open_clip tag or a checkpoint file, if `model` is an architecture.
+        threads: number of threads; None uses all cores.
+        runtime: `onnxruntime`, `openvino` or `tensorrt` for a bundle, None for the one it was exported for; `torch` or
+            `torch-compile` for other models.
+        device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
 
     Raises:
-        InputError, ConfigError: there is no such model, or it is damaged.
-        UsageError: the runtime does not run it, or the device is not here.
+        InputError, ConfigError: the model does not exist or is damaged.
+        UsageError: the runtime cannot run the model, or the device is not available.
         MissingExtraError: the model needs a package that is not installed.
     """
     from clip_rd_edge.runtime.model import Model
@@ -82,21 +82,21 @@ def distill(
     reporter: Reporter = SILENT,
     **options: Unpack[DistillOptions],
 ) -> Path:
-    """Train a compact student; returns the run's folder, whose `student/` open_clip loads as `local-dir:`.
+    """Train a compact student and return the run's folder. open_clip loads its `student/` as `local-dir:PATH`.
 
     Args:
         data: a CSV or TSV of images and captions, WebDataset shards, or `emoji`.
-        student: a preset, a timm architecture, or a run's folder to go on from.
+        student: a preset, a timm architecture, or the folder of a run to continue training from.
         teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
-            that need none.
+            without a teacher.
         recipe: a name such as `clip-rd`, or a YAML file.
-        resume: continue from the newest checkpoint in `output`.
-        options: the other options of `clip-rd-edge distill`, by the same names.
+        resume: continue from the latest checkpoint in `output`.
+        options: the other options of `clip-rd-edge distill`, under the same names.
 
     Raises:
-        UsageError: `output` is in use, or an option does not fit.
-        InputError, ConfigError: data, teacher, student or recipe do not fit.
-        InterruptedRunError: a signal asked to stop; the state was saved.
+        UsageError: `output` is in use, or an option is invalid.
+        InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
+        InterruptedRunError: a signal stopped the run; its state was saved.
     """
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
@@ -109,12 +109,12 @@ def distill(
 
 @dataclass(frozen=True)
 class ExportedBundle(os.PathLike[str]):
-    """A bundle that was written; wherever a bundle's path is expected, this may be given.
+    """An exported bundle. It is path-like: pass it wherever the path of a bundle is expected.
 
     Attributes:
-        folder: where it is.
-        manifest: what it says of itself.
-        trials: the INT8 candidates that were measured, and which of them was shipped.
+        folder: the bundle's folder.
+        manifest: the bundle's manifest.
+        trials: the measured INT8 candidates, with a verdict on each.
     """
 
     folder: Path
@@ -137,41 +137,41 @@ def export(
     """Export a model as a bundle for a device: two ONNX files, a tokenizer and a manifest.
 
     Args:
-        model: as `load` takes it, but no bundle; for `target="browser"` it may be one.
-        force: replace what stands at `output`.
-        options: the other options of `clip-rd-edge export`, by the same names.
+        model: as for `load`, except that a bundle is accepted only with `target="browser"`.
+        force: replace an existing `output`.
+        options: the other options of `clip-rd-edge export`, under the same names.
 
     Raises:
-        UsageError: `output` is in use, or options do not go together.
-        InputError, ConfigError: the model, the target, the labels or the calibration pairs do not fit.
-        MissingExtraError: a package is needed that is not installed.
-        ClipRdEdgeError: a tower cannot be exported, or INT8 is worth shipping for no tower.
+        UsageError: `output` is in use, or the options contradict each other.
+        InputError, ConfigError: the model, target, labels or calibration pairs are missing or invalid.
+        MissingExtraError: a required package is not installed.
+        ClipRdEdgeError: a tower cannot be exported, or no tower is worth shipping in INT8.
     """
     import msgspec
 
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.convert.calibration import calibration_pairs
     from clip_rd_edge.convert.targets import BROWSER, plan_export
-    from clip_rd_edge.utils.io import refuse_unless_free
+    from clip_rd_edge.utils.io import require_free_output
 
     spec, output = os.fspath(model), Path(output)
-    refuse_unless_free(output, overwrite=force)
+    require_free_output(output, overwrite=force)
     plan = plan_export(options)
     node_modules = options.get("node_modules")
     bundle = Path(spec) if is_bundle(Path(spec)) else None
     if bundle and options.get("target") != BROWSER:
-        raise UsageError(f"{spec} is a bundle already.", hint="give the model that it was made from")
+        raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
     if plan.layout == BROWSER:
         from clip_rd_edge.web.browser import find_packages, write_from_bundle
 
         reporter.update("looking for onnxruntime-web")
         find_packages(Path(node_modules) if node_modules else None)
         if bundle:
-            wanted = {**options, "labels": plan.request.labels}
-            return ExportedBundle(output, write_from_bundle(bundle, output, wanted, pretrained, overwrite=force))
+            bundled = {**options, "labels": plan.request.labels}
+            return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
     pairs = calibration_pairs(options.get("calibration"), spec) if plan.request.precision == "int8" else None
 
-    # Only now, so that a mistake in the options is reported at once: PyTorch takes seconds to import.
+    # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
     from clip_rd_edge.convert.calibration import calibration_set
     from clip_rd_edge.exporters.bundle import export_bundle, package_versions
     from clip_rd_edge.models.encoder import TorchEncoder
@@ -179,16 +179,16 @@ def export(
 
     reporter.update("loading the model")
     clip = load_clip(spec, pretrained=pretrained)
-    drawn = None
+    calibration = None
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
-        drawn = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+        calibration = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
     provenance = {"model": spec, "pretrained": pretrained, "device": plan.device, **package_versions()}
     request = msgspec.structs.replace(plan.request, provenance={k: v for k, v in provenance.items() if v})
     with tempfile.TemporaryDirectory() as scratch:
         folder = output if plan.layout == "bundle" else Path(scratch)
         converted = export_bundle(
-            clip, folder, request, calibration=drawn, overwrite=force or folder != output, reporter=reporter
+            clip, folder, request, calibration=calibration, overwrite=force or folder != output, reporter=reporter
         )
         if plan.layout == "immich":
             from clip_rd_edge.convert.immich import write_immich
@@ -209,18 +209,18 @@ def evaluate(
     threads: int | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Score]:
-    """Zero-shot accuracy and retrieval of a bundle, a run or any open_clip model, one score per task.
+    """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
 
     Args:
-        model: an open model, or with `pretrained` and `threads` what `load` takes.
-        tasks: names as `clip-rd-edge evaluate --task` takes them, or tasks of your own.
+        model: a loaded model, or anything that `load` accepts together with `pretrained` and `threads`.
+        tasks: names as for `clip-rd-edge evaluate --task`, or task objects.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.runtime.model import Model
 
     loaded = load_tasks(tasks)
-    opened = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
-    return [score(opened.encoder, task, reporter=reporter) for task in loaded]
+    evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
+    return [score(evaluated.encoder, task, reporter=reporter) for task in loaded]
 
 
 def benchmark(
@@ -234,52 +234,52 @@ def benchmark(
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> Results:
-    """Measure the models of a suite, accuracy × latency × size, and write the report into `output`.
+    """Measure accuracy, latency and size of the models of a suite, and write a report into `output`.
 
-    Accuracies are kept in `output` as they are measured: after an interruption, the same call goes on from there.
+    Accuracies are saved in `output` as they are measured: after an interruption, the same call resumes from there.
 
     Args:
-        suite: a YAML file, or the name of a suite that is shipped.
-        root: folder of the data sets; None takes the suite's.
-        models: `ROLE=MODEL` in place of the suite's.
-        budget_ms, min_accuracy: what a recommended model has to hold.
-        force: write into `output` though it is not empty.
+        suite: a YAML file, or the name of a suite that ships with the package.
+        root: folder of the data sets; None uses the suite's.
+        models: `ROLE=MODEL` entries that override the suite's models.
+        budget_ms, min_accuracy: max latency and min accuracy of a recommended model.
+        force: write into `output` even if it is not empty.
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.answer_cache import FOLDER, Parts
+    from clip_rd_edge.benchmarking.answer_cache import FOLDER, AnswerCache
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
     from clip_rd_edge.benchmarking.report.text import write_report
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
-    from clip_rd_edge.utils.io import refuse_unless_free
-    from clip_rd_edge.utils.lock import LOCK, only_writer
+    from clip_rd_edge.utils.io import require_free_output
+    from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 
     folder = Path(output)
-    # What can be refused is refused before the long work.
+    # Check everything that can be checked before the long work starts.
     interrupted = (folder / FOLDER).is_dir()
-    refuse_unless_free(folder, overwrite=force or interrupted, ignoring=(LOCK,))
+    require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
     require_matplotlib()
-    wanted = read_suite(find_suite(os.fspath(suite)), rows=parse_models(models), data_root=root)
+    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(models), data_root=root)
     budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
-    wanted = msgspec.structs.replace(wanted, **{name: value for name, value in budget.items() if value is not None})
+    loaded = msgspec.structs.replace(loaded, **{name: value for name, value in budget.items() if value is not None})
     if models:
-        for row in wanted.rows:
-            wanted.find(row)  # a model that was named in this call is not skipped
-    with only_writer(folder):
+        for row in loaded.rows:
+            loaded.resolve_model(row)  # models named in this call must exist: they are not skipped
+    with exclusive_writer(folder):
         if interrupted:
-            reporter.say(f"continuing with what {folder / FOLDER} holds")
-        parts = Parts(folder / FOLDER, this_environment())
-        opening = partial(open_encoder, threads=wanted.threads)
-        results = run_suite(wanted, opening, reporter, fallback=imagenet_templates, parts=parts, launch=first_answer)
+            reporter.say(f"resuming from the results in {folder / FOLDER}")
+        cache = AnswerCache(folder / FOLDER, this_environment())
+        open_model = partial(open_encoder, threads=loaded.threads)
+        results = run_suite(loaded, open_model, reporter, fallback=imagenet_templates, cache=cache, launch=first_answer)
         write_report(results, folder)
-        parts.remove()
+        cache.remove()
     return results
 
 
 def compare(old: AnyPath, new: AnyPath) -> Changes:
-    """What changed between two benchmark results, files or folders: regressions, improvements, noise."""
+    """Compare two benchmark results, files or folders: regressions, improvements and noise."""
     from clip_rd_edge.benchmarking.regression import compare_runs
     from clip_rd_edge.benchmarking.results import RESULTS, read_results
 
@@ -288,7 +288,7 @@ def compare(old: AnyPath, new: AnyPath) -> Changes:
 
 
 def spread(results: Sequence[AnyPath]) -> str:
-    """Means and spreads over several results of one suite, such as of different seeds, as a Markdown table."""
+    """Return means and standard deviations over several results of one suite, such as seeds, as a Markdown table."""
     from clip_rd_edge.benchmarking.results import read_results
     from clip_rd_edge.benchmarking.statistics import seeds_table
 
@@ -306,12 +306,12 @@ def quickstart(
     teacher_steps: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Results:
-    """The whole way on the embedded data set, in minutes, on a CPU; after an interruption it goes on.
+    """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed.
 
     Args:
         student: a preset or a timm architecture.
-        seed: of the student.
-        with_baseline: train the same student without a teacher, too.
+        seed: random seed of the student.
+        with_baseline: also train the same student without a teacher.
     """
     from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart
 
@@ -330,11 +330,11 @@ def quickstart(
 def evidence_run(
     suite: AnyPath, output: AnyPath, *, teacher: str | None = None, reporter: Reporter = SILENT
 ) -> Evidence:
-    """Train the students of a suite by each of its methods and seeds, measure them, and write tables and figures.
+    """Train a suite's students with each method and seed, measure them, and write tables and figures.
 
     Args:
-        suite: a YAML file, or the name of a suite that is shipped.
-        teacher: as `distill` takes it; None tunes the embedded one first.
+        suite: a YAML file, or the name of a suite that ships with the package.
+        teacher: as for `distill`; None fine-tunes the built-in teacher first.
     """
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
     from clip_rd_edge.evidence.report import write_report
@@ -349,10 +349,10 @@ def evidence_run(
 
 
 def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
-    """The tables of an evidence file, as Markdown; nothing is trained.
+    """Return the tables of an evidence file as Markdown. Nothing is trained.
 
     Args:
-        into: a Markdown file whose marked lines are replaced by the tables; figures are drawn beside `results`.
+        into: a Markdown file whose marked lines are replaced by the tables; figures are written beside `results`.
     """
     from clip_rd_edge.evidence.report import markdown, publish, read_evidence_file
 
@@ -362,7 +362,7 @@ def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
 
 
 def verify(bundle: AnyPath, *, threads: int | None = None) -> list[Check]:
-    """Check a bundle's files by their checksums and run both towers once, without PyTorch."""
+    """Check the checksums of a bundle's files and run both towers once, without PyTorch."""
     from clip_rd_edge.runtime.verify import verify_bundle
 
     return verify_bundle(Path(bundle), threads=threads)
@@ -377,7 +377,7 @@ def index(
     device: str = "auto",
     reporter: Reporter = SILENT,
 ) -> Update:
-    """Embed the images below a folder, to be searched; the same call again embeds only what is new or has changed."""
+    """Build or update a search index of the images under a folder; only new and changed images are embedded."""
     from clip_rd_edge.runtime.index import update_index
     from clip_rd_edge.runtime.load import load as load_bundle
 
@@ -394,11 +394,11 @@ def search(
     threads: int | None = None,
     device: str = "auto",
 ) -> list[Hit]:
-    """The images of an index that are nearest to a text or an image, nearest first.
+    """Return the images of an index that are nearest to a text or an image, nearest first.
 
     Args:
         query: a text, the path of an image file, a PIL image or an array.
-        bundle: where the bundle that made the index lies now, if it was moved.
+        bundle: current path of the bundle that built the index, if it was moved.
     """
     from clip_rd_edge.runtime.index import search_index
 
@@ -414,11 +414,11 @@ def demo(
     threads: int | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve a page on this machine to try bundles on, with camera or files, until Ctrl-C.
+    """Serve a local web page to try bundles with a camera or image files, until Ctrl-C.
 
     Args:
-        labels: what the page starts with; None takes the bundle's own.
-        ready: called with the page's address once it can be opened.
+        labels: initial labels of the page; None uses the bundle's own.
+        ready: called with the page's URL once the server accepts connections.
     """
     from clip_rd_edge.web.app import Demo, serve
 
@@ -427,14 +427,15 @@ def demo(
 
 
 def devices(name: str | None = None) -> dict[str, Device]:
-    """Where a bundle can run, by name: what is needed there, how to export for it, and what of this was tested."""
+    """Return the supported devices by name: their requirements, how to export for them, and what was tested."""
     from clip_rd_edge.convert.targets import device_names, read_device
 
-    return {each: read_device(each) for each in ([name] if name else device_names())}
+    names = [name] if name else device_names()
+    return {device: read_device(device) for device in names}
 
 
 def doctor() -> list[Finding]:
-    """What this machine can do for a bundle, what is missing, and the command that installs it."""
+    """Report which runtimes this machine supports, what is missing, and the command that installs it."""
     from clip_rd_edge.runtime.doctor import examine
 
     return examine()
@@ -448,19 +449,19 @@ def open_encoder(
     runtime: RowRuntime | None = None,
     device: str = "auto",
 ) -> TowerEncoder:
-    """Open a bundle without PyTorch, or a model with it; arguments and errors as `load`."""
+    """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.contract.checkpoint import model_folder
 
     path = Path(spec.removeprefix("local-dir:"))
     if is_bundle(path):
         if runtime == "torch" or runtime == "torch-compile":
-            raise UsageError(f"{spec} is a bundle, which torch does not run.", hint="name the model it was made from")
+            raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle
 
         return load_bundle(path, threads=threads, runtime=runtime, device=device)
     if runtime not in (None, "torch", "torch-compile"):
-        raise UsageError(f"{spec} is no bundle: {runtime} cannot run it.", hint="clip-rd-edge export makes one")
+        raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
     import torch
 
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
@@ -473,7 +474,7 @@ def open_encoder(
 
 
 def load_tasks(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
-    """Tasks by the names that `evaluate` takes; labels without templates go into CLIP's for ImageNet."""
+    """Load tasks by name, as for `evaluate`. Data sets without templates get CLIP's ImageNet templates."""
     from clip_rd_edge.data.tasks import load_task
 
     names = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
@@ -482,23 +483,23 @@ def load_tasks(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:
-    """The command of a process that answers once, to time a cold start by; an image's path is to be its last word."""
+    """Return the command of a process that classifies one image, to time a cold start; append the image's path."""
     return [sys.executable, "-m", "clip_rd_edge.cli._first_answer", spec, runtime or "", str(threads)]
 
 
 def imagenet_templates() -> Templates:
-    """open_clip's OPENAI_IMAGENET_TEMPLATES for data sets that have none, else a neutral one where it is missing."""
-    from clip_rd_edge.data.clip_benchmark import Templates, neutral
+    """Return open_clip's OPENAI_IMAGENET_TEMPLATES, or one neutral template if open_clip is not installed."""
+    from clip_rd_edge.data.clip_benchmark import Templates, neutral_templates
 
     try:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
     except ImportError:
-        return neutral()
+        return neutral_templates()
     return Templates(tuple(fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES), "ImageNet's, from open_clip")
 
 
 def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:
-    """Top-1 or recall at 1 of the student on each of the run's tasks."""
+    """Return a function that scores the student on each of the run's tasks by top-1 accuracy or R@1, or None."""
     if not config.tasks:
         return None
     from clip_rd_edge.benchmarking.accuracy import evaluate as score

@@ -1,10 +1,10 @@
-"""Every error that clip-rd-edge raises on purpose.
+"""Exceptions that clip-rd-edge raises deliberately.
 
-    ClipRdEdgeError          something went wrong; exit code 1
-    ├── InterruptedRunError  stopped by a signal after saving; the same command goes on from there; exit code 75
-    └── UsageError           what was asked cannot be done as asked; exit code 2
-        ├── InputError       a file, picture, caption or table that does not fit
-        ├── ConfigError      a recipe, suite or manifest that does not fit
+    ClipRdEdgeError          base class; exit code 1
+    ├── InterruptedRunError  stopped by a signal after saving its state; the same command resumes; exit code 75
+    └── UsageError           the request cannot be carried out as given; exit code 2
+        ├── InputError       a file, image, caption or table is missing or invalid
+        ├── ConfigError      a recipe, suite, manifest or model configuration is invalid
         └── MissingExtraError  an optional dependency is not installed
 
 A message says what was wrong, with its value and place, and what was expected; `hint` says what to do next.
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class ClipRdEdgeError(Exception):
-    """Root of the tree.
+    """Base class of all errors of this package.
 
     Args:
         message: one sentence: what was wrong, with its value and place, and what was expected.
@@ -32,27 +32,27 @@ class ClipRdEdgeError(Exception):
 
 
 class InterruptedRunError(ClipRdEdgeError):
-    """A long run was stopped by a signal after its state was saved. 75 is EX_TEMPFAIL: try again."""
+    """A long run was stopped by a signal after its state was saved. Exit code 75 is EX_TEMPFAIL: try again."""
 
     exit_code = 75
 
 
 class UsageError(ClipRdEdgeError):
-    """What was asked cannot be done as asked; the user can mend it."""
+    """The request cannot be carried out as given; the user can fix it."""
 
     exit_code = 2
 
 
 class InputError(UsageError):
-    """A file, a picture, a caption or a table is missing or is not what was expected."""
+    """A file, image, caption or table is missing or invalid."""
 
 
 class ConfigError(UsageError):
-    """A recipe, suite, manifest or model configuration is not what was expected."""
+    """A recipe, suite, manifest or model configuration is invalid."""
 
 
 class MissingExtraError(UsageError):
-    """An optional dependency is needed and not installed."""
+    """A required optional dependency is not installed."""
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(
@@ -62,6 +62,6 @@ class MissingExtraError(UsageError):
 
 
 def near_matches(value: str, known: Iterable[str]) -> str:
-    """` Did you mean 'a', 'b'?` for the names nearest to `value`, or an empty string."""
+    """Return ` Did you mean 'a', 'b'?` with the names closest to `value`, or an empty string if none is close."""
     matches = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, matches))}?" if matches else ""

@@ -1,12 +1,13 @@
-"""A student that no preset has: any open_clip vision configuration, here a ViT of four layers for 96-pixel pictures.
+"""Train a student with a custom architecture: any open_clip vision config, here a four-layer ViT for 96-pixel images.
 
 python examples/custom_student.py pairs.csv local-dir:quickstart/teacher/student runs/custom
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+import clip_rd_edge as edge
 
 data, teacher, run = sys.argv[1:4]
 student = Path(run).parent / "four_layers.json"
@@ -19,5 +20,14 @@ student.write_text(
         }
     )
 )
-command = ["clip-rd-edge", "distill", "--data", data, "--teacher", teacher, "--student", str(student), "-o", run]
-subprocess.run([*command, "--image-size", "96", "--text", "tiny", "--batch-size", "32", "--epochs", "8"], check=True)
+folder = edge.distill(
+    data=data,
+    teacher=teacher,
+    student=str(student),
+    image_size=96,
+    text="tiny",
+    batch_size=32,
+    epochs=8,
+    output=run,
+)
+print(folder / "student")

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# WebDataset shards on two processes. The loss is that of the global batch of 64, whatever the number of processes.
+# Distil from WebDataset shards on two processes. The loss always covers the global batch of 64 pairs, whatever the
+# number of processes.
 #   SHARDS='shards/{00000..00009}.tar' TEACHER=local-dir:quickstart/teacher/student \
 #       bash examples/distil_shards_on_two_processes.sh
 set -euo pipefail
-SHARDS=${SHARDS:?the shards to train on, as in the line above}
+SHARDS=${SHARDS:?the shards to train on, as in the comment above}
 TEACHER=${TEACHER:?such as local-dir:quickstart/teacher/student}
 OUT=${OUT:-runs/shards}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a table of pictures and captions to an INT8 bundle.
+# Distil from a CSV file of images and captions, export the student as an INT8 bundle, and verify the bundle.
 #   PAIRS=pairs.csv TEACHER=local-dir:quickstart/teacher/student bash examples/distil_your_own_pairs.sh
 set -euo pipefail
 PAIRS=${PAIRS:?a CSV with the columns filepath,title}

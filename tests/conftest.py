@@ -1,4 +1,4 @@
-"""Small real things that many tests need: pictures, a table of pairs, tiny random models."""
+"""Shared fixtures: small images, a table of pairs, tiny random models and bundles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), 
 
 @pytest.fixture(autouse=True)
 def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of labels that is a test's own, and not there yet."""
+    """A separate label cache for each test; its folder does not exist yet."""
     folder = tmp_path_factory.getbasetemp() / "labels" / uuid.uuid4().hex
     monkeypatch.setattr("clip_rd_edge.runtime.labels.label_cache_folder", lambda: folder)
     return folder
@@ -33,7 +33,7 @@ def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def pairs_csv(tmp_path: Path) -> Path:
-    """A CSV in open_clip's conventions: 24 noisy pictures of four colours with captions."""
+    """A CSV in open_clip's format: 24 noisy images in four colours, with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -54,7 +54,7 @@ def pairs_csv(tmp_path: Path) -> Path:
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run `clip-rd-edge` in this process; returns exit code, stdout and stderr."""
+    """Return a function that runs `clip-rd-edge` in this process and returns exit code, stdout and stderr."""
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         from clip_rd_edge.cli.main import main
@@ -71,7 +71,7 @@ def command_line(
 
 @pytest.fixture
 def colour_bundle(tmp_path: Path) -> Path:
-    """A bundle, made without torch, that knows colours: both its towers give (red, green, blue), normalised."""
+    """A bundle that classifies colours, made without torch: both towers return a normalised (red, green, blue)."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -82,14 +82,14 @@ def colour_bundle(tmp_path: Path) -> Path:
 
     folder = tmp_path / "colours"
     folder.mkdir()
-    # Ids: padding, any other word, and the words for the colours; a picture's pixels are in [0, 1].
+    # Rows by token id: padding, unknown word, and the colours. Image pixels are in [0, 1].
     table = np.asarray([[0, 0, 0], [1e-3, 1e-3, 1e-3], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]], dtype=np.float32)
     node = helper.make_node
     towers = {
         "image": [node("GlobalAveragePool", ["x"], ["mean"]), node("Flatten", ["mean"], ["sum"])],
         "text": [node("Gather", ["table", "x"], ["words"]), node("ReduceSum", ["words", "axes"], ["sum"], keepdims=0)],
     }
-    given = {
+    inputs = {
         "image": helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8]),
         "text": helper.make_tensor_value_info("x", TensorProto.INT64, ["N", 6]),
     }
@@ -99,8 +99,8 @@ def colour_bundle(tmp_path: Path) -> Path:
     }
     for tower, nodes in towers.items():
         nodes.append(node("LpNormalization", ["sum"], ["y"]))
-        taken = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])
-        graph = helper.make_graph(nodes, tower, [given[tower]], [taken], initializer=constants[tower])
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])
+        graph = helper.make_graph(nodes, tower, [inputs[tower]], [output], initializer=constants[tower])
         opset = [helper.make_opsetid("", 17)]
         onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), folder / f"{tower}.onnx")
     words = {"?": 1, "red": 2, "green": 3, "blue": 4, "yellow": 5}
@@ -125,8 +125,8 @@ def colour_bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def colour_pictures(tmp_path: Path) -> Path:
-    """A folder of pictures of one colour each: red.png, green.png, blue.jpg, yellow.webp in a sub-folder."""
+def colour_images(tmp_path: Path) -> Path:
+    """A folder of single-colour images: red.png, green.png, blue.jpg, and yellow.webp in a subfolder."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     for name in ("red.png", "green.png", "blue.jpg", "more/yellow.webp"):
@@ -136,7 +136,7 @@ def colour_pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_student() -> Callable[..., ClipModel]:
-    """A student with random weights, the same each time."""
+    """Return a function that builds a student with the same random weights each time."""
 
     def make(trunk: str = "resnet10t", image_size: int = IMAGE_SIZE) -> ClipModel:
         import torch
@@ -156,7 +156,7 @@ def make_student() -> Callable[..., ClipModel]:
 def image_tower(
     make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[ClipModel, Path]]:
-    """A student at 64 pixels by its trunk, and its exported image tower: each exported once."""
+    """Return a function that exports a 64-pixel student by its trunk's name, once per trunk; returns model and file."""
 
     from clip_rd_edge.exporters.onnx import export_image_tower
 
@@ -170,13 +170,13 @@ def image_tower(
 
 @pytest.fixture(scope="session")
 def student(make_student: Callable[..., ClipModel]) -> ClipModel:
-    """A resnet10t at 32 pixels."""
+    """A resnet10t student for 32-pixel images."""
     return make_student()
 
 
 @pytest.fixture(scope="session")
 def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's float32 bundle; not to be changed."""
+    """The student's float32 bundle, shared by all tests: do not change it."""
     from clip_rd_edge.convert.options import ExportRequest
     from clip_rd_edge.exporters.bundle import export_bundle
 
@@ -198,7 +198,7 @@ def fp32_bundle(student: ClipModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def calibration(student: ClipModel) -> CalibrationSet:
-    """Noise pictures of different brightness, and captions of random words."""
+    """Noise images of different brightness, and captions of random words."""
     from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 
     rng = np.random.default_rng(0)
@@ -209,4 +209,4 @@ def calibration(student: ClipModel) -> CalibrationSet:
         captions = [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(count)]
         return Samples(pixels, student.tokenizer(captions).numpy())
 
-    return CalibrationSet("noise", calibrate=samples(32), judge=samples(24))
+    return CalibrationSet("noise", calibrate=samples(32), held_out=samples(24))

@@ -1,4 +1,4 @@
-"""The front door: what `import clip_rd_edge` offers, that it is light, and that it matches the command line."""
+"""The Python API: the names in `clip_rd_edge`, cheap imports, and agreement with the command line."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from clip_rd_edge.distillation.config import DistillOptions
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
-# What a command has beyond its function: how it prints, and what a shell cannot hand over.
+# Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv"}
-OTHERWISE: dict[str, tuple[Callable[..., Any], set[str]]] = {
+FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
     "evidence run": (api.evidence_run, set()),
@@ -36,14 +36,14 @@ OTHERWISE: dict[str, tuple[Callable[..., Any], set[str]]] = {
 
 
 def commands() -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
+    by_name: dict[str, click.Command] = {}
     for name, (module, _) in COMMANDS.items():
         command = importlib.import_module(f"clip_rd_edge.cli.{module}").command
         if isinstance(command, click.Group):
-            found |= {f"{name} {sub}": each for sub, each in command.commands.items()}
+            by_name |= {f"{name} {child}": subcommand for child, subcommand in command.commands.items()}
         else:
-            found[name] = command
-    return found
+            by_name[name] = command
+    return by_name
 
 
 def parameters_of(function: Callable[..., Any]) -> set[str]:
@@ -57,30 +57,30 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(set(commands()) - {"classify"}))
-def test_a_command_and_its_function_take_the_same_names(name: str) -> None:
-    function, extra = OTHERWISE.get(name) or (getattr(edge, name), set())
+def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
+    function, extra = FUNCTIONS.get(name) or (getattr(edge, name), set())
     options = {str(parameter.name) for parameter in commands()[name].params} - PRINTING - extra
     assert options == parameters_of(function) - {"reporter", "ready"}
 
 
-def test_classify_is_load_and_a_method() -> None:
+def test_the_classify_command_has_the_options_of_load_and_classify() -> None:
     options = {str(parameter.name) for parameter in commands()["classify"].params} - PRINTING
     assert options == {"bundle"} | parameters_of(edge.Model.classify) - {"self"} | {"camera", "threads", "device"}
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_no_heavy_dependencies() -> None:
     program = (
         "import sys; import clip_rd_edge as edge; dir(edge);"
         "print({'torch', 'numpy', 'onnxruntime', 'PIL', 'msgspec', 'click'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "set()"
 
 
-def test_every_name_is_there_and_stays_a_function_after_its_work() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in edge.__all__:
         assert getattr(edge, name) is getattr(edge, name)
-    # An import of a package by the name of a function would put the module in its place.
+    # Importing a subpackage would replace a function of the same name.
     folders = {path.parent.name for path in (ROOT / "clip_rd_edge").glob("*/__init__.py")}
     assert not folders & set(edge.__all__)
     assert set(edge.__all__) <= set(dir(edge))
@@ -88,7 +88,7 @@ def test_every_name_is_there_and_stays_a_function_after_its_work() -> None:
         edge.lode  # noqa: B018
 
 
-def imports_below_the_front_door(source: str) -> list[str]:
+def internal_imports(source: str) -> list[str]:
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -98,20 +98,20 @@ def imports_below_the_front_door(source: str) -> list[str]:
     return [name for name in names if name.startswith("clip_rd_edge.")]
 
 
-def test_readme_and_examples_import_nothing_below_it() -> None:
+def test_readme_and_examples_import_no_internal_modules() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     sources = [*blocks, *(path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py"))]
-    assert [imports_below_the_front_door(source) for source in sources] == [[] for _ in sources]
-    assert imports_below_the_front_door("from clip_rd_edge.runtime import load") == ["clip_rd_edge.runtime"]
+    assert [internal_imports(source) for source in sources] == [[] for _ in sources]
+    assert internal_imports("from clip_rd_edge.runtime import load") == ["clip_rd_edge.runtime"]
 
 
-def test_readme_shows_python_early() -> None:
+def test_readme_shows_python_in_its_first_lines() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "```python" in lines[:40]
 
 
-# What takes the place of an image: each embeds as the file does.
+# All forms of an image give the same embedding as the file.
 FORMS: dict[str, Callable[[Path], Any]] = {
     "path": lambda path: path,
     "string": str,
@@ -123,28 +123,28 @@ FORMS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_image_may_be_given_in_any_form(colour_bundle: Path, colour_pictures: Path, form: str) -> None:
+def test_an_image_can_be_given_in_any_form(colour_bundle: Path, colour_images: Path, form: str) -> None:
     model = edge.load(colour_bundle)
-    path = colour_pictures / "red.png"
+    path = colour_images / "red.png"
     expected = model.encode_images(path)
     np.testing.assert_array_equal(model.encode_images(FORMS[form](path)), expected)
     np.testing.assert_array_equal(model.encode_images([FORMS[form](path)] * 2), np.stack([expected] * 2))
     assert model.classify(FORMS[form](path), labels=["red", "blue"])[0].label == "red"
 
 
-def test_grey_palette_and_cmyk_images_work(colour_bundle: Path, colour_pictures: Path) -> None:
+def test_greyscale_palette_and_cmyk_images_work(colour_bundle: Path, colour_images: Path) -> None:
     model = edge.load(colour_bundle)
-    image = Image.open(colour_pictures / "red.png")
+    image = Image.open(colour_images / "red.png")
     grey = np.asarray(image.convert("L"))
     np.testing.assert_array_equal(model.encode_images(grey), model.encode_images(np.stack([grey] * 3, axis=2)))
     for mode in ("P", "CMYK"):
         assert model.classify(image.convert(mode), labels=["red", "blue"])[0].label == "red"
 
 
-def test_one_in_gives_one_out_and_many_give_many(colour_bundle: Path, colour_pictures: Path) -> None:
+def test_single_inputs_give_single_results_and_lists_give_lists(colour_bundle: Path, colour_images: Path) -> None:
     model = edge.load(colour_bundle)
     width = model.describe().embedding_size
-    paths = [colour_pictures / name for name in ("red.png", "green.png", "blue.jpg")]
+    paths = [colour_images / name for name in ("red.png", "green.png", "blue.jpg")]
     assert model.encode_images(paths[0]).shape == model.encode_texts("red").shape == (width,)
     assert model.encode_images(paths).shape == model.encode_texts(["red", "green", "blue"]).shape == (3, width)
     assert model.encode_images([]).shape == (0, width)
@@ -152,43 +152,43 @@ def test_one_in_gives_one_out_and_many_give_many(colour_bundle: Path, colour_pic
     np.testing.assert_allclose(model.encode_images(batch), model.encode_images(paths), atol=1e-6)
     answers = model.classify(paths, labels=["red", "green", "blue"])
     assert [answer[0].label for answer in answers] == ["red", "green", "blue"]
-    assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, and not three letters
+    assert model.classify(paths[0], labels="red")[0] == ("red", 1.0)  # one label, not three letters
 
 
-def test_what_is_no_image_is_refused(colour_bundle: Path, tmp_path: Path) -> None:
+def test_invalid_images_are_refused(colour_bundle: Path, tmp_path: Path) -> None:
     model = edge.load(colour_bundle)
-    with pytest.raises(edge.InputError, match=r"float32; expected bytes"):
+    with pytest.raises(edge.InputError, match=r"float32; expected uint8"):
         model.encode_images(np.zeros((8, 8, 3), dtype=np.float32))
     with pytest.raises(edge.InputError, match=r"shape \(8, 8, 5\)"):
         model.encode_images(np.zeros((8, 8, 5), dtype=np.uint8))
-    with pytest.raises(edge.InputError, match="there is no such file"):
+    with pytest.raises(edge.InputError, match="the file does not exist"):
         model.encode_images(tmp_path / "missing.png")
-    with pytest.raises(edge.InputError, match="An image is a int; expected a path"):
+    with pytest.raises(edge.InputError, match="An image has type int; expected a path"):
         model.encode_images([3])  # type: ignore[list-item]
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(edge.InputError, match=r"text\.png"):
         model.encode_images([tmp_path / "text.png"] * 2)
 
 
-def test_labels_are_remembered_between_calls(colour_bundle: Path, colour_pictures: Path) -> None:
+def test_label_embeddings_are_reused_between_calls(colour_bundle: Path, colour_images: Path) -> None:
     model = edge.load(colour_bundle)
-    texts: list[int] = []
+    prompt_counts: list[int] = []
     encode = model.encoder.encode_texts
-    model.encoder.encode_texts = lambda prompts: texts.append(len(prompts)) or encode(prompts)  # type: ignore[method-assign, func-returns-value]
+    model.encoder.encode_texts = lambda prompts: prompt_counts.append(len(prompts)) or encode(prompts)  # type: ignore[method-assign, func-returns-value]
     for _ in range(3):
-        model.classify(colour_pictures / "red.png", labels=["red", "blue"], cache=False)
-    assert texts == [2]
-    model.classify(colour_pictures / "red.png", labels=["red", "green"], cache=False)
-    assert texts == [2, 2]
+        model.classify(colour_images / "red.png", labels=["red", "blue"], cache=False)
+    assert prompt_counts == [2]
+    model.classify(colour_images / "red.png", labels=["red", "green"], cache=False)
+    assert prompt_counts == [2, 2]
 
 
-def test_a_classifier_takes_a_model(colour_bundle: Path, colour_pictures: Path) -> None:
+def test_a_classifier_accepts_a_model(colour_bundle: Path, colour_images: Path) -> None:
     classifier = edge.ZeroShotClassifier(edge.load(colour_bundle), labels=["red", "blue"])
-    with Image.open(colour_pictures / "blue.jpg") as image:
+    with Image.open(colour_images / "blue.jpg") as image:
         assert classifier.classify([image.convert("RGB")])[0][0].label == "blue"
 
 
-def test_a_camera_gives_an_answer_per_frame(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_camera_gives_predictions_per_frame(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     monkeypatch.setattr("clip_rd_edge.runtime.camera.frames", lambda source: iter(frames) if source == "0" else None)
     answers = edge.load(colour_bundle).classify_camera(0, labels=["red", "blue"])
@@ -196,24 +196,24 @@ def test_a_camera_gives_an_answer_per_frame(colour_bundle: Path, monkeypatch: py
 
 
 def test_a_bundle_can_be_verified_indexed_and_searched(
-    colour_bundle: Path, colour_pictures: Path, tmp_path: Path
+    colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
     assert all(check.passed for check in edge.verify(colour_bundle))
-    done = edge.index(colour_bundle, colour_pictures, tmp_path / "index")
-    assert done.embedded == 4
+    update = edge.index(colour_bundle, colour_images, tmp_path / "index")
+    assert update.embedded == 4
     by_text = edge.search(tmp_path / "index", "red", top=1)
-    by_path = edge.search(tmp_path / "index", str(colour_pictures / "red.png"), top=1)
-    by_image = edge.search(tmp_path / "index", Image.open(colour_pictures / "red.png"), top=1)
+    by_path = edge.search(tmp_path / "index", str(colour_images / "red.png"), top=1)
+    by_image = edge.search(tmp_path / "index", Image.open(colour_images / "red.png"), top=1)
     assert [hit.path.name for hit in (*by_text, *by_path, *by_image)] == ["red.png"] * 3
 
 
 def test_a_bundle_can_be_evaluated_and_benchmarked(
-    colour_bundle: Path, colour_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = tmp_path / "task"
     for colour in ("red", "green"):
         (task / colour).mkdir(parents=True)
-        (task / colour / "image.png").write_bytes((colour_pictures / f"{colour}.png").read_bytes())
+        (task / colour / "image.png").write_bytes((colour_images / f"{colour}.png").read_bytes())
     (score,) = edge.evaluate(colour_bundle, str(task))
     assert score.top1 == 1.0  # type: ignore[union-attr]
     assert edge.evaluate(edge.load(colour_bundle), [str(task)] * 2) == [score]
@@ -232,7 +232,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     assert "| FP32 | 100.0 ± 0.0" in table
 
 
-def test_a_student_is_distilled_exported_and_opened(pairs_csv: Path, tmp_path: Path) -> None:
+def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_path: Path) -> None:
     run = edge.distill(
         data=str(pairs_csv), student="test_resnet", output=tmp_path / "run", recipe="clip", steps=2, batch_size=8,
         text="tiny", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0,
@@ -244,16 +244,16 @@ def test_a_student_is_distilled_exported_and_opened(pairs_csv: Path, tmp_path: P
     assert "onnxruntime" in repr(model)
     assert "torch" in repr(student)
     assert {answer.label for answer in model.classify(np.zeros((9, 9, 3), np.uint8))} == {"a cat", "a dog"}
-    with pytest.raises(edge.UsageError, match="is a bundle already"):
+    with pytest.raises(edge.UsageError, match="is already a bundle"):
         edge.export(bundle, tmp_path / "again")
 
 
 def test_a_mistyped_option_is_refused(pairs_csv: Path, tmp_path: Path) -> None:
-    with pytest.raises(edge.UsageError, match=r"no option 'batchsize' of distill\. Did you mean 'batch_size'"):
+    with pytest.raises(edge.UsageError, match=r"Unknown distill option 'batchsize'\. Did you mean 'batch_size'"):
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batchsize=8)  # type: ignore[call-arg]
-    with pytest.raises(edge.UsageError, match=r"no export option 'precison'\. Did you mean 'precision'"):
+    with pytest.raises(edge.UsageError, match=r"Unknown export option 'precison'\. Did you mean 'precision'"):
         edge.export("run", tmp_path / "bundle", precison="int8")  # type: ignore[call-arg]
-    with pytest.raises(edge.ConfigError, match=r"The run does not fit: .*batch_size"):
+    with pytest.raises(edge.ConfigError, match=r"The run is invalid: .*batch_size"):
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batch_size="8")  # type: ignore[arg-type]
 
 
@@ -263,16 +263,16 @@ def test_devices_and_doctor() -> None:
     assert any(finding.what == "ONNX Runtime" for finding in edge.doctor())
 
 
-def test_the_demo_is_served_until_it_is_interrupted(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_served_with_the_given_options(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Any] = []
     monkeypatch.setattr("clip_rd_edge.web.app.serve", lambda demo, **options: served.append((demo, options)))
     edge.demo(colour_bundle, labels=["red"], port=0)
     demo, options = served[0]
-    assert (len(demo.models), demo.first_labels, options["port"]) == (1, ["red"], 0)
+    assert (len(demo.served), demo.start_labels, options["port"]) == (1, ["red"], 0)
 
 
-def test_no_function_takes_more_than_eight_parameters() -> None:
-    crowded = []
+def test_no_function_has_more_than_eight_parameters() -> None:
+    violations = []
     for path in (ROOT / "clip_rd_edge").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -281,5 +281,5 @@ def test_no_function_takes_more_than_eight_parameters() -> None:
                 count = len([name for name in names if name not in ("self", "cls")])
                 count += bool(arguments.vararg) + bool(arguments.kwarg)
                 if count > 8 and not (path.parent.name == "cli" and node.name == "command"):
-                    crowded.append(f"{path.name}: {node.name} takes {count}")
-    assert crowded == []
+                    violations.append(f"{path.name}: {node.name} takes {count}")
+    assert violations == []

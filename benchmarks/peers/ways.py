@@ -1,8 +1,7 @@
-"""Ways to run one student's image tower: what a user would write with each peer by its own documentation.
+"""Implementations of one student's image tower: what a user would write with each peer, following its documentation.
 
-Each way is a function of the student's folder, calibration pixels and a folder to write to; it returns how to embed
-pixels, (N, 3, H, W) float32 to (N, D) L2-normalised, and the bytes that it needs on disk. Text embeddings are
-everywhere those of the float32 student, so that what differs is the image tower.
+Each implementation is a function of a `Setup` that returns a `PeerTower`. All of them use the text embeddings of the
+float32 student, so that only the image tower differs.
 """
 
 from __future__ import annotations
@@ -18,29 +17,49 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 
-Rows = npt.NDArray[np.float32]
-Embed = Callable[[Rows], Rows]
-Made = tuple[Embed, int]
+Pixels = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.float32]
+Embed = Callable[[Pixels], Embeddings]
 
 
 @dataclass(frozen=True)
-class Given:
-    """What every way starts from: the student's run, an open_clip folder, pixels (N, 3, H, W) and where to write."""
+class PeerTower:
+    """An image tower in one implementation.
+
+    Attributes:
+        embed: pixels, (N, 3, H, W) float32, to L2-normalised embeddings, (N, D).
+        size_bytes: size of the files that it needs.
+    """
+
+    embed: Embed
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The inputs of all implementations.
+
+    Attributes:
+        run: folder of the student's run.
+        student: the student as an open_clip folder.
+        calibration: pixels for calibration, (N, 3, H, W).
+        work: folder for files.
+    """
 
     run: Path
     student: Path
-    calibrate: Rows
+    calibration: Pixels
     work: Path
 
     @property
     def plain_onnx(self) -> Path:
-        """The image tower as `torch.onnx.export` writes it when nothing else is asked for."""
+        """The image tower as `torch.onnx.export` writes it with default options."""
         path = self.work / "plain.onnx"
         if not path.is_file():
             model = open_clip_model(self)
             program = torch.onnx.export(
                 model.visual,
-                (torch.from_numpy(self.calibrate[:2]),),
+                (torch.from_numpy(self.calibration[:2]),),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("N")},),
                 input_names=["pixels"],
@@ -51,159 +70,161 @@ class Given:
 
 
 class Calibration:
-    """ONNX Runtime's calibration data reader, and what NNCF and Optimum iterate over."""
+    """ONNX Runtime's calibration data reader."""
 
-    def __init__(self, pixels: Rows) -> None:
-        self._left: Iterator[Rows] = (sample[None] for sample in pixels)
+    def __init__(self, pixels: Pixels) -> None:
+        self._samples: Iterator[Pixels] = (sample[None] for sample in pixels)
 
-    def get_next(self) -> dict[str, Rows] | None:
-        sample = next(self._left, None)
+    def get_next(self) -> dict[str, Pixels] | None:
+        sample = next(self._samples, None)
         return None if sample is None else {"pixels": sample}
 
 
-def open_clip_model(given: Given) -> torch.nn.Module:
+def open_clip_model(setup: Setup) -> torch.nn.Module:
     import open_clip
 
-    model: torch.nn.Module = open_clip.create_model(f"local-dir:{given.student}").eval()
+    model: torch.nn.Module = open_clip.create_model(f"local-dir:{setup.student}").eval()
     return model
 
 
-def normalised(rows: Rows) -> Rows:
-    scaled: Rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return scaled
+def normalise(rows: Embeddings) -> Embeddings:
+    normalised: Embeddings = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return normalised
 
 
-def with_onnxruntime(path: Path) -> Made:
+def with_onnxruntime(path: Path) -> PeerTower:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return (lambda pixels: normalised(session.run(None, {name: pixels})[0])), path.stat().st_size
+    return PeerTower(lambda pixels: normalise(session.run(None, {name: pixels})[0]), path.stat().st_size)
 
 
-def eager(given: Given) -> Made:
-    return _open_clip(given, compiled=False)
+def eager(setup: Setup) -> PeerTower:
+    return _open_clip(setup, compiled=False)
 
 
-def compiled(given: Given) -> Made:
-    return _open_clip(given, compiled=True)
+def compiled(setup: Setup) -> PeerTower:
+    return _open_clip(setup, compiled=True)
 
 
-def _open_clip(given: Given, *, compiled: bool) -> Made:
-    model = open_clip_model(given)
+def _open_clip(setup: Setup, *, compiled: bool) -> PeerTower:
+    model = open_clip_model(setup)
     if compiled:
         model.visual = torch.compile(model.visual)
 
     @torch.inference_mode()
-    def embed(pixels: Rows) -> Rows:
-        rows: Rows = model.encode_image(torch.from_numpy(pixels), normalize=True).numpy()  # type: ignore[operator]
+    def embed(pixels: Pixels) -> Embeddings:
+        rows: Embeddings = model.encode_image(torch.from_numpy(pixels), normalize=True).numpy()  # type: ignore[operator]
         return rows
 
-    return embed, (given.student / "open_clip_model.safetensors").stat().st_size
+    return PeerTower(embed, (setup.student / "open_clip_model.safetensors").stat().st_size)
 
 
-def plain_export(given: Given) -> Made:
-    return with_onnxruntime(given.plain_onnx)
+def plain_export(setup: Setup) -> PeerTower:
+    return with_onnxruntime(setup.plain_onnx)
 
 
-def ort_dynamic(given: Given) -> Made:
+def ort_dynamic(setup: Setup) -> PeerTower:
     from onnxruntime.quantization import quantize_dynamic
 
-    path = given.work / "ort-dynamic.onnx"
-    quantize_dynamic(str(given.plain_onnx), str(path))
+    path = setup.work / "ort-dynamic.onnx"
+    quantize_dynamic(str(setup.plain_onnx), str(path))
     return with_onnxruntime(path)
 
 
-def ort_static(given: Given) -> Made:
+def ort_static(setup: Setup) -> PeerTower:
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared, path = given.work / "prepared.onnx", given.work / "ort-static.onnx"
-    quant_pre_process(str(given.plain_onnx), str(prepared))
-    quantize_static(str(prepared), str(path), Calibration(given.calibrate))
+    prepared, path = setup.work / "prepared.onnx", setup.work / "ort-static.onnx"
+    quant_pre_process(str(setup.plain_onnx), str(prepared))
+    quantize_static(str(prepared), str(path), Calibration(setup.calibration))
     return with_onnxruntime(path)
 
 
-def optimum_dynamic(given: Given) -> Made:
+def optimum_dynamic(setup: Setup) -> PeerTower:
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    return _optimum(given, AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True), "optimum-dynamic")
+    return _optimum(setup, AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True), "optimum-dynamic")
 
 
-def optimum_static(given: Given) -> Made:
+def optimum_static(setup: Setup) -> PeerTower:
     from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-    return _optimum(given, AutoQuantizationConfig.avx512_vnni(is_static=True, per_channel=True), "optimum-static")
+    return _optimum(setup, AutoQuantizationConfig.avx512_vnni(is_static=True, per_channel=True), "optimum-static")
 
 
-def _optimum(given: Given, how: object, name: str) -> Made:
+def _optimum(setup: Setup, config: object, name: str) -> PeerTower:
     from datasets import Dataset
     from optimum.onnxruntime import ORTQuantizer
     from optimum.onnxruntime.configuration import AutoCalibrationConfig
 
-    quantizer = ORTQuantizer(given.plain_onnx)
+    quantizer = ORTQuantizer(setup.plain_onnx)
     ranges = None
-    if how.is_static:  # type: ignore[attr-defined]
-        # A transform of its own: the numpy format asks torchvision for a video reader that it no longer has.
-        data = Dataset.from_dict({"pixels": given.calibrate.tolist()}).with_transform(
+    if config.is_static:  # type: ignore[attr-defined]
+        # A custom transform: the numpy format needs a video reader that torchvision no longer has.
+        data = Dataset.from_dict({"pixels": setup.calibration.tolist()}).with_transform(
             lambda rows: {"pixels": [np.asarray(sample, dtype=np.float32) for sample in rows["pixels"]]}
         )
         ranges = quantizer.fit(
             data,
             AutoCalibrationConfig.minmax(data),
-            onnx_augmented_model_name=str(given.work / "augmented.onnx"),  # else it lands where the command runs
-            operators_to_quantize=how.operators_to_quantize,  # type: ignore[attr-defined]
+            # By default, this file is written to the current directory.
+            onnx_augmented_model_name=str(setup.work / "augmented.onnx"),
+            operators_to_quantize=config.operators_to_quantize,  # type: ignore[attr-defined]
         )
-    quantizer.quantize(how, given.work / name, calibration_tensors_range=ranges)
-    return with_onnxruntime(given.work / name / "plain_quantized.onnx")
+    quantizer.quantize(config, setup.work / name, calibration_tensors_range=ranges)
+    return with_onnxruntime(setup.work / name / "plain_quantized.onnx")
 
 
-def openvino_float(given: Given) -> Made:
-    return _openvino(given, quantise=False)
+def openvino_float(setup: Setup) -> PeerTower:
+    return _openvino(setup, quantize=False)
 
 
-def openvino_nncf(given: Given) -> Made:
-    return _openvino(given, quantise=True)
+def openvino_nncf(setup: Setup) -> PeerTower:
+    return _openvino(setup, quantize=True)
 
 
-def _openvino(given: Given, *, quantise: bool) -> Made:
+def _openvino(setup: Setup, *, quantize: bool) -> PeerTower:
     import openvino
 
-    model = openvino.convert_model(open_clip_model(given).visual, example_input=torch.from_numpy(given.calibrate[:1]))
-    if quantise:
+    model = openvino.convert_model(open_clip_model(setup).visual, example_input=torch.from_numpy(setup.calibration[:1]))
+    if quantize:
         import nncf
 
-        model = nncf.quantize(model, nncf.Dataset([sample[None] for sample in given.calibrate]))
-    path = given.work / f"openvino-{'nncf' if quantise else 'float'}.xml"
+        model = nncf.quantize(model, nncf.Dataset([sample[None] for sample in setup.calibration]))
+    path = setup.work / f"openvino-{'nncf' if quantize else 'float'}.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY"}
     network = openvino.Core().compile_model(path, "CPU", settings)
-    return (lambda pixels: normalised(network(pixels)[0])), path.with_suffix(".bin").stat().st_size
+    return PeerTower(lambda pixels: normalise(network(pixels)[0]), path.with_suffix(".bin").stat().st_size)
 
 
-def ours_fp32(given: Given) -> Made:
-    return _ours(given, "onnx", "fp32")
+def ours_fp32(setup: Setup) -> PeerTower:
+    return _ours(setup, "onnx", "fp32")
 
 
-def ours_int8(given: Given) -> Made:
-    return _ours(given, "onnx", "int8")
+def ours_int8(setup: Setup) -> PeerTower:
+    return _ours(setup, "onnx", "int8")
 
 
-def ours_int8_openvino(given: Given) -> Made:
-    return _ours(given, "openvino", "int8")
+def ours_int8_openvino(setup: Setup) -> PeerTower:
+    return _ours(setup, "openvino", "int8")
 
 
-def _ours(given: Given, format: str, precision: str) -> Made:
+def _ours(setup: Setup, format: str, precision: str) -> PeerTower:
     from clip_rd_edge.contract.bundle import read_manifest
     from clip_rd_edge.runtime.load import load
 
-    bundle = given.work / f"ours-{format}-{precision}"
-    how = ["--format", format, "--precision", precision, "--threads", "1", "--force", "-o", str(bundle)]
-    subprocess.run([sys.executable, "-m", "clip_rd_edge", "export", str(given.run), *how], check=True)
-    return load(bundle, threads=1).encode_pixels, (bundle / read_manifest(bundle).image.file).stat().st_size
+    bundle = setup.work / f"ours-{format}-{precision}"
+    options = ["--format", format, "--precision", precision, "--threads", "1", "--force", "-o", str(bundle)]
+    subprocess.run([sys.executable, "-m", "clip_rd_edge", "export", str(setup.run), *options], check=True)
+    size_bytes = (bundle / read_manifest(bundle).image.file).stat().st_size
+    return PeerTower(load(bundle, threads=1).encode_pixels, size_bytes)
 
 
-WAYS: dict[str, Callable[[Given], Made]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Setup], PeerTower]] = {
     "open_clip, torch eager": eager,
     "open_clip, torch.compile": compiled,
     "torch.onnx.export, ONNX Runtime": plain_export,

@@ -1,6 +1,6 @@
-"""Not a test: what `clip-rd-edge classify BUNDLE PICTURE --json` answers, as one writes it with open_clip and torch.
+"""Answer like `clip-rd-edge classify BUNDLE IMAGE --json`, written directly with open_clip and torch.
 
-python benchmarks/scripts/classify_with_torch.py STUDENT BUNDLE PICTURE [--embed-labels]
+python benchmarks/scripts/classify_with_torch.py STUDENT BUNDLE IMAGE [--embed-labels]
 """
 
 import json
@@ -12,7 +12,7 @@ import open_clip
 import torch
 from PIL import Image
 
-student, bundle, picture, *options = sys.argv[1:]
+student, bundle, path, *options = sys.argv[1:]
 model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{student}")
 model.eval()
 with np.load(Path(bundle) / "labels.npz") as bank:
@@ -23,11 +23,11 @@ with torch.inference_mode():
         templates = json.loads((Path(bundle) / "manifest.json").read_text())["templates"]
         tokenizer = open_clip.get_tokenizer(f"local-dir:{student}")
         prompts = tokenizer([template.replace("{}", label) for label in labels for template in templates])
-        each = torch.cat([model.encode_text(part, normalize=True) for part in prompts.split(32)])
-        embeddings = each.reshape(len(labels), len(templates), -1).mean(1)
+        prompt_embeddings = torch.cat([model.encode_text(batch, normalize=True) for batch in prompts.split(32)])
+        embeddings = prompt_embeddings.reshape(len(labels), len(templates), -1).mean(1)
         embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
-    image = model.encode_image(preprocess(Image.open(picture).convert("RGB"))[None], normalize=True)
-    likely = (model.logit_scale.exp() * image @ embeddings.float().T).softmax(-1)[0]
-best = likely.topk(3)
-predictions = [{"label": labels[i], "probability": p} for i, p in zip(best.indices, best.values.tolist(), strict=True)]
-print(json.dumps({"picture": picture, "predictions": predictions}))
+    image = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None], normalize=True)
+    probabilities = (model.logit_scale.exp() * image @ embeddings.float().T).softmax(-1)[0]
+top = probabilities.topk(3)
+predictions = [{"label": labels[i], "probability": p} for i, p in zip(top.indices, top.values.tolist(), strict=True)]
+print(json.dumps({"image": path, "predictions": predictions}))

@@ -1,4 +1,4 @@
-"""Not a test: steps of a student as it is against steps through torch.compile, in turn in one process.
+"""Compare training steps of a student in eager mode and through torch.compile, in turn in one process.
 
 python benchmarks/scripts/compile.py resnet18 mobilevit_s
 python benchmarks/scripts/compile.py resnet18 --image-size 64 --batch-size 32 --steps 10
@@ -30,37 +30,37 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    given = parser.parse_args()
-    pixels = torch.rand(given.batch_size, 3, given.image_size, given.image_size)
-    batch = Batch(pixels, None, [f"picture number {i}" for i in range(given.batch_size)])
+    args = parser.parse_args()
+    pixels = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
+    batch = Batch(pixels, None, [f"image number {i}" for i in range(args.batch_size)])
     processes = Processes(device=default_device())
     objective = Objective(load_recipe("clip").objective).to(processes.device)
-    for name in given.students:
-        config = student_config(name, embedding_size=512, image_size=given.image_size, text="small")
+    for name in args.students:
+        config = student_config(name, embedding_size=512, image_size=args.image_size, text="small")
         student = build_student(config, name=name)
         to_device(student.model, processes.device).train()
-        other = replace(student, model=copy.deepcopy(student.model))
+        copied = replace(student, model=copy.deepcopy(student.model))
         steps = {
             "eager": TrainingStep(student, None, objective, processes, StepSettings()),
-            "compiled": TrainingStep(other, None, objective, processes, StepSettings(compile=True)),
+            "compiled": TrainingStep(copied, None, objective, processes, StepSettings(compile=True)),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in steps}
+        seconds: dict[str, list[float]] = {mode: [] for mode in steps}
         first = dict[str, float]()
-        for number in range(given.steps + 1):
-            for way, step in steps.items():
-                began = time.perf_counter()
+        for number in range(args.steps + 1):
+            for mode, step in steps.items():
+                start = time.perf_counter()
                 step(batch, number).loss.total.item()
-                took = time.perf_counter() - began
+                duration = time.perf_counter() - start
                 if number:
-                    seconds[way].append(took)
+                    seconds[mode].append(duration)
                 else:
-                    first[way] = took
+                    first[mode] = duration
                 step.student.model.zero_grad(set_to_none=True)
-        eager, compiled = (statistics.median(seconds[way]) for way in steps)
+        eager, compiled = (statistics.median(seconds[mode]) for mode in steps)
         low, high = np.percentile(np.asarray(seconds["eager"]) / np.asarray(seconds["compiled"]), [10, 90])
         print(
-            f"{name}, {given.image_size} pixels, batch {given.batch_size}, {processes.device.type}: eager "
-            f"{eager * 1e3:.0f} ms a step, compiled {compiled * 1e3:.0f} ms, {eager / compiled:.2f}× the steps "
+            f"{name}, {args.image_size} pixels, batch {args.batch_size}, {processes.device.type}: eager "
+            f"{eager * 1e3:.0f} ms per step, compiled {compiled * 1e3:.0f} ms, {eager / compiled:.2f}× as fast "
             f"({low:.2f} to {high:.2f}); the first compiled step took {first['compiled']:.0f} s"
         )
 

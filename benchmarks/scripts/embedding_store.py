@@ -1,6 +1,6 @@
-"""Not a test: steps with a live teacher against steps with a cached one, loading included, in turn in one process.
+"""Compare training steps with a live and a cached teacher, data loading included, in turn in one process.
 
-python benchmarks/scripts/embedding_store.py ViT-B-16        # random weights, real size; or ViT-L-14
+python benchmarks/scripts/embedding_store.py ViT-B-16        # random weights of real size; or ViT-L-14
 python benchmarks/scripts/embedding_store.py ViT-B-16 --batch-size 16 --steps 4 --student mobilevit_s
 """
 
@@ -20,10 +20,10 @@ import open_clip
 import torch
 from PIL import Image
 
-from clip_rd_edge.distillation.build import load_ingredients, make_dataset
+from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import build_cache, manifest_of, open_cache
+from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
@@ -31,20 +31,20 @@ from clip_rd_edge.models.clip import to_device
 
 
 def make_data(folder: Path, pairs: int) -> Path:
-    """Noisy pictures of 320 × 240 pixels with captions."""
+    """Write noise images of 320 × 240 pixels with captions, and return their table."""
     rng = np.random.default_rng(0)
     lines = ["filepath,title"]
     for i in range(pairs):
         coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
         coarse.resize((320, 240)).save(folder / f"{i}.jpg")
-        lines.append(f"{folder / f'{i}.jpg'},picture number {i}")
+        lines.append(f"{folder / f'{i}.jpg'},image number {i}")
     table = folder / "pairs.csv"
     table.write_text("\n".join(lines))
     return table
 
 
 def make_teacher(folder: Path, architecture: str) -> Path:
-    """An open_clip folder of the architecture with random weights."""
+    """Write an open_clip model of the architecture with random weights, and return its folder."""
     torch.manual_seed(0)
     model = open_clip.create_model(architecture)
     folder.mkdir()
@@ -60,53 +60,54 @@ def main() -> None:
     parser.add_argument("--student", default="mobilevit_s")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=4)
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = RunConfig(
             recipe_name="clip-rd",
-            recipe=msgspec.structs.replace(load_recipe("clip-rd"), batch_size=given.batch_size),
-            data=str(make_data(folder, 2 * given.batch_size)),
-            teacher=str(make_teacher(folder / "teacher", given.teacher)),
-            student=given.student,
+            recipe=msgspec.structs.replace(load_recipe("clip-rd"), batch_size=args.batch_size),
+            data=str(make_data(folder, 2 * args.batch_size)),
+            teacher=str(make_teacher(folder / "teacher", args.teacher)),
+            student=args.student,
             views=1,
             workers=1,
         )
-        of = load_ingredients(config, name="student", processes=Processes())
-        assert of.teacher is not None
-        live = Teacher(of.teacher, device, autocast=None)
-        manifest = manifest_of(of.teacher, of.pairs, crop_scale=(0.9, 1.0), seed=0, views=1, precision="fp32")
-        build_cache(folder / "cache", manifest, live, of.pairs, Processes(), workers=1, max_bad=0.0)
-        cached = make_dataset(config, of, with_teacher_pixels=False)
+        setup = load_setup(config, name="student", processes=Processes())
+        assert setup.teacher is not None
+        live = Teacher(setup.teacher, device, autocast=None)
+        manifest = make_manifest(setup.teacher, setup.pairs, crop_scale=(0.9, 1.0), seed=0, views=1, precision="fp32")
+        build_cache(folder / "cache", manifest, live, setup.pairs, Processes(), workers=1, max_bad=0.0)
+        cached = make_dataset(config, setup, with_teacher_pixels=False)
         cached.cache = open_cache(folder / "cache")
-        to_device(of.student.model, device).train()
+        to_device(setup.student.model, device).train()
 
         def batches(dataset: ViewDataset) -> Iterator[Batch]:
-            sampler = StepSampler(len(of.pairs), given.batch_size, seed=0, start=0, stop=given.steps + 1)
+            sampler = StepSampler(len(setup.pairs), args.batch_size, seed=0, start=0, stop=args.steps + 1)
             return iter(step_loader(dataset, sampler, workers=config.workers))
 
-        ways = {
-            "online": (live, batches(make_dataset(config, of))),
+        modes = {
+            "online": (live, batches(make_dataset(config, setup))),
             "cached": (CachedTeacher(manifest.logit_scale, device), batches(cached)),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         gradients: dict[str, torch.Tensor] = {}
-        for step in range(given.steps + 1):
-            for way, (teacher, source) in ways.items():
-                began = time.perf_counter()
-                run = TrainingStep(of.student, teacher, of.objective, Processes(), StepSettings())
+        for step in range(args.steps + 1):
+            for mode, (teacher, source) in modes.items():
+                start = time.perf_counter()
+                run = TrainingStep(setup.student, teacher, setup.objective, Processes(), StepSettings())
                 run(next(source), step)
-                if step:  # the first is warm-up
-                    seconds[way].append(time.perf_counter() - began)
+                if step:  # the first step is warm-up
+                    seconds[mode].append(time.perf_counter() - start)
                 else:
-                    gradients[way] = of.student.model.get_parameter("text.text_projection").grad.clone()  # type: ignore[union-attr]
-                of.student.model.zero_grad(set_to_none=True)
-        online, replayed = (statistics.median(seconds[way]) for way in ways)
+                    gradients[mode] = setup.student.model.get_parameter("text.text_projection").grad.clone()  # type: ignore[union-attr]
+                setup.student.model.zero_grad(set_to_none=True)
+        online, from_cache = (statistics.median(seconds[mode]) for mode in modes)
         difference = (gradients["online"] - gradients["cached"]).norm() / gradients["online"].norm()
         print(
-            f"{given.teacher} to {given.student}, batch {given.batch_size}: online {online:.2f} s a step, "
-            f"cached {replayed:.2f} s, {online / replayed:.1f}× the steps; gradients differ by {difference:.1e}"
+            f"{args.teacher} to {args.student}, batch {args.batch_size}: online {online:.2f} s per step, "
+            f"cached {from_cache:.2f} s, {online / from_cache:.1f}× as fast; "
+            f"relative gradient difference {difference:.1e}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Not a test: time and memory of the objective against a plain version of it that takes thirteen products.
+"""Measure time and memory of the objective against a plain implementation that needs thirteen matrix products.
 
     python benchmarks/scripts/objective.py            # N = 4,096, D = 512, float32, forward and backward
 
-Each version is a process of its own, for its peak memory, and they take turns; time is the median of the turns.
+Every measurement runs in its own process, so that its peak memory can be measured. Versions take turns; times are
+medians over the turns.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ VERSIONS = ("plain", "ours", "blocks")
 
 
 def plain(batch: EmbeddingBatch, gamma_s: Tensor, gamma_t: float, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """CLIP-RD as one would write it down, term by term, each with its own products."""
+    """Compute CLIP-RD as written in the paper, term by term, each with its own products."""
     s_v, s_t, t_v, t_t = batch.student_image, batch.student_text, batch.teacher_image, batch.teacher_text
-    own = torch.arange(len(s_v))
+    targets = torch.arange(len(s_v))
 
     def divergence(target: Tensor, logits: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(logits, 1), F.softmax(target.detach(), 1), reduction="batchmean")
 
     student, student_t = gamma_s * s_v @ s_t.T, gamma_s * s_t @ s_v.T
-    task = (F.cross_entropy(student, own) + F.cross_entropy(student_t, own)) / 2
+    task = (F.cross_entropy(student, targets) + F.cross_entropy(student_t, targets)) / 2
     fd = F.mse_loss(s_v, t_v) + F.mse_loss(s_t, t_t)
-    icl = (F.cross_entropy(c * s_v @ t_t.T, own) + F.cross_entropy(c * s_t @ t_v.T, own)) / 2
+    icl = (F.cross_entropy(c * s_v @ t_t.T, targets) + F.cross_entropy(c * s_t @ t_v.T, targets)) / 2
     hrd = (divergence(gamma_t * t_v @ t_t.T, student) + divergence(gamma_t * t_t @ t_v.T, student_t)) / 2
     image, image_t = a * t_v @ s_v.T, a * s_v @ t_v.T
     text, text_t = b * t_t @ s_t.T, b * s_t @ t_t.T
     vrd = (divergence(text, image) + divergence(text_t, image_t)) / 2
-    vrd_ce = (F.cross_entropy(image, own) + F.cross_entropy(image_t, own)) / 2
-    vrd_ce = vrd_ce + (F.cross_entropy(text, own) + F.cross_entropy(text_t, own)) / 2
-    one, other = c * t_v @ s_t.T, c * t_t @ s_v.T
-    one_t = c * s_t @ t_v.T
-    xrd = divergence(other, one) + divergence(one, other) + divergence(other.T, one_t) + divergence(one_t, other.T)
+    vrd_ce = (F.cross_entropy(image, targets) + F.cross_entropy(image_t, targets)) / 2
+    vrd_ce = vrd_ce + (F.cross_entropy(text, targets) + F.cross_entropy(text_t, targets)) / 2
+    cross, other = c * t_v @ s_t.T, c * t_t @ s_v.T
+    cross_t = c * s_t @ t_v.T
+    xrd = divergence(other, cross) + divergence(cross, other)
+    xrd = xrd + divergence(other.T, cross_t) + divergence(cross_t, other.T)
     return task + 2000 * fd + icl + hrd + vrd + vrd_ce + xrd / 4
 
 
@@ -73,24 +75,24 @@ def run(version: str) -> dict[str, float]:
             total += loss.item()
         return total
 
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the library's own memory is not the objective's
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the library's own memory is not counted
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     value = step()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    began = time.perf_counter()
+    start = time.perf_counter()
     step()
-    return {"seconds": time.perf_counter() - began, "peak_bytes": float(peak), "loss": value}
+    return {"seconds": time.perf_counter() - start, "peak_bytes": float(peak), "loss": value}
 
 
 def main() -> None:
-    taken: dict[str, list[dict[str, float]]] = {version: [] for version in VERSIONS}
+    results: dict[str, list[dict[str, float]]] = {version: [] for version in VERSIONS}
     for _ in range(TURNS):
         for version in VERSIONS:
-            done = subprocess.run([sys.executable, __file__, version], capture_output=True, text=True, check=True)
-            taken[version].append(json.loads(done.stdout))
+            process = subprocess.run([sys.executable, __file__, version], capture_output=True, text=True, check=True)
+            results[version].append(json.loads(process.stdout))
     medians = {
         version: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for version, runs in taken.items()
+        for version, runs in results.items()
     }
     base = medians["plain"]
     for version, values in medians.items():

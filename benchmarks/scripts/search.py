@@ -1,5 +1,6 @@
-"""Not a test: how long `search` takes to open an index and to find the nearest, by the number of pictures; with
-usearch installed, the same by its graph (HNSW, float16), and what building that graph costs.
+"""Measure how long `search` takes to open an index and to find the nearest images, by number of images.
+
+With --graph, usearch's graph (HNSW, float16) is measured as well, including the time to build it.
 
 python benchmarks/scripts/search.py 10000 100000 1000000
 python benchmarks/scripts/search.py 100000 --graph          # pip install usearch; minutes
@@ -22,7 +23,7 @@ TOP, QUERIES = 10, 20
 
 
 def make_rows(count: int, size: int, *, seed: int = 0) -> Embeddings:
-    """Embeddings around 2,000 centres, as pictures have subjects; evenly spread ones would have no nearest."""
+    """Return embeddings around 2,000 centres, like images of subjects: uniform ones would have no near neighbours."""
     centres = np.random.default_rng(0).standard_normal((2_000, size)).astype(np.float32)
     rng = np.random.default_rng(seed)
     rows = np.empty((count, size), dtype=np.float32)
@@ -34,7 +35,7 @@ def make_rows(count: int, size: int, *, seed: int = 0) -> Embeddings:
 
 
 def make_index(path: Path, rows: Embeddings) -> None:
-    """An index of pictures that are not there."""
+    """Write an index of images that do not exist."""
     entries = [
         Entry(path=f"2026/11/IMG_{i:08}.jpg", size_bytes=3_000_000 + i, modified_ns=10**18 + i, sha256=f"{i:064x}")
         for i in range(len(rows))
@@ -46,52 +47,55 @@ def make_index(path: Path, rows: Embeddings) -> None:
 
 
 def milliseconds(call: Callable[[Embeddings], object], queries: Embeddings) -> Sequence[float]:
-    """How long each query takes; the first, which reads the rows from disk, is left out."""
+    """Return the sorted latencies of the queries, after one untimed query that reads the rows from disk."""
     call(queries[0])
-    taken = []
+    latencies_ms = []
     for query in queries:
-        began = time.perf_counter()
+        start = time.perf_counter()
         call(query)
-        taken.append((time.perf_counter() - began) * 1e3)
-    return sorted(taken)
+        latencies_ms.append((time.perf_counter() - start) * 1e3)
+    return sorted(latencies_ms)
 
 
 def measure_graph(rows: Embeddings, queries: Embeddings, expected: list[list[int]], path: Path, threads: int) -> str:
-    """A graph of the same rows: what it costs to build, what a query takes, and how many of the nearest it finds."""
+    """Describe a graph of the same rows: build time, time per query, and recall of the exact nearest neighbours."""
     from usearch.index import Index as Graph
 
     graph = Graph(ndim=rows.shape[1], metric="ip", dtype="f16")
-    began = time.perf_counter()
+    start = time.perf_counter()
     graph.add(np.arange(len(rows)), rows, threads=threads)
-    built = time.perf_counter() - began
+    build_s = time.perf_counter() - start
     graph.save(str(path))
     graph = Graph.restore(str(path), view=True)
-    taken = milliseconds(lambda query: graph.search(query, TOP), queries)
-    found = [set(graph.search(query, TOP).keys.tolist()) for query in queries]
-    recall = np.mean([len(each & set(right)) / TOP for each, right in zip(found, expected, strict=True)])
-    return f"graph: built in {built:.0f} s, a query {taken[len(taken) // 2]:.2f} ms, {recall:.1%} of the nearest found"
+    latencies_ms = milliseconds(lambda query: graph.search(query, TOP), queries)
+    neighbours = [set(graph.search(query, TOP).keys.tolist()) for query in queries]
+    recall = np.mean([len(found & set(exact)) / TOP for found, exact in zip(neighbours, expected, strict=True)])
+    median = latencies_ms[len(latencies_ms) // 2]
+    return f"graph: built in {build_s:.0f} s, {median:.2f} ms per query, recall {recall:.1%} of the nearest {TOP}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("pictures", type=int, nargs="+")
-    parser.add_argument("--size", type=int, default=256, help="numbers an embedding")
+    parser.add_argument("images", type=int, nargs="+", help="numbers of images")
+    parser.add_argument("--size", type=int, default=256, help="embedding size")
     parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--threads", type=int, default=1, help="that build the graph")
-    given = parser.parse_args()
-    for count in given.pictures:
+    parser.add_argument("--threads", type=int, default=1, help="threads that build the graph")
+    args = parser.parse_args()
+    for count in args.images:
         with tempfile.TemporaryDirectory() as name:
-            make_index(Path(name) / "index", make_rows(count, given.size))
-            began = time.perf_counter()
+            make_index(Path(name) / "index", make_rows(count, args.size))
+            start = time.perf_counter()
             index, rows = read_index(Path(name) / "index")
-            opened = (time.perf_counter() - began) * 1e3
-            queries = make_rows(QUERIES, given.size, seed=1)
-            taken = milliseconds(lambda query: nearest(index, rows, query, top=TOP), queries)  # noqa: B023
-            line = f"{count:,} pictures × {given.size}: opened in {opened:.0f} ms, a query {taken[QUERIES // 2]:.1f} ms"
-            print(f"{line} ({taken[0]:.1f} to {taken[-1]:.1f})")
-            if given.graph:
+            open_ms = (time.perf_counter() - start) * 1e3
+            queries = make_rows(QUERIES, args.size, seed=1)
+            latencies_ms = milliseconds(lambda query: nearest(index, rows, query, top=TOP), queries)  # noqa: B023
+            query_ms = (
+                f"{latencies_ms[QUERIES // 2]:.1f} ms per query ({latencies_ms[0]:.1f} to {latencies_ms[-1]:.1f})"
+            )
+            print(f"{count:,} images × {args.size}: opened in {open_ms:.0f} ms, {query_ms}")
+            if args.graph:
                 expected = [np.argsort(-(rows @ query))[:TOP].tolist() for query in queries]
-                print(measure_graph(np.asarray(rows), queries, expected, Path(name) / "graph", given.threads))
+                print(measure_graph(np.asarray(rows), queries, expected, Path(name) / "graph", args.threads))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Accuracy × latency × size of several models in one run. Never imports torch."""
+"""Compare the accuracy, latency and size of several models in one run. Never imports torch."""

@@ -1,4 +1,4 @@
-"""What an encoder said to every question of a task: what a score leaves out, so that models and runs can be paired."""
+"""Evaluate an encoder on a task: its score, and its answer to every example, so that runs can be compared in pairs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from clip_rd_edge.benchmarking.metrics import (
     RetrievalScore,
     Score,
     ZeroShotScore,
-    best,
+    accuracy_interval,
     calibration_error,
-    found_among_best,
-    hit_interval,
     mean_per_class,
-    recall_of,
-    top_k,
+    positives_by_rank,
+    recall_from_ranks,
+    top_k_accuracy,
+    top_k_indices,
 )
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches, label_embeddings, probabilities
 from clip_rd_edge.contract.images import ImageFile, open_image
@@ -29,13 +29,14 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "image → text, R@1", "text → image, R@1"
 
 
-class Marks(msgspec.Struct, frozen=True, kw_only=True):
-    """Which of N questions of a task were answered rightly.
+class Correctness(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of a task's N examples a model answered correctly.
 
     Attributes:
-        measure: what counts as right, one of TOP1, IMAGE_TO_TEXT and TEXT_TO_IMAGE.
-        bits: N bits, the first the highest of the first byte.
-        questions: a digest of labels, captions and what belongs to what: marks on other questions cannot be paired.
+        measure: what counts as correct: TOP1, IMAGE_TO_TEXT or TEXT_TO_IMAGE.
+        bits: N bits, the first one in the highest bit of the first byte.
+        questions: a digest of the labels or captions and their assignment to images; only models with the same digest
+            can be compared in pairs.
     """
 
     task: str
@@ -45,16 +46,16 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True):
     questions: str
 
     def hits(self) -> Hits:
-        """One truth value a question, (N,)."""
+        """Return one boolean per example, (N,)."""
         return np.unpackbits(np.frombuffer(self.bits, dtype=np.uint8), count=self.count).astype(np.bool_)
 
 
 class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
-    """What an encoder said to each of N pictures.
+    """An encoder's predictions for N images.
 
     Attributes:
-        answers: index of the label it found best.
-        probabilities: the probability it gave to that label.
+        answers: index of the predicted label of each image.
+        probabilities: probability of each predicted label.
     """
 
     score: ZeroShotScore
@@ -62,24 +63,24 @@ class ZeroShotAnswers(msgspec.Struct, frozen=True, kw_only=True):
     probabilities: tuple[float, ...]
 
     def hits(self, task: ZeroShotTask) -> Hits:
-        """Which pictures it got right, (N,)."""
-        right: Hits = np.asarray(self.answers) == np.asarray(task.targets)
-        return right
+        """Return whether each image was classified correctly, (N,)."""
+        hits: Hits = np.asarray(self.answers) == np.asarray(task.targets)
+        return hits
 
 
 class RetrievalAnswers(msgspec.Struct, frozen=True, kw_only=True):
-    """What an encoder found in both directions: a mark a picture, and a mark a caption."""
+    """An encoder's retrieval results: the score, and which image and caption queries had a positive at rank 1."""
 
     score: RetrievalScore
-    marks: tuple[Marks, ...]
+    correctness: tuple[Correctness, ...] = msgspec.field(name="marks")
 
 
 Answers = ZeroShotAnswers | RetrievalAnswers
 
 
-def marks(task: Task, measure: str, hits: Hits) -> Marks:
-    """Marks of N answers."""
-    return Marks(
+def pack_correctness(task: Task, measure: str, hits: Hits) -> Correctness:
+    """Pack N hits into bits."""
+    return Correctness(
         task=task.name,
         measure=measure,
         count=len(hits),
@@ -88,58 +89,58 @@ def marks(task: Task, measure: str, hits: Hits) -> Marks:
     )
 
 
-def marks_of(task: Task, answers: Answers) -> tuple[Marks, ...]:
-    """All marks of a model on a task."""
+def correctness_of(task: Task, answers: Answers) -> tuple[Correctness, ...]:
+    """Return which examples of the task were answered correctly, once per measure."""
     if isinstance(answers, RetrievalAnswers):
-        return answers.marks
+        return answers.correctness
     assert isinstance(task, ZeroShotTask)
-    return (marks(task, TOP1, answers.hits(task)),)
+    return (pack_correctness(task, TOP1, answers.hits(task)),)
 
 
 def _digest(task: Task) -> str:
-    # Not the pictures' places: the same data set lies elsewhere on another machine.
-    asked = (task.captions, task.caption_images) if isinstance(task, RetrievalTask) else (task.labels, task.targets)
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+    # Image paths are left out: the same data set may be in another folder on another machine.
+    content = (task.captions, task.caption_images) if isinstance(task, RetrievalTask) else (task.labels, task.targets)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 BATCH_SIZE = 64
 
 
 def evaluate(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT, seed: int = 0) -> Score:
-    """An encoder's score on a task of either kind; arguments and errors as `zero_shot` and `retrieval`."""
+    """Score an encoder on a task of either kind; arguments and errors as in `zero_shot` and `retrieval`."""
     if isinstance(task, ZeroShotTask):
         return zero_shot(encoder, task, reporter=reporter, seed=seed).score
     return retrieval(encoder, task, reporter=reporter).score
 
 
 def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT, seed: int = 0) -> ZeroShotAnswers:
-    """Zero-shot classification of a task's pictures among its labels.
+    """Classify a task's images zero-shot among its labels.
 
     Args:
-        reporter: told of progress after each batch, the task's name as its stage.
-        seed: of the bootstrap.
+        reporter: receives the progress after each batch, with the task's name as the stage.
+        seed: seed of the bootstrap.
 
     Raises:
-        InputError: the task has no pictures, or one cannot be read.
-        ClipRdEdgeError: the encoder gives NaN or infinity.
+        InputError: the task has no images, or an image cannot be read.
+        ClipRdEdgeError: the encoder returns NaN or infinity.
     """
-    labels = _finite(label_embeddings(encoder, task.labels, task.templates), encoder, "the labels")
-    images = _embed_pictures(encoder, task.images, task.name, reporter)
-    likely = probabilities(images, labels, encoder.describe().logit_scale)
-    # Ranked by similarity, not probability: a softmax in float32 makes ties of small differences.
-    ranked = best(images @ labels.T, 5)
+    labels = _require_finite(label_embeddings(encoder, task.labels, task.templates), encoder, "the labels")
+    images = _embed_images(encoder, task.images, task.name, reporter)
+    label_probabilities = probabilities(images, labels, encoder.describe().logit_scale)
+    # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
+    ranked = top_k_indices(images @ labels.T, 5)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
-    confidence = np.take_along_axis(likely, ranked[:, :1], axis=1)[:, 0]
+    confidence = np.take_along_axis(label_probabilities, ranked[:, :1], axis=1)[:, 0]
     score = ZeroShotScore(
         task=task.name,
         images=len(targets),
         classes=len(task.labels),
         top1=float(hits.mean()),
-        top1_interval=hit_interval(hits, seed=seed),
-        top5=top_k(ranked, targets, 5) if len(task.labels) >= 5 else None,
+        top1_interval=accuracy_interval(hits, seed=seed),
+        top5=top_k_accuracy(ranked, targets, 5) if len(task.labels) >= 5 else None,
         mean_per_class=mean_per_class(hits, targets),
-        templates=_templates(task),
+        templates=_describe_templates(task),
         calibration_error=calibration_error(confidence, hits),
     )
     return ZeroShotAnswers(
@@ -147,53 +148,55 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     )
 
 
-def _templates(task: ZeroShotTask) -> str:
-    """A single prompt as it stands, several by their number and whose they are."""
+def _describe_templates(task: ZeroShotTask) -> str:
+    """Return a single template verbatim; several by their number and origin."""
     if len(task.templates) == 1:
         return task.templates[0]
     return ", ".join(part for part in (str(len(task.templates)), task.templates_from) if part)
 
 
 def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SILENT) -> RetrievalAnswers:
-    """Retrieval in both directions, with all captions that a picture has; raises as `zero_shot`."""
+    """Retrieve in both directions, with all captions of each image; raises as `zero_shot`."""
     if not task.captions:
         raise InputError(f"The task {task.name!r} has no captions.")
-    texts = _finite(encoder.encode_texts(task.captions), encoder, "the captions")
-    images = _embed_pictures(encoder, task.images, task.name, reporter)
+    texts = _require_finite(encoder.encode_texts(task.captions), encoder, "the captions")
+    images = _embed_images(encoder, task.images, task.name, reporter)
     positive = np.zeros((len(texts), len(images)), dtype=np.bool_)
     positive[np.arange(len(texts)), np.asarray(task.caption_images)] = True
     similarities = texts @ images.T
-    captions_found, images_found = (
-        found_among_best(similarities.T, positive.T),
-        found_among_best(similarities, positive),
-    )
+    ranked_captions = positives_by_rank(similarities.T, positive.T)
+    ranked_images = positives_by_rank(similarities, positive)
     score = RetrievalScore(
         task=task.name,
         images=len(images),
         captions=len(texts),
-        image_to_text=recall_of(captions_found, candidates=len(texts)),
-        text_to_image=recall_of(images_found, candidates=len(images)),
+        image_to_text=recall_from_ranks(ranked_captions, candidates=len(texts)),
+        text_to_image=recall_from_ranks(ranked_images, candidates=len(images)),
     )
-    both = (marks(task, IMAGE_TO_TEXT, captions_found[:, 0]), marks(task, TEXT_TO_IMAGE, images_found[:, 0]))
-    return RetrievalAnswers(score=score, marks=both)
+    correctness = (
+        pack_correctness(task, IMAGE_TO_TEXT, ranked_captions[:, 0]),
+        pack_correctness(task, TEXT_TO_IMAGE, ranked_images[:, 0]),
+    )
+    return RetrievalAnswers(score=score, correctness=correctness)
 
 
-def _embed_pictures(encoder: Encoder, pictures: tuple[ImageFile, ...], task: str, reporter: Reporter) -> Embeddings:
-    if not pictures:
-        raise InputError(f"The task {task!r} has no pictures.")
-    parts = []
-    for batch in in_batches(len(pictures), BATCH_SIZE):
-        images = [open_image(picture) for picture in pictures[batch]]
-        parts.append(_finite(encoder.encode_images(images), encoder, f"the pictures from {pictures[batch.start]} on"))
-        reporter.update(task, batch.stop, len(pictures))
-    return np.concatenate(parts)
+def _embed_images(encoder: Encoder, files: tuple[ImageFile, ...], task: str, reporter: Reporter) -> Embeddings:
+    if not files:
+        raise InputError(f"The task {task!r} has no images.")
+    batches = []
+    for batch in in_batches(len(files), BATCH_SIZE):
+        images = [open_image(file) for file in files[batch]]
+        inputs = f"the images from {files[batch.start]} on"
+        batches.append(_require_finite(encoder.encode_images(images), encoder, inputs))
+        reporter.update(task, batch.stop, len(files))
+    return np.concatenate(batches)
 
 
-def _finite(embeddings: Embeddings, encoder: Encoder, what: str) -> Embeddings:
-    # NaN compares as false with everything: it would pass for a low score instead of a broken model.
+def _require_finite(embeddings: Embeddings, encoder: Encoder, inputs: str) -> Embeddings:
+    # Comparisons with NaN are false: a broken model would look like one with a low score.
     if not np.isfinite(embeddings).all():
         raise ClipRdEdgeError(
-            f"The model {encoder.describe().name} gives NaN or infinity for {what}; expected finite embeddings.",
-            hint="the weights are damaged or overflow in this precision: train or export it again",
+            f"The model {encoder.describe().name} returns NaN or infinity for {inputs}; expected finite embeddings.",
+            hint="the weights are damaged or overflow in this precision: train or export the model again",
         )
     return embeddings

@@ -1,7 +1,7 @@
-"""What was measured so far, so that an interrupted benchmark goes on: a small file a model and task.
+"""Accuracy results measured so far, one file per model and task, so that an interrupted benchmark can resume.
 
-Only accuracy is kept: it is the same whenever it is measured. Latencies are compared as ratios, which have to come from
-one run, so that a resumed benchmark times all models anew.
+Only accuracy is cached, because it does not change from run to run. Latencies are compared as ratios, which must come
+from a single run: a resumed benchmark times all models again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from clip_rd_edge.utils.io import read_json, write_bytes
 FOLDER = "parts"
 
 
-class DamagedPartError(ConfigError):
-    """A kept measurement cannot be read: no model is to blame, so that none is skipped for it."""
+class DamagedCacheError(ConfigError):
+    """A cached result cannot be read. The model is not at fault, so it must not be skipped because of it."""
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One file: a model's answers on a task of either kind."""
+class CachedAnswers(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One file of the cache: a model's answers on a task of either kind."""
 
     row: str
     task: str
@@ -34,12 +34,12 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retrieval: RetrievalAnswers | None = None
 
 
-class Parts:
-    """Measurements in a folder, each under a name made of all that it depends on: what has changed is measured anew.
+class AnswerCache:
+    """A folder of measured answers. Each file name is a hash of everything that the answers depend on.
 
     Args:
-        folder: made at the first measurement.
-        environment: versions of packages and code belong to what a score depends on.
+        folder: created when the first answers are stored.
+        environment: its package versions and commit are part of the hash.
     """
 
     def __init__(self, folder: Path, environment: Environment) -> None:
@@ -47,47 +47,47 @@ class Parts:
         self._software = repr((sorted(environment.packages.items()), environment.commit))
 
     def find(self, model: str, runtime: str | None, task: Task) -> Answers | None:
-        """What was measured of this model on this task, or None.
+        """Return the cached answers of this model on this task, or None.
 
         Raises:
-            DamagedPartError: its file cannot be read.
+            DamagedCacheError: the file cannot be read.
         """
         path = self._path(model, runtime, task)
         if not path.is_file():
             return None
         try:
-            part = read_json(path, Part)
+            cached = read_json(path, CachedAnswers)
         except ConfigError as error:
-            raise DamagedPartError(str(error), hint=f"remove {path}: what was in it is measured again") from error
-        return part.zero_shot or part.retrieval
+            raise DamagedCacheError(str(error), hint=f"remove {path}: its contents are measured again") from error
+        return cached.zero_shot or cached.retrieval
 
-    def keep(self, model: str, runtime: str | None, task: Task, answers: Answers, *, row: str) -> None:
-        """Write what was measured, whole or not at all."""
-        part = Part(
+    def store(self, model: str, runtime: str | None, task: Task, answers: Answers, *, row: str) -> None:
+        """Write the answers of one model on one task atomically."""
+        cached = CachedAnswers(
             row=row,
             task=task.name,
             zero_shot=answers if isinstance(answers, ZeroShotAnswers) else None,
             retrieval=answers if isinstance(answers, RetrievalAnswers) else None,
         )
-        write_bytes(self._path(model, runtime, task), msgspec.json.encode(part))
+        write_bytes(self._path(model, runtime, task), msgspec.json.encode(cached))
 
     def remove(self) -> None:
-        """Remove all of them, once they are in the results."""
+        """Delete the cache, once its contents are in the results."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, model: str, runtime: str | None, task: Task) -> Path:
-        parts = (self._software, repr(runtime), _state_of(model), _state_of_task(task))
-        return self.folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.json"
+        key = (self._software, repr(runtime), _model_state(model), _task_state(task))
+        return self.folder / f"{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.json"
 
 
-def _state_of(model: str) -> str:
-    """A model's name and, of a folder, its files with sizes and dates: hashing gigabytes would take longer."""
+def _model_state(model: str) -> str:
+    """Return a model's name and, for a folder, the sizes and dates of its files: hashing gigabytes takes too long."""
     files = sorted(path for path in Path(model).rglob("*") if path.is_file()) if Path(model).is_dir() else []
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return repr((model, stats))
 
 
-def _state_of_task(task: Task) -> str:
+def _task_state(task: Task) -> str:
     images = [str(image) for image in task.images]
     if isinstance(task, ZeroShotTask):
         return repr((task.name, images, task.targets, task.labels, task.templates))

@@ -1,4 +1,4 @@
-"""An encoder with a picture and a text at hand: each step of an answer as a call that can be timed."""
+"""Latency of several encoders at batch 1, timed in turn and beside a fixed reference workload."""
 
 from __future__ import annotations
 
@@ -10,80 +10,81 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.metrics import Interval
-from clip_rd_edge.contract.encoder import TowerEncoder, greatest, normalise, probabilities
+from clip_rd_edge.contract.encoder import TowerEncoder, normalise, probabilities, top_indices
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.utils.host import OtherLoad
+from clip_rd_edge.utils.host import BackgroundLoad
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn, warm_up
 
 TEXT = "a photo of a cat"
-_BEST = 5  # labels of an answer
+_TOP_K = 5  # labels of an answer
 
 
-class Opened:
-    """What is timed of an encoder.
+class EncoderCalls:
+    """The steps from an image file to its labels as calls that can be timed, for one encoder, image and text.
 
     Args:
-        picture: a file.
-        labels: how many there are to choose from; random embeddings, whose arithmetic takes as long as any.
+        image: the image file.
+        labels: number of labels to classify among; their embeddings are random, which takes the same time.
 
     Raises:
-        InputError: the picture cannot be read.
+        InputError: the image cannot be read.
     """
 
-    def __init__(self, encoder: TowerEncoder, picture: ImageFile, labels: int) -> None:
+    def __init__(self, encoder: TowerEncoder, image: ImageFile, labels: int) -> None:
         self.encoder = encoder
-        self._picture = picture
-        self._image = open_image(picture)
+        self._file = image
+        self._image = open_image(image)
         description = encoder.describe()
-        self._how, self._logit_scale = description.preprocessing, description.logit_scale
-        # Stacked, as encoders do it: `[None]` has other strides, which torch runs up to 1.5 times slower.
-        self.pixels = np.stack([preprocess(self._image, self._how)])
+        self._preprocessing, self._logit_scale = description.preprocessing, description.logit_scale
+        # Stacked, as encoders do: `[None]` gives other strides, with which torch is up to 1.5 times slower.
+        self.pixels = np.stack([preprocess(self._image, self._preprocessing)])
         self._ids = encoder.tokenize([TEXT])
         rng = np.random.default_rng(0)
         self._labels = normalise(rng.standard_normal((labels, description.embedding_size)))
         self._embedding = self._labels[:1]
 
     def embed_image(self) -> object:
-        """Pixels to embedding."""
+        """Run the image tower: pixels to embedding."""
         return self.encoder.encode_pixels(self.pixels)
 
     def embed_text(self) -> object:
-        """Token ids to embedding."""
+        """Run the text tower: token ids to embedding."""
         return self.encoder.encode_ids(self._ids)
 
     def decode(self) -> object:
-        """File to pixels."""
-        return open_image(self._picture)
+        """Decode the file to pixels."""
+        return open_image(self._file)
 
     def preprocess(self) -> object:
-        """Resize, crop, normalise."""
-        return preprocess(self._image, self._how)
+        """Resize, crop and normalise the image."""
+        return preprocess(self._image, self._preprocessing)
 
     def classify(self) -> object:
-        """Embedding to the best labels."""
-        return greatest(probabilities(self._embedding, self._labels, self._logit_scale)[0], _BEST)
+        """Rank the labels by an embedding."""
+        return top_indices(probabilities(self._embedding, self._labels, self._logit_scale)[0], _TOP_K)
 
-    def answer(self) -> object:
-        """File to the best labels, as a device does it."""
-        embedding = self.encoder.encode_images([open_image(self._picture)])
-        return greatest(probabilities(embedding, self._labels, self._logit_scale)[0], _BEST)
+    def end_to_end(self) -> object:
+        """Go from the image file to its top labels, as a device does."""
+        embedding = self.encoder.encode_images([open_image(self._file)])
+        return top_indices(probabilities(embedding, self._labels, self._logit_scale)[0], _TOP_K)
 
 
 RESAMPLES = 1_000
-_QUANTILES = (50, 95, 99)
+_PERCENTILES = (50, 95, 99)
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Of repeated calls, in milliseconds.
+    """Latency percentiles of repeated calls, in milliseconds.
 
     Attributes:
-        p50_interval, p95_interval, p99_interval: 95 %, by bootstrap over sittings and over the calls of each.
-        sittings: the p50 of each sitting, in the order of time.
+        p50_interval, p95_interval, p99_interval: 95 % intervals, by bootstrap over timing blocks and over the calls in
+            each of them.
+        blocks: the p50 of each timing block, in chronological order.
 
-    Results of format version 1 have p50 and p95 alone.
+    Results of format version 1 only have p50 and p95.
     """
 
     p50: float
@@ -92,68 +93,69 @@ class Percentiles(msgspec.Struct, frozen=True):
     p50_interval: Interval | None = None
     p95_interval: Interval | None = None
     p99_interval: Interval | None = None
-    sittings: tuple[float, ...] = ()
+    blocks: tuple[float, ...] = msgspec.field(name="sittings", default=())
 
 
-def percentiles(sittings: Sequence[Milliseconds], *, seed: int = 0) -> Percentiles:
-    """Quantiles of S sittings' latencies.
+def percentiles(blocks: Sequence[Milliseconds], *, seed: int = 0) -> Percentiles:
+    """Compute the percentiles of the latencies in B timing blocks.
 
-    Calls of one sitting have more in common with each other than with those of the next, so that the bootstrap draws
-    sittings first and calls within them after: drawing calls alone would promise too narrow an interval.
+    Calls of one block resemble each other more than calls of different blocks. The bootstrap therefore resamples
+    blocks first and then calls within them; resampling calls alone would give intervals that are too narrow.
     """
-    p50, p95, p99 = (float(value) for value in np.percentile(np.concatenate(sittings), _QUANTILES))
-    drawn = _resampled(sittings, np.random.default_rng(seed))
-    low, high = np.percentile(np.percentile(drawn, _QUANTILES, axis=1), [2.5, 97.5], axis=1)
-    at50, at95, at99 = (Interval(float(a), float(b)) for a, b in zip(low, high, strict=True))
-    return Percentiles(p50, p95, p99, at50, at95, at99, medians(sittings))
+    p50, p95, p99 = (float(value) for value in np.percentile(np.concatenate(blocks), _PERCENTILES))
+    resamples = _resample(blocks, np.random.default_rng(seed))
+    lows, highs = np.percentile(np.percentile(resamples, _PERCENTILES, axis=1), [2.5, 97.5], axis=1)
+    at50, at95, at99 = (Interval(float(low), float(high)) for low, high in zip(lows, highs, strict=True))
+    return Percentiles(p50, p95, p99, at50, at95, at99, medians(blocks))
 
 
-def medians(sittings: Sequence[Milliseconds]) -> tuple[float, ...]:
-    """The p50 of each sitting."""
-    return tuple(float(np.median(sitting)) for sitting in sittings)
+def medians(blocks: Sequence[Milliseconds]) -> tuple[float, ...]:
+    """Return the p50 of each block."""
+    return tuple(float(np.median(block)) for block in blocks)
 
 
-def _resampled(sittings: Sequence[Milliseconds], rng: np.random.Generator) -> Milliseconds:
-    """Bootstrap samples, (RESAMPLES, S × calls of the shortest sitting)."""
-    calls = min(map(len, sittings))
-    table = np.stack([sitting[:calls] for sitting in sittings])
-    shape = (RESAMPLES, len(sittings), calls)
-    chosen = rng.integers(0, len(sittings), shape[:2])[:, :, None]
-    drawn: Milliseconds = table[chosen, rng.integers(0, calls, shape)]
-    return drawn.reshape(RESAMPLES, -1)
+def _resample(blocks: Sequence[Milliseconds], rng: np.random.Generator) -> Milliseconds:
+    """Draw bootstrap samples, (RESAMPLES, B × calls of the shortest block)."""
+    calls = min(map(len, blocks))
+    table = np.stack([block[:calls] for block in blocks])
+    shape = (RESAMPLES, len(blocks), calls)
+    block_indices = rng.integers(0, len(blocks), shape[:2])[:, :, None]
+    resamples: Milliseconds = table[block_indices, rng.integers(0, calls, shape)]
+    return resamples.reshape(RESAMPLES, -1)
 
 
-REFERENCE = "\0reference"  # no row's label
-# onnx.helper's model of one node, y = MatMul(x, w), opset 17, IR version 8: a device has no `onnx` to make it with.
-MODEL = base64.b64decode(
+REFERENCE = "\0reference"  # cannot be the label of a row
+# The reference workload, y = MatMul(x, w), built with onnx.helper (opset 17, IR version 8). It is embedded because
+# devices do not have the `onnx` package.
+REFERENCE_MODEL = base64.b64decode(
     "CAgSADpjChEKAXgKAXcSAXkiBk1hdE11bBIJcmVmZXJlbmNlWhUKAXgSEAoOCAESCgoDEgFOCgMSAUtaFQoBdxIQCg4IARIKCgMSAUsKAxIBTWIV"
     "CgF5EhAKDggBEgoKAxIBTgoDEgFNQgQKABAR"
 )
-# 134 million operations on 4.8 MB: one or two milliseconds on a core of a server, and more than its own cache holds.
-SHAPES = {"x": (64, 512), "w": (512, 2048)}
+# 134 million operations on 4.8 MB: one or two milliseconds on a server core, and larger than the core's own cache.
+REFERENCE_SHAPES = {"x": (64, 512), "w": (512, 2048)}
 
 
 def reference_call(*, threads: int | None) -> Callable[[], object]:
-    """The work, on as many threads as the models have."""
-    session = open_session(MODEL, threads=threads)
+    """Return a call that runs the reference workload on as many threads as the models have."""
+    session = open_session(REFERENCE_MODEL, threads=threads)
     rng = np.random.default_rng(0)
-    feed = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in SHAPES.items()}
+    feed = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in REFERENCE_SHAPES.items()}
     return lambda: session.run(None, feed)
 
 
-SITTINGS = 10
-_LEAST_ROUNDS = 2  # a sitting
-_ROUNDS_OF_STEPS, _SECONDS_OF_STEPS = 50, 3.0
+BLOCKS = 10
+_MIN_ROUNDS = 2  # per block
+_STEP_ROUNDS, _STEP_SECONDS = 50, 3.0
 Calls = dict[str, Callable[[], object]]
 
 
 class Steps(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands before and behind the image tower, p50 in milliseconds.
+    """Latency of the steps before and after the image tower, p50 in milliseconds.
 
     Attributes:
-        decode: a picture's file to its pixels.
-        preprocess: resizing, cropping, normalising.
-        classify: an embedding to the best of `labels` labels.
+        decode: image file to pixels.
+        preprocess: resize, crop and normalise.
+        classify: embedding to the top ones of `labels` labels.
     """
 
     decode: float
@@ -163,14 +165,14 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """One encoder at batch 1, in milliseconds.
+    """Latency of one encoder at batch 1, in milliseconds.
 
     Attributes:
-        image, text: a tower alone, from pixels or token ids to an embedding.
-        end_to_end: a picture's file to its label: reading, decoding, resizing, image tower, classifying; to its
-            embedding where there are no `steps`, as in results of format version 1.
-        rounds: how often each was timed.
-        threads: what the encoders were opened with; None means every core.
+        image, text: one tower alone, from pixels or token ids to the embedding.
+        end_to_end: image file to label: read, decode, resize, image tower, classify. Without `steps`, as in results of
+            format version 1, it ends with the embedding.
+        rounds: how often each call was timed.
+        threads: number of threads of the encoders; None means all cores.
     """
 
     image: Percentiles
@@ -181,8 +183,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     steps: Steps | None = None
 
 
-class Reference(msgspec.Struct, frozen=True, kw_only=True):
-    """The p50 of the reference in each sitting, in milliseconds, timed beside each of the three."""
+class ReferenceLatency(msgspec.Struct, frozen=True, kw_only=True):
+    """The p50 of the reference workload in each timing block of the three measurements, in milliseconds."""
 
     image: tuple[float, ...]
     text: tuple[float, ...]
@@ -190,20 +192,20 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latencies(NamedTuple):
-    """Of all encoders of a run, by label, and of the reference beside them.
+    """Latencies of all encoders of a run, by label, and of the reference workload.
 
     Attributes:
-        other_load: part of the machine's time that other processes took meanwhile; None where it is not told.
+        other_load: fraction of the machine's CPU time used by other processes meanwhile; None if unknown.
     """
 
     rows: dict[str, Latency]
-    reference: Reference
+    reference: ReferenceLatency
     other_load: float | None
 
 
 def measure_latencies(
     encoders: Mapping[str, TowerEncoder],
-    picture: ImageFile,
+    image: ImageFile,
     *,
     labels: int = 1_000,
     threads: int | None = None,
@@ -211,71 +213,72 @@ def measure_latencies(
     max_seconds: float = 20.0,
     reporter: Reporter = SILENT,
 ) -> Latencies:
-    """Time all encoders in turn, so that a machine that slows down slows all alike.
+    """Time all encoders in turn, so that a slow-down of the machine affects all of them alike.
 
-    Image tower, text tower and end to end take turns in SITTINGS sittings: what disturbs the machine for some seconds
-    meets one sitting of each, and shows in how far the sittings lie apart.
+    Image tower, text tower and end to end are timed alternately in BLOCKS blocks. A disturbance of some seconds then
+    affects one block of each measurement and shows as a spread between blocks.
 
     Args:
-        encoders: by label.
-        picture: the file for end-to-end times, and the towers' input.
-        labels: among which it is classified.
-        threads: what the encoders were opened with: it is written down, not set.
-        rounds: how often each call is timed, at most.
-        max_seconds: for each of image tower, text tower and end to end.
-        reporter: told how many sittings are done.
+        encoders: the encoders, by label.
+        image: the image file for end-to-end latency; its pixels are the input of the image towers.
+        labels: number of labels to classify among.
+        threads: the number of threads that the encoders were opened with; it is recorded, not set.
+        rounds: max number of times each call is timed.
+        max_seconds: time limit for each of image tower, text tower and end to end.
+        reporter: receives the number of finished blocks.
 
     Raises:
-        InputError: the picture cannot be read.
+        InputError: the image cannot be read.
     """
-    opened = {label: Opened(encoder, picture, labels) for label, encoder in encoders.items()}
-    kinds = _kinds(opened, threads)
-    for call in (call for calls in kinds for call in calls.values()):
+    encoder_calls = {label: EncoderCalls(encoder, image, labels) for label, encoder in encoders.items()}
+    measurements = _measurement_calls(encoder_calls, threads)
+    for call in (call for calls in measurements for call in calls.values()):
         warm_up(call)
-    others = OtherLoad()
-    sizes = [len(part) for part in np.array_split(np.arange(rounds), min(SITTINGS, rounds))]
-    timed: list[dict[str, list[Milliseconds]]] = [{name: [] for name in calls} for calls in kinds]
-    for sitting, size in enumerate(sizes):
-        reporter.update("Latency", sitting, len(sizes))
-        for calls, found in zip(kinds, timed, strict=True):
-            seconds = max_seconds / len(sizes)
-            times = time_in_turn(calls, rounds=size, warmup=1, max_seconds=seconds, least=_LEAST_ROUNDS)
-            for name, samples in times.items():
-                found[name].append(samples)
-    reporter.update("Latency", len(sizes), len(sizes))
-    steps = _steps(opened, labels, rounds=min(rounds, _ROUNDS_OF_STEPS))
-    rows = {label: _latency([found[label] for found in timed], steps[label], threads=threads) for label in encoders}
-    reference = Reference(**dict(zip(_KINDS, (medians(found[REFERENCE]) for found in timed), strict=True)))
-    return Latencies(rows, reference, others.share())
+    load = BackgroundLoad()
+    block_sizes = [len(block) for block in np.array_split(np.arange(rounds), min(BLOCKS, rounds))]
+    samples: list[dict[str, list[Milliseconds]]] = [{label: [] for label in calls} for calls in measurements]
+    for number, size in enumerate(block_sizes):
+        reporter.update("Latency", number, len(block_sizes))
+        for calls, blocks in zip(measurements, samples, strict=True):
+            seconds = max_seconds / len(block_sizes)
+            times = time_in_turn(calls, rounds=size, warmup=1, max_seconds=seconds, min_rounds=_MIN_ROUNDS)
+            for label, block in times.items():
+                blocks[label].append(block)
+    reporter.update("Latency", len(block_sizes), len(block_sizes))
+    steps = _measure_steps(encoder_calls, labels, rounds=min(rounds, _STEP_ROUNDS))
+    rows = {label: _latency([blocks[label] for blocks in samples], steps[label], threads=threads) for label in encoders}
+    reference_medians = (medians(blocks[REFERENCE]) for blocks in samples)
+    reference = ReferenceLatency(**dict(zip(_MEASUREMENTS, reference_medians, strict=True)))
+    return Latencies(rows, reference, load.share())
 
 
-_KINDS = ("image", "text", "end_to_end")
+_MEASUREMENTS = ("image", "text", "end_to_end")
 
 
-def _kinds(opened: Mapping[str, Opened], threads: int | None) -> tuple[Calls, Calls, Calls]:
-    """What is timed side by side: image towers, text towers, the whole way, each with the reference first."""
+def _measurement_calls(encoder_calls: Mapping[str, EncoderCalls], threads: int | None) -> tuple[Calls, Calls, Calls]:
+    """Return the calls that are timed in turn: image towers, text towers and end to end, each after the reference."""
     reference = reference_call(threads=threads)
-    images, texts, whole = ({REFERENCE: reference} for _ in _KINDS)
-    for label, each in opened.items():
-        images[label], texts[label], whole[label] = each.embed_image, each.embed_text, each.answer
-    return images, texts, whole
+    images, texts, end_to_end = ({REFERENCE: reference} for _ in _MEASUREMENTS)
+    for label, calls in encoder_calls.items():
+        images[label], texts[label], end_to_end[label] = calls.embed_image, calls.embed_text, calls.end_to_end
+    return images, texts, end_to_end
 
 
-def _steps(opened: Mapping[str, Opened], labels: int, *, rounds: int) -> dict[str, Steps]:
-    kinds: tuple[Calls, ...] = (
-        {label: each.decode for label, each in opened.items()},
-        {label: each.preprocess for label, each in opened.items()},
-        {label: each.classify for label, each in opened.items()},
+def _measure_steps(encoder_calls: Mapping[str, EncoderCalls], labels: int, *, rounds: int) -> dict[str, Steps]:
+    steps: tuple[Calls, ...] = (
+        {label: calls.decode for label, calls in encoder_calls.items()},
+        {label: calls.preprocess for label, calls in encoder_calls.items()},
+        {label: calls.classify for label, calls in encoder_calls.items()},
     )
-    times = [time_in_turn(calls, rounds=rounds, max_seconds=_SECONDS_OF_STEPS) for calls in kinds]
-    found = {label: [float(np.median(samples[label])) for samples in times] for label in opened}
+    times = [time_in_turn(calls, rounds=rounds, max_seconds=_STEP_SECONDS) for calls in steps]
+    p50s = {label: [float(np.median(samples[label])) for samples in times] for label in encoder_calls}
     return {
         label: Steps(decode=decode, preprocess=preprocess, classify=classify, labels=labels)
-        for label, (decode, preprocess, classify) in found.items()
+        for label, (decode, preprocess, classify) in p50s.items()
     }
 
 
-def _latency(timed: Sequence[list[Milliseconds]], steps: Steps, *, threads: int | None) -> Latency:
-    image, text, end_to_end = map(percentiles, timed)
-    rounds = min(sum(map(len, sittings)) for sittings in timed)
+def _latency(measurements: Sequence[list[Milliseconds]], steps: Steps, *, threads: int | None) -> Latency:
+    image, text, end_to_end = map(percentiles, measurements)
+    rounds = min(sum(map(len, blocks)) for blocks in measurements)
     return Latency(image=image, text=text, end_to_end=end_to_end, rounds=rounds, threads=threads, steps=steps)

@@ -1,8 +1,8 @@
-"""The metrics as arithmetic on arrays, defined as CLIP_benchmark defines them.
+"""Accuracy metrics as functions of arrays, with CLIP_benchmark's definitions.
 
 CLIP_benchmark: https://github.com/LAION-AI/CLIP_benchmark, `metrics/zeroshot_classification.py` and
-`metrics/zeroshot_retrieval.py`. Scores are fractions in [0, 1]. Equal similarities rank in the order of their index, so
-that a result is the same on every machine.
+`metrics/zeroshot_retrieval.py`. Scores are fractions in [0, 1]. Ties in similarity are broken by index, so that results
+are the same on every machine.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ _CHUNK = 256  # rows ranked at once: (256, 50,000) indices are 100 MB
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """A 95 % interval."""
+    """A confidence interval; 95 % unless stated otherwise."""
 
     low: float
     high: float
 
 
 class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", tag_field="kind"):
-    """How well pictures were told among labels.
+    """Zero-shot classification accuracy on one task.
 
     Attributes:
-        top1, top5: part of the pictures whose label is the best, among the best five; top5 is None below five labels.
-        top1_interval: by bootstrap over pictures.
-        mean_per_class: top-1 of each class that has pictures, averaged.
-        calibration_error: how far the probability of an answer is from how often such answers are right, on average;
+        top1, top5: fraction of images whose label ranks first, or among the first five; top5 is None with fewer than
+            five labels.
+        top1_interval: 95 % bootstrap confidence interval over images.
+        mean_per_class: top-1 averaged over the classes that have images.
+        calibration_error: mean gap between the probability of a prediction and how often such predictions are correct;
             None in results of format version 1.
-        templates: what prompts the labels were put into, such as `80, ImageNet's, from open_clip`.
+        templates: the prompt templates of the labels, such as `80, ImageNet's, from open_clip`.
     """
 
     task: str
@@ -48,7 +49,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True):
-    """Part of the queries with a right answer among the best 1, 5, 10; None where there are fewer candidates."""
+    """Fraction of queries with a positive among the first 1, 5 and 10 results; None with fewer candidates."""
 
     at1: float
     at5: float | None
@@ -56,11 +57,11 @@ class Recall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True, tag="retrieval", tag_field="kind"):
-    """How well pictures and captions find each other.
+    """Image-text retrieval accuracy on one task.
 
     Attributes:
-        image_to_text: a picture finds any of its captions.
-        text_to_image: a caption finds its picture.
+        image_to_text: recall of image queries; any caption of the image is a positive.
+        text_to_image: recall of caption queries; the caption's image is the positive.
     """
 
     task: str
@@ -73,60 +74,67 @@ class RetrievalScore(msgspec.Struct, frozen=True, kw_only=True, tag="retrieval",
 Score = ZeroShotScore | RetrievalScore
 
 
-def best(similarities: Similarities, k: int) -> npt.NDArray[np.int64]:
-    """Indices of the k greatest entries of each row, greatest first, (N, C) to (N, min(k, C))."""
-    parts = [
+def top_k_indices(similarities: Similarities, k: int) -> npt.NDArray[np.int64]:
+    """Return the indices of the k largest entries of each row, largest first, (N, C) to (N, min(k, C))."""
+    chunks = [
         np.argsort(-similarities[start : start + _CHUNK], axis=1, kind="stable")[:, :k]
         for start in range(0, len(similarities), _CHUNK)
     ]
-    return np.concatenate(parts)
+    return np.concatenate(chunks)
 
 
-def top_k(ranked: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], k: int) -> float:
-    """Part of the N rows whose target is among the first k of `ranked`, (N, ≥ k)."""
+def top_k_accuracy(ranked: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], k: int) -> float:
+    """Return the fraction of the N rows whose target is among the first k entries of `ranked`, (N, ≥ k)."""
     return float((ranked[:, :k] == targets[:, None]).any(axis=1).mean())
 
 
 def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
-    """Mean over the classes that occur in `targets` of each one's part of hits (balanced accuracy)."""
+    """Return the hit rate averaged over the classes that occur in `targets` (balanced accuracy)."""
     counts = np.bincount(targets)
     present = counts > 0
     return float((np.bincount(targets, weights=hits)[present] / counts[present]).mean())
 
 
 def calibration_error(confidence: npt.NDArray[np.floating], hits: Hits, *, bins: int = 15) -> float:
-    """Expected calibration error of N answers (Guo et al. 2017, equation 3), with bins of equal width.
+    """Return the expected calibration error of N predictions (Guo et al. 2017, equation 3), with bins of equal width.
 
-    Answers are put into bins by their confidence; of each bin, mean confidence and part of hits differ by so much, and
-    the error is the mean over bins, weighted by their answers.
+    Predictions are binned by confidence. The error is the absolute gap between mean confidence and hit rate of each
+    bin, averaged over the bins and weighted by their number of predictions.
     """
-    bin_of = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(bin_of, weights=confidence - hits, minlength=bins)
+    bin_indices = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(bin_indices, weights=confidence - hits, minlength=bins)
     return float(np.abs(gaps).sum() / len(hits))
 
 
-def found_among_best(similarities: Similarities, positive: Hits) -> Hits:
-    """Whether each of the best 10 of M candidates is a right one, (N, M) twice to (N, min(10, M)), best first."""
-    found: Hits = np.take_along_axis(positive, best(similarities, 10), axis=1)
-    return found
+def positives_by_rank(similarities: Similarities, positive: Hits) -> Hits:
+    """Return whether each of the 10 most similar of M candidates is a positive, most similar first.
+
+    Args:
+        similarities, positive: (N, M).
+
+    Returns:
+        (N, min(10, M)).
+    """
+    ranked_positives: Hits = np.take_along_axis(positive, top_k_indices(similarities, 10), axis=1)
+    return ranked_positives
 
 
-def recall_of(found: Hits, *, candidates: int) -> Recall:
-    """Recall of N queries by what `found_among_best` tells: a query counts once, however many positives it found."""
-    at = {k: float(found[:, :k].any(axis=1).mean()) if candidates >= k else None for k in (5, 10)}
-    return Recall(at1=float(found[:, 0].mean()), at5=at[5], at10=at[10])
+def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
+    """Return the recall of N queries from `positives_by_rank`; a query with several positives counts once."""
+    at = {k: float(ranked_positives[:, :k].any(axis=1).mean()) if candidates >= k else None for k in (5, 10)}
+    return Recall(at1=float(ranked_positives[:, 0].mean()), at5=at[5], at10=at[10])
 
 
 def recall(similarities: Similarities, positive: Hits) -> Recall:
-    """Recall of N queries over M candidates, both (N, M)."""
-    return recall_of(found_among_best(similarities, positive), candidates=similarities.shape[1])
+    """Return the recall of N queries over M candidates; both arguments are (N, M)."""
+    return recall_from_ranks(positives_by_rank(similarities, positive), candidates=similarities.shape[1])
 
 
-def hit_interval(hits: Hits, *, seed: int = 0) -> Interval:
-    """95 % percentile bootstrap interval of the mean of N hits.
+def accuracy_interval(hits: Hits, *, seed: int = 0) -> Interval:
+    """Return the 95 % percentile bootstrap interval of the mean of N hits.
 
-    N draws with replacement from hits and misses hold Binomial(N, mean) hits: drawing that number is the bootstrap,
-    without its loop.
+    A resample of N hits and misses contains Binomial(N, mean) hits. Sampling that number directly is the same
+    bootstrap without a loop.
     """
     count = len(hits)
     means = np.random.default_rng(seed).binomial(count, hits.mean(), RESAMPLES) / count
@@ -134,9 +142,10 @@ def hit_interval(hits: Hits, *, seed: int = 0) -> Interval:
 
 
 def difference_interval(hits: Hits, reference: Hits, *, seed: int = 0, level: float = 0.95) -> Interval:
-    """Percentile bootstrap interval of mean(hits) − mean(reference), paired picture by picture.
+    """Return the paired percentile bootstrap interval of mean(hits) − mean(reference).
 
-    Most pictures are easy or hard for both models; pairing takes that out, so that small differences can be told.
+    Most examples are easy or hard for both models. Pairing by example removes that shared variance, so that smaller
+    differences become significant.
     """
     count = len(hits)
     won, lost = (hits & ~reference).mean(), (reference & ~hits).mean()
@@ -150,5 +159,5 @@ def _percentiles(means: npt.NDArray[np.float64], *, level: float = 0.95) -> Inte
 
 
 def primary_metric(score: Score) -> float:
-    """The one figure of a score: top-1 accuracy, or how often an image finds its caption first."""
+    """Return the main figure of a score: top-1 accuracy, or image-to-text R@1."""
     return score.top1 if isinstance(score, ZeroShotScore) else score.image_to_text.at1

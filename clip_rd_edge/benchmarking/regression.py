@@ -1,4 +1,4 @@
-"""What has changed from one run of a suite to another, told from noise."""
+"""Compare two runs of a suite: regressions and improvements, as opposed to noise."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from clip_rd_edge.benchmarking import formatting as formats
-from clip_rd_edge.benchmarking import statistics as noise
-from clip_rd_edge.benchmarking.accuracy import Marks
+from clip_rd_edge.benchmarking import formatting, statistics
+from clip_rd_edge.benchmarking.accuracy import Correctness
 from clip_rd_edge.benchmarking.metrics import Interval, difference_interval
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.errors import InputError
 
 Verdict = Literal["regression", "improvement", "noise", "same"]
-VISIBLE = 0.15  # a change that a comparison should be able to tell
-TOO_BUSY = 0.25  # above, calls are interrupted so often that no statistics of theirs tell anything
-BUSY = 0.05  # of the machine's time: above, latencies are not the models' alone
-KINDS = {"image": "image tower", "text": "text tower", "end_to_end": "end to end"}
+DETECTABLE_CHANGE = 0.15  # a change that a comparison should be able to detect
+TOO_BUSY = 0.25  # load by other processes above which calls are interrupted too often for any statistics
+BUSY = 0.05  # load by other processes above which latencies are no longer those of the models alone
+MEASUREMENTS = {"image": "image tower", "text": "text tower", "end_to_end": "end to end"}
 
 
 class LatencyChange(msgspec.Struct, frozen=True, kw_only=True):
-    """A p50 of a row in both runs.
+    """One p50 of a row in both runs.
 
     Attributes:
-        old_ms, new_ms: as each run measured it.
-        change: how much longer the new one takes, as a fraction, each as a multiple of the reference of its own run.
-        noise: what `change` may be by chance.
+        old_ms, new_ms: the latencies as measured.
+        change: increase in latency as a fraction, with each latency relative to the reference workload of its own run.
+        noise: how large `change` can be by chance.
     """
 
     row: str
@@ -41,10 +40,10 @@ class LatencyChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccuracyChange(msgspec.Struct, frozen=True, kw_only=True):
-    """Right answers of a row in both runs, as fractions.
+    """One accuracy of a row in both runs, as fractions.
 
     Attributes:
-        interval: of `new - old`, by bootstrap, paired question by question, as wide as the number of comparisons asks.
+        interval: confidence interval of `new - old`, by paired bootstrap, widened for the number of comparisons.
     """
 
     row: str
@@ -57,12 +56,12 @@ class AccuracyChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Changes(msgspec.Struct, frozen=True, kw_only=True):
-    """All changes.
+    """All changes between two runs.
 
     Attributes:
-        lost: rows that the new run did not measure, with the reason; each is a regression.
-        remarks: what was not compared, and what to know about the rest.
-        regressions: how many of all kinds.
+        lost: rows that are missing from the new run, with the reason; each counts as a regression.
+        remarks: what was not compared, and caveats about the rest.
+        regressions: total number of regressions.
     """
 
     latencies: tuple[LatencyChange, ...]
@@ -73,118 +72,123 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare_runs(old: Results, new: Results) -> Changes:
-    """Every row that both runs have, by its label.
+    """Compare all rows that both runs have, by label.
 
     Raises:
-        InputError: they have no row in common.
+        InputError: the runs have no row in common.
     """
-    now = {row.label: row for row in new.rows}
-    pairs = [(row, now[row.label]) for row in old.rows if row.label in now]
+    new_rows = {row.label: row for row in new.rows}
+    pairs = [(row, new_rows[row.label]) for row in old.rows if row.label in new_rows]
     if not pairs:
         raise InputError(
             f"The two results have no model in common: {_labels(old)} and {_labels(new)}.",
-            hint="compare two runs of one suite",
+            hint="compare two runs of the same suite",
         )
     reasons = {row.label: row.reason for row in new.skipped}
-    lost = {row.label: reasons.get(row.label, "It is not in the suite.") for row in old.rows if row.label not in now}
-    why_not = _why_no_latency(old, new)
-    remarks = [*why_not, *_unlike(old, new), *([] if why_not else _pace(old, new))]
-    accuracies = _accuracies(pairs)
-    if unpaired := [row.label for row, _ in pairs if row.label not in {each.row for each in accuracies}]:
-        remarks.append(f"Accuracy is not compared, as no task has the same questions in both runs: {_join(unpaired)}.")
-    latencies = () if why_not else tuple(_latencies(old, new, pairs))
-    if noisy := sum(each.noise > VISIBLE for each in latencies):
+    lost = {
+        row.label: reasons.get(row.label, "It is not in the suite.") for row in old.rows if row.label not in new_rows
+    }
+    obstacles = _latency_obstacles(old, new)
+    remarks = [*obstacles, *_package_remarks(old, new), *([] if obstacles else _machine_remarks(old, new))]
+    accuracies = _accuracy_changes(pairs)
+    compared_rows = {change.row for change in accuracies}
+    if unpaired := [row.label for row, _ in pairs if row.label not in compared_rows]:
+        remarks.append(f"Accuracy is not compared: no task has the same examples in both runs: {', '.join(unpaired)}.")
+    latencies = () if obstacles else tuple(_latency_changes(old, new, pairs))
+    if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(
-            f"{noisy} of {len(latencies)} latencies are so noisy that a change of {formats.share(VISIBLE, 1)} would "
-            f"not be seen: time both runs again on a quiet machine."
+            f"{noisy} of {len(latencies)} latencies are too noisy to detect a change of "
+            f"{formatting.share(DETECTABLE_CHANGE, 1)}: repeat both runs on a quiet machine."
         )
     return Changes(
         latencies=latencies,
         accuracies=accuracies,
         lost=lost,
         remarks=tuple(remarks),
-        regressions=len(lost) + [each.verdict for each in latencies + accuracies].count("regression"),
+        regressions=len(lost) + [change.verdict for change in latencies + accuracies].count("regression"),
     )
 
 
-def _latencies(old: Results, new: Results, pairs: list[tuple[RowResult, RowResult]]) -> Iterator[LatencyChange]:
-    for kind, name in KINDS.items():
-        before = {row.label: _paces(old, row, kind) for row, _ in pairs}
-        after = {row.label: _paces(new, row, kind) for _, row in pairs}
-        pooled = noise.pooled_deviation([*before.values(), *after.values()])
-        for one, other in pairs:
-            changed = noise.change(before[one.label], after[one.label])
-            by_chance = noise.noise(before[one.label], after[one.label], pooled=pooled)
-            slower, faster = changed > by_chance, changed < 1 / (1 + by_chance) - 1
+def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, RowResult]]) -> Iterator[LatencyChange]:
+    for field, name in MEASUREMENTS.items():
+        old_ratios = {row.label: _log_ratios(old, row, field) for row, _ in pairs}
+        new_ratios = {row.label: _log_ratios(new, row, field) for _, row in pairs}
+        pooled = statistics.pooled_deviation([*old_ratios.values(), *new_ratios.values()])
+        for old_row, new_row in pairs:
+            ratios = old_ratios[old_row.label], new_ratios[old_row.label]
+            change = statistics.relative_change(*ratios)
+            noise = statistics.change_noise(*ratios, pooled=pooled)
+            slower, faster = change > noise, change < 1 / (1 + noise) - 1
             yield LatencyChange(
-                row=one.label,
+                row=old_row.label,
                 what=name,
-                old_ms=getattr(one.latency, kind).p50,
-                new_ms=getattr(other.latency, kind).p50,
-                change=changed,
-                noise=by_chance,
+                old_ms=getattr(old_row.latency, field).p50,
+                new_ms=getattr(new_row.latency, field).p50,
+                change=change,
+                noise=noise,
                 verdict="regression" if slower else "improvement" if faster else "noise",
             )
 
 
-def _paces(results: Results, row: RowResult, kind: str) -> noise.Paces:
-    return noise.paces(getattr(row.latency, kind).sittings, getattr(results.reference, kind))
+def _log_ratios(results: Results, row: RowResult, field: str) -> statistics.LogRatios:
+    return statistics.log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
 
 
-def _accuracies(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
-    found = [(one.label, before, after) for one, other in pairs for before, after in _paired(one, other)]
-    # Some of many intervals of 95 % would lie beside 0 by chance.
-    level = 1 - 0.05 / max(len(found), 1)
-    return tuple(_accuracy(label, before, after, level=level) for label, before, after in found)
+def _accuracy_changes(pairs: list[tuple[RowResult, RowResult]]) -> tuple[AccuracyChange, ...]:
+    matches = [(old_row.label, *match) for old_row, new_row in pairs for match in _matches(old_row, new_row)]
+    # Bonferroni: with many comparisons, some 95 % intervals would exclude 0 by chance.
+    level = 1 - 0.05 / max(len(matches), 1)
+    return tuple(_accuracy_change(label, old, new, level=level) for label, old, new in matches)
 
 
-def _paired(one: RowResult, other: RowResult) -> Iterator[tuple[Marks, Marks]]:
-    after = {(each.task, each.measure, each.questions): each for each in other.marks}
-    for before in one.marks:
-        same = after.get((before.task, before.measure, before.questions))
-        if same is not None:
-            yield before, same
+def _matches(old_row: RowResult, new_row: RowResult) -> Iterator[tuple[Correctness, Correctness]]:
+    """Yield the answers to the same examples in both runs."""
+    new_answers = {(new.task, new.measure, new.questions): new for new in new_row.correctness}
+    for old in old_row.correctness:
+        new = new_answers.get((old.task, old.measure, old.questions))
+        if new is not None:
+            yield old, new
 
 
-def _accuracy(row: str, before: Marks, after: Marks, *, level: float) -> AccuracyChange:
-    old, new = before.hits(), after.hits()
-    interval = difference_interval(new, old, level=level)
-    same = bool((old == new).all())
+def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: float) -> AccuracyChange:
+    old_hits, new_hits = old.hits(), new.hits()
+    interval = difference_interval(new_hits, old_hits, level=level)
+    same = bool((old_hits == new_hits).all())
     worse, better = interval.high < 0, interval.low > 0
     return AccuracyChange(
         row=row,
-        task=before.task,
-        measure=before.measure,
-        old=float(old.mean()),
-        new=float(new.mean()),
+        task=old.task,
+        measure=old.measure,
+        old=float(old_hits.mean()),
+        new=float(new_hits.mean()),
         interval=interval,
         verdict="same" if same else "regression" if worse else "improvement" if better else "noise",
     )
 
 
-def _why_no_latency(old: Results, new: Results) -> list[str]:
-    """Why latencies cannot be compared, or nothing."""
+def _latency_obstacles(old: Results, new: Results) -> list[str]:
+    """Return why latencies cannot be compared; empty if they can."""
     if old.reference is None or new.reference is None:
-        return ["Latency is not compared: one result was written before the machine's own pace was measured with it."]
+        return ["Latency is not compared: one of the results is from a version that did not time a reference workload."]
     for name, run in (("old", old), ("new", new)):
         if run.other_load is not None and run.other_load > TOO_BUSY:
-            taken = formats.share(run.other_load, 1)
+            load = formatting.share(run.other_load, 1)
             return [
-                f"Latency is not compared: other processes took {taken} of the machine during the {name} run; time it "
-                f"again on a quiet machine."
+                f"Latency is not compared: other processes used {load} of the machine during the {name} run; repeat it "
+                f"on a quiet machine."
             ]
-    unlike = [
-        (what, one, other)
-        for what, one, other in (
-            ("machines", old.environment.machine, new.environment.machine),
-            ("numbers of threads", old.suite.threads, new.suite.threads),
-        )
-        if one != other
+    settings = (
+        ("machines", old.environment.machine, new.environment.machine),
+        ("numbers of threads", old.suite.threads, new.suite.threads),
+    )
+    return [
+        f"Latency is not compared: the {name} differ, {before} and {after}."
+        for name, before, after in settings
+        if before != after
     ]
-    return [f"Latency is not compared: the {what} differ, {one} and {other}." for what, one, other in unlike]
 
 
-def _unlike(old: Results, new: Results) -> list[str]:
+def _package_remarks(old: Results, new: Results) -> list[str]:
     before, after = old.environment.packages, new.environment.packages
     differing = [
         f"{name} {before.get(name, 'none')} → {after.get(name, 'none')}"
@@ -193,11 +197,11 @@ def _unlike(old: Results, new: Results) -> list[str]:
     ]
     if not differing:
         return []
-    note = " The reference runs in ONNX Runtime, so that its change counts as the machine's."
+    note = " The reference workload runs in ONNX Runtime, so changes in its speed count as changes of the machine."
     return [f"Packages differ: {', '.join(differing)}.{note if 'onnxruntime' in ' '.join(differing) else ''}"]
 
 
-def _pace(old: Results, new: Results) -> list[str]:
+def _machine_remarks(old: Results, new: Results) -> list[str]:
     assert old.reference is not None
     assert new.reference is not None
     remarks = []
@@ -205,19 +209,16 @@ def _pace(old: Results, new: Results) -> list[str]:
     if abs(after / before - 1) >= 0.01:
         slower = "slower" if after > before else "faster"
         remarks.append(
-            f"The machine itself was {formats.share(abs(after / before - 1), 1)} {slower}, which is taken out."
+            f"The machine itself was {formatting.share(abs(after / before - 1), 1)} {slower} in the new run; this is "
+            f"corrected for."
         )
     for name, run in (("old", old), ("new", new)):
         if run.other_load is not None and run.other_load > BUSY:
             remarks.append(
-                f"Other processes took {formats.share(run.other_load, 1)} of the machine during the {name} run."
+                f"Other processes used {formatting.share(run.other_load, 1)} of the machine during the {name} run."
             )
     return remarks
 
 
 def _labels(results: Results) -> str:
-    return _join([row.label for row in results.rows])
-
-
-def _join(labels: list[str]) -> str:
-    return ", ".join(labels)
+    return ", ".join(row.label for row in results.rows)

@@ -1,4 +1,4 @@
-"""What a measurement was made on, as data: latencies mean nothing without it."""
+"""The result file of a benchmark, with the environment that it was measured in."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.benchmarking.accuracy import Marks
-from clip_rd_edge.benchmarking.latency import Latency, Reference
+from clip_rd_edge.benchmarking.accuracy import Correctness
+from clip_rd_edge.benchmarking.latency import Latency, ReferenceLatency
 from clip_rd_edge.benchmarking.metrics import Interval, Score
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
@@ -36,15 +36,15 @@ PACKAGES = (
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """The machine and the software of a measurement.
+    """The hardware and software of a measurement.
 
     Attributes:
-        machine: processor and cores.
-        instruction_sets: those that matter for small numbers; empty where the system does not tell.
-        memory_bytes: of the whole machine, 0 where the system does not tell.
-        packages: versions of what is installed of PACKAGES.
-        date: UTC, as ISO 8601.
-        commit: of the checkout that the code ran from, or empty.
+        machine: processor and number of cores.
+        instruction_sets: those relevant to low-precision arithmetic; empty if unknown.
+        memory_bytes: memory of the whole machine; 0 if unknown.
+        packages: versions of the installed packages among PACKAGES.
+        date: UTC, in ISO 8601.
+        commit: commit of the source checkout that the code ran from, or empty.
     """
 
     machine: str
@@ -58,7 +58,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def this_environment() -> Environment:
-    """The environment of this process, now."""
+    """Return the environment of the current process."""
     return Environment(
         machine=machine_name(),
         instruction_sets=instruction_sets(),
@@ -72,20 +72,20 @@ def this_environment() -> Environment:
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those of the packages that are installed."""
-    # From the metadata: importing torch to ask for its version takes seconds, and a device has none.
-    found = {}
+    """Return the versions of the packages that are installed."""
+    # Read from the metadata: importing torch for its version takes seconds, and a device does not have it.
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str:
     checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():  # an installed package may lie below somebody else's repository
+    if not (checkout / ".git").exists():  # an installed package may be inside an unrelated repository
         return ""
     try:
         command = ["git", "-C", str(checkout), "rev-parse", "--short=12", "HEAD"]
@@ -99,13 +99,14 @@ RESULTS = "results.json"
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One model: what it is, its score on each task of the suite in the suite's order, and its latency.
+    """All measurements of one model.
 
     Attributes:
-        throughput: pictures a second by batch.
-        cold_start: time to the first answer and peak memory of a new process; None where none was started.
-        energy_joules: a picture in the image tower, of the whole processor; None where the machine does not tell.
-        marks: which questions it answered rightly.
+        scores: one per task, in the suite's order.
+        throughput: images per second at each batch size.
+        cold_start: time to the first answer and peak memory of a new process; None if it was not measured.
+        energy_joules: energy of the whole processor per image in the image tower; None if the machine has no counter.
+        correctness: which examples were answered correctly.
 
     Results of format version 1 have none of the last four.
     """
@@ -119,11 +120,11 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True):
     throughput: tuple[Throughput, ...] = ()
     cold_start: ColdStart | None = None
     energy_joules: float | None = None
-    marks: tuple[Marks, ...] = ()
+    correctness: tuple[Correctness, ...] = msgspec.field(name="marks", default=())
 
 
 class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One that could not be measured, and why."""
+    """A row that could not be measured, and the reason."""
 
     label: str
     model: str
@@ -131,17 +132,17 @@ class SkippedRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MissingTask(msgspec.Struct, frozen=True, kw_only=True):
-    """A task of the suite whose data set is not here, and where it was looked for."""
+    """A task of the suite whose data set was not found, and where it was looked for."""
 
     name: str
     reason: str
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """Top-1 of a row minus that of its reference on one task, on the same pictures.
+    """Top-1 of a row minus that of a reference row on one task, on the same images.
 
     Attributes:
-        interval: 95 %, by bootstrap over pictures, paired.
+        interval: 95 % confidence interval, by paired bootstrap over images.
     """
 
     task: str
@@ -152,7 +153,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row said to a picture, how sure it was, and whether it was right."""
+    """A row's prediction for one image: its label, its probability, and whether it is correct (`right`)."""
 
     row: str
     label: str
@@ -161,7 +162,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture (a small PNG), its label, and what models said to it."""
+    """An image (a small PNG), its true label, and the predictions of some models."""
 
     task: str
     png: bytes
@@ -170,13 +171,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A class that a row gets wrong most.
+    """One of a row's classes of lowest accuracy.
 
     Attributes:
-        right: of its `pictures`.
-        png: a picture of it that was taken for another.
-        taken_for: what it was taken for most.
-        taken_for_png: a picture of that, or empty where the task has none.
+        right: number of its `images` that were classified correctly.
+        png: one of its images that was misclassified.
+        taken_for: the most frequent wrong prediction.
+        taken_for_png: an image of that class, or empty if the task has none.
     """
 
     row: str
@@ -190,17 +191,17 @@ class WorstClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """results.json.
+    """Content of results.json.
 
     Attributes:
-        reference: what the machine's own pace was; None in results of format version 1.
-        other_load: part of the machine's time that other processes took while latencies were timed.
+        reference: latency of the reference workload; None in results of format version 1.
+        other_load: fraction of the machine's CPU time used by other processes while latencies were timed.
     """
 
     suite: Suite
     environment: Environment
     rows: tuple[RowResult, ...]
-    reference: Reference | None = None
+    reference: ReferenceLatency | None = None
     other_load: float | None = None
     skipped: tuple[SkippedRow, ...] = ()
     missing: tuple[MissingTask, ...] = ()
@@ -209,13 +210,17 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     worst: tuple[WorstClass, ...] = ()
     format_version: int = FORMAT_VERSION
 
-    def first(self, *roles: Role) -> RowResult | None:
-        """The first row of the first of these roles that has one."""
-        return next((row for role in roles for row in self.rows if row.role == role), None)
+    def first(self, role: Role) -> RowResult | None:
+        """Return the first row with this role, or None."""
+        return next((row for row in self.rows if row.role == role), None)
+
+    def last(self, role: Role) -> RowResult | None:
+        """Return the last row with this role, or None."""
+        return next((row for row in reversed(self.rows) if row.role == role), None)
 
 
 def write_results(path: Path, results: Results) -> None:
-    """Write results.json, whole or not at all."""
+    """Write results.json atomically."""
     write_bytes(path, to_json(results))
 
 
@@ -223,10 +228,10 @@ def read_results(path: Path) -> Results:
     """Read results.json.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
     results = read_versioned_json(path, Results, newest=FORMAT_VERSION)
     if not results.rows:
-        raise ConfigError(f"{path} has no rows; expected one a measured model.", hint="run the benchmark again")
+        raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
     return results

@@ -1,13 +1,13 @@
-"""A suite's models opened, and what each said on every task; one that cannot be opened or run is left out, with why."""
+"""Run a suite: open its models, measure each of them, and skip those that cannot be opened or run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, marks_of, retrieval, zero_shot
-from clip_rd_edge.benchmarking.answer_cache import DamagedPartError, Parts
-from clip_rd_edge.benchmarking.latency import Latencies, Opened, measure_latencies
+from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, correctness_of, retrieval, zero_shot
+from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
+from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
 from clip_rd_edge.benchmarking.metrics import difference_interval
 from clip_rd_edge.benchmarking.results import Comparison, MissingTask, Results, RowResult, SkippedRow, this_environment
 from clip_rd_edge.benchmarking.samples import choose_samples, worst_classes
@@ -22,16 +22,21 @@ from clip_rd_edge.benchmarking.throughput import (
 )
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.task import Task, ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import Fallback, neutral
+from clip_rd_edge.data.clip_benchmark import TemplateFallback, neutral_templates
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
-OpenEncoder = Callable[..., TowerEncoder]  # called with a model, and with `runtime=` where a row names one
+OpenEncoder = Callable[..., TowerEncoder]  # takes a model, and `runtime=` if the row names one
 
 
 @dataclass
-class Measured:
-    """By label, in the suite's order: encoders, their models as they were found, and their answers a task."""
+class OpenModels:
+    """The models of a suite that could be opened, by label and in the suite's order, and those that were skipped.
+
+    Attributes:
+        models: folder or hub name of each model.
+        answers: each model's answers, one entry per task.
+    """
 
     encoders: dict[str, TowerEncoder] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
@@ -39,64 +44,64 @@ class Measured:
     skipped: list[SkippedRow] = field(default_factory=list)
 
 
-def measure_rows(
-    suite: Suite, tasks: Sequence[Task], open_encoder: OpenEncoder, reporter: Reporter, parts: Parts | None
-) -> Measured:
+def open_and_evaluate(
+    suite: Suite, tasks: Sequence[Task], open_encoder: OpenEncoder, reporter: Reporter, cache: AnswerCache | None
+) -> OpenModels:
     """Open every model and measure its accuracy.
 
     Raises:
-        DamagedPartError: what was kept of an earlier run cannot be read.
+        DamagedCacheError: a cached result of an earlier run cannot be read.
     """
-    measured = Measured()
+    opened = OpenModels()
     for row in suite.rows:
         try:
-            model = suite.find(row)
+            model = suite.resolve_model(row)
             encoder = open_encoder(model, runtime=row.runtime) if row.runtime else open_encoder(model)
             _try_once(encoder, tasks[0])
-            answers = [_answers_of(encoder, task, row, model, parts, reporter) for task in tasks]
+            answers = [_cached_or_new_answers(encoder, task, row, model, cache, reporter) for task in tasks]
         except ModuleNotFoundError as error:
             # A device without torch still measures its bundles.
             reason = f"It needs the package {error.name!r}, which is not installed."
-            measured.skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
-        except DamagedPartError:
+            opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=reason))
+        except DamagedCacheError:
             raise
         except ClipRdEdgeError as error:
-            measured.skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
+            opened.skipped.append(SkippedRow(label=row.label, model=row.model, reason=str(error)))
         else:
-            measured.encoders[row.label], measured.models[row.label] = encoder, model
-            measured.answers[row.label] = answers
-    return measured
+            opened.encoders[row.label], opened.models[row.label] = encoder, model
+            opened.answers[row.label] = answers
+    return opened
 
 
 def _try_once(encoder: TowerEncoder, task: Task) -> None:
-    """Run both towers on one input: what fails when it is timed, after accuracies that were kept, fails here."""
-    opened = Opened(encoder, task.images[0], 1)
-    opened.embed_image()
-    opened.embed_text()
+    """Run both towers once, so that a model whose accuracy is cached does not first fail while it is timed."""
+    calls = EncoderCalls(encoder, task.images[0], 1)
+    calls.embed_image()
+    calls.embed_text()
 
 
-def _answers_of(
-    encoder: TowerEncoder, task: Task, row: SuiteRow, model: str, parts: Parts | None, reporter: Reporter
+def _cached_or_new_answers(
+    encoder: TowerEncoder, task: Task, row: SuiteRow, model: str, cache: AnswerCache | None, reporter: Reporter
 ) -> Answers:
-    """A model's answers on a task: those that were kept, or else new ones, which are kept."""
-    kept = parts.find(model, row.runtime, task) if parts else None
-    if kept is not None:
-        return kept
-    measured = _measure(encoder, task, PrefixedReporter(reporter, f"{row.label}: "))
-    if parts:
-        parts.keep(model, row.runtime, task, measured, row=row.label)
-    return measured
+    """Return a model's answers on a task from the cache, or measure and cache them."""
+    cached = cache.find(model, row.runtime, task) if cache else None
+    if cached is not None:
+        return cached
+    answers = _evaluate(encoder, task, PrefixedReporter(reporter, f"{row.label}: "))
+    if cache:
+        cache.store(model, row.runtime, task, answers, row=row.label)
+    return answers
 
 
-def _measure(encoder: TowerEncoder, task: Task, reporter: Reporter) -> Answers:
+def _evaluate(encoder: TowerEncoder, task: Task, reporter: Reporter) -> Answers:
     if isinstance(task, ZeroShotTask):
         return zero_shot(encoder, task, reporter=reporter)
     return retrieval(encoder, task, reporter=reporter)
 
 
-TaskAnswers = tuple[ZeroShotTask, Mapping[str, ZeroShotAnswers]]  # a task, and what each model said, by its label
+TaskAnswers = tuple[ZeroShotTask, Mapping[str, ZeroShotAnswers]]  # a task, and each model's predictions by label
 
-# What each role is compared with, where the suite has it.
+# The roles that each role is compared with, if the suite has them.
 _REFERENCES: dict[Role, tuple[Role, ...]] = {
     "teacher": (),
     "baseline": (),
@@ -107,7 +112,7 @@ _REFERENCES: dict[Role, tuple[Role, ...]] = {
 
 
 def compare(rows: Sequence[RowResult], answers: Sequence[TaskAnswers]) -> tuple[Comparison, ...]:
-    """Every row with the first row of each role that its own is compared with, on every zero-shot task."""
+    """Compare every row with the first row of each of its reference roles, on every zero-shot task."""
     first = {row.role: row for row in reversed(rows)}
     pairs = [(row, first[role]) for row in rows for role in _REFERENCES[row.role] if role in first]
     return tuple(_compare(row, reference, *task) for row, reference in pairs for task in answers)
@@ -126,7 +131,7 @@ def _compare(
     )
 
 
-_DEFAULT_LABELS = 1_000  # to classify among, where the suite has retrieval alone
+_DEFAULT_LABELS = 1_000  # number of labels to classify among if the suite only has retrieval tasks
 
 
 def run_suite(
@@ -134,54 +139,54 @@ def run_suite(
     open_encoder: OpenEncoder,
     reporter: Reporter = SILENT,
     *,
-    fallback: Fallback = neutral,
-    parts: Parts | None = None,
+    fallback: TemplateFallback = neutral_templates,
+    cache: AnswerCache | None = None,
     launch: Launch | None = None,
 ) -> Results:
-    """Measure every model of a suite; one that cannot be opened or measured is skipped, with its reason.
+    """Measure every model of a suite. Models that cannot be opened or measured are skipped, with the reason.
 
     Args:
-        open_encoder: opens a folder or `hf-hub:ORG/REPO`, on `suite.threads` threads, with `runtime=` where the row
-            names one; given from outside, as it may need torch.
-        fallback: templates for data sets that have none; given from outside, too.
-        parts: where accuracies are kept as they are measured, and taken from where they were measured already.
-        launch: the command of a process that answers once; without one, no cold start is measured.
+        open_encoder: opens a folder or `hf-hub:ORG/REPO` on `suite.threads` threads, with `runtime=` if the row names
+            one. Passed in by the caller, because it may need torch.
+        fallback: prompt templates for data sets that have none; passed in for the same reason.
+        cache: where accuracy results are stored, and read from if they exist.
+        launch: command of a process that answers once; None skips the cold start.
 
     Raises:
-        ConfigError: the suite does not make sense.
+        ConfigError: the suite is invalid.
         InputError: a task is unknown or empty, or no model could be measured.
     """
     check_suite(suite, source=f"The suite {suite.name}")
     missing = suite.missing()
     tasks = suite.load_tasks(fallback)
-    measured = measure_rows(suite, tasks, open_encoder, reporter, parts)
-    if not measured.encoders:
-        reasons = " ".join(f"{row.label}: {row.reason}" for row in measured.skipped)
+    opened = open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
+    if not opened.encoders:
+        reasons = " ".join(f"{row.label}: {row.reason}" for row in opened.skipped)
         raise InputError(f"None of the models of the suite {suite.name} could be measured. {reasons}")
-    picture, labels = tasks[0].images[0], _labels(tasks)
+    image, labels = tasks[0].images[0], _label_count(tasks)
     latencies = measure_latencies(
-        measured.encoders,
-        picture,
+        opened.encoders,
+        image,
         labels=labels,
         threads=suite.threads,
         rounds=suite.rounds,
         reporter=reporter,
     )
     reporter.update("Throughput", 0, 1)
-    pixels = {label: Opened(encoder, picture, labels).pixels for label, encoder in measured.encoders.items()}
-    throughput = measure_throughput(measured.encoders, pixels)
-    energy = measure_energy(measured.encoders, pixels)
+    pixels = {label: EncoderCalls(encoder, image, labels).pixels for label, encoder in opened.encoders.items()}
+    throughput = measure_throughput(opened.encoders, pixels)
+    energy = measure_energy(opened.encoders, pixels)
     reporter.update("Throughput", 1, 1)
-    cold = _cold_starts(suite, measured, tasks, launch, reporter)
-    rows = _rows(suite, tasks, measured, latencies, throughput, energy, cold)
-    answers = _zero_shot_answers(measured.answers, tasks)
+    cold_starts = _cold_starts(suite, opened, tasks, launch, reporter)
+    rows = _rows(suite, tasks, opened, latencies, throughput, energy, cold_starts)
+    answers = _zero_shot_answers(opened.answers, tasks)
     return Results(
         suite=suite,
         environment=this_environment(),
         rows=rows,
         reference=latencies.reference,
         other_load=latencies.other_load,
-        skipped=tuple(measured.skipped),
+        skipped=tuple(opened.skipped),
         missing=tuple(MissingTask(name=name, reason=reason) for name, reason in missing.items()),
         comparisons=compare(rows, answers),
         samples=choose_samples(rows, *answers[0]) if answers else (),
@@ -190,27 +195,27 @@ def run_suite(
 
 
 def _cold_starts(
-    suite: Suite, measured: Measured, tasks: Sequence[Task], launch: Launch | None, reporter: Reporter
+    suite: Suite, opened: OpenModels, tasks: Sequence[Task], launch: Launch | None, reporter: Reporter
 ) -> dict[str, ColdStart | None]:
-    rows = [row for row in suite.rows if row.label in measured.models] if launch else []
-    found = {}
+    rows = [row for row in suite.rows if row.label in opened.models] if launch else []
+    cold_starts = {}
     for done, row in enumerate(rows):
         reporter.update("Cold start", done, len(rows))
         assert launch is not None
-        command = launch(measured.models[row.label], row.runtime, suite.threads)
-        found[row.label] = measure_cold_start(command, tasks[0].images[0])
+        command = launch(opened.models[row.label], row.runtime, suite.threads)
+        cold_starts[row.label] = measure_cold_start(command, tasks[0].images[0])
         reporter.update("Cold start", done + 1, len(rows))
-    return found
+    return cold_starts
 
 
 def _rows(
     suite: Suite,
     tasks: Sequence[Task],
-    measured: Measured,
+    opened: OpenModels,
     latencies: Latencies,
     throughput: Mapping[str, tuple[Throughput, ...]],
     energy: Mapping[str, float],
-    cold: Mapping[str, ColdStart | None],
+    cold_starts: Mapping[str, ColdStart | None],
 ) -> tuple[RowResult, ...]:
     rows = {row.label: row for row in suite.rows}
     return tuple(
@@ -219,31 +224,32 @@ def _rows(
             role=rows[label].role,
             model=rows[label].model,
             description=encoder.describe(),
-            scores=tuple(given.score for given in measured.answers[label]),
+            scores=tuple(answers.score for answers in opened.answers[label]),
             latency=latencies.rows[label],
             throughput=throughput[label],
-            cold_start=cold.get(label),
+            cold_start=cold_starts.get(label),
             energy_joules=energy.get(label),
-            marks=tuple(
-                mark
-                for task, given in zip(tasks, measured.answers[label], strict=True)
-                for mark in marks_of(task, given)
+            correctness=tuple(
+                correctness
+                for task, answers in zip(tasks, opened.answers[label], strict=True)
+                for correctness in correctness_of(task, answers)
             ),
         )
-        for label, encoder in measured.encoders.items()
+        for label, encoder in opened.encoders.items()
     )
 
 
-def _labels(tasks: Sequence[Task]) -> int:
-    """Number of labels of the first task that has any."""
+def _label_count(tasks: Sequence[Task]) -> int:
+    """Return the number of labels of the first zero-shot task."""
     return next((len(task.labels) for task in tasks if isinstance(task, ZeroShotTask)), _DEFAULT_LABELS)
 
 
-def _zero_shot_answers(measured: Mapping[str, Sequence[Answers]], tasks: Sequence[Task]) -> list[TaskAnswers]:
-    """What every model said on each zero-shot task."""
-    found: list[TaskAnswers] = []
+def _zero_shot_answers(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[Task]) -> list[TaskAnswers]:
+    """Return each zero-shot task with the predictions of all models."""
+    task_answers: list[TaskAnswers] = []
     for i, task in enumerate(tasks):
         if isinstance(task, ZeroShotTask):
-            row_answers = ((label, row[i]) for label, row in measured.items())
-            found.append((task, {label: given for label, given in row_answers if isinstance(given, ZeroShotAnswers)}))
-    return found
+            by_label = {label: row[i] for label, row in answers.items()}
+            predictions = {label: row for label, row in by_label.items() if isinstance(row, ZeroShotAnswers)}
+            task_answers.append((task, predictions))
+    return task_answers

@@ -1,4 +1,4 @@
-"""A few pictures for the report, with what models said to them."""
+"""Example images for the report, with the models' predictions."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample, WorstCl
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import ZeroShotTask
 
-EACH = 6  # right ones, and as many wrong ones
-EDGE = 128  # pixels, at most
+SAMPLES_PER_OUTCOME = 6  # correct ones, and as many wrong ones
+THUMBNAIL_EDGE = 128  # max pixels
 
 
 def choose_samples(
     rows: Sequence[RowResult], task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], *, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """Pictures drawn by lot, up to EACH that the last row got right, then up to EACH that it got wrong.
+    """Sample images at random: up to SAMPLES_PER_OUTCOME that the last row classified correctly, then as many errors.
 
-    They show what the last row said, and the teacher where there is one: what went in and what came out.
+    Each sample has the predictions of the last row and, if there is one, of the teacher: the result of the whole
+    process beside its starting point.
 
     Args:
-        answers: by the rows' labels.
+        answers: the predictions, by row label.
     """
     teachers = [row.label for row in rows if row.role == "teacher"]
-    given = {label: answers[label] for label in (*teachers[:1], rows[-1].label)}
-    hits = given[rows[-1].label].hits(task)
+    shown = {label: answers[label] for label in (*teachers[:1], rows[-1].label)}
+    hits = shown[rows[-1].label].hits(task)
     rng = np.random.default_rng(seed)
-    chosen: list[int] = []
+    indices: list[int] = []
     for candidates in (np.flatnonzero(hits), np.flatnonzero(~hits)):
-        chosen += rng.permutation(candidates)[:EACH].tolist()
-    return tuple(_sample(task, given, index) for index in chosen)
+        indices += rng.permutation(candidates)[:SAMPLES_PER_OUTCOME].tolist()
+    return tuple(_sample(task, shown, index) for index in indices)
 
 
 def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: int) -> Sample:
@@ -45,65 +46,67 @@ def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: i
         answers=tuple(
             Answer(
                 row=row,
-                label=task.labels[given.answers[index]],
-                probability=given.probabilities[index],
-                right=given.answers[index] == task.targets[index],
+                label=task.labels[predictions.answers[index]],
+                probability=predictions.probabilities[index],
+                right=predictions.answers[index] == task.targets[index],
             )
-            for row, given in answers.items()
+            for row, predictions in answers.items()
         ),
     )
 
 
-def thumbnail(picture: ImageFile) -> bytes:
-    """A small PNG of a picture."""
-    image = open_image(picture)
-    image.thumbnail((EDGE, EDGE))
+def thumbnail(file: ImageFile) -> bytes:
+    """Return a small PNG of an image."""
+    image = open_image(file)
+    image.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-COUNT = 6
+MAX_WORST_CLASSES = 6
 
 
 def worst_classes(row: str, task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers]) -> tuple[WorstClass, ...]:
-    """Up to COUNT classes of lowest accuracy, those first where the row was surest of its wrong answers.
+    """Return up to MAX_WORST_CLASSES classes of lowest accuracy; ties go to the most confident errors.
 
-    Classes that it always gets right are left out.
+    Classes without errors are left out.
     """
-    given = answers[row]
-    hits = given.hits(task)
-    targets, said = np.asarray(task.targets), np.asarray(given.answers)
-    sure = np.asarray(given.probabilities)
+    predictions = answers[row]
+    hits = predictions.hits(task)
+    targets, predicted = np.asarray(task.targets), np.asarray(predictions.answers)
+    confidence = np.asarray(predictions.probabilities)
     ranked: list[tuple[float, float, int]] = []
     for label in np.unique(targets):
-        of_class = targets == label
-        wrong = of_class & ~hits
+        in_class = targets == label
+        wrong = in_class & ~hits
         if wrong.any():
-            ranked.append((float(hits[of_class].mean()), -float(sure[wrong].mean()), int(label)))
-    return tuple(_worst(row, task, hits, targets, said, label) for _, _, label in sorted(ranked)[:COUNT])
+            ranked.append((float(hits[in_class].mean()), -float(confidence[wrong].mean()), int(label)))
+    return tuple(
+        _worst_class(row, task, hits, targets, predicted, label) for _, _, label in sorted(ranked)[:MAX_WORST_CLASSES]
+    )
 
 
-def _worst(
+def _worst_class(
     row: str,
     task: ZeroShotTask,
     hits: np.ndarray[tuple[int], np.dtype[np.bool_]],
     targets: np.ndarray[tuple[int], np.dtype[np.int64]],
-    said: np.ndarray[tuple[int], np.dtype[np.int64]],
+    predicted: np.ndarray[tuple[int], np.dtype[np.int64]],
     label: int,
 ) -> WorstClass:
-    of_class = np.flatnonzero(targets == label)
-    wrong = of_class[~hits[of_class]]
-    taken_for = Counter(said[wrong].tolist()).most_common(1)[0][0]
-    # A picture of what it was taken for tells whether the two look alike; a class of labels alone has none.
-    alike = np.flatnonzero(targets == taken_for)
+    in_class = np.flatnonzero(targets == label)
+    wrong = in_class[~hits[in_class]]
+    taken_for = Counter(predicted[wrong].tolist()).most_common(1)[0][0]
+    # An image of the predicted class shows whether the two look alike; some classes of a task have no images.
+    of_predicted_class = np.flatnonzero(targets == taken_for)
     return WorstClass(
         row=row,
         task=task.name,
         label=task.labels[label],
-        right=int(hits[of_class].sum()),
-        images=len(of_class),
+        right=int(hits[in_class].sum()),
+        images=len(in_class),
         png=thumbnail(task.images[int(wrong[0])]),
         taken_for=task.labels[taken_for],
-        taken_for_png=thumbnail(task.images[int(alike[0])]) if len(alike) else b"",
+        taken_for_png=thumbnail(task.images[int(of_predicted_class[0])]) if len(of_predicted_class) else b"",
     )

@@ -1,8 +1,9 @@
-"""How much two honest runs differ by chance: what a change has to be greater than.
+"""Noise of latency comparisons, and mean and spread of accuracy over seeds.
 
-A model's pace is its p50 divided by that of the reference (`benchmarking.reference`) in the same sitting, as a
-logarithm; a run's pace is the median over its sittings. How far sittings scatter tells how far runs may: the noise of a
-comparison is WIDTH times the standard error of the difference of two such medians, OPENING counted in.
+A model's latency is expressed relative to the reference workload (`benchmarking.latency`): the logarithm of its p50
+over the reference's p50 in the same timing block. A run's relative latency is the median over its blocks. The scatter
+of the blocks predicts the scatter of runs: the noise of a comparison is STANDARD_ERRORS times the standard error of the
+difference of two such medians, with RELOAD_DEVIATION included.
 """
 
 from __future__ import annotations
@@ -18,63 +19,69 @@ from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import InputError
 
-# Of some twenty comparisons in a report none shall be flagged by chance: 0.05 / 20, one-sided, with room for sittings
-# that have something in common.
-WIDTH = 3.5
-# What no sitting of one run shows: another process has the model laid out otherwise in memory. A standard deviation.
-OPENING = 0.01
-_OF_MEDIAN = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
+# None of the about twenty comparisons in a report should be flagged by chance: 0.05 / 20, one-sided, with a margin for
+# correlation between blocks.
+STANDARD_ERRORS = 3.5
+# Standard deviation that blocks of one run cannot show: another process has the model in another place in memory.
+RELOAD_DEVIATION = 0.01
+_MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
 
-Paces = npt.NDArray[np.float64]
-
-
-def paces(sittings: Sequence[float], reference: Sequence[float]) -> Paces:
-    """Logarithm of what a model takes over what the reference takes, a sitting each, (S,)."""
-    logarithms: Paces = np.log(np.asarray(sittings)) - np.log(np.asarray(reference))
-    return logarithms
+LogRatios = npt.NDArray[np.float64]
 
 
-def change(old: Paces, new: Paces) -> float:
-    """How much longer the new run takes than the old, as a fraction, at the same pace of the machine."""
+def log_ratios(blocks: Sequence[float], reference: Sequence[float]) -> LogRatios:
+    """Return the logarithm of a model's latency over the reference's, per block, (B,)."""
+    ratios: LogRatios = np.log(np.asarray(blocks)) - np.log(np.asarray(reference))
+    return ratios
+
+
+def relative_change(old: LogRatios, new: LogRatios) -> float:
+    """Return the increase in latency from the old run to the new, as a fraction, corrected for the machine's speed."""
     return float(np.expm1(np.median(new) - np.median(old)))
 
 
-def noise(old: Paces, new: Paces, *, pooled: float = 0.0) -> float:
-    """What `change` may be by chance, as a fraction.
+def change_noise(old: LogRatios, new: LogRatios, *, pooled: float = 0.0) -> float:
+    """Return how large `relative_change` can be by chance, as a fraction.
 
     Args:
-        pooled: standard deviation of all models' paces (`pooled_deviation`): the sittings of one alone may lie together
-            by luck.
+        pooled: standard deviation over all models (`pooled_deviation`), used as a lower bound: the blocks of a single
+            model may be close together by chance.
     """
     variances = [
-        max(pooled**2, float(np.var(each, ddof=1)) if len(each) > 1 else 0.0) / len(each) for each in (old, new)
+        max(pooled**2, float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0) / len(ratios) for ratios in (old, new)
     ]
-    return math.expm1(WIDTH * math.sqrt(2 * OPENING**2 + _OF_MEDIAN**2 * sum(variances)))
+    deviation = math.sqrt(2 * RELOAD_DEVIATION**2 + _MEDIAN_TO_MEAN_ERROR**2 * sum(variances))
+    return math.expm1(STANDARD_ERRORS * deviation)
 
 
-def pooled_deviation(every: Sequence[Paces]) -> float:
-    """Standard deviation within models, over all of them."""
-    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in every)
-    freedom = sum(len(each) - 1 for each in every)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+def pooled_deviation(models: Sequence[LogRatios]) -> float:
+    """Return the standard deviation within models, pooled over all of them."""
+    squares = sum(float(((ratios - ratios.mean()) ** 2).sum()) for ratios in models)
+    degrees_of_freedom = sum(len(ratios) - 1 for ratios in models)
+    return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else 0.0
 
 
-def of_one_run(every: Sequence[Paces]) -> float:
-    """What two such runs may differ by in any row, as a fraction; `every` are the paces of all rows, of one kind."""
-    pooled = pooled_deviation(every)
-    return max(noise(each, each, pooled=pooled) for each in every)
+def run_noise(models: Sequence[LogRatios]) -> float:
+    """Return how much any row can differ between two runs like this one by chance, as a fraction.
+
+    Args:
+        models: the log ratios of all rows for one measurement.
+    """
+    pooled = pooled_deviation(models)
+    return max(change_noise(ratios, ratios, pooled=pooled) for ratios in models)
 
 
 def seeds_table(runs: Sequence[Results]) -> str:
-    """A Markdown table: a row a model, a column a task, `mean ± standard deviation (least to greatest)` in percent.
+    """Build a Markdown table of accuracy over several runs: one row per model, one column per task.
 
-    Only models that every run measured are shown. The last lines are ratios that are paired by run.
+    Cells are `mean ± standard deviation (min to max)` in percent. Only models that every run measured are shown. The
+    last rows are ratios, paired by run.
 
     Raises:
-        InputError: fewer than two runs, or runs that have no model or no task in common.
+        InputError: fewer than two runs, or runs with no model or task in common.
     """
     if len(runs) < 2:
-        raise InputError(f"{len(runs)} result was given; a spread needs at least 2.")
+        raise InputError(f"{len(runs)} result was given; at least 2 are required.")
     scores = [
         {row.label: {score.task: primary_metric(score) for score in row.scores} for row in run.rows} for run in runs
     ]
@@ -85,14 +92,14 @@ def seeds_table(runs: Sequence[Results]) -> str:
     lines = [["model", *tasks]]
     for label in labels:
         lines.append([label, *(_spread([100 * run[label][task] for run in scores], "") for task in tasks)])
-    for one, other in _compared(runs[0], labels):
-        ratios = ([run[one][task] / run[other][task] for run in scores] for task in tasks)
-        lines.append([f"{one} / {other}", *(_spread(values, "×") for values in ratios)])
+    for student, reference in _student_references(runs[0], labels):
+        ratios = ([run[student][task] / run[reference][task] for run in scores] for task in tasks)
+        lines.append([f"{student} / {reference}", *(_spread(values, "×") for values in ratios)])
     return markdown_table(lines)
 
 
-def _compared(run: Results, labels: Sequence[str]) -> list[tuple[str, str]]:
-    """The student with the teacher and with the baseline, by their roles."""
+def _student_references(run: Results, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the student's label with the teacher's and with the baseline's."""
     by_role = {row.role: row.label for row in run.rows if row.label in labels}
     student = by_role.get("student")
     if student is None:

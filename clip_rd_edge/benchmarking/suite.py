@@ -1,4 +1,4 @@
-"""What is to be compared, and on what: a small YAML file, or built in Python."""
+"""Benchmark suites: which models are compared on which tasks, as a small YAML file or built in Python."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import msgspec
 
 from clip_rd_edge.contract.task import Task
-from clip_rd_edge.data.clip_benchmark import Fallback, neutral
-from clip_rd_edge.data.tasks import EMBEDDED, load_task
+from clip_rd_edge.data.clip_benchmark import TemplateFallback, neutral_templates
+from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.utils.io import read_yaml, shipped
+from clip_rd_edge.utils.io import read_yaml, shipped_path
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]
@@ -21,15 +21,15 @@ _SHIPPED = "benchmarks/suites"
 
 
 class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model.
+    """One model of a suite.
 
     Attributes:
         label: its name in the report.
         model: the folder of a bundle, a run or an open_clip model, or `hf-hub:ORG/REPO`.
-        role: what it is compared with: a student with the teacher and the baseline (the same student, trained without
-            a teacher), the exported one with the student, the quantised one with the exported one.
-        runtime: what runs it: torch or torch-compile for a model, one of the others for a bundle; None takes eager
-            torch, or what the bundle was exported for.
+        role: decides what it is compared with: a student with the teacher and the baseline (the same student, trained
+            without a teacher), the exported model with the student, the quantised one with the exported one.
+        runtime: torch or torch-compile for a model, one of the others for a bundle; None means eager torch, or the
+            runtime that the bundle was exported for.
     """
 
     label: str
@@ -39,17 +39,19 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A comparison.
+    """A comparison of models on tasks.
 
     Attributes:
-        tasks: what `data.tasks.load_task` takes; reports take the first zero-shot one for headline, plot and samples.
-        root: folder that models and tasks are in; None means where the command runs.
-        data_root: folder that tasks are in, where it is another.
-        missing_tasks: what to do where a task's data set is not there.
-        threads: of every model. One by default: waiting thread pools of one runtime take cores from the next.
-        rounds: how often each latency is timed, at most.
-        budget_ms, min_accuracy: what the report's recommendation is for: milliseconds from a picture's file to its
-            answer, in 95 of 100 pictures, and top-1 as a fraction.
+        tasks: task names as in `data.tasks.load_task`; headline, plot and samples of the report use the first zero-shot
+            task.
+        root: folder that contains models and tasks; None means the current directory.
+        data_root: folder that contains the tasks, if it is a different one.
+        missing_tasks: what to do if a task's data set is not found.
+        threads: number of threads of every model. Default 1, because idle thread pools of one runtime take CPU time
+            from the next.
+        rounds: max number of times each latency is measured.
+        budget_ms, min_accuracy: requirements of the report's recommendation: max p95 latency from image file to answer
+            in milliseconds, and min top-1 as a fraction.
     """
 
     name: str
@@ -63,40 +65,40 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     budget_ms: float | None = None
     min_accuracy: float | None = None
 
-    def load_tasks(self, fallback: Fallback = neutral) -> list[Task]:
-        """Its tasks, without those that `missing` names.
+    def load_tasks(self, fallback: TemplateFallback = neutral_templates) -> list[Task]:
+        """Load the tasks, except those that `missing` names.
 
         Raises:
-            InputError: one is unknown or empty, or all are missing.
+            InputError: a task is unknown or empty, or all are missing.
         """
         missing = self.missing()
         if len(missing) == len(self.tasks):
             raise InputError(
                 f"None of the {len(missing)} tasks of the suite {self.name} is in {self._data_root}: "
                 f"{', '.join(missing)}.",
-                hint="name the folder that your copies of the data sets are in: --root",
+                hint="name the folder that contains your copies of the data sets: --root",
             )
-        return [load_task(self._task(name), fallback=fallback) for name in self.tasks if name not in missing]
+        return [load_task(self._resolve_task(name), fallback=fallback) for name in self.tasks if name not in missing]
 
     def missing(self) -> dict[str, str]:
-        """Tasks to skip because their data sets are not there, with the reason."""
+        """Return the tasks to skip because their data sets were not found, with the reason."""
         if self.missing_tasks == "error":
             return {}
         return {
-            name: f"{self._data_root} has no folder {name}, under none of the names {', '.join(spellings(name))}."
+            name: f"{self._data_root} has no folder {name}, under any of the names {', '.join(folder_names(name))}."
             for name in self.tasks
-            if self._task(name) == name and name not in EMBEDDED and not Path(name).exists()
+            if self._resolve_task(name) == name and name not in BUILT_IN_TASKS and not Path(name).exists()
         }
 
-    def find(self, row: SuiteRow) -> str:
-        """A row's model as `open_encoder` takes it.
+    def resolve_model(self, row: SuiteRow) -> str:
+        """Return a row's model as `open_encoder` accepts it.
 
         Raises:
-            InputError: there is no such folder.
+            InputError: the folder does not exist.
         """
         if row.model.startswith(_HUB):
             return row.model
-        folder = self._below_root(row.model.removeprefix("local-dir:"))
+        folder = Path(self.root or ".") / row.model.removeprefix("local-dir:")
         if not folder.is_dir():
             raise InputError(f"There is no model folder {folder}.")
         return str(folder)
@@ -105,17 +107,14 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def _data_root(self) -> Path:
         return Path(self.data_root or self.root or ".")
 
-    def _task(self, name: str) -> str:
-        """Where the task lies below the root, else its name."""
-        found = (self._data_root / spelling for spelling in spellings(name))
-        return next((str(path) for path in found if path.exists()), name)
-
-    def _below_root(self, name: str) -> Path:
-        return Path(self.root or ".") / name
+    def _resolve_task(self, name: str) -> str:
+        """Return the task's path below the data root if it exists, else its name."""
+        candidates = (self._data_root / folder for folder in folder_names(name))
+        return next((str(path) for path in candidates if path.exists()), name)
 
 
-def spellings(task: str) -> tuple[str, ...]:
-    """Names that a task's folder or table may have: as CLIP_benchmark calls it, exports it, or its last part alone.
+def folder_names(task: str) -> tuple[str, ...]:
+    """Return the possible file names of a task: CLIP_benchmark's name, its export folder, or the last part alone.
 
     `vtab/cifar10` is also found as `wds_vtab-cifar10`, `vtab-cifar10`, `wds_cifar10` and `cifar10`.
     """
@@ -125,14 +124,14 @@ def spellings(task: str) -> tuple[str, ...]:
 
 
 def find_suite(name: str) -> Path:
-    """A suite's file: itself, or a shipped one by its name.
+    """Return a suite's file: `name` itself if it is a file, else the shipped suite of that name.
 
     Raises:
-        InputError: neither is there.
+        InputError: neither exists.
     """
     if Path(name).is_file():
         return Path(name)
-    folder = shipped(_SHIPPED)
+    folder = shipped_path(_SHIPPED)
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise InputError(
@@ -145,12 +144,13 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
     """Read a suite.
 
     Args:
-        rows: models instead of the file's; they are where the command runs, not below the suite's root.
-        data_root: folder that tasks are in instead of the file's.
+        rows: models to use instead of the file's; their paths are relative to the current directory, not to the suite's
+            root.
+        data_root: folder of the tasks to use instead of the file's.
 
     Raises:
-        InputError: there is no such file.
-        ConfigError: it is no YAML, has an unknown key or a wrong type, or does not make sense.
+        InputError: the file does not exist.
+        ConfigError: it is not valid YAML, has an unknown key or a value of the wrong type, or is inconsistent.
     """
     try:
         suite = read_yaml(path, Suite)
@@ -166,33 +166,33 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
 
 
 def check_suite(suite: Suite, *, source: str) -> None:
-    """Refuse a suite that cannot be run.
+    """Check that a suite can be run.
 
     Raises:
-        ConfigError: no rows or tasks, a label that stands twice, or a number below 1.
+        ConfigError: it has no rows or tasks, a duplicate label, or a number below 1.
     """
     for name in ("rows", "tasks"):
         if not getattr(suite, name):
             hint = "name some: --model student=runs/first --model quantised=bundle" if name == "rows" else ""
-            raise ConfigError(f"{source} has no {name}; at least one is needed.", hint=hint)
+            raise ConfigError(f"{source} has no {name}; at least one is required.", hint=hint)
     labels = [row.label for row in suite.rows]
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise ConfigError(f"{source} has the label {min(twice)!r} twice; rows are told apart by their labels.")
+    if duplicates := {label for label in labels if labels.count(label) > 1}:
+        raise ConfigError(f"{source} has the label {min(duplicates)!r} twice; labels must be unique.")
     for name in ("threads", "rounds"):
         if getattr(suite, name) < 1:
-            raise ConfigError(f"{source}: {name} is {getattr(suite, name)}; at least 1 is needed.")
+            raise ConfigError(f"{source}: {name} is {getattr(suite, name)}; at least 1 is required.")
 
 
 def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
-    """Rows from `ROLE=MODEL`, labelled by their roles, and by their models' names where a role has several.
+    """Parse rows from `ROLE=MODEL`. Labels are the roles, with the model's name if several models have the same role.
 
     Raises:
-        ConfigError: one has no such form, or no such role.
+        ConfigError: an item has another form, or an unknown role.
     """
-    parts = [model.partition("=") for model in models]
-    roles = [role for role, _, _ in parts]
+    items = [model.partition("=") for model in models]
+    roles = [role for role, _, _ in items]
     rows = []
-    for role, _, model in parts:
+    for role, _, model in items:
         if role not in get_args(Role) or not model:
             raise ConfigError(
                 f"The model {role + '=' + model if model else role!r} is not ROLE=MODEL with one of the roles "

@@ -1,4 +1,4 @@
-"""What commands print: tables on stdout, progress and decisions on stderr."""
+"""Console output of the commands: tables on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rich.text import Text
 
 from clip_rd_edge.utils.reporting import Reporter
 
-# Of the processes that torchrun starts, one speaks.
+# Under torchrun, only the first process prints.
 first_process = os.environ.get("RANK", "0") == "0"
 stderr = Console(stderr=True, highlight=False, quiet=not first_process)
-_PIPED_WIDTH = 200  # columns; rich would break lines at 80 where stdout is no terminal
+_PIPED_WIDTH = 200  # columns; without a terminal, rich would wrap lines at 80
 
 
 def say(message: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     stderr.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
 
 
 def print_table(table: Table, *, console: Console | None = None) -> None:
-    """Print a table to stdout, or to another console, unbroken where that is a file or a pipe."""
+    """Print a table to stdout or another console; into a file or a pipe without wrapping lines."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH, file=console.file, highlight=False)
@@ -37,7 +37,7 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
 
 
 def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
-    """An empty table: names to the left, numbers below each other; the columns named in `left` are text, too."""
+    """Return an empty table: the first column and those named in `left` are left-aligned, the others right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for name in others:
@@ -46,20 +46,23 @@ def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
 
 
 class ConsoleReporter(Reporter):
-    """Progress on stderr: a bar where somebody looks at it, nothing where stderr is a file or a pipe; decisions always.
+    """Reports progress on stderr: messages always, and a progress bar if stderr is a terminal.
 
-    Chapters (`begin`) are numbered lines, and what is said within them is indented.
+    Chapters (`begin`) are numbered lines; messages within them are indented.
+
+    Args:
+        bar: the progress bar.
     """
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._stage = ""
         self._task: TaskID | None = None
-        self._began: float | None = None  # of the chapter
+        self._chapter_start: float | None = None
 
     def begin(self, title: str, number: int, count: int) -> None:
         self.end_chapter()
-        self._began = time.perf_counter()
+        self._chapter_start = time.perf_counter()
         self._bar.console.print(f"[bold]{number}/{count}[/bold] {escape(title)}")
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
@@ -69,16 +72,16 @@ class ConsoleReporter(Reporter):
         self._bar.update(self._task, completed=step, total=total, message=escape(message))
 
     def say(self, message: str) -> None:
-        if self._began is None:
+        if self._chapter_start is None:
             say(message)
         else:
             self._bar.console.print(f"    [dim]{escape(message)}[/dim]", soft_wrap=True)
 
     def end_chapter(self) -> None:
-        """Say how long the chapter took, where one had begun."""
+        """Report how long the current chapter took, if there is one."""
         self._clear()
-        if self._began is not None:
-            self.say(f"done in {time.perf_counter() - self._began:.0f} s")
+        if self._chapter_start is not None:
+            self.say(f"done in {time.perf_counter() - self._chapter_start:.0f} s")
 
     def _clear(self) -> None:
         if self._task is not None:
@@ -86,8 +89,8 @@ class ConsoleReporter(Reporter):
             self._task = None
 
 
-class _Count(ProgressColumn):
-    """Steps done and in all; nothing for a stage that cannot be counted."""
+class _StepCount(ProgressColumn):
+    """Completed and total steps; empty for a stage without a known total."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:,.0f}/{task.total:,.0f}" if task.total else "", style="progress.download")
@@ -95,11 +98,11 @@ class _Count(ProgressColumn):
 
 @contextmanager
 def console_reporter() -> Iterator[ConsoleReporter]:
-    """A reporter for the length of a command, whose bar vanishes at its end."""
+    """Return a reporter for the duration of a command; its progress bar disappears at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        _Count(),
+        _StepCount(),
         TimeElapsedColumn(),
         RemainingColumn(),
         TextColumn("{task.fields[message]}"),

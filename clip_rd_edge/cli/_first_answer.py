@@ -1,4 +1,4 @@
-"""A process that opens a model, embeds one image and one text, and says so: what a cold start is timed by.
+"""Process for timing a cold start: opens a model, embeds one image and one text, and reports back.
 
 python -m clip_rd_edge.cli._first_answer MODEL RUNTIME THREADS IMAGE
 """
@@ -18,10 +18,10 @@ TEXT = "a photo of a cat"
 
 
 def main() -> None:
-    """Print one line of JSON as soon as both embeddings are there."""
-    model, runtime, threads, image = sys.argv[1:]
-    chosen: Any = runtime or None
-    encoder = open_encoder(model, runtime=chosen, threads=int(threads))
+    """Print one line of JSON as soon as both embeddings are computed."""
+    model, runtime_name, threads, image = sys.argv[1:]
+    runtime: Any = runtime_name or None
+    encoder = open_encoder(model, runtime=runtime, threads=int(threads))
     encoder.encode_images([open_image(Path(image))])
     encoder.encode_texts([TEXT])
     print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}), flush=True)

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options and option classes that several commands share."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ device_option = click.option(
     type=click.Choice(DEVICES),
     default=AUTO,
     show_default=True,
-    help="What ONNX Runtime computes on; doctor tells what there is.",
+    help="ONNX Runtime's device; `clip-rd-edge doctor` lists the available ones.",
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: every core]")
+threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
 
 
 class ManyOption(click.Option):
-    """An option that takes all that follows up to the next option: --labels "a cat" "a dog"."""
+    """An option that takes all arguments up to the next option: --labels "a cat" "a dog"."""
 
     def add_to_parser(self, parser: click.parser._OptionParser, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)
-        ours = next(parser._long_opt[name] for name in self.opts if name in parser._long_opt)
-        process = ours.process
+        option = next(parser._long_opt[name] for name in self.opts if name in parser._long_opt)
+        process = option.process
 
         def take_all(value: str, state: click.parser._ParsingState) -> None:
             process(value, state)
             while state.rargs and not state.rargs[0].startswith("-"):
                 process(state.rargs.pop(0), state)
 
-        ours.process = take_all  # type: ignore[method-assign]
+        option.process = take_all  # type: ignore[method-assign]
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` shows under a heading of its own."""
+    """An option that `--help` lists under the heading of its group."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,7 +44,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options under their groups' headings, in the order of their first option."""
+    """A command whose `--help` lists its options by group, in the order of the groups' first options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -57,7 +57,7 @@ class GroupedCommand(click.Command):
 
 
 def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
-    """`click.option` for one group of a GroupedCommand."""
+    """Return a variant of `click.option` for one group of a GroupedCommand."""
 
     def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
         return click.option(*names, cls=GroupedOption, group=heading, **settings)
@@ -65,6 +65,6 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
     return option
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were given: those that are not None."""
+def drop_none(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None, that is, those that were set."""
     return {name: value for name, value in options.items() if value is not None}

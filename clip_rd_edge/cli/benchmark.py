@@ -1,4 +1,4 @@
-"""`clip-rd-edge benchmark`."""
+"""`clip-rd-edge benchmark`: compare models by accuracy, latency and size."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
 
 @click.command("benchmark")
 @click.argument("suite", required=False)
-@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder of the report.")
-@click.option("--root", metavar="DIR", help="Folder that the data sets are in; default: the suite's root.")
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the report.")
+@click.option("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
 @click.option(
     "--model",
     "models",
     metavar="ROLE=MODEL",
     multiple=True,
-    help="A model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, exported or "
-    "quantised. Repeat it for several.",
+    help="Use this model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, "
+    "exported or quantised. Can be repeated.",
 )
 @click.option(
     "--budget-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
-    help="Recommend a model that takes no longer from file to answer, in 95 of 100 pictures.",
+    help="Recommend only models with at most this latency from file to result (95th percentile).",
 )  # fmt: skip
 @click.option(
-    "--min-accuracy", type=click.FloatRange(0, 1), metavar="PART",
-    help="Recommend one with at least this top-1, such as 0.25.",
+    "--min-accuracy", type=click.FloatRange(0, 1), metavar="FRACTION",
+    help="Recommend only models with at least this top-1 accuracy, such as 0.25.",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Write into the folder though it is not empty.")
+@click.option("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")
 @click.option(
     "--compare", "compared", nargs=2, metavar="OLD NEW", type=click.Path(path_type=Path),
-    help="Tell what has changed between two results, files or folders; exit code 1 where something became worse.",
+    help="Compare two results (files or folders); exit code 1 if there is a regression.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
 def command(
     suite: str | None,
     output: Path | None,
@@ -56,17 +56,17 @@ def command(
     compared: tuple[Path, Path] | None,
     as_json: bool,
 ) -> None:
-    """Compare the models of SUITE: accuracy × latency × size.
+    """Compare the models of SUITE by accuracy, latency and size.
 
-    SUITE is a YAML file with rows (label, model, role) and tasks, or the name of one that is shipped, such as
-    quickstart. The table goes to stdout; results.json, report.html, report.md and accuracy-latency.png to FOLDER.
-    A model that is missing is skipped, and the report says why.
+    SUITE is a YAML file with rows (label, model, role) and tasks, or the name of a built-in suite, such as quickstart.
+    The table is printed to stdout; results.json, report.html, report.md and accuracy-latency.png are written to FOLDER.
+    Missing models are skipped, and the report says why.
 
-    Each accuracy is kept in FOLDER as it is measured: interrupted, the same command goes on from there, and times all
-    models anew, so that ratios of latencies are of one run.
+    Each accuracy is saved in FOLDER as soon as it is measured. If the command is interrupted, running it again resumes
+    from there, but times all models anew, so that latency ratios always come from one run.
 
-    The suite paper has the tasks of the CLIP-RD paper, by CLIP_benchmark's names: it runs those whose data sets are in
-    --root and says which are missing.
+    The suite paper has the tasks of the CLIP-RD paper, under CLIP_benchmark's names. It runs those whose data sets are
+    in --root and lists the missing ones.
 
     \b
     clip-rd-edge benchmark quickstart -o report
@@ -106,10 +106,10 @@ def command(
 
 
 def _compare(old: Path, new: Path, *, as_json: bool) -> int:
-    """Print what has changed; returns the exit code, 1 where something became worse.
+    """Print the comparison of two results; return the exit code, 1 if there is a regression.
 
     Raises:
-        InputError, ConfigError: a result is missing, damaged, or has no model in common with the other.
+        InputError, ConfigError: a result is missing or damaged, or the two have no model in common.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import print_table, say
@@ -121,19 +121,19 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
         return int(changes.regressions > 0)
     if changes.latencies:
         print_table(_latency_table(changes))
-    if shown := [each for each in changes.accuracies if each.verdict != "same"]:
-        print_table(_accuracy_table(shown))
-    if same := len(changes.accuracies) - len(shown):
-        click.echo(f"{same} of {len(changes.accuracies)} accuracies are the same, question by question.")
+    if changed := [change for change in changes.accuracies if change.verdict != "same"]:
+        print_table(_accuracy_table(changed))
+    if same := len(changes.accuracies) - len(changed):
+        click.echo(f"{same} of {len(changes.accuracies)} accuracies are identical, question by question.")
     for label, reason in changes.lost.items():
-        click.echo(f"{label} was measured before and is not now: {reason}")
+        click.echo(f"{label} is missing in the new result: {reason}")
     for remark in changes.remarks:
         say(remark)
     count = changes.regressions
     if count:
         click.echo(f"{count} regression{'s' if count > 1 else ''}.")
     else:
-        click.echo("No regression." if changes.latencies else "No regression in accuracy; latency was not compared.")
+        click.echo("No regression." if changes.latencies else "No regression in accuracy; latencies were not compared.")
     return int(count > 0)
 
 
@@ -142,30 +142,30 @@ def _latency_table(changes: Changes) -> Table:
     from clip_rd_edge.cli._console import plain_table
 
     table = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
-    for each in changes.latencies:
-        figures = (formatting.milliseconds(each.old_ms), formatting.milliseconds(each.new_ms))
-        compared = (formatting.signed_percent(each.change), f"± {100 * each.noise:.1f} %")
-        table.add_row(f"{each.row}, {each.what}", *figures, *compared, _verdict(each))
+    for change in changes.latencies:
+        latencies = (formatting.milliseconds(change.old_ms), formatting.milliseconds(change.new_ms))
+        difference = (formatting.signed_percent(change.change), f"± {100 * change.noise:.1f} %")
+        table.add_row(f"{change.row}, {change.what}", *latencies, *difference, _verdict(change))
     return table
 
 
-def _accuracy_table(shown: list[AccuracyChange]) -> Table:
+def _accuracy_table(changes: list[AccuracyChange]) -> Table:
     from clip_rd_edge.benchmarking import formatting
     from clip_rd_edge.cli._console import plain_table
 
-    table = plain_table("Right answers, %", "Old", "New", "Points", "Interval, paired", "", left=("",))
-    for each in shown:
+    table = plain_table("Accuracy, %", "Old", "New", "Points", "Paired interval", "", left=("",))
+    for change in changes:
         figures = (
-            formatting.percent(each.old),
-            formatting.percent(each.new),
-            formatting.signed_points(each.new - each.old),
+            formatting.percent(change.old),
+            formatting.percent(change.new),
+            formatting.signed_points(change.new - change.old),
         )
-        name = f"{each.row}, {each.task}, {each.measure}"
-        table.add_row(name, *figures, formatting.signed_interval(each.interval), _verdict(each))
+        name = f"{change.row}, {change.task}, {change.measure}"
+        table.add_row(name, *figures, formatting.signed_interval(change.interval), _verdict(change))
     return table
 
 
-def _verdict(each: LatencyChange | AccuracyChange) -> Text:
+def _verdict(change: LatencyChange | AccuracyChange) -> Text:
     from rich.text import Text
 
-    return Text("within noise" if each.verdict == "noise" else each.verdict, style=_STYLES[each.verdict])
+    return Text("within noise" if change.verdict == "noise" else change.verdict, style=_STYLES[change.verdict])

@@ -1,4 +1,4 @@
-"""`clip-rd-edge classify`: what images show, among labels, without PyTorch."""
+"""`clip-rd-edge classify`: zero-shot image classification without PyTorch."""
 
 from __future__ import annotations
 
@@ -24,33 +24,38 @@ if TYPE_CHECKING:
 
 Format = Callable[[str, "Sequence[Prediction]"], str]
 CSV_HEADER = "image,rank,label,probability"
-NONE = "none of these"
-MANY = 50  # images from which a rate means something
+NO_LABEL = "none of these"
+MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 
 
-@click.command("classify", short_help="Say what an image shows, among your labels.")
+@click.command("classify", short_help="Classify images among your own labels.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option(
     "--labels", cls=ManyOption, multiple=True,
-    help='The labels: "a cat" "a dog" …, or a text file with one per line. Default: the bundle\'s label bank.',
+    help='Labels such as "a cat" "a dog", or a text file with one label per line.  [default: the bundle\'s label bank]',
 )  # fmt: skip
-@click.option("--template", "templates", multiple=True, help='Prompt with {} for the label, such as "a photo of a {}".')
-@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="How many labels to show.")
+@click.option(
+    "--template", "templates", multiple=True,
+    help='Prompt template with {} for the label, such as "a photo of a {}"; can be repeated.  [default: the model\'s]',
+)  # fmt: skip
+@click.option(
+    "--top", type=click.IntRange(1), default=3, show_default=True, help="Number of labels to print per image."
+)
 @click.option(
     "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P",
-    help="Show no label less likely than P, such as 0.5: an image may show none of them.",
+    show_default=True, help="Omit labels with a probability below P; if none is left, print \"none of these\".",
 )  # fmt: skip
-@click.option("--camera", metavar="NUMBER", help="Classify what a camera sees, until Ctrl-C; 0 is the first one.")
+@click.option("--camera", metavar="NUMBER", help="Classify a camera's frames until Ctrl-C; 0 is the first camera.")
 @threads_option
 @device_option
 @click.option(
     "--cache/--no-cache", default=True, show_default=True,
-    help="Keep the labels' embeddings in the user's cache, so that the next run with them loads no text tower.",
+    help="Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
 )  # fmt: skip
-@click.option("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; answers differ a little.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
-@click.option("--csv", "as_csv", is_flag=True, help="A table with one row per label.")
+@click.option("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
 def command(
     bundle: Path,
     images: tuple[str, ...],
@@ -66,20 +71,22 @@ def command(
     as_json: bool,
     as_csv: bool,
 ) -> None:
-    """Say what each IMAGE shows. An IMAGE is a file, a folder, a glob, or - for a list of paths on stdin.
+    """Classify each IMAGE with BUNDLE. IMAGE is a file, a folder, a glob, or - to read paths from stdin.
 
-    Many images go faster with --threads one less than there are cores, which leaves one to open them.
+    For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
 
     \b
     clip-rd-edge classify bundle cat.jpg --labels "a cat" "a dog"
-    clip-rd-edge classify bundle photos/ --labels labels.txt --csv > answers.csv
+    clip-rd-edge classify bundle photos/ --labels labels.txt --csv > labels.csv
     clip-rd-edge classify bundle --camera 0 --labels "a cup" "a phone" "a hand"
     """
     if (camera is None) == (not images):
-        raise UsageError("Give images or a camera.", hint="photo.jpg, a folder, - for a list, or --camera 0")
+        raise UsageError(
+            "Expected either images or --camera.", hint="pass files, a folder, - for a list, or --camera 0"
+        )
     if as_json and as_csv:
-        raise UsageError("--json and --csv exclude each other.")
-    # numpy's products here are small, and more of its threads only take cores from the model; read at its import.
+        raise UsageError("--json and --csv cannot be combined.")
+    # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from clip_rd_edge.contract.images import find_images
@@ -87,20 +94,20 @@ def command(
     from clip_rd_edge.runtime.labels import read_label_list
     from clip_rd_edge.runtime.load import load
 
-    paths = list(find_images(images, listed=sys.stdin))
-    encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY)
+    paths = list(find_images(images, lines=sys.stdin))
+    encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
     classifier = ZeroShotClassifier(
         encoder, read_label_list(labels), templates=templates or None, none_below=none_below, cache=cache
     )
-    write: Format = _as_json if as_json else _as_csv if as_csv else _as_text
+    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
     if as_csv:
         click.echo(CSV_HEADER)
     if camera is not None:
-        _classify_camera(classifier, camera, top=top, write=write)
+        _classify_camera(classifier, camera, top=top, format_result=format_result)
         return
     if not paths:
-        raise InputError("There are no images: the list on stdin is empty.")
-    _classify_files(classifier, encoder, paths, top=top, write=write, quick=quick)
+        raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
+    _classify_files(classifier, encoder, paths, top=top, format_result=format_result, quick=quick)
 
 
 def _classify_files(
@@ -109,96 +116,98 @@ def _classify_files(
     paths: Sequence[Path],
     *,
     top: int,
-    write: Format,
+    format_result: Format,
     quick: bool,
 ) -> None:
-    """Print what each image shows. One that cannot be read is reported on stderr, and the others go on.
+    """Classify image files and print the results; report unreadable images on stderr and continue with the others.
 
     Raises:
-        InputError: some image could not be read; after all others are answered.
+        InputError: an image could not be read; raised after all others are classified.
     """
     from PIL import Image
 
     from clip_rd_edge.cli._console import console_reporter
     from clip_rd_edge.runtime.embed import embed_images, open_image_tower
 
-    out = sys.stdout  # kept, since a bar takes it over
-    many = len(paths) >= MANY
-    if many:  # what is done once, and does not belong to the rate
+    stdout = sys.stdout  # saved, because the progress bar redirects sys.stdout
+    many = len(paths) >= MANY_IMAGES
+    if many:  # one-time work, which must not count towards the rate
         Image.preinit()
         open_image_tower(encoder)
     unreadable: list[InputError] = []
-    began, done = time.perf_counter(), 0
-    # On a terminal the answers themselves are the progress.
-    with console_reporter() if many and not out.isatty() else nullcontext() as reporter:
+    started, done = time.perf_counter(), 0
+    # On a terminal, the printed results show the progress.
+    with console_reporter() if many and not stdout.isatty() else nullcontext() as reporter:
         for batch in embed_images(encoder, paths, quick=quick):
-            predictions = classifier.classify_embeddings(batch.embeddings, top=top)
-            lines = [write(str(path), answers) for path, answers in zip(batch.images, predictions, strict=True)]
+            results = classifier.classify_embeddings(batch.embeddings, top=top)
+            lines = [
+                format_result(str(path), predictions) for path, predictions in zip(batch.images, results, strict=True)
+            ]
             if lines:
-                click.echo("\n".join(lines), file=out)  # at once, since it flushes each time
+                click.echo("\n".join(lines), file=stdout)  # one call per batch, because each call flushes
             unreadable += batch.unreadable
             if len(paths) > 1:
                 for error in batch.unreadable:
                     click.echo(f"error: {error}", err=True)
             done += len(batch.images) + len(batch.unreadable)
             if reporter:
-                rate = done / (time.perf_counter() - began)
+                rate = done / (time.perf_counter() - started)
                 reporter.update("classifying", done, len(paths), f"{rate:,.0f} images/s")
     if many:
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         click.echo(f"{len(paths):,} images in {seconds:.1f} s, {len(paths) / seconds:,.0f} per second", err=True)
     if len(paths) == 1 and unreadable:
         raise unreadable[0]
     if unreadable:
-        raise InputError(f"{len(unreadable):,} of {len(paths):,} images could not be read; the others are answered.")
+        raise InputError(f"{len(unreadable):,} of {len(paths):,} images could not be read; the others are classified.")
 
 
-def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, write: Format) -> None:
-    """Print what the camera sees, frame by frame, until it ends or Ctrl-C; on a terminal, over the line before."""
-    live = sys.stdout.isatty()
-    began, count = time.perf_counter(), 0
+def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format) -> None:
+    """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
+    terminal = sys.stdout.isatty()
+    started, count = time.perf_counter(), 0
     try:
-        for count, (answers, milliseconds) in enumerate(_camera_answers(classifier, camera, top=top), start=1):
-            line = write(f"frame {count}", answers)
-            click.echo(f"\r\x1b[2K{line}  ({milliseconds:.0f} ms)" if live else line, nl=not live)
+        for count, (predictions, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
+            line = format_result(f"frame {count}", predictions)
+            click.echo(f"\r\x1b[2K{line}  ({latency_ms:.0f} ms)" if terminal else line, nl=not terminal)
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass  # the normal way to stop
     finally:
-        if live:
+        if terminal:
             click.echo()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
 
 
-def _camera_answers(
+def _camera_results(
     classifier: ZeroShotClassifier, camera: str, *, top: int
 ) -> Iterator[tuple[Sequence[Prediction], float]]:
     from clip_rd_edge.runtime.camera import frames
 
     for frame in frames(camera):
         started = time.perf_counter()
-        (answers,) = classifier.classify([frame], top=top)
-        yield answers, 1e3 * (time.perf_counter() - started)
+        (predictions,) = classifier.classify([frame], top=top)
+        yield predictions, 1e3 * (time.perf_counter() - started)
 
 
-def _as_text(image: str, answers: Sequence[Prediction]) -> str:
-    """Image, a tab, and the labels with their percentages, likeliest first."""
-    shown = "  ".join(f"{label} {probability:.1%}" for label, probability in answers)
-    return f"{image}\t{shown or NONE}"
+def _as_text(image: str, predictions: Sequence[Prediction]) -> str:
+    """Return one line: the image, a tab, and the labels with their probabilities, most likely first."""
+    labels = "  ".join(f"{label} {probability:.1%}" for label, probability in predictions)
+    return f"{image}\t{labels or NO_LABEL}"
 
 
-def _as_json(image: str, answers: Sequence[Prediction]) -> str:
-    """One object; `predictions` is empty where the image shows none of the labels."""
-    predictions = [{"label": label, "probability": round(probability, 6)} for label, probability in answers]
-    return json.dumps({"image": image, "predictions": predictions}, ensure_ascii=False)
+def _as_json(image: str, predictions: Sequence[Prediction]) -> str:
+    """Return one JSON object; `predictions` is empty if all labels are below --none-below."""
+    rows = [{"label": label, "probability": round(probability, 6)} for label, probability in predictions]
+    return json.dumps({"image": image, "predictions": rows}, ensure_ascii=False)
 
 
-def _as_csv(image: str, answers: Sequence[Prediction]) -> str:
-    """One row per label; one with an empty label where the image shows none of them."""
+def _as_csv(image: str, predictions: Sequence[Prediction]) -> str:
+    """Return one row per label, or one row with an empty label if all labels are below --none-below."""
     buffer = io.StringIO()
-    rows = csv.writer(buffer, lineterminator="\n")
-    for rank, (label, probability) in enumerate(answers, start=1):
-        rows.writerow((image, rank, label, f"{probability:.6f}"))
-    if not answers:
-        rows.writerow((image, 1, "", ""))
+    writer = csv.writer(buffer, lineterminator="\n")
+    for rank, (label, probability) in enumerate(predictions, start=1):
+        writer.writerow((image, rank, label, f"{probability:.6f}"))
+    if not predictions:
+        writer.writerow((image, 1, "", ""))
     return buffer.getvalue().rstrip("\n")

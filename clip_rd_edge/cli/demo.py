@@ -1,4 +1,4 @@
-"""`clip-rd-edge demo`: a page to try bundles on."""
+"""`clip-rd-edge demo`: a local web page for trying bundles."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ import click
 from clip_rd_edge.cli._options import ManyOption, threads_option
 
 
-@click.command("demo", short_help="A page with camera or images, to try bundles on.")
+@click.command("demo", short_help="Try bundles on a local web page, with a camera or image files.")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option(
     "--labels", cls=ManyOption, multiple=True,
-    help='What the page starts with: "a cat" "a dog" …, or a text file with one per line.',
+    help='Initial labels such as "a cat" "a dog", or a text file with one label per line.',
 )  # fmt: skip
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: the network.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any that is free.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 opens the page to the network.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True,
+    help="Port to listen on; 0 uses any free port.",
+)  # fmt: skip
 @threads_option
-@click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
+@click.option("--open", "open_page", is_flag=True, help="Open the page in your browser.")
 def command(
     bundles: tuple[Path, ...], labels: tuple[str, ...], host: str, port: int, threads: int | None, open_page: bool
 ) -> None:
-    """Serve a page on this machine: drop an image or start the camera, type labels, see the bars move.
+    """Serve a web page from this machine: drop an image or start the camera, type labels, and watch the results.
 
-    Give several bundles to feel the difference between them. Nothing is loaded from the internet. Ctrl-C ends it.
+    Pass several BUNDLEs to compare them on the page. Nothing is loaded from the internet. Ctrl-C stops the server.
 
     \b
     clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
@@ -37,11 +45,11 @@ def command(
         click.echo(url)
         if not is_loopback(host):
             click.echo(
-                "warning: everybody on this network can use the page and send images to it; there is no password and "
-                "no encryption. Browsers give their camera only to pages of this machine or with https.",
+                "warning: Anyone on this network can use the page and send images to it; there is no password and no "
+                "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
                 err=True,
             )
-        click.echo("Ctrl-C ends it.", err=True)
+        click.echo("Press Ctrl-C to stop.", err=True)
         if open_page:
             click.launch(url)
 

@@ -1,15 +1,15 @@
-"""`clip-rd-edge devices`: the targets, and how to deploy on one."""
+"""`clip-rd-edge devices`: the supported devices, and how to deploy to them."""
 
 from __future__ import annotations
 
 import click
 
 
-@click.command("devices", short_help="Where a bundle can run, and how to get it there.")
+@click.command("devices", short_help="List the supported devices, and how to deploy to them.")
 @click.argument("name", required=False, metavar="[NAME]")
-@click.option("--json", "as_json", is_flag=True, help="Print what is known of the devices as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
 def command(name: str | None, as_json: bool) -> None:
-    """List the devices, or show the page of the one called NAME.
+    """List the supported devices, or show how to deploy to the device NAME.
 
     \b
     clip-rd-edge devices
@@ -29,15 +29,15 @@ def command(name: str | None, as_json: bool) -> None:
         from clip_rd_edge.convert.targets import device_guide
 
         console = Console()
-        # A pipe gets the Markdown itself.
+        # Print plain Markdown unless stdout is a terminal.
         console.print(Markdown(device_guide(name))) if console.is_terminal else click.echo(device_guide(name), nl=False)
     else:
         from rich.table import Table
 
         from clip_rd_edge.cli._console import print_table
 
-        table = Table("device", "what it is", "needs", "run by us", show_lines=True)
-        for each, device in devices.items():
-            table.add_row(each, f"{device.title}\n[dim]{device.examples}[/dim]", "\n".join(device.needs), device.runs)
+        table = Table("device", "description", "requirements", "tested", show_lines=True)
+        for key, device in devices.items():
+            table.add_row(key, f"{device.title}\n[dim]{device.examples}[/dim]", "\n".join(device.needs), device.runs)
         print_table(table)
-        click.echo("clip-rd-edge devices NAME shows how to deploy on one; doctor looks at this machine.", err=True)
+        click.echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)

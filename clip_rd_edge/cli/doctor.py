@@ -1,4 +1,4 @@
-"""`clip-rd-edge doctor`: what this machine can do, and what to install for the rest."""
+"""`clip-rd-edge doctor`: check this machine, and show what to install."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from clip_rd_edge.errors import ClipRdEdgeError
 _STYLES = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken[/red]"}
 
 
-@click.command("doctor", short_help="What this machine can do, and what to install for the rest.")
+@click.command("doctor", short_help="Check this machine, and show what to install.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(as_json: bool) -> None:
-    """Look at processor, threads, ONNX Runtime, GPU and optional packages.
+    """Check the processor, threads, ONNX Runtime, GPU and optional packages.
 
-    What is missing is shown with the line that installs it. Exit code 0: bundles run here, 1: they do not.
+    Missing packages are listed with the command that installs them. Exit code 0: bundles can run here, 1: they cannot.
     """
     import clip_rd_edge as edge
 
@@ -35,4 +35,4 @@ def command(as_json: bool) -> None:
             table.add_row(escape(finding.what), _STYLES[finding.state], escape(finding.detail) + remedy)
         print_table(table)
     if broken := [finding for finding in findings if finding.state == "broken"]:
-        raise ClipRdEdgeError(f"No bundle runs here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)
+        raise ClipRdEdgeError(f"No bundle can run here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)

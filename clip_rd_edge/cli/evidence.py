@@ -1,4 +1,4 @@
-"""`clip-rd-edge evidence`: methods compared over students and seeds."""
+"""`clip-rd-edge evidence`: compare training methods over several students and seeds."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from pathlib import Path
 import click
 
 
-@click.group("evidence", short_help="Train by several methods and seeds, and compare them.")
+@click.group("evidence", short_help="Compare training methods over several students and seeds.")
 def command() -> None:
-    """Which method trains better students? Train by each of them with several seeds, and compare."""
+    """Compare training methods: train students with each method and several seeds, and evaluate them."""
 
 
 @command.command("run")
 @click.argument("suite")
-@click.option("--teacher", help="local-dir:PATH, hf-hub:ORG/REPO or a run; default: the embedded one, tuned first.")
+@click.option(
+    "--teacher", help="local-dir:PATH, hf-hub:ORG/REPO or a run.  [default: the built-in one, fine-tuned first]"
+)
 @click.option(
     "-o", "--output", metavar="FOLDER", required=True, type=click.Path(path_type=Path),
-    help="Where everything goes; what is done there already is not done again.",
+    help="Folder for the runs and results; finished runs in it are reused.",
 )  # fmt: skip
 def run(suite: str, output: Path, teacher: str | None) -> None:
-    """Train the students of SUITE by each of its methods with each of its seeds, and measure them.
+    """Train the students of SUITE with each of its methods and seeds, and evaluate them.
 
-    SUITE is a YAML file, or the name of one that is shipped: method-evidence. All runs of the first seed come before
-    those of the second, and tables and figures can be made from NAME.json in FOLDER while it runs. Interrupt it at
-    any time: the same command resumes.
+    SUITE is a YAML file, or the name of the built-in suite: method-evidence. All runs of the first seed come before
+    those of the second, and `evidence report` can make tables and figures from NAME.json in FOLDER while the command
+    runs. It can be interrupted at any time: the same command resumes.
 
     \b
     clip-rd-edge evidence run method-evidence -o evidence
@@ -44,11 +46,11 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
 @click.argument("results", metavar="JSON", type=click.Path(path_type=Path))
 @click.option(
     "--into", metavar="FILE", type=click.Path(path_type=Path),
-    help="Put the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, where NAME is the "
-    "suite's, and draw the figures beside JSON; without it, the tables go to stdout.",
+    help="Write the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, with the suite's "
+    "NAME, and the figures beside JSON.  [default: print the tables to stdout]",
 )  # fmt: skip
 def report(results: Path, into: Path | None) -> None:
-    """Tables and figures from the NAME.json that `evidence run` writes; nothing is trained.
+    """Make tables and figures from the NAME.json that `evidence run` writes; nothing is trained.
 
     \b
     clip-rd-edge evidence report benchmarks/results/epyc-zen4-2-cores/method-evidence.json --into benchmarks/README.md

@@ -1,4 +1,4 @@
-"""`clip-rd-edge index`: embed the images of a folder, to be searched."""
+"""`clip-rd-edge index`: embed a folder of images for searching."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from clip_rd_edge.cli._options import device_option, threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 
-@click.command("index", short_help="Embed the images of a folder, to be searched.")
+@click.command("index", short_help="Embed a folder of images for searching.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", metavar="INDEX", type=click.Path(path_type=Path), required=True, help="Folder of the index."
+    "-o", "--output", metavar="INDEX", type=click.Path(path_type=Path), required=True, help="Folder for the index."
 )
 @threads_option
 @device_option
 def command(bundle: Path, folder: Path, output: Path, threads: int | None, device: str) -> None:
-    """Embed the images in FOLDER and its sub-folders with BUNDLE, to be searched with clip-rd-edge search.
+    """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
 
-    The same command again embeds only what is new or has changed. Interrupt it at any time: what is done is kept.
+    Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
+    time without losing its progress.
 
     \b
     clip-rd-edge index bundle photos/ -o photos.index
@@ -31,10 +32,10 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter() as reporter:
-        done = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
-    for reason in done.unreadable:
+        update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
+    for reason in update.unreadable:
         click.echo(f"error: {reason}", err=True)
-    click.echo(f"{done.embedded:,} embedded, {done.kept:,} kept, {done.gone:,} removed", err=True)
+    click.echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
     click.echo(output)
-    if done.unreadable:
-        raise ClipRdEdgeError(f"{len(done.unreadable):,} images could not be read; the others are in the index.")
+    if update.unreadable:
+        raise ClipRdEdgeError(f"{len(update.unreadable):,} images could not be read; the others are in the index.")

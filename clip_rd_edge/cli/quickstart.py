@@ -1,4 +1,4 @@
-"""`clip-rd-edge quickstart`: the whole way on the embedded data."""
+"""`clip-rd-edge quickstart`: run the whole pipeline on the built-in data."""
 
 from __future__ import annotations
 
@@ -11,72 +11,75 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_rd_edge.cli._options import given
+from clip_rd_edge.cli._options import drop_none
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.task import ZeroShotTask
 
 
-@click.command("quickstart", short_help="The whole way on the embedded data, in minutes, on a CPU.")
-@click.option("--student", default="resnet10t", show_default=True, help="resnet10t, mobilevit_xxs, … or any timm name.")
-@click.option("--recipe", default="clip-rd", show_default=True, help="clip-rd, clip-kd, tinyclip, …")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the student.")
-@click.option("--with-baseline", is_flag=True, help="Train the same student without a teacher, too, to compare.")
-@click.option("--student-steps", type=click.IntRange(1), help="Training steps of the student.")
-@click.option("--teacher-steps", type=click.IntRange(1), help="Training steps of the teacher.")
+@click.command("quickstart", short_help="Run the whole pipeline on the built-in data, in minutes on a CPU.")
+@click.option(
+    "--student", default="resnet10t", show_default=True,
+    help="The student: resnet10t, mobilevit_xxs, … or any timm name.",
+)  # fmt: skip
+@click.option("--recipe", default="clip-rd", show_default=True, help="Training recipe: clip-rd, clip-kd, tinyclip, …")
+@click.option("--seed", type=int, default=0, show_default=True, help="Random seed of the student.")
+@click.option("--with-baseline", is_flag=True, help="Also train the same student without a teacher, for comparison.")
+@click.option("--student-steps", type=click.IntRange(1), help="Training steps of the student.  [default: 1100]")
+@click.option("--teacher-steps", type=click.IntRange(1), help="Training steps of the teacher.  [default: 600]")
 @click.option(
     "-o", "--output", default="quickstart", show_default=True, type=click.Path(path_type=Path),
-    help="Where everything goes.",
+    help="Folder for all results.",
 )  # fmt: skip
 def command(output: Path, **options: Any) -> None:
-    """Draw a data set, tune a teacher, distil a student, export, quantise, compare, classify.
+    """Create a data set, fine-tune a teacher, distil a student, export, quantise, compare and classify.
 
-    Interrupt it at any time: the same command resumes.
+    The command can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, print_table
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     with console_reporter() as reporter:
-        results = edge.quickstart(output, **given(**options), reporter=reporter)
+        results = edge.quickstart(output, **drop_none(**options), reporter=reporter)
         reporter.end_chapter()
     print_table(terminal_table(results))
-    _classify_one(output)
-    minutes, seconds = divmod(round(time.perf_counter() - began), 60)
-    click.echo(f"\nDone in {minutes} min {seconds} s. The report: {output / 'report' / 'report.html'}")
+    _classify_example(output)
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    click.echo(f"\nDone in {minutes} min {seconds} s. Report: {output / 'report' / 'report.html'}")
     click.echo(_next_steps(output))
 
 
-def _unseen() -> ZeroShotTask:
+def _unseen_concepts() -> ZeroShotTask:
     from clip_rd_edge.data.emoji import zero_shot_task
 
     return zero_shot_task("unseen concepts")
 
 
-def _classify_one(folder: Path) -> None:
-    """Classify one image of an emoji that was in no training pair, by the INT8 bundle."""
+def _classify_example(folder: Path) -> None:
+    """Classify an emoji that was in no training pair with the INT8 bundle, and print the result."""
     import clip_rd_edge as edge
     from clip_rd_edge.contract.images import open_image
 
-    task = _unseen()
-    # The first of the split in a hashed order is as good as any, and not chosen for its answer.
-    answers = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
+    task = _unseen_concepts()
+    # The first image of the split, which is in hashed order: not selected for a good result.
+    predictions = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
     truth = task.labels[task.targets[0]]
-    click.echo(f"\nAn image of “{truth}”, which no training pair showed, among {len(task.labels)} such names:")
-    for label, probability in answers:
+    click.echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:")
+    for label, probability in predictions:
         click.echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 
 
 def _next_steps(folder: Path) -> str:
-    # Installed by make, the command is in .venv and not on the path: what is printed has to work as it stands.
+    # The printed commands must work when copied: after `make install`, the program is in .venv and not on PATH.
     program = "clip-rd-edge" if shutil.which("clip-rd-edge") else os.path.relpath(sys.argv[0])
-    task = _unseen()
+    task = _unseen_concepts()
     labels = [task.labels[task.targets[i]] for i in range(4)]
-    shown = " ".join(f'"{label}"' for label in labels)
+    quoted = " ".join(f'"{label}"' for label in labels)
     return f"""
 Try next:
-  {program} classify {folder}/bundles/int8 {task.images[0]} --labels {shown}
-  {program} demo {folder}/bundles/fp32 {folder}/bundles/int8    # a page for camera and images; needs the extra [demo]
+  {program} classify {folder}/bundles/int8 {task.images[0]} --labels {quoted}
+  {program} demo {folder}/bundles/fp32 {folder}/bundles/int8    # web page for camera and images; needs the extra [demo]
   {program} distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
-      --student mobilevit_s -o runs/mine      # your own pairs, your own teacher"""
+      --student mobilevit_s -o runs/mine      # your own pairs and teacher"""

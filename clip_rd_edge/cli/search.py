@@ -1,4 +1,4 @@
-"""`clip-rd-edge search`: the images of an index that are nearest to a text or an image."""
+"""`clip-rd-edge search`: search an index by text or image."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import click
 from clip_rd_edge.cli._options import device_option, threads_option
 
 
-@click.command("search", short_help="Find images of an index by text or image.")
+@click.command("search", short_help="Search an index by text or image.")
 @click.argument("index", type=click.Path(path_type=Path))
 @click.argument("query")
-@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="How many images to show.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Where the bundle lies now, if it was moved.")
+@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Number of images to print.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Current path of the bundle, if it was moved.")
 @threads_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 def command(
     index: Path, query: str, top: int, bundle: Path | None, threads: int | None, device: str, as_json: bool
 ) -> None:
-    """Show the images of INDEX that are nearest to QUERY: a text, or the path of an image.
+    """Print the images in INDEX that are nearest to QUERY, which is a text or the path of an image.
 
-    Each line has the cosine similarity and the image's path.
+    Each line has the cosine similarity, a tab, and the image's path.
 
     \b
     clip-rd-edge search photos.index "a red car"

@@ -1,4 +1,4 @@
-"""`clip-rd-edge spread`: means and spreads over several results of one suite."""
+"""`clip-rd-edge spread`: summarise several results of one suite."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 
-@click.command("spread", short_help="Means and spreads over several results of one suite.")
+@click.command("spread", short_help="Summarise several results of one suite, such as seeds.")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 def command(results: tuple[Path, ...]) -> None:
-    """Means and spreads of accuracy over several RESULTS (results.json), such as of different seeds, as Markdown.
+    """Print the mean and standard deviation of accuracy over several RESULTS of one suite, as a Markdown table.
+
+    RESULTS are results.json files, for instance of different seeds.
 
     \b
     clip-rd-edge spread benchmarks/results/*/quickstart-seed-*.json

@@ -1,4 +1,4 @@
-"""`clip-rd-edge verify`: is a bundle whole, and does it run here?"""
+"""`clip-rd-edge verify`: check that a bundle is intact and runs on this machine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.verify import Check
 
 
-@click.command("verify", short_help="Check a bundle's files on the device.")
+@click.command("verify", short_help="Verify a bundle's files, and that it runs on this device.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 def command(bundle: Path, threads: int | None, as_json: bool) -> None:
-    """Check that every file of BUNDLE is the one that was exported, and run both towers once.
+    """Check that the files of BUNDLE are unchanged since the export, and run both towers once.
 
-    It needs no PyTorch. Exit code 0: all is well, 1: something is damaged, missing, or does not run.
+    This needs no PyTorch. Exit code 0: all checks passed, 1: a file is damaged or missing, or a tower does not run.
     """
     import clip_rd_edge as edge
 
@@ -37,7 +37,7 @@ def command(bundle: Path, threads: int | None, as_json: bool) -> None:
         raise ClipRdEdgeError(
             f"The bundle {bundle} failed {len(failed)} of {len(checks)} checks: "
             f"{', '.join(check.what for check in failed)}.",
-            hint="copy it again, or export it again",
+            hint="copy or export the bundle again",
         )
 
 

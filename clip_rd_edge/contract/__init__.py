@@ -1,1 +1,1 @@
-"""What the producer of a bundle and the device agree on. Never imports torch."""
+"""The contract between the exporter of a bundle and the device that runs it. Never imports torch."""

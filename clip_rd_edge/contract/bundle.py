@@ -1,12 +1,12 @@
-"""The bundle: one self-sufficient folder that a device runs.
+"""The bundle: a self-contained folder that a device runs.
 
-manifest.json    what follows, and the SHA-256 of every other file
+manifest.json    describes the bundle, with the SHA-256 of every other file
 image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised;
-                 or picture (1, height, width, 3) uint8 of any size, where preprocessing is in the graph
+                 or picture (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
-image.engine, text.engine   for TensorRT targets, beside the ONNX that they were built from
+image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
 tokenizer.json   read by the `tokenizers` library
-labels.npz       optional: embeddings of fixed labels, which then need no text tower
+labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from clip_rd_edge.utils.io import read_versioned_json, sha256_of, size_bytes, to
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
-ENGINE_SUFFIX = ".engine"  # of a TensorRT engine; for the rest it is called as its ONNX
+ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the exporter measured of one tower, against the float32 one it came from.
+    """What the exporter measured for one tower, compared with the float32 tower it was converted from.
 
     Attributes:
-        latency_ms_p50, latency_ms_p95: batch 1, on `machine` with `threads`.
-        speedup: float32 ONNX's p50 divided by this one's, both timed in turn in one run.
-        max_difference: greatest absolute difference of an embedding entry.
-        cosine: mean cosine to the float32 embeddings.
-        centred_cosine: the same after each side's mean embedding is taken away, which raw cosine hides.
+        latency_ms_p50, latency_ms_p95: at batch size 1, on `machine` with `threads` threads.
+        speedup: p50 of the float32 ONNX model divided by p50 of this one, timed in turn in the same run.
+        max_difference: max absolute difference of any embedding entry.
+        cosine: mean cosine similarity to the float32 embeddings.
+        centred_cosine: the same after subtracting each side's mean embedding, which dominates the raw cosine.
+        samples: number of inputs compared.
     """
 
     latency_ms_p50: float
@@ -54,12 +55,13 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     """One model file of a bundle.
 
     Attributes:
-        precision: what it is in: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
-        note: why it is in another precision than the bundle asked for, or empty.
-        preprocesses: the graph preprocesses: it takes one picture at a time, (1, H, W, 3) uint8 RGB of any size.
-        one_at_a_time: it is run one input at a time. Dynamic INT8 scales activations by the whole batch, so that an
-            embedding would depend on what else was embedded with it, and is less accurate; nor is a batch faster in it.
-        engine: the TensorRT engine that was built from `file`, or empty.
+        precision: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
+        note: why its precision differs from the requested one, or empty.
+        preprocesses: the graph includes preprocessing: it takes one (1, H, W, 3) uint8 RGB image of any size at a time.
+        one_at_a_time: run it with one input at a time. Dynamic INT8 scales activations over the whole batch, so an
+            embedding would depend on the other inputs of its batch and be less accurate; batches are not faster either.
+        engine: the TensorRT engine built from `file`, or empty.
+        measured: what the exporter measured, or None.
     """
 
     file: str
@@ -74,11 +76,11 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """manifest.json.
+    """The content of manifest.json.
 
     Attributes:
-        files: by the name of every other file its SHA-256.
-        checksum: SHA-256 of this file, as it is with an empty one.
+        files: SHA-256 of every other file, by name.
+        checksum: SHA-256 of this file with an empty `checksum`.
     """
 
     format_version: int
@@ -99,14 +101,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """Both towers by their names, `image` and `text`."""
+        """Both towers by name, `image` and `text`."""
         return {"image": self.image, "text": self.text}
 
     def with_towers(self, towers: Mapping[str, Tower], *, target: str | None = None) -> Manifest:
-        """The manifest of a bundle with these towers, not yet written; its precision is both towers' where they differ.
+        """Return a manifest with these towers and no file hashes; its precision combines those of the towers.
 
         Args:
-            target: what the towers are for; None leaves it.
+            target: target of the towers; None keeps the current one.
         """
         precisions = dict.fromkeys(tower.precision.split()[0] for tower in towers.values())
         return msgspec.structs.replace(
@@ -120,7 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file in `folder` and write its manifest, last, so that a bundle without one is an unfinished one."""
+    """Hash every file in `folder` and write the manifest last: a bundle without a manifest is incomplete."""
     files = {
         path.relative_to(folder).as_posix(): sha256_of(path)
         for path in sorted(folder.rglob("*"))
@@ -133,39 +135,41 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def manifest_is_intact(folder: Path, manifest: Manifest) -> bool:
-    """Whether manifest.json, which was read as `manifest`, is to the byte what was written."""
+    """Return whether manifest.json, from which `manifest` was read, matches its own checksum."""
     content = (folder / MANIFEST).read_bytes()
-    told = f'"checksum": "{manifest.checksum}"'.encode()
-    return hashlib.sha256(content.replace(told, b'"checksum": ""')).hexdigest() == manifest.checksum
+    field = f'"checksum": "{manifest.checksum}"'.encode()
+    return hashlib.sha256(content.replace(field, b'"checksum": ""')).hexdigest() == manifest.checksum
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the folder has a bundle's manifest."""
+    """Return whether the folder has a bundle's manifest."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest and check that its files are there.
+    """Read a bundle's manifest and check that its files exist.
 
     Raises:
-        InputError: no such folder, no manifest, or a file that the manifest names is missing.
-        ConfigError: the manifest is damaged, or of a newer format.
+        InputError: the folder or its manifest does not exist, or a file listed in the manifest is missing.
+        ConfigError: the manifest is damaged, or its format is newer than this version supports.
     """
     if not is_bundle(folder):
         reason = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise InputError(f"{folder} is not a bundle: it {reason}.", hint="make one with clip-rd-edge export")
+        raise InputError(f"{folder} is not a bundle: it {reason}.", hint="create one with clip-rd-edge export")
     manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION)
     for name in manifest.files:
         if not (folder / name).is_file():
-            raise InputError(f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export it again")
+            raise InputError(
+                f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export the bundle again"
+            )
     return manifest
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of files whose SHA-256 is not what the manifest says."""
+    """Return the names of files whose SHA-256 does not match the manifest."""
     return [name for name, digest in manifest.files.items() if sha256_of(folder / name) != digest]
 
 
 def bundle_size_bytes(folder: Path) -> int:
-    """Size of a bundle on disk, in bytes."""
+    """Return the size of a bundle on disk, in bytes."""
     return size_bytes(folder)

@@ -1,10 +1,10 @@
-"""The student checkpoint: a folder that open_clip itself loads as `local-dir:PATH`.
+"""Files of a student checkpoint: a folder that open_clip loads as `local-dir:PATH`.
 
     open_clip_config.json         `model_cfg` and `preprocess_cfg`
     open_clip_model.safetensors   the weights
     distillation.json             recipe, teacher, data, seed, versions, templates
 
-A run's folder keeps it as `student/`.
+In the folder of a run it is `student/`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOCAL_DIR = "local-dir:"
 
 
 def model_folder(spec: str) -> Path | None:
-    """The folder that `spec` means: itself, or its `student/` where it is a run's; None where it means no folder."""
+    """Return the model folder for `spec`: the folder itself, or `student/` in a run; None if `spec` is not a folder."""
     path = Path(spec.removeprefix(LOCAL_DIR))
     for candidate in (path, path / STUDENT_FOLDER):
         if (candidate / CONFIG_FILE).is_file():

@@ -1,7 +1,7 @@
-"""labels.npz of a bundle: `names` (C,) and their prompt-averaged `embeddings` (C, D), in float32 or float16.
+"""The label bank of a bundle, labels.npz: `names` (C,) and prompt-averaged `embeddings` (C, D), float32 or float16.
 
-In INT8 it has `levels` (C, D), int8, in place of `embeddings`, to be multiplied by float32 `scales` (C, 1). They go by
-other names so that a reader that does not know of them refuses the file and does not misread it.
+In INT8, `levels` (C, D) int8 and `scales` (C, 1) float32 replace `embeddings`, which is their product. The different
+keys make a reader without INT8 support refuse the file instead of misreading it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ LabelPrecision = Literal["fp32", "fp16", "int8"]
 
 
 class LabelBank(msgspec.Struct, frozen=True):
-    """Names and their embeddings, (C,) and (C, D)."""
+    """Label names and their embeddings, (C,) and (C, D)."""
 
     names: tuple[str, ...]
     embeddings: Embeddings
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:
-    """Write labels.npz; in `int8` the greatest entry of each embedding is level 127 or -127, and its norm is kept."""
+    """Write labels.npz. In `int8`, the largest entry of an embedding becomes level ±127, and its norm is preserved."""
     arrays: dict[str, npt.NDArray[np.generic]] = {"names": np.asarray(bank.names, dtype=np.str_)}
     if precision == "int8":
-        greatest = np.abs(bank.embeddings).max(axis=1, keepdims=True)
-        levels = np.rint(bank.embeddings * (127 / np.where(greatest > 0, greatest, 1)))
-        norm, norm_of_levels = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank.embeddings, levels))
+        max_abs = np.abs(bank.embeddings).max(axis=1, keepdims=True)
+        levels = np.rint(bank.embeddings * (127 / np.where(max_abs > 0, max_abs, 1)))
+        norms, level_norms = (np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank.embeddings, levels))
         arrays["levels"] = levels.astype(np.int8)
-        arrays["scales"] = (norm / np.maximum(norm_of_levels, 1)).astype(np.float32)
+        arrays["scales"] = (norms / np.maximum(level_norms, 1)).astype(np.float32)
     else:
         arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
     buffer = io.BytesIO()
@@ -46,7 +46,7 @@ def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "
 
 
 def read_labels(folder: Path) -> LabelBank | None:
-    """The bundle's label bank, or None where it has none.
+    """Return the bundle's label bank, or None if it has none.
 
     Raises:
         ConfigError: labels.npz is damaged.

@@ -1,7 +1,7 @@
-"""From a picture to the tensor that a model was trained on: one piece of code for training, evaluation and device.
+"""Image preprocessing: one implementation for training, evaluation and the device, so that they cannot diverge.
 
-Arithmetic, rounding and resampling are those of open_clip's evaluation transform (torchvision on PIL images), bit for
-bit, done with Pillow and numpy alone, so that no copy of it can drift.
+Arithmetic, rounding and resampling are bit-identical to open_clip's evaluation transform (torchvision on PIL images),
+using only Pillow and numpy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Box = tuple[float, float, float, float]
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model wants its pictures; the fields and their values are those of open_clip's `preprocess_cfg`.
+    """Preprocessing parameters of a model, with the fields and values of open_clip's `preprocess_cfg`.
 
     Attributes:
         size: height and width of the input in pixels.
-        mean, std: per channel, of pixel values scaled to [0, 1].
-        resize_mode: `shortest` resizes the shorter edge and crops the middle, `longest` resizes the longer edge and
+        mean, std: per channel, for pixel values scaled to [0, 1].
+        resize_mode: `shortest` resizes the shorter edge and crops the centre, `longest` resizes the longer edge and
             pads with `fill_color`, `squash` ignores the aspect ratio.
     """
 
@@ -35,73 +35,78 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     fill_color: int = 0
 
 
-def quick_edge(how: Preprocessing) -> int:
-    """What `open_image(at_least=…)` may leave for a model without much loss: twice its input."""
-    return 2 * max(how.size)
+def fast_decode_edge(preprocessing: Preprocessing) -> int:
+    """Return a `min_edge` for `open_image` that costs a model little accuracy: twice its input size."""
+    return 2 * max(preprocessing.size)
 
 
-def preprocess(image: Image.Image, how: Preprocessing) -> Pixels:
-    """An RGB picture as the model's input, shape (3, H, W), equal to open_clip's evaluation transform bit for bit."""
-    height, width = how.size
-    resample = _resample(how)
-    if how.resize_mode == "squash":
-        return _normalise(image.resize((width, height), resample), how)
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    """Convert an RGB image to the model's input, (3, H, W), bit-identical to open_clip's evaluation transform."""
+    height, width = preprocessing.size
+    resample = _resample(preprocessing)
+    if preprocessing.resize_mode == "squash":
+        return _normalise(image.resize((width, height), resample), preprocessing)
     old_width, old_height = image.size
-    if how.resize_mode == "longest":
+    if preprocessing.resize_mode == "longest":
         ratio = max(old_height / height, old_width / width)
-        new = (round(old_width / ratio), round(old_height / ratio))
+        new_size = (round(old_width / ratio), round(old_height / ratio))
     elif height == width:
-        new = _shorter_edge_to(height, old_width, old_height)
+        new_size = _shorter_edge_to(height, old_width, old_height)
     else:
         ratio = min(old_height / height, old_width / width)
-        new = (round(old_width / ratio), round(old_height / ratio))
-    if new != image.size:
-        image = image.resize(new, resample)
-    return _normalise(_centre(image, how), how)
+        new_size = (round(old_width / ratio), round(old_height / ratio))
+    if new_size != image.size:
+        image = image.resize(new_size, resample)
+    return _normalise(_crop_centre(image, preprocessing), preprocessing)
 
 
-def preprocess_crop(image: Image.Image, box: Box, how: Preprocessing) -> Pixels:
-    """The part `box` (left, top, right, bottom, in pixels) of an RGB picture, resized to the model's (3, H, W)."""
-    height, width = how.size
-    return _normalise(image.resize((width, height), _resample(how), box=box), how)
+def preprocess_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Pixels:
+    """Crop an RGB image to `box` (left, top, right, bottom in pixels) and resize it to the model's input, (3, H, W)."""
+    height, width = preprocessing.size
+    return _normalise(image.resize((width, height), _resample(preprocessing), box=box), preprocessing)
 
 
-def to_bytes(pixels: Pixels, how: Preprocessing) -> npt.NDArray[np.uint8]:
-    """The pictures (N, H, W, 3) in bytes that preprocessed ones, (N, 3, H, W), were made of."""
-    mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (how.mean, how.std))
+def to_uint8(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Undo the normalisation of preprocessed images: (N, 3, H, W) float32 to (N, H, W, 3) uint8."""
+    mean, std = _mean_std(preprocessing)
     levels = (pixels * std + mean) * np.float32(255)
-    pictures: npt.NDArray[np.uint8] = np.rint(levels).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return pictures
+    images: npt.NDArray[np.uint8] = np.rint(levels).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return images
 
 
-def _resample(how: Preprocessing) -> Image.Resampling:
-    return Image.Resampling.BILINEAR if how.interpolation == "bilinear" else Image.Resampling.BICUBIC
+def _resample(preprocessing: Preprocessing) -> Image.Resampling:
+    return Image.Resampling.BILINEAR if preprocessing.interpolation == "bilinear" else Image.Resampling.BICUBIC
 
 
 def _shorter_edge_to(size: int, width: int, height: int) -> tuple[int, int]:
-    # torchvision truncates the longer edge; rounding would differ by a pixel.
+    # torchvision truncates the longer edge; rounding could differ by a pixel.
     if width <= height:
         return size, int(size * height / width)
     return int(size * width / height), size
 
 
-def _centre(image: Image.Image, how: Preprocessing) -> Image.Image:
-    """Crop the middle, padding first where the picture is smaller, as torchvision's center_crop does."""
-    height, width = how.size
+def _crop_centre(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Crop the centre, first padding an image that is smaller, as torchvision's center_crop does."""
+    height, width = preprocessing.size
     if image.size == (width, height):
         return image
     if image.width < width or image.height < height:
-        canvas = Image.new("RGB", (max(image.width, width), max(image.height, height)), (how.fill_color,) * 3)
+        canvas = Image.new("RGB", (max(image.width, width), max(image.height, height)), (preprocessing.fill_color,) * 3)
         canvas.paste(image, (max(0, width - image.width) // 2, max(0, height - image.height) // 2))
         image = canvas
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _normalise(image: Image.Image, how: Preprocessing) -> Pixels:
-    mean = np.asarray(how.mean, dtype=np.float32)[:, None, None]
-    std = np.asarray(how.std, dtype=np.float32)[:, None, None]
-    # In place and channel by channel in memory: several times faster than the same written as one expression.
+def _mean_std(preprocessing: Preprocessing) -> tuple[Pixels, Pixels]:
+    """Return mean and standard deviation, (3, 1, 1) each."""
+    mean = np.asarray(preprocessing.mean, dtype=np.float32)[:, None, None]
+    return mean, np.asarray(preprocessing.std, dtype=np.float32)[:, None, None]
+
+
+def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    mean, std = _mean_std(preprocessing)
+    # In place and with contiguous channels: several times faster than a single expression.
     normalised: Pixels = np.empty((3, image.height, image.width), dtype=np.float32)
     np.copyto(normalised, np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
     normalised /= np.float32(255)

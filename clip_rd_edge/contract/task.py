@@ -1,4 +1,4 @@
-"""What an encoder is measured on: pictures with labels, and pictures with captions."""
+"""Evaluation tasks: images with class labels, and images with captions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from clip_rd_edge.contract.images import ImageFile
 
 
 class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Zero-shot classification.
+    """A zero-shot classification task.
 
     Attributes:
-        name: as a report shows it.
-        images: the N pictures.
+        name: as shown in reports.
+        images: N images.
         targets: N indices into `labels`.
-        labels: the C class names.
-        templates: prompts with one `{}`, averaged a class.
-        templates_from: whose they are, as a report says it, or empty.
+        labels: C class names.
+        templates: prompt templates with one `{}`; a class embedding is the mean over them.
+        templates_from: origin of the templates as shown in reports, or empty.
     """
 
     name: str
@@ -28,12 +28,13 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Image-text retrieval with all the captions that a picture has.
+    """An image-text retrieval task; an image may have several captions.
 
     Attributes:
-        images: the N pictures.
-        captions: the M captions.
-        caption_images: for each caption, the index of the picture that it belongs to.
+        name: as shown in reports.
+        images: N images.
+        captions: M captions.
+        caption_images: for each caption, the index of its image.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Captions to token ids without torch, by the `tokenizers` library, equal to open_clip's tokenizers."""
+"""Tokenisation without torch, using the `tokenizers` library; token ids are identical to open_clip's."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TokenIds = npt.NDArray[np.int64]
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What `tokenizer.json` does not say.
+    """Tokenizer settings that are not part of `tokenizer.json`.
 
     Attributes:
-        context_length: ids a text, T; longer ones are cut, shorter ones padded.
-        clean: open_clip's name for what is done to the text first: `whitespace` mends broken Unicode, HTML entities and
-            white space; `lower` makes it lower case, too; `canonicalize` also drops punctuation.
-        pad_id: what fills the rest.
-        end_id: CLIP's end token, kept as the last id of a text that was cut; None where the tokenizer sees to that.
+        context_length: T, the token ids per text; longer texts are truncated, shorter ones padded.
+        clean: open_clip's name for the text cleaning: `whitespace` fixes broken Unicode, HTML entities and white space;
+            `lower` also converts to lower case; `canonicalize` also removes punctuation.
+        pad_id: the padding id.
+        end_id: CLIP's end token, kept as the last id of a truncated text; None if the tokenizer itself truncates.
     """
 
     context_length: int
@@ -34,19 +34,21 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokenizer:
-    """Texts to ids, shape (N, T) int64.
+    """Converts texts to token ids, shape (N, T) int64.
 
     Raises:
-        ConfigError: `path` is missing or no tokenizer file.
+        ConfigError: `path` does not exist or is not a tokenizer file.
     """
 
     def __init__(self, path: Path, spec: TokenizerSpec) -> None:
-        from tokenizers import Tokenizer as FastTokenizer  # only when a text is met: labels may come from the bank
+        from tokenizers import (
+            Tokenizer as FastTokenizer,
+        )  # imported late: not needed if labels come from the label bank
 
         try:
             self._tokenizer: Any = FastTokenizer.from_file(str(path))
         except Exception as error:
-            raise ConfigError(f"{path} cannot be read as a tokenizer: {error}.") from error
+            raise ConfigError(f"{path} could not be read as a tokenizer: {error}.") from error
         self._tokenizer.no_padding()
         if spec.end_id is None:
             self._tokenizer.enable_truncation(max_length=spec.context_length)
@@ -65,18 +67,18 @@ class Tokenizer:
         return ids
 
 
-def clean_text(text: str, how: str) -> str:
-    """What open_clip does to a caption before it cuts it into tokens (`open_clip.tokenizer.get_clean_fn`)."""
-    import ftfy  # 30 ms: only where a text is met
+def clean_text(text: str, mode: str) -> str:
+    """Clean a text before tokenisation, as open_clip does (`open_clip.tokenizer.get_clean_fn`)."""
+    import ftfy  # takes 30 ms, and bundles may run without tokenising any text
 
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    if how == "canonicalize":
-        text = _without_punctuation(text)
+    if mode == "canonicalize":
+        text = _remove_punctuation(text)
     text = " ".join(text.split())
-    return text if how == "whitespace" else text.lower()
+    return text if mode == "whitespace" else text.lower()
 
 
-def _without_punctuation(text: str) -> str:
+def _remove_punctuation(text: str) -> str:
     import string
 
     return text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))

@@ -1,1 +1,1 @@
-"""From a float32 ONNX bundle to every other format and precision. Never imports torch."""
+"""Convert a float32 ONNX bundle to other formats and precisions. Never imports torch."""

@@ -1,4 +1,4 @@
-"""What every other precision is made from: a whole float32 bundle, and a calibration set that fits it."""
+"""The starting point of every conversion: an intact float32 bundle, and a calibration set that matches it."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from clip_rd_edge.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A converted bundle's manifest, not yet written, and the INT8 candidates that were measured for it."""
+class ConvertedBundle:
+    """The manifest of a converted bundle, not yet written, and the INT8 candidates that were measured for it."""
 
     manifest: Manifest
     trials: tuple[Trial, ...] = ()
 
 
-def open_source(source: Path, folder: Path, *, calibration: CalibrationSet | None = None) -> Manifest:
-    """Begin a bundle in `folder` from the float32 bundle `source`: its tokenizer is taken along; returns its manifest.
+def start_conversion(source: Path, folder: Path, *, calibration: CalibrationSet | None = None) -> Manifest:
+    """Start a bundle in `folder` from the float32 bundle `source`: copy its tokenizer and return its manifest.
 
     Raises:
-        InputError, ConfigError: `source` is no bundle.
+        InputError, ConfigError: `source` is not a bundle.
         UsageError: it is not in float32, is damaged, or the calibration set was made for another model.
     """
     manifest = read_manifest(source)
     _require_fp32(source, manifest)
     if calibration is not None:
-        _require_fit(manifest, calibration)
+        _require_matching_shapes(manifest, calibration)
     shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
     return manifest
 
 
 def _require_fp32(source: Path, manifest: Manifest) -> None:
-    """Refuse a source that is no whole float32 bundle; raises UsageError."""
+    """Raise UsageError unless the source is an intact float32 bundle."""
     if manifest.precision != "fp32":
         raise UsageError(
             f"The bundle {source} is in {manifest.precision}; other precisions are made from a float32 bundle.",
-            hint="export it with --precision fp32 first, or give the model itself",
+            hint="export it with --precision fp32 first, or pass the model itself",
         )
     if damaged := damaged_files(source, manifest):
         raise UsageError(f"The bundle {source} is damaged: {', '.join(damaged)}.", hint="export it again")
 
 
-def _require_fit(manifest: Manifest, calibration: CalibrationSet) -> None:
-    """Refuse a calibration set that was made for another model; raises UsageError."""
+def _require_matching_shapes(manifest: Manifest, calibration: CalibrationSet) -> None:
+    """Raise UsageError if the calibration set was made for another model."""
     pixels, ids = calibration.calibrate.pixels, calibration.calibrate.ids
     expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length)
     if (*pixels.shape[2:], ids.shape[1]) != expected:
         raise UsageError(
-            f"The calibration set has pictures of {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
+            f"The calibration set has images of size {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
             f"{manifest.name} takes {expected[:2]} and {expected[2]}."
         )

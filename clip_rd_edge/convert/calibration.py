@@ -1,4 +1,4 @@
-"""The pictures and captions that INT8 is calibrated on, and others that it is judged by. Never imports torch."""
+"""The images and captions that INT8 is calibrated on, and held-out ones to evaluate it. Never imports torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.io import read_json
 
-# Ranges of activations hardly move after some hundred pictures; of 192 to judge by, one is half a point of accuracy.
-CALIBRATE_ON, JUDGE_BY = 128, 192
-LEAST = 32
+# Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
+# accuracy.
+MAX_CALIBRATION, MAX_HELD_OUT = 128, 192
+MIN_PAIRS = 32
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Model inputs of some pairs: pixels (N, 3, H, W) float32 and token ids (N, T) int64."""
+    """Model inputs of N pairs: pixels (N, 3, H, W) float32 and token ids (N, T) int64."""
 
     pixels: Pixels
     ids: TokenIds
@@ -32,11 +33,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Samples to set ranges by, and samples that no range was set by. `name` is the pairs', for provenance."""
+    """Samples for calibration and held-out samples for evaluation.
+
+    Attributes:
+        name: the name of the pairs, for provenance.
+        calibrate: samples that set the activation ranges.
+        held_out: samples that candidates are evaluated on; none of them sets a range.
+    """
 
     name: str
     calibrate: Samples
-    judge: Samples
+    held_out: Samples
 
 
 def calibration_set(
@@ -46,67 +53,69 @@ def calibration_set(
     tokenize: Callable[[Sequence[str]], TokenIds],
     seed: int = 0,
 ) -> CalibrationSet:
-    """Draw pairs without repetition: half to calibrate on and half to judge by, at most 128 and 192.
+    """Sample pairs without replacement: half for calibration and half held out, at most 128 and 192.
 
     Args:
-        pairs: where they are drawn from.
+        pairs: where the samples come from.
         preprocessing, tokenize: of the model that is quantised.
-        seed: of the draw of pairs, and of one caption a pair.
+        seed: seed for choosing the pairs, and one caption per pair.
 
     Raises:
-        InputError: fewer than 32 pairs, or too many that cannot be read.
+        InputError: there are fewer than 32 pairs, or too many of them cannot be read.
     """
-    if len(pairs) < LEAST:
+    if len(pairs) < MIN_PAIRS:
         raise InputError(
-            f"{pairs.name} has {len(pairs)} pairs; at least {LEAST} are needed to calibrate INT8 and to judge it.",
-            hint="give more pairs with --calibration, or choose --precision fp32",
+            f"{pairs.name} has {len(pairs)} pairs; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
+            hint="pass more pairs with --calibration, or use --precision fp32",
         )
     generator = random.Random(seed)
-    drawn = generator.sample(range(len(pairs)), min(len(pairs), CALIBRATE_ON + JUDGE_BY))
+    indices = generator.sample(range(len(pairs)), min(len(pairs), MAX_CALIBRATION + MAX_HELD_OUT))
     bad = BadSamples(pairs)
-    captions, pictures = [], []
-    for i in drawn:
-        pair = bad.take(i)
+    captions, images = [], []
+    for index in indices:
+        pair = bad.take(index)
         captions.append(generator.choice(pair.captions))
-        pictures.append(preprocess(pair.image, preprocessing))
-    pixels: npt.NDArray[np.float32] = np.stack(pictures)
+        images.append(preprocess(pair.image, preprocessing))
+    pixels: npt.NDArray[np.float32] = np.stack(images)
     ids = tokenize(captions)
-    cut = min(CALIBRATE_ON, len(drawn) // 2)
+    count = min(MAX_CALIBRATION, len(indices) // 2)
     return CalibrationSet(
-        pairs.name, calibrate=Samples(pixels[:cut], ids[:cut]), judge=Samples(pixels[cut:], ids[cut:])
+        pairs.name,
+        calibrate=Samples(pixels[:count], ids[:count]),
+        held_out=Samples(pixels[count:], ids[count:]),
     )
 
 
-_HINT = "name pairs like those the model will meet: --calibration pairs.csv, or --calibration emoji"
+_HINT = "pass pairs like the inputs the model will see in use: --calibration pairs.csv, or --calibration emoji"
 
 
 def calibration_pairs(source: str | None, model: str) -> Pairs:
-    """The pairs `source` names, else those that the distillation.json in `model`'s folder names.
+    """Load the pairs that `source` names, or else those that distillation.json in `model`'s folder names.
 
     Raises:
-        UsageError: neither names any, or those of distillation.json are not here.
+        UsageError: neither names any pairs, or those of distillation.json are not on this machine.
         InputError: `source` cannot be loaded.
     """
     if source is not None:
         return load_pairs(source)
     folder = model_folder(model)
-    record = folder / DISTILLATION_FILE if folder else None
-    if record is None or not record.is_file():
-        raise UsageError(
-            f"INT8 needs pairs to calibrate on, and {model} does not say what it was trained with.", hint=_HINT
-        )
-    trained = read_json(record, _Trained)
-    if trained.data is None:
-        raise UsageError(f"INT8 needs pairs to calibrate on, and {record} names no data.", hint=_HINT)
-    keys = trained.configuration
+    path = folder / DISTILLATION_FILE if folder else None
+    if path is None or not path.is_file():
+        raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
+    record = read_json(path, _TrainingRecord)
+    if record.data is None:
+        raise UsageError(f"INT8 needs calibration pairs, and {path} names no data.", hint=_HINT)
+    columns = record.configuration
     try:
         return load_pairs(
-            trained.data, image_key=keys.csv_img_key, caption_key=keys.csv_caption_key, json_key=keys.json_caption_key
+            record.data,
+            image_key=columns.csv_img_key,
+            caption_key=columns.csv_caption_key,
+            json_key=columns.json_caption_key,
         )
     except InputError as error:
         raise UsageError(
-            f"INT8 needs pairs to calibrate on, and those that the model was trained with cannot be loaded: {error}",
-            hint=_HINT,
+            f"INT8 needs calibration pairs, and the model's training pairs cannot be loaded: {error}", hint=_HINT
         ) from error
 
 
@@ -116,8 +125,8 @@ class _Columns(msgspec.Struct):
     json_caption_key: str | None = None
 
 
-class _Trained(msgspec.Struct):
-    """What is read of distillation.json."""
+class _TrainingRecord(msgspec.Struct):
+    """The fields of distillation.json that are read here."""
 
     data: str | None = None
     configuration: _Columns = msgspec.field(default_factory=_Columns)

@@ -1,7 +1,8 @@
-"""A float32 ONNX model in float16, strongly typed: what is computed in which type stands in the graph as Casts.
+"""Convert a float32 ONNX model to float16, strongly typed: Casts in the graph set the type that each node computes in.
 
-ONNX Runtime and TensorRT then agree on it, and no builder flag decides. LayerNorm, Softmax and the norm at the end stay
-in float32, since their sums of squares and exponentials leave float16's range first. Never imports torch.
+ONNX Runtime and TensorRT then use the same types, and no builder flag decides. LayerNorm, Softmax and the final norm
+stay in float32, because their sums of squares and exponentials are the first to exceed float16's range. Never imports
+torch.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.contract.tokenizer import Tokenizer
-from clip_rd_edge.convert.bundle import open_source
-from clip_rd_edge.convert.graph import float_tensors, preprocessed, with_outputs
+from clip_rd_edge.convert.bundle import start_conversion
+from clip_rd_edge.convert.graph import float_tensors, prepare_for_quantization, with_outputs
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import (
-    PROBES,
+    HARD_TEXTS,
     Agreement,
     Inputs,
     Timer,
@@ -41,31 +42,31 @@ from clip_rd_edge.utils.io import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
-LARGEST = float(np.finfo(np.float16).max)  # 65504
-# From this opset on QuantizeLinear and DequantizeLinear take float16; what else changed since 18 only adds to it.
+FP16_MAX = float(np.finfo(np.float16).max)  # 65504
+# From this opset on, QuantizeLinear and DequantizeLinear take float16; its other changes since 18 are additions.
 OPSET = 19
 _FLOAT32_KINDS = frozenset(
     ("LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization", "LpNormalization")
 )
-# What an L2 norm at the end of a tower is made of.
+# Node types of the L2 norm at the end of a tower.
 _NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
-# Nodes whose output's type does not follow from their inputs'.
+# Nodes whose output type does not follow from their input types.
 _OWN_TYPE = frozenset(("Cast", "CastLike", "Constant", "ConstantOfShape", "Range"))
-# Moved, not computed with: what is in float32 stays so. (ONNX Runtime 1.32 also crashes on a Transpose after a Cast.)
+# Nodes that only move values: they keep their input's type. (ONNX Runtime 1.32 crashes on a Transpose after a Cast.)
 _MOVES = frozenset(("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Identity"))
-# Where the other inputs are sizes and scales, which have a type of their own.
-_FIRST_INPUT_ALONE = frozenset(("Resize",))
-# Activations on other pictures may be this many times as large as those that were seen.
+# Nodes whose other inputs are sizes and scales, which keep their type.
+_FIRST_INPUT_ONLY = frozenset(("Resize",))
+# Activations on other images may be this many times larger than those observed.
 _HEADROOM = 4.0
 _BATCH_SIZE = 4
 
 
-def to_fp16(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy of a float32 model, computed in float16; inputs and outputs of the graph stay float32.
+def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a copy of a float32 model that computes in float16; inputs and outputs of the graph stay float32.
 
     Args:
         model: float32, with or without Q/DQ, of opset 18 or later.
-        keep: names of nodes that stay in float32, such as `overflowing` finds.
+        keep_float32: names of nodes that stay in float32, such as those that `overflowing_nodes` returns.
 
     Raises:
         ClipRdEdgeError: the model has branches or loops, which no tower of a CLIP model needs.
@@ -73,85 +74,87 @@ def to_fp16(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     copy = onnx.shape_inference.infer_shapes(model)
     for node in copy.graph.node:
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
-            raise ClipRdEdgeError(f"The node {node.name} ({node.op_type}) branches; it cannot be written in float16.")
-    converter = _Converter(copy.graph, {*keep, *_norm_at_the_end(copy.graph)})
-    nodes = [made for node in copy.graph.node for made in converter.convert(node)]
+            raise ClipRdEdgeError(f"The node {node.name} ({node.op_type}) branches; it cannot be converted to float16.")
+    converter = _Converter(copy.graph, {*keep_float32, *_final_norm_nodes(copy.graph)})
+    nodes = [new for node in copy.graph.node for new in converter.convert(node)]
     nodes.extend(converter.restore_outputs(nodes))
-    del copy.graph.node[:], copy.graph.value_info[:]  # value_info tells the types of before
+    del copy.graph.node[:], copy.graph.value_info[:]  # value_info describes the old types
     copy.graph.node.extend(nodes)
-    _replace_constants(copy.graph, converter.halved)
+    _replace_constants(copy.graph, converter.fp16_constants)
     for opset in copy.opset_import:
         if opset.domain in ("", "ai.onnx"):
             opset.version = max(opset.version, OPSET)
     return copy
 
 
-def overflowing(model: onnx.ModelProto, samples: Inputs) -> list[str]:
-    """Names of nodes that make or read values which, on some inputs, come near or go past what float16 can hold.
+def overflowing_nodes(model: onnx.ModelProto, samples: Inputs) -> list[str]:
+    """Return the names of nodes that, on some inputs, read or write values near or beyond float16's range.
 
-    Asked of the float32 model, since a runtime may compute float16 nodes in float32 and hide an overflow.
+    The values are those of the float32 model, because a runtime may compute float16 nodes in float32 and hide an
+    overflow.
     """
     floats = float_tensors(model.graph)
-    made_by = {name: node.name for node in model.graph.node for name in node.output if name in floats}
-    session = open_session(with_outputs(model, list(made_by)).SerializeToString())
-    found: set[str] = set()
+    producers = {name: node.name for node in model.graph.node for name in node.output if name in floats}
+    session = open_session(with_outputs(model, list(producers)).SerializeToString())
+    large_nodes: set[str] = set()
     for batch in in_batches(len(samples), _BATCH_SIZE):
-        values = session.run(list(made_by), {session.get_inputs()[0].name: samples[batch]})
-        found.update(made_by[name] for name, value in zip(made_by, values, strict=True) if _large(value))
-    large = {name for name, maker in made_by.items() if maker in found}
-    return [node.name for node in model.graph.node if large.intersection([*node.input, *node.output])]
+        values = session.run(list(producers), {session.get_inputs()[0].name: samples[batch]})
+        large_nodes.update(producers[name] for name, value in zip(producers, values, strict=True) if _is_large(value))
+    large_tensors = {name for name, producer in producers.items() if producer in large_nodes}
+    return [node.name for node in model.graph.node if large_tensors.intersection([*node.input, *node.output])]
 
 
-def _large(value: npt.NDArray[np.float32]) -> bool:
-    # Infinity is no overflow: the mask of a causal attention is made of it, and float16 has it, too.
-    return bool((np.abs(value[np.isfinite(value)]) > LARGEST / _HEADROOM).any())
+def _is_large(value: npt.NDArray[np.float32]) -> bool:
+    # Infinity is not an overflow: it is what a causal attention mask contains, and float16 can represent it.
+    return bool((np.abs(value[np.isfinite(value)]) > FP16_MAX / _HEADROOM).any())
 
 
 class _Converter:
-    """Rewrites nodes in their order, keeping track of which tensor has which type."""
+    """Rewrites nodes in their order and keeps track of each tensor's type."""
 
-    def __init__(self, graph: onnx.GraphProto, keep: set[str]) -> None:
+    def __init__(self, graph: onnx.GraphProto, keep_float32: set[str]) -> None:
         self._outputs = {output.name for output in graph.output}
-        self._keep = keep
+        self._keep_float32 = keep_float32
         self._constants = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         self._floats = float_tensors(graph) | self._constants
-        self._half: set[str] = set()
+        self._fp16: set[str] = set()
         self._casts: set[str] = set()
-        self.halved: set[str] = set()  # constants that are needed in float16
+        self.fp16_constants: set[str] = set()  # constants that are needed in float16
 
     def convert(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """The node, and before it the Casts that its type asks for."""
-        half = node.op_type not in (_OWN_TYPE | _FLOAT32_KINDS) and node.name not in self._keep
+        """Return the node, preceded by the Casts that its type requires."""
+        fp16 = node.op_type not in (_OWN_TYPE | _FLOAT32_KINDS) and node.name not in self._keep_float32
         if node.op_type in _MOVES:
-            half = half and node.input[0] in (self._half | self._constants)
+            fp16 = fp16 and node.input[0] in (self._fp16 | self._constants)
         casts: list[onnx.NodeProto] = []
-        last = 1 if node.op_type in _FIRST_INPUT_ALONE else len(node.input)
-        for i, name in enumerate(node.input[:last]):
+        count = 1 if node.op_type in _FIRST_INPUT_ONLY else len(node.input)
+        for i, name in enumerate(node.input[:count]):
             if name in self._floats:
-                node.input[i] = self._as(name, half, casts)
-        if half:
-            self._half.update(name for name in node.output if name in self._floats)
+                node.input[i] = self._in_type(name, fp16, casts)
+        if fp16:
+            self._fp16.update(name for name in node.output if name in self._floats)
         return [*casts, node]
 
     def restore_outputs(self, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """Casts to float32 for outputs of the graph that have become float16."""
-        changed = self._outputs & self._half
+        """Return Casts to float32 for the graph outputs that have become float16."""
+        changed = self._outputs & self._fp16
         for node in nodes:
             for names in (node.input, node.output):
                 names[:] = [f"{name}/half" if name in changed else name for name in names]
         return [_cast(f"{name}/half", name, TensorProto.FLOAT) for name in sorted(changed)]
 
-    def _as(self, name: str, half: bool, casts: list[onnx.NodeProto]) -> str:
+    def _in_type(self, name: str, fp16: bool, casts: list[onnx.NodeProto]) -> str:
+        """Return the name of a tensor in float16 or float32, adding a Cast where it is needed."""
         if name in self._constants:
-            if half:
-                self.halved.add(name)
-            return f"{name}/fp16" if half else name
-        if (name in self._half) == half:
+            if fp16:
+                self.fp16_constants.add(name)
+            return f"{name}/fp16" if fp16 else name
+        if (name in self._fp16) == fp16:
             return name
-        new = f"{name}/{'fp16' if half else 'fp32'}"
+        new = f"{name}/{'fp16' if fp16 else 'fp32'}"
         if new not in self._casts:
             self._casts.add(new)
-            casts.append(_cast(name, new, TensorProto.FLOAT16 if half else TensorProto.FLOAT))
+            casts.append(_cast(name, new, TensorProto.FLOAT16 if fp16 else TensorProto.FLOAT))
         return new
 
 
@@ -159,77 +162,76 @@ def _cast(name: str, new: str, to: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [name], [new], name=f"cast to {new}", to=to)
 
 
-def _norm_at_the_end(graph: onnx.GraphProto) -> set[str]:
-    """Names of the nodes between the last layer and the outputs that make the norm."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    found: set[str] = set()
-    waiting = [output.name for output in graph.output]
-    while waiting:
-        node = made_by.get(waiting.pop())
-        if node is not None and node.op_type in _NORM_KINDS and node.name not in found:
-            found.add(node.name)
-            waiting.extend(node.input)
-    return found
+def _final_norm_nodes(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of the nodes between the last layer and the outputs that compute the norm."""
+    producers = {name: node for node in graph.node for name in node.output}
+    norm_nodes: set[str] = set()
+    pending = [output.name for output in graph.output]
+    while pending:
+        node = producers.get(pending.pop())
+        if node is not None and node.op_type in _NORM_KINDS and node.name not in norm_nodes:
+            norm_nodes.add(node.name)
+            pending.extend(node.input)
+    return norm_nodes
 
 
-def _replace_constants(graph: onnx.GraphProto, halved: Collection[str]) -> None:
-    """Constants in float16 beside or instead of those in float32, as they are used."""
+def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) -> None:
+    """Add the float16 constants and drop the float32 ones that are no longer used."""
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    halves = [
-        numpy_helper.from_array(_half(numpy_helper.to_array(tensor)), f"{tensor.name}/fp16")
+    converted = [
+        numpy_helper.from_array(_clip_to_fp16(numpy_helper.to_array(tensor)), f"{tensor.name}/fp16")
         for tensor in graph.initializer
-        if tensor.name in halved
+        if tensor.name in fp16_constants
     ]
     del graph.initializer[:]
-    graph.initializer.extend([*kept, *halves])
+    graph.initializer.extend([*kept, *converted])
 
 
-def _half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+def _clip_to_fp16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     # A mask of −3e38 would become −infinity, and a row of these NaN in the Softmax.
-    limited = np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
-    return limited.astype(np.float16)
+    clipped = np.where(np.isfinite(values), np.clip(values, -FP16_MAX, FP16_MAX), values)
+    return clipped.astype(np.float16)
 
 
-# Rounding alone costs less than this; what costs more has overflowed somewhere.
+# Rounding alone stays above this; a tower below it has overflowed somewhere.
 MIN_AGREEMENT = 0.999
 
 
 @dataclass(frozen=True)
-class HalfTower:
+class Fp16Tower:
     """A tower in float16.
 
     Attributes:
-        model: the file's content, or None where float32 is to be shipped.
-        of: its agreement with float32 on hard inputs.
-        kept: names of the nodes that stay in float32 because their values would overflow.
+        model: the file's content, or None if the tower has to stay in float32.
+        agreement: with float32, on hard inputs.
+        float32_nodes: names of the nodes that stay in float32 because their values would overflow.
     """
 
     model: bytes | None
-    of: Agreement
-    kept: tuple[str, ...]
+    agreement: Agreement
+    float32_nodes: tuple[str, ...]
 
 
-def probes_of(folder: Path, manifest: Manifest) -> dict[str, Inputs]:
-    """Hard inputs of a bundle's image tower and text tower."""
-    ids = Tokenizer(folder / TOKENIZER, manifest.tokenizer)(PROBES)
+def hard_inputs(bundle: Path, manifest: Manifest) -> dict[str, Inputs]:
+    """Return hard inputs of a bundle's image tower and text tower."""
+    ids = Tokenizer(bundle / TOKENIZER, manifest.tokenizer)(HARD_TEXTS)
     return {"image": hard_pixels(manifest.preprocessing), "text": ids}
 
 
-def half_tower(model: Path, probes: Inputs) -> HalfTower:
-    """A float32 ONNX file in float16; float32 where that changes what it does on hard inputs.
+def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
+    """Convert a float32 ONNX file to float16, unless that changes its embeddings of hard inputs.
 
     Args:
         model: the float32 file.
-        probes: (N, 3, H, W) float32 or (N, T) int64, which reach the largest values that it will meet.
+        inputs: (N, 3, H, W) float32 or (N, T) int64, which produce the largest values that the model will meet.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = onnx.load(preprocessed(model, Path(scratch)))
-    keep = overflowing(prepared, probes)
-    content = to_fp16(prepared, keep=keep).SerializeToString()
-    reference = embed(open_session(str(model)), probes)
-    found = agreement(reference, embed(open_session(content), probes))
-    return HalfTower(content if found.centred_cosine >= MIN_AGREEMENT else None, found, tuple(keep))
+        prepared = onnx.load(prepare_for_quantization(model, Path(scratch)))
+    float32_nodes = overflowing_nodes(prepared, inputs)
+    content = to_fp16(prepared, keep_float32=float32_nodes).SerializeToString()
+    parity = agreement(embed(open_session(str(model)), inputs), embed(open_session(content), inputs))
+    return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity, tuple(float32_nodes))
 
 
 def write_fp16(
@@ -237,47 +239,50 @@ def write_fp16(
 ) -> Manifest:
     """Write the towers of the float32 bundle `source` in float16 into `folder`; return their manifest, not yet written.
 
-    On a CPU float16 is for its size: ONNX Runtime computes it in float32, and the casts cost time. The tower's note
-    says what it cost here.
+    On a CPU, float16 only saves space: ONNX Runtime computes it in float32, and the casts take time. The tower's note
+    says how much it took here.
 
     Raises:
-        UsageError: `source` is no float32 bundle, or is damaged.
+        UsageError: `source` is not a float32 bundle, or is damaged.
     """
-    manifest = open_source(source, folder)
-    probes = probes_of(source, manifest)
+    manifest = start_conversion(source, folder)
+    inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():
         reporter.update(f"{name} tower: float16")
-        towers[name] = write_half(source, folder, tower, probes[name], threads=request.threads, timer=timer)
+        towers[name] = write_fp16_tower(source, folder, tower, inputs[name], threads=request.threads, timer=timer)
     return manifest.with_towers(towers)
 
 
-def write_half(
-    from_folder: Path, folder: Path, tower: Tower, probes: Inputs, *, threads: int, timer: Timer = time_in_turn
+def write_fp16_tower(
+    source: Path, folder: Path, tower: Tower, inputs: Inputs, *, threads: int, timer: Timer = time_in_turn
 ) -> Tower:
-    """Write one tower of a float32 bundle in float16 into `folder`; returns it as the manifest has it."""
-    source, target = from_folder / tower.file, folder / tower.file
-    half = half_tower(source, probes)
-    if half.model is None:
-        shutil.copy2(source, target)
-        return msgspec.structs.replace(tower, note=why_float32(half))
-    write_bytes(target, half.model)
-    sessions = {name: open_session(str(path), threads=threads) for name, path in (("fp32", source), ("fp16", target))}
-    times = latencies(sessions, probes, timer=timer)
-    measured = measurement(half.of, times["fp16"], reference=times["fp32"], threads=threads)
+    """Write one tower of the float32 bundle `source` in float16 into `folder`; return its manifest entry."""
+    fp32_file, fp16_file = source / tower.file, folder / tower.file
+    converted = fp16_tower(fp32_file, inputs)
+    if converted.model is None:
+        shutil.copy2(fp32_file, fp16_file)
+        return msgspec.structs.replace(tower, note=float32_note(converted))
+    write_bytes(fp16_file, converted.model)
+    files = {"fp32": fp32_file, "fp16": fp16_file}
+    sessions = {name: open_session(str(file), threads=threads) for name, file in files.items()}
+    latencies_ms = latencies(sessions, inputs, timer=timer)
+    measured = measurement(
+        converted.agreement, latencies_ms["fp16"], reference_ms=latencies_ms["fp32"], threads=threads
+    )
     note = ""
     if measured.speedup < 1:
-        size = target.stat().st_size / source.stat().st_size
+        size_ratio = fp16_file.stat().st_size / fp32_file.stat().st_size
         note = (
-            f"float16 at {size:.2f} of float32's size; on this CPU it takes {1 / measured.speedup:.2f} times as long, "
-            "since ONNX Runtime computes it in float32: it is for its size and for GPUs."
+            f"float16 is {size_ratio:.2f} of float32's size; on this CPU it takes {1 / measured.speedup:.2f} times as "
+            "long, because ONNX Runtime computes it in float32: use it to save space, or on a GPU."
         )
     return msgspec.structs.replace(tower, precision="fp16", note=note, measured=measured)
 
 
-def why_float32(half: HalfTower) -> str:
-    """Why a tower stays float32, in a sentence."""
+def float32_note(tower: Fp16Tower) -> str:
+    """Say in one sentence why a tower stays in float32."""
     return (
-        f"float32: in float16 its centred cosine with float32 is {half.of.centred_cosine:.4f} on pictures and texts of "
-        f"extremes, below {MIN_AGREEMENT}."
+        f"float32: in float16 its centred cosine with float32 is {tower.agreement.centred_cosine:.4f} on extreme "
+        f"images and texts, below {MIN_AGREEMENT}."
     )

@@ -1,4 +1,4 @@
-"""What every conversion does with an ONNX graph, and silence for the libraries that do it. Never imports torch."""
+"""ONNX graph helpers that all conversions share, and a way to silence the libraries they call. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnx
 
 @contextlib.contextmanager
 def silently() -> Iterator[None]:
-    """Without progress lines, warnings and log, which say nothing that a user can act on. Errors still come through."""
+    """Suppress progress lines, warnings and logs that a user cannot act on. Exceptions still propagate."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -25,8 +25,8 @@ def silently() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def preprocessed(model: Path, folder: Path) -> Path:
-    """A model as the quantisers want it: constants folded, batch norms in their convolutions, shapes inferred."""
+def prepare_for_quantization(model: Path, folder: Path) -> Path:
+    """Write a copy of a model for quantisation: constants and batch norms folded, shapes inferred; return its path."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     path = folder / f"preprocessed-{model.name}"
@@ -37,13 +37,13 @@ def preprocessed(model: Path, folder: Path) -> Path:
 
 
 def float_tensors(graph: onnx.GraphProto) -> set[str]:
-    """Names of the activations that a graph with inferred shapes describes as float32; weights are not among them."""
+    """Return the names of the float32 activations, without weights, of a graph with inferred shapes."""
     described = (*graph.input, *graph.output, *graph.value_info)
     return {value.name for value in described if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
 
 
 def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a model whose outputs include the named tensors, so that a session returns their values."""
+    """Return a copy of a model whose outputs include the named tensors, so that a session returns their values."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {output.name for output in copy.graph.output}

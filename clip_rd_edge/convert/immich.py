@@ -1,8 +1,8 @@
-"""A bundle in the layout of immich's model folder, as its machine-learning service reads it. Never imports torch.
+"""Write a bundle in the layout that immich's machine-learning service reads. Never imports torch.
 
-config.json                          sizes, and how texts are cleaned
+config.json                          sizes and text cleaning
 visual/model.onnx                    image (N, 3, H, W) float32 -> embedding
-visual/preprocess_cfg.json           as open_clip writes it
+visual/preprocess_cfg.json           in open_clip's format
 textual/model.onnx                   text (N, T) int32 -> embedding
 textual/tokenizer.json, textual/tokenizer_config.json
 """
@@ -19,36 +19,37 @@ from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils.io import new_folder, refuse_unless_free, write_bytes, write_text
+from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes, write_text
 
 
 def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None:
-    """Write the ONNX bundle `bundle` as a folder for immich.
+    """Write the ONNX bundle `bundle` as a model folder for immich.
 
     Raises:
-        UsageError: `output` is in use, or immich cannot preprocess as the model wants it.
+        UsageError: `output` is in use, or immich does not support the model's preprocessing.
     """
-    refuse_unless_free(output, overwrite=overwrite)
+    require_free_output(output, overwrite=overwrite)
     manifest = read_manifest(bundle)
-    how = manifest.preprocessing
-    if manifest.image.preprocesses or how.resize_mode == "longest" or how.size[0] != how.size[1]:
+    preprocessing = manifest.preprocessing
+    height, width = preprocessing.size
+    if manifest.image.preprocesses or preprocessing.resize_mode == "longest" or height != width:
         raise UsageError(
-            f"immich preprocesses itself, to squares by the shortest edge; {manifest.name} takes "
-            f"{how.size[0]} × {how.size[1]} by {how.resize_mode}"
-            f"{' in its graph' if manifest.image.preprocesses else ''}.",
-            hint="leave --layout away, or --preprocess-in-graph",
+            "immich does its own preprocessing: it resizes the shortest edge and crops a square; "
+            f"{manifest.name} takes {height} × {width} with resize mode {preprocessing.resize_mode}"
+            f"{', preprocessed in its graph' if manifest.image.preprocesses else ''}.",
+            hint="omit --layout or --preprocess-in-graph",
         )
     with new_folder(output) as folder:
-        image = _renamed(onnx.load(bundle / manifest.image.file), manifest.image.input_name, "image")
+        image = _rename_input(onnx.load(bundle / manifest.image.file), manifest.image.input_name, "image")
         write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
-        text = _with_int32_ids(onnx.load(bundle / manifest.text.file), manifest.text.input_name)
+        text = _take_int32_ids(onnx.load(bundle / manifest.text.file), manifest.text.input_name)
         write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
-        _write_json(folder / "visual" / "preprocess_cfg.json", {**msgspec.to_builtins(how), "mode": "RGB"})
+        _write_json(folder / "visual" / "preprocess_cfg.json", {**msgspec.to_builtins(preprocessing), "mode": "RGB"})
         _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)
-        _write_json(folder / "config.json", _config(manifest))
+        _write_json(folder / "config.json", _model_config(manifest))
 
 
-def _config(manifest: Manifest) -> dict[str, Any]:
+def _model_config(manifest: Manifest) -> dict[str, Any]:
     text: dict[str, Any] = {"context_length": manifest.tokenizer.context_length}
     if manifest.tokenizer.clean == "canonicalize":
         text["tokenizer_kwargs"] = {"clean": "canonicalize"}
@@ -56,18 +57,20 @@ def _config(manifest: Manifest) -> dict[str, Any]:
     return {"embed_dim": manifest.embedding_size, "vision_cfg": vision, "text_cfg": text}
 
 
-def _renamed(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
+def _rename_input(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
+    """Rename the graph's input in place."""
     model.graph.input[0].name = new
     for node in model.graph.node:
         node.input[:] = [new if name == old else name for name in node.input]
     return model
 
 
-def _with_int32_ids(model: onnx.ModelProto, ids: str) -> onnx.ModelProto:
-    given = model.graph.input[0]
-    given.name = "text"
-    given.type.tensor_type.elem_type = TensorProto.INT32
-    model.graph.node.insert(0, helper.make_node("Cast", ["text"], [ids], name="ids", to=TensorProto.INT64))
+def _take_int32_ids(model: onnx.ModelProto, input_name: str) -> onnx.ModelProto:
+    """Change the graph's input in place to `text`, int32, and cast it to the int64 that the tower reads."""
+    text = model.graph.input[0]
+    text.name = "text"
+    text.type.tensor_type.elem_type = TensorProto.INT32
+    model.graph.node.insert(0, helper.make_node("Cast", ["text"], [input_name], name="ids", to=TensorProto.INT64))
     return model
 
 
@@ -76,7 +79,7 @@ def _write_tokenizer(path: Path, folder: Path, manifest: Manifest) -> None:
 
     tokenizer = Tokenizer.from_file(str(path))
     if manifest.tokenizer.clean == "lower":
-        # In a bundle the text is made lower case before; immich leaves that to the file.
+        # A bundle's runtime lower-cases the text before tokenising; immich expects the tokenizer file to do it.
         lower = normalizers.Lowercase()
         tokenizer.normalizer = (
             normalizers.Sequence([lower, tokenizer.normalizer]) if tokenizer.normalizer is not None else lower

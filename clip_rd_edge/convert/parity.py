@@ -1,4 +1,4 @@
-"""How well two sets of embeddings of the same things agree. Never imports torch."""
+"""Compare two sets of embeddings of the same inputs. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
-Rows = npt.NDArray[np.float64]
-Answers = npt.NDArray[np.bool_]
+Matrix = npt.NDArray[np.float64]
+Matches = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of N embeddings with N others.
+    """Agreement of N embeddings with N reference embeddings.
 
     Attributes:
-        max_difference: greatest absolute difference of an entry.
-        cosine: mean cosine of embedding to embedding.
-        centred_cosine: the same after each side's mean embedding is taken away. CLIP embeddings share a large mean,
-            so that raw cosine stays near 1 even where a tower has collapsed to that mean.
+        max_difference: max absolute difference of an entry.
+        cosine: mean cosine between corresponding embeddings.
+        centred_cosine: the same after subtracting each side's mean embedding. CLIP embeddings share a large mean, so
+            the raw cosine stays near 1 even if a tower has collapsed to that mean.
         samples: N.
     """
 
@@ -41,10 +41,10 @@ class Agreement:
 def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
     """Compare two sets of embeddings, both (N, D), row by row.
 
-    An embedding that is not finite agrees with nothing: its cosines count as 0 and the greatest difference is infinite.
+    If any value is not finite, the cosines are 0 and the max difference is infinite.
 
     Raises:
-        UsageError: the shapes differ, or N is below 2, where nothing is left when the mean is taken away.
+        UsageError: the shapes differ, or N is below 2, where subtracting the mean leaves nothing.
     """
     if reference.shape != other.shape or reference.ndim != 2 or len(reference) < 2:
         raise UsageError(
@@ -63,24 +63,24 @@ def agreement(reference: Embeddings, other: Embeddings) -> Agreement:
     )
 
 
-def matched(pictures: Embeddings, captions: Embeddings) -> Answers:
-    """Which of N pictures have their own caption nearest among all N: both (N, D), row by row a pair.
+def top1_matches(images: Embeddings, captions: Embeddings) -> Matches:
+    """Return, for each of N images, whether its own caption is the nearest of all N; both (N, D), one pair per row.
 
-    A caption that another pair has, too, counts as either's own.
+    A caption that several pairs share counts as each one's own.
     """
-    similarities = pictures.astype(np.float64) @ captions.astype(np.float64).T
+    similarities = images.astype(np.float64) @ captions.astype(np.float64).T
     own = np.diagonal(similarities)
-    right: Answers = own >= similarities.max(axis=1) - 1e-6  # rounding sets equal captions apart
-    return right
+    matches: Matches = own >= similarities.max(axis=1) - 1e-6  # rounding makes equal captions differ slightly
+    return matches
 
 
-def _mean_cosine(a: Rows, b: Rows) -> float:
+def _mean_cosine(a: Matrix, b: Matrix) -> float:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(np.mean(np.sum(a * b, axis=1) / np.maximum(norms, 1e-24)))
 
 
-# Short, long, too long, none at all, and what tokenizers trip over: texts that towers and tokenizers are compared on.
-PROBES = (
+# Texts that towers and tokenizers are compared on: short, long, too long, empty, and known pitfalls of tokenizers.
+HARD_TEXTS = (
     "a photo of a cat",
     "",
     "two dogs, running through tall grass at the edge of a lake",
@@ -92,15 +92,15 @@ PROBES = (
 )
 
 
-def hard_pixels(how: Preprocessing) -> Pixels:
-    """Preprocessed pictures (8, 3, H, W) that reach the ends of what a picture can hold.
+def hard_pixels(preprocessing: Preprocessing) -> Pixels:
+    """Return preprocessed images (8, 3, H, W) that reach the extremes of what an image can contain.
 
-    White, black, red, checks of 1 and of 16 pixels, noise at full contrast, noise in the middle, a gradient.
+    White, black, red, checkerboards of 1 and of 16 pixels, binary noise, uniform noise, a gradient.
     """
-    height, width = how.size
+    height, width = preprocessing.size
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:height, :width]
-    pictures = np.stack(
+    images = np.stack(
         [
             np.ones((3, height, width)),
             np.zeros((3, height, width)),
@@ -112,51 +112,65 @@ def hard_pixels(how: Preprocessing) -> Pixels:
             np.broadcast_to(columns / max(width - 1, 1), (3, height, width)),
         ]
     )
-    mean, std = (np.asarray(values)[:, None, None] for values in (how.mean, how.std))
-    pixels: Pixels = ((pictures - mean) / std).astype(np.float32)
+    mean, std = (np.asarray(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    pixels: Pixels = ((images - mean) / std).astype(np.float32)
     return pixels
 
 
 Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
-# Times some calls in turn: `runtime.timing.time_in_turn`, or a stand-in.
+# Times several calls in turn: `utils.timing.time_in_turn`, or a stand-in.
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Milliseconds]]
 BATCH_SIZE = 16
 
 
 def embed(session: Any, inputs: Inputs, *, batch_size: int = BATCH_SIZE) -> Embeddings:
-    """A tower's embeddings (N, D) of its inputs, run in batches."""
+    """Run a tower in batches and return the embeddings (N, D) of its N inputs."""
     name = session.get_inputs()[0].name
     parts = [session.run(None, {name: inputs[batch]})[0] for batch in in_batches(len(inputs), batch_size)]
-    joined: Embeddings = np.concatenate(parts)
-    return joined
+    embeddings: Embeddings = np.concatenate(parts)
+    return embeddings
 
 
-def latencies(sessions: Mapping[str, Any], one: Inputs, *, timer: Timer = time_in_turn) -> Mapping[str, Milliseconds]:
-    """Latency in milliseconds of each session on the same input of batch 1, all timed in turn."""
-    feed = {name: {session.get_inputs()[0].name: one[:1]} for name, session in sessions.items()}
-    return timer({name: _call(session, feed[name]) for name, session in sessions.items()})
+def latencies(
+    sessions: Mapping[str, Any], inputs: Inputs, *, timer: Timer = time_in_turn
+) -> Mapping[str, Milliseconds]:
+    """Return the latencies, in milliseconds, of each session on the first input, batch 1, all timed in turn."""
+    feeds = {name: {session.get_inputs()[0].name: inputs[:1]} for name, session in sessions.items()}
+    return timer({name: _run_call(session, feeds[name]) for name, session in sessions.items()})
 
 
-def lowest_tenth(times: Milliseconds) -> float:
-    """What candidates are compared by: on a busy machine what runs longer than a time slice is interrupted almost
-    always, and its median tells of the other programs."""
-    return float(np.percentile(times, 10))
+def p10(latencies_ms: Milliseconds) -> float:
+    """Return the 10th percentile, which candidates are compared by.
+
+    On a busy machine, nearly every run that is longer than a time slice is interrupted, and its median then reflects
+    the other programs.
+    """
+    return float(np.percentile(latencies_ms, 10))
 
 
-def measurement(of: Agreement, times: Milliseconds, *, reference: Milliseconds, threads: int) -> Measurement:
-    """As the manifest keeps it; `reference` are the float32 tower's latencies, timed in turn with `times`."""
+def measurement(
+    agreement: Agreement, latencies_ms: Milliseconds, *, reference_ms: Milliseconds, threads: int
+) -> Measurement:
+    """Return a tower's figures as the manifest stores them.
+
+    Args:
+        agreement: of its embeddings with float32's.
+        latencies_ms: of the tower.
+        reference_ms: of the float32 tower, timed in turn with `latencies_ms`.
+        threads: number of threads of both.
+    """
     return Measurement(
-        latency_ms_p50=float(np.median(times)),
-        latency_ms_p95=float(np.percentile(times, 95)),
-        speedup=float(np.median(reference) / np.median(times)),
-        max_difference=of.max_difference,
-        cosine=of.cosine,
-        centred_cosine=of.centred_cosine,
-        samples=of.samples,
+        latency_ms_p50=float(np.median(latencies_ms)),
+        latency_ms_p95=float(np.percentile(latencies_ms, 95)),
+        speedup=float(np.median(reference_ms) / np.median(latencies_ms)),
+        max_difference=agreement.max_difference,
+        cosine=agreement.cosine,
+        centred_cosine=agreement.centred_cosine,
+        samples=agreement.samples,
         threads=threads,
         machine=machine_name(),
     )
 
 
-def _call(session: Any, feed: dict[str, Inputs]) -> Callable[[], object]:
+def _run_call(session: Any, feed: dict[str, Inputs]) -> Callable[[], object]:
     return lambda: session.run(None, feed)

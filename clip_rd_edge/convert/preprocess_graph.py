@@ -1,9 +1,9 @@
-"""Preprocessing inside the image tower: uint8 RGB of any size in, resized, cropped and normalised by the graph.
+"""Preprocessing inside the image tower: the graph takes uint8 RGB of any size, and resizes, crops and normalises it.
 
-PIL's antialiased resize is separable: a matrix over the columns, rounded to bytes, then one over the rows, rounded
-again. Both matrices are computed in the graph from the picture's size, in integers up to the last division, so that
-nothing is lost on large pictures. Pillow 13 takes rows first for some tall pictures, up to 12 it never did; the graph
-always takes columns first. Never imports torch.
+PIL's antialiased resize is separable: one matrix over the columns, rounded to bytes, then one over the rows, rounded
+again. The graph computes both matrices from the image's size, in integers up to the last division, so that no precision
+is lost on large images. Pillow 13 resizes the rows of some tall images first, Pillow 12 and earlier never do; the graph
+always resizes columns first. Never imports torch.
 """
 
 from __future__ import annotations
@@ -21,101 +21,107 @@ IMAGE = "image"  # (1, height, width, 3) uint8
 _PREFIX = "preprocess/"
 
 
-def with_preprocessing(model: onnx.ModelProto, how: Preprocessing) -> onnx.ModelProto:
-    """A copy of an image tower that takes a picture, (1, height, width, 3) uint8 RGB of any size.
+def with_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return a copy of an image tower that takes one image, (1, height, width, 3) uint8 RGB of any size.
 
     Args:
         model: pixel_values (N, 3, H, W) float32 -> image_embedding, of opset 18 or later.
+        preprocessing: the model's.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
     pixels = graph.input[0].name
-    before = _preprocessing(how, pixels)
-    nodes = [*before.nodes, *graph.node]
+    prefix = _preprocessing_graph(preprocessing, pixels)
+    nodes = [*prefix.nodes, *graph.node]
     del graph.node[:], graph.input[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(before.constants)
+    graph.initializer.extend(prefix.constants)
     graph.input.append(helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3]))
     return copy
 
 
-def preprocessing_model(how: Preprocessing) -> onnx.ModelProto:
-    """The preprocessing alone: a picture (1, height, width, 3) uint8 -> pixel_values (1, 3, H, W) float32."""
-    before = _preprocessing(how, "pixel_values")
+def preprocessing_model(preprocessing: Preprocessing) -> onnx.ModelProto:
+    """Return the preprocessing alone: image (1, height, width, 3) uint8 -> pixel_values (1, 3, H, W) float32."""
+    steps = _preprocessing_graph(preprocessing, "pixel_values")
     graph = helper.make_graph(
-        before.nodes,
+        steps.nodes,
         "preprocessing",
         [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3])],
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, *how.size])],
-        initializer=before.constants,
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, *preprocessing.size])],
+        initializer=steps.constants,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def _preprocessing(how: Preprocessing, output: str) -> _Graph:
+def _preprocessing_graph(preprocessing: Preprocessing, output: str) -> _Graph:
     g = _Graph()
     height, width = (g.op("Squeeze", g.op("Shape", IMAGE, start=i, end=i + 1), g.ints([0])) for i in (1, 2))
-    new_height, new_width = _new_size(g, how, height, width)
-    rows, columns = how.size
-    across, column_there = _resize(g, how, columns, width, new_width)
-    down, row_there = _resize(g, how, rows, height, new_height)
+    new_height, new_width = _resized_size(g, preprocessing, height, width)
+    rows, columns = preprocessing.size
+    column_weights, column_inside = _resize_matrix(g, preprocessing, columns, width, new_width)
+    row_weights, row_inside = _resize_matrix(g, preprocessing, rows, height, new_height)
     planes = g.op("Transpose", g.op("Squeeze", IMAGE, g.ints([0])), perm=[2, 0, 1])  # (3, height, width)
     planes = g.op("Cast", planes, to=TensorProto.FLOAT)
-    planes = _bytes(g, g.op("MatMul", planes, g.op("Transpose", across, perm=[1, 0])))  # (3, height, W)
-    planes = _bytes(g, g.op("MatMul", down, planes))  # (3, H, W)
-    if how.resize_mode == "longest":
-        there = g.op("And", g.op("Unsqueeze", row_there, g.ints([1])), column_there)
-        planes = g.op("Where", there, planes, g.floats(float(how.fill_color)))
+    # (3, height, W), then (3, H, W)
+    planes = _round_to_bytes(g, g.op("MatMul", planes, g.op("Transpose", column_weights, perm=[1, 0])))
+    planes = _round_to_bytes(g, g.op("MatMul", row_weights, planes))
+    if preprocessing.resize_mode == "longest":
+        inside = g.op("And", g.op("Unsqueeze", row_inside, g.ints([1])), column_inside)
+        planes = g.op("Where", inside, planes, g.floats(float(preprocessing.fill_color)))
     scaled = g.op("Div", planes, g.floats(255.0))
-    mean, std = (g.floats(np.reshape(values, (3, 1, 1))) for values in (how.mean, how.std))
+    mean, std = (g.floats(np.reshape(values, (3, 1, 1))) for values in (preprocessing.mean, preprocessing.std))
     normalised = g.op("Div", g.op("Sub", scaled, mean), std)
     g.op("Unsqueeze", normalised, g.ints([0]), output=output)
     return g
 
 
-def _new_size(g: _Graph, how: Preprocessing, height: str, width: str) -> tuple[str, str]:
+def _resized_size(g: _Graph, preprocessing: Preprocessing, height: str, width: str) -> tuple[str, str]:
     """Height and width after resizing, rounded as `contract.preprocess` rounds."""
-    rows, columns = how.size
-    if how.resize_mode == "squash":
+    rows, columns = preprocessing.size
+    if preprocessing.resize_mode == "squash":
         return g.ints(rows), g.ints(columns)
-    if how.resize_mode == "shortest" and rows == columns:
+    if preprocessing.resize_mode == "shortest" and rows == columns:
         shorter = g.op("Min", height, width)
-        new = [g.op("Div", g.op("Mul", g.ints(rows), of), shorter) for of in (height, width)]
+        new = [g.op("Div", g.op("Mul", g.ints(rows), edge), shorter) for edge in (height, width)]
         return new[0], new[1]
-    sizes = [g.op("Cast", of, to=TensorProto.DOUBLE) for of in (height, width)]
-    ratios = [g.op("Div", of, g.doubles(float(to))) for of, to in zip(sizes, (rows, columns), strict=True)]
-    ratio = g.op("Max" if how.resize_mode == "longest" else "Min", *ratios)
-    new = [g.op("Cast", g.op("Round", g.op("Div", of, ratio)), to=TensorProto.INT64) for of in sizes]
+    edges = [g.op("Cast", edge, to=TensorProto.DOUBLE) for edge in (height, width)]
+    ratios = [g.op("Div", edge, g.doubles(float(size))) for edge, size in zip(edges, (rows, columns), strict=True)]
+    ratio = g.op("Max" if preprocessing.resize_mode == "longest" else "Min", *ratios)
+    new = [g.op("Cast", g.op("Round", g.op("Div", edge, ratio)), to=TensorProto.INT64) for edge in edges]
     return new[0], new[1]
 
 
-def _resize(g: _Graph, how: Preprocessing, wanted: int, size: str, new: str) -> tuple[str, str]:
-    """The matrix (wanted, size) of one axis, cropped or padded to the middle; and which rows show the picture."""
-    twice = g.ints(2)
-    spare = g.op("Sub", new, g.ints(wanted))
-    half = g.op("Mul", g.op("Cast", spare, to=TensorProto.FLOAT), g.floats(0.5))
-    # A crop rounds to even as Python does; a border is cut to the next lower number.
-    offset = g.op("Cast", g.op("Round" if how.resize_mode != "longest" else "Ceil", half), to=TensorProto.INT64)
-    positions = g.op("Add", g.ints(np.arange(wanted)), offset)
-    there = g.op("And", g.op("GreaterOrEqual", positions, g.ints(0)), g.op("Less", positions, new))
-    # Distance of each new pixel's centre from each old one's, in units of the filter: (2r + 1) size − (2i + 1) new,
-    # over 2 max(size, new).
-    centres = g.op("Mul", g.op("Add", g.op("Mul", positions, twice), g.ints(1)), size)
-    old = g.op("Range", g.ints(0), size, g.ints(1))
-    old_centres = g.op("Mul", g.op("Add", g.op("Mul", old, twice), g.ints(1)), new)
-    apart = g.op("Sub", g.op("Unsqueeze", centres, g.ints([1])), old_centres)
-    unit = g.op("Cast", g.op("Mul", g.op("Max", size, new), twice), to=TensorProto.FLOAT)
-    x = g.op("Div", g.op("Cast", g.op("Abs", apart), to=TensorProto.FLOAT), unit)
-    weights = _bicubic(g, x) if how.interpolation == "bicubic" else g.op("Relu", g.op("Sub", g.floats(1.0), x))
+def _resize_matrix(
+    g: _Graph, preprocessing: Preprocessing, output_size: int, size: str, new_size: str
+) -> tuple[str, str]:
+    """Return the matrix (output_size, size) of one axis, cropped or padded at the centre, and which rows lie inside."""
+    two = g.ints(2)
+    excess = g.op("Sub", new_size, g.ints(output_size))
+    half = g.op("Mul", g.op("Cast", excess, to=TensorProto.FLOAT), g.floats(0.5))
+    # Crop offsets round half to even, as in Python; padding widths round down.
+    rounding = "Round" if preprocessing.resize_mode != "longest" else "Ceil"
+    offset = g.op("Cast", g.op(rounding, half), to=TensorProto.INT64)
+    positions = g.op("Add", g.ints(np.arange(output_size)), offset)
+    inside = g.op("And", g.op("GreaterOrEqual", positions, g.ints(0)), g.op("Less", positions, new_size))
+    # Distance from each new pixel's centre to each old one's, in units of the filter:
+    # ((2r + 1) size − (2i + 1) new_size) / (2 max(size, new_size)).
+    centres = g.op("Mul", g.op("Add", g.op("Mul", positions, two), g.ints(1)), size)
+    old_positions = g.op("Range", g.ints(0), size, g.ints(1))
+    old_centres = g.op("Mul", g.op("Add", g.op("Mul", old_positions, two), g.ints(1)), new_size)
+    distances = g.op("Sub", g.op("Unsqueeze", centres, g.ints([1])), old_centres)
+    unit = g.op("Cast", g.op("Mul", g.op("Max", size, new_size), two), to=TensorProto.FLOAT)
+    x = g.op("Div", g.op("Cast", g.op("Abs", distances), to=TensorProto.FLOAT), unit)
+    bicubic = preprocessing.interpolation == "bicubic"
+    weights = _bicubic(g, x) if bicubic else g.op("Relu", g.op("Sub", g.floats(1.0), x))
     total = g.op("ReduceSum", weights, g.ints([1]))
-    # A row of the border sums to nothing; it is painted over, but must not be NaN.
-    total = g.op("Where", g.op("Unsqueeze", there, g.ints([1])), total, g.floats(1.0))
-    return g.op("Div", weights, total), there
+    # A row in the padding sums to 0; its pixels are overwritten by the fill colour, but must not be NaN.
+    total = g.op("Where", g.op("Unsqueeze", inside, g.ints([1])), total, g.floats(1.0))
+    return g.op("Div", weights, total), inside
 
 
 def _bicubic(g: _Graph, x: str) -> str:
-    """PIL's filter with a = −0.5, of distances that are not negative."""
+    """PIL's bicubic filter with a = −0.5, of distances that are not negative."""
     square = g.op("Mul", x, x)
     near = g.op("Add", g.op("Mul", g.op("Sub", g.op("Mul", x, g.floats(1.5)), g.floats(2.5)), square), g.floats(1.0))
     far = g.op("Add", g.op("Mul", g.op("Sub", x, g.floats(5.0)), x), g.floats(8.0))
@@ -124,34 +130,34 @@ def _bicubic(g: _Graph, x: str) -> str:
     return g.op("Where", g.op("Less", x, g.floats(1.0)), near, outside)
 
 
-def _bytes(g: _Graph, values: str) -> str:
-    """Rounded and clipped to what a byte holds, still as float32, as PIL does after each of its two passes."""
+def _round_to_bytes(g: _Graph, values: str) -> str:
+    """Round and clip to the values of a byte, still as float32, as PIL does after each of its two passes."""
     return g.op("Clip", g.op("Floor", g.op("Add", values, g.floats(0.5))), g.floats(0.0), g.floats(255.0))
 
 
 class _Graph:
-    """Nodes and constants as they are asked for, so that a formula reads as one."""
+    """Collects nodes and constants in the order they are requested, so that code reads like a formula."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """A node; returns its output's name."""
+        """Add a node; return its output's name."""
         name = f"{_PREFIX}{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [output or name], name=name, **attributes))
         return output or name
 
     def ints(self, values: npt.ArrayLike) -> str:
-        """An int64 constant."""
+        """Add an int64 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.int64))
 
     def floats(self, values: npt.ArrayLike) -> str:
-        """A float32 constant."""
+        """Add a float32 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.float32))
 
     def doubles(self, values: npt.ArrayLike) -> str:
-        """A float64 constant."""
+        """Add a float64 constant; return its name."""
         return self._constant(np.asarray(values, dtype=np.float64))
 
     def _constant(self, values: npt.NDArray[Any]) -> str:

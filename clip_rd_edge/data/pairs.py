@@ -1,4 +1,4 @@
-"""Pairs of pictures and captions, whatever they come from."""
+"""Image-caption pairs for training, whatever their source."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from PIL import Image
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-TAR_ENDINGS = (".tar", ".tar}")
+TAR_SUFFIXES = (".tar", ".tar}")
 
 
 class Pairs(Protocol):
-    """N pictures, each with one caption or more that say the same; training picks one a view.
+    """N images, each with one or more equivalent captions; training picks one per view.
 
-    Any pair can be had at any time, by its index and in any process: what a step sees is a function of seed and step.
+    Any process can read any pair at any time by its index, so a batch depends only on the seed and the step.
 
     Attributes:
-        name: as logs and provenance show it.
-        left_out: what of the source is no pair, such as a sample without a caption, each in words that name its place.
+        name: as shown in logs and provenance.
+        left_out: parts of the source that are not pairs, such as a sample without a caption; each entry is a message
+            that names the location.
     """
 
     @property
@@ -35,15 +36,15 @@ class Pairs(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
-        """The picture as RGB; raises InputError where it cannot be read."""
+        """Return the image as RGB; raises InputError if it cannot be read."""
         ...
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """At least one caption; raises InputError where none can be read."""
+        """Return one or more captions; raises InputError if none can be read."""
         ...
 
     def identity(self) -> Iterator[bytes]:
-        """What tells these pairs from others, in their order; a copy in another folder has the same."""
+        """Yield bytes that identify these pairs and their order; a copy in another folder yields the same."""
         ...
 
 
@@ -60,25 +61,26 @@ def load_pairs(
     """Load pairs for training.
 
     Args:
-        source: `emoji` for the embedded data set's training pairs; the path of a CSV or TSV file with a header; or
-            WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`: all in open_clip's conventions.
-            Relative picture paths of a table count from where the command runs, as in open_clip, else from its folder.
+        source: `emoji` for the training pairs of the built-in data set; the path of a CSV or TSV file with a header; or
+            WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`; all in open_clip's conventions.
+            Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
+            the table's folder.
         image_key, caption_key: names of the table's two columns.
-        separator: of the table; None means tab for `.tsv`, and for others what the header holds.
-        weights: how often each source of shards is shown an epoch, such as `1::2`; None for once.
+        separator: of the table; None means tab for `.tsv` or if the header contains a tab, and comma otherwise.
+        weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
         json_key, reporter: see `data.webdataset.ShardPairs`.
 
     Raises:
-        InputError: no such file, a missing column, a missing picture, an empty caption, or fewer than two pairs.
-        UsageError: weights that do not fit.
+        InputError: a file, column or image is missing, a caption is empty, or there are fewer than two pairs.
+        UsageError: the weights are invalid.
     """
-    if weights and not source.endswith(TAR_ENDINGS):
-        raise UsageError(f"The weights {weights!r} are for sources of shards, and {source} is none.")
+    if weights and not source.endswith(TAR_SUFFIXES):
+        raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {source}.")
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
         pairs: Pairs = training_pairs()
-    elif source.endswith(TAR_ENDINGS):
+    elif source.endswith(TAR_SUFFIXES):
         from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
@@ -92,13 +94,13 @@ def load_pairs(
 
 
 def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
-    """Refuse a batch that the pairs cannot fill, one without negatives, or one that processes cannot share.
+    """Check that a batch has negatives, that there are enough pairs to fill it, and that processes can share it evenly.
 
     Raises:
-        UsageError: fewer than two pairs a step, more than there are, or not the same number for each process.
+        UsageError: the batch size is below 2, exceeds the number of pairs, or is not a multiple of `processes`.
     """
     if batch_size < 2:
-        raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs a step.")
+        raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.")
     if batch_size > len(pairs):
         raise UsageError(
             f"The batch size is {batch_size}, but {pairs.name} has only {len(pairs)} pairs.",
@@ -108,81 +110,88 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
         raise UsageError(f"The batch size is {batch_size}, which {processes} processes cannot share evenly.")
 
 
-MAX_SHARE = 0.01  # of all samples
-Bad = tuple[int, str]  # index of a pair, and what is wrong with it
+MAX_BAD_SHARE = 0.01  # of all samples
+BadPair = tuple[int, str]  # index and reason
 
 
 @dataclass(frozen=True)
-class SoundPair:
-    """A picture and its captions, and the bad pairs that were passed over on the way to it."""
+class ValidPair:
+    """An image and its captions, and the bad pairs that were skipped to reach it."""
 
     image: Image.Image
     captions: tuple[str, ...]
-    passed_over: tuple[Bad, ...]
+    skipped: tuple[BadPair, ...]
 
 
 class BadSamples:
-    """Counts bad samples: those that the pairs leave out, and those that turn out to be bad when they are read.
+    """Counts bad samples: those that the source leaves out, and those that fail when they are read.
+
+    Args:
+        max_share: max share of bad samples among all samples.
 
     Raises:
-        InputError: the pairs leave out more than `max_share` of their samples.
+        InputError: the source leaves out more than `max_share` of its samples.
     """
 
-    def __init__(self, pairs: Pairs, *, max_share: float = MAX_SHARE) -> None:
+    def __init__(self, pairs: Pairs, *, max_share: float = MAX_BAD_SHARE) -> None:
         self._pairs, self._max_share = pairs, max_share
-        self._found: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}  # by the index of the bad pair
         samples = len(pairs) + len(pairs.left_out)
         self.allowed = math.floor(max_share * samples)
         self._check(pairs.left_out)
 
     def __len__(self) -> int:
-        return self.left_out + self.found
+        return self.left_out + self.bad_pairs
 
     @property
     def left_out(self) -> int:
-        """Samples that are no pairs."""
+        """Number of samples that the source leaves out."""
         return len(self._pairs.left_out)
 
     @property
-    def found(self) -> int:
-        """Pairs that turned out to be bad, in this process."""
-        return len(self._found)
+    def bad_pairs(self) -> int:
+        """Number of pairs that could not be read in this process."""
+        return len(self._reasons)
 
-    def add(self, found: Iterable[Bad]) -> None:
-        """Count bad pairs, each once, however often it is met.
+    def add(self, bad: Iterable[BadPair]) -> None:
+        """Count bad pairs, each only once.
 
         Raises:
-            InputError: there are more than the share allows; it names the last.
+            InputError: their number exceeds the limit; the message names the latest.
         """
-        fresh = {index: reason for index, reason in found if index not in self._found}
-        self._found.update(fresh)
-        self._check(tuple(fresh.values()))
+        new = {index: reason for index, reason in bad if index not in self._reasons}
+        self._reasons.update(new)
+        self._check(tuple(new.values()))
 
-    def check_total(self, found: int) -> None:
-        """Refuse as `add` does, in every process, by what all of them found; a pair met by two counts twice."""
-        if self.left_out + found > self.allowed:
-            self._refuse(self.left_out + found, next(reversed(self._found.values()), "found by another process"))
+    def check_total(self, bad_pairs: int) -> None:
+        """Apply the limit to the sum over all processes; a pair that failed in two of them counts twice.
 
-    def sound(self, index: int) -> SoundPair | tuple[Bad, ...]:
-        """The pair at `index`, or the next one that is sound; where that is too far off, the bad ones alone.
-
-        What is returned is not counted yet: this may run in a worker process, and `add` counts where all come together.
+        Raises:
+            InputError: the number of bad samples exceeds the limit.
         """
-        bad: list[Bad] = []
+        if self.left_out + bad_pairs > self.allowed:
+            self._refuse(self.left_out + bad_pairs, next(reversed(self._reasons.values()), "found by another process"))
+
+    def next_valid(self, index: int) -> ValidPair | tuple[BadPair, ...]:
+        """Return the first valid pair from `index` on, or only the bad pairs if they exceed the limit.
+
+        They are not counted yet: this may run in a worker process, and `add` must be called in the main process.
+        """
+        bad: list[BadPair] = []
         while len(bad) <= self.allowed:
-            at = (index + len(bad)) % len(self._pairs)
+            candidate = (index + len(bad)) % len(self._pairs)
             try:
-                return SoundPair(self._pairs.open(at), self._pairs.captions(at), tuple(bad))
+                return ValidPair(self._pairs.open(candidate), self._pairs.captions(candidate), tuple(bad))
             except InputError as error:
-                bad.append((at, str(error)))
+                bad.append((candidate, str(error)))
         return tuple(bad)
 
-    def take(self, index: int) -> SoundPair:
-        """As `sound`, counted at once; raises as `add`."""
-        found = self.sound(index)
-        self.add(found.passed_over if isinstance(found, SoundPair) else found)
-        assert isinstance(found, SoundPair)  # else there were more than are allowed, and `add` has raised
-        return found
+    def take(self, index: int) -> ValidPair:
+        """Return the first valid pair from `index` on, and count the bad ones; raises as `add`."""
+        result = self.next_valid(index)
+        self.add(result.skipped if isinstance(result, ValidPair) else result)
+        assert isinstance(result, ValidPair)  # otherwise the limit was exceeded and `add` has raised
+        return result
 
     def _check(self, latest: tuple[str, ...]) -> None:
         if len(self) > self.allowed and latest:
@@ -193,5 +202,5 @@ class BadSamples:
         raise InputError(
             f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
             f"{example.rstrip('.')}.",
-            hint="mend or remove them, or allow more with --max-bad",
+            hint="fix or remove them, or raise the limit with --max-bad",
         )

@@ -1,4 +1,4 @@
-"""Pairs from files that lie one by one: a CSV or TSV table in open_clip's conventions, the emoji set."""
+"""Pairs from individual image files: a CSV or TSV table in open_clip's conventions, or the emoji data set."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clip_rd_edge.errors import InputError, near_matches
 
 @dataclass(frozen=True)
 class TablePairs:
-    """Pairs by path; it satisfies `data.pairs.Pairs`.
+    """Pairs of image paths and captions; implements `data.pairs.Pairs`.
 
     Attributes:
         images: N paths.
-        texts: N non-empty tuples of captions that say the same.
-        left_out: empty: what a table names has to be there.
+        texts: N non-empty tuples of equivalent captions.
+        left_out: empty: every row of a table must be valid.
     """
 
     name: str
@@ -32,25 +32,25 @@ class TablePairs:
         return len(self.images)
 
     def open(self, index: int) -> Image.Image:
-        """The picture as RGB; raises InputError where it cannot be read."""
+        """Return the image as RGB; raises InputError if it cannot be read."""
         return open_image(self.images[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """All captions."""
+        """Return all captions."""
         return self.texts[index]
 
     def identity(self) -> Iterator[bytes]:
-        """What tells these pairs from others: names of the pictures and their captions."""
+        """Yield bytes that identify these pairs: the names of the images, and the captions."""
         for path, captions in zip(self.images, self.texts, strict=True):
             yield f"{path.name}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
 
 
 def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:
-    """Read pairs from a CSV or TSV file; arguments and errors as `data.pairs.load_pairs`."""
+    """Read pairs from a CSV or TSV file; arguments and errors as for `data.pairs.load_pairs`."""
     if not path.is_file():
         raise InputError(
-            f"There is no data file {path}.",
-            hint="give a CSV with the columns filepath,title, shards (….tar), or emoji",
+            f"The data file {path} does not exist.",
+            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji",
         )
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
@@ -62,11 +62,11 @@ def read_table(path: Path, *, image_key: str, caption_key: str, separator: str |
             for key, option in ((image_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
                 _require_column(path, list(rows.fieldnames or []), key, option)
             for row in rows:
-                place = f"{path}, line {rows.line_num}"
-                images.append(_existing_picture(row[image_key], path.parent, place))
+                location = f"{path}, line {rows.line_num}"
+                images.append(_find_image(row[image_key], path.parent, location))
                 caption = (row[caption_key] or "").strip()
                 if not caption:
-                    raise InputError(f"{place}: the caption in column {caption_key!r} is empty.")
+                    raise InputError(f"{location}: the caption in column {caption_key!r} is empty.")
                 captions.append((caption,))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
@@ -84,12 +84,12 @@ def _require_column(path: Path, columns: list[str], key: str, option: str) -> No
         raise InputError(
             f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
             f"{near_matches(key, columns)}",
-            hint=f"name it with {option}",
+            hint=f"name the column with {option}",
         )
 
 
-def _existing_picture(name: str | None, folder: Path, place: str) -> Path:
+def _find_image(name: str | None, folder: Path, location: str) -> Path:
     for candidate in (Path(name or ""), folder / (name or "")):
         if name and candidate.is_file():
             return candidate.resolve()
-    raise InputError(f"{place}: there is no picture {name!r}, neither here nor in {folder}.")
+    raise InputError(f"{location}: the image {name!r} exists neither in the working directory nor in {folder}.")

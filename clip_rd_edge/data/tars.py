@@ -1,7 +1,7 @@
-"""WebDataset shards, read at random: a tar is looked through once, and from then on every sample is found by its place.
+"""Random access to WebDataset shards: a tar is indexed once, and then every sample can be read by its offset.
 
-A sample is what lies side by side under one name up to its first dot, as in webdataset and open_clip: `000012.jpg`,
-`000012.txt`, `000012.json`. Of each, the index keeps where its picture, text, JSON and class lie.
+A sample consists of consecutive files with the same name up to the first dot, as in webdataset and open_clip:
+`000012.jpg`, `000012.txt`, `000012.json`. The index stores the locations of its image, text, JSON and class.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import numpy.typing as npt
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
-Kind = Literal["picture", "text", "json", "class"]
-_KINDS: dict[str, int] = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
-_COLUMNS: dict[Kind, int] = {"picture": 0, "text": 1, "json": 2, "class": 3}
-_SUFFIXES: dict[Kind, str] = {"picture": "", "text": ".txt", "json": ".json", "class": ".cls"}
-_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_META = re.compile(r"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's own notes
-_INDEX_FORMAT = "1"  # raise when the same tar would be indexed differently
-_BLOCK = 512
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what a damaged cached index may raise
+Kind = Literal["image", "text", "json", "class"]
+_COLUMN_OF_SUFFIX: dict[str, int] = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
+_COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
+_SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+_META = re.compile(r"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
+_INDEX_FORMAT = "1"  # increase when the same tar is indexed differently
+_BLOCK_BYTES = 512
+_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in an uncompressed tar; it satisfies `contract.images.ImageFile`."""
+    """A file in an uncompressed tar; implements `contract.images.ImageFile`."""
 
     shard: Path
     name: str
@@ -44,12 +44,13 @@ class TarMember:
     size: int
 
     def read_bytes(self) -> bytes:
-        """Its content. The tar is opened anew each time: 10 µs, and nothing that worker processes could share."""
+        """Return the file's content."""
+        # Opening the tar each time costs 10 µs and leaves no open file that worker processes would share.
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise OSError(f"{self.size:,} bytes were expected and {len(content):,} are there")
+            raise OSError(f"expected {self.size:,} bytes, found {len(content):,}")
         return content
 
     def __str__(self) -> str:
@@ -58,109 +59,110 @@ class TarMember:
 
 @dataclass(frozen=True)
 class Shard:
-    """The G samples of a tar.
+    """The index of a tar with G samples.
 
     Attributes:
-        names: of each sample up to its first dot, (G,), UTF-8.
-        places: offset and size in bytes of picture, text, JSON and class, (G, 4, 2); offset -1 where there is none.
-        damage: where the tar is damaged and was read no further, or empty.
+        names: sample names up to the first dot, (G,), UTF-8.
+        locations: offset and size in bytes of image, text, JSON and class, (G, 4, 2); an offset of -1 means missing.
+        damage: where the tar is damaged and indexing stopped, or empty.
     """
 
     path: Path
     names: npt.NDArray[np.bytes_]
-    places: npt.NDArray[np.int64]
+    locations: npt.NDArray[np.int64]
     damage: str
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """What a sample is called in the tar."""
+        """Return the name of a sample."""
         return bytes(self.names[index]).decode(errors="replace")
 
     def has(self, kind: Kind) -> npt.NDArray[np.bool_]:
-        """Which samples have one, (G,)."""
-        there: npt.NDArray[np.bool_] = self.places[:, _COLUMNS[kind], 0] >= 0
-        return there
+        """Return a mask of the samples that have this kind of file, (G,)."""
+        mask: npt.NDArray[np.bool_] = self.locations[:, _COLUMNS[kind], 0] >= 0
+        return mask
 
     def member(self, index: int, kind: Kind) -> TarMember | None:
-        """A sample's picture, text, JSON or class, or None where it has none."""
-        offset, size = self.places[index, _COLUMNS[kind]].tolist()
+        """Return a sample's image, text, JSON or class file, or None if it has none."""
+        offset, size = self.locations[index, _COLUMNS[kind]].tolist()
         if offset < 0:
             return None
         return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)
 
 
 def open_shard(path: Path) -> Shard:
-    """A shard's index: from the cache where the tar is as it was (path, size, time of change), else made now.
+    """Return a shard's index, from the cache if path, size and modification time of the tar are unchanged.
 
     Raises:
-        InputError: no such file, or not an uncompressed tar.
+        InputError: the file does not exist or is not an uncompressed tar.
     """
     try:
-        state = path.stat()
+        stat = path.stat()
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
-    identity = f"{_INDEX_FORMAT}\n{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
+    identity = f"{_INDEX_FORMAT}\n{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
     cached = cache_home() / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
-    # Whatever is wrong with a cached index, it can be made again.
-    with contextlib.suppress(*_DAMAGED), np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index:
+    # A damaged cached index is built again.
+    with contextlib.suppress(*_CACHE_ERRORS), np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index:
         return Shard(path, index["names"], index["places"], str(index["damage"]))
-    shard = _look_through(path)
+    shard = _index_tar(path)
     buffer = io.BytesIO()
-    np.savez(buffer, names=shard.names, places=shard.places, damage=np.asarray(shard.damage))
-    with contextlib.suppress(OSError):  # a full or read-only cache costs time, no more
+    np.savez(buffer, names=shard.names, places=shard.locations, damage=np.asarray(shard.damage))
+    with contextlib.suppress(OSError):  # a full or read-only cache only costs time
         write_bytes(cached, buffer.getvalue())
     return shard
 
 
-def _look_through(path: Path) -> Shard:
+def _index_tar(path: Path) -> Shard:
     names: list[bytes] = []
-    places: list[list[tuple[int, int]]] = []
+    locations: list[list[tuple[int, int]]] = []
     damage = ""
     suffixes: set[str] = set()
     try:
         with tarfile.open(path, "r:") as archive:
             for member in _members(archive):
-                found = None if _META.match(member.name) else _NAME.fullmatch(member.name)
-                if not member.isreg() or found is None:
+                match = None if _META.match(member.name) else _MEMBER_NAME.fullmatch(member.name)
+                if not member.isreg() or match is None:
                     continue
-                name, suffix = found[1].encode(errors="surrogateescape"), found[2].lower()
-                # A suffix for the second time begins a sample: names are unique within a tar only, and tars get joined.
+                name, suffix = match[1].encode(errors="surrogateescape"), match[2].lower()
+                # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
                 if not names or name != names[-1] or suffix in suffixes:
                     names.append(name)
-                    places.append([(-1, 0)] * len(_COLUMNS))
+                    locations.append([(-1, 0)] * len(_COLUMNS))
                     suffixes = set()
                 suffixes.add(suffix)
-                column = _KINDS.get(suffix)
-                if column is not None and places[-1][column][0] < 0:
-                    places[-1][column] = (member.offset_data, member.size)
-            damage = _damage(archive, path)
+                column = _COLUMN_OF_SUFFIX.get(suffix)
+                if column is not None and locations[-1][column][0] < 0:
+                    locations[-1][column] = (member.offset_data, member.size)
+            damage = _damage_at_end(archive, path)
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
     except tarfile.TarError as error:
         if not names:
             raise InputError(
-                f"{path} is not an uncompressed tar: {error}.", hint="shards are read at random: unpack .tar.gz first"
+                f"{path} is not an uncompressed tar: {error}.",
+                hint="decompress .tar.gz files: shards need random access",
             ) from error
         damage = f"the tar ends or is damaged in or after {names.pop().decode(errors='replace')}"
-        places.pop()
+        locations.pop()
     return Shard(
         path,
         np.asarray(names, dtype=np.bytes_),
-        np.asarray(places, dtype=np.int64).reshape(len(names), len(_COLUMNS), 2),
+        np.asarray(locations, dtype=np.int64).reshape(len(names), len(_COLUMNS), 2),
         damage,
     )
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all it has seen
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         yield member
 
 
-def _damage(archive: tarfile.TarFile, path: Path) -> str:
-    """tarfile takes a damaged header for the end: what stands there tells it from a real one, which is zeros."""
+def _damage_at_end(archive: tarfile.TarFile, path: Path) -> str:
+    """Describe a damaged header, which tarfile mistakes for the end of the tar; the real end is a block of zeros."""
     with path.open("rb") as file:
         file.seek(archive.offset)
-        return f"the tar is damaged at byte {archive.offset:,}" if any(file.read(_BLOCK)) else ""
+        return f"the tar is damaged at byte {archive.offset:,}" if any(file.read(_BLOCK_BYTES)) else ""

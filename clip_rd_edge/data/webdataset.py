@@ -1,7 +1,7 @@
-"""Pairs from local WebDataset shards: indexed once, then read at random.
+"""Pairs from local WebDataset shards, indexed once for random access.
 
-open_clip streams shards; here a batch is a function of seed and step alone, so that a resumed run sees what an
-uninterrupted one would have seen. That needs every sample's place, and no shuffle buffer.
+open_clip streams shards through a shuffle buffer. Here a batch depends only on the seed and the step, so that a resumed
+run sees the same batches as an uninterrupted one. This needs the location of every sample.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
-SEPARATOR = "::"  # between sources, and between their weights, as in open_clip
-_REMOTE = ("://", "pipe:")
+SEPARATOR = "::"  # between sources and between weights, as in open_clip
+_REMOTE_MARKS = ("://", "pipe:")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Some shards, and how often each of their samples is shown an epoch."""
+    """Shards, and the number of times their samples are shown per epoch."""
 
     shards: tuple[Path, ...]
     weight: int = 1
 
 
 class ShardPairs:
-    """The pairs of some sources; it satisfies `data.pairs.Pairs`.
+    """Pairs from one or more sources of shards; implements `data.pairs.Pairs`.
 
-    Index i counts through the first source's samples, as often as its weight says, then through the second's: an epoch
-    shows a sample of a source of weight 2 twice, in two crops.
+    The indices run through the samples of the first source, repeated by its weight, then through those of the second:
+    with a weight of 2, an epoch shows each sample of a source twice, in two crops.
 
     Args:
-        json_key: take captions from this key of the .json, a string or a list of them; None takes the .txt where there
-            is one, else the .json's `caption`.
-        reporter: told how many shards are indexed; a shard's index is kept for the next time.
+        json_key: read captions from this key of the .json, a string or a list of strings; None reads the .txt, or the
+            `caption` of the .json if there is no .txt.
+        reporter: receives the progress of indexing; the index of a shard is cached.
 
     Attributes:
-        left_out: samples without a picture or a caption's file, and damaged shards, in words.
+        left_out: messages about samples without an image or a caption file, and about damaged shards.
 
     Raises:
-        InputError: a shard is missing or is no tar.
+        InputError: a shard does not exist or is not a tar.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class ShardPairs:
             for path in source.shards:
                 reporter.update("indexing shards", len(self._shards), count)
                 self._shards.append(open_shard(path))
-            sound = [_sound(shard, json_key, left_out) for shard in self._shards[first:]]
-            of_shard = np.repeat(np.arange(first, len(self._shards), dtype=np.int32), [len(part) for part in sound])
-            numbers.append(np.tile(of_shard, source.weight))
-            samples.append(np.tile(np.concatenate(sound), source.weight))
+            valid = [_valid_samples(shard, json_key, left_out) for shard in self._shards[first:]]
+            shard_of = np.repeat(np.arange(first, len(self._shards), dtype=np.int32), [len(part) for part in valid])
+            numbers.append(np.tile(shard_of, source.weight))
+            samples.append(np.tile(np.concatenate(valid), source.weight))
         self._shard_of, self._sample_of = np.concatenate(numbers), np.concatenate(samples)
         self.left_out = tuple(left_out)
 
@@ -82,79 +82,81 @@ class ShardPairs:
         return len(self._shard_of)
 
     def open(self, index: int) -> Image.Image:
-        """The picture as RGB; raises InputError where it cannot be read, with shard and sample."""
-        shard, sample = self._place(index)
-        picture = shard.member(sample, "picture")
-        assert picture is not None  # left out at the start otherwise
-        return open_image(picture)
+        """Return the image as RGB; raises InputError with shard and sample if it cannot be read."""
+        shard, sample = self._locate(index)
+        image = shard.member(sample, "image")
+        assert image is not None  # samples without an image are left out
+        return open_image(image)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """All captions; raises InputError where there is none, with shard and sample."""
-        shard, sample = self._place(index)
+        """Return all captions; raises InputError with shard and sample if there are none."""
+        shard, sample = self._locate(index)
         if self._json_key is None and (text := shard.member(sample, "text")):
             return text_captions(text)
         json = shard.member(sample, "json")
-        assert json is not None  # left out at the start otherwise
+        assert json is not None  # samples without a caption are left out
         return json_captions(json, self._json_key or JSON_KEY)
 
     def identity(self) -> Iterator[bytes]:
-        """What tells these pairs from others: names, places and sizes of all samples. No sample is read."""
+        """Yield bytes that identify these pairs: names, offsets and sizes of all samples. No sample is read."""
         for shard in self._shards:
-            yield from (shard.path.name.encode(), shard.names.tobytes(), shard.places.tobytes())
+            yield from (shard.path.name.encode(), shard.names.tobytes(), shard.locations.tobytes())
         yield from (self._shard_of.tobytes(), self._sample_of.tobytes(), repr(self._json_key).encode())
 
-    def _place(self, index: int) -> tuple[Shard, int]:
+    def _locate(self, index: int) -> tuple[Shard, int]:
         return self._shards[int(self._shard_of[index])], int(self._sample_of[index])
 
 
 def parse_sources(source: str, weights: str | None = None) -> list[Source]:
-    """Sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`.
+    """Parse sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`.
 
     Raises:
-        InputError: a shard is missing, or is not on this machine.
-        UsageError: weights that are not whole numbers from 1 on, or not one a source.
+        InputError: a shard does not exist or is not a local file.
+        UsageError: the weights are not positive integers, or there is not exactly one per source.
     """
     patterns = source.split(SEPARATOR)
-    factors = _weights(weights, len(patterns))
-    return [Source(_files(pattern), factor) for pattern, factor in zip(patterns, factors, strict=True)]
+    factors = _parse_weights(weights, len(patterns))
+    return [Source(_shard_paths(pattern), factor) for pattern, factor in zip(patterns, factors, strict=True)]
 
 
-def _weights(weights: str | None, sources: int) -> list[int]:
+def _parse_weights(weights: str | None, sources: int) -> list[int]:
     if not weights:
         return [1] * sources
     parts = [part.strip() for part in weights.split(SEPARATOR)]
     if len(parts) != sources:
-        raise UsageError(f"The weights {weights!r} are {len(parts)} for {sources} sources; one is needed for each.")
+        raise UsageError(f"There are {len(parts)} weights {weights!r} for {sources} sources; one per source is needed.")
     for part in parts:
-        # An epoch shows every sample a whole number of times: half of a source would be the same half each epoch.
+        # A weight of 0.5 would show the same half of a source in every epoch.
         if not part.isdecimal() or int(part) < 1:
             raise UsageError(
-                f"The weight {part!r} is not a whole number from 1 on: it says how often a source is shown an epoch.",
-                hint="for one half as often as the other write 1::2",
+                f"The weight {part!r} is not a positive integer: it is how often a source is shown per epoch.",
+                hint="to show the first source half as often as the second, use 1::2",
             )
     return [int(part) for part in parts]
 
 
-def _files(pattern: str) -> tuple[Path, ...]:
-    if any(mark in pattern for mark in _REMOTE):
-        raise InputError(f"{pattern} is not on this machine; shards are read from local files.", hint="copy them here")
+def _shard_paths(pattern: str) -> tuple[Path, ...]:
+    if any(mark in pattern for mark in _REMOTE_MARKS):
+        raise InputError(f"{pattern} is remote; shards are read only from local files.", hint="download them first")
     paths = tuple(Path(name) for name in expand_braces(pattern.strip()))
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise InputError(f"There is no shard {missing[0]} ({len(missing)} of {len(paths)} in {pattern} are missing).")
+        raise InputError(
+            f"The shard {missing[0]} does not exist ({len(missing)} of {len(paths)} in {pattern} missing)."
+        )
     return paths
 
 
-def _sound(shard: Shard, json_key: str | None, left_out: list[str]) -> npt.NDArray[np.int64]:
-    """Indices of the samples that have what a pair needs; the others go to `left_out`."""
-    captioned = shard.has("json") if json_key is not None else shard.has("text") | shard.has("json")
-    pictured = shard.has("picture")
-    for index in np.flatnonzero(~(captioned & pictured)).tolist():
-        lacking = "picture (.jpg, .png, .webp)" if not pictured[index] else "caption (.txt, .json)"
-        left_out.append(f"{shard.path}: {shard.name(index)} has no {lacking}")
+def _valid_samples(shard: Shard, json_key: str | None, left_out: list[str]) -> npt.NDArray[np.int64]:
+    """Return the indices of samples with an image and a caption; append messages about the others to `left_out`."""
+    has_caption = shard.has("json") if json_key is not None else shard.has("text") | shard.has("json")
+    has_image = shard.has("image")
+    for index in np.flatnonzero(~(has_caption & has_image)).tolist():
+        missing = "image (.jpg, .png, .webp)" if not has_image[index] else "caption (.txt, .json)"
+        left_out.append(f"{shard.path}: {shard.name(index)} has no {missing}")
     if shard.damage:
         left_out.append(f"{shard.path}: {shard.damage}")
-    return np.flatnonzero(captioned & pictured)
+    return np.flatnonzero(has_caption & has_image)
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -162,52 +164,52 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names that a pattern stands for, in its order; several braces give every combination.
+    """Expand the braces of a pattern to a list of names, in order; several braces give all combinations.
 
-    A range keeps leading zeros: `{08..11}` is 08, 09, 10, 11.
+    A range keeps leading zeros: `{08..11}` gives 08, 09, 10, 11.
 
     Raises:
-        InputError: a brace that holds neither a range of whole numbers nor a list, or one that stands alone.
+        InputError: a pair of braces contains neither a range of integers nor a list, or a brace is unmatched.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
+    match = _BRACES.search(pattern)
+    if match is None:
         if "{" in pattern or "}" in pattern:
-            raise InputError(f"The pattern {pattern!r} has a brace without its partner.")
+            raise InputError(f"The pattern {pattern!r} has an unmatched brace.")
         return [pattern]
-    before, after = pattern[: found.start()], pattern[found.end() :]
-    return [before + choice + rest for choice in _choices(found[1], pattern) for rest in expand_braces(after)]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [before + choice + rest for choice in _choices(match[1], pattern) for rest in expand_braces(after)]
 
 
-def _choices(inside: str, pattern: str) -> list[str]:
-    numbers = _RANGE.fullmatch(inside)
+def _choices(content: str, pattern: str) -> list[str]:
+    numbers = _RANGE.fullmatch(content)
     if numbers is None:
-        if "," not in inside:
+        if "," not in content:
             raise InputError(
-                f"{{{inside}}} in {pattern!r} is neither a range nor a list.",
+                f"{{{content}}} in {pattern!r} is neither a range nor a list.",
                 hint="write {00000..00012} or {train,val}",
             )
-        return inside.split(",")
+        return content.split(",")
     first, last = numbers.groups()
-    # As in a shell: leading zeros on either side set the width of all.
+    # As in a shell, leading zeros on either side set the width of all numbers.
     width = max(len(first), len(last)) if "0" in (first[0], last[0]) and max(len(first), len(last)) > 1 else 0
     step = 1 if int(first) <= int(last) else -1
     return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
 
 
 def text_captions(member: TarMember) -> tuple[str, ...]:
-    """The caption of a .txt, lines and all, as open_clip takes it.
+    """Return the whole text of a .txt as one caption, as open_clip does.
 
     Raises:
-        InputError: it is empty, or no UTF-8.
+        InputError: the file is empty or not valid UTF-8.
     """
-    return _said([read_text(member)], str(member))
+    return _require_captions([read_text(member)], str(member))
 
 
 def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
-    """The captions at a key of a .json: a text or a list of texts.
+    """Return the captions at a key of a .json, a string or a list of strings.
 
     Raises:
-        InputError: no such key, no text there, or no JSON.
+        InputError: the file is not valid JSON, or its key is missing or holds no text.
     """
     try:
         content = msgspec.json.decode(read_text(member))
@@ -215,23 +217,26 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
     if not isinstance(content, dict) or key not in content:
         known = [str(name) for name in content] if isinstance(content, dict) else []
-        raise InputError(f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name it: --json-caption-key")
+        raise InputError(
+            f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name the key with --json-caption-key"
+        )
     value = content[key]
     captions = value if isinstance(value, list) else [value]
     if not all(isinstance(caption, str) for caption in captions):
-        raise InputError(f"{member}: {key!r} is neither a text nor a list of texts.")
-    return _said(captions, str(member))
+        raise InputError(f"{member}: {key!r} is neither a string nor a list of strings.")
+    return _require_captions(captions, str(member))
 
 
-def _said(captions: Sequence[str], place: str) -> tuple[str, ...]:
-    said = tuple(stripped for caption in captions if (stripped := caption.strip()))
-    if not said:
-        raise InputError(f"{place}: the caption is empty.")
-    return said
+def _require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]:
+    """Return the captions that are not empty, stripped; raise InputError if there are none."""
+    non_empty = tuple(stripped for caption in captions if (stripped := caption.strip()))
+    if not non_empty:
+        raise InputError(f"{location}: the caption is empty.")
+    return non_empty
 
 
 def read_text(member: TarMember) -> str:
-    """A member's content as UTF-8; raises InputError where it is none or cannot be read."""
+    """Return a member's content as text; raises InputError if it cannot be read or is not valid UTF-8."""
     try:
         return member.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""Train a student under an objective: configuration, loader, step, loop, checkpoints, plots."""
+"""Train a student with a distillation objective: configuration, loader, step, loop, checkpoints, plots."""

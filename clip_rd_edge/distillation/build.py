@@ -1,4 +1,4 @@
-"""What a run is made of, loaded and checked before anything is written."""
+"""Load and check everything a run needs before anything is written."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import ViewDataset
-from clip_rd_edge.distillation.quantized.tower import require_convolutions, require_fit
+from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import build_student, start_image_tower, start_text_tower, student_config
+from clip_rd_edge.models.student import build_student, init_image_tower, init_text_tower, student_config
 from clip_rd_edge.utils.io import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
 @dataclass(frozen=True)
-class Ingredients:
-    """Pairs, models and objective of a run; `teacher` is None where the objective needs none."""
+class RunSetup:
+    """Pairs, models and objective of a run. `teacher` is None if the objective does not need one."""
 
     pairs: Pairs
     teacher: ClipModel | None
@@ -39,25 +39,25 @@ class Ingredients:
     objective: Objective
 
 
-def load_ingredients(
+def load_setup(
     config: RunConfig,
     *,
     name: str,
     processes: Processes,
     reporter: Reporter = SILENT,
-) -> Ingredients:
-    """Load what a configuration names.
+) -> RunSetup:
+    """Load the pairs, the models and the objective that a configuration names.
 
     Args:
-        name: the student's.
-        processes: that share a batch; the first looks shards through, and the others read what it wrote down.
+        name: the student's name.
+        processes: the processes that share a batch. The main one indexes the shards; the others read its index.
 
     Raises:
-        UsageError: a teacher is needed and none is named, the batch does not fit, or quantisation does not.
-        InputError, ConfigError: data, teacher or student do not fit.
+        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised.
+        InputError, ConfigError: data, teacher or student cannot be used.
     """
-    require_fit(config)
-    with processes.first_goes_first():
+    require_quantizable(config)
+    with processes.main_first():
         pairs = load_pairs(
             config.data,
             image_key=config.csv_img_key,
@@ -67,28 +67,28 @@ def load_ingredients(
             reporter=reporter,
         )
     if pairs.left_out:
-        reporter.say(f"{len(pairs.left_out):,} samples are no pairs and left out, the first: {pairs.left_out[0]}")
-    require_batch(pairs, config.recipe.batch_size, processes=processes.count)
+        reporter.say(f"{len(pairs.left_out):,} samples are not pairs and were skipped; the first: {pairs.left_out[0]}")
+    require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
     teacher = _load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, reporter)
     if config.quantize:
-        require_convolutions(student)
+        require_convolutional_tower(student)
     objective = Objective(
         config.recipe.objective,
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
         widths=(student.embedding_size, teacher.embedding_size) if teacher else None,
     )
-    return Ingredients(pairs, teacher, student, objective)
+    return RunSetup(pairs, teacher, student, objective)
 
 
-def make_dataset(config: RunConfig, of: Ingredients, *, with_teacher_pixels: bool = True) -> ViewDataset:
-    """The views that a run trains on."""
+def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
+    """Return the data set of views that a run trains on."""
     return ViewDataset(
-        of.pairs,
-        of.student.preprocessing,
-        of.teacher.preprocessing if of.teacher and with_teacher_pixels else None,
+        setup.pairs,
+        setup.student.preprocessing,
+        setup.teacher.preprocessing if setup.teacher and with_teacher_pixels else None,
         crop_scale=config.recipe.crop_scale,
         seed=config.seed,
         views=config.views,
@@ -97,7 +97,7 @@ def make_dataset(config: RunConfig, of: Ingredients, *, with_teacher_pixels: boo
 
 
 def _load_teacher(config: RunConfig) -> ClipModel | None:
-    if not config.recipe.objective.need_teacher:
+    if not config.recipe.objective.needs_teacher:
         return None
     if config.teacher is None:
         raise UsageError(
@@ -111,54 +111,54 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
     if model_folder(config.student) is not None:
         if config.pretrained_image or config.pretrained_text:
             raise UsageError(
-                f"{config.student} has weights already, and others were named to start from.",
-                hint="leave --pretrained-image and --pretrained-text away",
+                f"{config.student} already has weights, but other weights to start from were named.",
+                hint="omit --pretrained-image and --pretrained-text",
             )
         return load_clip(config.student)
-    described = student_config(
+    model_config = student_config(
         config.student,
         embedding_size=config.embedding_size or (teacher.embedding_size if teacher else 512),
         image_size=config.image_size,
         text=config.text,
         context_length=config.context_length,
     )
-    student = build_student(described, name=name)
+    student = build_student(model_config, name=name)
     if config.pretrained_image:
-        reporter.say(start_image_tower(student, config.pretrained_image))
+        reporter.say(init_image_tower(student, config.pretrained_image))
     if config.pretrained_text:
-        reporter.say(start_text_tower(student, config.pretrained_text, teacher))
+        reporter.say(init_text_tower(student, config.pretrained_text, teacher))
     return student
 
 
-PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
-_SAMPLES_OF_FIGURES = 512
+RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")
+_HISTOGRAM_PAIRS = 512
 
 
-def provenance(config: RunConfig, of: Ingredients, *, steps: int) -> dict[str, Any]:
-    """Recipe, teacher, data, seed, versions: the content of distillation.json."""
-    folder = model_folder(config.teacher) if of.teacher and config.teacher else None
+def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
+    """Return the content of distillation.json: recipe, teacher, data, seed, versions."""
+    folder = model_folder(config.teacher) if setup.teacher and config.teacher else None
     weights = folder / WEIGHTS_FILE if folder else None
     return {
         "recipe": config.recipe_name,
         "configuration": msgspec.to_builtins(config),
-        "teacher": of.teacher.name if of.teacher else None,
+        "teacher": setup.teacher.name if setup.teacher else None,
         "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
         "data": config.data,
-        "pairs": len(of.pairs),
+        "pairs": len(setup.pairs),
         "steps": steps,
         "seed": config.seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()} {platform.system()}",
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
 
 
-def similarities(config: RunConfig, of: Ingredients) -> dict[str, tuple[Embeddings, Embeddings]]:
-    """Image and text embeddings of some pairs, (N, D) each, by student and teacher, for the histograms."""
-    chosen = np.random.default_rng(0).permutation(len(of.pairs))[:_SAMPLES_OF_FIGURES]
-    bad = BadSamples(of.pairs, max_share=config.max_bad)
-    sound = [bad.take(int(i)) for i in chosen]
-    images, captions = [pair.image for pair in sound], [pair.captions[0] for pair in sound]
-    models = {"student": of.student, **({"teacher": of.teacher} if of.teacher else {})}
-    encoders = {who: TorchEncoder(clip) for who, clip in models.items()}
-    return {who: (e.encode_images(images), e.encode_texts(captions)) for who, e in encoders.items()}
+def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
+    """Embed up to 512 random pairs with student and teacher: image and text embeddings, (N, D) each, by model."""
+    indices = np.random.default_rng(0).permutation(len(setup.pairs))[:_HISTOGRAM_PAIRS]
+    bad = BadSamples(setup.pairs, max_share=config.max_bad)
+    pairs = [bad.take(int(index)) for index in indices]
+    images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]
+    models = {"student": setup.student, **({"teacher": setup.teacher} if setup.teacher else {})}
+    encoders = {name: TorchEncoder(clip) for name, clip in models.items()}
+    return {name: (e.encode_images(images), e.encode_texts(captions)) for name, e in encoders.items()}

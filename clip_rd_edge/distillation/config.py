@@ -1,4 +1,4 @@
-"""What a run is: the recipe (how to train) and the rest (what to train, on what), resolved into one file."""
+"""Configuration of a run: the recipe (how to train), and the models and data (what to train, on what)."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RECIPES = Path(__file__).parent / "recipes"
-# What a resumed run may have otherwise: it changes what is written or how fast, and no batch and no loss.
-MAY_CHANGE = frozenset(
+# Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
+CHANGEABLE_ON_RESUME = frozenset(
     {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
     | {"processes"}
 )
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-# What a recipe becomes for `quantize` where nothing else is said: a short fine-tuning, in float32, which alone holds
-# INT8's steps exactly.
-QUANTIZED: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}
+# Defaults that `quantize` puts in place of the recipe's values: a short fine-tuning run, in float32 because only
+# float32 represents INT8's steps exactly.
+QUANTIZE_DEFAULTS: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to train.
 
     Attributes:
-        objective: the terms' weights.
-        scales, scale_start: see `losses.scales.Scales`.
-        epochs: rounds over the pairs; `steps`, where not 0, is used instead.
-        batch_size: pairs a step.
-        learning_rate: peak, after a linear warm-up of `warmup_steps` (at most a tenth of the run); then cosine to 0.
-        weight_decay: on matrices and kernels; biases, norms and the student's logit scale have none.
-        scales_weight_decay: on the objective's own scales.
-        clip_gradient_norm: 0 leaves gradients as they are.
-        crop_scale: least and greatest part of a picture's area that a training crop keeps.
-        ema_decay: of a moving average of the weights, which then is evaluated and kept; 0 keeps the weights themselves.
+        objective: weight of each loss term.
+        scales, scale_start: see `losses.logits.Scales`.
+        epochs: passes over the pairs; ignored if `steps` is not 0.
+        batch_size: pairs per step, over all processes.
+        learning_rate: peak value, after a linear warm-up of `warmup_steps` (at most a tenth of the run); then cosine
+            decay to 0.
+        weight_decay: for matrices and kernels; biases, norms and the student's logit scale are not decayed.
+        scales_weight_decay: for the objective's own parameters.
+        clip_gradient_norm: max norm of the gradients; 0 disables clipping.
+        crop_scale: min and max fraction of an image's area that a training crop keeps.
+        ema_decay: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 saves
+            the weights themselves.
         precision: `auto` times float32 and bfloat16 on this machine and takes the faster; `fp16` scales the loss.
     """
 
@@ -65,40 +67,44 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a value above 0")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is [{low}, {high}]; expected two growing numbers above 0 and up to 1")
+            raise ValueError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole run, as `config.yaml` keeps it.
+    """Complete configuration of a run, saved as `config.yaml`.
 
     Attributes:
-        data: what `data.pairs.load_pairs` takes.
-        csv_img_key, csv_caption_key: columns of a table.
-        train_data_upsampling_factors, json_caption_key: of shards; `weights` and `json_key` of `load_pairs`.
-        max_bad: share of the samples that may be unreadable and passed over.
-        teacher: what `models.load.load_clip` takes; None where the objective needs no teacher.
-        student: a preset, a timm trunk, a JSON configuration; or `local-dir:PATH` of a model to go on from.
-        embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. Where it differs from the
-            teacher's, the objective learns projections between the two, which stay in the objective.
+        data: source of the pairs, as `data.pairs.load_pairs` takes it.
+        csv_img_key, csv_caption_key: column names of a table.
+        train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
+        max_bad: max fraction of the samples that may be unreadable; these are skipped.
+        teacher: as `models.load.load_clip` takes it; None if the objective does not need a teacher.
+        student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
+        image_size: edge of the student's input in pixels.
         text: see `models.student.text_size`.
-        pretrained_image, pretrained_text: what the towers start from; see `models.pretrained`.
-        teacher_precision: what the teacher computes in, measured apart from the student's.
-        teacher_cache: folder of the teacher's embeddings, computed once; needs `views`.
-        views: different crops and captions of a pair, gone through again and again; 0 for new ones every epoch.
-        freeze_text: train nothing of the text tower but its last projection.
-        quantize: fine-tune a trained student for static INT8; see `distill.quantized`.
+        context_length: tokens per caption.
+        embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. If it differs from the
+            teacher's, the objective learns projections between the two, which are not part of the student.
+        pretrained_image, pretrained_text: initial weights of the towers; see `models.student`.
+        teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
+        teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.
+        views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
+            every epoch.
+        freeze_text: train only the last projection of the text tower.
+        quantize: fine-tune a trained student for static INT8; see `distillation.quantized`.
         compile: run the student's towers through torch.compile.
-        gradient_checkpointing: compute activations again on the way back, to save memory.
-        accumulate: chunks that a process's part of a batch goes through the towers in, to save memory.
-        loss_block: pairs that the objective looks at together, to save memory; 0 for all of a process's own.
-        global_logits: with several processes, each looks at all pairs and not at its own alone.
-        report_to: `tensorboard` writes the metrics there, too.
-        evaluate_every: steps between evaluations on `tasks`; 0 evaluates at the end alone.
-        processes: that share a batch, as torchrun started them. A resumed run may have another number: batches and
-            loss stay what they are, but batch norms and dropout see each process's part.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        accumulate: number of chunks in which a process's part of a batch passes through the towers, to save memory.
+        loss_block: pairs per block of the objective, to save memory; 0 takes all of a process's pairs at once.
+        global_logits: with several processes, each computes the loss of all pairs rather than of its own.
+        processes: number of processes that share a batch, as started by torchrun. It may change when the run is
+            resumed: batches and loss stay the same, but batch norms and dropout see only each process's part.
+        workers: loader processes; -1 uses half of the cores, at most 8.
+        evaluate_every: steps between evaluations on `tasks`; 0 evaluates only at the end.
+        report_to: `tensorboard` also writes the metrics there.
     """
 
     recipe_name: str
@@ -139,10 +145,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class DistillOptions(TypedDict, total=False):
-    """The options of `clip_rd_edge.distill` and of the command line beside its main ones.
+    """Further options of `clip_rd_edge.distill` and of the command line.
 
     Most are fields of `RunConfig`; `epochs`, `steps`, `batch_size`, `learning_rate`, `ema_decay` and `precision`
-    replace the recipe's own values.
+    override the recipe.
     """
 
     csv_img_key: str
@@ -180,34 +186,34 @@ class DistillOptions(TypedDict, total=False):
     checkpoint_every: int
 
 
-_OF_THE_RECIPE = ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")
+_RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")
 
 
 def resolve(
     recipe: str, *, data: str, student: str, teacher: str | None = None, **options: Unpack[DistillOptions]
 ) -> RunConfig:
-    """The run that the options describe: the recipe, with what the options change.
+    """Return the configuration of a run: a recipe, overridden by the options.
 
     Raises:
-        ConfigError: no such recipe, or a value that does not fit.
-        UsageError: no such option.
+        ConfigError: the recipe does not exist, or a value is invalid.
+        UsageError: an option does not exist.
     """
     if unknown := sorted(set(options) - set(DistillOptions.__annotations__)):
         raise UsageError(
-            f"There is no option {unknown[0]!r} of distill.{near_matches(unknown[0], DistillOptions.__annotations__)}"
+            f"Unknown distill option {unknown[0]!r}.{near_matches(unknown[0], DistillOptions.__annotations__)}"
         )
-    given = dict(options)
-    changes = {name: value for name in _OF_THE_RECIPE if (value := given.pop(name, None)) is not None}
-    if "epochs" in changes and "steps" not in changes:
-        changes["steps"] = 0
-    if "precision" in changes:
-        given["teacher_precision"] = changes["precision"]
-    if given.get("quantize"):
-        changes = {**QUANTIZED, **changes}
+    fields = dict(options)
+    overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
+    if "epochs" in overrides and "steps" not in overrides:
+        overrides["steps"] = 0
+    if "precision" in overrides:
+        fields["teacher_precision"] = overrides["precision"]
+    if fields.get("quantize"):
+        overrides = {**QUANTIZE_DEFAULTS, **overrides}
     raw = {
-        **given,
+        **fields,
         "recipe_name": recipe,
-        "recipe": {**msgspec.to_builtins(load_recipe(recipe)), **changes},
+        "recipe": {**msgspec.to_builtins(load_recipe(recipe)), **overrides},
         "data": data,
         "student": student,
         "teacher": teacher,
@@ -216,36 +222,36 @@ def resolve(
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a YAML file of the same form.
+    """Load a recipe by name, or from a YAML file of the same form.
 
     Raises:
-        ConfigError: no such recipe (with near matches), or a key or value that does not fit.
+        ConfigError: the recipe does not exist (the message suggests similar names), or a key or value is invalid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file() and path.parent == RECIPES:
         raise ConfigError(
             f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
-            hint=f"one of {', '.join(recipe_names())}, or the path of a YAML file",
+            hint=f"one of {', '.join(recipe_names())}, or the path to a YAML file",
         )
     return read_yaml(path, Recipe)
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
-    """Where two configurations differ first, as `key: old → new`, or None. What only changes the output is let pass."""
-    before, after = _flat(old), _flat(new)
-    for key, value in after.items():
-        if key not in MAY_CHANGE and before.get(key) != value:
-            return f"{key}: {before.get(key)} → {value}"
+    """Return the first difference as `key: old → new`, or None; ignores the fields in CHANGEABLE_ON_RESUME."""
+    old_fields = _flatten(old)
+    for key, value in _flatten(new).items():
+        if key not in CHANGEABLE_ON_RESUME and old_fields.get(key) != value:
+            return f"{key}: {old_fields.get(key)} → {value}"
     return None
 
 
-def _flat(config: RunConfig) -> dict[str, object]:
-    plain = msgspec.to_builtins(config)
-    recipe = plain.pop("recipe")
+def _flatten(config: RunConfig) -> dict[str, object]:
+    fields = msgspec.to_builtins(config)
+    recipe = fields.pop("recipe")
     objective = recipe.pop("objective")
-    return {**plain, **recipe, **{f"objective.{name}": weight for name, weight in objective.items()}}
+    return {**fields, **recipe, **{f"objective.{name}": weight for name, weight in objective.items()}}

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""The processes of a run: a single one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from clip_rd_edge.models.clip import default_device
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many, and where it computes.
+    """This process's rank, the number of processes, and the device it computes on.
 
-    Every method does nothing but what one process needs where there is one.
+    In a single-process run the methods do not communicate.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all processes in the order of their ranks, (b, D) to (count · b, D); no gradient flows through."""
-        if self.count == 1:
+        """Concatenate the rows of all processes in rank order, (b, D) to (world_size · b, D), without gradient."""
+        if self.world_size == 1:
             return rows
-        gathered = [torch.empty_like(rows) for _ in range(self.count)]
+        gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
         dist.all_gather(gathered, rows.contiguous())
         return torch.cat(gathered)
 
-    def own(self, rows: Tensor) -> Tensor:
-        """This process's part of what `gather` returned."""
-        size = len(rows) // self.count
+    def local_part(self, rows: Tensor) -> Tensor:
+        """Return this process's rows of what `gather` returned."""
+        size = len(rows) // self.world_size
         return rows[self.rank * size : (self.rank + 1) * size]
 
-    def add_up(self, tensors: Iterable[Tensor | None]) -> None:
-        """Replace each tensor by its sum over processes, in one message a dtype; None stays None."""
-        if self.count == 1:
+    def all_reduce(self, tensors: Iterable[Tensor | None]) -> None:
+        """Replace each tensor by its sum over processes, with one message per dtype; skips None."""
+        if self.world_size == 1:
             return
         present = [tensor for tensor in tensors if tensor is not None]
         for dtype in dict.fromkeys(tensor.dtype for tensor in present):
@@ -55,50 +55,50 @@ class Processes:
             for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def share_first(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the first process's: batch norms' running figures, as DDP does."""
-        if self.count > 1:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by the main process's; for running statistics of batch norms, as DDP does."""
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
-        if self.count == 1:
+        """Return whether the flag is set in any process."""
+        if self.world_size == 1:
             return flag
         value = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def total(self, own: int) -> int:
-        """The sum of a number over processes."""
-        if self.count == 1:
-            return own
-        value = torch.tensor(own, device=self.device)
+    def sum(self, local: int) -> int:
+        """Return the sum of a number over processes."""
+        if self.world_size == 1:
+            return local
+        value = torch.tensor(local, device=self.device)
         dist.all_reduce(value)
         return int(value.item())
 
-    def wait(self) -> None:
-        """Wait for the others."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
             dist.barrier()
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """The first process does the body alone, then the others: what it left on disk is there for them."""
-        if not self.first:
-            self.wait()
+    def main_first(self) -> Iterator[None]:
+        """Run the body in the main process first, then in the others, which find on disk what it wrote."""
+        if not self.is_main:
+            self.barrier()
         try:
             yield
-        finally:  # what fails the first fails the others with the same words, and nobody waits in vain
-            if self.first:
-                self.wait()
+        finally:  # on failure too: the others then fail with the same message instead of waiting forever
+            if self.is_main:
+                self.barrier()
 
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes that torchrun started (by its environment variables), else this one alone.
+    """Join the processes that torchrun started (known by its environment variables), or run as a single process.
 
-    CUDA devices talk by NCCL, one a process; processors by gloo.
+    Uses NCCL with one CUDA device per process, or gloo on CPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(device=default_device())
@@ -109,6 +109,6 @@ def join_processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(rank=dist.get_rank(), count=dist.get_world_size(), device=device)
+        yield Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Batches as a function of seed and step alone: what a run sees is the same after a resume, on any machine."""
+"""Batches that depend only on seed and step: after a resume, or on another machine, a run sees the same data."""
 
 from __future__ import annotations
 
@@ -15,54 +15,60 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
-from clip_rd_edge.data.pairs import MAX_SHARE, Bad, BadSamples, Pairs, SoundPair
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, ValidPair
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.embedding_store import TeacherCache
 
-Half = npt.NDArray[np.float16]
+HalfArray = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs: pixels for the student and the teacher from the same crops, (B, 3, H, W) each, and B captions.
+    """A batch of B pairs.
 
-    `teacher_rows` are the teacher's image and text embeddings, (B, D) float16 each, where there is a cache of them.
-    `bad` are the pairs that could not be read; others were taken in their place.
+    Attributes:
+        student_pixels, teacher_pixels: the same crops, preprocessed for each model, (B, 3, H, W).
+        captions: B captions.
+        bad: pairs that could not be read; other pairs took their places.
+        teacher_embeddings: the teacher's image and text embeddings from a cache, (B, D) float16 each; None without one.
     """
 
     student_pixels: Tensor
     teacher_pixels: Tensor | None
     captions: list[str]
-    bad: tuple[Bad, ...] = ()
-    teacher_rows: tuple[Tensor, Tensor] | None = None
+    bad: tuple[BadPair, ...] = ()
+    teacher_embeddings: tuple[Tensor, Tensor] | None = None
 
 
 View = tuple[int, int]  # epoch and index of the pair
 
 
 class PairView(NamedTuple):
-    """Pixels for student and teacher, (3, H, W) each, a caption, bad pairs passed over, the teacher's embeddings."""
+    """Pixels for student and teacher, (3, H, W) each; a caption; skipped bad pairs; the teacher's cached embeddings."""
 
-    student: npt.NDArray[np.float32]
-    teacher: npt.NDArray[np.float32] | None
+    student_pixels: npt.NDArray[np.float32]
+    teacher_pixels: npt.NDArray[np.float32] | None
     caption: str
-    bad: tuple[Bad, ...]
-    rows: tuple[Half, Half] | None = None
+    bad: tuple[BadPair, ...]
+    teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
 
 
 class ViewDataset(Dataset[PairView]):
-    """A view of a pair: one crop of the picture and one of its captions, chosen by (seed, epoch, index).
+    """Views of pairs: one crop of the image and one of its captions, determined by (seed, epoch, index).
 
     Args:
-        views: different views of a pair that there are; epochs go through them again and again. 0: each is new.
+        student, teacher: the models' preprocessing; None for a teacher that needs no pixels.
+        crop_scale: min and max fraction of the image's area that a crop keeps.
+        views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
+        max_bad: max fraction of the samples that may be unreadable.
 
     Attributes:
-        cache: where the teacher's embeddings of these very views are read, or None.
-        bad: counts the samples that cannot be read; `step_loader` adds what it meets.
+        cache: the teacher's embeddings of these views, or None.
+        bad: counts the samples that cannot be read; `step_loader` adds those it encounters.
 
     Raises:
-        InputError: the pairs leave out more than `max_bad` of their samples.
+        InputError: `pairs` already leaves out more than `max_bad` of its samples.
     """
 
     def __init__(
@@ -74,7 +80,7 @@ class ViewDataset(Dataset[PairView]):
         crop_scale: tuple[float, float],
         seed: int,
         views: int = 0,
-        max_bad: float = MAX_SHARE,
+        max_bad: float = MAX_BAD_SHARE,
     ) -> None:
         self.cache: TeacherCache | None = None
         self.views = views
@@ -87,27 +93,31 @@ class ViewDataset(Dataset[PairView]):
         if self.views:
             epoch %= self.views
         rng = np.random.default_rng((self.seed, epoch, index))
-        pair = self.bad.sound(index)
-        if not isinstance(pair, SoundPair):
-            # An exception would leave a worker process as a traceback: `step_loader` says in one sentence what is bad.
+        pair = self.bad.next_valid(index)
+        if not isinstance(pair, ValidPair):
+            # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
             return PairView(np.zeros((3, *self.student.size), dtype=np.float32), None, "", pair)
         box = random_crop(pair.image.size, self.crop_scale, rng)
         caption = pair.captions[int(rng.integers(len(pair.captions)))]
-        student = preprocess_crop(pair.image, box, self.student)
+        student_pixels = preprocess_crop(pair.image, box, self.student)
         if self.teacher is None:
-            rows = self.cache.row(epoch, index) if self.cache else None
-            return PairView(student, None, caption, pair.passed_over, rows)
+            embeddings = self.cache.lookup(epoch, index) if self.cache else None
+            return PairView(student_pixels, None, caption, pair.skipped, embeddings)
         same = self.teacher == self.student
-        teacher = student if same else preprocess_crop(pair.image, box, self.teacher)
-        return PairView(student, teacher, caption, pair.passed_over)
+        teacher_pixels = student_pixels if same else preprocess_crop(pair.image, box, self.teacher)
+        return PairView(student_pixels, teacher_pixels, caption, pair.skipped)
 
 
 class StepSampler(Sampler[list[View]]):
-    """The views of each step from `start` on; epochs are shuffled by (seed, epoch), and a remainder is left out.
+    """The views of each step from `start` to `stop`.
+
+    Epochs are shuffled by (seed, epoch); an incomplete last batch is dropped.
 
     Args:
-        batch_size: of all processes together; each gets its part of the same global batch.
-        rank, processes: which part this is, of how many.
+        count: number of pairs.
+        batch_size: of the global batch, of which each process gets its part.
+        start, stop: first step, and the step after the last.
+        rank, processes: this process's rank, and the number of processes.
     """
 
     def __init__(
@@ -118,22 +128,22 @@ class StepSampler(Sampler[list[View]]):
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[View]]:
-        per_epoch = self.count // self.batch_size
-        order, of_epoch = np.empty(0, dtype=np.int64), -1
+        steps_per_epoch = self.count // self.batch_size
+        order, shuffled_epoch = np.empty(0, dtype=np.int64), -1
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, per_epoch)
-            if epoch != of_epoch:
-                order, of_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.count), epoch
-            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            own = len(chosen) // self.processes
-            yield [(epoch, int(index)) for index in chosen[self.rank * own : (self.rank + 1) * own]]
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != shuffled_epoch:
+                order, shuffled_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.count), epoch
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            size = len(batch) // self.processes
+            yield [(epoch, int(index)) for index in batch[self.rank * size : (self.rank + 1) * size]]
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """A box of a share of the area within `scale` and an aspect ratio within 3:4 to 4:3, as torchvision chooses it."""
+    """Draw a crop box as torchvision does: area fraction within `scale`, aspect ratio between 3:4 and 4:3."""
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -142,7 +152,7 @@ def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.rando
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # Nothing fitted, as with a very long picture: the largest middle part that keeps the ratio in bounds.
+    # No box fits, for example in a very long image: take the largest centre crop that keeps the ratio in bounds.
     w = min(width, round(height * 4 / 3))
     h = min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
@@ -150,13 +160,13 @@ def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.rando
 
 
 def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:
-    """Batches of `sampler`'s steps in order, prepared ahead by worker processes.
+    """Yield the batches of the sampler's steps in order, prefetched by worker processes.
 
     Args:
-        workers: processes; 0 prepares in the training process; -1 takes half of the cores, at most 8.
+        workers: number of worker processes; 0 loads in the training process; -1 uses half of the cores, at most 8.
 
     Raises:
-        InputError: while it is gone through, when more samples turned out to be bad than the data set allows.
+        InputError: during iteration, if more samples are bad than the data set allows.
     """
     if workers < 0:
         workers = min(8, (os.cpu_count() or 1) // 2)
@@ -169,20 +179,21 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
 
 def _collate(views: list[PairView]) -> Batch:
-    student = torch.from_numpy(np.stack([view.student for view in views]))
-    teacher_views = [view.teacher for view in views if view.teacher is not None]
-    if not teacher_views:
+    student = torch.from_numpy(np.stack([view.student_pixels for view in views]))
+    teacher_pixels = [view.teacher_pixels for view in views if view.teacher_pixels is not None]
+    if not teacher_pixels:
         teacher = None
-    elif teacher_views[0] is views[0].student:
+    elif teacher_pixels[0] is views[0].student_pixels:
         teacher = student
     else:
-        teacher = torch.from_numpy(np.stack(teacher_views))
+        teacher = torch.from_numpy(np.stack(teacher_pixels))
     captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
-    return Batch(student, teacher, captions, bad, _stacked([view.rows for view in views if view.rows is not None]))
+    embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
+    return Batch(student, teacher, captions, bad, _stack(embeddings))
 
 
-def _stacked(rows: list[tuple[Half, Half]]) -> tuple[Tensor, Tensor] | None:
-    if not rows:
+def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:
+    if not embeddings:
         return None
-    images, texts = zip(*rows, strict=True)
+    images, texts = zip(*embeddings, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(texts))

@@ -1,4 +1,4 @@
-"""What a run writes down: one line a log step in metrics.jsonl."""
+"""Logging of a run: metrics.jsonl with one line per logged step, TensorBoard, and plots."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from clip_rd_edge.losses.objective import EmbeddingBatch
 from clip_rd_edge.utils.host import peak_memory_bytes
 from clip_rd_edge.utils.io import write_bytes
 
-FILE = "metrics.jsonl"
-EVALUATION = "evaluation/"
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_PREFIX = "evaluation/"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a progress line shows after a step.
+    """Progress of a run after a step.
 
     Attributes:
-        data_wait: share of the time spent waiting for batches.
-        skipped: steps that were not made, since the loss or a gradient was not finite.
-        bad: samples left out or passed over since the start or resume, in all processes.
+        step, steps: completed steps, and steps in total.
+        data_wait: fraction of the time spent waiting for batches.
+        evaluation: scores by task; empty if this step was not evaluated.
+        bad: samples left out, or skipped since the start or resume, in all processes.
+        skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
         memory_bytes: see `peak_memory_on`.
     """
 
@@ -46,7 +48,7 @@ class Progress:
     memory_bytes: int = 0
 
     def message(self) -> str:
-        """The figures of a progress line, in one line."""
+        """Format the figures for the progress bar."""
         bad = f", {self.bad:,} bad samples" if self.bad else ""
         return (
             f"loss {self.loss:.3f}, {self.samples_per_second:.0f} pairs/s, {self.memory_bytes / 1e9:.1f} GB{bad}, "
@@ -54,27 +56,31 @@ class Progress:
         )
 
     def evaluation_message(self) -> str:
-        """The evaluation's figures, one per task."""
+        """Format the evaluation's scores, one per task."""
         return ", ".join(f"{name} {value:.1%}" for name, value in self.evaluation.items())
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; a resumed run first drops what lies after its checkpoint."""
+    """Appends to metrics.jsonl. On resume, lines after the checkpoint are dropped first.
+
+    Args:
+        start: number of completed steps.
+    """
 
     def __init__(self, run: Path, *, start: int) -> None:
-        self._path = run / FILE
+        self._path = run / METRICS_FILE
         kept = [line for line in read_metrics(run) if line["step"] <= start]
         write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in kept))
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line, at once on disk."""
+        """Append one line and flush it to disk."""
         with self._path.open("ab") as file:
             file.write(msgspec.json.encode(line) + b"\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; a last line that was cut off while written is left out."""
-    path = run / FILE
+    """Return all lines of a run's metrics.jsonl, without a truncated last line."""
+    path = run / METRICS_FILE
     lines = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -85,43 +91,45 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_evaluation(run: Path) -> dict[str, float]:
-    """Figures of a run's last evaluation by task; empty where there was none."""
-    lines = [line for line in read_metrics(run) if any(name.startswith(EVALUATION) for name in line)]
-    return {name.removeprefix(EVALUATION): v for name, v in lines[-1].items() if EVALUATION in name} if lines else {}
+    """Return the scores of a run's last evaluation by task; empty if there was none."""
+    lines = [line for line in read_metrics(run) if any(name.startswith(EVALUATION_PREFIX) for name in line)]
+    if not lines:
+        return {}
+    return {name.removeprefix(EVALUATION_PREFIX): v for name, v in lines[-1].items() if EVALUATION_PREFIX in name}
 
 
-def step_line(
+def metrics_line(
     progress: Progress, terms: Mapping[str, Tensor], embeddings: EmbeddingBatch, extra: Mapping[str, float]
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl; a loss that is not finite is null."""
+    """Return a line of metrics.jsonl; a non-finite loss becomes null."""
     return {
         "step": progress.step,
         "loss": progress.loss if math.isfinite(progress.loss) else None,
         **{f"loss/{name}": term.item() for name, term in terms.items()},
-        **geometry(embeddings),
+        **embedding_geometry(embeddings),
         **extra,
         "samples_per_second": round(progress.samples_per_second, 2),
         "data_wait": round(progress.data_wait, 4),
         "memory_mb": round(progress.memory_bytes / 1e6),
         "bad_samples": progress.bad,
         "skipped_steps": progress.skipped,
-        **{f"{EVALUATION}{name}": value for name, value in progress.evaluation.items()},
+        **{f"{EVALUATION_PREFIX}{name}": value for name, value in progress.evaluation.items()},
     }
 
 
 def peak_memory_on(device: torch.device) -> int:
-    """The most bytes this process has held: the GPU's where it computes there, else the machine's; 0 where unknown."""
+    """Return this process's peak memory in bytes: GPU memory on a GPU, else host memory; 0 if unknown."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes() or 0
 
 
 @torch.no_grad()
-def geometry(batch: EmbeddingBatch) -> dict[str, float]:
-    """Mean cosine of positive pairs, of negative pairs, and their gap, for student and teacher."""
-    sides = {"student": (batch.student_image, batch.student_text)}
+def embedding_geometry(batch: EmbeddingBatch) -> dict[str, float]:
+    """Return the mean cosine of positive pairs, of negative pairs, and their gap, for student and teacher."""
+    models = {"student": (batch.student_image, batch.student_text)}
     if batch.teacher_image is not None and batch.teacher_text is not None:
-        sides["teacher"] = (batch.teacher_image, batch.teacher_text)
+        models["teacher"] = (batch.teacher_image, batch.teacher_text)
     result = {}
-    for name, (image, text) in sides.items():
+    for name, (image, text) in models.items():
         positive, negative = pair_similarities(image, text)
         result[f"{name}_positive"] = positive.mean().item()
         result[f"{name}_negative"] = negative.mean().item()
@@ -130,66 +138,66 @@ def geometry(batch: EmbeddingBatch) -> dict[str, float]:
 
 
 def pair_similarities(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines of the B positive and the B·(B − 1) negative pairs of a batch."""
+    """Return the cosines of the B positive and the B·(B − 1) negative pairs of a batch."""
     similarity = image.float() @ text.float().T
     diagonal = torch.eye(len(image), dtype=torch.bool, device=image.device)
     return similarity[diagonal], similarity[~diagonal]
 
 
-FOLDER = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class TensorBoardLog:
-    """Appends to `RUN/tensorboard`; what a resumed run goes over again is hidden there.
+    """Appends to `RUN/tensorboard`. On resume, events after the checkpoint are purged.
 
     Args:
-        start: steps done.
+        start: number of completed steps.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
     """
 
     def __init__(self, run: Path, *, start: int) -> None:
-        try:  # seconds of imports, for those who ask for it
+        try:  # takes seconds to import, so only on request
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise MissingExtraError("tensorboard", extra="train", purpose="--report-to tensorboard") from error
-        self._writer = SummaryWriter(str(run / FOLDER), purge_step=start + 1)
+        self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
 
     def write(self, line: Mapping[str, float | None]) -> None:
-        """One line of metrics.jsonl as scalars under its names, at once on disk; None is left out."""
+        """Write a line of metrics.jsonl as scalars of the same names and flush it to disk; skips None."""
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()
 
 
-STUDENT, TEACHER, MUTED = "#c2410c", "#1d4ed8", "#6b7280"
+STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"
 
 
-def plot_run(run: Path, folder: Path, similarities: dict[str, tuple[Embeddings, Embeddings]] | None = None) -> None:
-    """Draw `losses.png`, `geometry.png`, `evaluation.png` (where there were any) and `similarity.png` into `folder`.
+def plot_run(run: Path, folder: Path, embeddings: dict[str, tuple[Embeddings, Embeddings]] | None = None) -> None:
+    """Plot `losses.png`, `geometry.png`, `evaluation.png` and `similarity.png` into `folder`, as far as there is data.
 
     Args:
-        similarities: for `student` and `teacher`, image and text embeddings of the same pairs, (N, D) each.
+        embeddings: for `student` and `teacher`, image and text embeddings of the same pairs, (N, D) each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = read_metrics(run)
     _plot_losses(lines, folder / "losses.png")
     _plot_geometry(lines, folder / "geometry.png")
     _plot_evaluations(lines, folder / "evaluation.png")
-    if similarities:
-        _plot_histograms(similarities, folder / "similarity.png")
+    if embeddings:
+        _plot_histograms(embeddings, folder / "similarity.png")
 
 
 def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
     names = sorted({key for line in lines for key in line if key.startswith("loss/")})
     if not names:
         return
-    figure, axes = _figure(len(names), "Loss terms at weight 1, over training steps")
+    figure, axes = _figure(len(names), "Unweighted loss terms over training steps")
     for axis, name in zip(axes, names, strict=False):
         steps, values = _series(lines, name)
-        axis.plot(steps, values, color=STUDENT, linewidth=1.4)
+        axis.plot(steps, values, color=STUDENT_COLOUR, linewidth=1.4)
         axis.set_title(name.removeprefix("loss/"), fontsize=10)
         if values.size and values.min() > 0 and values.max() / values.min() > 30:
             axis.set_yscale("log")
@@ -197,48 +205,48 @@ def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_geometry(lines: list[dict[str, Any]], path: Path) -> None:
-    kinds = {
+    titles = {
         "positive": "Matching pairs: mean cosine",
         "negative": "Other pairs: mean cosine",
         "gap": "Gap between the two",
     }
     if not any("student_gap" in line for line in lines):
         return
-    figure, axes = _figure(3, "How far matching pairs stand apart from others, in the training batches")
-    for axis, (kind, title) in zip(axes, kinds.items(), strict=False):
-        for who, colour in (("student", STUDENT), ("teacher", TEACHER)):
-            steps, values = _series(lines, f"{who}_{kind}")
+    figure, axes = _figure(3, "Separation of matching from other pairs in the training batches")
+    for axis, (kind, title) in zip(axes, titles.items(), strict=False):
+        for model, colour in (("student", STUDENT_COLOUR), ("teacher", TEACHER_COLOUR)):
+            steps, values = _series(lines, f"{model}_{kind}")
             if steps.size:
-                axis.plot(steps, values, color=colour, linewidth=1.4, label=who)
+                axis.plot(steps, values, color=colour, linewidth=1.4, label=model)
         axis.set_title(title, fontsize=10)
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
 def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith(EVALUATION)})
+    names = sorted({key for line in lines for key in line if key.startswith(EVALUATION_PREFIX)})
     if not names:
         return
     figure, axes = _figure(1, "Accuracy over training")
     for name in names:
         steps, values = _series(lines, name)
-        axes[0].plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix(EVALUATION))
+        axes[0].plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix(EVALUATION_PREFIX))
     axes[0].set_ylabel("%")
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
-def _plot_histograms(similarities: dict[str, tuple[Embeddings, Embeddings]], path: Path) -> None:
-    figure, axes = _figure(len(similarities), "Cosine of pictures and captions after training", xlabel="cosine")
-    for axis, (who, (image, text)) in zip(axes, similarities.items(), strict=False):
+def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path: Path) -> None:
+    figure, axes = _figure(len(embeddings), "Cosine of images and captions after training", xlabel="cosine")
+    for axis, (model, (image, text)) in zip(axes, embeddings.items(), strict=False):
         cosine = image @ text.T
         diagonal = np.eye(len(cosine), dtype=bool)
         low, high = float(cosine.min()), float(cosine.max())
-        bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may say the same of everything
-        colour = STUDENT if who == "student" else TEACHER
+        bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may map everything to one point
+        colour = STUDENT_COLOUR if model == "student" else TEACHER_COLOUR
         axis.hist(cosine[diagonal], bins=bins, density=True, color=colour, alpha=0.75, label="matching pairs")
-        axis.hist(cosine[~diagonal], bins=bins, density=True, color=MUTED, alpha=0.5, label="other pairs")
-        axis.set_title(who, fontsize=10)
+        axis.hist(cosine[~diagonal], bins=bins, density=True, color=NEUTRAL_COLOUR, alpha=0.5, label="other pairs")
+        axis.set_title(model, fontsize=10)
         axis.set_yticks([])
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -251,7 +259,7 @@ def _series(lines: list[dict[str, Any]], key: str) -> tuple[npt.NDArray[np.float
 
 
 def _figure(count: int, title: str, *, xlabel: str = "step") -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # the object interface: no display, no global state
+    from matplotlib.figure import Figure  # the object interface needs no display and no global state
 
     columns = min(count, 4)
     rows = -(-count // columns)

@@ -1,12 +1,12 @@
-"""A whole run: from a configuration to a folder with a student that open_clip loads.
+"""A complete run: from a configuration to a folder with a student that open_clip loads.
 
 config.yaml      the resolved configuration
-metrics.jsonl    one line a log step
-checkpoints/     all state, for --resume
-student/         the trained model, an open_clip local-dir; written last, so that a run without one is unfinished
-best/            the best student by the run's own evaluations, where there were some
+metrics.jsonl    one line per logged step
+checkpoints/     the complete state, for --resume
+student/         the trained model, an open_clip local-dir; written last, so a run without it is unfinished
+best/            the best student by the run's own evaluations, if there were any
 report/          plots
-tensorboard/     the metrics once more, where asked for
+tensorboard/     the same metrics for TensorBoard, if requested
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.distillation.build import Ingredients, load_ingredients, make_dataset, provenance, similarities
+from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
 from clip_rd_edge.distillation.config import RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
-from clip_rd_edge.distillation.embedding_store import build_cache, manifest_of, open_cache
+from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher, TeacherOfBatches
+from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.train import set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import to_device
@@ -46,68 +46,69 @@ def run_distillation(
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> Path:
-    """Train what `config` describes into the folder `run`; returns the student's folder.
+    """Train the student that `config` describes in the folder `run`; return the student's folder.
 
     Args:
-        resume: go on from the newest checkpoint in `run` where there is one; a finished run is left as it is.
-        reporter: receives the progress of indexing, of the teacher cache and of training, and what was decided.
+        resume: continue from the newest checkpoint in `run`, if there is one; a finished run is left unchanged.
+        reporter: receives the progress of indexing, caching and training, and messages about what was decided.
+        evaluate: see `train.train`.
 
     Raises:
-        UsageError: `run` holds something and `resume` is false, or holds a run of another configuration; or the teacher
-            cache is of something else.
-        InputError, ConfigError: data, teacher or student do not fit.
-        InterruptedRunError: a signal asked to stop; the state was saved.
+        UsageError: `run` is not empty and `resume` is false, or holds a run with another configuration; or the teacher
+            cache was made with other settings.
+        InputError, ConfigError: data, teacher or student cannot be used.
+        InterruptedRunError: a signal requested a stop; the state was saved.
     """
     with join_processes() as processes:
-        if not processes.first:
+        if not processes.is_main:
             reporter = SILENT
-        config = msgspec.structs.replace(config, processes=processes.count)
-        config, fresh = _agree_with_folder(config, run, resume=resume, reporter=reporter)
-        processes.wait()  # before the first writes: the others would find the folder in use
+        config = msgspec.structs.replace(config, processes=processes.world_size)
+        config, is_new = _check_folder(config, run, resume=resume, reporter=reporter)
+        processes.barrier()  # before the main process writes: the others must not find the folder in use
         if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
-            reporter.say(f"{run} is finished already")
+            reporter.say(f"{run} is already finished")
             return run / STUDENT_FOLDER
-        of = load_ingredients(config, name=run.resolve().name, processes=processes, reporter=reporter)
-        steps = total_steps(config, of.pairs)
-        if fresh:
-            reporter.say(f"{len(of.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size}")
-            config = _with_measured_precision(config, of, processes, reporter)
-            if processes.first:
+        setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
+        steps = total_steps(config, setup.pairs)
+        if is_new:
+            reporter.say(f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs")
+            config = _with_measured_precision(config, setup, processes, reporter)
+            if processes.is_main:
                 write_text(run / CONFIG_FILE, to_yaml(config))
-        teacher, dataset = _prepare_teacher(config, of, processes, reporter)
+        teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
         student = train(
             config,
             run,
-            of,
+            setup,
             teacher=teacher,
             dataset=dataset,
             processes=processes,
             reporter=reporter,
             evaluate=evaluate,
         )
-        if processes.first:
+        if processes.is_main:
             student.model.to("cpu")
-            of = dataclasses.replace(of, student=student)
-            plot_run(run, run / REPORT_FOLDER, similarities(config, of))
-            figures = {"evaluation": last_evaluation(run)}
-            save_clip(run / STUDENT_FOLDER, student, provenance={**provenance(config, of, steps=steps), **figures})
+            setup = dataclasses.replace(setup, student=student)
+            plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
+            record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}
+            save_clip(run / STUDENT_FOLDER, student, provenance=record)
         return run / STUDENT_FOLDER
 
 
-def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
-    """The configuration to run, and whether the run is new: a resumed run keeps the precision it was measured to be."""
+def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
+    """Return the configuration to run and whether the run is new; a resumed run keeps its measured precision."""
     if config.teacher_cache and not config.views:
         raise UsageError(
-            "A teacher cache holds a fixed number of views of each pair, and none was given.",
-            hint="add --views 8, say: eight crops of each picture, gone through again and again",
+            "A teacher cache holds a fixed number of views of each pair, but no number was given.",
+            hint="add --views 8, for example: eight crops of each image, over which the epochs cycle",
         )
     path = run / CONFIG_FILE
     if not (run.exists() and (run.is_file() or any(run.iterdir()))):
         return config, True
     if not resume:
         raise UsageError(
-            f"The output {run} exists already and is not empty.",
-            hint="choose another -o, or go on with that run by --resume",
+            f"The output {run} already exists and is not empty.",
+            hint="choose another -o, or continue that run with --resume",
         )
     if not path.is_file():
         return config, True
@@ -118,30 +119,30 @@ def _agree_with_folder(config: RunConfig, run: Path, *, resume: bool, reporter: 
         config = _with_precision(config, teacher=old.teacher_precision)
     if difference := first_difference(old, config):
         raise UsageError(
-            f"{run} holds a run of another configuration: {difference}.",
-            hint="give the same options as before, or choose another -o",
+            f"{run} holds a run with another configuration: {difference}.",
+            hint="use the same options as before, or choose another -o",
         )
     if config.processes != old.processes:
         reporter.say(
-            f"the run began on {old.processes} processes and goes on on {config.processes}: batches and loss stay the "
-            "same, but batch norms and dropout see other parts of a batch"
+            f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "
+            "stay the same, but batch norms and dropout see other parts of a batch"
         )
     return config, False
 
 
 def _prepare_teacher(
-    config: RunConfig, of: Ingredients, processes: Processes, reporter: Reporter
-) -> tuple[TeacherOfBatches | None, ViewDataset]:
-    """The teacher as the steps ask it, and the views as it wants them: live, or from a cache that is filled first."""
-    if of.teacher is None:
-        return None, make_dataset(config, of)
-    teacher = Teacher(of.teacher, processes.device, autocast=AUTOCAST[config.teacher_precision])
+    config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
+) -> tuple[BatchTeacher | None, ViewDataset]:
+    """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
+    if setup.teacher is None:
+        return None, make_dataset(config, setup)
+    teacher = Teacher(setup.teacher, processes.device, autocast=AUTOCAST[config.teacher_precision])
     if config.teacher_cache is None:
-        return teacher, make_dataset(config, of)
+        return teacher, make_dataset(config, setup)
     folder = Path(config.teacher_cache)
-    manifest = manifest_of(
-        of.teacher,
-        of.pairs,
+    manifest = make_manifest(
+        setup.teacher,
+        setup.pairs,
         crop_scale=config.recipe.crop_scale,
         seed=config.seed,
         views=config.views,
@@ -151,50 +152,50 @@ def _prepare_teacher(
         folder,
         manifest,
         teacher,
-        of.pairs,
+        setup.pairs,
         processes,
         workers=config.workers,
         max_bad=config.max_bad,
         reporter=reporter,
     )
-    of.teacher.model.to("cpu")
-    dataset = make_dataset(config, of, with_teacher_pixels=False)
+    setup.teacher.model.to("cpu")
+    dataset = make_dataset(config, setup, with_teacher_pixels=False)
     dataset.cache = open_cache(folder)
     return CachedTeacher(manifest.logit_scale, processes.device), dataset
 
 
-def _with_measured_precision(config: RunConfig, of: Ingredients, processes: Processes, reporter: Reporter) -> RunConfig:
-    """The configuration with each `auto` replaced by what is faster on this machine."""
-    alone = Processes(device=processes.device)
-    to_device(of.student.model, alone.device)
-    set_training_mode(of.student, config)
-    own = config.recipe.batch_size // processes.count
-    first = StepSampler(len(of.pairs), own, seed=config.seed, start=0, stop=1)
-    batch = next(iter(step_loader(make_dataset(config, of), first, workers=0)))
+def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
+    """Return the configuration with each precision `auto` replaced by the faster one on this machine."""
+    single = Processes(device=processes.device)
+    to_device(setup.student.model, single.device)
+    set_training_mode(setup.student, config)
+    local_size = config.recipe.batch_size // processes.world_size
+    sampler = StepSampler(len(setup.pairs), local_size, seed=config.seed, start=0, stop=1)
+    batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 
-    def teacher_in(autocast: torch.dtype | None) -> Teacher:
-        # A teacher of its own each time, so that the captions it remembers do not stay.
-        assert of.teacher is not None
-        return Teacher(of.teacher, alone.device, autocast=autocast)
+    def make_teacher(autocast: torch.dtype | None) -> Teacher:
+        # A new one each time, so that no cached caption embeddings remain.
+        assert setup.teacher is not None
+        return Teacher(setup.teacher, single.device, autocast=autocast)
 
-    if of.teacher:
-        chosen, reason = choose_teacher_precision(config.teacher_precision, teacher_in, batch)
-        config = _with_precision(config, teacher=_agreed(chosen, processes))
+    if setup.teacher:
+        precision, reason = choose_teacher_precision(config.teacher_precision, make_teacher, batch)
+        config = _with_precision(config, teacher=_common_precision(precision, processes))
         reporter.say(f"precision of the teacher: {reason}")
 
-    def step_in(autocast: torch.dtype | None) -> TrainingStep:
-        teacher = teacher_in(AUTOCAST[config.teacher_precision]) if of.teacher else None
-        objective = of.objective.to(alone.device)
-        return TrainingStep(of.student, teacher, objective, alone, step_settings(config, autocast))
+    def make_step(autocast: torch.dtype | None) -> TrainingStep:
+        teacher = make_teacher(AUTOCAST[config.teacher_precision]) if setup.teacher else None
+        objective = setup.objective.to(single.device)
+        return TrainingStep(setup.student, teacher, objective, single, step_settings(config, autocast))
 
-    chosen, reason = choose_precision(config.recipe.precision, step_in, batch)
+    precision, reason = choose_precision(config.recipe.precision, make_step, batch)
     reporter.say(f"precision: {reason}")
-    return _with_precision(config, student=_agreed(chosen, processes))
+    return _with_precision(config, student=_common_precision(precision, processes))
 
 
-def _agreed(chosen: str, processes: Processes) -> str:
-    """What all processes compute in: one for which float32 is the faster decides."""
-    return "fp32" if processes.any(chosen == "fp32") else chosen
+def _common_precision(precision: str, processes: Processes) -> str:
+    """Return the precision that all processes use: float32 if any of them measured it to be faster."""
+    return "fp32" if processes.any(precision == "fp32") else precision
 
 
 def _with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:

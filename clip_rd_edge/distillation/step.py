@@ -1,9 +1,9 @@
-"""One training step, from a batch to gradients: the same on one process or many, at once or in chunks.
+"""One training step, from a batch to gradients: the same on one or several processes, in one pass or in chunks.
 
-Embeddings come first: those of the whole batch are computed, gathered from all processes, and the loss and its
-gradient at the embeddings are taken of the global batch. Only then does the gradient go back through the towers, a
-chunk at a time where memory asks for it (GradCache, Gao et al. 2021), with each chunk's embeddings computed again. So
-the loss always is that of the global batch, and what remains for the processes is to add up their weights' gradients.
+First, the embeddings of the whole batch are computed and gathered from all processes. The loss and its gradient with
+respect to the embeddings are those of the global batch. Only then does the gradient flow back through the towers. To
+save memory, this can happen in chunks, whose embeddings are recomputed (GradCache, Gao et al. 2021). So the loss is
+always that of the global batch, and the processes only have to sum the gradients of their weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.teacher import FrozenTextTower, Teacher, TeacherOfBatches
+from clip_rd_edge.distillation.teacher import BatchTeacher, FrozenTextTower, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.timing import time_in_turn
@@ -29,7 +29,7 @@ from clip_rd_edge.utils.timing import time_in_turn
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed: the terms of the global batch, without graph, and the embeddings that were compared."""
+    """Loss terms of the global batch, without graph, and the embeddings they were computed from."""
 
     loss: LossTerms
     embeddings: EmbeddingBatch
@@ -37,16 +37,17 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is computed; none of it changes the result beyond rounding.
+    """How a step is computed. Except for `freeze_text` and `seed`, results differ only by rounding.
 
     Attributes:
-        autocast: what the towers run in; None for float32. The objective is float32 always.
-        chunks: parts that a process's batch goes through the towers in. Batch norms see a chunk at a time.
-        block: pairs that the objective looks at together; 0 for all of a process's own.
-        global_logits: every process looks at all pairs, and not at its own alone.
+        autocast: dtype that the towers run in; None for float32. The objective always runs in float32.
+        chunks: number of chunks in which a process's batch passes through the towers. Batch norms see one chunk at a
+            time.
+        block: pairs per block of the objective; 0 takes all of a process's pairs at once.
+        global_logits: every process computes the loss of all pairs rather than of its own.
+        freeze_text: train only the projection of the student's text tower.
         compile: run the student's towers through torch.compile.
-        freeze_text: the student's text tower learns its projection alone.
-        seed: of what a step draws, such as dropout, together with step, process and chunk.
+        seed: with step, process and chunk, seeds the random draws of a step, such as dropout.
     """
 
     autocast: torch.dtype | None = None
@@ -59,18 +60,18 @@ class StepSettings:
 
 
 class TrainingStep:
-    """Computes a batch's loss and leaves its gradients in the student's and the objective's parameters.
+    """Computes the loss of a batch and accumulates gradients in the student's and the objective's parameters.
 
     Args:
-        teacher: None where the objective needs none.
-        image_tower: another way of computing the student's image embeddings by its parameters, such as with INT8's
-            rounding; None for the plain one.
+        teacher: None if the objective does not need one.
+        image_tower: a module that computes the student's image embeddings in another way from the same parameters, such
+            as with INT8 rounding; None for the plain tower.
     """
 
     def __init__(
         self,
         student: ClipModel,
-        teacher: TeacherOfBatches | None,
+        teacher: BatchTeacher | None,
         objective: Objective,
         processes: Processes,
         settings: StepSettings,
@@ -89,15 +90,15 @@ class TrainingStep:
             self._frozen_text = FrozenTextTower(student, processes.device, autocast=settings.autocast)
 
     def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
-        """One step.
+        """Compute one step.
 
         Args:
             batch: this process's part of the global batch.
             step: counted from 0.
-            loss_scale: what every gradient is multiplied with, for float16.
+            loss_scale: factor on all gradients, for float16.
         """
         model, processes = self.student.model, self.processes
-        processes.share_first(model.buffers())
+        processes.broadcast(model.buffers())
         chunks = list(self._chunks(batch))
         if len(chunks) == 1:
             image, text = self._embed(chunks[0], step, 0)
@@ -106,8 +107,8 @@ class TrainingStep:
         embeddings = self._gather(batch, image, text)
         loss = self._backward_to_embeddings(embeddings, loss_scale)
         leaves = (embeddings.student_image, embeddings.student_text)
-        processes.add_up([leaf.grad for leaf in leaves])
-        gradients = [processes.own(_gradient(leaf)) for leaf in leaves]
+        processes.all_reduce([leaf.grad for leaf in leaves])
+        gradients = [processes.local_part(_gradient(leaf)) for leaf in leaves]
         if len(chunks) == 1:
             _backward((image, text), gradients)
         else:
@@ -115,7 +116,7 @@ class TrainingStep:
             parts = zip(*(torch.split(gradient, sizes) for gradient in gradients), strict=True)
             for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
                 _backward(self._embed(chunk, step, number), list(part))
-        processes.add_up([parameter.grad for parameter in (*model.parameters(), *self.objective.parameters())])
+        processes.all_reduce([parameter.grad for parameter in (*model.parameters(), *self.objective.parameters())])
         return StepResult(loss, embeddings)
 
     def _chunks(self, batch: Batch) -> Iterator[Batch]:
@@ -126,9 +127,9 @@ class TrainingStep:
 
     def _embed(self, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
-        # What is drawn is a function of where the run stands: a second pass, or a resumed run, draws the same.
-        place = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
-        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        # Random draws depend only on the position in the run, so a second pass or a resumed run repeats them.
+        sequence = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         pixels = batch.student_pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             image = self._image_tower(pixels)
@@ -138,11 +139,11 @@ class TrainingStep:
 
     @torch.no_grad()
     def _embed_without_graph(self, chunks: list[Batch], step: int) -> tuple[Tensor, Tensor]:
-        # The pass with a graph comes second: what batch norms take down in the first would count twice.
-        before = [buffer.clone() for buffer in self.student.model.buffers()]
+        # A second pass, with a graph, follows: restore the buffers, or batch norms would count the batch twice.
+        buffers = [buffer.clone() for buffer in self.student.model.buffers()]
         images, texts = zip(*(self._embed(chunk, step, i) for i, chunk in enumerate(chunks)), strict=True)
-        for buffer, old in zip(self.student.model.buffers(), before, strict=True):
-            buffer.copy_(old)
+        for buffer, saved in zip(self.student.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
         return torch.cat(images), torch.cat(texts)
 
     def _gather(self, batch: Batch, image: Tensor, text: Tensor) -> EmbeddingBatch:
@@ -153,13 +154,13 @@ class TrainingStep:
         return EmbeddingBatch(*student, *(gather(rows.float()) for rows in self.teacher.embed(batch)))
 
     def _backward_to_embeddings(self, embeddings: EmbeddingBatch, loss_scale: float) -> LossTerms:
-        """Gradients of this process's share of the loss at the global embeddings; returns the global loss."""
+        """Backpropagate this process's share of the loss to the global embeddings; return the global loss."""
         processes, settings = self.processes, self.settings
         pairs = len(embeddings.student_image)
-        own = pairs // processes.count
-        start, stop = (0, pairs) if settings.global_logits else (processes.rank * own, (processes.rank + 1) * own)
+        local = pairs // processes.world_size
+        start, stop = (0, pairs) if settings.global_logits else (processes.rank * local, (processes.rank + 1) * local)
         size = settings.block or stop - start
-        share = 1 / processes.count if settings.global_logits else 1.0
+        share = 1 / processes.world_size if settings.global_logits else 1.0
         total, terms = torch.zeros((), device=processes.device), dict[str, Tensor]()
         for first in range(start, stop, size):
             block = None if size == pairs else slice(first, min(first + size, stop))
@@ -170,12 +171,12 @@ class TrainingStep:
             total += share * loss.total.detach()
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + share * term.detach()
-        processes.add_up([total, *terms.values()])
+        processes.all_reduce([total, *terms.values()])
         return LossTerms(total, terms)
 
 
 def _backward(outputs: tuple[Tensor, Tensor], gradients: list[Tensor]) -> None:
-    """Send gradients back through those of the outputs that have a graph; a tower may be frozen."""
+    """Backpropagate through the outputs that have a graph; a frozen tower has none."""
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
     torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -186,58 +187,58 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clamp_scales(student: nn.Module, objective: Objective) -> None:
-    """Keep the student's logit scale within [1, 100], as CLIP does, and the objective's scales in their range."""
-    scale: Tensor = student.get_parameter("logit_scale")
-    scale.clamp_(0.0, 4.605170185988092)  # ln 100
+    """Clamp the student's logit scale to [1, 100], as CLIP does, and the objective's scales to their range."""
+    log_logit_scale: Tensor = student.get_parameter("logit_scale")
+    log_logit_scale.clamp_(0.0, 4.605170185988092)  # ln 100
     objective.scales.clamp_()
 
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-Measured = Literal["fp32", "bf16"]
+MeasuredPrecision = Literal["fp32", "bf16"]
 
 
 def choose_teacher_precision(
-    asked: Precision, teacher_in: Callable[[torch.dtype | None], Teacher], batch: Batch, *, rounds: int = 3
+    requested: Precision, make_teacher: Callable[[torch.dtype | None], Teacher], batch: Batch, *, rounds: int = 3
 ) -> tuple[Precision, str]:
-    """The precision for the teacher's pictures, and a sentence that says why."""
-    if asked != "auto":
-        return asked, f"{asked}, as asked"
+    """Return the precision of the teacher, and the reason as a sentence."""
+    if requested != "auto":
+        return requested, f"{requested}, as requested"
     if torch.cuda.is_available():
         return "bf16", "bf16, on a CUDA device"
     pixels = batch.teacher_pixels
     if pixels is None:
-        raise ValueError("The batch was loaded without pictures for the teacher.")
-    teachers = {name: teacher_in(AUTOCAST[name]) for name in get_args(Measured)}
+        raise ValueError("The batch was loaded without pixels for the teacher.")
+    teachers = {name: make_teacher(AUTOCAST[name]) for name in get_args(MeasuredPrecision)}
     calls = {name: partial(teacher.embed_images, pixels) for name, teacher in teachers.items()}
-    return _faster(calls, "its part of a step", rounds)
+    return _measure_precision(calls, "embedding a batch's images", rounds)
 
 
 def choose_precision(
-    asked: Precision, step_in: Callable[[torch.dtype | None], TrainingStep], batch: Batch, *, rounds: int = 3
+    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, *, rounds: int = 3
 ) -> tuple[Precision, str]:
-    """The precision to train in, and a sentence that says why.
+    """Return the precision to train in, and the reason as a sentence.
 
     Args:
-        step_in: makes a step over the very student and objective in a precision; their weights and buffers are as
-            before afterwards, and they have no gradients.
+        make_step: makes a step in a precision with the student and objective to train. Their weights and buffers are
+            restored afterwards, and their gradients cleared.
     """
-    if asked != "auto":
-        return asked, f"{asked}, as asked"
+    if requested != "auto":
+        return requested, f"{requested}, as requested"
     if torch.cuda.is_available():
         return "bf16", "bf16, on a CUDA device"
-    steps = {name: step_in(AUTOCAST[name]) for name in get_args(Measured)}
+    steps = {name: make_step(AUTOCAST[name]) for name in get_args(MeasuredPrecision)}
     model, objective = steps["fp32"].student.model, steps["fp32"].objective
-    before = copy.deepcopy(model.state_dict())  # batch norms count what they see
-    answer = _faster({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", rounds)
-    model.load_state_dict(before)
+    state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
+    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", rounds)
+    model.load_state_dict(state)
     model.zero_grad(set_to_none=True)
     objective.zero_grad(set_to_none=True)
-    return answer
+    return choice
 
 
-def _faster(calls: Mapping[str, Callable[[], object]], what: str, rounds: int) -> tuple[Precision, str]:
+def _measure_precision(calls: Mapping[str, Callable[[], object]], task: str, rounds: int) -> tuple[Precision, str]:
     times = time_in_turn(calls, rounds=rounds, warmup=1)
     fp32, bf16 = (float(times[name].min()) for name in ("fp32", "bf16"))
-    # bfloat16 costs accuracy in the last digits: it has to pay for that.
-    chosen: Precision = "bf16" if bf16 < 0.95 * fp32 else "fp32"
-    return chosen, f"{chosen}, measured: {what} takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"
+    # bfloat16 loses some accuracy, so it must be noticeably faster.
+    precision: Precision = "bf16" if bf16 < 0.95 * fp32 else "fp32"
+    return precision, f"{precision}, measured: {task} takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"

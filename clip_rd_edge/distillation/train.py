@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ import torch
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distillation.build import Ingredients, provenance
-from clip_rd_edge.distillation.checkpoint import Stateful, load_state, save_state, seed_everything
+from clip_rd_edge.distillation.build import RunSetup, provenance
+from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardLog, peak_memory_on, step_line
-from clip_rd_edge.distillation.optim import Update
+from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardLog, metrics_line, peak_memory_on
+from clip_rd_edge.distillation.optim import RunOptimizer
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import TeacherOfBatches, freeze_all_but_projection
+from clip_rd_edge.distillation.teacher import BatchTeacher, freeze_all_but_projection
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -38,48 +38,48 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
 def total_steps(config: RunConfig, pairs: Pairs) -> int:
-    """Steps of a run: the recipe's `steps`, or its epochs of whole batches."""
+    """Return the number of steps of a run: the recipe's `steps`, or its epochs times the full batches per epoch."""
     return config.recipe.steps or config.recipe.epochs * (len(pairs) // config.recipe.batch_size)
 
 
 def train(
     config: RunConfig,
     run: Path,
-    of: Ingredients,
+    setup: RunSetup,
     *,
-    teacher: TeacherOfBatches | None,
+    teacher: BatchTeacher | None,
     dataset: ViewDataset,
     processes: Processes,
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> ClipModel:
-    """Train the student, from the newest checkpoint in `run` where there is one; returns what is to be kept of it.
+    """Train the student, from the newest checkpoint in `run` if there is one; return the model to save.
 
     Args:
         config: resolved; its precision is not `auto`.
-        teacher: None where the objective needs none.
-        evaluate: called with the student every `config.evaluate_every` steps and at the end; its figures go into the
-            metrics, and the best student is kept as `RUN/best`.
+        teacher: None if the objective does not need one.
+        evaluate: called with the student every `config.evaluate_every` steps and at the end. Its scores are added to
+            the metrics, and the best student is saved as `RUN/best`.
 
     Raises:
-        InterruptedRunError: a signal asked to stop; the state was saved.
-        ClipRdEdgeError: the loss was not finite for some steps in a row; the last good checkpoint is named.
+        InterruptedRunError: a signal requested a stop; the state was saved.
+        ClipRdEdgeError: the loss was not finite for several steps in a row; the message names the last good checkpoint.
     """
-    recipe, steps, student = config.recipe, total_steps(config, of.pairs), of.student
+    recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
     seed_everything(config.seed)
     model = to_device(student.model, processes.device)
-    objective = of.objective.to(processes.device)
+    objective = setup.objective.to(processes.device)
     set_training_mode(student, config)
-    update = Update(model, objective, recipe, steps=steps)
-    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": update}
+    optimizer = RunOptimizer(model, objective, recipe, steps=steps)
+    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer}
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
-    start = load_state(run, parts)
-    kept = dataclasses.replace(student, model=update.model_to_keep)
+    start = load_checkpoint(run, parts)
+    saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
         quantization.calibrate(student, dataset, config)
-    step_of = TrainingStep(
+    training_step = TrainingStep(
         student,
         teacher,
         objective,
@@ -87,36 +87,36 @@ def train(
         step_settings(config, AUTOCAST[recipe.precision]),
         image_tower=quantization.tower(student) if quantization else None,
     )
-    encoder = TorchEncoder(kept, image_tower=quantization.tower(kept) if quantization else None)
-    log = MetricsLog(run, start=start) if processes.first else None
-    board = TensorBoardLog(run, start=start) if processes.first and config.report_to == "tensorboard" else None
+    encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
+    log = MetricsLog(run, start=start) if processes.is_main else None
+    board = TensorBoardLog(run, start=start) if processes.is_main and config.report_to == "tensorboard" else None
     sampler = StepSampler(
-        len(of.pairs),
+        len(setup.pairs),
         recipe.batch_size,
         seed=config.seed,
         start=start,
         stop=steps,
         rank=processes.rank,
-        processes=processes.count,
+        processes=processes.world_size,
     )
-    began = waiting_since = time.perf_counter()
+    started = waiting_since = time.perf_counter()
     waited = 0.0
 
-    with stop_on_signals() as stop:
+    with stop_on_signals() as request:
         for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), start=start):
             waited += time.perf_counter() - waiting_since
-            result = step_of(batch, step, loss_scale=update.loss_scale)
+            result = training_step(batch, step, loss_scale=optimizer.loss_scale)
             loss = result.loss.total.item()
-            update.make(step, loss, run=run)
+            optimizer.apply(step, loss, run=run)
 
             done, evaluation = step + 1, dict[str, float]()
-            last = done == steps
-            due = last or (config.evaluate_every and done % config.evaluate_every == 0)
-            if due and evaluate and processes.first:
+            is_last = done == steps
+            evaluation_due = is_last or (config.evaluate_every and done % config.evaluate_every == 0)
+            if evaluation_due and evaluate and processes.is_main:
                 evaluation = evaluate(encoder)
-                keep_if_best(run, kept, evaluation, provenance=partial(provenance, config, of, steps=done))
-            elapsed = time.perf_counter() - began
-            bad = processes.total(dataset.bad.found)
+                save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
+            elapsed = time.perf_counter() - started
+            bad = processes.sum(dataset.bad.bad_pairs)
             progress = Progress(
                 step=done,
                 steps=steps,
@@ -125,16 +125,16 @@ def train(
                 data_wait=waited / elapsed,
                 evaluation=evaluation,
                 bad=dataset.bad.left_out + bad,
-                skipped=update.skipped,
+                skipped=optimizer.skipped,
                 memory_bytes=peak_memory_on(processes.device),
             )
-            if log and (last or evaluation or done % config.log_every == 0):
+            if log and (is_last or evaluation or done % config.log_every == 0):
                 extra = {
-                    "learning_rate": update.learning_rate,
-                    "gradient_norm": update.gradient_norm,
+                    "learning_rate": optimizer.learning_rate,
+                    "gradient_norm": optimizer.gradient_norm,
                     "logit_scale": student.logit_scale,
                 }
-                line = step_line(progress, result.loss.terms, result.embeddings, extra)
+                line = metrics_line(progress, result.loss.terms, result.embeddings, extra)
                 log.write(line)
                 if board:
                     board.write(line)
@@ -142,22 +142,22 @@ def train(
             if evaluation:
                 reporter.say(f"step {done}: {progress.evaluation_message()}")
             dataset.bad.check_total(bad)
-            stopping = processes.any(bool(stop))
-            if last or stopping or done % config.checkpoint_every == 0:
-                if processes.first:
-                    save_state(run, done, parts)
-                processes.wait()
-            if stopping and not last:
+            stopping = processes.any(bool(request))
+            if is_last or stopping or done % config.checkpoint_every == 0:
+                if processes.is_main:
+                    save_checkpoint(run, done, parts)
+                processes.barrier()
+            if stopping and not is_last:
                 raise InterruptedRunError(
-                    f"Stopped by {stop.signal_name or 'a signal'} after step {done} of {steps}; saved in {run}.",
-                    hint="the same command with --resume goes on from there",
+                    f"Stopped by {request.signal_name or 'a signal'} after step {done} of {steps}; saved in {run}.",
+                    hint="resume with the same command and --resume",
                 )
             waiting_since = time.perf_counter()
-    return kept
+    return saved_student
 
 
 def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettings:
-    """How a run computes its steps, in the precision `autocast`."""
+    """Return the step settings of a run, for the precision `autocast`."""
     return StepSettings(
         autocast=autocast,
         chunks=config.accumulate,
@@ -170,9 +170,10 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettin
 
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
-    """Training mode; with `freeze_text`, the text tower learns nothing but its projection.
+    """Put the student in training mode; with `freeze_text`, freeze its text tower except for the projection.
 
-    With `quantize` it is evaluation mode: batch norms, which become part of convolutions, keep their figures.
+    With `quantize`, put it in evaluation mode: batch norms are folded into convolutions, so their statistics must not
+    change.
     """
     student.model.train(config.quantize is None)
     if config.gradient_checkpointing:
@@ -184,34 +185,34 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
 BEST_FOLDER = "best"
 
 
-class _Record(msgspec.Struct):
+class _BestRecord(msgspec.Struct):
     evaluation: dict[str, float]
 
 
-def keep_if_best(
+def save_if_best(
     run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
 ) -> bool:
-    """Write the student to `RUN/best` where the mean of its figures is above that of the one there.
+    """Write the student to `RUN/best` if its mean score exceeds that of the student saved there.
 
     Args:
-        evaluation: a figure a task, greater is better.
-        provenance: gives what its distillation.json is to say, to which the evaluation is added; asked only where it
-            is written, since it takes the hash of the teacher's weights.
+        evaluation: one score per task, higher is better.
+        provenance: returns the content of distillation.json, to which the evaluation is added. Called only if the
+            student is written, since it hashes the teacher's weights.
 
     Returns:
-        whether it was written.
+        Whether the student was written.
     """
     path = run / BEST_FOLDER / DISTILLATION_FILE
     if path.is_file():
-        before = msgspec.json.decode(path.read_bytes(), type=_Record).evaluation
-        if statistics.fmean(evaluation.values()) <= statistics.fmean(before.values()):
+        best = msgspec.json.decode(path.read_bytes(), type=_BestRecord).evaluation
+        if statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
             return False
     save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
     return True
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop; false until then."""
+    """Whether a signal requested a stop: true once `signal_name` is set."""
 
     def __init__(self) -> None:
         self.signal_name = ""
@@ -222,22 +223,22 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM sets the request, and a second SIGINT interrupts at once."""
+    """Within the block, the first SIGINT or SIGTERM sets the request; a second SIGINT interrupts at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # Python delivers signals to the main thread alone
+        yield request  # Python delivers signals only to the main thread
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 
-    for number in before:
-        signal.signal(number, note)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Evidence for the methods: train students by each of them with several seeds, and publish whatever comes out."""
+"""Evidence for distillation methods: train students with each method over several seeds, and publish every outcome."""

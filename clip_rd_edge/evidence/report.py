@@ -1,4 +1,4 @@
-"""The evidence as Markdown: scores, differences, geometry, each with its spread over seeds."""
+"""Evidence reports: tables of scores, differences and geometry over seeds in Markdown, and figures of the curves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from clip_rd_edge.benchmarking.formatting import NOTHING, markdown_table, percent, signed_interval, signed_points
+from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table, percent, signed_interval, signed_points
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-from clip_rd_edge.benchmarking.report.text import write_between_marks
+from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.results import (
     FORMAT_VERSION,
@@ -33,27 +33,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NOTE = (
-    "Differences of top-1 in points, paired by seed; in brackets the 95 % interval by bootstrap over pictures, each "
-    "drawn with all its seeds. Bold: zero lies outside of it, and all seeds agree on the sign."
+_DIFFERENCES_NOTE = (
+    "Differences in top-1, in percentage points, paired by seed; in parentheses the 95 % confidence interval, by "
+    "bootstrap over images, each resampled together with all its seeds. Bold: the interval excludes zero, and the "
+    "difference has the same sign for all seeds."
 )
-_GEOMETRY = (
-    "Geometry on pairs that were not trained on: mean cosine of a picture with its own caption, with the others', and "
-    "the gap between the two."
+_GEOMETRY_NOTE = (
+    "Geometry on held-out pairs: mean cosine similarity of an image with its own caption, with the captions of other "
+    "images, and the gap between the two."
 )
 
 
 def markdown(evidence: Evidence) -> str:
-    """All tables, with the settings and the cost above them."""
-    parts = [_settings(evidence), _scores(evidence), _NOTE]
-    parts += [_differences(evidence, reference) for reference in evidence.suite.compare_with]
-    return "\n\n".join([*parts, _GEOMETRY, _geometry(evidence)])
+    """Return all tables, after the settings and the cost."""
+    parts = [_settings(evidence), _score_table(evidence), _DIFFERENCES_NOTE]
+    parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
+    return "\n\n".join([*parts, _GEOMETRY_NOTE, _geometry_table(evidence)])
 
 
 def _settings(evidence: Evidence) -> str:
     suite, runs = evidence.suite, evidence.runs
     planned = len(list(suite.runs()))
-    done = f"All {planned} runs are done" if len(runs) == planned else f"{len(runs)} of {planned} runs are done"
+    done = f"All {planned} runs are finished" if len(runs) == planned else f"{len(runs)} of {planned} runs are finished"
     dates = sorted({run.environment.date[:10] for run in runs})
     threads = f"{suite.threads} thread{'s' if suite.threads > 1 else ''}"
     return (
@@ -68,20 +69,23 @@ def _cost(evidence: Evidence) -> str:
     seconds = [run.cpu_seconds for run in evidence.runs if run.cpu_seconds is not None]
     if not seconds:
         return ""
-    counted = "" if len(seconds) == len(evidence.runs) else f", of {len(seconds)} runs that nothing interrupted"
+    counted = "" if len(seconds) == len(evidence.runs) else f", over the {len(seconds)} runs without interruption"
     return (
-        f"Cost: {sum(seconds) / 3600:.1f} hours of processor time, {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} "
-        f"minutes a run{counted}; the teacher's tuning and its embeddings come on top."
+        f"Cost: {sum(seconds) / 3600:.1f} hours of CPU time, {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} "
+        f"minutes per run{counted}, plus tuning the teacher and computing its embeddings."
     )
 
 
-def _scores(evidence: Evidence) -> str:
-    heads = [f"{_task(evidence, task)}, {what}" for task in evidence.teacher.tasks for what in _figures(task)]
-    return _means(evidence, heads, _values, show=percent)
+def _score_table(evidence: Evidence) -> str:
+    headings = [f"{_task_name(evidence, task)}, {name}" for task in evidence.teacher.tasks for name in _figures(task)]
+    return _means_table(evidence, headings, _values, show=percent)
 
 
 def _figures(task: TaskResult) -> dict[str, float | None]:
-    """What a table shows of a task. Picture to text is left out of retrieval: among single names, it is top-1."""
+    """Return the figures that a table shows of a task, by name.
+
+    Image-to-text retrieval is left out: with one label as the caption of each image, it equals top-1.
+    """
     score = task.score
     if isinstance(score, ZeroShotScore):
         return {"top-1": score.top1, "top-5": score.top5}
@@ -89,80 +93,80 @@ def _figures(task: TaskResult) -> dict[str, float | None]:
 
 
 def _values(result: ModelResult) -> list[float]:
-    """The figures of all tasks; the same ones for every model of a suite."""
+    """Return the figures of all tasks in order, the same for every model of a suite."""
     return [value for task in result.tasks for value in _figures(task).values() if value is not None]
 
 
-def _differences(evidence: Evidence, reference: str) -> str:
-    places = [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
-    names = [_task(evidence, evidence.teacher.tasks[i]) for i in places]
+def _difference_table(evidence: Evidence, reference: str) -> str:
+    indices = [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
+    names = [_task_name(evidence, evidence.teacher.tasks[i]) for i in indices]
     lines = [["student", f"method − `{reference}`", "seeds", *names]]
     for student, method, runs in _rows(evidence):
         if method == reference:
             continue
-        others = runs_of(evidence, student, reference)
-        found = [difference({run.seed: run for run in runs}, others, place) for place in places]
-        seeds = next((of.spread.count for of in found if of), 0)
-        lines.append([student, f"`{method}`", str(seeds), *map(_signed, found)])
+        reference_runs = runs_of(evidence, student, reference)
+        differences = [difference({run.seed: run for run in runs}, reference_runs, index) for index in indices]
+        seeds = next((entry.spread.count for entry in differences if entry), 0)
+        lines.append([student, f"`{method}`", str(seeds), *map(_show_difference, differences)])
     return markdown_table(lines, left=(0, 1))
 
 
-def _geometry(evidence: Evidence) -> str:
-    shown = [task for task in evidence.teacher.tasks if task.geometry]
-    heads = [f"{_task(evidence, task)}: {what}" for task in shown for what in ("own", "others", "gap")]
-    return _means(evidence, heads, _cosines, show=_three)
+def _geometry_table(evidence: Evidence) -> str:
+    tasks = [task for task in evidence.teacher.tasks if task.geometry]
+    headings = [f"{_task_name(evidence, task)}: {name}" for task in tasks for name in ("own", "others", "gap")]
+    return _means_table(evidence, headings, _cosines, show=_three_decimals)
 
 
 def _cosines(result: ModelResult) -> list[float]:
-    known = [task.geometry for task in result.tasks if task.geometry]
-    return [value for of in known for value in (of.positive, of.negative, of.gap)]
+    geometries = [task.geometry for task in result.tasks if task.geometry]
+    return [value for geometry in geometries for value in (geometry.positive, geometry.negative, geometry.gap)]
 
 
-def _means(
+def _means_table(
     evidence: Evidence,
-    heads: Sequence[str],
+    headings: Sequence[str],
     figures: Callable[[ModelResult], list[float]],
     *,
     show: Callable[[float], str],
 ) -> str:
-    """The teacher's figures, and of each student and method their means and deviations over seeds."""
-    lines = [["student", "method", "seeds", *heads]]
+    """Return a table of the teacher's figures, and of mean ± deviation over seeds per student and method."""
+    lines = [["student", "method", "seeds", *headings]]
     lines.append(["", "teacher", "", *map(show, figures(evidence.teacher))])
     for student, method, runs in _rows(evidence):
         spreads = map(spread, zip(*(figures(run.result) for run in runs), strict=True))
-        cells = [show(of.mean) + ("" if of.deviation is None else f" ± {show(of.deviation)}") for of in spreads]
+        cells = [show(cell.mean) + ("" if cell.deviation is None else f" ± {show(cell.deviation)}") for cell in spreads]
         lines.append([student, f"`{method}`", str(len(runs)), *cells])
     return markdown_table(lines, left=(0, 1))
 
 
 def _rows(evidence: Evidence) -> list[tuple[str, str, list[RunResult]]]:
-    """Student, method and its finished runs, where there are any."""
-    every = [(student, method.name) for student in evidence.suite.students for method in evidence.suite.methods]
-    found = [(student, method, [*runs_of(evidence, student, method).values()]) for student, method in every]
-    return [row for row in found if row[2]]
+    """Return each student and method that has finished runs, with these runs."""
+    combinations = [(student, method.name) for student in evidence.suite.students for method in evidence.suite.methods]
+    rows = [(student, method, [*runs_of(evidence, student, method).values()]) for student, method in combinations]
+    return [row for row in rows if row[2]]
 
 
-def _task(evidence: Evidence, task: TaskResult) -> str:
+def _task_name(evidence: Evidence, task: TaskResult) -> str:
     return task.score.task.removeprefix(f"{evidence.suite.data}, ")
 
 
-def _three(value: float) -> str:
+def _three_decimals(value: float) -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
-def _signed(of: Difference | None) -> str:
-    if of is None:
-        return NOTHING
-    text = signed_points(of.spread.mean)
-    text += "" if of.spread.deviation is None else f" ± {percent(of.spread.deviation)}"
-    if of.interval is None:
+def _show_difference(entry: Difference | None) -> str:
+    if entry is None:
+        return NO_VALUE
+    text = signed_points(entry.spread.mean)
+    text += "" if entry.spread.deviation is None else f" ± {percent(entry.spread.deviation)}"
+    if entry.interval is None:
         return text
-    text += f" ({signed_interval(of.interval)})"
-    return f"**{text}**" if of.agreed and (of.interval.low > 0 or of.interval.high < 0) else text
+    text += f" ({signed_interval(entry.interval)})"
+    return f"**{text}**" if entry.same_sign and (entry.interval.low > 0 or entry.interval.high < 0) else text
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
-    """Write the JSON, a run a line: indented, its curves would be thousands of lines."""
+    """Write the results as JSON with one line per run: indented, the curves would take thousands of lines."""
     plain = msgspec.to_builtins(evidence)
     runs = ",\n".join(msgspec.json.encode(run).decode() for run in plain.pop("runs"))
     head = msgspec.json.encode(plain).decode().removesuffix("}")
@@ -170,20 +174,20 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
 
 
 def read_evidence_file(path: Path) -> Evidence:
-    """Read what `write_evidence` wrote.
+    """Read a file written by `write_evidence`.
 
     Raises:
-        InputError: there is no such file.
+        InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no runs.
     """
     evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION)
     if not evidence.runs:
-        raise ConfigError(f"{path} has no runs; expected one or more.", hint="run the suite again")
+        raise ConfigError(f"{path} has no runs; expected at least one.", hint="run the suite again")
     return evidence
 
 
 def write_report(evidence: Evidence, folder: Path) -> list[Path]:
-    """Tables and figures into `folder`; returns what was written."""
+    """Write tables and figures to `folder`, and return their paths."""
     name = evidence.suite.name
     paths = [folder / f"{name}.md", folder / f"{name}-curves.png", folder / f"{name}-geometry.png"]
     write_text(paths[0], markdown(evidence) + "\n")
@@ -193,60 +197,61 @@ def write_report(evidence: Evidence, folder: Path) -> list[Path]:
 
 
 def publish(source: Path, page: Path) -> list[Path]:
-    """Draw the figures beside the JSON `source` anew, and put its tables between the suite's marks in `page`.
+    """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`.
 
     Raises:
-        InputError, ConfigError: `source` or `page` does not fit.
+        InputError, ConfigError: `source` cannot be read, or `page` does not have the markers.
     """
     evidence = read_evidence_file(source)
     name = evidence.suite.name
     figures = {source.with_name(f"{name}-curves.png"): learning_curves(evidence)}
     figures[source.with_name(f"{name}-geometry.png")] = geometry_curves(evidence)
-    write_between_marks(page, name, markdown(evidence))
+    write_between_markers(page, name, markdown(evidence))
     for path, png in figures.items():
         write_bytes(path, png)
     return [page, *figures]
 
 
-# Told apart by most colour-blind readers, too: Okabe and Ito's palette, black for the first.
+# Okabe and Ito's palette, which most colour-blind readers can distinguish; the first colour is black.
 COLOURS = ("#000000", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
 GEOMETRY = {"positive": "own caption", "negative": "others' captions", "gap": "gap"}
 
 
 def learning_curves(evidence: Evidence) -> bytes:
-    """Top-1 of each zero-shot task over training, a column a student."""
+    """Plot top-1 of each zero-shot task over training, one column per student."""
     names = list(dict.fromkeys(name for run in evidence.runs for name in run.curves if name.startswith("evaluation/")))
     figure, grid = _grid(evidence, len(names), "Top-1 over training, %")
     for row, name in enumerate(names):
         for column, student in enumerate(evidence.suite.students):
             axes = grid[row][column]
             axes.set_title(f"{student}: {name.removeprefix('evaluation/')}", fontsize=9)
-            _lines(axes, evidence, student, [name], factor=100)
-        grid[row][0].set_ylim(bottom=0)  # of the whole row, and after all of it: it ends the search for the upper end
+            _plot_methods(axes, evidence, student, [name], factor=100)
+        # Applies to the whole row. It stops autoscaling of the upper limit, so it must come after the last curve.
+        grid[row][0].set_ylim(bottom=0)
     return _png(figure, grid)
 
 
 def geometry_curves(evidence: Evidence) -> bytes:
-    """Mean cosines in the training batches over training, a column a student; the teacher dashed."""
-    figure, grid = _grid(evidence, len(GEOMETRY), "Mean cosine of pictures and captions in the training batches")
+    """Plot mean cosines in the training batches over training, one column per student; the teacher is dashed."""
+    figure, grid = _grid(evidence, len(GEOMETRY), "Mean cosine of images and captions in the training batches")
     for row, (kind, title) in enumerate(GEOMETRY.items()):
         for column, student in enumerate(evidence.suite.students):
             axes = grid[row][column]
             axes.set_title(f"{student}: {title}", fontsize=9)
-            _lines(axes, evidence, student, _names("student", kind))
-            _teacher(axes, evidence, student, _names("teacher", kind))
+            _plot_methods(axes, evidence, student, _curve_names("student", kind))
+            _plot_teacher(axes, evidence, student, _curve_names("teacher", kind))
     return _png(figure, grid)
 
 
-def _names(who: str, kind: str) -> list[str]:
-    """A curve, or the two whose difference it is."""
-    return [f"{who}_positive", f"{who}_negative"] if kind == "gap" else [f"{who}_{kind}"]
+def _curve_names(model: str, kind: str) -> list[str]:
+    """Return the name of a curve, or of the two curves that it is the difference of."""
+    return [f"{model}_positive", f"{model}_negative"] if kind == "gap" else [f"{model}_{kind}"]
 
 
-def _lines(axes: Axes, evidence: Evidence, student: str, names: Sequence[str], *, factor: float = 1) -> None:
+def _plot_methods(axes: Axes, evidence: Evidence, student: str, names: Sequence[str], *, factor: float = 1) -> None:
     for number, method in enumerate(evidence.suite.methods):
         runs = runs_of(evidence, student, method.name).values()
-        curves = [curve for run in runs if (curve := _minus(run.curves, names))]
+        curves = [curve for run in runs if (curve := _combine(run.curves, names))]
         if not curves:
             continue
         colour = COLOURS[number % len(COLOURS)]
@@ -257,15 +262,15 @@ def _lines(axes: Axes, evidence: Evidence, student: str, names: Sequence[str], *
         )
 
 
-def _teacher(axes: Axes, evidence: Evidence, student: str, names: Sequence[str]) -> None:
+def _plot_teacher(axes: Axes, evidence: Evidence, student: str, names: Sequence[str]) -> None:
     runs = [run for run in evidence.runs if run.student == student]
-    curve = next((curve for run in runs if (curve := _minus(run.curves, names))), None)
+    curve = next((curve for run in runs if (curve := _combine(run.curves, names))), None)
     if curve:
         axes.plot(curve.steps, curve.values, color="#57534e", linewidth=1, linestyle="--", label="teacher")
 
 
-def _minus(curves: dict[str, Curve], names: Sequence[str]) -> Curve | None:
-    """The first of the named curves, less the second where there are two; None where one is missing."""
+def _combine(curves: dict[str, Curve], names: Sequence[str]) -> Curve | None:
+    """Return the named curve, or the first minus the second if two are named; None if one is missing."""
     if any(name not in curves for name in names):
         return None
     first, *rest = (np.asarray(curves[name].values) for name in names)
@@ -295,8 +300,8 @@ def _png(figure: Figure, grid: list[list[Axes]]) -> bytes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    # A palette: half the bytes, for pictures that lie in the repository.
-    Image.open(drawn).convert("RGB").quantize(128).save(small, format="png", optimize=True)
-    return small.getvalue()
+    full, compact = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=110)
+    # A colour palette halves the file size; the figures are committed to the repository.
+    Image.open(full).convert("RGB").quantize(128).save(compact, format="png", optimize=True)
+    return compact.getvalue()

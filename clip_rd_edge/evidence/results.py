@@ -1,4 +1,4 @@
-"""What came out: a small file a run, written when it is done, and one of all of them."""
+"""Results of an evidence suite: one file per finished run, and one file with all runs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ FORMAT_VERSION = 1
 
 
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):
-    """Mean cosine of pictures with their own caption, and with all others'."""
+    """Mean cosine similarity of images with their own caption (`positive`) and with all other captions (`negative`)."""
 
     positive: float
     negative: float
 
     @property
     def gap(self) -> float:
-        """How far the two stand apart."""
+        """The difference between the two."""
         return self.positive - self.negative
 
 
 class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on one task.
+    """The result of one model on one task.
 
     Attributes:
-        hits: of a zero-shot task, a `1` for each picture that was told right and a `0` for each other; so that two
-            models can be compared picture by picture.
-        geometry: of a retrieval task's pairs.
+        hits: for a zero-shot task, one character per image, `1` if it was classified correctly and `0` if not, so that
+            models can be compared in pairs.
+        geometry: for a retrieval task, computed from its image-caption pairs.
     """
 
     score: Score
@@ -45,7 +45,7 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on all tasks of the suite, in the suite's order."""
+    """The results of one model on all tasks of the suite, in order."""
 
     model: str
     parameters: int
@@ -53,19 +53,19 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that was logged while training."""
+    """Values of one metric over the steps of a training run."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One training.
+    """The result of one training run.
 
     Attributes:
-        cpu_seconds: processor time of training and the evaluations in between, loading included and the teacher's
-            cache not; None where the run was interrupted and resumed.
-        curves: by their names in metrics.jsonl.
+        cpu_seconds: CPU time of training, including data loading and intermediate evaluations but not filling the
+            teacher cache; None if the run was interrupted and resumed.
+        curves: training curves, by their names in metrics.jsonl.
     """
 
     student: str
@@ -78,7 +78,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is known of a suite; `runs` are those that are done, in the suite's order."""
+    """All results of a suite; `runs` are the finished ones, in the suite's order."""
 
     suite: EvidenceSuite
     teacher: ModelResult
@@ -87,14 +87,14 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_run(folder: Path) -> RunResult | None:
-    """The result of the run in `folder`, None where it is not done; raises ConfigError where it is damaged."""
+    """Return the result of the run in `folder`, or None if it is not finished; raise ConfigError if it is damaged."""
     path = folder / RESULT
     return read_json(path, RunResult) if path.is_file() else None
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over `count` seeds; the deviation of a single one is None."""
+    """Mean and sample standard deviation over `count` seeds; the deviation is None for a single seed."""
 
     mean: float
     deviation: float | None
@@ -103,54 +103,54 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus another on the seeds that both have.
+    """The difference between two methods on the seeds that both have.
 
     Attributes:
-        agreed: whether all seeds give the same sign.
-        interval: 95 %, by bootstrap over pictures, each with all its seeds; so it tells whether other pictures would
-            say the same of these very models. None without hits.
+        same_sign: whether the difference has the same sign for all seeds.
+        interval: 95 % confidence interval by bootstrap over images, each resampled together with all its seeds. It
+            covers other images, not other trainings. None without hits.
     """
 
     spread: Spread
-    agreed: bool
+    same_sign: bool
     interval: Interval | None
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value."""
+    """Return mean and standard deviation of one or more values."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Spread(float(np.mean(values)), deviation, len(values))
 
 
 def runs_of(evidence: Evidence, student: str, method: str) -> dict[int, RunResult]:
-    """Finished runs by seed."""
+    """Return the finished runs of a student and method, by seed."""
     return {run.seed: run for run in evidence.runs if (run.student, run.method) == (student, method)}
 
 
 def difference(
     runs: dict[int, RunResult], reference: dict[int, RunResult], task: int, *, seed: int = 0
 ) -> Difference | None:
-    """`runs` minus `reference` on a task, or None where no seed has both.
+    """Return `runs` minus `reference` on a task, or None if they have no seed in common.
 
     Args:
-        task: its place in the suite.
-        seed: of the bootstrap.
+        task: index of the task in the suite.
+        seed: seed of the bootstrap.
     """
     pairs = [(runs[s].result.tasks[task], reference[s].result.tasks[task]) for s in sorted(runs.keys() & reference)]
     if not pairs:
         return None
-    differences = [primary_metric(one.score) - primary_metric(other.score) for one, other in pairs]
-    between, agreed = spread(differences), min(differences) > 0 or max(differences) < 0
-    if not all(one.hits and other.hits for one, other in pairs):
-        return Difference(between, agreed, None)
-    # Seeds share the pictures: a picture is drawn with all of its seeds, or the interval would be too narrow.
-    a_picture = np.mean([_hits(one.hits) - _hits(other.hits) for one, other in pairs], axis=0)
-    # N draws with replacement hold each of the few different values as often as a multinomial says.
-    values, counts = np.unique(a_picture, return_counts=True)
+    differences = [primary_metric(result.score) - primary_metric(other.score) for result, other in pairs]
+    over_seeds, same_sign = spread(differences), min(differences) > 0 or max(differences) < 0
+    if not all(result.hits and other.hits for result, other in pairs):
+        return Difference(over_seeds, same_sign, None)
+    # Seeds share the images: an image is resampled with all of its seeds, or the interval would be too narrow.
+    per_image = np.mean([_hits(result.hits) - _hits(other.hits) for result, other in pairs], axis=0)
+    # In N draws with replacement, the counts of the few distinct values follow a multinomial distribution.
+    values, counts = np.unique(per_image, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
     low, high = np.percentile(draws @ values / counts.sum(), [2.5, 97.5])
-    return Difference(between, agreed, Interval(float(low), float(high)))
+    return Difference(over_seeds, same_sign, Interval(float(low), float(high)))
 
 
-def _hits(marks: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    return np.frombuffer(marks.encode(), dtype=np.uint8).astype(np.float64) - ord("0")
+def _hits(digits: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.frombuffer(digits.encode(), dtype=np.uint8).astype(np.float64) - ord("0")

@@ -1,4 +1,4 @@
-"""What is compared: students × methods × seeds, all trained alike; a small YAML file."""
+"""Evidence suites: students × methods × seeds trained with the same settings, as a small YAML file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How students are trained.
+    """A method to train students with.
 
     Attributes:
-        name: in tables and folders.
-        recipe: what `distill.config.load_recipe` takes.
-        weights: of the objective, where they differ from the recipe's.
+        name: its name in tables and folders.
+        recipe: recipe name or file, as in `distillation.config.load_recipe`.
+        weights: loss weights that differ from the recipe's.
     """
 
     name: str
@@ -35,20 +35,22 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         if not _SAFE_NAME.fullmatch(self.name):
-            raise ValueError(f"the method's name is {self.name!r}; expected small letters, digits, '.', '-' and '_'")
+            raise ValueError(
+                f"the method's name is {self.name!r}; expected lower-case letters, digits, '.', '-' and '_'"
+            )
 
 
 class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison of methods.
 
     Attributes:
-        data, tasks: to train on and to test on, as `distill` and `evaluate` take them.
+        data, tasks: training data and test tasks, named as for `distill` and `evaluate`.
         students: presets or timm names.
-        compare_with: methods that every other one is compared with, seed by seed.
-        views: see `RunConfig`; the teacher's embeddings of them are computed once a seed.
+        compare_with: methods that all others are compared with, paired by seed.
+        views: see `RunConfig`; the teacher's embeddings of the views are computed once per seed.
         evaluate_every: steps between the points of the learning curves.
-        teacher_steps: of the embedded teacher's tuning, where no teacher is given.
-        threads: to train with.
+        teacher_steps: steps to tune the embedded teacher, if no other teacher is given.
+        threads: number of training threads.
     """
 
     name: str
@@ -74,9 +76,9 @@ class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
-        for what, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
+        for field, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{what} has something twice: {', '.join(map(str, values))}")
+                raise ValueError(f"{field} has duplicates: {', '.join(map(str, values))}")
         for name in self.compare_with:
             if name not in names:
                 raise ValueError(f"compare_with names {name!r}; expected one of {', '.join(names)}")
@@ -84,17 +86,17 @@ class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError("precision is auto; expected fp32, bf16 or fp16, so that all runs have the same")
 
     def runs(self) -> Iterator[Run]:
-        """Every run; all of the first seed before the second, so that half the way gives a whole table."""
+        """Yield all runs, seed by seed, so that an unfinished suite already gives complete tables."""
         for seed in self.seeds:
             for student in self.students:
                 for method in self.methods:
                     yield Run(student, method, seed)
 
     def recipe(self, method: Method) -> Recipe:
-        """A method's recipe with this suite's settings.
+        """Return a method's recipe with this suite's settings.
 
         Raises:
-            ConfigError: no such recipe, or a weight that there is not.
+            ConfigError: the recipe or a weight does not exist.
         """
         recipe = load_recipe(method.recipe)
         weights = {**msgspec.to_builtins(recipe.objective), **method.weights}
@@ -110,7 +112,7 @@ class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a suite."""
+    """One training run of a suite."""
 
     student: str
     method: Method
@@ -120,49 +122,49 @@ class Run:
         return f"{self.student}, {self.method.name}, seed {self.seed}"
 
     @property
-    def place(self) -> Path:
-        """Where it lies in the suite's folder."""
+    def subfolder(self) -> Path:
+        """The run's folder, relative to the suite's."""
         return Path("runs") / self.student / self.method.name / f"seed-{self.seed}"
 
 
 def read_evidence(suite: str) -> EvidenceSuite:
-    """A suite from a YAML file, or a shipped one by its name.
+    """Read a suite from a YAML file, or a shipped suite by its name.
 
     Raises:
-        InputError: there is no such file.
-        ConfigError: a key, a value, a recipe or a weight that does not fit.
+        InputError: the file does not exist.
+        ConfigError: a key, a value, a recipe or a weight is invalid.
     """
     try:
-        read = read_yaml(find_suite(suite), EvidenceSuite)
+        evidence_suite = read_yaml(find_suite(suite), EvidenceSuite)
     except ConfigError as error:
         hint = "evidence takes students, methods and seeds; models are compared by clip-rd-edge benchmark"
         raise ConfigError(str(error), hint=hint) from error
-    for method in read.methods:
-        read.recipe(method)
-    return read
+    for method in evidence_suite.methods:
+        evidence_suite.recipe(method)
+    return evidence_suite
 
 
 def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) -> RunConfig:
-    """What a run trains.
+    """Return the configuration of a run.
 
     Args:
-        teacher: what `load_clip` takes.
-        caches: folder of the teacher's embeddings, one cache a seed: views follow from the seed.
+        teacher: model name, as in `load_clip`.
+        caches: folder of the teacher's embeddings, with one cache per seed, because views depend on the seed.
     """
     recipe = suite.recipe(run.method)
-    taught = recipe.objective.need_teacher
+    needs_teacher = recipe.objective.needs_teacher
     return RunConfig(
         recipe_name=run.method.name,
         recipe=recipe,
         data=suite.data,
-        teacher=teacher if taught else None,
+        teacher=teacher if needs_teacher else None,
         student=run.student,
         image_size=suite.image_size,
         text=suite.text,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,
-        teacher_cache=str(caches / f"seed-{run.seed}") if taught else None,
+        teacher_cache=str(caches / f"seed-{run.seed}") if needs_teacher else None,
         views=suite.views,
         seed=run.seed,
         workers=0,

@@ -1,1 +1,1 @@
-"""From a trained model to a bundle: ONNX, quantisation, parity."""
+"""Export trained PyTorch models: towers to ONNX, tokenizers to tokenizer.json, and both to a float32 bundle."""

@@ -1,4 +1,4 @@
-"""open_clip's tokenizers as a `tokenizer.json` that the `tokenizers` library reads, so that a device needs no torch."""
+"""Export open_clip's tokenizers to a tokenizer.json for the `tokenizers` library, so that a device needs no torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import write_text
 
-# What open_clip's SimpleTokenizer cuts a cleaned text by; its special tokens go in front. Its pattern ignores case, by
-# which U+0345, a mark whose upper case is a letter, is neither letter nor other, and is dropped.
+# The pattern by which open_clip's SimpleTokenizer splits a cleaned text; its special tokens go in front. The original
+# ignores case: U+0345, a mark whose upper case is a letter, then counts neither as a letter nor as another character,
+# and is dropped.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
 _END_OF_WORD = "</w>"
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
-    """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return what the file does not say.
+    """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return the settings it cannot hold.
 
-    Ids are the same for every text, but for letters that one library's Unicode tables know and the other's do not yet.
+    Ids are the same for every text, except for letters that only one library's Unicode tables contain.
 
     Raises:
-        ClipRdEdgeError: another kind of tokenizer, or one with a way of padding that `TokenizerSpec` cannot tell.
+        ClipRdEdgeError: the tokenizer is of another type, or pads in a way that `TokenizerSpec` cannot express.
     """
     import open_clip
 
@@ -34,7 +35,7 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
     if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
         return _export_hugging_face(tokenizer, folder / TOKENIZER)
     raise ClipRdEdgeError(
-        f"A tokenizer of the kind {type(tokenizer).__name__} cannot be exported; "
+        f"A tokenizer of type {type(tokenizer).__name__} cannot be exported; "
         "expected open_clip's SimpleTokenizer or HFTokenizer."
     )
 
@@ -43,12 +44,12 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     from tokenizers import Regex, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as FastTokenizer
 
-    specials = {name: i for name, i in tokenizer.encoder.items() if i in tokenizer.all_special_ids}
-    vocabulary = {name: i for name, i in tokenizer.encoder.items() if name not in specials}
+    specials = {name: token_id for name, token_id in tokenizer.encoder.items() if token_id in tokenizer.all_special_ids}
+    vocabulary = {name: token_id for name, token_id in tokenizer.encoder.items() if name not in specials}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
-    free = itertools.count(len(tokenizer.encoder))
+    free_ids = itertools.count(len(tokenizer.encoder))
     for name, token_id in specials.items():
-        _merge_whole(name, token_id, vocabulary=vocabulary, merges=merges, free=free)
+        _add_special_token(name, token_id, vocabulary=vocabulary, merges=merges, free_ids=free_ids)
     fast = FastTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
     pattern = Regex("|".join([*specials, _WORDS]))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
@@ -63,18 +64,19 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     )
     _write(fast, path)
     return TokenizerSpec(
-        context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), end_id=specials[end]
+        context_length=int(tokenizer.context_length), clean=_cleaning_name(tokenizer), end_id=specials[end]
     )
 
 
-def _merge_whole(
-    name: str, token_id: int, *, vocabulary: dict[str, int], merges: list[tuple[str, str]], free: Iterator[int]
+def _add_special_token(
+    name: str, token_id: int, *, vocabulary: dict[str, int], merges: list[tuple[str, str]], free_ids: Iterator[int]
 ) -> None:
-    """Teach the model to merge a special token's name, met as a word of its own in a text, to its one id.
+    """Add merges to the model that turn a special token's name, as a separate word of a text, into its single id.
 
-    open_clip does so only where its pattern meets the name as a word: in `!<end_of_text>` the `<` belongs to `!<`.
-    The library's added tokens are found anywhere, so these are no added tokens. The merges cannot touch another word,
-    since no other has a bracket and a letter in it, and they come after all others, so the pieces are known.
+    open_clip recognises the name only where its pattern splits it off as a word: in `!<end_of_text>`, the `<` belongs
+    to `!<`. The library finds its added tokens anywhere, so they cannot be used here. The merges cannot affect another
+    word, because no other word has a bracket and a letter in it; and they come after all others, so the pieces are
+    known.
     """
     from tokenizers import models
 
@@ -83,30 +85,30 @@ def _merge_whole(
     for piece in pieces[1:]:
         merges.append((merged, piece))
         merged += piece
-        # A step on the way to the whole name, never what a word ends as, so that no text gets an id that is no token's.
-        # The ids go on where the tokens' end: the library complains of holes by listing them all.
-        vocabulary[merged] = token_id if merged == name + _END_OF_WORD else next(free)
+        # Partial names are intermediate steps that never remain in a tokenised text. Their ids follow those of the
+        # tokens, because the library's warning about gaps lists every missing id.
+        vocabulary[merged] = token_id if merged == name + _END_OF_WORD else next(free_ids)
 
 
 def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
     inner = tokenizer.tokenizer
     backend: Any = getattr(inner, "backend_tokenizer", None)
-    for refused, reason in (
+    for unsupported, reason in (
         (backend is None, "has no fast version"),
         (tokenizer.tokenizer_mode, f"has the mode {tokenizer.tokenizer_mode!r}"),
         (tokenizer.strip_sep_token, "strips its separator"),
         (inner.padding_side != "right", f"pads on the {inner.padding_side}"),
     ):
-        if refused:
+        if unsupported:
             raise ClipRdEdgeError(f"The tokenizer {inner.name_or_path!r} {reason}, which a bundle cannot express.")
     _write(backend, path)
     return TokenizerSpec(
-        context_length=int(tokenizer.context_length), clean=_cleaning_of(tokenizer), pad_id=int(inner.pad_token_id)
+        context_length=int(tokenizer.context_length), clean=_cleaning_name(tokenizer), pad_id=int(inner.pad_token_id)
     )
 
 
 def _write(tokenizer: Any, path: Path) -> None:
-    """Save a `tokenizers.Tokenizer` with its merges as `"a b"`: the file is a tenth smaller and is opened faster."""
+    """Save a `tokenizers.Tokenizer` with its merges as `"a b"`: the file is a tenth smaller and opens faster."""
     content = json.loads(tokenizer.to_str())
     merges = content["model"].get("merges", [])
     if merges and not any(" " in piece for pair in merges for piece in pair):
@@ -114,11 +116,11 @@ def _write(tokenizer: Any, path: Path) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
 
 
-def _cleaning_of(tokenizer: Any) -> Literal["lower", "whitespace", "canonicalize"]:
+def _cleaning_name(tokenizer: Any) -> Literal["lower", "whitespace", "canonicalize"]:
     from open_clip.tokenizer import get_clean_fn
 
     names: tuple[Literal["lower", "whitespace", "canonicalize"], ...] = ("lower", "whitespace", "canonicalize")
     for name in names:
         if tokenizer.clean_fn is get_clean_fn(name):
             return name
-    raise ClipRdEdgeError(f"The tokenizer cleans texts by {tokenizer.clean_fn}, which a bundle cannot express.")
+    raise ClipRdEdgeError(f"The tokenizer cleans texts with {tokenizer.clean_fn}, which a bundle cannot express.")

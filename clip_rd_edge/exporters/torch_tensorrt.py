@@ -1,8 +1,9 @@
-"""TensorRT engines by torch-tensorrt: straight from PyTorch, for the GPU of this machine.
+"""Build TensorRT engines with torch-tensorrt: directly from PyTorch, for the GPU of this machine.
 
-The second way beside ONNX (`tensorrt.py`), for a tower that TensorRT's ONNX parser does not take. torch-tensorrt builds
-for the GPU that it finds alone, and comes in two packages: `torch-tensorrt` for TensorRT, `torch-tensorrt-rtx` for
-TensorRT for RTX. Its networks are strongly typed, too: an engine computes in the types of the module that it is given.
+This is the alternative to building from ONNX (`convert.tensorrt`), for a tower that TensorRT's ONNX parser does not
+support. torch-tensorrt builds only for the GPU of this machine, and comes in two packages: `torch-tensorrt` for
+TensorRT, `torch-tensorrt-rtx` for TensorRT for RTX. Its networks are strongly typed, too: an engine computes in the
+types of the module it is built from.
 """
 
 from __future__ import annotations
@@ -17,81 +18,83 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, probes_of
+from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, hard_inputs
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.parity import Inputs, agreement
 from clip_rd_edge.convert.targets import RTX_TARGETS
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
-from clip_rd_edge.exporters.onnx import evaluating, reason, without_fast_path
+from clip_rd_edge.exporters.onnx import evaluating, root_cause, without_fast_path
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 
 _TOWERS = {"image": ImageTower, "text": TextTower}
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
-_EXAMPLES = 2  # a batch of 1 would be taken for a constant
-_ELSE = "leave --via away: engines are built from ONNX then, without a GPU"
+_EXAMPLE_BATCH = 2  # a batch size of 1 would be treated as a constant
+_HINT = "omit --via: engines are then built from ONNX, without a GPU"
 
 
-class _Half(nn.Module):
-    """A tower in float16, but for the norm of its embeddings; it takes float32 as the tower does."""
+class _Fp16Tower(nn.Module):
+    """A tower in float16, except for the norm of its embeddings; like the tower, it takes float32 pixels."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower.half()
 
-    def forward(self, values: Tensor) -> Tensor:
-        embeddings: Tensor = self.tower(values.half() if values.is_floating_point() else values)
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeddings: Tensor = self.tower(inputs.half() if inputs.is_floating_point() else inputs)
         return embeddings
 
 
 def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> EngineBuilder:
-    """What builds the engines of a model on this machine's GPU.
+    """Return a function that builds a model's engines on this machine's GPU.
 
     Args:
-        torch_tensorrt: the package, as `require_torch_tensorrt` gives it.
-        source: the model's float32 bundle, whose tokenizer makes what float16 is tried on.
+        torch_tensorrt: the package, as `require_torch_tensorrt` returns it.
+        clip: the model.
+        source: the model's float32 bundle, whose tokenizer is used for the inputs that float16 is tested on.
     """
-    probes = probes_of(source, read_manifest(source))
+    inputs = hard_inputs(source, read_manifest(source))
 
     def build(name: str, typed: TypedTower) -> bytes:
         tower = copy.deepcopy(_TOWERS[name](clip.model)).to(_device())
         with evaluating(tower), without_fast_path(), silently(), torch.no_grad():
             if typed.precision == "fp16":
-                tower = _half(tower, name, probes[name])
-            return _built(torch_tensorrt, tower, name, torch.from_numpy(probes[name][:_EXAMPLES]).to(_device()))
+                tower = _to_fp16(tower, name, inputs[name])
+            example = torch.from_numpy(inputs[name][:_EXAMPLE_BATCH]).to(_device())
+            return _build_engine(torch_tensorrt, tower, name, example)
 
     return build
 
 
 def require_torch_tensorrt(target: str) -> Any:
-    """The package, where it builds for `target`, one of `tensorrt.TARGETS`, on this machine.
+    """Return the package if it builds for `target`, one of `convert.targets.TARGETS`, on this machine.
 
     Raises:
-        UsageError: there is no GPU, or what is installed does not build for `target` on it.
+        UsageError: there is no GPU, or the installed package does not build for `target` on it.
         MissingExtraError: torch-tensorrt is not installed.
-        ClipRdEdgeError: torch-tensorrt does not load.
+        ClipRdEdgeError: torch-tensorrt cannot be loaded.
     """
     if not torch.cuda.is_available():
         raise UsageError(
-            f"--via torch-tensorrt needs a CUDA build of torch and its GPU; torch {torch.__version__} sees none.",
-            hint=_ELSE,
+            f"--via torch-tensorrt needs a CUDA build of torch and a GPU; torch {torch.__version__} finds no GPU.",
+            hint=_HINT,
         )
-    here = "sm{}{}".format(*torch.cuda.get_device_capability())
-    if here != _CAPABILITIES.get(target, here):
-        raise UsageError(f"torch-tensorrt builds for the GPU that is here, {here}, and not for {target}.", hint=_ELSE)
+    capability = "sm{}{}".format(*torch.cuda.get_device_capability())
+    if capability != _CAPABILITIES.get(target, capability):
+        raise UsageError(
+            f"torch-tensorrt builds only for this machine's GPU, {capability}, not for {target}.", hint=_HINT
+        )
     try:
         module = importlib.import_module("torch_tensorrt")
     except ImportError as error:
         raise MissingExtraError("torch-tensorrt", extra="torch-tensorrt", purpose="--via torch-tensorrt") from error
-    except Exception as error:  # it asks for devices and loads libraries, whose errors are of all kinds
-        raise ClipRdEdgeError(f"torch-tensorrt does not load: {reason(error)}.", hint=_ELSE) from error
+    except Exception as error:  # it queries devices and loads libraries, which raise many types
+        raise ClipRdEdgeError(f"torch-tensorrt cannot be loaded: {root_cause(error)}.", hint=_HINT) from error
     rtx = bool(getattr(module.ENABLED_FEATURES, "tensorrt_rtx", False))
     if rtx != (target in RTX_TARGETS):
         names = ("torch-tensorrt-rtx", "torch-tensorrt")
-        raise UsageError(
-            f"{names[not rtx]} does not build for {target}.", hint=f"pip install {names[rtx]} in its place"
-        )
+        raise UsageError(f"{names[not rtx]} does not build for {target}.", hint=f"pip install {names[rtx]} instead")
     return module
 
 
@@ -99,38 +102,38 @@ def _device() -> torch.device:
     return torch.device("cuda")
 
 
-def _half(tower: nn.Module, name: str, probes: Inputs) -> nn.Module:
-    """The tower in float16.
+def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
+    """Return the tower in float16.
 
     Raises:
-        ClipRdEdgeError: values overflow: ONNX keeps the layers that they do in in float32, here all are in float16.
+        ClipRdEdgeError: values overflow. Unlike in ONNX, the layers that overflow cannot stay in float32.
     """
-    half = _Half(copy.deepcopy(tower))
-    given = torch.from_numpy(probes).to(_device())
-    reference, other = (np.asarray(each(given).cpu()) for each in (tower, half))
-    found = agreement(reference, other).centred_cosine
-    if found < MIN_AGREEMENT:
+    fp16 = _Fp16Tower(copy.deepcopy(tower))
+    batch = torch.from_numpy(inputs).to(_device())
+    reference, embeddings = (np.asarray(module(batch).cpu()) for module in (tower, fp16))
+    cosine = agreement(reference, embeddings).centred_cosine
+    if cosine < MIN_AGREEMENT:
         raise ClipRdEdgeError(
-            f"The {name} tower cannot be in float16 by torch-tensorrt: its centred cosine with float32 is {found:.4f} "
-            f"on pictures and texts of extremes, below {MIN_AGREEMENT}.",
-            hint="--precision fp32, or leave --via away: from ONNX, the layers that overflow stay in float32",
+            f"torch-tensorrt cannot build the {name} tower in float16: its centred cosine with float32 is {cosine:.4f} "
+            f"on extreme images and texts, below {MIN_AGREEMENT}.",
+            hint="use --precision fp32, or omit --via: from ONNX, the layers that overflow stay in float32",
         )
-    return half
+    return fp16
 
 
-def _built(torch_tensorrt: Any, tower: nn.Module, name: str, example: Tensor, *, max_batch: int = 8) -> bytes:
-    """The engine's content, for batches of 1 to `max_batch`, tuned for 1."""
-    rest = tuple(example.shape[1:])
+def _build_engine(torch_tensorrt: Any, tower: nn.Module, name: str, example: Tensor, *, max_batch: int = 8) -> bytes:
+    """Return the content of an engine for batches of 1 to `max_batch`, tuned for 1."""
+    shape = tuple(example.shape[1:])
     try:
         program = torch.export.export(
             tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=max_batch)},)
         )
-        given = torch_tensorrt.Input(
-            min_shape=(1, *rest), opt_shape=(1, *rest), max_shape=(max_batch, *rest), dtype=example.dtype
+        spec = torch_tensorrt.Input(
+            min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(max_batch, *shape), dtype=example.dtype
         )
         convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
-        return bytes(convert(program, arg_inputs=[given]))
-    except Exception as error:  # its errors are of all kinds, and hold the whole graph
+        return bytes(convert(program, arg_inputs=[spec]))
+    except Exception as error:  # it raises many types, with the whole graph in their messages
         raise ClipRdEdgeError(
-            f"torch-tensorrt cannot build the engine of the {name} tower: {reason(error)}.", hint=_ELSE
+            f"torch-tensorrt cannot build the engine of the {name} tower: {root_cause(error)}.", hint=_HINT
         ) from error

@@ -1,1 +1,1 @@
-"""The terms of the distillation objectives, one idea a file, and `Objective`, which adds up those that weigh."""
+"""The terms of the distillation objectives, and `Objective`, their weighted sum."""

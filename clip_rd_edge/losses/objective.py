@@ -1,6 +1,6 @@
-"""The objective: a weighted sum of terms, from at most six B×B products, of which only those needed are computed.
+"""The training objective: a weighted sum of terms, computed from up to six B×B products, each only if it is needed.
 
-    product          definition    serves
+    product          definition    used by
     student          s_v·s_t       task, HRD, affinity
     teacher          t_v·t_t       HRD, affinity (target)
     image_to_text    t_v·s_t       ICL (transposed), XRD
@@ -8,10 +8,10 @@
     image_to_image   t_v·s_v       VRD
     text_to_text     t_t·s_t       VRD
 
-CLIP is the task alone; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to that.
+CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these.
 
-The whole batch at once keeps the six matrices for the backward pass. In blocks of pairs, each block's rows and columns
-are computed apart and forgotten: twice the products, and memory that grows with B and not with B².
+For a whole batch, the six matrices are kept for the backward pass. In blocks of pairs, the rows and columns of each
+block are computed separately and then freed: twice the products, but memory grows with B instead of B².
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses.logits import PUBLISHED_START, Logits, ScaleKind, Scales, product
+from clip_rd_edge.losses.logits import PUBLISHED_START, Logits, ScaleKind, Scales, compute_logits
 from clip_rd_edge.losses.terms import (
     affinity_mimicking,
     cross_relation_divergence,
@@ -36,7 +36,20 @@ from clip_rd_edge.losses.terms import (
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much each term weighs; a term of weight 0 is not computed."""
+    """Weights of the terms; a term with weight 0 is not computed. The symbols are explained in `losses.terms`.
+
+    Attributes:
+        task: ½ [CE(γ_s s_v·s_t) + CE(γ_s s_t·s_v)]
+        fd: feature distillation, mean((s_v − t_v)²) + mean((s_t − t_t)²)
+        icl: interactive contrastive learning, ½ [CE(c s_v·t_t) + CE(c s_t·t_v)]
+        hrd: horizontal relational distillation, ½ [KL(γ_t t_v·t_t ‖ γ_s s_v·s_t) + KL(γ_t t_t·t_v ‖ γ_s s_t·s_v)]
+        affinity: affinity mimicking; HRD plus the entropy of the teacher
+        vrd_kl: vertical relational distillation, ½ [KL(sg(b t_t·s_t) ‖ a t_v·s_v) + KL(sg(b s_t·t_t) ‖ a s_v·t_v)]
+        vrd_ce_image: contrastive part of VRD for images, ½ [CE(a t_v·s_v) + CE(a s_v·t_v)]
+        vrd_ce_text: contrastive part of VRD for texts, ½ [CE(b t_t·s_t) + CE(b s_t·t_t)]
+        xrd: cross relational distillation, ¼ [KL(sg B ‖ A) + KL(sg A ‖ B) + KL(sg Bᵀ ‖ Aᵀ) + KL(sg Aᵀ ‖ Bᵀ)] with
+            A = c t_v·s_t and B = c t_t·s_v
+    """
 
     task: float = 0.0
     fd: float = 0.0
@@ -49,22 +62,22 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     xrd: float = 0.0
 
     def active(self) -> dict[str, float]:
-        """The terms that weigh, by name."""
+        """Return the nonzero weights by the name of the term."""
         return {name: weight for name, weight in msgspec.structs.asdict(self).items() if weight != 0.0}
 
     @property
-    def need_teacher(self) -> bool:
-        """Whether any term that weighs looks at the teacher."""
+    def needs_teacher(self) -> bool:
+        """Whether any active term uses the teacher's embeddings."""
         return any(name != "task" for name in self.active())
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss and what it is made of.
+    """The loss and its terms.
 
     Attributes:
-        total: the weighted sum, a scalar with its graph.
-        terms: each computed term at weight 1.
+        total: the weighted sum, a scalar that requires a gradient.
+        terms: the unweighted value of each computed term, a scalar.
     """
 
     total: Tensor
@@ -73,7 +86,7 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class EmbeddingBatch:
-    """Embeddings of the global batch, (B, D) each, L2-normalised; the teacher's are None where there is no teacher."""
+    """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher."""
 
     student_image: Tensor
     student_text: Tensor
@@ -82,15 +95,19 @@ class EmbeddingBatch:
 
 
 class Objective(nn.Module):
-    """Adds up the terms that weigh. Its parameters are the scales a, b, c, and projections where widths differ; the
-    trainer optimises and saves them. They are no part of the student, which is evaluated and exported without them.
+    """The weighted sum of the active terms.
+
+    Its parameters are the scales a, b and c, and projections if the embedding sizes of student and teacher differ. The
+    trainer optimises and saves them, but the student is evaluated and exported without them.
 
     Args:
-        widths: of the student's and the teacher's embeddings; None where there is no teacher. Where they differ, terms
-            that compare the two see the student through a learnt projection, an image one and a text one.
+        weights: weights of the terms.
+        scales, scale_start: see `losses.logits.Scales`.
+        widths: embedding sizes of the student and the teacher, None without a teacher. If they differ, terms that
+            compare the two use learned linear projections of the student's image and text embeddings.
 
     Raises:
-        ConfigError: no term weighs.
+        ConfigError: all weights are 0.
     """
 
     def __init__(
@@ -103,7 +120,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         if not weights.active():
-            raise ConfigError("The objective has no term with a weight; expected at least one, such as task: 1.")
+            raise ConfigError("All weights of the objective are 0; expected at least one term, such as task: 1.")
         self.weights = weights
         self.scales = Scales(scales, start=scale_start)
         differ = widths is not None and widths[0] != widths[1]
@@ -118,12 +135,13 @@ class Objective(nn.Module):
         *,
         block: slice | None = None,
     ) -> LossTerms:
-        """The loss of a global batch, or what a block of its pairs adds to it.
+        """Return the loss of a global batch, or the contribution of a block of its pairs.
 
         Args:
+            batch: embeddings of the global batch.
             student_scale: γ_s, the student's logit scale as a multiplier, a scalar.
-            teacher_scale: γ_t, the teacher's.
-            block: pairs `start` to `stop`; the losses of blocks that cut the batch add up to the loss of the whole.
+            teacher_scale: γ_t, the teacher's logit scale.
+            block: pairs `start` to `stop`; the losses of blocks that partition the batch add up to that of the batch.
         """
         products = _Products(batch, self, student_scale, teacher_scale, block)
         terms = {name: _TERMS[name](products) for name in self.weights.active()}
@@ -132,7 +150,7 @@ class Objective(nn.Module):
 
 
 class _Products:
-    """The scaled products, each computed when first asked for, in float32 at least."""
+    """The scaled products, each computed on first use, at least in float32."""
 
     def __init__(
         self,
@@ -143,7 +161,7 @@ class _Products:
         block: slice | None,
     ) -> None:
         self.s_v, self.s_t = _at_least_float32(batch.student_image), _at_least_float32(batch.student_text)
-        # What terms that compare the two look at: the student's own, or its projections.
+        # Student embeddings for terms that compare student and teacher, projected if their sizes differ.
         self.p_v, self.p_t = self.s_v, self.s_t
         if batch.teacher_image is not None and batch.teacher_text is not None:
             self.t_v, self.t_t = _at_least_float32(batch.teacher_image), _at_least_float32(batch.teacher_text)
@@ -153,44 +171,44 @@ class _Products:
         self._block = block
         self._computed: dict[str, Logits] = {}
 
-    def features(self) -> Tensor:
-        part = self._block or slice(None)
-        image = feature_distillation(self.p_v[part], self.t_v[part], pairs=len(self.s_v))
-        return image + feature_distillation(self.p_t[part], self.t_t[part], pairs=len(self.s_v))
+    def feature_distillation(self) -> Tensor:
+        block = self._block or slice(None)
+        image = feature_distillation(self.p_v[block], self.t_v[block], pairs=len(self.s_v))
+        return image + feature_distillation(self.p_t[block], self.t_t[block], pairs=len(self.s_v))
 
     def student(self) -> Logits:
-        return self._once("student", lambda: (self._student_scale, self.s_v, self.s_t))
+        return self._cached("student", lambda: (self._student_scale, self.s_v, self.s_t))
 
     def teacher(self) -> Logits:
-        return self._once("teacher", lambda: (self._teacher_scale, self.t_v, self.t_t))
+        return self._cached("teacher", lambda: (self._teacher_scale, self.t_v, self.t_t))
 
     def image_to_text(self) -> Logits:
-        return self._once("image_to_text", lambda: (self._scale("cross"), self.t_v, self.p_t))
+        return self._cached("image_to_text", lambda: (self._scale("cross"), self.t_v, self.p_t))
 
     def text_to_image(self) -> Logits:
-        return self._once("text_to_image", lambda: (self._scale("cross"), self.t_t, self.p_v))
+        return self._cached("text_to_image", lambda: (self._scale("cross"), self.t_t, self.p_v))
 
     def image_to_image(self) -> Logits:
-        return self._once("image_to_image", lambda: (self._scale("image"), self.t_v, self.p_v))
+        return self._cached("image_to_image", lambda: (self._scale("image"), self.t_v, self.p_v))
 
     def text_to_text(self) -> Logits:
-        return self._once("text_to_text", lambda: (self._scale("text"), self.t_t, self.p_t))
+        return self._cached("text_to_text", lambda: (self._scale("text"), self.t_t, self.p_t))
 
     def _scale(self, name: str) -> Tensor:
         return self._scales.multiplier(self._scales.get_parameter(name))
 
-    def _once(self, name: str, factors: Callable[[], tuple[float | Tensor, Tensor, Tensor]]) -> Logits:
+    def _cached(self, name: str, factors: Callable[[], tuple[float | Tensor, Tensor, Tensor]]) -> Logits:
         if name not in self._computed:
-            # Autocast would take the products in half precision, where neighbouring logits become equal.
+            # Under autocast, the products would be in half precision, where close logits become equal.
             with torch.autocast(self.s_v.device.type, enabled=False):
-                scale, one, other = factors()
-                self._computed[name] = product(scale * one, other, self._block)
+                scale, left, right = factors()
+                self._computed[name] = compute_logits(scale * left, right, self._block)
         return self._computed[name]
 
 
 _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "task": lambda p: symmetric_contrastive(p.student()),
-    "fd": lambda p: p.features(),
+    "fd": lambda p: p.feature_distillation(),
     "icl": lambda p: interactive_contrastive(p.text_to_image(), p.image_to_text()),
     "hrd": lambda p: relation_divergence(p.teacher(), p.student()),
     "affinity": lambda p: affinity_mimicking(p.teacher(), p.student()),

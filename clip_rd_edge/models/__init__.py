@@ -1,1 +1,1 @@
-"""Teachers and students: everything that is an open_clip model."""
+"""Teachers and students as open_clip models: building, loading, saving and running them."""

@@ -1,4 +1,4 @@
-"""One loaded CLIP model with everything that belongs to it, and its two towers as modules of their own."""
+"""A loaded CLIP model with its tokenizer and preprocessing, and its two towers as separate modules."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ClipModel:
 
     Attributes:
         model: an open_clip `CLIP`, `CustomTextCLIP` or `CoCa`.
-        tokenizer: open_clip's: a list of texts to ids, (N, T) int64.
-        model_cfg: what open_clip builds the model from.
-        templates: prompts that the model was trained or is to be asked with.
+        tokenizer: open_clip's tokenizer, from a list of texts to ids, (N, T) int64.
+        model_cfg: the configuration from which open_clip builds the model.
+        templates: prompt templates that the model was trained with or should be used with.
     """
 
     name: str
@@ -32,29 +32,29 @@ class ClipModel:
 
     @property
     def embedding_size(self) -> int:
-        """D, the width of an embedding."""
+        """D, the size of an embedding."""
         return int(self.model_cfg["embed_dim"])
 
     @property
     def context_length(self) -> int:
-        """T, the token ids a text."""
+        """T, the number of token ids per text."""
         length = getattr(self.tokenizer, "context_length", None)
         return int(length or self.model_cfg["text_cfg"].get("context_length", 77))
 
     @property
     def logit_scale(self) -> float:
-        """What cosine similarities are multiplied with before a softmax."""
-        scale: Tensor = self.model.get_parameter("logit_scale")
-        return float(scale.detach().exp())
+        """The factor that multiplies cosine similarities before a softmax."""
+        log_logit_scale: Tensor = self.model.get_parameter("logit_scale")
+        return float(log_logit_scale.detach().exp())
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of weights of a module."""
+    """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 class ImageTower(nn.Module):
-    """Pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
+    """Maps pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Token ids (N, T) to embeddings (N, D), L2-normalised in float32."""
+    """Maps token ids (N, T) to embeddings (N, D), L2-normalised in float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class TextTower(nn.Module):
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model in place, its kernels in channels-last order, in which convolutions are faster on CPUs and GPUs."""
-    moved: Any = model.to(device)  # some versions of torch type the next call, others do not
-    result: nn.Module = moved.to(memory_format=torch.channels_last)
-    return result
+    """Move a model in place, in channels-last memory format, which makes convolutions faster on CPUs and GPUs."""
+    moved: Any = model.to(device)  # only some versions of torch have types for the next call
+    channels_last: nn.Module = moved.to(memory_format=torch.channels_last)
+    return channels_last
 
 
 def default_device() -> torch.device:
-    """The first CUDA device, else Apple's, else the CPU."""
+    """Return the first CUDA device, or else Apple's GPU, or else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

@@ -1,4 +1,4 @@
-"""A PyTorch model behind the `Encoder` protocol, so that one benchmark serves teacher, student and bundle."""
+"""PyTorch implementations of the `Encoder` protocol, so that one benchmark serves teachers, students and bundles."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BATCH_SIZE = 64
 
 
 class TorchEncoder:
-    """A `ClipModel` in eager PyTorch; the model is put in evaluation mode at each call and back afterwards.
+    """Runs a `ClipModel` in eager PyTorch. Each call switches the model to evaluation mode and restores its mode.
 
     Args:
-        folder: where the model lies, for its size on disk; None where it has none yet.
-        image_tower: another way of computing its image embeddings, such as with INT8's rounding.
+        folder: the model's folder, for its size on disk; None if it is not saved yet.
+        image_tower: replaces the model's image tower, for instance by one that simulates INT8.
     """
 
     def __init__(self, clip: ClipModel, *, folder: Path | None = None, image_tower: nn.Module | None = None) -> None:
@@ -36,7 +36,7 @@ class TorchEncoder:
         self._text_tower = TextTower(clip.model)
 
     def describe(self) -> Description:
-        """What this encoder is."""
+        """Describe this encoder."""
         parameters = parameter_count(self.clip.model)
         weights = next(iter(self.folder.glob("*.safetensors")), self.folder) if self.folder else None
         return Description(
@@ -52,33 +52,33 @@ class TorchEncoder:
         )
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """Embed RGB pictures, (N, D)."""
-        parts = []
+        """Embed RGB images, (N, D)."""
+        batches = []
         for batch in in_batches(len(images), BATCH_SIZE):
             pixels = np.stack([preprocess(image, self.clip.preprocessing) for image in images[batch]])
-            parts.append(self.encode_pixels(pixels))
-        return np.concatenate(parts) if parts else self._nothing()
+            batches.append(self.encode_pixels(pixels))
+        return np.concatenate(batches) if batches else self._no_embeddings()
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Embed texts, (N, D)."""
-        parts = [self.encode_ids(self.tokenize(texts[batch])) for batch in in_batches(len(texts), BATCH_SIZE)]
-        return np.concatenate(parts) if parts else self._nothing()
+        batches = [self.encode_ids(self.tokenize(texts[batch])) for batch in in_batches(len(texts), BATCH_SIZE)]
+        return np.concatenate(batches) if batches else self._no_embeddings()
 
     def tokenize(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Texts as token ids, (N, T)."""
+        """Convert texts to token ids, (N, T)."""
         ids: npt.NDArray[np.int64] = self.clip.tokenizer(list(texts)).numpy()
         return ids
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
-        """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
-        return self._run(self._tower_for(self._image_tower, len(pixels)), pixels)
+        """Embed preprocessed images, (N, 3, H, W) to (N, D)."""
+        return self._run(self._callable_for(self._image_tower, len(pixels)), pixels)
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         """Embed tokenised texts, (N, T) to (N, D)."""
-        return self._run(self._tower_for(self._text_tower, len(ids)), ids)
+        return self._run(self._callable_for(self._text_tower, len(ids)), ids)
 
-    def _tower_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
-        """What runs a tower at a batch size: itself."""
+    def _callable_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """Return the callable that runs a tower at this batch size: in eager mode, the tower itself."""
         return tower
 
     def _run(
@@ -94,15 +94,15 @@ class TorchEncoder:
         finally:
             self.clip.model.train(was_training)
 
-    def _nothing(self) -> Embeddings:
+    def _no_embeddings(self) -> Embeddings:
         return np.zeros((0, self.clip.embedding_size), dtype=np.float32)
 
 
 class CompiledEncoder(TorchEncoder):
-    """A `ClipModel` under torch.compile: each tower once for single inputs, and once for batches of any size.
+    """Runs a `ClipModel` with torch.compile, which compiles each tower once for single inputs and once for batches.
 
     Raises:
-        UsageError: torch cannot compile here, such as for want of a C++ compiler; said when a tower is first called.
+        UsageError: on the first call of a tower, if torch cannot compile it, for instance without a C++ compiler.
     """
 
     def __init__(self, clip: ClipModel, *, folder: Path | None = None) -> None:
@@ -110,10 +110,10 @@ class CompiledEncoder(TorchEncoder):
         self._compiled: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
 
     def describe(self) -> Description:
-        """What this encoder is."""
+        """Describe this encoder."""
         return msgspec.structs.replace(super().describe(), runtime="torch-compile")
 
-    def _tower_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
+    def _callable_for(self, tower: nn.Module, batch_size: int) -> Callable[[Tensor], Tensor]:
         key = (id(tower), batch_size > 1)
         if key not in self._compiled:
             self._compiled[key] = torch.compile(tower, dynamic=batch_size > 1)
@@ -124,6 +124,6 @@ class CompiledEncoder(TorchEncoder):
     ) -> Embeddings:
         try:
             return super()._run(tower, inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or a model that it cannot take
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or an unsupported model
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(f"torch.compile does not work on {self.clip.name} here: {reason}") from error

@@ -1,4 +1,4 @@
-"""open_clip models from and to files: architectures, checkpoints, folders and the hub."""
+"""Load open_clip models from architectures with checkpoints, folders or the Hugging Face hub, and save them."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from clip_rd_edge.utils.io import convert, new_folder
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
-    """Load a model with its own tokenizer and preprocessing, in evaluation mode, on the CPU.
+    """Load a model with its tokenizer and preprocessing, in evaluation mode, on the CPU.
 
     Args:
         spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `hf-hub:ORG/REPO`, `local-dir:PATH`,
-            or the path of such a folder, or of a run's folder, whose student is meant.
-        pretrained: for an architecture: one of open_clip's tags, or a checkpoint file.
+            the path of such a folder, or the folder of a run, whose student is loaded.
+        pretrained: for an architecture, an open_clip tag or a checkpoint file.
 
     Raises:
-        InputError: no such folder, file or architecture (with near matches), or the download failed.
-        ConfigError: the configuration and the weights do not fit.
+        InputError: the folder, file or architecture does not exist (with suggestions), or the download failed.
+        ConfigError: the configuration does not match the weights.
     """
     import open_clip
 
@@ -56,22 +56,22 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     else:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    # Its own words come in the error that is raised: open_clip logs each step of loading, and each failure, too.
+    # open_clip also logs each step and failure of loading; the error raised here contains the message.
     logging.getLogger().setLevel(logging.CRITICAL)
-    with hub_if_reachable() if asks_the_hub(spec, pretrained, model_cfg) else nullcontext():
+    with _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext():
         try:
             model = open_clip.create_model(
                 spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
             )
-        except Exception as error:  # open_clip, hub and torch raise all kinds
-            raise loading_error(with_parts(spec, pretrained, model_cfg), error) from error
+        except Exception as error:  # open_clip, the hub client and torch raise many types
+            raise _loading_error(_describe_model(spec, pretrained, model_cfg), error) from error
         try:
             tokenizer = open_clip.get_tokenizer(spec)
             model_cfg = model_cfg or open_clip.get_model_config(spec)
         except Exception as error:
-            named = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
-            what = f"The tokenizer of {spec}{f' ({named})' if named and not folder else ''}"
-            raise loading_error(what, error) from error
+            hub_name = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
+            subject = f"The tokenizer of {spec}{f' ({hub_name})' if hub_name and not folder else ''}"
+            raise _loading_error(subject, error) from error
     return ClipModel(
         name=_display_name(spec, pretrained),
         model=model.eval(),
@@ -83,16 +83,16 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
 
 
 def read_open_clip_config(folder: Path) -> dict[str, Any]:
-    """`open_clip_config.json` of a model's folder.
+    """Read `open_clip_config.json` from a model's folder.
 
     Raises:
-        InputError: no such folder, or it has no configuration.
-        ConfigError: the configuration is no JSON object with `model_cfg`.
+        InputError: the folder or its configuration does not exist.
+        ConfigError: the configuration is not a JSON object with a `model_cfg`.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         reason = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
-        raise InputError(f"The model folder {folder} {reason}.", hint="give a folder that open_clip's local-dir: takes")
+        raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
     try:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -103,7 +103,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
 
 
 def preprocessing_of(model: Any) -> Preprocessing:
-    """What open_clip says of a model's pictures, as our struct."""
+    """Return the `preprocess_cfg` of an open_clip model as a `Preprocessing`."""
     raw = {k: v for k, v in model.visual.preprocess_cfg.items() if k in Preprocessing.__struct_fields__}
     size = raw["size"]
     raw["size"] = [size, size] if isinstance(size, int) else list(size)
@@ -116,26 +116,23 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
 
     config: dict[str, Any] | None = open_clip.get_model_config(name)
     if config is None:
-        known = open_clip.list_models()
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists them"
-        raise InputError(
-            f"There is no model {name!r}: neither a folder nor one of open_clip's architectures.", hint=hint
-        )
+        matches = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(matches)}?" if matches else "open_clip.list_models() lists them"
+        raise InputError(f"No model named {name!r}: it is neither a folder nor an open_clip architecture.", hint=hint)
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise InputError(
-            f"The architecture {name} was named without weights.",
+            f"The architecture {name} was given without weights.",
             hint=f"add --pretrained with a checkpoint file or a tag: {', '.join(tags) or 'open_clip has none for it'}",
         )
     return config
 
 
 def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Where a Hugging Face text tower's config.json lies in the model's own folder, take it from there.
+    """Return overrides that load a Hugging Face text tower's config.json from the model's own folder, if it is there.
 
-    open_clip resolves `hf_model_name` as a hub name or absolute path only, so that a folder that was moved would ask
-    the network for what lies in it.
+    open_clip accepts `hf_model_name` only as a hub name or an absolute path, so a folder that was moved would otherwise
+    look for its own files on the network.
     """
     text_cfg = model_cfg.get("text_cfg", {})
     if "hf_model_name" not in text_cfg or not (folder / "config.json").is_file():
@@ -157,7 +154,7 @@ class _Templates(msgspec.Struct):
 def _display_name(spec: str, pretrained: str | None) -> str:
     if spec.startswith(LOCAL_DIR):
         path = Path(spec.removeprefix(LOCAL_DIR)).resolve()
-        # Every run keeps its student in a folder of the same name: the run's name tells more.
+        # The student folders of all runs have the same name, so the name of the run is used.
         return path.parent.name if path.name == STUDENT_FOLDER else path.name
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
 
@@ -166,53 +163,53 @@ _PORTS = {"http": 80, "https": 443}
 
 
 @contextmanager
-def hub_if_reachable() -> Iterator[None]:
-    """Within, only the hub's cache serves where the name of its host cannot be resolved.
+def _offline_if_unreachable() -> Iterator[None]:
+    """Within the block, use only the hub's local cache if its host name cannot be resolved.
 
-    The hub's own client tries each of a model's files six times and waits between, minutes in all.
+    The hub client would retry each file of a model six times with waits in between, which takes minutes.
     """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _resolves(constants.ENDPOINT)
+    previous = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = previous or not _resolves(constants.ENDPOINT)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = previous
 
 
-def asks_the_hub(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> bool:
-    """Whether anything but local files may be needed."""
-    parts = any(key.startswith("hf_") for key in model_cfg.get("text_cfg", {}))
-    tag = pretrained is not None and not Path(pretrained).exists()
-    return tag or spec.startswith("hf-hub:") or (parts and not spec.startswith(LOCAL_DIR))
+def _may_need_hub(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> bool:
+    """Return whether loading may need more than local files."""
+    has_hub_parts = any(key.startswith("hf_") for key in model_cfg.get("text_cfg", {}))
+    is_tag = pretrained is not None and not Path(pretrained).exists()
+    return is_tag or spec.startswith("hf-hub:") or (has_hub_parts and not spec.startswith(LOCAL_DIR))
 
 
-def with_parts(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> str:
-    """The model in words, with all that open_clip fetches to build it."""
+def _describe_model(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> str:
+    """Describe the model and everything that open_clip fetches to build it, for error messages."""
     text_model = model_cfg.get("text_cfg", {}).get("hf_model_name")
     text = f" with the text tower {text_model}" if text_model and not spec.startswith(LOCAL_DIR) else ""
     weights = f"{' and' if text else ' with'} the weights {pretrained!r}" if pretrained else ""
     return f"The model {spec}{text}{weights}"
 
 
-def loading_error(what: str, error: Exception) -> InputError | ConfigError:
-    """What failed to load, as an error that says what is missing; `error` is any that open_clip or the hub raised."""
+def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
+    """Convert an error raised by open_clip or the hub client while loading `subject`."""
     if _needs_network(error):
         return InputError(
-            f"{what} could not be fetched: the hub cannot be reached, and its cache here has not all of it.",
-            hint="fetch it where there is a network, and give a folder with the model and its tokenizer as "
+            f"{subject} could not be fetched: the hub cannot be reached, and its local cache is incomplete.",
+            hint="download it on a machine with network access, and pass a folder with the model and its tokenizer as "
             "local-dir:PATH",
         )
     first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "hf-hub:" in what:
-        return InputError(f"{what} could not be fetched: {first_line}.", hint="check the name, or log in to the hub")
-    return ConfigError(f"{what} could not be loaded: {first_line}.")
+    if "hf-hub:" in subject:
+        return InputError(f"{subject} could not be fetched: {first_line}.", hint="check the name, or log in to the hub")
+    return ConfigError(f"{subject} could not be loaded: {first_line}.")
 
 
 def _resolves(url: str) -> bool:
     parts = urlsplit(url)
-    # A proxy resolves names itself.
+    # A proxy resolves host names itself.
     if parts.scheme in getproxies() or "ALL_PROXY" in os.environ or "all_proxy" in os.environ:
         return True
     try:
@@ -223,23 +220,23 @@ def _resolves(url: str) -> bool:
 
 
 def _needs_network(error: BaseException) -> bool:
-    """Whether a failure to load, by its words, comes of a hub that is out of reach and a cache that has not all."""
-    words = ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound")
-    return any(word in str(error) for word in words)
+    """Return whether the message of a loading error indicates an unreachable hub and an incomplete cache."""
+    markers = ("connect", "resolve", "offline", "Max retries", "LocalEntryNotFound")
+    return any(marker in str(error) for marker in markers)
 
 
 def save_clip(
     folder: Path, clip: ClipModel, *, provenance: dict[str, Any], extras: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a model as an open_clip local-dir, whole or not at all, replacing what stood there.
+    """Write a model atomically as an open_clip `local-dir:` folder, replacing an existing one.
 
     Args:
-        provenance: recipe, teacher, data, seed, versions, metrics: written as distillation.json.
-        extras: writes what else belongs in the folder, such as plots.
+        provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json.
+        extras: called with the folder to write additional files, such as plots.
     """
     from safetensors.torch import save_file
 
-    state = {name: _plain(tensor) for name, tensor in clip.model.state_dict().items()}
+    state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     with new_folder(folder) as temporary:
         model_cfg = dict(clip.model_cfg)
         if _is_hugging_face(clip):
@@ -255,8 +252,8 @@ def save_clip(
             extras(temporary)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    # safetensors stores plain contiguous tensors that share no memory.
+def _to_storable(tensor: Tensor) -> Tensor:
+    # safetensors requires contiguous tensors that do not share memory.
     return tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
 
 
@@ -265,13 +262,13 @@ def _is_hugging_face(clip: ClipModel) -> bool:
 
 
 def _preprocess_cfg(clip: ClipModel) -> dict[str, Any]:
-    how = clip.preprocessing
+    preprocessing = clip.preprocessing
     return {
-        "size": list(how.size),
+        "size": list(preprocessing.size),
         "mode": "RGB",
-        "mean": list(how.mean),
-        "std": list(how.std),
-        "interpolation": how.interpolation,
-        "resize_mode": how.resize_mode,
-        "fill_color": how.fill_color,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "interpolation": preprocessing.interpolation,
+        "resize_mode": preprocessing.resize_mode,
+        "fill_color": preprocessing.fill_color,
     }

@@ -1,4 +1,4 @@
-"""Compact students, built by open_clip: a timm trunk or small ViT, a projection, and a small CLIP text tower."""
+"""Build and initialise compact students: a timm trunk or small ViT, a projection, and a small CLIP text tower."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.io import convert
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-_HEAD = 64  # numbers an attention head, as in CLIP
+_HEAD_WIDTH = 64  # as in CLIP
 
 
 class TextSize(msgspec.Struct, frozen=True):
-    """A CLIP text transformer's size."""
+    """Size of a CLIP text transformer."""
 
     width: int
     layers: int
 
 
-# `standard` is the text tower of the published students; the smaller ones suit short labels and small devices.
+# `standard` is the text tower of the published students; the smaller ones are for short labels and small devices.
 TEXT_SIZES = {
     "tiny": TextSize(width=128, layers=3),
     "small": TextSize(width=256, layers=6),
@@ -38,42 +36,47 @@ TEXT_SIZES = {
 
 
 def text_size(name: str) -> TextSize:
-    """A size by name, or as WIDTHxLAYERS.
+    """Return a size given by name or as WIDTHxLAYERS.
 
     Raises:
-        ConfigError: it is neither, or the width is no multiple of 64.
+        ConfigError: the name is unknown, or the width is not a multiple of 64.
     """
     if name in TEXT_SIZES:
         return TEXT_SIZES[name]
     width, _, layers = name.partition("x")
-    if not (width.isdecimal() and layers.isdecimal()) or int(layers) < 1 or int(width) < _HEAD or int(width) % _HEAD:
+    if (
+        not (width.isdecimal() and layers.isdecimal())
+        or int(layers) < 1
+        or int(width) < _HEAD_WIDTH
+        or int(width) % _HEAD_WIDTH
+    ):
         raise ConfigError(
-            f"The text tower is {name!r}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, the "
-            f"width a multiple of {_HEAD}."
+            f"The text tower is {name!r}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, "
+            f"where the width is a multiple of {_HEAD_WIDTH}."
         )
     return TextSize(width=int(width), layers=int(layers))
 
 
 def preset_names() -> list[str]:
-    """Names of the image trunks that are known to work; any other timm name is taken, too."""
+    """Return the names of image trunks that are known to work; any other timm name is accepted too."""
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def student_config(
     student: str, *, embedding_size: int, image_size: int = 224, text: str = "standard", context_length: int = 77
 ) -> dict[str, Any]:
-    """open_clip's configuration (`model_cfg` and `preprocess_cfg`) of a student.
+    """Return the open_clip configuration of a student, `model_cfg` and `preprocess_cfg`.
 
     Args:
-        student: a preset, any timm trunk by name, or the path of a JSON file with an open_clip `vision_cfg`.
-        embedding_size: D, the teacher's width where the two are compared entry by entry.
-        image_size: edge of the square input, in pixels.
-        text: see `text_size`.
-        context_length: T, the token ids a caption.
+        student: a preset, the name of any timm trunk, or the path of a JSON file with an open_clip `vision_cfg`.
+        embedding_size: D; the teacher's D if their embeddings are compared entry by entry.
+        image_size: edge of the square input in pixels.
+        text: size of the text tower; see `text_size`.
+        context_length: T, the number of token ids per caption.
 
     Raises:
-        InputError: the student is unknown (with near matches).
-        ConfigError: there is no such text size.
+        InputError: the student is unknown (with suggestions).
+        ConfigError: the text size is invalid.
     """
     size = text_size(text)
     preset = _preset(student)
@@ -85,7 +88,7 @@ def student_config(
                 "context_length": context_length,
                 "vocab_size": 49408,
                 "width": size.width,
-                "heads": size.width // _HEAD,
+                "heads": size.width // _HEAD_WIDTH,
                 "layers": size.layers,
             },
             "custom_text": True,
@@ -100,10 +103,10 @@ def student_config(
 
 
 def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
-    """A student with random weights from torch's generator; `config` as `student_config` returns it.
+    """Build a student with random weights from torch's default generator; `config` is that of `student_config`.
 
     Raises:
-        ConfigError: open_clip cannot build it, such as a trunk that does not take this image size.
+        ConfigError: open_clip cannot build it, for instance because the trunk does not support this image size.
     """
     import open_clip
     import torch
@@ -114,13 +117,13 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     height, width = preprocessing.size
     try:
         model = open_clip.CustomTextCLIP(**arguments)
-        with torch.no_grad():  # a trunk made for another size says so here, not in the middle of a run
+        with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
             features = model.eval().encode_image(torch.zeros(2, 3, height, width))
     except Exception as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"The student {name} cannot be built at {height} × {width} pixels: {first_line}.") from error
     if features.shape != (2, model_cfg["embed_dim"]):
-        raise ConfigError(f"The student {name} gives {tuple(features.shape)} for 2 pictures; expected (2, D).")
+        raise ConfigError(f"The student {name} returns shape {tuple(features.shape)} for 2 images; expected (2, D).")
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
     tokenizer = open_clip.SimpleTokenizer(context_length=model_cfg["text_cfg"]["context_length"])
     return ClipModel(
@@ -139,21 +142,21 @@ def _preset(student: str) -> dict[str, Any]:
 
 
 def _timm_preset(trunk: str) -> dict[str, Any]:
-    """Any timm trunk, with the mean and deviation that its pretrained weights were made for."""
+    """Return the configuration of any timm trunk, with the mean and standard deviation of its pretrained weights."""
     import timm
     import torch
 
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
         raise InputError(
-            f"There is no student {trunk!r}: neither a preset nor a timm model.{near_matches(trunk, known)}",
+            f"No student named {trunk!r}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
     with torch.device("meta"):
-        built = timm.create_model(trunk, num_classes=0)
-    # open_clip's linear projection takes `num_features`, but some trunks widen once more after pooling (MobileNetV3 and
-    # V4): there timm's own classifier is made the projection.
-    widens = getattr(built, "head_hidden_size", built.num_features) != built.num_features
+        module = timm.create_model(trunk, num_classes=0)
+    # open_clip's linear projection expects `num_features`, but some trunks (MobileNetV3 and V4) widen again after
+    # pooling. For these, timm's own classifier becomes the projection.
+    widens = getattr(module, "head_hidden_size", module.num_features) != module.num_features
     return {
         "vision_cfg": {
             "timm_model_name": trunk,
@@ -161,155 +164,162 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
             "timm_pool": "avg" if widens else "",
             "timm_proj": "" if widens else "linear",
         },
-        "preprocess_cfg": {"mean": list(built.default_cfg["mean"]), "std": list(built.default_cfg["std"])},
+        "preprocess_cfg": {"mean": list(module.default_cfg["mean"]), "std": list(module.default_cfg["std"])},
     }
 
 
 TIMM, TEACHER = "timm", "teacher"
 _BLOCKS = "transformer.resblocks."
-# What may be left random where shapes differ: it only fits the one width of embeddings it was trained for.
+# These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
 _PROJECTIONS = {"text_projection", "text_projection.weight"}
 
 
-def start_image_tower(student: ClipModel, source: str) -> str:
-    """Load weights into the student's timm trunk; its projection stays random. Returns what was done, in a sentence.
+def init_image_tower(student: ClipModel, source: str) -> str:
+    """Initialise the student's timm trunk with pretrained weights; the projection stays random.
 
     Args:
-        source: `timm` for the weights that timm publishes for the trunk, else a file of such weights (.safetensors,
-            .pth), with or without its classifier.
+        source: `timm` for the weights that timm publishes for the trunk, or a file with such weights (.safetensors,
+            .pth), with or without the classifier.
+
+    Returns:
+        A sentence that describes what was done.
 
     Raises:
-        ConfigError: the image tower is no timm trunk, or the weights do not fit it.
-        InputError: there is no such file, or the download failed.
+        ConfigError: the image tower is not a timm trunk, or the weights do not match it.
+        InputError: the file does not exist, or the download failed.
     """
     name = student.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:
         raise ConfigError(
-            f"The image tower of {student.name} is no timm trunk, and only those have pretrained image weights here.",
-            hint="leave --pretrained-image away, or take a timm name such as vit_tiny_patch16_224",
+            f"The image tower of {student.name} is not a timm trunk; --pretrained-image supports only timm trunks.",
+            hint="omit --pretrained-image, or choose a timm name such as vit_tiny_patch16_224",
         )
     published = _timm_weights(name, source)
     trunk = student.model.get_submodule("visual.trunk")
-    own = trunk.state_dict()
+    state = trunk.state_dict()
     classifier = _classifier_names(trunk)
-    missing = [k for k, v in own.items() if k not in classifier and getattr(published.get(k), "shape", None) != v.shape]
-    if missing:
-        raise ConfigError(f"The image weights {source} do not fit {name}: {missing[0]} is missing or of another shape.")
-    trunk.load_state_dict({k: published[k] if k not in classifier else v for k, v in own.items()})
-    return f"the image tower starts from {f'the weights that timm publishes for {name}' if source == TIMM else source}"
+    for key, value in state.items():
+        if key not in classifier and getattr(published.get(key), "shape", None) != value.shape:
+            raise ConfigError(
+                f"The image weights {source} do not match {name}: {key} is missing or has a different shape."
+            )
+    trunk.load_state_dict({k: published[k] if k not in classifier else v for k, v in state.items()})
+    return f"the image tower is initialised from {f'the timm weights of {name}' if source == TIMM else source}"
 
 
-def start_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) -> str:
-    """Load weights into the student's text tower, of its layers evenly spaced ones of the source's.
+def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) -> str:
+    """Initialise the student's text tower with evenly spaced layers of another text tower.
 
     Args:
-        source: `teacher`, or the file of an open_clip checkpoint.
+        source: `teacher`, or an open_clip checkpoint file.
 
     Returns:
-        what was done, in a sentence.
+        A sentence that describes what was done.
 
     Raises:
-        ConfigError: the source is no open_clip text transformer, or of another width or vocabulary.
-        InputError: there is no such file, or there is no teacher.
+        ConfigError: the source is not an open_clip text transformer, or has another width or vocabulary.
+        InputError: the file does not exist, or there is no teacher.
     """
     if source == TEACHER and teacher is None:
-        raise InputError("--pretrained-text teacher needs a teacher.", hint="name one with --teacher, or give a file")
-    found = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read(source))
-    text = student.model.get_submodule("text")
-    layers, theirs = _layer_count(text.state_dict()), _layer_count(found)
-    if not theirs:
-        raise ConfigError(f"The text weights of {source} are not those of an open_clip text transformer.")
-    if layers > theirs:
-        raise ConfigError(
-            f"The student's text tower has {layers} layers and the weights of {source} only {theirs}.",
-            hint=f"--text WIDTHx{theirs}, or fewer layers",
+        raise InputError(
+            "--pretrained-text teacher needs a teacher.", hint="name a teacher with --teacher, or pass a file"
         )
-    chosen = evenly_spaced(layers, of=theirs)
-    start = _fitted(text, _with_layers(found, chosen), source)
-    text.load_state_dict(start, strict=False)
-    which = "all" if layers == theirs else f"layers {', '.join(str(i + 1) for i in chosen)}"
-    return f"the text tower starts from {which} of the {theirs} layers of {source}"
+    state = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read_checkpoint(source))
+    text = student.model.get_submodule("text")
+    layers, source_layers = _layer_count(text.state_dict()), _layer_count(state)
+    if not source_layers:
+        raise ConfigError(f"The text weights of {source} are not those of an open_clip text transformer.")
+    if layers > source_layers:
+        raise ConfigError(
+            f"The student's text tower has {layers} layers, but the weights of {source} have only {source_layers}.",
+            hint=f"--text WIDTHx{source_layers}, or fewer layers",
+        )
+    selected = evenly_spaced(layers, total=source_layers)
+    text.load_state_dict(_matching_weights(text, _select_layers(state, selected), source), strict=False)
+    names = "all" if layers == source_layers else f"layers {', '.join(str(i + 1) for i in selected)}"
+    return f"the text tower is initialised from {names} of the {source_layers} layers of {source}"
 
 
-def evenly_spaced(count: int, *, of: int) -> list[int]:
-    """`count` of the numbers 0 to `of` − 1 at even distances, the first and the last among them."""
-    return [round(i * (of - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
+def evenly_spaced(count: int, *, total: int) -> list[int]:
+    """Return `count` evenly spaced indices below `total`, including the first and the last; [0] for a count of 1."""
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
 
 
 def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
     import timm
 
     if source != TIMM and not Path(source).is_file():
-        raise InputError(f"There is no file of image weights {source}.", hint="give its path, or: timm")
+        raise InputError(f"The image weights file {source} does not exist.", hint="pass a file's path, or: timm")
     overlay = None if source == TIMM else {"file": source}
     try:
         return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
-    except Exception as error:  # timm, the hub and torch raise all kinds
+    except Exception as error:  # timm, the hub client and torch raise many types
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if source == TIMM:
             raise InputError(
                 f"timm's weights for {name} could not be fetched: {first_line}.",
-                hint="fetch them where there is a network, and give the file: --pretrained-image FILE",
+                hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
             ) from error
-        raise ConfigError(f"The image weights {source} do not fit {name}: {first_line}.") from error
+        raise ConfigError(f"The image weights {source} do not match {name}: {first_line}.") from error
 
 
 def _classifier_names(trunk: nn.Module) -> set[str]:
-    """Names of a trunk's classifier, which open_clip may have made the projection to embeddings."""
-    named: Any = getattr(trunk, "pretrained_cfg", {}).get("classifier") or ()
-    prefixes = (named,) if isinstance(named, str) else tuple(named)
+    """Return the parameter names of a trunk's classifier, which may serve as the projection to embeddings."""
+    classifiers: Any = getattr(trunk, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     return {k for k in trunk.state_dict() if any(k.startswith(f"{prefix}.") for prefix in prefixes)}
 
 
-def _read(source: str) -> Mapping[str, Tensor]:
+def _read_checkpoint(source: str) -> Mapping[str, Tensor]:
     import open_clip
 
     if not Path(source).is_file():
         raise InputError(
-            f"There is no file of text weights {source}.", hint="give an open_clip checkpoint's path, or: teacher"
+            f"The text weights file {source} does not exist.",
+            hint="pass the path of an open_clip checkpoint, or: teacher",
         )
     try:
         state: Mapping[str, Tensor] = open_clip.factory.load_state_dict(source)
-    except Exception as error:  # a damaged file raises anything
-        raise InputError(f"The text weights {source} cannot be read: {error}.") from error
+    except Exception as error:  # a damaged file may raise any type
+        raise InputError(f"The text weights {source} could not be read: {error}.") from error
     return state
 
 
 def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower's part of a CLIP model's weights: under `text.`, or in older models beside the image tower's."""
-    of_tower = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-    return of_tower or {k: v for k, v in state.items() if not k.startswith("visual.")}
+    """Return the text tower's weights of a CLIP model: under `text.`, or at the top level in older models."""
+    prefixed = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
+    return prefixed or {k: v for k, v in state.items() if not k.startswith("visual.")}
 
 
 def _layer_count(state: Mapping[str, Tensor]) -> int:
     return len({k.removeprefix(_BLOCKS).split(".")[0] for k in state if k.startswith(_BLOCKS)})
 
 
-def _with_layers(state: Mapping[str, Tensor], chosen: list[int]) -> dict[str, Tensor]:
-    """The weights with only the chosen layers, numbered anew."""
+def _select_layers(state: Mapping[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
+    """Return the weights with only these layers, renumbered."""
     kept = {k: v for k, v in state.items() if not k.startswith(_BLOCKS)}
-    for new, old in enumerate(chosen):
+    for new, old in enumerate(layers):
         prefix = f"{_BLOCKS}{old}."
         kept |= {f"{_BLOCKS}{new}.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
     return kept
 
 
-def _fitted(text: nn.Module, found: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """What of `found` the tower takes: as many positions as it has, and the projection where its shape is right."""
-    start: dict[str, Tensor] = {}
-    for name, own in text.named_parameters():
-        theirs = found.get(name, torch.empty(0))
+def _matching_weights(text: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the weights that the tower can load: only the positions it has, and a projection only of equal shape."""
+    matching: dict[str, Tensor] = {}
+    for name, parameter in text.named_parameters():
+        weights = state.get(name, torch.empty(0))
         if name == "positional_embedding":
-            theirs = theirs[: len(own)]
-        if theirs.shape == own.shape:
-            start[name] = theirs
+            weights = weights[: len(parameter)]
+        if weights.shape == parameter.shape:
+            matching[name] = weights
         elif name not in _PROJECTIONS:
             raise ConfigError(
-                f"The text weights of {source} do not fit the student's: {name} is {_shape(theirs)} there and "
-                f"{_shape(own)} here.",
-                hint=f"--text {len(found.get('ln_final.weight', ()))}xLAYERS gives the student a tower of that width",
+                f"The text weights of {source} do not match the student: {name} is {_shape(weights)} in the weights "
+                f"and {_shape(parameter)} in the student.",
+                hint=f"--text {len(state.get('ln_final.weight', ()))}xLAYERS gives the student the same width",
             )
-    return start
+    return matching
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,1 +1,1 @@
-"""Running a bundle on a device. Never imports torch."""
+"""Run bundles on a device. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Frames of a camera, the newest first come, or of a film; OpenCV is an extra."""
+"""Read frames from a camera or a video with OpenCV, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from PIL import Image
 
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 
-_PATIENCE_S = 5.0  # how long a camera may take for its next frame
+_TIMEOUT_S = 5.0  # for the next frame of a camera
 
 
 def frames(source: str) -> Iterator[Image.Image]:
-    """RGB pictures from a camera until it ends.
+    """Yield RGB frames from a camera or a video until it ends.
 
-    A camera's frames are taken at its own pace and only the newest is kept, so that a slow model lags by one frame
-    and not by a queue of them. A film's frames all come, in order.
+    A camera is read at its own rate and only the newest frame is kept, so that a slow model lags by one frame instead
+    of a growing queue. All frames of a video are yielded, in order.
 
     Args:
-        source: a camera's number, such as `0`, or a film's path or address, as OpenCV opens it.
+        source: a camera number such as `0`, or a path or URL that OpenCV can open.
 
     Raises:
         MissingExtraError: OpenCV is not installed.
-        ClipRdEdgeError: the camera or film cannot be opened, or a camera stops sending.
+        ClipRdEdgeError: the camera or video cannot be opened, or the camera stops sending frames.
     """
     try:
         import cv2
     except ModuleNotFoundError as error:
-        raise MissingExtraError("opencv-python-headless", extra="camera", purpose="A camera") from error
+        raise MissingExtraError("opencv-python-headless", extra="camera", purpose="Reading from a camera") from error
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     try:
         if not capture.isOpened():
             raise ClipRdEdgeError(
-                f"The camera {source} cannot be opened.", hint="see which there are: ls /dev/video*; or try --camera 1"
+                f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try --camera 1"
             )
-        for frame in _newest(capture) if source.isdigit() else _every(capture):
+        for frame in _newest_frames(capture) if source.isdigit() else _all_frames(capture):
             yield Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()
 
 
-def _every(capture: Any) -> Iterator[Any]:
+def _all_frames(capture: Any) -> Iterator[Any]:
     while True:
-        there, frame = capture.read()
-        if not there:
+        success, frame = capture.read()
+        if not success:
             return
         yield frame
 
 
-def _newest(capture: Any) -> Iterator[Any]:
-    """Read in a thread as fast as the camera sends; hand over what is newest when the model is free."""
+def _newest_frames(capture: Any) -> Iterator[Any]:
+    """Read frames in a thread as fast as the camera sends them; yield the newest whenever the consumer asks."""
     changed = threading.Condition()
-    newest: list[Any] = []
+    newest: list[Any] = []  # empty, or the newest frame; None after the last one
     stopping = threading.Event()
 
     def read() -> None:
         while not stopping.is_set():
-            there, frame = capture.read()
+            success, frame = capture.read()
             with changed:
-                newest[:] = [frame if there else None]
+                newest[:] = [frame if success else None]
                 changed.notify()
-            if not there:
+            if not success:
                 return
 
     reader = threading.Thread(target=read, daemon=True)
@@ -70,13 +70,13 @@ def _newest(capture: Any) -> Iterator[Any]:
     try:
         while True:
             with changed:
-                if not changed.wait_for(lambda: newest, timeout=_PATIENCE_S):
-                    raise ClipRdEdgeError(f"The camera sent no picture for {_PATIENCE_S:.0f} s.")
+                if not changed.wait_for(lambda: newest, timeout=_TIMEOUT_S):
+                    raise ClipRdEdgeError(f"The camera sent no frame for {_TIMEOUT_S:.0f} s.")
                 frame = newest.pop()
             if frame is None:
-                raise ClipRdEdgeError("The camera stopped sending.", hint="is it still connected?")
+                raise ClipRdEdgeError("The camera stopped sending.", hint="check that it is still connected")
             yield frame
     finally:
-        # The capture must not be released while the thread reads from it.
+        # The capture must not be released while the thread is reading from it.
         stopping.set()
-        reader.join(timeout=_PATIENCE_S)
+        reader.join(timeout=_TIMEOUT_S)

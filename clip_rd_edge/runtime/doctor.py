@@ -1,5 +1,7 @@
-"""What this machine can do for a bundle, what is missing, and the pip line that adds it. Imports nothing heavy but
-ONNX Runtime, which is asked for its providers."""
+"""Check this machine: what can run bundles here, what is missing, and the pip command that installs it.
+
+Imports nothing heavy except ONNX Runtime, for its list of providers.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,30 @@ from clip_rd_edge.runtime.backends.providers import AUTO, PROVIDERS, choose_devi
 from clip_rd_edge.utils.host import cpu_quota, instruction_sets, machine_name, memory_bytes, system_name, usable_cores
 
 PACKAGE = "clip-rd-edge"
-# What each extra is for; one that is not named here is listed all the same.
+# What each extra is for. Extras without an entry are listed, too.
 EXTRAS = {
-    "train": "distil, export, evaluate models that are no bundle",
-    "emoji": "the quickstart's data set and teacher",
+    "train": "distilling, exporting, and evaluating models that are not bundles",
+    "emoji": "data set and teacher of the quickstart",
     "demo": "the demo page",
     "camera": "classify --camera",
-    "openvino": "export --format openvino, and running such bundles",
-    "rtx": "export --format trt for RTX cards, and running the engines there",
-    "tensorrt": "running a Jetson's engines",
+    "openvino": "export --format openvino, and running its bundles",
+    "rtx": "export --format trt for RTX cards, and running the engines on them",
+    "tensorrt": "running engines on a Jetson",
 }
-_NOT_LISTED = {"all", "dev", "torch-tensorrt"}  # the last has a line of its own
-_GREATEST = 5  # packages whose size is told
+_NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
+_LARGEST_COUNT = 5  # packages that are listed with their sizes
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: in a word or two.
-        state: `ok`; `missing`, which something optional needs; `broken`, without which no bundle runs.
+        what: the subject of the check, in a word or two.
+        state: `ok`; `missing` for an optional dependency that is not installed; `broken` if no bundle can run.
         detail: what was found.
-        remedy: the command that mends it, or empty.
+        remedy: the command that fixes it, or empty.
     """
 
     what: str
@@ -51,7 +53,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine() -> list[Finding]:
-    """Look at processor, threads, ONNX Runtime, GPU and packages."""
+    """Check the processor, threads, ONNX Runtime, GPU and installed packages."""
     memory = f", {memory_bytes() / 1e9:.0f} GB of memory" if memory_bytes() else ""
     return [
         Finding(what="machine", state="ok", detail=f"{machine_name()}{memory}"),
@@ -60,39 +62,40 @@ def examine() -> list[Finding]:
         _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"), cpu_quota()),
         _onnxruntime(),
         _gpu(),
-        _room(footprints(PACKAGE)),
+        _disk_usage(footprints(PACKAGE)),
         *(_extra(name, packages) for name, packages in extras().items()),
         _torch_tensorrt(),
     ]
 
 
 def extras() -> dict[str, list[str]]:
-    """The packages that each extra brings, by the installed metadata of clip-rd-edge."""
-    found: dict[str, list[str]] = {}
+    """Return the packages of each extra, from the installed metadata of clip-rd-edge."""
+    packages: dict[str, list[str]] = {}
     for line in requires(PACKAGE) or []:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
             package, extra = match.groups()
             if extra not in _NOT_LISTED:
-                found.setdefault(extra, []).append(package)
-    return found
+                packages.setdefault(extra, []).append(package)
+    return packages
 
 
-def _processor(sets: tuple[str, ...]) -> Finding:
-    if not sets:
-        return Finding(what="processor", state="ok", detail="the system does not tell its instruction sets")
-    fast = [name for name in sets if name in _FAST_INT8]
+def _processor(features: tuple[str, ...]) -> Finding:
+    if not features:
+        return Finding(what="processor", state="ok", detail="the system does not report its instruction sets")
+    fast = [name for name in features if name in _FAST_INT8]
     int8 = f"INT8 is fast ({fast[-1]})" if fast else "INT8 may be no faster than float32: no VNNI, AMX or dot product"
-    bf16 = "bfloat16 in hardware" if _FAST_BF16 & set(sets) else "no bfloat16 in hardware"
-    return Finding(what="processor", state="ok", detail=f"{', '.join(sets)}: {int8}; {bf16}")
+    bf16 = "bfloat16 in hardware" if _FAST_BF16 & set(features) else "no bfloat16 in hardware"
+    return Finding(what="processor", state="ok", detail=f"{', '.join(features)}: {int8}; {bf16}")
 
 
-def _threads(usable: int, cores: int, limit: str | None, quota: float | None = None) -> Finding:
-    limited = f"{usable} of {cores} cores may be used" if usable < cores else f"{cores} cores"
+def _threads(usable: int, cores: int, omp_threads: str | None, quota: float | None = None) -> Finding:
+    detail = f"{usable} of {cores} cores are usable" if usable < cores else f"{cores} cores"
     if quota is not None and quota < usable:
-        limited += f", for the time of {quota:g} in all: --threads {max(1, int(quota))} for a bundle"
-    # ONNX Runtime's own thread pool does not read the variable; numpy's and torch's libraries do.
-    note = f"; OMP_NUM_THREADS={limit} holds for numpy and torch, --threads for a bundle" if limit else ""
-    return Finding(what="threads", state="ok", detail=f"{limited}{note}")
+        detail += f", limited to the time of {quota:g}: run bundles with --threads {max(1, int(quota))}"
+    # ONNX Runtime's own thread pool ignores the variable; the libraries of numpy and torch read it.
+    if omp_threads:
+        detail += f"; OMP_NUM_THREADS={omp_threads} applies to numpy and torch, --threads to bundles"
+    return Finding(what="threads", state="ok", detail=detail)
 
 
 def _onnxruntime() -> Finding:
@@ -100,17 +103,17 @@ def _onnxruntime() -> Finding:
         import onnxruntime as ort
 
         available = ort.get_available_providers()
-    except Exception as error:  # noqa: BLE001 — whatever keeps it from loading is what is looked for
-        detail = f"does not load: {' '.join(str(error).split())}"
+    except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
+        detail = f"cannot be imported: {' '.join(str(error).split())}"
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
     devices = [name for name, provider in PROVIDERS.items() if provider.name in available]
-    taken = choose_device(AUTO, available, precision="fp32")
-    detail = f"{ort.__version__} for {', '.join(devices)}; bundles run on {taken}"
-    if taken != "cpu":
-        detail += ", and on cpu in INT8"
-    others = [name for name in devices if name not in ("cpu", taken)]
+    default = choose_device(AUTO, available, precision="fp32")
+    detail = f"{ort.__version__} for {', '.join(devices)}; bundles run on {default}"
+    if default != "cpu":
+        detail += " (INT8 on cpu)"
+    others = [name for name in devices if name not in ("cpu", default)]
     if others:
-        detail += f"; --device takes {', '.join(others)}"
+        detail += f"; --device also takes {', '.join(others)}"
     return Finding(what="ONNX Runtime", state="ok", detail=detail)
 
 
@@ -121,31 +124,32 @@ def _gpu() -> Finding:
         if not _installed("cuda-bindings"):
             remedy = f"pip install cuda-bindings  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
-        detail = "NVIDIA: for training where torch sees it, for bundles by onnxruntime-gpu or by engines ([rtx])"
+        detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
         if not _installed("onnxruntime-gpu"):
-            remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # float32 bundles on the card"
+            remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # runs float32 bundles on the GPU"
     else:
-        detail = "none that clip-rd-edge would use"
+        detail = "none that clip-rd-edge can use"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
 
 
-def _room(packages: list[Footprint]) -> Finding:
-    total, compiled = sum(each.size_bytes for each in packages), sum(each.compiled_bytes for each in packages)
-    greatest = ", ".join(f"{each.package} {each.size_bytes / 1e6:.0f}" for each in packages[:_GREATEST])
-    rest = packages[_GREATEST:]
+def _disk_usage(packages: list[Footprint]) -> Finding:
+    total = sum(package.size_bytes for package in packages)
+    compiled = sum(package.compiled_bytes for package in packages)
+    largest = ", ".join(f"{package.name} {package.size_bytes / 1e6:.0f}" for package in packages[:_LARGEST_COUNT])
+    rest = packages[_LARGEST_COUNT:]
     detail = (
-        f"{total / 1e6:.0f} MB without extras: {greatest}, {len(rest)} others "
-        f"{sum(each.size_bytes for each in rest) / 1e6:.0f}; {compiled / 1e6:.0f} of it is compiled Python"
+        f"{total / 1e6:.0f} MB without extras: {largest}, {len(rest)} others "
+        f"{sum(package.size_bytes for package in rest) / 1e6:.0f}; {compiled / 1e6:.0f} MB of it is compiled Python"
     )
     return Finding(what="installed", state="ok", detail=detail)
 
 
 def _torch_tensorrt() -> Finding:
-    """The other way from PyTorch to TensorRT, and why it is closed here."""
-    here = [package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package)]
+    """Report torch-tensorrt, the alternative way from PyTorch to TensorRT, and what it needs."""
+    found = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package))
     detail = (
-        f"{' and '.join(here) or 'not installed'}: for export --via torch-tensorrt, which needs the GPU that it builds "
-        "for and a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
+        f"{found or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
+        "a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
     )
     return Finding(what="torch-tensorrt", state="ok", detail=detail)
 
@@ -160,7 +164,7 @@ def _extra(name: str, packages: list[str]) -> Finding:
 
 
 def _installed(package: str) -> bool:
-    # From the metadata: importing torch to see whether it is there takes seconds.
+    # From the metadata, because importing torch takes seconds.
     try:
         version(package)
     except PackageNotFoundError:
@@ -169,37 +173,38 @@ def _installed(package: str) -> bool:
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a package takes on disk.
+    """Disk usage of an installed package.
 
     Attributes:
-        size_bytes: all its files, the compiled ones, too.
-        compiled_bytes: those of them that Python made of its sources, and makes again when they are missing.
+        name: the package's normalised name.
+        size_bytes: size of all its files, including compiled Python.
+        compiled_bytes: size of the compiled Python files, which Python regenerates if they are missing.
     """
 
-    package: str
+    name: str
     size_bytes: int
     compiled_bytes: int
 
 
 def footprints(package: str) -> list[Footprint]:
-    """The package and all that it needs, greatest first; what is not installed takes no room."""
-    found: dict[str, Footprint] = {}
-    wanted = [package]
-    while wanted:
-        name = wanted.pop()
-        if name in found:
+    """Return the disk usage of a package and its installed dependencies, largest first."""
+    usage: dict[str, Footprint] = {}
+    pending = [package]
+    while pending:
+        name = pending.pop()
+        if name in usage:
             continue
         try:
             installed = distribution(name)
         except PackageNotFoundError:
-            continue  # asked for on another system or another Python only
-        found[name] = _footprint(name, installed)
-        wanted += _needs(installed)
-    return sorted(found.values(), key=lambda each: (-each.size_bytes, each.package))
+            continue  # required on another system or Python version only
+        usage[name] = _footprint(name, installed)
+        pending += _dependencies(installed)
+    return sorted(usage.values(), key=lambda footprint: (-footprint.size_bytes, footprint.name))
 
 
-def _needs(installed: Distribution) -> list[str]:
-    """Names of the packages that it asks for whatever extras are wanted, as PEP 503 writes them."""
+def _dependencies(installed: Distribution) -> list[str]:
+    """Return the names of the dependencies that belong to no extra, normalised as in PEP 503."""
     names = []
     for line in installed.requires or []:
         requirement, _, marker = line.partition(";")
@@ -209,10 +214,10 @@ def _needs(installed: Distribution) -> list[str]:
 
 
 def _footprint(name: str, installed: Distribution) -> Footprint:
-    # pip lists what it compiled itself, and not what was compiled when it was first imported: looked for in both cases.
+    # RECORD lists files that pip compiled, but not those that Python compiled at import: look for both on disk.
     files = [Path(str(file.locate())) for file in installed.files or [] if file.suffix != ".pyc"]
     compiled = sum(_size(Path(cache_from_source(str(file)))) for file in files if file.suffix == ".py")
-    return Footprint(package=name, size_bytes=sum(map(_size, files)) + compiled, compiled_bytes=compiled)
+    return Footprint(name=name, size_bytes=sum(map(_size, files)) + compiled, compiled_bytes=compiled)
 
 
 def _size(file: Path) -> int:

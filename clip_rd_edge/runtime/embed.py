@@ -1,4 +1,4 @@
-"""Many images to embeddings, at the pace of the model: threads open and preprocess ahead of it."""
+"""Embed many images: threads open and preprocess images ahead of the model, so that it never waits."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
 from clip_rd_edge.contract.images import ImageFile, open_image
-from clip_rd_edge.contract.preprocess import Pixels, preprocess, quick_edge
+from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
 
 BATCH_SIZE = 32
-_MOST_WORKERS = 8
-_BATCHES_AHEAD = 3  # one with the model, one that is being opened, and one opened in full, so that none waits
+_MAX_WORKERS = 8
+_BATCHES_AHEAD = 3  # one in the model, one being opened, and one ready in between
 P = TypeVar("P", bound=ImageFile)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedBatch(Generic[P]):
-    """Some images in the order in which they were asked for.
+    """One batch of results, in input order.
 
     Attributes:
-        images: those that could be read, n of them.
-        embeddings: theirs, (n, D).
-        unreadable: for each of the others, the sentence that says why.
+        images: the n images that could be read.
+        embeddings: their embeddings, (n, D).
+        unreadable: one error per image that could not be read.
     """
 
     images: Sequence[P]
@@ -47,27 +47,30 @@ def embed_images(
     workers: int | None = None,
     quick: bool = False,
 ) -> Iterator[EmbeddedBatch[P]]:
-    """Embed images batch by batch: while the caller has one batch, the model works on the next, and threads open the
-    images of the one after it.
+    """Embed images batch by batch.
 
-    Pillow and ONNX Runtime let go of Python's lock while they work, so that threads are enough. An unreadable
-    image is handed over as such and stops nothing.
+    While the caller handles one batch, the model embeds the next one and threads open the images of the one after
+    that. Pillow and ONNX Runtime release Python's lock while they work, so threads are enough. An image that cannot be
+    read is reported in its batch and does not stop the others.
 
     Args:
-        encoder: whose image tower is used.
-        images: paths, or whatever else `open_image` opens; taken only as
-            far ahead as three batches need, so that a long list may be a generator.
-        batch_size: images that the tower sees at once, at least 1.
-        workers: threads that open images; None takes one a core, 8 at most. They give way to the model.
-        quick: decode large JPEGs at a fraction of their size (`open_image(at_least=…)`).
-    """
-    how = encoder.describe().preprocessing
-    size = encoder.describe().embedding_size
-    at_least = quick_edge(how) if quick else None
+        encoder: the model; only its image tower is used.
+        images: paths, or anything else that `open_image` opens. A generator is read at most three batches ahead.
+        batch_size: images per call of the image tower, at least 1.
+        workers: threads that open images; None starts one per core, at most 8. On Linux they run at a lower priority
+            than the model.
+        quick: decode large JPEGs at a fraction of their size (`open_image(min_edge=…)`).
 
-    def pixels_of(image: P) -> Pixels | InputError:
+    Yields:
+        The batches, in input order.
+    """
+    preprocessing = encoder.describe().preprocessing
+    size = encoder.describe().embedding_size
+    min_edge = fast_decode_edge(preprocessing) if quick else None
+
+    def open_pixels(image: P) -> Pixels | InputError:
         try:
-            return preprocess(open_image(image, at_least=at_least), how)
+            return preprocess(open_image(image, min_edge=min_edge), preprocessing)
         except InputError as error:
             return error
 
@@ -78,42 +81,42 @@ def embed_images(
         return _embed(encoder, gathered.result(), size)
 
     remaining = iter(images)
-    workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    openers = ThreadPoolExecutor(workers, initializer=_give_way)
+    workers = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
+    openers = ThreadPoolExecutor(workers, initializer=_lower_priority)
     model = ThreadPoolExecutor(1)
     try:
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()
         while True:
             while len(ahead) < _BATCHES_AHEAD:
-                batch = [(image, openers.submit(pixels_of, image)) for image in islice(remaining, batch_size)]
+                batch = [(image, openers.submit(open_pixels, image)) for image in islice(remaining, batch_size)]
                 if not batch:
                     break
-                # By an opener: they take tasks in turn, so that each of the batch's is done or being done by then.
+                # Gather in an opener thread: the pool takes tasks in order, so all of this batch have been started.
                 ahead.append(model.submit(embed, openers.submit(gather, batch)))
             if not ahead:
                 return
             yield ahead.popleft().result()
     finally:
-        # A consumer that stops early, or Ctrl-C, shall not wait for images that nobody wants.
+        # If the caller stops early or presses Ctrl-C, do not wait for images that are no longer needed.
         openers.shutdown(wait=False, cancel_futures=True)
         model.shutdown(cancel_futures=True)
 
 
 def open_image_tower(encoder: TowerEncoder) -> None:
-    """Embed a blank image, so that none waits for the tower to be loaded, nor has its time told as the model's."""
+    """Load the image tower by embedding a blank image, so that no real image's time includes the loading."""
     height, width = encoder.describe().preprocessing.size
     encoder.encode_pixels(np.zeros((1, 3, height, width), dtype=np.float32))
 
 
-def _give_way() -> None:
-    """Let the model run first, where a thread has a priority of its own."""
-    if sys.platform == "linux":
+def _lower_priority() -> None:
+    """Let the model's threads run first."""
+    if sys.platform == "linux":  # where priorities are per thread
         os.setpriority(os.PRIO_PROCESS, 0, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
 
 
 @dataclass(frozen=True)
 class _Gathered(Generic[P]):
-    """A batch that is ready for the model; `pixels` are None where no image could be read."""
+    """A batch that is ready for the model; `pixels` is None if no image could be read."""
 
     images: Sequence[P]
     pixels: Pixels | None
@@ -130,6 +133,6 @@ def _gather(opened: Sequence[tuple[P, Pixels | InputError]]) -> _Gathered[P]:
 
 
 def _embed(encoder: TowerEncoder, batch: _Gathered[P], size: int) -> EmbeddedBatch[P]:
-    nothing = np.zeros((0, size), dtype=np.float32)
-    embeddings = nothing if batch.pixels is None else encoder.encode_pixels(batch.pixels)
+    no_rows = np.zeros((0, size), dtype=np.float32)
+    embeddings = no_rows if batch.pixels is None else encoder.encode_pixels(batch.pixels)
     return EmbeddedBatch(images=batch.images, embeddings=embeddings, unreadable=batch.unreadable)

@@ -1,4 +1,4 @@
-"""What every runtime does alike with a bundle: preprocess, tokenise, batch, describe."""
+"""Base class of the bundle encoders: preprocessing, tokenisation and batching, common to all runtimes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from PIL import Image
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, bundle_size_bytes
 from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
-from clip_rd_edge.contract.preprocess import preprocess, to_bytes
+from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 
 BATCH_SIZE = 32
 
 
 class BundleEncoder(ABC):
-    """An `Encoder` over a bundle; a runtime adds how it opens a tower. See `clip_rd_edge.runtime.load`.
+    """An `Encoder` for a bundle; each runtime's subclass implements `open_tower`. See `runtime.load`.
 
     Args:
         folder, manifest: the bundle.
-        threads: threads a tower runs on; None leaves it to the runtime.
+        threads: threads per tower; None leaves the choice to the runtime.
     """
 
     runtime: ClassVar[str]
@@ -40,10 +40,10 @@ class BundleEncoder(ABC):
 
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:
-        """The tower's file in this runtime: something with ONNX Runtime's `run(names, feed)`."""
+        """Open a tower's file; return an object with the method `run(names, feed)` of an ONNX Runtime session."""
 
     def describe(self) -> Description:
-        """What this encoder is; `precision` is both towers' where they differ."""
+        """Describe this encoder; `precision` names both towers' if they differ."""
         manifest = self.manifest
         return Description(
             name=manifest.name,
@@ -59,12 +59,12 @@ class BundleEncoder(ABC):
 
     @cached_property
     def label_bank(self) -> LabelBank | None:
-        """The labels that the bundle brings with their embeddings, or None."""
+        """The bundle's precomputed labels and their embeddings, or None."""
         return read_labels(self.folder)
 
     @cached_property
     def text_key(self) -> str:
-        """Changes when the same text might get another embedding; empty where the manifest does not tell."""
+        """A key that changes when text embeddings may change; empty if the manifest lacks the checksums for it."""
         manifest = self.manifest
         files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
         if not all(files):
@@ -73,21 +73,22 @@ class BundleEncoder(ABC):
         return hashlib.sha256(content).hexdigest()
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """Embed RGB pictures, (N, D)."""
+        """Embed RGB images, (N, D)."""
         if self.manifest.image.preprocesses:
-            return self._each(self._image_session, self.manifest.image, [np.asarray(image)[None] for image in images])
+            batches = [np.asarray(image)[None] for image in images]
+            return self._run_batches(self._image_session, self.manifest.image, batches)
         parts = []
         for batch in in_batches(len(images), BATCH_SIZE):
             pixels = np.stack([preprocess(image, self.manifest.preprocessing) for image in images[batch]])
             parts.append(self.encode_pixels(pixels))
-        return np.concatenate(parts) if parts else self._nothing()
+        return np.concatenate(parts) if parts else self._no_rows()
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:
-        """Embed preprocessed pictures, (N, 3, H, W) to (N, D)."""
+        """Embed preprocessed images, (N, 3, H, W) to (N, D)."""
         if self.manifest.image.preprocesses:
-            # Back to the bytes that they were made of, which the graph then has nothing to resize in.
-            pictures = to_bytes(pixels, self.manifest.preprocessing)
-            return self._each(self._image_session, self.manifest.image, [picture[None] for picture in pictures])
+            # The graph takes bytes: undo the normalisation. They have the final size already, so it does not resize.
+            images = to_uint8(pixels, self.manifest.preprocessing)
+            return self._run_batches(self._image_session, self.manifest.image, [image[None] for image in images])
         return self._run(self._image_session, self.manifest.image, pixels)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
@@ -95,14 +96,14 @@ class BundleEncoder(ABC):
         parts = []
         for batch in in_batches(len(texts), BATCH_SIZE):
             parts.append(self.encode_ids(self.tokenize(texts[batch])))
-        return np.concatenate(parts) if parts else self._nothing()
+        return np.concatenate(parts) if parts else self._no_rows()
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
-        """Embed tokenised texts, (N, T) to (N, D)."""
+        """Embed token ids, (N, T) to (N, D)."""
         return self._run(self._text_session, self.manifest.text, ids)
 
     def tokenize(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Texts as token ids, (N, T)."""
+        """Return the token ids of texts, (N, T)."""
         return self._tokenizer(texts)
 
     @cached_property
@@ -119,14 +120,14 @@ class BundleEncoder(ABC):
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         if tower.one_at_a_time and len(inputs) > 1:
-            return self._each(session, tower, [one[None] for one in inputs])
+            return self._run_batches(session, tower, [row[None] for row in inputs])
         (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
         result: Embeddings = embeddings
         return result
 
-    def _each(self, session: Any, tower: Tower, inputs: Sequence[npt.NDArray[Any]]) -> Embeddings:
-        parts = [self._run(session, tower, one) for one in inputs]
-        return np.concatenate(parts) if parts else self._nothing()
+    def _run_batches(self, session: Any, tower: Tower, batches: Sequence[npt.NDArray[Any]]) -> Embeddings:
+        parts = [self._run(session, tower, batch) for batch in batches]
+        return np.concatenate(parts) if parts else self._no_rows()
 
-    def _nothing(self) -> Embeddings:
+    def _no_rows(self) -> Embeddings:
         return np.zeros((0, self.manifest.embedding_size), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Label banks, made by the bundle's own text tower."""
+"""Labels and their embeddings: a bundle's label bank, the user's label cache, and label files."""
 
 from __future__ import annotations
 
@@ -16,45 +16,47 @@ from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.load import encoder_of
+from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 
 def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
-    """Embed each label once by the bundle's own text tower and prompts, and write labels.npz; the manifest comes after.
+    """Embed labels with the bundle's own text tower and templates, and write labels.npz.
 
-    They are stored in the precision of the tower that made them: INT8 costs them less than it cost the tower.
+    Call this before the manifest is written, which has the file's checksum. Embeddings are stored in the precision of
+    the text tower: storing them in INT8 loses less accuracy than the INT8 tower already has.
 
     Raises:
-        InputError: no labels, or an empty one.
+        InputError: there are no labels, or a label is empty.
     """
     names = tuple(dict.fromkeys(labels))
-    embeddings = label_embeddings(encoder_of(folder, manifest, device="cpu"), names, manifest.templates)
+    embeddings = label_embeddings(open_bundle(folder, manifest, device="cpu"), names, manifest.templates)
     tower = manifest.text.precision
     precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if tower.startswith("int8") else "fp16"
     write_labels(folder, LabelBank(names, embeddings), precision=precision)
 
 
-MAX_BYTES = 64_000_000
+MAX_BYTES = 64_000_000  # of the label cache
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def label_cache_folder() -> Path:
-    """Where the sets lie; it need not exist yet."""
+    """Return the folder of the label cache, which may not exist yet."""
     return cache_home() / "labels"
 
 
 def label_set_key(text_tower: str, labels: Sequence[str], templates: Sequence[str]) -> str:
-    """A name for a set of labels.
+    """Return the cache key of a list of labels.
 
     Args:
-        text_tower: what tells the text tower with its tokenizer from every other.
+        text_tower: identifies the text tower and its tokenizer (`BundleEncoder.text_key`).
+        labels, templates: the labels in order, and the prompt templates.
     """
     return hashlib.sha256(msgspec.json.encode((text_tower, list(labels), list(templates)))).hexdigest()
 
 
 def read_label_set(key: str, *, count: int) -> Embeddings | None:
-    """The rows of that name, (count, D), or None where there are none that are whole."""
+    """Return the cached embeddings, (count, D), or None if there are none or they are damaged."""
     path = label_cache_folder() / key
     try:
         content = path.read_bytes()
@@ -66,13 +68,13 @@ def read_label_set(key: str, *, count: int) -> Embeddings | None:
         return None
     if embeddings.ndim != 2 or len(embeddings) != count or embeddings.dtype != np.float32:
         return None
-    with suppress(OSError):  # a cache that may only be read
+    with suppress(OSError):  # a read-only cache
         os.utime(path)
     return embeddings
 
 
 def write_label_set(key: str, embeddings: Embeddings) -> None:
-    """Keep rows, (C, D); in silence not, where the disk is full or the folder may not be written."""
+    """Cache embeddings, (C, D); silently do nothing if they are too large or cannot be written."""
     buffer = io.BytesIO()
     np.save(buffer, embeddings.astype(np.float32, copy=False))
     rows = buffer.getvalue()
@@ -84,14 +86,14 @@ def write_label_set(key: str, embeddings: Embeddings) -> None:
 
 
 def _shrink(folder: Path) -> None:
-    """Remove what was not used for longest until MAX_BYTES are left; another process may do so at the same time."""
-    found = []
+    """Delete the least recently used files beyond MAX_BYTES; another process may do so at the same time."""
+    files = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
             stat = path.stat()
-            found.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
+            files.append((stat.st_mtime_ns, stat.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in sorted(files):
         if total <= MAX_BYTES:
             return
         path.unlink(missing_ok=True)
@@ -99,7 +101,7 @@ def _shrink(folder: Path) -> None:
 
 
 def read_label_list(labels: Sequence[str]) -> list[str] | None:
-    """Labels, or what the file holds whose path is the only one; None where there are none.
+    """Return the labels, or those in a file if its path is the only one; None if there are none.
 
     Raises:
         InputError: as `read_labels_file`.
@@ -110,18 +112,20 @@ def read_label_list(labels: Sequence[str]) -> list[str] | None:
 
 
 def read_labels_file(path: Path) -> list[str]:
-    """Labels, one a line; empty lines are passed over.
+    """Read labels from a text file, one label per line; empty lines are skipped.
 
     Raises:
-        InputError: no such file, not UTF-8, or no label in it.
+        InputError: the file cannot be read, is not UTF-8, or has no labels.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise InputError(f"Cannot read the labels {path}: {error.strerror or error}.", hint="check the path") from error
+        raise InputError(
+            f"Cannot read the label file {path}: {error.strerror or error}.", hint="check the path"
+        ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"The labels {path} are not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise InputError(f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     labels = [line.strip() for line in lines if line.strip()]
     if not labels:
-        raise InputError(f"{path} has no labels; expected one a line.")
+        raise InputError(f"The label file {path} has no labels; expected one label per line.")
     return labels

@@ -1,4 +1,4 @@
-"""From a bundle's folder to an encoder."""
+"""Open a bundle as an encoder."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def load(
     device: str = AUTO,
     spin: bool = True,
 ) -> BundleEncoder:
-    """Open a bundle. Neither tower is loaded before it is first asked for.
+    """Open a bundle. Each tower is loaded when it is first used.
 
     Args:
-        bundle: the folder.
-        threads: threads a tower runs on; None leaves it to the runtime, which takes every core.
-        runtime: what runs it; None takes what the bundle was exported for, and for engines that cannot run here the
-            ONNX files that they came from.
-        device: what ONNX Runtime computes on, one of `providers.DEVICES`; `auto` takes a CUDA card where its package is
-            installed, and the CPU otherwise and for INT8. `describe().device` tells what was taken.
-        spin: False for many pictures in ONNX Runtime: see `ort.open_session`.
+        bundle: the bundle's folder.
+        threads: threads per tower; None leaves the choice to the runtime, which uses every core.
+        runtime: the inference engine; None uses the one that the bundle was exported for. If its TensorRT engines
+            cannot run here, the ONNX files that they were built from run on the CPU.
+        device: ONNX Runtime's device, one of `providers.DEVICES`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's
+            package for it is installed, and the CPU otherwise and for INT8. `describe().device` is the device chosen.
+        spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
 
     Raises:
-        InputError, ConfigError: it is no bundle, incomplete, or of a newer format.
-        UsageError: there is no such runtime, or no such device here.
+        InputError, ConfigError: the folder is not a bundle, is incomplete, or has a newer format.
+        UsageError: the runtime is unknown, or the device is not available here.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
     if runtime is not None and runtime not in RUNTIMES:
-        raise UsageError(f"There is no runtime {runtime!r}; there are {', '.join(RUNTIMES)}.")
-    return encoder_of(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
+        raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
+    return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
 
 
-def encoder_of(
+def open_bundle(
     folder: Path,
     manifest: Manifest,
     *,
@@ -54,14 +54,14 @@ def encoder_of(
     device: str = AUTO,
     spin: bool = True,
 ) -> BundleEncoder:
-    """As `load`, of a bundle whose manifest has been read."""
-    # A device other than the CPU is ONNX Runtime's to serve, whatever the bundle was exported for.
-    meant = runtime or ("onnxruntime" if device not in (AUTO, "cpu") else manifest.target)
-    if meant == "openvino":
+    """Like `load`, for a bundle whose manifest has been read already."""
+    # A device other than the CPU is a device of ONNX Runtime, whatever the bundle was exported for.
+    engine = runtime or ("onnxruntime" if device not in (AUTO, "cpu") else manifest.target)
+    if engine == "openvino":
         from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 
         return OpenVinoEncoder(folder, manifest, threads=threads)
-    if meant == "tensorrt" or (meant.startswith("tensorrt") and device == AUTO):
+    if engine == "tensorrt" or (engine.startswith("tensorrt") and device == AUTO):
         from clip_rd_edge.runtime.backends.tensorrt import TensorRtEncoder
 
         return TensorRtEncoder(folder, manifest, threads=threads, required=runtime is not None)

@@ -1,4 +1,4 @@
-"""An open model as Python users see it: it classifies and embeds paths, PIL images, arrays, and lists of them."""
+"""The model class of the Python API: classifies and embeds image paths, PIL images, arrays, and lists of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, overload
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, in_batches
-from clip_rd_edge.contract.images import ImageInput, as_rgb, is_one_image, open_image
-from clip_rd_edge.contract.preprocess import quick_edge
+from clip_rd_edge.contract.images import ImageInput, as_rgb, is_single_image, open_image
+from clip_rd_edge.contract.preprocess import fast_decode_edge
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import embed_images
 
@@ -19,13 +19,15 @@ BATCH_SIZE = 32
 
 
 class Model:
-    """A bundle or a CLIP model that is open; `clip_rd_edge.load` makes it.
+    """An open bundle or CLIP model, as `clip_rd_edge.load` returns it.
+
+    Methods return a single result for a single image or text, and one result per item for a list.
 
     Args:
-        encoder: what runs it; a single image or text in gives a single row or answer out.
+        encoder: the encoder that runs the model.
 
     Attributes:
-        encoder: the same, for what this class does not offer.
+        encoder: the same encoder, for what this class does not offer.
     """
 
     def __init__(self, encoder: TowerEncoder) -> None:
@@ -33,46 +35,54 @@ class Model:
         self._classifier: tuple[tuple[Any, ...], ZeroShotClassifier] | None = None
 
     def __repr__(self) -> str:
-        about = self.describe()
-        return f"<clip_rd_edge model {about.name}: {about.precision} in {about.runtime}, D = {about.embedding_size}>"
+        info = self.describe()
+        return f"<clip_rd_edge model {info.name}: {info.precision} in {info.runtime}, D = {info.embedding_size}>"
 
     def describe(self) -> Description:
-        """Name, runtime, precision, preprocessing and size."""
+        """Return the model's name, runtime, precision, preprocessing and size."""
         return self.encoder.describe()
 
     @property
     def label_bank(self) -> Any:
-        """The labels that a bundle brings with their embeddings, or None."""
+        """The bundle's precomputed labels and their embeddings, or None."""
         return getattr(self.encoder, "label_bank", None)
 
     @property
     def text_key(self) -> str:
-        """Changes when the same text might get another embedding; empty where that is not known."""
+        """A key that changes when text embeddings may change; empty if unknown."""
         return str(getattr(self.encoder, "text_key", ""))
 
     def encode_images(self, images: ImageInput | Sequence[ImageInput], *, quick: bool = False) -> Embeddings:
-        """Embed images: float32, unit norm; (D,) for one image, (N, D) for a list or a batch (N, H, W, 3) of bytes.
+        """Embed images.
 
         Args:
-            quick: decode large JPEGs at a fraction of their size, which changes embeddings a little.
+            images: an image, a list of images, or a uint8 array of shape (N, H, W, 3).
+            quick: decode large JPEGs at a fraction of their size, which changes embeddings slightly.
+
+        Returns:
+            L2-normalised float32 embeddings: (D,) for one image, (N, D) otherwise.
 
         Raises:
-            InputError: an image cannot be read; the first such one is named.
+            InputError: an image could not be read; the message names the first one.
         """
-        if is_one_image(images):
+        if is_single_image(images):
             row: Embeddings = self._encode([images], quick)[0]  # type: ignore[list-item]
             return row
         return self._encode(list(images), quick)  # type: ignore[arg-type]
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
-        """Embed texts as they stand, without templates: float32, unit norm; (D,) for one text, (N, D) for a list."""
+        """Embed texts as they are, without templates.
+
+        Returns:
+            L2-normalised float32 embeddings: (D,) for one text, (N, D) for a list.
+        """
         if isinstance(texts, str):
             row: Embeddings = self.encoder.encode_texts([texts])[0]
             return row
         return self.encoder.encode_texts(list(texts))
 
     @overload
-    def classify(  # type: ignore[overload-overlap]  # a str is a sequence, too; it means one image
+    def classify(  # type: ignore[overload-overlap]  # a str, though a sequence, is one image
         self,
         images: ImageInput,
         labels: str | Sequence[str] | None = None,
@@ -108,24 +118,25 @@ class Model:
         cache: bool = True,
         quick: bool = False,
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The likeliest labels of an image, likeliest first; a list of such answers for several images.
+        """Return the most likely labels of an image, most likely first; for several images, one such list per image.
 
-        The labels of the last call are remembered, so that a second image with the same ones costs no text tower.
+        The label embeddings of the last call are kept, so the text tower does not run again for the same labels.
 
         Args:
+            images: see `encode_images`.
             labels, templates, none_below, cache: see `ZeroShotClassifier`.
-            top: labels per image.
+            top: max number of labels per image.
             quick: see `encode_images`.
 
         Raises:
-            InputError: an image cannot be read, or labels or templates do not fit.
+            InputError: an image could not be read, or the labels or templates are invalid.
             UsageError: `none_below` is not between 0 and 1.
         """
         classifier = self._classifier_for(labels, templates, none_below, cache)
-        one = is_one_image(images)
-        rows = self._encode([images] if one else list(images), quick)  # type: ignore[arg-type, list-item]
-        answers = classifier.classify_embeddings(rows, top=top)
-        return answers[0] if one else answers
+        single = is_single_image(images)
+        embeddings = self._encode([images] if single else list(images), quick)  # type: ignore[arg-type, list-item]
+        predictions = classifier.classify_embeddings(embeddings, top=top)
+        return predictions[0] if single else predictions
 
     def classify_camera(
         self,
@@ -136,10 +147,15 @@ class Model:
         top: int = 5,
         none_below: float = 0.0,
     ) -> Iterator[list[Prediction]]:
-        """Classify what a camera sees, frame by frame, until it ends; arguments as `classify`.
+        """Yield the predictions for each frame of a camera or video, until it ends.
 
         Args:
-            camera: its number, a device's path, a video file or a stream's address.
+            camera: a camera number, a device path, a video file or a stream URL.
+            labels, templates, top, none_below: see `classify`.
+
+        Raises:
+            MissingExtraError: OpenCV is not installed.
+            ClipRdEdgeError: the camera cannot be opened or stops sending frames.
         """
         from clip_rd_edge.runtime.camera import frames
 
@@ -151,36 +167,36 @@ class Model:
         files = [Path(image) for image in images if isinstance(image, str | os.PathLike)]
         if len(files) == len(images) > 1:
             return self._encode_files(files, quick)
-        at_least = quick_edge(self.describe().preprocessing) if quick else None
-        parts = [self._nothing()]
+        min_edge = fast_decode_edge(self.describe().preprocessing) if quick else None
+        parts = [self._no_rows()]
         for batch in in_batches(len(images), BATCH_SIZE):
-            opened = [
-                open_image(Path(image), at_least=at_least) if isinstance(image, str | os.PathLike) else as_rgb(image)
+            rgb_images = [
+                open_image(Path(image), min_edge=min_edge) if isinstance(image, str | os.PathLike) else as_rgb(image)
                 for image in images[batch]
             ]
-            parts.append(self.encoder.encode_images(opened))
+            parts.append(self.encoder.encode_images(rgb_images))
         return np.concatenate(parts)
 
     def _encode_files(self, files: Sequence[Path], quick: bool) -> Embeddings:
-        """Threads open the files while the model works."""
-        parts = [self._nothing()]
+        """Embed files, which threads open while the model runs."""
+        parts = [self._no_rows()]
         for batch in embed_images(self.encoder, files, quick=quick):
             if batch.unreadable:
                 raise batch.unreadable[0]
             parts.append(batch.embeddings)
         return np.concatenate(parts)
 
-    def _nothing(self) -> Embeddings:
+    def _no_rows(self) -> Embeddings:
         return np.zeros((0, self.describe().embedding_size), dtype=np.float32)
 
     def _classifier_for(
         self, labels: str | Sequence[str] | None, templates: Sequence[str] | None, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        wanted = [labels] if isinstance(labels, str) else labels
-        key = (tuple(wanted) if wanted is not None else None, tuple(templates or ()), none_below, cache)
+        names = [labels] if isinstance(labels, str) else labels
+        key = (tuple(names) if names is not None else None, tuple(templates or ()), none_below, cache)
         if self._classifier is None or self._classifier[0] != key:
             classifier = ZeroShotClassifier(
-                self.encoder, wanted, templates=templates, none_below=none_below, cache=cache
+                self.encoder, names, templates=templates, none_below=none_below, cache=cache
             )
             self._classifier = (key, classifier)
         return self._classifier[1]

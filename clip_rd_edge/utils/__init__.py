@@ -1,1 +1,1 @@
-"""What every layer needs: files, locks, the host, timing and progress. Never imports torch."""
+"""Helpers shared by every layer: files, locks, host information, timing and progress. Never imports torch."""

@@ -1,4 +1,4 @@
-"""What a measurement was made on, in a few words."""
+"""Information about the host machine: processor, memory, instruction sets and load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-# Flags of /proc/cpuinfo that decide how fast INT8 and BF16 are, by the names that people use.
+# Flags in /proc/cpuinfo that determine the speed of INT8 and BF16, and their usual names.
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
     "avx_vnni": "AVX-VNNI",
@@ -23,7 +23,7 @@ INSTRUCTION_SETS = {
     "bf16": "Arm BF16",
     "sve": "SVE",
 }
-# The same as macOS names them, below hw.optional.
+# Their names on macOS, under hw.optional.
 _MACOS_INSTRUCTION_SETS = {
     "avx2_0": "AVX2",
     "avx512f": "AVX-512",
@@ -37,13 +37,13 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def machine_name() -> str:
-    """The processor's name and number of cores, such as `Intel(R) N100, 4 cores`."""
+    """Return the processor's name and number of cores, such as `Intel(R) N100, 4 cores`."""
     cores = os.cpu_count() or 1
     return f"{_processor()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def system_name() -> str:
-    """Distribution, kernel and architecture."""
+    """Return distribution, kernel and architecture."""
     try:
         name = platform.freedesktop_os_release()["PRETTY_NAME"]
     except (OSError, KeyError):
@@ -53,7 +53,7 @@ def system_name() -> str:
 
 
 def memory_bytes() -> int:
-    """Memory of the whole machine, 0 where the system does not tell."""
+    """Return the total memory of the machine, or 0 if it is unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -61,17 +61,17 @@ def memory_bytes() -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: a container or `taskset` may leave it fewer than the machine has."""
+    """Return the number of cores available to this process; a container or `taskset` may restrict it."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_quota(text: str | None = None) -> float | None:
-    """Cores whose time the container gets in all, or None where it is not limited; `docker run --cpus` sets it.
+    """Return the CPU time limit of the container in cores (`docker run --cpus`), or None if there is no limit.
 
     Args:
-        text: of the control group's cpu.max; None reads this process's.
+        text: content of the cgroup's cpu.max; None reads that of this process.
     """
     if text is None:
         text = _CPU_MAX.read_text() if _CPU_MAX.is_file() else ""
@@ -80,11 +80,11 @@ def cpu_quota(text: str | None = None) -> float | None:
 
 
 def instruction_sets(features: str | None = None) -> tuple[str, ...]:
-    """The INSTRUCTION_SETS that the processor has, by what the system says of it.
+    """Return which of INSTRUCTION_SETS the processor supports, as reported by the operating system.
 
     Args:
-        features: the text of /proc/cpuinfo, on x86 (`flags`) and Arm (`Features`), or of macOS's `sysctl hw.optional`;
-            None reads this machine's. Empty where the system tells nothing.
+        features: content of /proc/cpuinfo on x86 (`flags`) and Arm (`Features`), or output of macOS's
+            `sysctl hw.optional`; empty if unknown. None reads this machine's.
     """
     if features is None:
         features = _features()
@@ -93,21 +93,22 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
         if key.strip() in ("flags", "Features"):
             flags = set(value.split())
             return tuple(name for flag, name in INSTRUCTION_SETS.items() if flag in flags)
-    has = {key.strip().removeprefix("hw.optional.").removeprefix("arm.") for key, _, on in lines if on.strip() == "1"}
-    return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in has)
+    enabled = {key.strip() for key, _, value in lines if value.strip() == "1"}
+    flags = {key.removeprefix("hw.optional.").removeprefix("arm.") for key in enabled}
+    return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in flags)
 
 
 def _features() -> str:
     if _CPUINFO.is_file():
         return _CPUINFO.read_text(errors="replace")
     if platform.system() == "Darwin":
-        said = subprocess.run(["/usr/sbin/sysctl", "hw.optional"], capture_output=True, text=True, check=False)
-        return said.stdout
+        result = subprocess.run(["/usr/sbin/sysctl", "hw.optional"], capture_output=True, text=True, check=False)
+        return result.stdout
     return ""
 
 
 def _processor() -> str:
-    # platform.processor() is empty on most Linux systems; boards with Arm cores name themselves in the device tree.
+    # platform.processor() is empty on most Linux systems. Arm boards give their name in the device tree.
     model = Path("/proc/device-tree/model")
     if model.is_file():
         return model.read_text(errors="replace").rstrip("\0").strip()
@@ -121,35 +122,35 @@ def _processor() -> str:
 _STAT, _STATUS = Path("/proc/stat"), Path("/proc/self/status")
 
 
-class OtherLoad:
-    """What other processes take of the machine from now on, so that a busy machine is told from a slow model."""
+class BackgroundLoad:
+    """Measures the CPU load of other processes since creation, to tell a busy machine from a slow model."""
 
     def __init__(self) -> None:
-        self._busy, self._all = _jiffies()
-        self._own = time.process_time()
+        self._busy, self._total = _cpu_ticks()
+        self._own_seconds = time.process_time()
 
     def share(self) -> float | None:
-        """Part of all cores' time that others took, in [0, 1]; None where the system does not tell."""
-        busy, everything = _jiffies()
-        if everything <= self._all:
+        """Return the fraction of all cores' time used by other processes, in [0, 1]; None if it is unknown."""
+        busy, total = _cpu_ticks()
+        if total <= self._total:
             return None
-        seconds = (everything - self._all) / os.sysconf("SC_CLK_TCK")
-        others = (busy - self._busy) / (everything - self._all) - (time.process_time() - self._own) / seconds
+        seconds = (total - self._total) / os.sysconf("SC_CLK_TCK")
+        others = (busy - self._busy) / (total - self._total) - (time.process_time() - self._own_seconds) / seconds
         return min(max(others, 0.0), 1.0)
 
 
-def _jiffies() -> tuple[int, int]:
-    """Time that the cores worked or were taken away by a hypervisor, and all time, since the machine started."""
+def _cpu_ticks() -> tuple[int, int]:
+    """Return busy time (including time stolen by a hypervisor) and total time of all cores since boot, in ticks."""
     if not _STAT.is_file():
         return 0, 0
-    user, nice, system, idle, waiting, *others = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
+    user, nice, system, idle, iowait, *others = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
     busy = user + nice + system + sum(others)
-    return busy, busy + idle + waiting
+    return busy, busy + idle + iowait
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory that this process held at once; None where the system does not tell."""
-    # Not ru_maxrss first: on Linux it counts what the parent held when it started this process.
+    """Return the peak memory of this process, or None if it is unknown."""
+    # VmHWM is preferred to ru_maxrss, which on Linux includes the parent's memory at the time of the fork.
     if _STATUS.is_file():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,29 +1,29 @@
-"""Progress of long work, in one shape for every layer: stage, step, total, message."""
+"""Progress reporting for long-running work, the same for every layer: stage, step, total, message."""
 
 from __future__ import annotations
 
 
 class Reporter:
-    """Receives the progress of long work. This one is silent; a console or a test overrides what it shows."""
+    """Receives progress reports. This base class ignores them; a console or a test overrides its methods."""
 
     def begin(self, title: str, number: int, count: int) -> None:
-        """A chapter of the work begins: `number` of `count`, counted from 1. Stages come within chapters."""
+        """Announce that chapter `number` of `count` begins, counted from 1. A chapter consists of stages."""
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
-        """How far the current stage is.
+        """Report the progress of the current stage.
 
         Args:
-            stage: what is being done, such as `training`.
-            step, total: steps done, and steps in all; None where the stage cannot be counted.
-            message: figures beside the bar, such as the loss.
+            stage: the current activity, such as `training`.
+            step, total: completed steps and total steps; None if the total is unknown.
+            message: figures to show beside the progress bar, such as the loss.
         """
 
     def say(self, message: str) -> None:
-        """A decision or a result that stays on the screen, in one sentence."""
+        """Report a decision or a result, in one sentence that stays on the screen."""
 
 
 class PrefixedReporter(Reporter):
-    """Puts a prefix before every stage, such as the tower that is being quantised."""
+    """Adds a prefix to every chapter and stage, such as the tower being quantised."""
 
     def __init__(self, reporter: Reporter, prefix: str) -> None:
         self._reporter, self._prefix = reporter, prefix

@@ -1,4 +1,4 @@
-"""Latencies that can be compared: everything is timed in turn, so that a machine that slows down slows all alike."""
+"""Comparable latencies: calls are timed in turn, so that a slow-down of the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy.typing as npt
 
 Milliseconds = npt.NDArray[np.float64]
 Call = Callable[[], object]
-_WINDOW = 5  # calls whose medians are compared while warming up
+_WINDOW = 5  # calls per median during warm-up
 
 
 def time_in_turn(
-    calls: Mapping[str, Call], *, rounds: int = 50, warmup: int = 5, max_seconds: float = 20.0, least: int = 5
+    calls: Mapping[str, Call], *, rounds: int = 50, warmup: int = 5, max_seconds: float = 20.0, min_rounds: int = 5
 ) -> dict[str, Milliseconds]:
-    """Time some calls, A B C A B C …, in one thread of control.
+    """Time several calls in one thread, interleaved as A B C A B C ….
 
     Args:
-        calls: what to time, by name.
-        rounds: how often each is timed, at most.
-        warmup: untimed rounds first.
-        max_seconds: timing ends early after this, once each call has been timed `least` times.
+        calls: the calls to time, by name.
+        rounds: max number of times each call is timed.
+        warmup: number of untimed rounds to start with.
+        max_seconds: stop early after this time, once each call has been timed `min_rounds` times.
 
     Returns:
-        For each name its latencies in milliseconds, in the order of time.
+        The latencies of each call in milliseconds, in chronological order.
     """
     for _ in range(warmup):
         for call in calls.values():
@@ -33,7 +33,7 @@ def time_in_turn(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
     for done in range(rounds):
-        if done >= least and time.perf_counter() - started > max_seconds:
+        if done >= min_rounds and time.perf_counter() - started > max_seconds:
             break
         for name, call in calls.items():
             samples[name].append(_milliseconds(call))
@@ -41,18 +41,18 @@ def time_in_turn(
 
 
 def warm_up(call: Call, *, tolerance: float = 0.05, max_calls: int = 100, max_seconds: float = 2.0) -> int:
-    """Call until it is steady: until five calls' median is no more than `tolerance` below that of the five before.
+    """Call until latency is steady: the median of five calls is at most `tolerance` below that of the previous five.
 
     Returns:
-        How many calls it took; after `max_calls` or `max_seconds` it counts as steady.
+        The number of calls made; warm-up also ends after `max_calls` or `max_seconds`.
     """
     started = time.perf_counter()
     samples: list[float] = []
     while len(samples) < max_calls and time.perf_counter() - started < max_seconds:
         samples.append(_milliseconds(call))
         if len(samples) >= 2 * _WINDOW:
-            before, last = np.median(samples[-2 * _WINDOW : -_WINDOW]), np.median(samples[-_WINDOW:])
-            if last > (1 - tolerance) * before:
+            previous, latest = np.median(samples[-2 * _WINDOW : -_WINDOW]), np.median(samples[-_WINDOW:])
+            if latest > (1 - tolerance) * previous:
                 break
     return len(samples)
 

@@ -1,1 +1,1 @@
-"""The whole way on the embedded data: draw, tune a teacher, distil, export, compare, classify."""
+"""The complete workflow on the embedded data set: tune a teacher, distil, export, compare, classify."""

@@ -1,9 +1,10 @@
-"""What a quickstart is asked to do, and who watches it."""
+"""The stages of the quickstart, from the embedded data set to a benchmark report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,22 +25,22 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.io import new_folder, shipped
+from clip_rd_edge.utils.io import new_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import build_teacher
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose.
+    """Settings of a quickstart.
 
     Attributes:
-        folder: where everything goes.
+        folder: output folder.
         student: a preset.
-        recipe: how it is distilled.
-        seed: of the student; the teacher's is 0 always.
-        with_baseline: train the same student without a teacher, too, for as many steps.
-        teacher_steps, student_steps: of 64 and 32 pairs.
+        recipe: distillation recipe.
+        seed: the student's; the teacher's is always 0.
+        with_baseline: also train the same student without a teacher, for as many steps.
+        teacher_steps, student_steps: steps of 64 pairs for the teacher and of 32 pairs for the student.
     """
 
     folder: Path
@@ -51,11 +52,11 @@ class Settings:
     student_steps: int = 1100
 
 
-IMAGE_SIZE = 64  # pixels: what emoji need, and two cores can train on
+IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
-    """Tune the embedded teacher on the training pairs; small batches learn more here than few large ones."""
+    """Tune the embedded teacher on the training pairs; here, many small batches train better than few large ones."""
     start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
     config = _config(
         recipe="clip",
@@ -64,18 +65,18 @@ def tune_teacher(settings: Settings, reporter: Reporter) -> None:
         learning_rate=1e-3,
         student=f"local-dir:{start}",
         freeze_text=True,
-        seed=0,  # the same teacher for every student, so that seeds of students can be compared
+        seed=0,  # the same teacher for all students, so that students of different seeds can be compared
     )
     run_distillation(config, settings.folder / "teacher", resume=True, reporter=reporter)
 
 
-def distil(settings: Settings, reporter: Reporter) -> None:
+def distil_student(settings: Settings, reporter: Reporter) -> None:
     """Distil the student from the tuned teacher."""
     _train_student(settings, reporter, settings.folder / "student", settings.recipe)
 
 
-def train_alone(settings: Settings, reporter: Reporter) -> None:
-    """Train the same student on the pairs alone, for as many steps."""
+def train_baseline(settings: Settings, reporter: Reporter) -> None:
+    """Train the same student on the same pairs for as many steps, but without a teacher."""
     _train_student(settings, reporter, settings.folder / "student-alone", "clip")
 
 
@@ -86,7 +87,7 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         batch_size=32,
         learning_rate=2e-3,
         student=settings.student,
-        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.need_teacher else None,
+        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.needs_teacher else None,
         text="tiny",
         seed=settings.seed,
     )
@@ -111,34 +112,35 @@ def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, *
 def run_quickstart(
     settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, launch: Launch | None = None
 ) -> Results:
-    """Run every stage that is not done yet; returns what was measured.
+    """Run all stages that are not complete yet; return the benchmark results.
 
     Args:
-        open_encoder: opens a bundle or a model's folder for the benchmark.
+        open_encoder: opens a bundle or a model folder for the benchmark.
         launch: as `benchmarking.run.run_suite` takes it.
 
     Raises:
         UsageError: the folder holds a quickstart with other settings.
-        InterruptedRunError: a signal asked to stop; the same call goes on from there.
+        InterruptedRunError: a signal requested a stop; the same call resumes.
     """
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
-        ("Draw the data set", _draw),
+        ("Render the data set", _render_pairs),
         ("Tune the teacher", tune_teacher),
-        ("Distil the student", distil),
-        *([("Train the same student alone", train_alone)] if settings.with_baseline else []),
+        ("Distil the student", distil_student),
+        *([("Train the same student without a teacher", train_baseline)] if settings.with_baseline else []),
         ("Export to ONNX FP32 and FP16", _export_floats),
-        ("Quantise to INT8", _quantise),
-        ("Compare all of them", lambda s, w: _compare(s, w, open_encoder, launch)),
+        ("Quantise to INT8", _export_int8),
+        ("Compare all models", partial(_compare, open_encoder=open_encoder, launch=launch)),
     ]
-    for number, (title, run) in enumerate(stages, start=1):
+    for number, (title, run_stage) in enumerate(stages, start=1):
         reporter.begin(title, number, len(stages))
-        run(settings, reporter)
+        run_stage(settings, reporter)
     return read_results(settings.folder / "report" / RESULTS)
 
 
-def _draw(settings: Settings, reporter: Reporter) -> None:
+def _render_pairs(settings: Settings, reporter: Reporter) -> None:
     pairs = emoji.training_pairs()
-    reporter.say(f"{len(emoji.concepts()):,} emoji in two art styles; {len(pairs):,} pairs to train on, 760 to test by")
+    concepts = len(emoji.concepts())
+    reporter.say(f"{concepts:,} emoji in two art styles; {len(pairs):,} pairs for training, 760 for testing")
 
 
 def _export_floats(settings: Settings, reporter: Reporter) -> None:
@@ -146,7 +148,7 @@ def _export_floats(settings: Settings, reporter: Reporter) -> None:
     _export(settings, reporter, "fp16")
 
 
-def _quantise(settings: Settings, reporter: Reporter) -> None:
+def _export_int8(settings: Settings, reporter: Reporter) -> None:
     _export(settings, reporter, "int8")
 
 
@@ -162,7 +164,7 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
         )
     request = ExportRequest(
         precision=precision,
-        fallback="fp32",  # a machine on which INT8 is not worth it gets its report, too
+        fallback="fp32",  # machines on which INT8 does not pay off still get a report
         labels=tuple(concept.name for concept in emoji.concepts()),
         provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
     )
@@ -174,11 +176,11 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
         source=None if precision == "fp32" else settings.folder / "bundles" / "fp32",
         reporter=reporter,
     )
-    _tell(reporter, converted.trials)
+    _report_trials(reporter, converted.trials)
 
 
-def _tell(reporter: Reporter, trials: Sequence[Trial]) -> None:
-    """What was tried, and what became of it."""
+def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
+    """Report each INT8 candidate that was measured, and the verdict on it."""
     for trial in trials:
         reporter.say(
             f"{trial.tower} tower, {trial.name}: {1 / trial.latency_ratio:.2f}× as fast as FP32, "
@@ -186,7 +188,7 @@ def _tell(reporter: Reporter, trials: Sequence[Trial]) -> None:
         )
 
 
-def _compare(settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, launch: Launch | None) -> None:
+def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
     report, suite = settings.folder / "report", quickstart_suite(settings.folder)
     if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
         return
@@ -196,7 +198,7 @@ def _compare(settings: Settings, reporter: Reporter, open_encoder: OpenEncoder, 
 
 
 def quickstart_suite(folder: Path) -> Suite:
-    """The shipped suite over a quickstart's folder, without the baseline where it was not trained."""
-    suite = read_suite(shipped("benchmarks/suites/quickstart.yaml"))
+    """Return the shipped suite for a quickstart folder, without the baseline if it was not trained."""
+    suite = read_suite(shipped_path("benchmarks/suites/quickstart.yaml"))
     rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
     return msgspec.structs.replace(suite, root=str(folder), rows=rows)

@@ -1,1 +1,1 @@
-"""A page to try bundles on: a small server on this machine, and plain HTML, CSS and JavaScript. Never imports torch."""
+"""Web demo for bundles: a small local server, and plain HTML, CSS and JavaScript. Never imports torch."""

@@ -1,4 +1,4 @@
-"""The routes: the page, what it needs, and the classifying."""
+"""The demo's server: serves the page and its files, and classifies images."""
 
 from __future__ import annotations
 
@@ -20,116 +20,115 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.web.guard import Guard, TooLargeError, refuse, too_large
-from clip_rd_edge.web.models import GoneError, LabelSets, Model
+from clip_rd_edge.web.guard import Guard, TooLargeError, error_response, too_large_message
+from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle
 
 PAGE = Path(__file__).with_name("page")
-AT_ONCE = 2  # pictures that are worked on at the same time
-WAITING = 16  # that may wait for it; the page of one person never has more than one
-PATIENCE_S = 20.0  # for a body to arrive
+MAX_PARALLEL = 2  # images classified at the same time
+MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
+BODY_TIMEOUT_S = 20.0  # for a request body to arrive
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Demo:
-    """The page's server side.
+    """The request handlers of the demo.
 
     Args:
-        bundles: folders, in the order in which the page offers them.
-        labels: that the page starts with; None leaves it to the page.
-        threads: of a model; None takes every core.
+        bundles: folders of the bundles, in the order that the page shows them.
+        labels: labels that the page starts with; None leaves the choice to the page.
+        threads: threads per model; None uses every core.
 
     Raises:
-        InputError, ConfigError: a folder is no bundle, incomplete, or of a newer format.
+        InputError, ConfigError: a folder is not a bundle, is incomplete, or has a newer format.
     """
 
     def __init__(self, bundles: Sequence[Path], *, labels: Sequence[str] | None = None, threads: int | None = None):
-        self.models = [Model(folder, threads=threads) for folder in bundles]
-        self.first_labels = list(labels or [])
+        self.served = [ServedBundle(folder, threads=threads) for folder in bundles]
+        self.start_labels = list(labels or [])
         self.label_sets = LabelSets()
-        self.busy = 0
+        self.pending = 0  # classify requests in progress or queued
         self._limiter: CapacityLimiter | None = None
 
     async def page(self, request: Request) -> Response:
-        """The page itself."""
+        """Serve the page."""
         return FileResponse(PAGE / "index.html")
 
     async def bundles(self, request: Request) -> Response:
-        """The bundles, and the labels to start with."""
-        facts = [model.facts() for model in self.models]
-        return _json({"bundles": facts, "labels": self.first_labels})
+        """Return the bundles and the labels to start with."""
+        return _json({"bundles": [bundle.info() for bundle in self.served], "labels": self.start_labels})
 
     async def labels(self, request: Request) -> Response:
-        """Take a list of labels; answers with the key that pictures are sent with."""
+        """Store a list of labels; return the key by which classify requests refer to it."""
         try:
-            sent = msgspec.json.decode(await _body(request), type=list)
+            labels = msgspec.json.decode(await _body(request), type=list)
         except msgspec.MsgspecError as error:
-            raise InputError(f"The labels are no JSON list: {error}.") from error
-        return _json({"key": self.label_sets.add(sent)})
+            raise InputError(f"The labels are not a JSON list: {error}.") from error
+        return _json({"key": self.label_sets.add(labels)})
 
     async def classify(self, request: Request) -> Response:
-        """Classify the picture that is the body, by ?bundle=NUMBER among ?labels=KEY (none: the bundle's own)."""
-        model = self._model(request.query_params.get("bundle", "0"))
+        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own)."""
+        bundle = self._bundle(request.query_params.get("bundle", "0"))
         key = request.query_params.get("labels", "")
         labels = self.label_sets.get(key) if key else None
         if key and labels is None:
-            return refuse(409, "These labels are no longer known; send them again.")
-        if self.busy >= AT_ONCE + WAITING:
-            return refuse(429, "Too many pictures at once; send it again in a moment.")
-        self.busy += 1
+            return error_response(409, "These labels are no longer known; send them again.")
+        if self.pending >= MAX_PARALLEL + MAX_QUEUED:
+            return error_response(429, "Too many images at once; try again in a moment.")
+        self.pending += 1
         try:
             content = await _body(request)
-            self._limiter = self._limiter or CapacityLimiter(AT_ONCE)
-            answer = await anyio.to_thread.run_sync(model.answer, content, labels, limiter=self._limiter)
+            self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
+            result = await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter)
         finally:
-            self.busy -= 1
-        return _json(answer)
+            self.pending -= 1
+        return _json(result)
 
-    def _model(self, number: str) -> Model:
-        if not number.isdigit() or int(number) >= len(self.models):
-            raise InputError(f"There is no bundle {number!r}; there are {len(self.models)}, counted from 0.")
-        return self.models[int(number)]
+    def _bundle(self, number: str) -> ServedBundle:
+        if not number.isdigit() or int(number) >= len(self.served):
+            raise InputError(f"Unknown bundle {number!r}; expected a number from 0 to {len(self.served) - 1}.")
+        return self.served[int(number)]
 
 
 def make_app(demo: Demo, *, loopback: bool = True) -> Starlette:
-    """The ASGI application of a `Demo`, guarded."""
+    """Return the ASGI application of a `Demo`, protected by `Guard`."""
     return Starlette(
         routes=[
             Route("/", demo.page),
             Route("/api/bundles", demo.bundles),
-            Route("/api/labels", _sentences(demo.labels), methods=["POST"]),
-            Route("/api/classify", _sentences(demo.classify), methods=["POST"]),
+            Route("/api/labels", _report_errors(demo.labels), methods=["POST"]),
+            Route("/api/classify", _report_errors(demo.classify), methods=["POST"]),
             Mount("/", StaticFiles(directory=PAGE)),
         ],
         middleware=[Middleware(Guard, loopback=loopback)],
     )
 
 
-def _sentences(handler: Handler) -> Handler:
-    """Turns what is raised on purpose into a response with its sentence."""
+def _report_errors(handler: Handler) -> Handler:
+    """Wrap a handler so that expected errors become JSON responses with their messages."""
 
     async def handle(request: Request) -> Response:
         try:
             return await handler(request)
         except TooLargeError:
-            return refuse(413, too_large())
+            return error_response(413, too_large_message())
         except (asyncio.TimeoutError, TimeoutError):
-            return refuse(408, f"The request did not arrive within {PATIENCE_S:.0f} s.")
+            return error_response(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} s.")
         except ClientDisconnect:
-            return refuse(400, "The connection was closed before all was sent.")
-        except GoneError as error:
-            return refuse(410, str(error), hint=error.hint)
-        except ConfigError as error:  # the bundle's fault and not the request's
-            return refuse(500, str(error), hint=error.hint)
+            return error_response(400, "The connection was closed before the request was complete.")
+        except BundleRemovedError as error:
+            return error_response(410, str(error), hint=error.hint)
+        except ConfigError as error:  # the bundle is at fault, not the request
+            return error_response(500, str(error), hint=error.hint)
         except UsageError as error:
-            return refuse(400, str(error), hint=error.hint)
+            return error_response(400, str(error), hint=error.hint)
         except ClipRdEdgeError as error:
-            return refuse(500, str(error), hint=error.hint)
+            return error_response(500, str(error), hint=error.hint)
 
     return handle
 
 
 async def _body(request: Request) -> bytes:
-    return await asyncio.wait_for(request.body(), PATIENCE_S)
+    return await asyncio.wait_for(request.body(), BODY_TIMEOUT_S)
 
 
 def _json(content: object) -> Response:
@@ -140,20 +139,21 @@ LOOPBACK = "127.0.0.1"
 
 
 def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable[[str], None]) -> None:
-    """Serve until it is interrupted.
+    """Serve the demo until it is interrupted.
 
     Args:
+        demo: the request handlers.
         host: address to listen on.
-        port: 0 takes one that is free.
-        ready: told the page's address once it can be opened.
+        port: port to listen on; 0 uses any free port.
+        ready: called with the page's URL once the page can be opened.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: listening on the address failed.
     """
     loopback = is_loopback(host)
-    with _listen(host, port) as listening:
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listening.getsockname()[1]}/"
+    with _listen(host, port) as listener:
+        url_host = f"[{host}]" if ":" in host else host
+        url = f"http://{url_host}:{listener.getsockname()[1]}/"
         config = uvicorn.Config(
             make_app(demo, loopback=loopback),
             log_level="warning",
@@ -164,11 +164,11 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
             h11_max_incomplete_event_size=64_000,
         )
         ready(url)
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens on `host`."""
+    """Return whether a server on `host` can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -178,20 +178,20 @@ def is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    # Before uvicorn, so that the port is known, and a refusal is a sentence and not a log line.
-    listening = None
+    # Bind before starting uvicorn: the port is known, and a failure is an error message rather than a log line.
+    listener = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # With the protocol named, asyncio turns Nagle's delay off; without, every answer comes 40 ms late.
-        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(256)  # who opens the page as soon as it is told waits, and is not refused
+        # With an explicit protocol asyncio sets TCP_NODELAY; without it, every response is delayed by 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(256)  # connections before uvicorn is ready wait in the backlog and are not refused
     except OSError as error:
-        if listening is not None:
-            listening.close()
+        if listener is not None:
+            listener.close()
         raise UsageError(
             f"Cannot listen on {host}, port {port}: {error.strerror or error}.",
-            hint="choose another with --port, or 0 for any that is free",
+            hint="choose another port with --port, or 0 for any free port",
         ) from error
-    return listening
+    return listener

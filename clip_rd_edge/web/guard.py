@@ -1,7 +1,7 @@
-"""What stands before every request: who may ask, and how much they may send.
+"""Access control for the demo's server: which hosts and origins may send requests, and how large they may be.
 
-A page anywhere on the web can make a browser send requests to this machine. Host is checked against rebinding of
-names (a foreign name that resolves to 127.0.0.1), Origin against foreign pages.
+Any page on the web can make a browser send requests to this machine. Checking Host prevents DNS rebinding (a foreign
+name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _HEADERS = {
 
 
 class TooLargeError(Exception):
-    """More was sent than MAX_BODY_BYTES."""
+    """The request body exceeds MAX_BODY_BYTES."""
 
 
 class Guard:
-    """Refuses foreign hosts, foreign origins and large bodies; adds the headers that keep a page to itself.
+    """Middleware that rejects foreign hosts, foreign origins and large bodies, and adds security headers.
 
     Args:
-        app: what is guarded.
-        loopback: whether the server listens on this machine alone.
+        app: the application to protect.
+        loopback: whether the server listens only on this machine.
     """
 
     def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
@@ -43,60 +43,63 @@ class Guard:
         self.loopback = loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
         refusal = self._refusal(headers)
         if refusal is not None:
-            status, sentence = refusal
-            await refuse(status, sentence)(scope, receive, _with_headers(send))
+            status, message = refusal
+            await error_response(status, message)(scope, receive, _with_headers(send))
             return
-        await self.app(scope, _limited(receive), _with_headers(send))
+        await self.app(scope, _with_limit(receive), _with_headers(send))
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
         if not allowed_host(host, loopback=self.loopback):
-            return 403, f"The host {host!r} is not served; use the address that clip-rd-edge demo printed."
+            return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge demo printed."
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            return 403, f"Requests from pages of {origin} are not served."
+            return 403, f"Requests from pages of {origin} are not allowed."
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            return 413, too_large()
+            return 413, too_large_message()
         return None
 
 
 def allowed_host(host: str, *, loopback: bool) -> bool:
-    """Whether a Host header names this machine: by loopback, or, where the network is served, also by an address or
-    by the machine's own name. An address cannot be rebound, a name of somebody else's can."""
+    """Return whether a Host header names this machine.
+
+    Loopback names are always allowed. If the server is open to the network, so are all IP addresses and this machine's
+    host name: unlike a foreign name, they cannot be used for DNS rebinding.
+    """
     name = urlsplit(f"//{host}").hostname or ""
     if name == "localhost":
         return True
     try:
         address = ipaddress.ip_address(name)
     except ValueError:
-        own = socket.gethostname().lower()
-        return not loopback and name in {own, f"{own}.local"}
+        hostname = socket.gethostname().lower()
+        return not loopback and name in {hostname, f"{hostname}.local"}
     return address.is_loopback or not loopback
 
 
-def refuse(status: int, sentence: str, *, hint: str = "") -> JSONResponse:
-    """A response that says in a sentence what was wrong."""
-    return JSONResponse({"error": sentence, "hint": hint}, status_code=status)
+def error_response(status: int, message: str, *, hint: str = "") -> JSONResponse:
+    """Return a JSON response with an error message and a hint."""
+    return JSONResponse({"error": message, "hint": hint}, status_code=status)
 
 
-def too_large() -> str:
-    """The sentence for TooLargeError."""
-    return f"More was sent than the {MAX_BODY_BYTES // 1_000_000} MB that are taken."
+def too_large_message() -> str:
+    """Return the message for TooLargeError."""
+    return f"The request is too large; the limit is {MAX_BODY_BYTES // 1_000_000} MB."
 
 
-def _limited(receive: Receive) -> Receive:
-    """Counts what comes in, for a body that does not say its length."""
+def _with_limit(receive: Receive) -> Receive:
+    """Count the bytes received, for bodies without a Content-Length."""
     total = 0
 
-    async def counted() -> Message:
+    async def receive_counted() -> Message:
         nonlocal total
         message = await receive()
         total += len(message.get("body", b""))
@@ -104,15 +107,15 @@ def _limited(receive: Receive) -> Receive:
             raise TooLargeError
         return message
 
-    return counted
+    return receive_counted
 
 
 def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in _HEADERS.items():
                 headers[name] = value
         await send(message)
 
-    return sending
+    return send_with_headers

@@ -1,4 +1,4 @@
-"""The bundles that the page can switch between, and what they say of pictures."""
+"""The bundles that the demo serves, and the label lists that pages have sent."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 
-MAX_PIXELS = 50_000_000  # of a picture that is sent: a phone's camera has up to that
+MAX_PIXELS = 50_000_000  # of an uploaded image: photos of current phones are below that
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
-BANK_SHOWN = 20
-_REMEMBERED = 8  # sets of labels a bundle
+BANK_TOP = 20  # labels returned when classifying among a bundle's own labels
+_MAX_CLASSIFIERS = 8  # label lists cached per bundle
 
 
-class GoneError(InputError):
-    """A bundle that the page was started with is no longer where it was."""
+class BundleRemovedError(InputError):
+    """A bundle was removed while the demo was running."""
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page shows of a bundle; `bank` is how many labels it brings."""
+class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the page shows about a bundle; `bank` is the number of labels in its label bank."""
 
     name: str
     folder: str
@@ -46,8 +46,13 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     bank: int
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle says of a picture; labels likeliest first, by their place in the list, and their probabilities."""
+class Classification(msgspec.Struct, frozen=True, kw_only=True):
+    """The result for one image: labels, most likely first, and their probabilities.
+
+    Attributes:
+        open_ms: time to open and preprocess the image.
+        model_ms: time to embed and classify it.
+    """
 
     labels: list[str]
     probabilities: list[float]
@@ -56,8 +61,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class _Bytes:
-    """A picture that was sent, as `open_image` takes it."""
+class _UploadedImage:
+    """An image from a request body, in the form that `open_image` takes."""
 
     content: bytes
 
@@ -68,69 +73,79 @@ class _Bytes:
         return "that was sent"
 
 
-class Model:
-    """A bundle that is opened when it is first asked, and again when it was exported anew."""
+class ServedBundle:
+    """A bundle that is opened for the demo, and opened again when it has been exported anew.
+
+    Args:
+        folder: the bundle's folder.
+        threads: threads per tower; None uses every core.
+    """
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         self.folder = folder
         self._threads = threads
         self._lock = threading.Lock()
-        self._stamp: tuple[int, int] | None = None
+        self._manifest_stat: tuple[int, int] | None = None  # modification time and size of the manifest last opened
         self._encoder: BundleEncoder
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
-        read_manifest(folder)  # says what is wrong with a folder that never was a bundle
-        self._facts = self._describe(self.encoder())
+        read_manifest(folder)  # raises a clear error for a folder that is not a bundle
+        self._info = self._describe(self.encoder())
 
     def encoder(self) -> BundleEncoder:
-        """The encoder of what is in the folder now.
+        """Return an encoder for the current content of the folder.
 
         Raises:
-            GoneError: the bundle was removed.
+            BundleRemovedError: the bundle was removed.
         """
         try:
             stat = (self.folder / MANIFEST).stat()
         except OSError as error:
-            raise GoneError(f"The bundle {self.folder} is no longer there.", hint="export it again") from error
+            raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again") from error
         with self._lock:
-            if self._stamp != (stat.st_mtime_ns, stat.st_size):
+            if self._manifest_stat != (stat.st_mtime_ns, stat.st_size):
                 self._encoder = load(self.folder, threads=self._threads)
                 open_image_tower(self._encoder)
                 self._classifiers.clear()
-                self._stamp = (stat.st_mtime_ns, stat.st_size)
+                self._manifest_stat = (stat.st_mtime_ns, stat.st_size)
             return self._encoder
 
-    def facts(self) -> Facts:
-        """What the page shows; of a bundle that is gone, what it was."""
+    def info(self) -> BundleInfo:
+        """Return what the page shows about the bundle; if it was removed, the last known information."""
         with suppress(ClipRdEdgeError):
-            self._facts = self._describe(self.encoder())
-        return self._facts
+            self._info = self._describe(self.encoder())
+        return self._info
 
-    def answer(self, content: bytes, labels: Sequence[str] | None) -> Answer:
-        """Classify a picture's file among labels; None takes the bundle's own, and gives the BANK_SHOWN likeliest.
+    def classify(self, content: bytes, labels: Sequence[str] | None) -> Classification:
+        """Classify an image file among labels.
+
+        Args:
+            content: the bytes of the image file.
+            labels: the labels; None uses the bundle's own and returns the BANK_TOP most likely.
 
         Raises:
-            InputError: it is no picture, or of more than MAX_PIXELS.
+            InputError: `content` is not an image, or has more than MAX_PIXELS.
+            BundleRemovedError: the bundle was removed.
         """
         encoder = self.encoder()
         classifier = self._classifier(encoder, labels)
-        began = time.perf_counter()
-        _refuse_large(content)
-        pixels = preprocess(open_image(_Bytes(content)), encoder.manifest.preprocessing)[None]
+        started = time.perf_counter()
+        _check_size(content)
+        pixels = preprocess(open_image(_UploadedImage(content)), encoder.manifest.preprocessing)[None]
         opened = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)
-        (best,) = classifier.classify_embeddings(embeddings, top=BANK_SHOWN if labels is None else len(labels))
-        done = time.perf_counter()
-        return Answer(
-            labels=[prediction.label for prediction in best],
-            probabilities=[round(prediction.probability, 5) for prediction in best],
-            open_ms=(opened - began) * 1e3,
-            model_ms=(done - opened) * 1e3,
+        (predictions,) = classifier.classify_embeddings(embeddings, top=BANK_TOP if labels is None else len(labels))
+        finished = time.perf_counter()
+        return Classification(
+            labels=[prediction.label for prediction in predictions],
+            probabilities=[round(prediction.probability, 5) for prediction in predictions],
+            open_ms=(opened - started) * 1e3,
+            model_ms=(finished - opened) * 1e3,
         )
 
-    def _describe(self, encoder: BundleEncoder) -> Facts:
+    def _describe(self, encoder: BundleEncoder) -> BundleInfo:
         description = encoder.describe()
         bank = encoder.label_bank
-        return Facts(
+        return BundleInfo(
             name=description.name,
             folder=self.folder.resolve().name,
             precision=description.precision,
@@ -141,62 +156,64 @@ class Model:
     def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
         key = label_key(labels) if labels is not None else ""
         with self._lock:
-            known = self._classifiers.get(key)
-            if known is None:
-                known = self._classifiers[key] = ZeroShotClassifier(encoder, labels, cache=False)
+            classifier = self._classifiers.get(key)
+            if classifier is None:
+                classifier = self._classifiers[key] = ZeroShotClassifier(encoder, labels, cache=False)
             self._classifiers.move_to_end(key)
-            while len(self._classifiers) > _REMEMBERED:
+            while len(self._classifiers) > _MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
-            return known
+            return classifier
 
 
 class LabelSets:
-    """The labels that pages sent lately, by key, so that a camera's every frame need not bring a thousand of them."""
+    """Recently sent label lists, by key, so that a camera's frames need not each carry up to 2,000 labels.
 
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
+    Args:
+        max_sets: max number of lists to keep; the oldest are dropped.
+    """
+
+    def __init__(self, max_sets: int = 64) -> None:
+        self._max_sets = max_sets
         self._sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def add(self, labels: Sequence[Any]) -> str:
-        """Keep labels; returns their key.
+        """Store a list of labels; return its key.
 
         Raises:
-            InputError: none, too many, an empty or a too long one, or something that is no text.
+            InputError: there are no labels or too many, or a label is not text, is empty, or is too long.
         """
         if not labels:
-            raise InputError("There are no labels.")
+            raise InputError("No labels were sent.")
         if len(labels) > MAX_LABELS:
-            raise InputError(f"There are {len(labels):,} labels; at most {MAX_LABELS:,} are taken.")
+            raise InputError(f"{len(labels):,} labels were sent; the limit is {MAX_LABELS:,}.")
         for number, label in enumerate(labels, start=1):
             if not isinstance(label, str) or not label.strip():
-                raise InputError(f"Label {number} of {len(labels)} is no text.")
+                raise InputError(f"Label {number} of {len(labels)} is empty or not text.")
             if len(label) > MAX_LABEL_LENGTH:
-                raise InputError(f"Label {number} has {len(label):,} characters; at most {MAX_LABEL_LENGTH} are taken.")
+                raise InputError(f"Label {number} has {len(label):,} characters; the limit is {MAX_LABEL_LENGTH}.")
         key = label_key(labels)
         self._sets[key] = tuple(labels)
         self._sets.move_to_end(key)
-        while len(self._sets) > self._most:
+        while len(self._sets) > self._max_sets:
             self._sets.popitem(last=False)
         return key
 
     def get(self, key: str) -> tuple[str, ...] | None:
-        """The labels of that key, or None where they are no longer known."""
+        """Return the labels with that key, or None if they are no longer stored."""
         return self._sets.get(key)
 
 
 def label_key(labels: Sequence[str]) -> str:
-    """A name for a list of labels by its content."""
+    """Return a key for a list of labels, derived from its content."""
     return hashlib.sha256(msgspec.json.encode(list(labels))).hexdigest()[:32]
 
 
-def _refuse_large(content: bytes) -> None:
-    # The header alone tells the size; open_image has a limit, too, but one for machines with more memory.
+def _check_size(content: bytes) -> None:
+    # Reads the header only. open_image has a limit, too, but a higher one.
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = image.width * image.height
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return  # open_image says what is wrong with it
+        return  # open_image reports what is wrong
     if pixels > MAX_PIXELS:
-        raise InputError(
-            f"The picture has {pixels / 1e6:,.0f} megapixels; at most {MAX_PIXELS // 1_000_000} are taken."
-        )
+        raise InputError(f"The image has {pixels / 1e6:,.0f} megapixels; the limit is {MAX_PIXELS // 1_000_000}.")

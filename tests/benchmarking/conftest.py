@@ -1,4 +1,4 @@
-"""A numpy encoder that knows the colours it was told of, and a task of coloured squares."""
+"""A numpy encoder that knows some colours, and tasks of coloured squares."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 
 
 
 class ColourEncoder:
-    """A picture is embedded as its mean colour; a name as the colour it stands for, or as noise if unknown."""
+    """Embeds an image as its mean colour, and the name of a known colour as that colour; other texts as noise."""
 
     def __init__(
         self, known: Sequence[str] = tuple(COLOURS), *, name: str = "colours", precision: str = "fp32"
@@ -76,14 +76,14 @@ class ColourEncoder:
 
 @pytest.fixture
 def make_encoder() -> Callable[..., ColourEncoder]:
-    """The encoder's class: `make_encoder(known, name=…)`."""
+    """Return the encoder's class: `make_encoder(known, name=…)`."""
     return ColourEncoder
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> dict[str, Path]:
-    """One coloured square a colour."""
-    folder = tmp_path / "pictures"
+def squares(tmp_path: Path) -> dict[str, Path]:
+    """Image files of one square per colour, by colour."""
+    folder = tmp_path / "squares"
     folder.mkdir()
     paths = {}
     for name, colour in COLOURS.items():
@@ -93,27 +93,27 @@ def pictures(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
-def colour_task(pictures: dict[str, Path]) -> ZeroShotTask:
-    """Tell each square's colour."""
+def colour_task(squares: dict[str, Path]) -> ZeroShotTask:
+    """Classify each square by its colour."""
     return ZeroShotTask(
-        name="colours", images=tuple(pictures.values()), targets=tuple(range(len(pictures))), labels=tuple(pictures)
+        name="colours", images=tuple(squares.values()), targets=tuple(range(len(squares))), labels=tuple(squares)
     )
 
 
 @pytest.fixture
-def colour_retrieval(pictures: dict[str, Path]) -> RetrievalTask:
-    """Find each square by its colour's name; red has a second caption that fits blue."""
+def colour_retrieval(squares: dict[str, Path]) -> RetrievalTask:
+    """Retrieve each square by the name of its colour; red has a second caption, which describes blue."""
     return RetrievalTask(
         name="colours, retrieval",
-        images=tuple(pictures.values()),
-        captions=(*pictures, "blue"),
-        caption_images=(*range(len(pictures)), 0),
+        images=tuple(squares.values()),
+        captions=(*squares, "blue"),
+        caption_images=(*range(len(squares)), 0),
     )
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    """All five roles over a folder of two squares a colour; the models are empty folders."""
+    """A suite with all five roles and a task of two squares per colour; the models are empty folders."""
     return make_suite(tmp_path / "models")
 
 
@@ -139,19 +139,18 @@ def make_suite(root: Path) -> Suite:
 
 @pytest.fixture
 def open_fake() -> Callable[[str], ColourEncoder]:
-    """Opens the suite's models by the names of their folders."""
+    """Return a function that opens the suite's models by the names of their folders."""
     return open_colours
 
 
 def open_colours(spec: str) -> ColourEncoder:
-    every = tuple(COLOURS)
-    known = {"teacher": every, "alone": every[:2], "student": every[:4], "fp32": every[:4], "int8": every[:3]}
-
+    colours = tuple(COLOURS)
+    known = {"teacher": colours, "alone": colours[:2], "student": colours[:4], "fp32": colours[:4], "int8": colours[:3]}
     name = Path(spec).name
     return ColourEncoder(known[name], name=name, precision="int8" if name == "int8" else "fp32")
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What the suite gives, measured once: nothing can change it."""
+    """The results of the suite, measured once; they are immutable."""
     return run_suite(make_suite(tmp_path_factory.mktemp("colours") / "models"), open_colours)

@@ -1,4 +1,4 @@
-"""Scores are CLIP_benchmark's own, to the last digit."""
+"""Scores equal those of CLIP_benchmark exactly."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 
-HOW = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
 WIDTH = 6
 
 
 class RandomClip:
-    """open_clip's methods on a random projection of pixels and of letters."""
+    """A model with open_clip's methods that projects pixels and letters randomly."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -45,19 +45,26 @@ def tokenize(texts: Sequence[str]) -> torch.Tensor:
     return torch.tensor([[ord(letter) for letter in text.ljust(40)[:40]] for text in texts])
 
 
-class Ours:
-    """The same as an Encoder."""
+class RandomEncoder:
+    """The same model as an `Encoder`."""
 
     def __init__(self) -> None:
         self.clip = RandomClip()
 
     def describe(self) -> Description:
         return Description(
-            name="random", runtime="torch", precision="fp32", embedding_size=WIDTH, preprocessing=HOW, logit_scale=100
+            name="random",
+            runtime="torch",
+            precision="fp32",
+            embedding_size=WIDTH,
+            preprocessing=PREPROCESSING,
+            logit_scale=100,
         )
 
     def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        return self._normalise(self.clip.encode_image(torch.from_numpy(np.stack([preprocess(i, HOW) for i in images]))))
+        return self._normalise(
+            self.clip.encode_image(torch.from_numpy(np.stack([preprocess(i, PREPROCESSING) for i in images])))
+        )
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         return self._normalise(self.clip.encode_text(tokenize(texts)))
@@ -67,22 +74,22 @@ class Ours:
 
 
 class Loader:
-    """Batches as CLIP_benchmark's data loaders give them: pixels, and classes or captions."""
+    """Yields batches like CLIP_benchmark's data loaders: pixels, and classes or captions."""
 
-    def __init__(self, task: Task, said: Sequence[object], classes: Sequence[str] = ()) -> None:
-        self.task, self.said = task, said
+    def __init__(self, task: Task, annotations: Sequence[object], classes: Sequence[str] = ()) -> None:
+        self.task, self.annotations = task, annotations
         self.dataset = SimpleNamespace(classes=classes)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, object]]:
         for start in range(0, len(self.task.images), 16):
             images = self.task.images[start : start + 16]
-            said = self.said[start : start + 16]
-            pixels = torch.from_numpy(np.stack([preprocess(open_image(image), HOW) for image in images]))
-            yield pixels, torch.tensor(said) if self.dataset.classes else said
+            annotations = self.annotations[start : start + 16]
+            pixels = torch.from_numpy(np.stack([preprocess(open_image(image), PREPROCESSING) for image in images]))
+            yield pixels, torch.tensor(annotations) if self.dataset.classes else annotations
 
 
 def export(folder: Path, samples: Sequence[dict[str, bytes]]) -> Path:
-    """Write shards as CLIP_benchmark exports them."""
+    """Write shards in CLIP_benchmark's export format."""
     (folder / "test").mkdir(parents=True)
     with tarfile.open(folder / "test" / "0.tar", "w") as archive:
         for i, sample in enumerate(samples):
@@ -94,7 +101,7 @@ def export(folder: Path, samples: Sequence[dict[str, bytes]]) -> Path:
     return folder
 
 
-def pictures(count: int) -> list[bytes]:
+def random_images(count: int) -> list[bytes]:
     rng = np.random.default_rng(1)
     encoded = []
     for _ in range(count):
@@ -105,22 +112,22 @@ def pictures(count: int) -> list[bytes]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor, topk: Sequence[int] = (1,)) -> list[float]:
-    """CLIP_benchmark's function of that name, which numpy from 2.4 on refuses: it takes float() of a row of one."""
+    """Replaces CLIP_benchmark's function, which calls float() on an array of one entry: an error since numpy 2.4."""
     correct = output.topk(max(topk), 1, True, True)[1].t().eq(target)
     return [correct[:k].sum().item() / len(target) for k in topk]
 
 
-def test_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_shot_accuracy_equals_clip_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classification, "accuracy", accuracy)
     labels = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
     templates = ["a photo of a {c}.", "the {c}", "{c} in a tree"]
-    classes = np.random.default_rng(2).integers(0, 6, 90) // np.array([1, 1, 2] * 30)  # uneven, and never a gnu
-    samples = [{"cls": str(c).encode(), "png": p} for c, p in zip(classes.tolist(), pictures(90), strict=True)]
+    classes = np.random.default_rng(2).integers(0, 6, 90) // np.array([1, 1, 2] * 30)  # uneven, without any gnu
+    samples = [{"cls": str(c).encode(), "png": p} for c, p in zip(classes.tolist(), random_images(90), strict=True)]
     folder = export(tmp_path / "animals", samples)
     (folder / "classnames.txt").write_text("\n".join(labels))
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(templates))
@@ -128,7 +135,7 @@ def test_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(task, ZeroShotTask)
     loader = Loader(task, task.targets, labels)
     theirs = classification.evaluate(RandomClip(), loader, tokenize, labels, templates, "cpu", amp=False)
-    ours = zero_shot(Ours(), task).score
+    ours = zero_shot(RandomEncoder(), task).score
     assert (ours.top1, ours.top5, ours.mean_per_class) == (
         theirs["acc1"], theirs["acc5"], theirs["mean_per_class_recall"],
     )  # fmt: skip
@@ -136,10 +143,10 @@ def test_zero_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.templates == "3, the data set's"
 
 
-def test_retrieval_with_five_captions_a_picture(tmp_path: Path) -> None:
+def test_retrieval_with_five_captions_per_image_equals_clip_benchmarks(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     captions = [["".join(map(chr, rng.integers(97, 122, 30))) for _ in range(5)] for _ in range(30)]
-    samples = [{"png": p, "txt": "\n".join(c).encode()} for c, p in zip(captions, pictures(30), strict=True)]
+    samples = [{"png": p, "txt": "\n".join(c).encode()} for c, p in zip(captions, random_images(30), strict=True)]
     folder = export(tmp_path / "letters", samples)
     (folder / "dataset_type.txt").write_text("retrieval\n")
     task = load_task(str(folder))
@@ -147,11 +154,11 @@ def test_retrieval_with_five_captions_a_picture(tmp_path: Path) -> None:
     theirs = ranking.evaluate(
         RandomClip(), Loader(task, captions), tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
     )
-    ours = retrieval(Ours(), task).score
-    for direction, found in (("image", ours.text_to_image), ("text", ours.image_to_text)):
-        for k, value in ((1, found.at1), (5, found.at5), (10, found.at10)):
+    ours = retrieval(RandomEncoder(), task).score
+    for direction, recall in (("image", ours.text_to_image), ("text", ours.image_to_text)):
+        for k, value in ((1, recall.at1), (5, recall.at5), (10, recall.at10)):
             assert value is not None
-            # They average in float32.
+            # CLIP_benchmark averages in float32.
             assert np.float32(value) == np.float32(theirs[f"{direction}_retrieval_recall@{k}"])
     assert 0 < ours.image_to_text.at1 < 1
     assert (ours.images, ours.captions) == (30, 150)

@@ -4,28 +4,28 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.metrics import (
-    best,
+    accuracy_interval,
     calibration_error,
     difference_interval,
-    hit_interval,
     mean_per_class,
     recall,
-    top_k,
+    top_k_accuracy,
+    top_k_indices,
 )
 
 
-def test_best_is_greatest_first_and_breaks_ties_by_index() -> None:
+def test_top_k_indices_are_sorted_and_break_ties_by_index() -> None:
     similarities = np.asarray([[0.1, 0.9, 0.9, 0.3], [0.5, 0.5, 0.5, 0.5]], dtype=np.float32)
-    assert best(similarities, 3).tolist() == [[1, 2, 3], [0, 1, 2]]
+    assert top_k_indices(similarities, 3).tolist() == [[1, 2, 3], [0, 1, 2]]
 
 
-def test_best_of_more_rows_than_it_ranks_at_once() -> None:
+def test_top_k_indices_of_more_rows_than_are_ranked_at_once() -> None:
     similarities = np.random.default_rng(0).normal(size=(600, 7)).astype(np.float32)
-    assert (best(similarities, 1)[:, 0] == similarities.argmax(axis=1)).all()
+    assert (top_k_indices(similarities, 1)[:, 0] == similarities.argmax(axis=1)).all()
 
 
 def test_calibration_error_by_hand() -> None:
-    # 0.9 is right in 1 of 2, 0.5 in 1 of 1: gaps of 0.4 and 0.5, weighed 2 to 1.
+    # Hit rates: 1 of 2 at 0.9, 1 of 1 at 0.5. The gaps of 0.4 and 0.5 are weighted 2 to 1.
     error = calibration_error(np.asarray([0.91, 0.89, 0.5]), np.asarray([True, False, True]), bins=2)
     assert error == pytest.approx((abs(0.91 + 0.89 + 0.5 - 2)) / 3)
     error = calibration_error(np.asarray([0.9, 0.9, 0.5]), np.asarray([True, False, True]), bins=10)
@@ -33,33 +33,33 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
 
 
-def test_top_k_by_hand() -> None:
+def test_top_k_accuracy_by_hand() -> None:
     ranked, targets = np.asarray([[0, 1], [2, 1], [1, 0]]), np.asarray([0, 1, 2])
-    assert top_k(ranked, targets, 1) == pytest.approx(1 / 3)
-    assert top_k(ranked, targets, 2) == pytest.approx(2 / 3)
+    assert top_k_accuracy(ranked, targets, 1) == pytest.approx(1 / 3)
+    assert top_k_accuracy(ranked, targets, 2) == pytest.approx(2 / 3)
 
 
-def test_mean_per_class_weighs_classes_alike_and_leaves_empty_ones_out() -> None:
-    # Class 0: 1 of 3, class 1 has no pictures, class 2: 1 of 1.
+def test_mean_per_class_weights_classes_equally_and_ignores_empty_ones() -> None:
+    # Class 0: 1 of 3, class 1 has no images, class 2: 1 of 1.
     hits, targets = np.asarray([True, False, False, True]), np.asarray([0, 0, 0, 2])
     assert mean_per_class(hits, targets) == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_recall_counts_a_query_once_however_many_positives_it_found() -> None:
-    # 2 pictures, 6 captions: picture 0 owns captions 0-2 and finds two of them first; picture 1's come sixth.
+def test_recall_counts_a_query_with_several_positives_once() -> None:
+    # 2 images, 6 captions: image 0 has captions 0-2, two of which rank first; the caption of image 1 ranks sixth.
     similarities = np.asarray([[0.9, 0.8, 0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]], dtype=np.float32)
     positive = np.asarray([[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]], dtype=bool)
-    found = recall(similarities, positive)
-    assert (found.at1, found.at5, found.at10) == (0.5, 0.5, None)
+    scores = recall(similarities, positive)
+    assert (scores.at1, scores.at5, scores.at10) == (0.5, 0.5, None)
 
 
-def test_interval_of_a_mean_is_the_bootstraps() -> None:
+def test_accuracy_interval_equals_a_bootstrap() -> None:
     hits = np.arange(400) < 100
-    interval = hit_interval(hits)
+    interval = accuracy_interval(hits)
     draws = np.random.default_rng(1).choice(hits, size=(4_000, 400)).mean(axis=1)
     assert (interval.low, interval.high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.005)
-    assert hit_interval(hits) == interval
-    assert hit_interval(hits, seed=1) != interval
+    assert accuracy_interval(hits) == interval
+    assert accuracy_interval(hits, seed=1) != interval
 
 
 def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:
@@ -68,7 +68,7 @@ def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:
     hits[:4] = False
     interval = difference_interval(hits, reference)
     assert -0.025 < interval.low < -0.01 < interval.high < 0
-    unpaired = hit_interval(hits)
+    unpaired = accuracy_interval(hits)
     assert interval.high - interval.low < (unpaired.high - unpaired.low) / 4
 
 
@@ -76,18 +76,18 @@ def test_metrics_equal_clip_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
     retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
     torch = pytest.importorskip("torch")
-    # Their float() of an array with one entry is an error from numpy 2.4 on.
+    # CLIP_benchmark calls float() on an array of one entry: an error since numpy 2.4.
     monkeypatch.setattr(classification, "float", lambda array: array.item(), raising=False)
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(50, 12)).astype(np.float32), rng.integers(0, 12, 50)
     theirs = classification.accuracy(torch.from_numpy(logits), torch.from_numpy(targets), topk=(1, 5))
-    ranked = best(logits, 5)
-    assert [top_k(ranked, targets, 1), top_k(ranked, targets, 5)] == pytest.approx(theirs)
+    ranked = top_k_indices(logits, 5)
+    assert [top_k_accuracy(ranked, targets, 1), top_k_accuracy(ranked, targets, 5)] == pytest.approx(theirs)
     hits = ranked[:, 0] == targets
     expected = classification.balanced_accuracy_score(targets, ranked[:, 0])
     assert mean_per_class(hits, targets) == pytest.approx(expected)
 
-    scores = rng.normal(size=(40, 20)).astype(np.float32)  # 40 captions, two a picture
+    scores = rng.normal(size=(40, 20)).astype(np.float32)  # 40 captions, two per image
     positive = np.arange(40)[:, None] // 2 == np.arange(20)[None]
     for ours, values, pairs in (
         (recall(scores, positive), scores, positive),

@@ -10,7 +10,7 @@ from clip_rd_edge.errors import InputError
 
 
 def with_top1(results: Results, values: dict[str, float]) -> Results:
-    """The same results with another top-1 on each zero-shot task, by the row's role."""
+    """Return the results with another top-1 on each zero-shot task, by the row's role."""
     rows = []
     for row in results.rows:
         scores = tuple(
@@ -21,7 +21,7 @@ def with_top1(results: Results, values: dict[str, float]) -> Results:
     return msgspec.structs.replace(results, rows=tuple(rows))
 
 
-def test_means_spreads_and_paired_ratios(results: Results) -> None:
+def test_seeds_table_has_means_spreads_and_paired_ratios(results: Results) -> None:
     roles = {row.role: row.label for row in results.rows}
     first = dict.fromkeys(roles, 0.5) | {"teacher": 0.4, "student": 0.2}
     second = dict.fromkeys(roles, 0.5) | {"teacher": 0.5, "student": 0.4}
@@ -33,6 +33,6 @@ def test_means_spreads_and_paired_ratios(results: Results) -> None:
     assert cells[f"{roles['student']} / {roles['teacher']}"] == "0.65× ± 0.21 (0.50 to 0.80)"
 
 
-def test_one_result_has_no_spread(results: Results) -> None:
+def test_a_single_result_has_no_spread(results: Results) -> None:
     with pytest.raises(InputError, match="at least 2"):
         seeds_table([results])

@@ -24,7 +24,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_suite_and_what_it_takes_for_granted(tmp_path: Path) -> None:
+def test_a_suite_has_defaults(tmp_path: Path) -> None:
     suite = read_suite(write(tmp_path, GOOD))
     assert suite.rows == (SuiteRow(label="A", model="a", role="student"),)
     assert (suite.root, suite.threads, suite.rounds) == (None, 1, 50)
@@ -35,42 +35,42 @@ def test_a_suite_and_what_it_takes_for_granted(tmp_path: Path) -> None:
     [
         ("tasks:", "taks:", r"unknown field `taks`\. Did you mean 'tasks'"),
         ("role: student", "role: pupil", r"Invalid enum value 'pupil' - at `\$\.rows\[0\]\.role`"),
-        ("[emoji:unseen-style]", "[]", "has no tasks; at least one is needed"),
-        ("name: mine", "name: mine\nthreads: 0", "threads is 0; at least 1 is needed"),
+        ("[emoji:unseen-style]", "[]", "has no tasks; at least one is required"),
+        ("name: mine", "name: mine\nthreads: 0", "threads is 0; at least 1 is required"),
         ("  - {", "  - {label: A, model: b, role: teacher}\n  - {", "has the label 'A' twice"),
         ("name: mine", "name: [mine", "is not valid YAML"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_errors_name_the_problem(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = write(tmp_path, GOOD.replace(old, new))
     with pytest.raises(ConfigError, match=message) as caught:
         read_suite(path)
     assert str(caught.value).startswith(str(path))
 
 
-def test_models_and_tasks_are_found_below_the_root(suite: Suite) -> None:
-    assert suite.find(suite.rows[0]) == str(Path(suite.root or "") / "teacher")
+def test_models_and_tasks_are_relative_to_the_root(suite: Suite) -> None:
+    assert suite.resolve_model(suite.rows[0]) == str(Path(suite.root or "") / "teacher")
     (task,) = suite.load_tasks()
     assert isinstance(task, ZeroShotTask)
     assert len(task.images) == 12
 
 
-def test_a_model_of_the_hub_is_left_as_it_stands(suite: Suite) -> None:
-    assert suite.find(SuiteRow(label="B", model="hf-hub:org/model", role="teacher")) == "hf-hub:org/model"
+def test_a_hub_model_is_left_unchanged(suite: Suite) -> None:
+    assert suite.resolve_model(SuiteRow(label="B", model="hf-hub:org/model", role="teacher")) == "hf-hub:org/model"
 
 
-def test_the_shipped_suite_is_found_by_its_name_and_read() -> None:
+def test_a_shipped_suite_is_found_by_name() -> None:
     suite = read_suite(find_suite("quickstart"))
     assert [row.role for row in suite.rows] == ["teacher", "baseline", "student", *3 * ["exported"], "quantised"]
     assert suite.tasks[0] == "emoji:unseen-style"
 
 
-def test_an_unknown_suite_names_near_ones() -> None:
+def test_an_unknown_suite_suggests_similar_names() -> None:
     with pytest.raises(InputError, match=r"no suite 'quikstart': .* Did you mean 'quickstart'"):
         find_suite("quikstart")
 
 
-def test_the_papers_suite_names_its_tasks_and_takes_its_models_from_outside(tmp_path: Path) -> None:
+def test_the_paper_suite_has_tasks_and_no_models_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no rows"):
         read_suite(find_suite("paper"))
     row = SuiteRow(label="Student", model="runs/a", role="student")
@@ -83,7 +83,7 @@ def test_the_papers_suite_names_its_tasks_and_takes_its_models_from_outside(tmp_
 
 
 @pytest.mark.parametrize("folder", ["vtab/cifar10", "wds_vtab-cifar10", "vtab-cifar10", "cifar10", "wds_cifar10"])
-def test_a_task_is_found_by_any_of_clip_benchmarks_names(tmp_path: Path, folder: str) -> None:
+def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, folder: str) -> None:
     for name in ("ship", "frog"):
         (tmp_path / folder / "test" / name).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / folder / "test" / name / "1.png")
@@ -94,4 +94,4 @@ def test_a_task_is_found_by_any_of_clip_benchmarks_names(tmp_path: Path, folder:
     assert isinstance(task, ZeroShotTask)
     assert (task.name, task.labels, task.templates) == ("cifar10", ("frog", "ship"), ("the {}", "a {}"))
     assert list(suite.missing()) == ["imagenet1k"]
-    assert "under none of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
+    assert "under any of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.web import browser as npm
+from clip_rd_edge.web import browser
 
 
 @pytest.fixture
 def node_modules(tmp_path: Path) -> Path:
-    """Empty files where npm would have installed the packages."""
-    for package in npm.PACKAGES:
+    """A node_modules folder with the required files, all empty."""
+    for package in browser.PACKAGES:
         for name in package.files.values():
             path = tmp_path / "node_modules" / package.name / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from clip_rd_edge.cli import main as cli_main
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.utils.lock import only_writer
+from clip_rd_edge.utils.lock import exclusive_writer
 
 Run = Callable[..., int]
 SUITE = """
@@ -28,13 +28,18 @@ rows:
 """
 
 
-class Grey:
-    """Says white to everything."""
+class AlwaysWhite:
+    """An encoder that classifies every image as white."""
 
     def describe(self) -> Description:
         preprocessing = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
         return Description(
-            name="grey", runtime="numpy", precision="fp32", embedding_size=1, preprocessing=preprocessing, logit_scale=1
+            name="white",
+            runtime="numpy",
+            precision="fp32",
+            embedding_size=1,
+            preprocessing=preprocessing,
+            logit_scale=1,
         )
 
     def encode_images(self, images: list[Image.Image]) -> np.ndarray:
@@ -55,17 +60,17 @@ class Grey:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line as a user does; returns its exit code."""
+    """Return a function that runs the command line and returns its exit code."""
     opened: list[tuple[str, dict[str, Any]]] = []
 
-    def open_encoder(spec: str, **options: Any) -> Grey:
+    def open_encoder(spec: str, **options: Any) -> AlwaysWhite:
         opened.append((spec, options))
-        return Grey()
+        return AlwaysWhite()
 
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
 
-    ends = [sys.executable, "-S", "-c", ""]  # what would answer once for a cold start
-    monkeypatch.setattr("clip_rd_edge.api.first_answer", lambda *_: ends)
+    exit_at_once = [sys.executable, "-S", "-c", ""]  # in place of the process that times a cold start
+    monkeypatch.setattr("clip_rd_edge.api.first_answer", lambda *_: exit_at_once)
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
@@ -79,7 +84,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A suite with a model that is there and one that is not."""
+    """A suite with one existing and one missing model."""
     (tmp_path / "good").mkdir()
     for name, colour in (("black", 0), ("white", 255)):
         (tmp_path / "task" / name).mkdir(parents=True)
@@ -89,7 +94,7 @@ def suite(tmp_path: Path) -> Path:
     return path
 
 
-def test_report_and_table(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_report_is_written_and_the_table_printed(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "report"
     assert run("benchmark", str(suite), "-o", str(output)) == 0
     names = {"results.json", "report.md", "report.html", "accuracy-latency.png"}
@@ -102,11 +107,11 @@ def test_report_and_table(run: Any, suite: Path, tmp_path: Path, capsys: Any) ->
     assert run.opened == [(str(tmp_path / "good"), {"threads": 1})]
 
 
-def test_a_full_folder_is_refused_unless_forced(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_in_use_is_refused_unless_forced(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "mine.txt").write_text("mine")
     assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
-    assert "exists already and is not empty" in capsys.readouterr().err
+    assert "already exists and is not empty" in capsys.readouterr().err
     assert run.opened == []
     assert run("benchmark", str(suite), "-o", str(tmp_path / "report"), "--force") == 0
     assert (tmp_path / "report" / "mine.txt").read_text() == "mine"
@@ -115,12 +120,12 @@ def test_a_full_folder_is_refused_unless_forced(run: Any, suite: Path, tmp_path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tasks: [task]", "tasks: [emoji:unseen-stile]", "There is no task 'emoji:unseen-stile'"),
+        ("tasks: [task]", "tasks: [emoji:unseen-stile]", "No task named 'emoji:unseen-stile'"),
         ("rounds:", "round:", "unknown field `round`. Did you mean 'rounds'"),
         ("rows:", "rows: [", "is not valid YAML"),
     ],
 )
-def test_misuse_is_one_sentence_and_exit_code_2(
+def test_an_invalid_suite_is_reported_in_one_line_with_exit_code_2(
     run: Any, suite: Path, tmp_path: Path, capsys: Any, old: str, new: str, message: str
 ) -> None:
     suite.write_text(suite.read_text().replace(old, new))
@@ -134,12 +139,12 @@ def test_misuse_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "report").exists()
 
 
-def test_a_suite_that_is_not_there(run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_missing_suite_is_refused(run: Any, tmp_path: Path, capsys: Any) -> None:
     assert run("benchmark", "nowhere.yaml", "-o", str(tmp_path / "report")) == 2
     assert "There is no suite 'nowhere.yaml': neither a file nor one of" in capsys.readouterr().err
 
 
-def test_the_papers_tasks_as_far_as_they_are_here(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_paper_suite_runs_the_available_tasks(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "task").rename(tmp_path / "wds_vtab-cifar10")
     options = ("--root", str(tmp_path), "--model", f"student={tmp_path / 'good'}", "-o", str(tmp_path / "report"))
     assert run("benchmark", "paper", *options) == 0
@@ -150,19 +155,19 @@ def test_the_papers_tasks_as_far_as_they_are_here(run: Any, suite: Path, tmp_pat
     assert "**flickr30k** is missing" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_the_papers_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_paper_suite_needs_a_model(run: Any, tmp_path: Path, capsys: Any) -> None:
     assert run("benchmark", "paper", "--root", str(tmp_path), "-o", str(tmp_path / "report")) == 2
     assert "hint: name some: --model student=" in capsys.readouterr().err
 
 
-def test_interrupted_it_goes_on_by_the_same_command(run: Any, suite: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_same_command_resumes_an_interrupted_run(run: Any, suite: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output = tmp_path / "report"
-    with monkeypatch.context() as patched:
-        patched.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr("clip_rd_edge.benchmarking.run.measure_latencies", interrupt)
         assert run("benchmark", str(suite), "-o", str(output)) == 130
     assert [path.name for path in output.iterdir()] == ["parts"]
     embedded: list[int] = []
-    monkeypatch.setattr(Grey, "encode_texts", lambda self, texts: embedded.append(len(texts)))
+    monkeypatch.setattr(AlwaysWhite, "encode_texts", lambda self, texts: embedded.append(len(texts)))
     assert run("benchmark", str(suite), "-o", str(output)) == 0
     assert embedded == []
     assert (output / "results.json").is_file()
@@ -173,8 +178,8 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_two_runs_in_one_folder(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
-    with only_writer(tmp_path / "report"):
+def test_two_runs_cannot_write_to_one_folder(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    with exclusive_writer(tmp_path / "report"):
         assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
     assert "report is being written by another run, process " in capsys.readouterr().err
     assert run.opened == []
@@ -187,11 +192,11 @@ def test_a_model_named_on_the_command_line_is_not_skipped(run: Any, suite: Path,
     assert not (tmp_path / "report").exists()
 
 
-def test_compare_says_what_has_changed(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+def test_compare_reports_changes(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "report"
     assert run("benchmark", str(suite), "-o", str(output)) == 0
     path = output / "results.json"
-    quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # whatever else runs beside this test
+    quiet = json.loads(path.read_text()) | {"other_load": 0.0}  # other processes may run during this test
     path.write_text(json.dumps(quiet))
     capsys.readouterr()
     assert run("benchmark", "--compare", str(output), str(path)) == 0
@@ -207,12 +212,12 @@ def test_compare_says_what_has_changed(run: Any, suite: Path, tmp_path: Path, ca
     assert json.loads(capsys.readouterr().out)["regressions"] == 1
 
 
-def test_compare_of_what_is_no_result(run: Any, tmp_path: Path, capsys: Any) -> None:
+def test_compare_refuses_a_damaged_result(run: Any, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "results.json").write_text("{")
     assert run("benchmark", "--compare", str(tmp_path), str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'results.json'} is not valid JSON")
 
 
-def test_neither_suite_nor_comparison(run: Any, capsys: Any) -> None:
+def test_an_output_folder_is_required(run: Any, capsys: Any) -> None:
     assert run("benchmark", "quickstart") == 2
     assert capsys.readouterr().err.startswith("error: -o FOLDER is missing.")

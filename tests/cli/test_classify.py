@@ -13,22 +13,26 @@ Run = Callable[..., tuple[int, str, str]]
 LABELS = ("--labels", "red", "green", "blue", "yellow")
 
 
-def test_a_folder_with_a_broken_picture(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
-    (colour_pictures / "broken.png").write_bytes(b"no picture")
-    code, output, error = command_line("classify", colour_bundle, colour_pictures, *LABELS, "--top", "1", "--json")
+def test_a_broken_image_in_a_folder_is_reported_and_skipped(
+    command_line: Run, colour_bundle: Path, colour_images: Path
+) -> None:
+    (colour_images / "broken.png").write_bytes(b"not an image")
+    code, output, error = command_line("classify", colour_bundle, colour_images, *LABELS, "--top", "1", "--json")
     assert code == 2
-    answers = {
+    labels = {
         Path(line["image"]).stem: line["predictions"][0]["label"] for line in map(json.loads, output.split("\n")[:-1])
     }
-    assert answers == {name: name for name in ("red", "green", "blue", "yellow")}
+    assert labels == {name: name for name in ("red", "green", "blue", "yellow")}
     assert "broken.png" in error
-    assert "1 of 5 images could not be read; the others are answered." in error
+    assert "1 of 5 images could not be read; the others are classified." in error
 
 
-def test_csv_and_none_of_these(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
-    grey = colour_pictures / 'a "grey", one.png'
+def test_csv_output_and_images_without_a_likely_label(
+    command_line: Run, colour_bundle: Path, colour_images: Path
+) -> None:
+    grey = colour_images / 'a "grey", one.png'
     Image.new("RGB", (9, 9), (90, 90, 90)).save(grey)
-    arguments = (colour_pictures / "*.png", "--labels", "red", "green", "blue", "--none-below", "0.6", "--csv")
+    arguments = (colour_images / "*.png", "--labels", "red", "green", "blue", "--none-below", "0.6", "--csv")
     code, output, _ = command_line("classify", colour_bundle, *arguments)
     assert code == 0
     rows = [(Path(row["image"]).name, row["rank"], row["label"]) for row in csv.DictReader(io.StringIO(output))]
@@ -37,10 +41,10 @@ def test_csv_and_none_of_these(command_line: Run, colour_bundle: Path, colour_pi
     assert output == f"{grey}\tnone of these\n"
 
 
-def test_a_list_on_stdin_and_a_rate(
-    command_line: Run, colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
+    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{colour_pictures / 'red.png'}\n" * 60))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{colour_images / 'red.png'}\n" * 60))
     code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
     assert code == 0
     assert output.count("\tred 98.0%") == 60
@@ -51,14 +55,14 @@ def test_a_list_on_stdin_and_a_rate(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "Give images or a camera"),
-        (("red.png", "--camera", "0"), "Give images or a camera"),
-        (("red.png", "--json", "--csv"), "exclude each other"),
+        ((), "Expected either images or --camera"),
+        (("red.png", "--camera", "0"), "Expected either images or --camera"),
+        (("red.png", "--json", "--csv"), "cannot be combined"),
         (("-",), "the list on stdin is empty"),
-        (("nowhere.png",), "no picture or folder nowhere.png"),
+        (("nowhere.png",), "image or folder nowhere.png does not exist"),
     ],
 )
-def test_misuse(
+def test_invalid_arguments_are_refused(
     command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -67,9 +71,11 @@ def test_misuse(
     assert message in error
 
 
-def test_a_camera(command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
-    monkeypatch.setattr("clip_rd_edge.runtime.camera.frames", lambda source: iter(pictures))
+def test_frames_of_a_camera_are_classified(
+    command_line: Run, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    monkeypatch.setattr("clip_rd_edge.runtime.camera.frames", lambda source: iter(frames))
     code, output, error = command_line("classify", colour_bundle, "--camera", "0", *LABELS, "--top", "1", "--json")
     assert code == 0
     lines = [json.loads(line) for line in output.splitlines()]

@@ -10,7 +10,7 @@ Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "tiny", "--context-length", "12")
 
 
-def test_a_run_of_the_users_own_pairs(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_csv_of_pairs(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ("--data", pairs_csv, *SMALL, "--recipe", "clip", "--embedding-size", "16", "--batch-size", "6")
     code, output, _ = command_line("distill", *arguments, "--epochs", "1", "--precision", "fp32", "-o", run)
@@ -23,7 +23,7 @@ def test_a_run_of_the_users_own_pairs(command_line: Run, pairs_csv: Path, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--data", "nowhere.csv"), "no data file nowhere.csv"),
+        (("--data", "nowhere.csv"), "data file nowhere.csv does not exist"),
         (("--csv-caption-key", "caption"), "no column 'caption'"),
         (("--student", "mobilevit_xx"), "Did you mean 'mobilevit_xxs'"),
         (("--recipe", "clip-rx"), "Did you mean 'clip-rd'"),
@@ -31,10 +31,10 @@ def test_a_run_of_the_users_own_pairs(command_line: Run, pairs_csv: Path, tmp_pa
         (("--batch-size", "1"), "at least 2"),
         (("--batch-size", "100"), "has only 24 pairs"),
         (("--quantize", "int8"), "fine-tunes a trained student"),
-        (("--recipe", "clip-rd", "--teacher", "ViT-B-61", "--teacher-pretrained", "openai"), "no model 'ViT-B-61'"),
+        (("--recipe", "clip-rd", "--teacher", "ViT-B-61", "--teacher-pretrained", "openai"), "named 'ViT-B-61'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_invalid_input_is_reported_in_one_line_and_leaves_no_files(
     command_line: Run, pairs_csv: Path, tmp_path: Path, change: tuple[str, ...], message: str
 ) -> None:
     run = tmp_path / "run"
@@ -46,17 +46,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not run.exists()
 
 
-def test_only_int8_can_be_distilled_for(command_line: Run, tmp_path: Path) -> None:
+def test_quantize_accepts_only_int8(command_line: Run, tmp_path: Path) -> None:
     arguments = ("--data", "emoji", "--student", "mobilevit_xxs", "--quantize", "int4", "-o", tmp_path / "run")
     code, _, error = command_line("distill", *arguments)
     assert (code, (tmp_path / "run").exists()) == (2, False)
     assert "'int4' is not 'int8'" in error
 
 
-def test_a_folder_in_use(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
     code, _, error = command_line("distill", "--data", pairs_csv, *SMALL, "--recipe", "clip", "-o", tmp_path)
     assert code == 2
-    assert "exists already and is not empty" in error
+    assert "already exists and is not empty" in error
 
 
 def test_a_run_on_shards_counts_bad_samples(
@@ -67,20 +67,20 @@ def test_a_run_on_shards_counts_bad_samples(
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
             for i in range(12 * shard, 12 * shard + 12):
                 archive.add(pairs_csv.parent / "pictures" / f"{i}.png", f"{i:04d}.png")
-                (tmp_path / "caption.json").write_text(f'{{"said": ["number {i}", "a picture"]}}')
+                (tmp_path / "caption.json").write_text(f'{{"captions": ["number {i}", "an image"]}}')
                 archive.add(tmp_path / "caption.json", f"{i:04d}.json")
             archive.add(tmp_path / "caption.json", "alone.json")
     data = ("--data", f"{tmp_path}/0.tar::{tmp_path}/1.tar", "--train-data-upsampling-factors", "1::2")
     model = (*SMALL, "--recipe", "clip", "--embedding-size", "16", "--batch-size", "6", "--precision", "fp32")
-    options = (*data, *model, "--json-caption-key", "said", "--epochs", "1", "--workers", "0")
+    options = (*data, *model, "--json-caption-key", "captions", "--epochs", "1", "--workers", "0")
     code, _, error = command_line("distill", *options, "-o", tmp_path / "strict")
     assert code == 2
     assert "2 of 38 samples" in error
-    assert "0.tar: alone has no picture" in error
+    assert "0.tar: alone has no image" in error
     assert not (tmp_path / "strict").exists()
     code, _, error = command_line("distill", *options, "--max-bad", "0.1", "-o", tmp_path / "run")
     assert code == 0
-    assert "2 samples are no pairs and left out" in error
+    assert "2 samples are not pairs and were skipped" in error
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert '"step":6' in line  # 12 + 2 · 12 pairs in batches of 6
     assert '"bad_samples":2' in line

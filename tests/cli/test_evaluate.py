@@ -18,7 +18,7 @@ Run = Callable[..., int]
 
 
 class BlackAndWhite:
-    """Knows black from white."""
+    """An encoder that tells black images from white ones."""
 
     def describe(self) -> Description:
         preprocessing = Preprocessing(size=(2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -35,7 +35,7 @@ class BlackAndWhite:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs the command line as a user does; returns its exit code."""
+    """Return a function that runs the command line and returns its exit code."""
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])
@@ -48,7 +48,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """Two black pictures and a white one."""
+    """A task with two black images and a white one."""
     for name, colour in (("black/1", 0), ("black/2", 20), ("white/1", 255)):
         path = tmp_path / "task" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,11 +56,11 @@ def task(tmp_path: Path) -> Path:
     return tmp_path / "task"
 
 
-def test_table_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
+def test_the_table_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    opened: list[tuple[str, dict[str, Any]]] = []
 
     def open_encoder(spec: str, **options: Any) -> BlackAndWhite:
-        asked.append((spec, options))
+        opened.append((spec, options))
         return BlackAndWhite()
 
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
@@ -68,18 +68,18 @@ def test_table_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, 
     out, err = capsys.readouterr()
     assert "100.0 to 100.0" in out
     assert err == ""
-    assert asked == [("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto"})]
+    assert opened == [("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto"})]
 
 
-def test_json_on_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_json_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task), "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    (score,) = found["scores"]
-    assert (score["kind"], score["pictures"], score["classes"], score["top1"], score["top5"]) == (
+    output = json.loads(capsys.readouterr().out)
+    (score,) = output["scores"]
+    assert (score["kind"], score["images"], score["classes"], score["top1"], score["top5"]) == (
         "zero-shot", 3, 2, 1.0, None,
     )  # fmt: skip
-    assert found["model"]["name"] == "bw"
+    assert output["model"]["name"] == "bw"
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
@@ -87,20 +87,20 @@ def test_an_unknown_task_is_refused_before_the_model_is_opened(
 ) -> None:
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: pytest.fail("opened"))
     assert run("evaluate", "m", "--task", "emoji:unseen-styl") == 2
-    assert "error: There is no task 'emoji:unseen-styl'" in capsys.readouterr().err
+    assert "error: No task named 'emoji:unseen-styl'" in capsys.readouterr().err
 
 
-def test_a_task_is_needed(run: Run, capsys: Any) -> None:
+def test_a_task_is_required(run: Run, capsys: Any) -> None:
     assert run("evaluate", "m") == 2
     assert "--task" in capsys.readouterr().err
 
 
-def test_the_table_says_which_templates_were_used(
+def test_the_table_shows_which_templates_were_used(
     run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task)) == 0
     assert "80, ImageNet's, from open_clip" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed
     assert run("evaluate", "m", "--task", str(task)) == 0
     assert "a photo of a {}." in capsys.readouterr().out

@@ -11,8 +11,8 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import calibration_pairs
-from clip_rd_edge.convert.options import require_fit
-from clip_rd_edge.convert.targets import Aim, aim_at, device_names, read_device
+from clip_rd_edge.convert.options import require_precision
+from clip_rd_edge.convert.targets import ResolvedTarget, device_names, read_device, resolve_target
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -22,7 +22,7 @@ CommandLine = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tiny random student, which says that it was trained with pairs that are gone."""
+    """A run with a tiny random student, whose recorded training pairs no longer exist."""
     folder = tmp_path_factory.mktemp("run")
     config = student_config("resnet10t", embedding_size=16, image_size=32, text="tiny", context_length=8)
     clip = build_student(config, name="tiny")
@@ -32,7 +32,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """A CSV of 36 noise pictures with captions, under other column names than the default."""
+    """A CSV of 36 noise images with captions."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(36):
@@ -46,7 +46,9 @@ def pairs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_int8_from_a_run_with_labels(run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine) -> None:
+def test_int8_export_of_a_run_with_labels(
+    run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine
+) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\n\n dog \n")
     bundle = tmp_path / "bundle"
@@ -54,26 +56,26 @@ def test_int8_from_a_run_with_labels(run_folder: Path, pairs: Path, tmp_path: Pa
         "export", run_folder, "--precision", "int8", "--calibration", pairs, "--labels", labels, "-o", bundle, "--json"
     )
     assert code == 0, err
-    made = json.loads(out)
-    assert made["bundle"] == str(bundle)
-    assert {trial["tower"] for trial in made["trials"]} == {"image", "text"}
-    assert "tried, each beside float32" in err
+    summary = json.loads(out)
+    assert summary["bundle"] == str(bundle)
+    assert {trial["tower"] for trial in summary["trials"]} == {"image", "text"}
+    assert "INT8 trials, relative to float32" in err
     assert "static, percentile" in err
     manifest = read_manifest(bundle)
-    assert manifest.precision == made["precision"]
+    assert manifest.precision == summary["precision"]
     assert manifest.provenance["model"] == str(run_folder)
     assert manifest.provenance["calibration"] == str(pairs)
     assert "labels.npz" in manifest.files
     code, out, err = command_line("verify", bundle)
     assert code == 0, err
-    # The bundle is in use now, and is no model to export.
+    # The bundle's folder is in use now, and a bundle cannot be exported again.
     code, _, err = command_line("export", run_folder, "-o", bundle)
     assert (code, "--force" in err) == (2, True)
     code, _, err = command_line("export", bundle, "-o", tmp_path / "again")
-    assert (code, "is a bundle already" in err) == (2, True)
+    assert (code, "is already a bundle" in err) == (2, True)
 
 
-def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
+def test_invalid_arguments_exit_with_2_and_a_message_and_leave_no_files(
     run_folder: Path, pairs: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
     empty, few = tmp_path / "empty.txt", tmp_path / "few.csv"
@@ -82,11 +84,11 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
     new, used = tmp_path / "new", tmp_path / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
-    wrong: list[tuple[tuple[str | Path, ...], str]] = [
+    cases: list[tuple[tuple[str | Path, ...], str]] = [
         ((run_folder,), "Missing option '-o'"),
-        ((run_folder, "-o", used), "exists already and is not empty"),
+        ((run_folder, "-o", used), "already exists and is not empty"),
         ((run_folder, "-o", new, "--precision", "int4"), "'int4' is not one of 'fp32', 'fp16', 'bf16', 'int8'"),
-        ((run_folder, "-o", new, "--precision", "bf16"), "onnx cannot be in bf16; expected fp32, fp16, int8"),
+        ((run_folder, "-o", new, "--precision", "bf16"), "onnx does not support bf16; expected fp32, fp16, int8"),
         ((run_folder, "-o", new, "--fallback", "fp16"), "--fallback is for --precision int8, not fp32"),
         (
             (run_folder, "-o", new, "--precision", "int8", "--format", "trt", "--target", "sm86", "--max-loss", "1"),
@@ -95,24 +97,24 @@ def test_what_is_mistyped_exits_2_with_a_sentence_and_leaves_nothing(
         ((run_folder, "-o", new, "--via", "torch-tensorrt"), "expected --format trt, not onnx"),
         (
             (run_folder, "-o", new, "--precision", "int8", "--target", "sm86", "--via", "torch-tensorrt"),
-            "--via torch-tensorrt takes no INT8",
+            "--via torch-tensorrt does not support INT8",
         ),
-        (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was named without weights"),
-        ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the labels"),
-        ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one a line"),
-        ((tmp_path / "none", "-o", new), "There is no model"),
-        (("ViT-B-32", "-o", new, "--precision", "int8"), "does not say what it was trained with"),
-        ((run_folder, "-o", new, "--precision", "int8"), "cannot be loaded: There is no data file gone.csv"),
+        (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was given without weights"),
+        ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the label file"),
+        ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one label per line"),
+        ((tmp_path / "none", "-o", new), "No model named"),
+        (("ViT-B-32", "-o", new, "--precision", "int8"), "does not record its training data"),
+        ((run_folder, "-o", new, "--precision", "int8"), "cannot be loaded: The data file gone.csv does not exist"),
         ((run_folder, "-o", new, "--precision", "int8", "--calibration", few), "has 10 pairs; at least 32 are needed"),
     ]
-    for arguments, expected in wrong:
+    for arguments, message in cases:
         code, out, err = command_line("export", *arguments)
         assert (code, out) == (2, ""), arguments
-        assert expected in err, arguments
+        assert message in err, arguments
         assert not new.exists()
 
 
-def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Path, pairs: Path, tmp_path: Path) -> None:
+def test_the_training_pairs_are_the_default_for_calibration(run_folder: Path, pairs: Path, tmp_path: Path) -> None:
     student = tmp_path / "student"
     student.mkdir()
     (student / "open_clip_config.json").write_text("{}")
@@ -127,12 +129,12 @@ def test_the_pairs_that_a_model_was_trained_with_are_the_default(run_folder: Pat
         calibration_pairs(None, str(tmp_path))
 
 
-def test_a_target_that_nothing_is_built_for_lists_the_known_ones(
+def test_an_unknown_target_is_refused_with_the_list_of_targets(
     run_folder: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
     new = tmp_path / "new"
     code, _, err = command_line("export", run_folder, "--format", "trt", "--target", "sm99", "-o", new)
-    assert (code, "There is no target 'sm99'; there are" in err) == (2, True)
+    assert (code, "No target is named 'sm99'; expected one of" in err) == (2, True)
     assert all(name in err.replace("\n", " ") for name in ("cpu-x86", "browser", "jetson-thor", "sm86", "sm120"))
     code, _, err = command_line("export", run_folder, "--format", "trt", "-o", new)
     assert (code, "needs a target" in err) == (2, True)
@@ -146,7 +148,7 @@ def test_a_target_that_nothing_is_built_for_lists_the_known_ones(
 
 
 @pytest.mark.slow
-def test_a_page_for_the_browser_straight_from_a_run(
+def test_a_browser_page_is_exported_directly_from_a_run(
     run_folder: Path, node_modules: Path, tmp_path: Path, command_line: CommandLine
 ) -> None:
     site = tmp_path / "site"
@@ -158,19 +160,19 @@ def test_a_page_for_the_browser_straight_from_a_run(
     assert (site / "index.html").is_file()
 
 
-def test_a_target_sets_what_is_left_open() -> None:
-    assert aim_at(None, format=None, precision=None) == Aim("onnx", "fp32", None)
-    assert aim_at("cpu-x86", format=None, precision=None) == Aim("onnx", "int8", None)
-    assert aim_at("cpu-arm", format=None, precision="fp32") == Aim("onnx", "fp32", None)
-    assert aim_at("openvino", format=None, precision="bf16") == Aim("openvino", "bf16", None)
-    assert aim_at("sm89", format="trt", precision=None) == Aim("trt", "fp16", "sm89")
-    assert aim_at("jetson-orin", format=None, precision=None) == Aim("trt", "int8", "jetson-orin")
-    assert aim_at("nvidia-gpu", format=None, precision=None) == Aim("trt", "fp16", "nvidia-gpu")
+def test_a_target_sets_the_format_and_precision() -> None:
+    assert resolve_target(None, format=None, precision=None) == ResolvedTarget("onnx", "fp32", None)
+    assert resolve_target("cpu-x86", format=None, precision=None) == ResolvedTarget("onnx", "int8", None)
+    assert resolve_target("cpu-arm", format=None, precision="fp32") == ResolvedTarget("onnx", "fp32", None)
+    assert resolve_target("openvino", format=None, precision="bf16") == ResolvedTarget("openvino", "bf16", None)
+    assert resolve_target("sm89", format="trt", precision=None) == ResolvedTarget("trt", "fp16", "sm89")
+    assert resolve_target("jetson-orin", format=None, precision=None) == ResolvedTarget("trt", "int8", "jetson-orin")
+    assert resolve_target("nvidia-gpu", format=None, precision=None) == ResolvedTarget("trt", "fp16", "nvidia-gpu")
 
 
 @pytest.mark.parametrize("name", [name for name in device_names() if name != "rtx"])
-def test_every_device_is_a_target_of_formats_and_precisions_that_go_together(name: str) -> None:
+def test_every_device_supports_its_listed_precisions(name: str) -> None:
     profile = read_device(name).profile
     for precision in profile.precisions:
-        require_fit(profile.format, precision)
-        assert aim_at(name, format=profile.format, precision=precision).precision == precision
+        require_precision(profile.format, precision)
+        assert resolve_target(name, format=profile.format, precision=precision).precision == precision

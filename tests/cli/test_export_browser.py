@@ -11,12 +11,14 @@ from tokenizers.models import WordLevel
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
-from clip_rd_edge.web import browser as npm
+from clip_rd_edge.web import browser
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_a_bundle_gets_a_page(command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_exported_as_a_browser_page(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
+) -> None:
     (tmp_path / "labels.txt").write_text("red\nblue\n")
     site = tmp_path / "site"
     options = ("--target", "browser", "--node-modules", node_modules, "-o", site)
@@ -30,9 +32,9 @@ def test_a_bundle_gets_a_page(command_line: Run, colour_bundle: Path, node_modul
     page = (site / "index.html").read_text()
     assert "Content-Security-Policy" in page
     assert "import { Model }" in (site / "worker.js").read_text()
-    assert "Worker" in (site / "api.js").read_text()  # and not the one that asks a server
+    assert "Worker" in (site / "api.js").read_text()  # not the api.js that sends requests to a server
     assert {path.name for path in (site / "npm").iterdir()} == {
-        name for package in npm.PACKAGES for name in package.files
+        name for package in browser.PACKAGES for name in package.files
     }
     sizes = json.loads((site / "sizes.json").read_text())
     assert sizes["loaded"] == sizes["bundle"] == sum(path.stat().st_size for path in (site / "bundle").iterdir())
@@ -43,14 +45,14 @@ def test_a_bundle_gets_a_page(command_line: Run, colour_bundle: Path, node_modul
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "openvino"), "--target browser does not go with --format openvino"),
-        (("--layout", "immich"), "does not go with --layout immich"),
-        (("--preprocess-in-graph",), "does not go with --preprocess-in-graph"),
-        (("--precision", "int8"), "is a bundle already, which --precision cannot change"),
+        (("--format", "openvino"), "--target browser cannot be combined with --format openvino"),
+        (("--layout", "immich"), "cannot be combined with --layout immich"),
+        (("--preprocess-in-graph",), "cannot be combined with --preprocess-in-graph"),
+        (("--precision", "int8"), "is a bundle already; --precision cannot change it"),
         (("--node-modules", "nowhere"), "nowhere has no onnxruntime-web/dist"),
     ],
 )
-def test_what_does_not_go_with_a_browser(
+def test_options_that_a_browser_page_does_not_support_are_refused(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     site = tmp_path / "site"
@@ -62,15 +64,15 @@ def test_what_does_not_go_with_a_browser(
     assert not site.exists()
 
 
-def test_bundles_that_no_browser_runs(
+def test_bundles_that_a_browser_cannot_run_are_refused(
     command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path
 ) -> None:
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, preprocesses=True)
     for changes, message in (
-        ({"target": "openvino"}, "is for openvino; a browser runs those of --format onnx"),
-        ({"image": image}, "preprocesses in its graph"),
-        ({}, "has a tokenizer of the kind WordLevel; a browser has BPE, WordPiece, Unigram"),
+        ({"target": "openvino"}, "is for openvino; a browser runs only bundles of --format onnx"),
+        ({"image": image}, "preprocesses images in its graph"),
+        ({}, "has a WordLevel tokenizer; the browser page supports BPE, WordPiece, Unigram"),
     ):
         if not changes:
             Tokenizer(WordLevel({"?": 1}, unk_token="?")).save(str(colour_bundle / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""What holds for every command: help at once, one sentence for an error, exit codes."""
+"""Common behaviour of all commands: fast help, short error messages, exit codes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.cli.main import COMMANDS, EXTRA_OF
+from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
 
 Run = Callable[..., tuple[int, str, str]]
-EXTRAS_MODULES = (*(module for modules in EXTRA_OF.values() for module in modules), "cv2", "openvino", "tensorrt")
+EXTRAS_MODULES = (*(module for modules in EXTRA_PACKAGES.values() for module in modules), "cv2", "openvino", "tensorrt")
 
 
-def loaded_after(code: str) -> set[str]:
-    """Top-level modules loaded by a fresh interpreter that ran `code`."""
+def loaded_modules(code: str) -> set[str]:
+    """Run `code` in a new interpreter; return the top-level modules that it loaded."""
     script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(process.stdout.split())
 
 
 def test_the_package_and_its_help_import_nothing_heavy() -> None:
@@ -30,7 +30,7 @@ import clip_rd_edge
 from clip_rd_edge.cli.main import cli
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     cli.main(["--help"])"""
-    assert not loaded_after(code) & {"torch", "onnxruntime", "numpy", "PIL", "rich", "msgspec"}
+    assert not loaded_modules(code) & {"torch", "onnxruntime", "numpy", "PIL", "rich", "msgspec"}
 
 
 def test_the_device_side_never_imports_torch() -> None:
@@ -40,23 +40,23 @@ import clip_rd_edge.contract, clip_rd_edge.runtime, clip_rd_edge.cli.classify, c
 for package in (clip_rd_edge.contract, clip_rd_edge.runtime):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)"""
-    loaded = loaded_after(code)
+    loaded = loaded_modules(code)
     assert "clip_rd_edge" in loaded
     assert not loaded & {"torch", "torchvision", "timm", "open_clip", "transformers", "onnx", "matplotlib"}
 
 
-def test_a_base_install_classifies(colour_bundle: Path, colour_pictures: Path) -> None:
-    arguments = ["classify", str(colour_bundle), str(colour_pictures / "red.png"), "--labels", "red", "blue"]
+def test_classify_works_without_extras(colour_bundle: Path, colour_images: Path) -> None:
+    arguments = ["classify", str(colour_bundle), str(colour_images / "red.png"), "--labels", "red", "blue"]
     code = f"""
 import contextlib, io
 for name in {EXTRAS_MODULES!r}:
-    sys.modules[name] = None  # as where it is not installed
+    sys.modules[name] = None  # as if it were not installed
 sys.argv = ["clip-rd-edge", *{arguments!r}]
 from clip_rd_edge.cli.main import main
-with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
     main()
-assert said.getvalue().split("\\t")[1].startswith("red"), said.getvalue()"""
-    assert "onnxruntime" in loaded_after(code)
+assert output.getvalue().split("\\t")[1].startswith("red"), output.getvalue()"""
+    assert "onnxruntime" in loaded_modules(code)
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))
@@ -66,20 +66,20 @@ def test_every_command_has_help(command_line: Run, name: str) -> None:
     assert output.startswith(f"Usage: clip-rd-edge {name}")
 
 
-def test_an_unknown_command_has_near_matches(command_line: Run) -> None:
+def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
     code, _, error = command_line("distil")
     assert code == 2
     assert "Did you mean 'distill'" in error
 
 
-def test_a_missing_extra_names_the_pip_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported_with_its_pip_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     code, _, error = command_line("evaluate", "nowhere-model", "--task", "emoji:unseen-style")
     assert code == 2
     assert "pip install 'clip-rd-edge[train]'" in error
 
 
-def test_an_error_is_a_sentence_and_a_hint(command_line: Run, tmp_path: Path) -> None:
+def test_an_error_is_a_message_without_traceback(command_line: Run, tmp_path: Path) -> None:
     code, output, error = command_line("classify", tmp_path, tmp_path / "none.png", "--labels", "a", "b")
     assert code == 2
     assert output == ""
@@ -87,11 +87,11 @@ def test_an_error_is_a_sentence_and_a_hint(command_line: Run, tmp_path: Path) ->
     assert "Traceback" not in error
 
 
-def test_a_full_disk_is_one_sentence(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full() -> None:
+def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_disk_full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
 
-    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", full)
+    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", raise_disk_full)
     code, _, error = command_line("devices")
     assert code == 1
     assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")

@@ -8,15 +8,15 @@ from clip_rd_edge.api import open_encoder
 from clip_rd_edge.errors import UsageError
 
 
-def test_a_bundle_runs_in_the_runtime_asked_for(colour_bundle: Path) -> None:
+def test_a_bundle_runs_in_the_requested_runtime(colour_bundle: Path) -> None:
     assert open_encoder(str(colour_bundle), threads=1, runtime="onnxruntime").describe().runtime == "onnxruntime"
 
 
 def test_a_bundle_does_not_run_in_torch(colour_bundle: Path) -> None:
-    with pytest.raises(UsageError, match="is a bundle, which torch does not run"):
+    with pytest.raises(UsageError, match="is a bundle, which torch cannot run"):
         open_encoder(str(colour_bundle), runtime="torch-compile")
 
 
 def test_a_model_does_not_run_in_a_runtime_for_bundles(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"is no bundle: openvino cannot run it\."):
+    with pytest.raises(UsageError, match=r"is not a bundle: openvino cannot run it\."):
         open_encoder(str(tmp_path), runtime="openvino")

@@ -14,7 +14,7 @@ NAMES = ("naïve café", "猫", *map(str, range(48)))
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 0), ("fp16", 5e-4), ("int8", 0.6 / 127)])
 def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, precision: LabelPrecision, error: float) -> None:
     rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
-    rows *= np.geomspace(1, 0.01, 50)[:, None].astype(np.float32)  # of scales far apart
+    rows *= np.geomspace(1, 0.01, 50)[:, None].astype(np.float32)  # very different norms
     rows[-1] = 0
     write_labels(tmp_path, LabelBank(NAMES, rows), precision=precision)
     bank = read_labels(tmp_path)
@@ -22,11 +22,11 @@ def test_a_label_bank_keeps_names_and_embeddings(tmp_path: Path, precision: Labe
     assert bank.names == NAMES
     assert bank.embeddings.dtype == np.float32
     assert (np.abs(bank.embeddings - rows) <= error * np.abs(rows).max(axis=1, keepdims=True)).all()
-    norms = [np.linalg.norm(each, axis=1) for each in (bank.embeddings, rows)]
+    norms = [np.linalg.norm(matrix, axis=1) for matrix in (bank.embeddings, rows)]
     np.testing.assert_allclose(*norms, rtol=2e-4 if precision == "fp16" else 1e-6)
 
 
-def test_int8_takes_a_byte_an_entry(tmp_path: Path) -> None:
+def test_int8_takes_one_byte_per_entry(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).standard_normal((50, 512)).astype(np.float32)
     write_labels(tmp_path, LabelBank(NAMES, rows), precision="int8")
     assert (tmp_path / LABELS).stat().st_size < 1.05 * rows.size
@@ -41,7 +41,7 @@ def test_int8_takes_a_byte_an_entry(tmp_path: Path) -> None:
         ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
     ],
 )
-def test_a_damaged_label_bank_is_a_sentence(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]], message: str) -> None:
+def test_a_damaged_label_bank_is_reported(tmp_path: Path, arrays: dict[str, npt.NDArray[Any]], message: str) -> None:
     np.savez(tmp_path / LABELS, **arrays)
     with pytest.raises(ConfigError, match=message):
         read_labels(tmp_path)

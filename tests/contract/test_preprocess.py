@@ -24,59 +24,59 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", SIZES)
-def test_equal_to_open_clip_bit_for_bit(mode: str, interpolation: str, size: tuple[int, int]) -> None:
+def test_preprocessing_is_bit_identical_to_open_clip(mode: str, interpolation: str, size: tuple[int, int]) -> None:
     transform = pytest.importorskip("open_clip.transform")
     cfg = transform.PreprocessCfg(size=64, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
-    theirs = transform.image_transform_v2(cfg, is_train=False)
-    ours = Preprocessing(size=(64, 64), mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
-    picture = noise(*size)
-    np.testing.assert_array_equal(preprocess(picture, ours), theirs(picture).numpy())
+    reference = transform.image_transform_v2(cfg, is_train=False)
+    preprocessing = Preprocessing(size=(64, 64), mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
+    image = noise(*size)
+    np.testing.assert_array_equal(preprocess(image, preprocessing), reference(image).numpy())
 
 
-def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+def test_transparent_images_get_a_white_background(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_exif_orientation_is_honoured(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (6, 3))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (3, 6)
+    image = Image.new("RGB", (6, 3))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    image.save(tmp_path / "rotated.jpg", exif=exif)
+    assert open_image(tmp_path / "rotated.jpg").size == (3, 6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_comes_upright(tmp_path: Path, orientation: int) -> None:
+def test_every_exif_orientation_is_turned_upright(tmp_path: Path, orientation: int) -> None:
     upright = Image.new("RGB", (40, 24), "white")
-    upright.paste((200, 0, 0), (0, 0, 20, 12))  # the left upper quarter, which no turn or mirror leaves in place
+    upright.paste((200, 0, 0), (0, 0, 20, 12))  # every rotation and reflection changes this image
     stored = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }  # fmt: skip
-    picture = upright.transpose(stored[orientation]) if orientation in stored else upright
-    exif = picture.getexif()
+    image = upright.transpose(stored[orientation]) if orientation in stored else upright
+    exif = image.getexif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "picture.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "picture.png")), np.asarray(upright))
+    image.save(tmp_path / "image.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "image.png")), np.asarray(upright))
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "avif", "gif"])
-def test_what_is_half_transparent_is_laid_on_white(tmp_path: Path, suffix: str) -> None:
+def test_partial_transparency_is_blended_with_white(tmp_path: Path, suffix: str) -> None:
     if suffix in ("webp", "avif") and not features.check(suffix):
-        pytest.skip(f"this Pillow reads no {suffix}")
-    picture = Image.new("RGBA", (32, 32), (200, 0, 0, 255))
-    picture.paste((0, 0, 0, 0), (0, 0, 16, 32))
-    if suffix != "gif":  # which knows no half
-        picture.paste((200, 0, 0, 128), (16, 16, 32, 32))
-    picture.save(tmp_path / f"picture.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
-    opened = np.asarray(open_image(tmp_path / f"picture.{suffix}")).astype(int)
+        pytest.skip(f"this Pillow does not support {suffix}")
+    image = Image.new("RGBA", (32, 32), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 16, 32))
+    if suffix != "gif":  # GIF has no partial transparency
+        image.paste((200, 0, 0, 128), (16, 16, 32, 32))
+    image.save(tmp_path / f"image.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    opened = np.asarray(open_image(tmp_path / f"image.{suffix}")).astype(int)
     expected = {(4, 8): (255, 255, 255), (8, 24): (200, 0, 0)}
     if suffix != "gif":
         expected[24, 24] = (227, 127, 127)
-    for place, colour in expected.items():
-        assert np.abs(opened[place] - colour).max() <= (6 if suffix == "avif" else 1)
+    for position, colour in expected.items():
+        assert np.abs(opened[position] - colour).max() <= (6 if suffix == "avif" else 1)
 
 
 HEIC = base64.b64decode(
@@ -89,24 +89,26 @@ HEIC = base64.b64decode(
 )  # 64 × 48 pixels of (220, 30, 30)
 
 
-def test_heic_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+def test_heic_is_read_if_pillow_heif_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
     (tmp_path / "red.heic").write_bytes(HEIC)
-    picture = open_image(tmp_path / "red.heic")
-    assert picture.size == (64, 48)
-    assert np.abs(np.asarray(picture).astype(int) - (220, 30, 30)).max() <= 4
+    image = open_image(tmp_path / "red.heic")
+    assert image.size == (64, 48)
+    assert np.abs(np.asarray(image).astype(int) - (220, 30, 30)).max() <= 4
 
 
-def test_heic_without_it_is_said_with_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_pillow_heif_is_reported_with_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import PIL.Image
 
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     PIL.Image.init()
-    for name in [each for each in PIL.Image.ID if each in ("HEIF", "HEIC")]:  # that another test has taught
+    for name in [name for name in PIL.Image.ID if name in ("HEIF", "HEIC")]:  # registered by another test
         monkeypatch.delitem(PIL.Image.OPEN, name)
-        monkeypatch.setattr(PIL.Image, "ID", [each for each in PIL.Image.ID if each != name])
+        monkeypatch.setattr(PIL.Image, "ID", [other for other in PIL.Image.ID if other != name])
     (tmp_path / "red.heic").write_bytes(HEIC)
-    with pytest.raises(InputError, match=r"red\.heic: it is HEIC, which Pillow reads with the package") as raised:
+    with pytest.raises(InputError, match=r"red\.heic: it is HEIC, which Pillow reads only with the package") as raised:
         open_image(tmp_path / "red.heic")
     assert raised.value.hint.startswith("pip install pillow-heif")
 
@@ -114,9 +116,9 @@ def test_heic_without_it_is_said_with_the_pip_line(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", "png"), ("CMYK", "jpg"), ("P", "gif"), ("1", "png"), ("LA", "png"), ("I;16", "png")]
 )
-def test_any_mode_becomes_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
-    Image.new(mode, (5, 4)).save(tmp_path / f"picture.{suffix}")
-    assert open_image(tmp_path / f"picture.{suffix}").mode == "RGB"
+def test_any_mode_is_converted_to_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    Image.new(mode, (5, 4)).save(tmp_path / f"image.{suffix}")
+    assert open_image(tmp_path / f"image.{suffix}").mode == "RGB"
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
@@ -124,8 +126,8 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n then nothing"])
-def test_a_file_that_is_no_picture_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n then nothing"])
+def test_a_file_that_is_not_an_image_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(InputError, match=r"bad\.png"):
         open_image(tmp_path / "bad.png")
@@ -139,28 +141,28 @@ def test_a_truncated_jpeg_is_refused(tmp_path: Path) -> None:
         open_image(tmp_path / "cut.jpg")
 
 
-def test_a_missing_picture_is_named() -> None:
-    with pytest.raises(InputError, match="there is no such file"):
+def test_a_missing_image_is_reported() -> None:
+    with pytest.raises(InputError, match="the file does not exist"):
         open_image(Path("nowhere.png"))
 
 
-def test_a_picture_outlives_its_file(tmp_path: Path) -> None:
-    path, picture = tmp_path / "mapped.bmp", noise(64, 64)  # Pillow maps such a file into memory
-    picture.save(path)
+def test_an_opened_image_does_not_depend_on_its_file(tmp_path: Path) -> None:
+    path, image = tmp_path / "mapped.bmp", noise(64, 64)  # Pillow memory-maps such a file
+    image.save(path)
     opened = open_image(path)
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
-    assert opened.tobytes() == picture.tobytes()
+    assert opened.tobytes() == image.tobytes()
 
 
-def test_a_large_jpeg_may_be_decoded_at_a_fraction(tmp_path: Path) -> None:
+def test_a_large_jpeg_can_be_decoded_at_reduced_size(tmp_path: Path) -> None:
     coarse = noise(8, 6).resize((800, 600))
     for name in ("photo.jpg", "drawing.png"):
         coarse.save(tmp_path / name)
     whole = open_image(tmp_path / "photo.jpg")
-    quick = open_image(tmp_path / "photo.jpg", at_least=128)
+    quick = open_image(tmp_path / "photo.jpg", min_edge=128)
     assert (whole.size, quick.size) == ((800, 600), (200, 150))
-    assert open_image(tmp_path / "photo.jpg", at_least=301).size == (800, 600)
-    assert open_image(tmp_path / "drawing.png", at_least=128).size == (800, 600)
+    assert open_image(tmp_path / "photo.jpg", min_edge=301).size == (800, 600)
+    assert open_image(tmp_path / "drawing.png", min_edge=128).size == (800, 600)
     difference = np.asarray(whole.resize((64, 48)), dtype=float) - np.asarray(quick.resize((64, 48)), dtype=float)
     assert np.abs(difference).mean() < 3

@@ -1,4 +1,4 @@
-"""Ids are open_clip's, whatever is typed."""
+"""Token ids are identical to open_clip's for any text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-def _hard_strings() -> list[str]:
+def _difficult_strings() -> list[str]:
     rng = random.Random(0)
     joined = [
         separator.join(rng.choice(PIECES) for _ in range(rng.randint(2, 6)))
@@ -41,47 +41,47 @@ def _hard_strings() -> list[str]:
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 @pytest.mark.parametrize("context_length", [16, 77])
-def test_ids_are_open_clips_on_hard_strings(clean: str, context_length: int, tmp_path: Path) -> None:
-    theirs = open_clip.SimpleTokenizer(context_length=context_length, clean=clean)
-    ours = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(theirs, tmp_path))
-    texts = _hard_strings()
+def test_ids_match_open_clip_on_difficult_strings(clean: str, context_length: int, tmp_path: Path) -> None:
+    reference = open_clip.SimpleTokenizer(context_length=context_length, clean=clean)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(reference, tmp_path))
+    texts = _difficult_strings()
     if clean == "whitespace":
-        # open_clip takes an upper-case special token for one word: no caption holds it, and no student cleans so.
+        # open_clip takes an upper-case special token for one word. No caption has one, and students clean differently.
         texts = [text for text in texts if "<END_OF_TEXT>" not in text]
     assert len(texts) >= 200
-    expected, ids = theirs(texts).numpy(), ours(texts)
+    expected, ids = reference(texts).numpy(), tokenizer(texts)
     assert ids.dtype == np.int64
-    wrong = [text for text, a, b in zip(texts, expected, ids, strict=True) if not np.array_equal(a, b)]
-    assert wrong == []
+    mismatches = [text for text, a, b in zip(texts, expected, ids, strict=True) if not np.array_equal(a, b)]
+    assert mismatches == []
 
 
-def test_ids_are_open_clips_on_every_letter_of_the_basic_plane(tmp_path: Path) -> None:
+def test_ids_match_open_clip_on_characters_below_u3000(tmp_path: Path) -> None:
     import unicodedata
 
-    theirs = open_clip.SimpleTokenizer(context_length=16)
-    ours = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(theirs, tmp_path))
-    # What Unicode had not assigned when Python's tables were made, other tables may know or not.
-    known = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
-    texts = [f"a{c}b {c}'s" for c in known]
-    expected, ids = theirs(texts).numpy(), ours(texts)
-    wrong = [hex(ord(c)) for c, a, b in zip(known, expected, ids, strict=True) if not np.array_equal(a, b)]
-    assert wrong == []
+    reference = open_clip.SimpleTokenizer(context_length=16)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(reference, tmp_path))
+    # Characters that are unassigned in this Python's Unicode version may be assigned in other tables.
+    assigned = [chr(code) for code in range(0x3000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    texts = [f"a{c}b {c}'s" for c in assigned]
+    expected, ids = reference(texts).numpy(), tokenizer(texts)
+    mismatches = [hex(ord(c)) for c, a, b in zip(assigned, expected, ids, strict=True) if not np.array_equal(a, b)]
+    assert mismatches == []
 
 
-def test_ids_are_open_clips_on_the_embedded_captions(tmp_path: Path) -> None:
+def test_ids_match_open_clip_on_the_built_in_captions(tmp_path: Path) -> None:
     emoji = pytest.importorskip("clip_rd_edge.data.emoji")
     pytest.importorskip("emoji")
     names = [name for concept in emoji.concepts() for name in (concept.name, *concept.aliases)]
     captions = [*names, *(f"A photo of {name}." for name in names)]
     assert len(captions) >= 5000
-    theirs = open_clip.SimpleTokenizer(context_length=16)
-    ours = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(theirs, tmp_path))
-    np.testing.assert_array_equal(ours(captions), theirs(captions).numpy())
+    reference = open_clip.SimpleTokenizer(context_length=16)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(reference, tmp_path))
+    np.testing.assert_array_equal(tokenizer(captions), reference(captions).numpy())
 
 
 @pytest.fixture
 def bert(tmp_path: Path) -> object:
-    """open_clip's wrapper of a small BERT tokenizer, made here."""
+    """open_clip's wrapper around a small BERT tokenizer."""
     transformers = pytest.importorskip("transformers")
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [
@@ -102,10 +102,10 @@ def bert(tmp_path: Path) -> object:
     return open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=12)
 
 
-def test_ids_are_open_clips_for_a_hugging_face_tokenizer(bert: object, tmp_path: Path) -> None:
+def test_ids_match_open_clip_for_a_hugging_face_tokenizer(bert: object, tmp_path: Path) -> None:
     spec = export_tokenizer(bert, tmp_path)
     assert spec == TokenizerSpec(context_length=12, clean="whitespace", pad_id=0, end_id=None)
-    texts = _hard_strings()
+    texts = _difficult_strings()
     np.testing.assert_array_equal(Tokenizer(tmp_path / "tokenizer.json", spec)(texts), bert(texts).numpy())  # type: ignore[operator]
 
 
@@ -113,12 +113,12 @@ def test_a_tokenizer_that_a_bundle_cannot_express_is_refused(bert: object, tmp_p
     bert.strip_sep_token = True  # type: ignore[attr-defined]
     with pytest.raises(ClipRdEdgeError, match="strips its separator, which a bundle cannot express"):
         export_tokenizer(bert, tmp_path)
-    with pytest.raises(ClipRdEdgeError, match="of the kind function cannot be exported"):
+    with pytest.raises(ClipRdEdgeError, match="of type function cannot be exported"):
         export_tokenizer(open_clip.tokenize, tmp_path)
 
 
-def test_a_damaged_tokenizer_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json could not be read as a tokenizer"):
         Tokenizer(path, TokenizerSpec(context_length=8))

@@ -13,7 +13,7 @@ from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.data.tables import TablePairs
 from clip_rd_edge.errors import InputError
 
-HOW = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _tokenize(texts: Sequence[str]) -> TokenIds:
@@ -21,7 +21,7 @@ def _tokenize(texts: Sequence[str]) -> TokenIds:
 
 
 def _pairs(folder: Path, count: int) -> TablePairs:
-    """Picture i is of the grey i, and its captions are i and i + 1000."""
+    """Image i has the grey level i and the captions i and i + 1000."""
     images = []
     for i in range(count):
         images.append(folder / f"{i}.png")
@@ -29,26 +29,26 @@ def _pairs(folder: Path, count: int) -> TablePairs:
     return TablePairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
 
 
-def test_half_calibrate_and_half_judge_without_overlap(tmp_path: Path) -> None:
-    drawn = calibration_set(_pairs(tmp_path, 60), preprocessing=HOW, tokenize=_tokenize)
-    calibrate = np.rint(drawn.calibrate.pixels[:, 0, 0, 0] * 255).astype(int)
-    judge = np.rint(drawn.judge.pixels[:, 0, 0, 0] * 255).astype(int)
-    assert (len(calibrate), len(judge)) == (30, 30)
-    assert sorted([*calibrate, *judge]) == list(range(60))
-    np.testing.assert_array_equal(drawn.calibrate.ids[:, 0] % 1000, calibrate)  # captions go with their pictures
-    assert drawn.name == "greys"
+def test_half_are_for_calibration_and_half_are_held_out(tmp_path: Path) -> None:
+    samples = calibration_set(_pairs(tmp_path, 60), preprocessing=PREPROCESSING, tokenize=_tokenize)
+    calibrate = np.rint(samples.calibrate.pixels[:, 0, 0, 0] * 255).astype(int)
+    held_out = np.rint(samples.held_out.pixels[:, 0, 0, 0] * 255).astype(int)
+    assert (len(calibrate), len(held_out)) == (30, 30)
+    assert sorted([*calibrate, *held_out]) == list(range(60))
+    np.testing.assert_array_equal(samples.calibrate.ids[:, 0] % 1000, calibrate)  # captions belong to their images
+    assert samples.name == "greys"
 
 
-def test_the_draw_goes_by_the_seed_and_is_bounded(tmp_path: Path) -> None:
+def test_samples_depend_on_the_seed_and_their_number_is_bounded(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 340)
-    first, again, other = (
-        calibration_set(pairs, preprocessing=HOW, tokenize=_tokenize, seed=seed) for seed in (3, 3, 4)
+    first, repeated, other = (
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize, seed=seed) for seed in (3, 3, 4)
     )
-    np.testing.assert_array_equal(first.judge.ids, again.judge.ids)
-    assert not np.array_equal(first.judge.ids, other.judge.ids)
-    assert (len(first.calibrate.ids), len(first.judge.ids)) == (128, 192)
+    np.testing.assert_array_equal(first.held_out.ids, repeated.held_out.ids)
+    assert not np.array_equal(first.held_out.ids, other.held_out.ids)
+    assert (len(first.calibrate.ids), len(first.held_out.ids)) == (128, 192)
 
 
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"greys has 31 pairs; at least 32 are needed"):
-        calibration_set(_pairs(tmp_path, 31), preprocessing=HOW, tokenize=_tokenize)
+        calibration_set(_pairs(tmp_path, 31), preprocessing=PREPROCESSING, tokenize=_tokenize)

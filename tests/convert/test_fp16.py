@@ -11,8 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import LARGEST, half_tower, overflowing, to_fp16, write_fp16
-from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.fp16 import FP16_MAX, fp16_tower, overflowing_nodes, to_fp16, write_fp16
+from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
@@ -30,11 +30,11 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
-def test_layers_are_in_float16_and_what_overflows_first_in_float32(
+def test_layers_are_in_float16_and_nodes_prone_to_overflow_in_float32(
     trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
     path = image_tower(trunk)[1]
-    model = to_fp16(onnx.load(preprocessed(path, tmp_path)))
+    model = to_fp16(onnx.load(prepare_for_quantization(path, tmp_path)))
     onnx.checker.check_model(model)
     types = _types(model)
     kinds = {node.op_type: set[int]() for node in model.graph.node}
@@ -52,7 +52,7 @@ def test_layers_are_in_float16_and_what_overflows_first_in_float32(
 
 
 def _tower_with_large_values(scale: float) -> onnx.ModelProto:
-    """pixels (N, 3, 4, 4), times `scale` and back, through a layer to an embedding (N, 2), normalised."""
+    """Return pixels (N, 3, 4, 4) -> embedding (N, 2), normalised; the pixels are multiplied and divided by `scale`."""
     node = helper.make_node
     nodes = [
         node("Mul", ["x", "scale"], ["large"], name="grow"),
@@ -64,32 +64,32 @@ def _tower_with_large_values(scale: float) -> onnx.ModelProto:
     ]
     weight = np.asarray([[1, 0], [0, 1], [1, 1]], dtype=np.float32)
     constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.float32(scale), "scale")]
-    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])
-    taken = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
-    graph = helper.make_graph(nodes, "tower", [given], [taken], initializer=constants)
+    pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 4, 4])
+    embedding = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph(nodes, "tower", [pixels], [embedding], initializer=constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def test_nodes_that_overflow_float16_are_found_and_kept_in_float32(tmp_path: Path) -> None:
+def test_nodes_that_overflow_float16_stay_in_float32(tmp_path: Path) -> None:
     model = onnx.shape_inference.infer_shapes(_tower_with_large_values(1e5))
     pixels = np.random.default_rng(0).uniform(-1, 1, (8, 3, 4, 4)).astype(np.float32)
     reference = embed(open_session(model.SerializeToString()), pixels)
-    assert overflowing(model, pixels) == ["grow", "shrink"]
+    assert overflowing_nodes(model, pixels) == ["grow", "shrink"]
     path = tmp_path / "tower.onnx"
     onnx.save(model, path)
-    half = half_tower(path, pixels)
-    assert half.model is not None
-    types = _types(onnx.load_from_string(half.model))
+    tower = fp16_tower(path, pixels)
+    assert tower.model is not None
+    types = _types(onnx.load_from_string(tower.model))
     assert types["large"] == types["small"] == TensorProto.FLOAT
     assert types["embedding"] == TensorProto.FLOAT16
-    assert agreement(reference, embed(open_session(half.model), pixels)).centred_cosine > 0.9999
-    assert overflowing(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
+    assert agreement(reference, embed(open_session(tower.model), pixels)).centred_cosine > 0.9999
+    assert overflowing_nodes(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
 
 
 def test_a_finite_mask_stays_finite() -> None:
     model = _tower_with_large_values(-3.4e38)
     constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}
-    assert constants["scale/fp16"] == -LARGEST
+    assert constants["scale/fp16"] == -FP16_MAX
 
 
 def test_branches_are_refused() -> None:
@@ -100,7 +100,7 @@ def test_branches_are_refused() -> None:
         to_fp16(model)
 
 
-def test_a_float16_bundle_is_half_the_size_and_says_what_it_costs(
+def test_a_float16_bundle_is_half_the_size_and_passes_verification(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "fp16"
@@ -115,7 +115,7 @@ def test_a_float16_bundle_is_half_the_size_and_says_what_it_costs(
     assert kinds["Softmax"] == 3
 
 
-def test_a_slower_float16_tower_says_so(fp32_bundle: Path, tmp_path: Path) -> None:
+def test_the_note_says_that_a_float16_tower_is_slower(fp32_bundle: Path, tmp_path: Path) -> None:
     slow = {"fp16": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
     manifest = write_fp16(fp32_bundle, tmp_path, ExportRequest(precision="fp16"), timer=lambda _: slow)
     assert "takes 1.50 times as long" in manifest.image.note
@@ -124,11 +124,11 @@ def test_a_slower_float16_tower_says_so(fp32_bundle: Path, tmp_path: Path) -> No
     assert read_manifest(fp32_bundle).image.note == ""
 
 
-def test_only_a_float32_bundle_is_taken(
+def test_only_a_float32_bundle_is_converted(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    half = tmp_path / "half"
-    export_bundle(student, half, ExportRequest(precision="fp16"), source=fp32_bundle)
+    fp16 = tmp_path / "fp16"
+    export_bundle(student, fp16, ExportRequest(precision="fp16"), source=fp32_bundle)
     with pytest.raises(UsageError, match="are made from a float32 bundle"):
-        export_bundle(student, tmp_path / "int8", ExportRequest(precision="int8"), source=half, calibration=calibration)
+        export_bundle(student, tmp_path / "int8", ExportRequest(precision="int8"), source=fp16, calibration=calibration)
     assert not (tmp_path / "int8").exists()

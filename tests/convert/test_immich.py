@@ -17,23 +17,21 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 
 
-def test_immich_reads_the_same_embeddings_from_it(fp32_bundle: Path, tmp_path: Path) -> None:
+def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> None:
     folder, bundle = tmp_path / "immich", load(fp32_bundle)
     write_immich(fp32_bundle, folder)
     config = json.loads((folder / "config.json").read_text())
-    how = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
+    preprocessing = json.loads((folder / "visual" / "preprocess_cfg.json").read_text())
     assert (config["embed_dim"], config["text_cfg"]["context_length"]) == (32, 16)
-    assert (how["size"], how["interpolation"], how["resize_mode"], how["mode"]) == (
-        [32, 32],
-        "bicubic",
-        "shortest",
-        "RGB",
-    )
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
-    pixels = preprocess(picture, read_manifest(fp32_bundle).preprocessing)[None]
+    assert preprocessing["size"] == [32, 32]
+    assert preprocessing["interpolation"] == "bicubic"
+    assert preprocessing["resize_mode"] == "shortest"
+    assert preprocessing["mode"] == "RGB"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    pixels = preprocess(image, read_manifest(fp32_bundle).preprocessing)[None]
     (embedding,) = open_session(str(folder / "visual" / "model.onnx")).run(None, {"image": pixels})
-    np.testing.assert_allclose(embedding, bundle.encode_images([picture]), atol=1e-6)
-    # As immich's OpenClipTextualEncoder does it.
+    np.testing.assert_allclose(embedding, bundle.encode_images([image]), atol=1e-6)
+    # The steps of immich's OpenClipTextualEncoder.
     tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
     pad = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
     tokenizer.enable_padding(length=16, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
@@ -45,10 +43,10 @@ def test_immich_reads_the_same_embeddings_from_it(fp32_bundle: Path, tmp_path: P
         np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)
 
 
-def test_what_immich_cannot_preprocess_is_refused(colour_bundle: Path, tmp_path: Path) -> None:
+def test_preprocessing_that_immich_does_not_support_is_refused(colour_bundle: Path, tmp_path: Path) -> None:
     manifest = read_manifest(colour_bundle)
     padded = msgspec.structs.replace(manifest.preprocessing, resize_mode="longest")
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=padded))
-    with pytest.raises(UsageError, match="takes 8 × 8 by longest"):
+    with pytest.raises(UsageError, match="takes 8 × 8 with resize mode longest"):
         write_immich(colour_bundle, tmp_path / "immich")
     assert not (tmp_path / "immich").exists()

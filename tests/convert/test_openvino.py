@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.graph import preprocessed
-from clip_rd_edge.convert.int8.candidates import nncf_is_there
+from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.int8.candidates import nncf_is_installed
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest
@@ -20,7 +20,7 @@ from clip_rd_edge.runtime.verify import verify_bundle
 openvino = pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
 
 
-def test_a_bundle_for_openvino_runs_there_and_was_measured_there(
+def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "bundle"
@@ -29,13 +29,13 @@ def test_a_bundle_for_openvino_runs_there_and_was_measured_there(
     ).manifest
     assert (manifest.target, manifest.precision) == ("openvino", "fp32")
     assert manifest.image.measured is not None
-    assert 0 < manifest.image.measured.max_difference < 1e-5  # another runtime, another rounding
+    assert 0 < manifest.image.measured.max_difference < 1e-5  # another runtime rounds differently
     assert load(bundle).describe().runtime == "openvino"
     assert load(bundle, runtime="onnxruntime").describe().runtime == "onnxruntime"
     assert all(check.passed for check in verify_bundle(bundle))
 
 
-def test_bfloat16_is_a_hint_that_the_manifest_keeps(fp32_bundle: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_a_hint_in_the_manifest(fp32_bundle: Path, tmp_path: Path) -> None:
     slow = {"openvino": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
     manifest = write_openvino(
         fp32_bundle, tmp_path, ExportRequest(precision="bf16", format="openvino"), timer=lambda _: slow
@@ -48,7 +48,7 @@ def test_bfloat16_is_a_hint_that_the_manifest_keeps(fp32_bundle: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_int8_is_tried_in_openvino(
+def test_int8_candidates_are_tried_in_openvino(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
     converted = export_bundle(
@@ -61,17 +61,18 @@ def test_int8_is_tried_in_openvino(
     manifest, trials = converted.manifest, {f"{trial.tower} {trial.name}" for trial in converted.trials}
     assert manifest.target == "openvino"
     assert {"image symmetric, percentile", "text symmetric, percentile", "text static, entropy"} <= trials
-    assert ("image by NNCF" in trials) == nncf_is_there()
+    assert ("image NNCF" in trials) == nncf_is_installed()
     assert not any("dynamic" in trial for trial in trials)
 
 
-def test_what_openvino_has_no_use_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"openvino cannot be in fp16; expected fp32, bf16, int8"):
+def test_a_precision_that_openvino_does_not_support_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"openvino does not support fp16; expected fp32, bf16, int8"):
         export_bundle(student, tmp_path / "bundle", ExportRequest(precision="fp16", format="openvino"))
 
 
-def test_a_text_tower_can_be_quantised_statically_in_spite_of_its_mask(
+def test_a_text_tower_can_be_quantised_statically_despite_its_infinite_mask(
     fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    quantizer = StaticQuantizer(preprocessed(fp32_bundle / "text.onnx", tmp_path), calibration.calibrate.ids)
+    prepared = prepare_for_quantization(fp32_bundle / "text.onnx", tmp_path)
+    quantizer = StaticQuantizer(prepared, calibration.calibrate.ids)
     assert len(quantizer.quantize("percentile", quantizer.layers)) < (fp32_bundle / "text.onnx").stat().st_size

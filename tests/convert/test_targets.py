@@ -7,26 +7,26 @@ import pytest
 
 from clip_rd_edge.convert.targets import device_guide, device_names, read_device
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import shipped
+from clip_rd_edge.utils.io import shipped_path
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("name", device_names())
-def test_every_device_fits_and_has_a_page(name: str) -> None:
+def test_every_device_file_is_valid_and_has_a_guide(name: str) -> None:
     device = read_device(name)
     guide = device_guide(name)
     assert guide.startswith(f"# {device.title}\n")
     assert "**Run by us:**" in guide
-    assert f"| [{name}]({name}/README.md) |" in (shipped("export") / "README.md").read_text()
+    assert f"| [{name}]({name}/README.md) |" in (shipped_path("export") / "README.md").read_text()
 
 
-def test_an_unknown_device_has_near_matches() -> None:
+def test_an_unknown_device_suggests_near_matches() -> None:
     with pytest.raises(InputError, match="Did you mean 'cpu-arm'"):
         read_device("cpu-arms")
 
 
-def test_the_command(command_line: Run) -> None:
+def test_the_devices_command(command_line: Run) -> None:
     code, output, _ = command_line("devices")
     assert code == 0
     assert all(name in output for name in device_names())
@@ -36,4 +36,4 @@ def test_the_command(command_line: Run) -> None:
     assert json.loads(output)["cpu-x86"]["runs"] == "here"
     code, _, error = command_line("devices", "toaster")
     assert code == 2
-    assert "There is no device 'toaster'; there are android, browser, cpu-arm" in error
+    assert "No device is named 'toaster'; expected one of android, browser, cpu-arm" in error

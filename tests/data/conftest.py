@@ -1,4 +1,4 @@
-"""Tiny WebDataset shards, and a cache of indices of its own for each test."""
+"""Fixtures for small WebDataset shards, and a separate cache folder per test."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 from PIL import Image
 
 WriteTar = Callable[[Path, Mapping[str, bytes]], Path]
-Picture = Callable[..., bytes]
+EncodeImage = Callable[..., bytes]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    # The emoji are drawn once for all tests.
+def _separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    # The emoji are rendered once for all tests.
     if "emoji" not in request.module.__name__:
         monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def write_tar() -> WriteTar:
-    """Write a tar of the given members; its folder is made."""
+    """Write a tar with the given members, creating its folder."""
 
     def write(path: Path, members: Mapping[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def write_tar() -> WriteTar:
 
 
 @pytest.fixture
-def picture() -> Picture:
-    """An encoded noisy picture whose upper left pixel is of the grey `value`."""
+def encode_image() -> EncodeImage:
+    """Encode a noise image whose upper left pixel has the grey level `value`."""
 
     def encode(value: int, kind: str = "png") -> bytes:
         pixels = np.random.default_rng(value).integers(0, 255, (20, 24, 3)).astype(np.uint8)

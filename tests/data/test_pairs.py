@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.data.pairs import BadSamples, Pairs, SoundPair, load_pairs, require_batch
+from clip_rd_edge.data.pairs import BadSamples, Pairs, ValidPair, load_pairs, require_batch
 from clip_rd_edge.errors import InputError, UsageError
 
 
@@ -17,7 +17,7 @@ def test_a_csv_in_open_clips_conventions(pairs_csv: Path) -> None:
     assert pairs.open(23).size == (48, 40)
 
 
-def test_other_columns_and_tabs(pairs_csv: Path) -> None:
+def test_other_column_names_and_tabs(pairs_csv: Path) -> None:
     text = pairs_csv.read_text().replace("filepath,title", "image,caption").replace(",", "\t")
     tsv = pairs_csv.with_suffix(".tsv")
     tsv.write_text(text)
@@ -30,71 +30,71 @@ def test_other_columns_and_tabs(pairs_csv: Path) -> None:
         ("path,title\na,b\n", "no column 'filepath'; its columns are 'path', 'title'"),
         ("filepath,titel\na,b\n", "no column 'title'.* Did you mean 'titel'"),
         ("filepath,title\npictures/0.png,\n", "line 2: the caption in column 'title' is empty"),
-        ("filepath,title\nnowhere.png,x\n", r"line 2: there is no picture 'nowhere\.png'"),
+        ("filepath,title\nnowhere.png,x\n", r"line 2: the image 'nowhere\.png' exists neither"),
         ("filepath,title\npictures/0.png,x\n", "has 1 pairs"),
         ("", "no column 'filepath'"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_line(pairs_csv: Path, content: str, message: str) -> None:
+def test_invalid_tables_are_reported_with_the_line(pairs_csv: Path, content: str, message: str) -> None:
     pairs_csv.write_text(content)
     with pytest.raises(InputError, match=message):
         load_pairs(str(pairs_csv))
 
 
-def test_a_table_that_is_no_text(pairs_csv: Path) -> None:
+def test_a_table_that_is_not_text(pairs_csv: Path) -> None:
     pairs_csv.write_bytes(b"filepath,title\n\xff\xfe,x\n")
     with pytest.raises(InputError, match="not UTF-8"):
         load_pairs(str(pairs_csv))
 
 
 def test_a_missing_table() -> None:
-    with pytest.raises(InputError, match=r"no data file nowhere\.csv"):
+    with pytest.raises(InputError, match=r"data file nowhere\.csv"):
         load_pairs("nowhere.csv")
 
 
 @pytest.mark.parametrize("size", [1, 25])
-def test_a_batch_without_negatives_or_beyond_the_data_is_refused(pairs_csv: Path, size: int) -> None:
+def test_a_batch_size_that_is_too_small_or_too_large_is_refused(pairs_csv: Path, size: int) -> None:
     with pytest.raises(UsageError, match=f"batch size is {size}"):
         require_batch(load_pairs(str(pairs_csv)), size)
 
 
 @pytest.fixture
 def damaged(pairs_csv: Path) -> Pairs:
-    """24 pairs of a table, of which numbers 5, 6 and 23 are no pictures."""
+    """A table of 24 pairs in which the images 5, 6 and 23 are damaged."""
     for i in (5, 6, 23):
-        (pairs_csv.parent / "pictures" / f"{i}.png").write_bytes(b"no picture")
+        (pairs_csv.parent / "pictures" / f"{i}.png").write_bytes(b"not an image")
     return load_pairs(str(pairs_csv))
 
 
-def test_the_next_sound_pair_is_taken(damaged: Pairs) -> None:
+def test_bad_pairs_are_replaced_by_the_next_valid_pair(damaged: Pairs) -> None:
     bad = BadSamples(damaged, max_share=0.2)
     taken = [bad.take(i).captions[0].split()[-1] for i in (4, 5, 6, 23)]
     assert taken == ["4", "7", "7", "0"]
-    assert len(bad) == 3  # each once, however often it was met
+    assert len(bad) == 3  # each counted once
 
 
-def test_too_many_are_an_error_that_names_the_last(damaged: Pairs) -> None:
+def test_too_many_bad_pairs_raise_an_error_naming_the_latest(damaged: Pairs) -> None:
     bad = BadSamples(damaged, max_share=0.1)  # two of 24
     bad.take(5)
     with pytest.raises(InputError, match=r"3 of 24 samples of .*pairs\.csv are bad, more than 10\.00%: .*23\.png"):
         bad.take(23)
 
 
-def test_a_search_ends_where_more_are_bad_than_allowed(damaged: Pairs) -> None:
-    found = BadSamples(damaged, max_share=0.05).sound(5)
-    assert not isinstance(found, SoundPair)
-    assert [index for index, _ in found] == [5, 6]
+def test_the_search_for_a_valid_pair_ends_at_the_limit(damaged: Pairs) -> None:
+    result = BadSamples(damaged, max_share=0.05).next_valid(5)
+    assert not isinstance(result, ValidPair)
+    assert [index for index, _ in result] == [5, 6]
 
 
-def test_samples_left_out_count_too(tmp_path: Path, write_tar: Callable[..., Path], picture: Any) -> None:
-    members = {f"{i}.{kind}": picture(i) if kind == "png" else b"x" for i in range(9) for kind in ("png", "txt")}
-    path = write_tar(tmp_path / "0.tar", members | {"9.png": picture(9)})
+def test_samples_left_out_count_as_bad(tmp_path: Path, write_tar: Callable[..., Path], encode_image: Any) -> None:
+    members = {f"{i}.{kind}": encode_image(i) if kind == "png" else b"x" for i in range(9) for kind in ("png", "txt")}
+    path = write_tar(tmp_path / "0.tar", members | {"9.png": encode_image(9)})
     assert len(BadSamples(load_pairs(str(path)), max_share=0.1)) == 1
     with pytest.raises(InputError, match=r"1 of 10 samples of .* more than 9\.00%: .*0\.tar: 9 has no caption"):
         BadSamples(load_pairs(str(path)), max_share=0.09)
 
 
-def test_what_other_processes_found_counts(damaged: Pairs) -> None:
+def test_bad_pairs_of_other_processes_count(damaged: Pairs) -> None:
     bad = BadSamples(damaged, max_share=0.1)  # two of 24
     bad.check_total(2)
     with pytest.raises(InputError, match=r"3 of 24 samples .* found by another process"):

@@ -26,7 +26,7 @@ def test_an_image_folder(folder: Path) -> None:
     assert task.targets == (0, 1)
 
 
-def test_clip_benchmarks_class_names_and_templates(folder: Path) -> None:
+def test_class_names_and_templates_of_clip_benchmark(folder: Path) -> None:
     (folder / "classnames.txt").write_text("cat\ndog\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}\n")
     task = load_task(str(folder))
@@ -34,17 +34,17 @@ def test_clip_benchmarks_class_names_and_templates(folder: Path) -> None:
     assert (task.labels, task.templates) == (("cat", "dog"), ("a photo of a {c}",))
 
 
-def test_class_names_that_do_not_match(folder: Path) -> None:
+def test_a_wrong_number_of_class_names_is_refused(folder: Path) -> None:
     (folder / "classnames.txt").write_text("cat\n")
-    with pytest.raises(InputError, match="1 names for 2 sub-folders"):
+    with pytest.raises(InputError, match="1 names for 2 subfolders"):
         load_task(str(folder))
 
 
-def test_an_unknown_task_has_near_matches() -> None:
+def test_an_unknown_task_gets_suggestions() -> None:
     with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
         load_task("emoji:unseen-stile")
 
 
-def test_a_folder_without_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no pictures"):
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images"):
         load_task(str(tmp_path))

@@ -13,17 +13,17 @@ from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.webdataset import expand_braces
 from clip_rd_edge.errors import InputError, UsageError
 
-Make = Callable[..., Any]
+Factory = Callable[..., Any]
 
 
 @pytest.fixture
-def shards(tmp_path: Path, write_tar: Make, picture: Make) -> Path:
-    """Shards 0 and 1 of three samples each; sample i is of the grey i and captioned so."""
+def shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> Path:
+    """Shards 0 and 1 of three samples each; sample i has grey level i and the caption `grey i`."""
     for shard in (0, 1):
         members = {}
         for i in range(3 * shard, 3 * shard + 3):
             kind = ("png", "webp")[i % 2]
-            members |= {f"{i:04d}.{kind.upper()}": picture(i, kind), f"{i:04d}.txt": f"grey {i}\n".encode()}
+            members |= {f"{i:04d}.{kind.upper()}": encode_image(i, kind), f"{i:04d}.txt": f"grey {i}\n".encode()}
         write_tar(tmp_path / f"{shard:03d}.tar", members)
     return tmp_path
 
@@ -32,44 +32,48 @@ def greys(pairs: Any) -> list[tuple[int, str]]:
     return [(pairs.open(i).getpixel((0, 0))[0], pairs.captions(i)[0]) for i in range(len(pairs))]
 
 
-def test_a_brace_range_gives_every_sample_in_its_order(shards: Path) -> None:
+def test_a_brace_range_yields_all_samples_in_order(shards: Path) -> None:
     pairs = load_pairs(f"{shards}/{{000..001}}.tar")
     assert greys(pairs) == [(i, f"grey {i}") for i in range(6)]
     assert pairs.left_out == ()
 
 
-def test_a_source_of_weight_two_is_shown_twice_an_epoch(shards: Path) -> None:
+def test_a_source_of_weight_two_is_shown_twice_per_epoch(shards: Path) -> None:
     pairs = load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights="1::2")
     assert [grey for grey, _ in greys(pairs)] == [0, 1, 2, 3, 4, 5, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [("1", "are 1 for 2 sources"), ("1::0.5", "'0.5' is not a whole number"), ("0::1", "'0' is not a whole number")],
+    [
+        ("1", "There are 1 weights '1' for 2 sources"),
+        ("1::0.5", "'0.5' is not a positive integer"),
+        ("0::1", "'0' is not a positive integer"),
+    ],
 )
-def test_weights_that_do_not_fit(shards: Path, weights: str, message: str) -> None:
+def test_invalid_weights_are_refused(shards: Path, weights: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_pairs(f"{shards}/000.tar::{shards}/001.tar", weights=weights)
 
 
-def test_weights_are_for_shards_alone(pairs_csv: Path) -> None:
-    with pytest.raises(UsageError, match="are for sources of shards"):
+def test_weights_are_refused_for_tables(pairs_csv: Path) -> None:
+    with pytest.raises(UsageError, match="apply only to shards"):
         load_pairs(str(pairs_csv), weights="2")
 
 
-def test_captions_from_json(tmp_path: Path, write_tar: Make, picture: Make) -> None:
+def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
     def as_json(**keys: object) -> bytes:
         return msgspec.json.encode(keys)
 
     path = write_tar(
         tmp_path / "0.tar",
         {
-            "a.png": picture(0),
+            "a.png": encode_image(0),
             "a.json": as_json(caption="from json", more=["one", " two "]),
-            "b.png": picture(1),
+            "b.png": encode_image(1),
             "b.txt": b"from text",
             "b.json": as_json(caption="from json", more=["three"]),
-            "c.png": picture(2),
+            "c.png": encode_image(2),
             "c.json": as_json(capton="typo", more=3),
         },
     )
@@ -77,25 +81,25 @@ def test_captions_from_json(tmp_path: Path, write_tar: Make, picture: Make) -> N
     assert [pairs.captions(i) for i in (0, 1)] == [("from json",), ("from text",)]
     with pytest.raises(InputError, match=r"0\.tar: c\.json has no key 'caption'\. Did you mean 'capton'"):
         pairs.captions(2)
-    many = load_pairs(str(path), json_key="more")
-    assert [many.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
-    with pytest.raises(InputError, match="'more' is neither a text nor a list of texts"):
-        many.captions(2)
+    lists = load_pairs(str(path), json_key="more")
+    assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
+    with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
+        lists.captions(2)
 
 
-def test_samples_without_picture_or_caption_are_left_out_and_named(
-    tmp_path: Path, write_tar: Make, picture: Make
+def test_samples_without_image_or_caption_are_left_out_and_reported(
+    tmp_path: Path, write_tar: Factory, encode_image: Factory
 ) -> None:
     path = write_tar(
         tmp_path / "0.tar",
         {
-            "good.png": picture(0),
+            "good.png": encode_image(0),
             "good.txt": b"x",
-            "no-caption.png": picture(1),
-            "no-picture.txt": b"y",
+            "no-caption.png": encode_image(1),
+            "no-image.txt": b"y",
             "__meta__.json": b"{}",
             "x/._hidden.png": b"",
-            "last.jpg": picture(2, "jpeg"),
+            "last.jpg": encode_image(2, "jpeg"),
             "last.txt": b"z",
         },
     )
@@ -103,53 +107,53 @@ def test_samples_without_picture_or_caption_are_left_out_and_named(
     assert len(pairs) == 2
     assert pairs.left_out == (
         f"{path}: no-caption has no caption (.txt, .json)",
-        f"{path}: no-picture has no picture (.jpg, .png, .webp)",
+        f"{path}: no-image has no image (.jpg, .png, .webp)",
     )
 
 
-def test_a_shard_that_ends_early_gives_what_is_whole(shards: Path) -> None:
+def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:
     path = shards / "000.tar"
     whole = path.read_bytes()
     third = whole.index(b"0002.PNG")
-    path.write_bytes(whole[: third + 600])  # within the third picture
+    path.write_bytes(whole[: third + 600])  # within the third image
     pairs = load_pairs(str(path))
     assert [grey for grey, _ in greys(pairs)] == [0, 1]
     assert pairs.left_out == (f"{path}: the tar ends or is damaged in or after 0002",)
-    path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])  # a header overwritten
+    path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])  # overwrite a header
     assert load_pairs(str(path)).left_out == (f"{path}: the tar is damaged at byte {third:,}",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar at all" * 100])
-def test_what_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])
+def test_a_file_that_is_not_a_tar_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"0\.tar is not an uncompressed tar"):
         load_pairs(str(path))
 
 
-def test_missing_and_remote_shards(shards: Path) -> None:
-    with pytest.raises(InputError, match=r"no shard .*002\.tar \(2 of 4 "):
+def test_missing_and_remote_shards_are_refused(shards: Path) -> None:
+    with pytest.raises(InputError, match=r"shard .*002\.tar does not exist \(2 of 4 "):
         load_pairs(f"{shards}/{{000..003}}.tar")
-    with pytest.raises(InputError, match="is not on this machine"):
+    with pytest.raises(InputError, match="is remote"):
         load_pairs("https://example.org/{0..9}.tar")
 
 
-def test_an_index_is_made_once_and_again_when_the_tar_changes(
-    shards: Path, write_tar: Make, picture: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_tar_is_indexed_once_and_again_when_it_changes(
+    shards: Path, write_tar: Factory, encode_image: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = f"{shards}/{{000..001}}.tar"
     before = greys(load_pairs(source))
-    looked: list[Path] = []
-    look = tars._look_through
-    monkeypatch.setattr(tars, "_look_through", lambda path: looked.append(path) or look(path))
+    indexed: list[Path] = []
+    index_tar = tars._index_tar
+    monkeypatch.setattr(tars, "_index_tar", lambda path: indexed.append(path) or index_tar(path))
     assert greys(load_pairs(source)) == before
-    assert looked == []
-    changed = write_tar(shards / "001.tar", {"new.png": picture(9), "new.txt": b"grey 9"})
+    assert indexed == []
+    changed = write_tar(shards / "001.tar", {"new.png": encode_image(9), "new.txt": b"grey 9"})
     assert greys(load_pairs(source))[3:] == [(9, "grey 9")]
-    assert looked == [changed]
+    assert indexed == [changed]
 
 
-def test_a_damaged_or_unwritable_cache_is_no_hindrance(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_or_unwritable_cache_does_no_harm(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = str(shards / "000.tar")
     before = greys(load_pairs(source))
     (cached,) = (shards / "cache" / "shards").iterdir()
@@ -170,11 +174,11 @@ def test_a_damaged_or_unwritable_cache_is_no_hindrance(shards: Path, monkeypatch
         ("{train,val}/{0..1}.tar", ["train/0.tar", "train/1.tar", "val/0.tar", "val/1.tar"]),
     ],
 )
-def test_what_patterns_stand_for(pattern: str, names: list[str]) -> None:
+def test_braces_are_expanded(pattern: str, names: list[str]) -> None:
     assert expand_braces(pattern) == names
 
 
 @pytest.mark.parametrize("pattern", ["{0..}.tar", "{a}.tar", "{0..1.tar", "0..1}.tar"])
-def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
-    with pytest.raises(InputError, match=r"neither a range nor a list|without its partner"):
+def test_an_invalid_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(InputError, match=r"neither a range nor a list|unmatched brace"):
         expand_braces(pattern)

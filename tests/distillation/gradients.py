@@ -1,4 +1,4 @@
-"""Not a test: computes one step's loss and gradients, alone or under torchrun, and saves them. See test_step.py."""
+"""Not a test: compute loss and gradients of one step, directly or under torchrun, and save them. See test_step.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS = 8
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
 
 
-def model(seed: int, name: str):  # type: ignore[no-untyped-def]
+def make_model(seed: int, name: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
     config = student_config(name, embedding_size=16, image_size=160, text="tiny", context_length=8)
     return build_student(config, name=name)
@@ -27,18 +27,19 @@ def model(seed: int, name: str):  # type: ignore[no-untyped-def]
 def main(output: str, chunks: int, block: int, global_logits: int) -> None:
     torch.set_num_threads(1)
     with join_processes() as processes:
-        # No batch norms: they would see other neighbours in another cut of the batch.
-        student, teacher = model(0, "test_vit"), model(1, "test_vit")
+        # Models without batch norms, whose statistics would depend on how the batch is split.
+        student, teacher = make_model(0, "test_vit"), make_model(1, "test_vit")
         objective = Objective(load_recipe("clip-rd").objective)
         settings = StepSettings(chunks=chunks, block=block, global_logits=bool(global_logits))
-        frozen = Teacher(teacher, processes.device, autocast=None)
-        step = TrainingStep(student, frozen, objective, processes, settings)
+        live_teacher = Teacher(teacher, processes.device, autocast=None)
+        step = TrainingStep(student, live_teacher, objective, processes, settings)
         pixels = torch.rand(PAIRS, 3, 160, 160, generator=torch.Generator().manual_seed(2))
-        own = slice(processes.rank * PAIRS // processes.count, (processes.rank + 1) * PAIRS // processes.count)
-        result = step(Batch(pixels[own], pixels[own], CAPTIONS[own]), 0)
-        named = [*student.model.named_parameters(), *objective.named_parameters()]
-        gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
-        if processes.first:
+        size = PAIRS // processes.world_size
+        local = slice(processes.rank * size, (processes.rank + 1) * size)
+        result = step(Batch(pixels[local], pixels[local], CAPTIONS[local]), 0)
+        parameters = [*student.model.named_parameters(), *objective.named_parameters()]
+        gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+        if processes.is_main:
             torch.save({"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}, output)
 
 

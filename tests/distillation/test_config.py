@@ -11,7 +11,7 @@ from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Objective, Weights
 
 
-def test_every_recipe_reads_and_weighs_what_its_name_says() -> None:
+def test_every_recipe_has_the_terms_of_its_method() -> None:
     assert recipe_names() == ["clip", "clip-kd", "clip-rd", "clip-rd-paper", "tinyclip"]
     assert set(load_recipe("clip").objective.active()) == {"task"}
     assert set(load_recipe("clip-kd").objective.active()) == {"task", "fd", "icl", "hrd"}
@@ -22,7 +22,7 @@ def test_every_recipe_reads_and_weighs_what_its_name_says() -> None:
     assert set(load_recipe("tinyclip").objective.active()) == {"task", "affinity"}
 
 
-def test_a_misspelt_recipe_has_near_matches() -> None:
+def test_a_misspelt_recipe_name_suggests_similar_ones() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'clip-rd'"):
         load_recipe("cliprd")
 
@@ -32,18 +32,18 @@ def test_a_misspelt_recipe_has_near_matches() -> None:
     [
         ("objective: {task: 1}\nlearning_rat: 1", "unknown field `learning_rat`.*Did you mean 'learning_rate'"),
         ("objective: {task: 1, xdr: 1}", "unknown field `xdr`"),
-        ("objective: {task: 1}\nbatch_size: 0", "batch_size is 0; expected more than 0"),
+        ("objective: {task: 1}\nbatch_size: 0", "batch_size is 0; expected a value above 0"),
         ("objective: {task: 1}\ncrop_scale: [0.9, 0.5]", "crop_scale"),
     ],
 )
-def test_a_recipe_that_does_not_fit_is_said(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_recipe_is_rejected(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_recipe(str(path))
 
 
-def test_warm_up_then_cosine() -> None:
+def test_the_schedule_is_a_warm_up_and_then_a_cosine() -> None:
     recipe = Recipe(objective=Weights(task=1), learning_rate=1.0, warmup_steps=10)
     rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -52,12 +52,12 @@ def test_warm_up_then_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_a_short_run_is_not_all_warm_up() -> None:
+def test_the_warm_up_of_a_short_run_is_limited() -> None:
     recipe = Recipe(objective=Weights(task=1), warmup_steps=10_000, learning_rate=1.0)
     assert learning_rate_at(5, 50, recipe) == pytest.approx(1.0)
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
+def test_weight_decay_applies_to_matrices_but_not_to_vectors() -> None:
     import torch
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
@@ -67,7 +67,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 def test_the_first_difference_is_named() -> None:
-    one = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), data="emoji", student="resnet18")
-    other = msgspec.structs.replace(one, recipe=msgspec.structs.replace(one.recipe, batch_size=8), log_every=3)
-    assert first_difference(one, one) is None
-    assert first_difference(one, other) == "batch_size: 1024 → 8"
+    config = RunConfig(recipe_name="clip", recipe=load_recipe("clip"), data="emoji", student="resnet18")
+    changed = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, batch_size=8), log_every=3)
+    assert first_difference(config, config) is None
+    assert first_difference(config, changed) == "batch_size: 1024 → 8"

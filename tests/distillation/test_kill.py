@@ -1,4 +1,4 @@
-"""`kill -9` at any moment, one of them while a checkpoint is being written, then --resume: the same weights."""
+"""After `kill -9` at several moments, once while a checkpoint is written, --resume leads to the same weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 
-STEPS, EVERY = 12, 2
+STEPS, CHECKPOINT_EVERY = 12, 2
 
 
 def command(data: Path, run: Path, *, processes: int) -> list[str]:
@@ -28,7 +28,7 @@ def command(data: Path, run: Path, *, processes: int) -> list[str]:
         *(sys.executable, *launcher, "-m", "clip_rd_edge", "distill", "--data", str(data), "--recipe", "clip"),
         *("--student", "test_vit", "--image-size", "160", "--text", "tiny", "--context-length", "8"),
         *("--embedding-size", "16", "--batch-size", "4", "--steps", str(STEPS), "--precision", "fp32"),
-        *("--checkpoint-every", str(EVERY), "--workers", "1", "--resume", "-o", str(run)),
+        *("--checkpoint-every", str(CHECKPOINT_EVERY), "--workers", "1", "--resume", "-o", str(run)),
     ]
 
 
@@ -45,25 +45,25 @@ def finish(arguments: list[str]) -> None:
     assert process.returncode == 0, error[-3000:]
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that it started: torchrun gives its workers groups of their own."""
+def process_tree(pid: int) -> list[int]:
+    """A process and all its descendants; torchrun puts its workers into separate process groups."""
     children = [
         int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
     ]
-    return [pid, *(descendant for child in children for descendant in family(child))]
+    return [pid, *(descendant for child in children for descendant in process_tree(child))]
 
 
 def kill_when(arguments: list[str], run: Path, pattern: str) -> bool:
-    """Start, and kill every process when a file of that pattern is there; whether it was there in time."""
+    """Start a run and kill it when a file matching `pattern` exists; return whether it was still running then."""
     process = start(arguments)
     while process.poll() is None and not any(run.glob(pattern)):
         time.sleep(0.001)
-    in_time = process.poll() is None
-    if in_time:
-        for pid in family(process.pid):
+    running = process.poll() is None
+    if running:
+        for pid in process_tree(process.pid):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
-    return in_time
+    return running
 
 
 @pytest.fixture(params=["table", "shards"])
@@ -83,29 +83,30 @@ def data(request: pytest.FixtureRequest, pairs_csv: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_thrice_it_ends_with_the_same_weights(data: Path, processes: int, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(command(data, whole, processes=processes))
+def test_a_run_killed_three_times_ends_with_the_same_weights(data: Path, processes: int, tmp_path: Path) -> None:
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    finish(command(data, uninterrupted, processes=processes))
     arguments = command(data, killed, processes=processes)
     moments = ["config.yaml", "checkpoints/.step-*.tmp/state.pt", "checkpoints/step-6"]
     assert all(kill_when(arguments, killed, moment) for moment in moments)
     assert not (killed / "student").exists()
     finish(arguments)
-    one, other = (load_file(run / "student" / "open_clip_model.safetensors") for run in (whole, killed))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, actual = (load_file(run / "student" / "open_clip_model.safetensors") for run in (uninterrupted, killed))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
-def test_begun_on_two_processes_it_goes_on_on_one(pairs_csv: Path, tmp_path: Path) -> None:
-    """The same batches and the same loss: without batch norms and dropout, only rounding differs."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(command(pairs_csv, whole, processes=1))
+def test_a_run_on_two_processes_can_be_resumed_on_one(pairs_csv: Path, tmp_path: Path) -> None:
+    """Batches and loss stay the same; without batch norms and dropout, results differ only by rounding."""
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    finish(command(pairs_csv, uninterrupted, processes=1))
     assert kill_when(command(pairs_csv, killed, processes=2), killed, "checkpoints/step-6")
     finish(command(pairs_csv, killed, processes=1))
-    # By embeddings: where a gradient is 0, as of an attention's key bias, AdamW makes steps of rounding errors alone.
-    one, other = (TorchEncoder(load_clip(str(run))) for run in (whole, killed))
-    pictures = [open_image(path) for path in sorted((pairs_csv.parent / "pictures").iterdir())]
-    difference = np.abs(one.encode_images(pictures) - other.encode_images(pictures)).max()
-    spread = np.abs(one.encode_images(pictures) - one.encode_images(pictures).mean(axis=0)).max()
+    # Compare embeddings, not weights: if a gradient is 0, as for a key bias, AdamW turns rounding errors into steps.
+    expected, actual = (TorchEncoder(load_clip(str(run))) for run in (uninterrupted, killed))
+    images = [open_image(path) for path in sorted((pairs_csv.parent / "pictures").iterdir())]
+    embeddings = expected.encode_images(images)
+    difference = np.abs(embeddings - actual.encode_images(images)).max()
+    spread = np.abs(embeddings - embeddings.mean(axis=0)).max()
     assert difference < 1e-3 < 0.1 * spread

@@ -13,50 +13,50 @@ from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, random_crop, step_loader
 from clip_rd_edge.errors import InputError
 
-HOW = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
-OTHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def batches(path: Path, start: int, stop: int, *, workers: int = 0, teacher: Preprocessing | None = None):  # type: ignore[no-untyped-def]
     pairs = load_pairs(str(path))
-    dataset = ViewDataset(pairs, HOW, teacher, crop_scale=(0.5, 1.0), seed=3)
+    dataset = ViewDataset(pairs, STUDENT, teacher, crop_scale=(0.5, 1.0), seed=3)
     return list(step_loader(dataset, StepSampler(24, 5, seed=3, start=start, stop=stop), workers=workers))
 
 
-def test_a_resumed_loader_sees_what_an_uninterrupted_one_saw(pairs_csv: Path) -> None:
-    whole, rest = batches(pairs_csv, 0, 10), batches(pairs_csv, 6, 10, workers=2)
-    for expected, got in zip(whole[6:], rest, strict=True):
-        assert expected.captions == got.captions
-        assert torch.equal(expected.student_pixels, got.student_pixels)
+def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: Path) -> None:
+    uninterrupted, resumed = batches(pairs_csv, 0, 10), batches(pairs_csv, 6, 10, workers=2)
+    for expected, actual in zip(uninterrupted[6:], resumed, strict=True):
+        assert expected.captions == actual.captions
+        assert torch.equal(expected.student_pixels, actual.student_pixels)
 
 
-def test_an_epoch_shows_no_pair_twice_and_the_next_is_shuffled_anew(pairs_csv: Path) -> None:
+def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
     views = [view for step in StepSampler(24, 5, seed=0, start=0, stop=8) for view in step]
-    first, second = [i for e, i in views if e == 0], [i for e, i in views if e == 1]
+    first, second = ([index for epoch, index in views if epoch == number] for number in (0, 1))
     assert len(first) == len(set(first)) == 20
     assert first != second
 
 
-def test_crops_differ_from_epoch_to_epoch(pairs_csv: Path) -> None:
-    dataset = ViewDataset(load_pairs(str(pairs_csv)), HOW, None, crop_scale=(0.2, 0.9), seed=0)
+def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, None, crop_scale=(0.2, 0.9), seed=0)
     assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
 
 
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teacher=OTHER)
+    (batch,) = batches(pairs_csv, 0, 1, teacher=TEACHER)
     assert batch.teacher_pixels is not None
     assert batch.teacher_pixels.shape == (5, 3, 16, 16)
-    ours, theirs = batch.student_pixels.mean((2, 3)), batch.teacher_pixels.mean((2, 3)) * 0.5 + 0.5
-    torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0)
+    student, teacher = batch.student_pixels.mean((2, 3)), batch.teacher_pixels.mean((2, 3)) * 0.5 + 0.5
+    torch.testing.assert_close(student, teacher, atol=0.03, rtol=0)
 
 
-def test_equal_preprocessing_is_done_once(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teacher=HOW)
+def test_identical_preprocessing_is_done_once(pairs_csv: Path) -> None:
+    (batch,) = batches(pairs_csv, 0, 1, teacher=STUDENT)
     assert batch.teacher_pixels is batch.student_pixels
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (64, 48)])
-def test_crops_lie_within_the_picture(size: tuple[int, int]) -> None:
+def test_crops_lie_within_the_image(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         left, top, right, bottom = random_crop(size, (0.3, 1.0), rng)
@@ -66,15 +66,15 @@ def test_crops_lie_within_the_picture(size: tuple[int, int]) -> None:
 
 @pytest.fixture
 def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The pairs of the table as three shards of eight; number 5 is no picture, number 14 has an empty caption."""
+    """The pairs of the table as three shards of eight; image 5 is not readable, caption 14 is empty."""
     monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv.parent / "cache"))
     pairs = load_pairs(str(pairs_csv))
     for shard in range(3):
         with tarfile.open(pairs_csv.parent / f"{shard}.tar", "w") as archive:
             for i in range(shard * 8, shard * 8 + 8):
-                picture = (pairs_csv.parent / "pictures" / f"{i}.png").read_bytes() if i != 5 else b"no picture"
+                image = (pairs_csv.parent / "pictures" / f"{i}.png").read_bytes() if i != 5 else b"not an image"
                 text = pairs.captions(i)[0].encode() if i != 14 else b" \n"
-                for name, content in ((f"{i:04d}.png", picture), (f"{i:04d}.txt", text)):
+                for name, content in ((f"{i:04d}.png", image), (f"{i:04d}.txt", text)):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
@@ -82,37 +82,38 @@ def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:
-    dataset = ViewDataset(load_pairs(source), HOW, OTHER, crop_scale=(0.5, 1.0), seed=3, max_bad=max_bad)
+    dataset = ViewDataset(load_pairs(source), STUDENT, TEACHER, crop_scale=(0.5, 1.0), seed=3, max_bad=max_bad)
     sampler = StepSampler(24, 5, seed=3, start=start, stop=9)
     return list(step_loader(dataset, sampler, workers=workers)), dataset
 
 
-def test_shards_resume_alike_in_workers_and_pass_over_bad_samples(shards: str) -> None:
-    whole, dataset = shard_batches(shards, 0, workers=0, max_bad=0.1)
-    rest, _ = shard_batches(shards, 4, workers=2, max_bad=0.1)
-    for expected, got in zip(whole[4:], rest, strict=True):
-        assert expected.captions == got.captions
-        assert expected.bad == got.bad
-        assert torch.equal(expected.student_pixels, got.student_pixels)
+def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) -> None:
+    uninterrupted, dataset = shard_batches(shards, 0, workers=0, max_bad=0.1)
+    resumed, _ = shard_batches(shards, 4, workers=2, max_bad=0.1)
+    for expected, actual in zip(uninterrupted[4:], resumed, strict=True):
+        assert expected.captions == actual.captions
+        assert expected.bad == actual.bad
+        assert torch.equal(expected.student_pixels, actual.student_pixels)
         assert expected.teacher_pixels is not None
-        assert got.teacher_pixels is not None
-        assert torch.equal(expected.teacher_pixels, got.teacher_pixels)
-    assert {index for batch in whole for index, _ in batch.bad} == {5, 14}
+        assert actual.teacher_pixels is not None
+        assert torch.equal(expected.teacher_pixels, actual.teacher_pixels)
+    assert {index for batch in uninterrupted for index, _ in batch.bad} == {5, 14}
     assert len(dataset.bad) == 2
-    shown = {int(caption.split()[-1]) for batch in whole for caption in batch.captions}
-    assert shown.isdisjoint({5, 14})
-    assert {6, 15} <= shown
+    numbers = {int(caption.split()[-1]) for batch in uninterrupted for caption in batch.captions}
+    assert numbers.isdisjoint({5, 14})
+    assert {6, 15} <= numbers
 
 
-def test_shards_and_table_show_the_same(shards: str, pairs_csv: Path) -> None:
-    (from_table,) = batches(pairs_csv, 0, 1, teacher=OTHER)
+def test_shards_and_a_table_give_the_same_batches(shards: str, pairs_csv: Path) -> None:
+    (from_table,) = batches(pairs_csv, 0, 1, teacher=TEACHER)
     from_shards, _ = shard_batches(shards, 0, workers=0, max_bad=0.1)
-    sound = [k for k, caption in enumerate(from_table.captions) if caption == from_shards[0].captions[k]]
-    assert len(sound) >= 3
-    assert torch.equal(from_table.student_pixels[sound], from_shards[0].student_pixels[sound])
+    captions = zip(from_table.captions, from_shards[0].captions, strict=True)
+    valid = [row for row, (expected, actual) in enumerate(captions) if expected == actual]
+    assert len(valid) >= 3
+    assert torch.equal(from_table.student_pixels[valid], from_shards[0].student_pixels[valid])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_bad_samples_end_in_one_sentence_from_any_process(shards: str, workers: int) -> None:
+def test_too_many_bad_samples_raise_a_one_sentence_error_from_any_process(shards: str, workers: int) -> None:
     with pytest.raises(InputError, match=r"^\d of 24 samples of .* are bad, more than 1\.00%: [^\n]*\.$"):
         shard_batches(shards, 0, workers=workers, max_bad=0.01)

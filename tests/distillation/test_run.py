@@ -1,4 +1,4 @@
-"""Whole runs of a few steps on tiny random models."""
+"""Complete runs of a few steps with tiny random models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from support import Watch
 
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.distillation.checkpoint import saved_states
+from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.run import run_distillation
@@ -58,7 +57,7 @@ def config(pairs_csv: Path, teacher: Path) -> RunConfig:
     )
 
 
-def go(
+def distil(
     config: RunConfig, run: Path, *, resume: bool = False, on_step: Callable[[int], None] = lambda step: None
 ) -> Path:
     return run_distillation(config, run, resume=resume, reporter=Watch(on_step=on_step))
@@ -68,14 +67,15 @@ def weights(student: Path) -> dict[str, torch.Tensor]:
     return load_file(student / "open_clip_model.safetensors")
 
 
-def assert_equal_bit_for_bit(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def assert_same_weights(actual: Path, expected: Path) -> None:
+    """Compare two students bit for bit."""
+    actual_weights, expected_weights = weights(actual), weights(expected)
+    assert actual_weights.keys() == expected_weights.keys()
+    assert all(torch.equal(actual_weights[name], expected_weights[name]) for name in actual_weights)
 
 
-def test_a_run_leaves_what_it_promises(config: RunConfig, tmp_path: Path) -> None:
-    student = go(config, tmp_path / "run")
+def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: Path) -> None:
+    student = distil(config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert {"loss/vrd_kl", "loss/xrd", "teacher_gap", "student_gap", "data_wait"} <= lines[0].keys()
@@ -86,84 +86,84 @@ def test_a_run_leaves_what_it_promises(config: RunConfig, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stop_after", [2, 5])
-def test_a_killed_run_goes_on_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
-    whole = go(config, tmp_path / "whole")
+def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
+    uninterrupted = distil(config, tmp_path / "uninterrupted")
 
     def kill(step: int) -> None:
         if step == stop_after:
-            raise MemoryError("as good as a kill: nothing is saved")
+            raise MemoryError("like a kill, this saves nothing")
 
     with pytest.raises(MemoryError):
-        go(config, tmp_path / "killed", on_step=kill)
-    resumed = go(config, tmp_path / "killed", resume=True)
-    assert_equal_bit_for_bit(whole, resumed)
+        distil(config, tmp_path / "killed", on_step=kill)
+    resumed = distil(config, tmp_path / "killed", resume=True)
+    assert_same_weights(resumed, uninterrupted)
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
 
 
-def test_sigterm_saves_and_says_how_to_go_on(config: RunConfig, tmp_path: Path) -> None:
+def test_sigterm_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path) -> None:
     def terminate(step: int) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 8") as error:
-        go(config, tmp_path / "run", on_step=terminate)
+        distil(config, tmp_path / "run", on_step=terminate)
     assert error.value.exit_code == 75
-    assert_equal_bit_for_bit(go(config, tmp_path / "run", resume=True), go(config, tmp_path / "whole"))
+    assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
 
 
-def test_a_checkpoint_cut_off_while_written_is_passed_over(config: RunConfig, tmp_path: Path) -> None:
-    whole = go(config, tmp_path / "run")
-    shutil.rmtree(whole)
-    older, newest = saved_states(tmp_path / "run")[-2:]
+def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) -> None:
+    student = distil(config, tmp_path / "run")
+    shutil.rmtree(student)
+    older, newest = list_checkpoints(tmp_path / "run")[-2:]
     (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:5000])
     assert older != newest
-    assert_equal_bit_for_bit(go(config, tmp_path / "run", resume=True), go(config, tmp_path / "whole"))
+    assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
 
 
-def test_a_finished_run_is_left_alone(config: RunConfig, tmp_path: Path) -> None:
-    student = go(config, tmp_path / "run")
-    before = (student / "open_clip_model.safetensors").stat().st_mtime_ns
-    assert go(config, tmp_path / "run", resume=True) == student
-    assert (student / "open_clip_model.safetensors").stat().st_mtime_ns == before
+def test_resuming_a_finished_run_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    student = distil(config, tmp_path / "run")
+    written_at = (student / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert distil(config, tmp_path / "run", resume=True) == student
+    assert (student / "open_clip_model.safetensors").stat().st_mtime_ns == written_at
 
 
-def test_a_folder_in_use_or_of_another_run_is_refused(config: RunConfig, tmp_path: Path) -> None:
-    go(config, tmp_path / "run")
+def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_path: Path) -> None:
+    distil(config, tmp_path / "run")
     with pytest.raises(UsageError, match="not empty"):
-        go(config, tmp_path / "run")
+        distil(config, tmp_path / "run")
     with pytest.raises(UsageError, match="seed: 0 → 1"):
-        go(msgspec.structs.replace(config, seed=1), tmp_path / "run", resume=True)
+        distil(msgspec.structs.replace(config, seed=1), tmp_path / "run", resume=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_loss_stops_the_run(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import clip_rd_edge.losses.objective as objective
 
     monkeypatch.setitem(objective._TERMS, "xrd", lambda products: products.student().rows.sum() * float("nan"))
     with pytest.raises(ClipRdEdgeError, match="not finite for 5 steps in a row"):
-        go(config, tmp_path / "run")
+        distil(config, tmp_path / "run")
     assert read_metrics(tmp_path / "run")[0]["loss"] is None
 
 
-def test_a_teacher_is_asked_for(config: RunConfig, tmp_path: Path) -> None:
+def test_a_missing_teacher_is_an_error(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs a teacher"):
-        go(msgspec.structs.replace(config, teacher=None), tmp_path / "run")
+        distil(msgspec.structs.replace(config, teacher=None), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_frozen_text_tower_learns_its_projection_alone(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
+def test_only_the_projection_of_a_frozen_text_tower_is_trained(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
     tuned = msgspec.structs.replace(
         config, recipe=recipe, recipe_name="clip", teacher=None, student=f"local-dir:{teacher}", freeze_text=True
     )
-    before, after = weights(teacher), weights(go(tuned, tmp_path / "run"))
+    before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in changed if name.startswith("text.")} == {"text.text_projection"}
     assert any(name.startswith("visual.trunk") for name in changed)
 
 
-def test_precision_is_measured_and_kept(config: RunConfig, tmp_path: Path) -> None:
+def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
     auto = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="auto"))
     watch = Watch()
 
@@ -174,32 +174,32 @@ def test_precision_is_measured_and_kept(config: RunConfig, tmp_path: Path) -> No
     with pytest.raises(MemoryError):
         run_distillation(auto, tmp_path / "run", resume=False, reporter=watch)
     assert any("measured: a step takes" in sentence for sentence in watch.said)
-    kept: Any = (tmp_path / "run" / "config.yaml").read_text()
-    assert "precision: auto" not in kept
+    saved_config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "precision: auto" not in saved_config
     assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
 
 
-def test_a_teacher_of_another_width_is_seen_through_a_projection_that_is_not_exported(
+def test_a_teacher_of_another_width_is_compared_through_a_projection_that_is_not_exported(
     config: RunConfig, tmp_path: Path
 ) -> None:
     narrow = msgspec.structs.replace(config, embedding_size=10)
-    student = go(narrow, tmp_path / "run")
+    student = distil(narrow, tmp_path / "run")
     saved = weights(student)
     assert saved["text.text_projection"].shape[1] == 10
     assert not any("projection" in name and name != "text.text_projection" for name in saved)
     assert read_metrics(tmp_path / "run")[-1]["loss"] < read_metrics(tmp_path / "run")[0]["loss"]
 
 
-def replaced(config: RunConfig, **recipe: object) -> RunConfig:
+def with_recipe(config: RunConfig, **recipe: object) -> RunConfig:
     return msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, **recipe))
 
 
-def test_the_best_student_is_kept_beside_the_last(config: RunConfig, tmp_path: Path) -> None:
+def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     config = msgspec.structs.replace(config, evaluate_every=3, report_to="tensorboard")
-    figures = iter([0.2, 0.5, 0.4])
+    scores = iter([0.2, 0.5, 0.4])
 
-    run_distillation(config, tmp_path / "run", resume=False, evaluate=lambda _: {"task": next(figures)})
+    run_distillation(config, tmp_path / "run", resume=False, evaluate=lambda _: {"task": next(scores)})
     best, last = (
         json.loads((tmp_path / "run" / name / "distillation.json").read_text()) for name in ("best", "student")
     )
@@ -215,46 +215,48 @@ def test_the_best_student_is_kept_beside_the_last(config: RunConfig, tmp_path: P
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
 
 
-def test_a_run_goes_on_on_another_number_of_processes_and_says_so(config: RunConfig, tmp_path: Path) -> None:
-    go(config, tmp_path / "run")
-    begun = (tmp_path / "run" / "config.yaml").read_text()
-    assert "processes: 1" in begun
-    (tmp_path / "run" / "config.yaml").write_text(begun.replace("processes: 1", "processes: 2"))
+def test_a_run_can_be_resumed_on_another_number_of_processes_and_reports_it(config: RunConfig, tmp_path: Path) -> None:
+    distil(config, tmp_path / "run")
+    saved_config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "processes: 1" in saved_config
+    (tmp_path / "run" / "config.yaml").write_text(saved_config.replace("processes: 1", "processes: 2"))
     watch = Watch()
     run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
-    assert "began on 2 processes and goes on on 1" in watch.said[0]
+    assert "started with 2 processes and continues with 1" in watch.said[0]
 
 
-def test_a_moving_average_is_what_is_kept_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
+def test_the_moving_average_is_saved_and_evaluated(config: RunConfig, tmp_path: Path) -> None:
     def finite(encoder: Encoder) -> dict[str, float]:
         return {"finite": float(np.isfinite(encoder.encode_texts(["a cat"])).all())}
 
-    averaging = msgspec.structs.replace(replaced(config, ema_decay=0.9), evaluate_every=4)
-    averaged = run_distillation(averaging, tmp_path / "averaged", resume=False, evaluate=finite)
+    with_average = msgspec.structs.replace(with_recipe(config, ema_decay=0.9), evaluate_every=4)
+    averaged = run_distillation(with_average, tmp_path / "averaged", resume=False, evaluate=finite)
     assert [line.get("evaluation/finite") for line in read_metrics(tmp_path / "averaged")][3::4] == [1.0, 1.0]
-    plain = go(config, tmp_path / "plain")
-    start = go(replaced(config, steps=1, learning_rate=1e-12), tmp_path / "start")
+    plain = distil(config, tmp_path / "plain")
+    start = distil(with_recipe(config, steps=1, learning_rate=1e-12), tmp_path / "start")
     name = "visual.head.proj.weight"
-    before, after, between = (weights(path)[name] for path in (start, plain, averaged))
-    assert 0 < (between - before).norm() < (after - before).norm()
+    initial, final, average = (weights(path)[name] for path in (start, plain, averaged))
+    assert 0 < (average - initial).norm() < (final - initial).norm()
 
 
 @pytest.mark.slow
 def test_float16_scales_the_loss_and_trains(config: RunConfig, tmp_path: Path) -> None:
-    go(replaced(config, precision="fp16", steps=24), tmp_path / "run")  # the scale is found within the first steps
+    distil(
+        with_recipe(config, precision="fp16", steps=24), tmp_path / "run"
+    )  # the first steps search for the loss scale
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"]
-    # The true gradient's norm is logged, not the scaled one's.
-    go(config, tmp_path / "fp32")
-    first_sound = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
+    # The logged norm is that of the true gradient, not of the scaled one.
+    distil(config, tmp_path / "fp32")
+    first_norm = next(line["gradient_norm"] for line in lines if line["gradient_norm"] is not None)
     reference = read_metrics(tmp_path / "fp32")[0]["gradient_norm"]
-    assert 0.5 * reference < first_sound < 2 * reference
+    assert 0.5 * reference < first_norm < 2 * reference
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
-    plain = go(config, tmp_path / "plain")
-    saving = go(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "saving")
-    ours, theirs = weights(plain), weights(saving)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+def test_gradient_checkpointing_does_not_change_the_weights(config: RunConfig, tmp_path: Path) -> None:
+    plain = distil(config, tmp_path / "plain")
+    checkpointed = distil(msgspec.structs.replace(config, gradient_checkpointing=True), tmp_path / "checkpointed")
+    expected, actual = weights(plain), weights(checkpointed)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)

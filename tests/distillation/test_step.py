@@ -1,4 +1,4 @@
-"""One result however it is run: processes, chunks and blocks against one process at once, in float32."""
+"""Several processes, chunks and blocks give the same result as one process in one pass, in float32."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def compute(output: Path, *, processes: int = 1, chunks: int = 1, block: int = 0
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     arguments = [str(output), str(chunks), str(block), str(int(global_logits))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return torch.load(output, weights_only=True)
 
 
@@ -31,7 +31,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "variant",
     [
         {"processes": 2},
         pytest.param({"processes": 2, "global_logits": True}, marks=pytest.mark.slow),
@@ -39,15 +39,23 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
         {"chunks": 4},
         {"block": 3},
     ],
-    ids=["two processes, local logits", "two processes, global logits", "all at once", "four chunks", "blocks"],
+    ids=[
+        "two processes, local logits",
+        "two processes, global logits",
+        "processes, chunks and blocks",
+        "four chunks",
+        "blocks",
+    ],
 )
-def test_loss_and_gradients_are_those_of_the_global_batch(expected: Any, how: dict[str, Any], tmp_path: Path) -> None:
-    got = compute(tmp_path / "result.pt", **how)
-    torch.testing.assert_close(got["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
+def test_loss_and_gradients_are_those_of_the_global_batch(
+    expected: Any, variant: dict[str, Any], tmp_path: Path
+) -> None:
+    actual = compute(tmp_path / "result.pt", **variant)
+    torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
     for name, term in expected["terms"].items():
-        torch.testing.assert_close(got["terms"][name], term, rtol=1e-5, atol=1e-5)
-    assert got["gradients"].keys() == expected["gradients"].keys()
+        torch.testing.assert_close(actual["terms"][name], term, rtol=1e-5, atol=1e-5)
+    assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         scale = max(1.0, gradient.abs().max().item())
-        difference = (got["gradients"][name] - gradient).abs().max().item()
+        difference = (actual["gradients"][name] - gradient).abs().max().item()
         assert difference <= 1e-5 * scale, name

@@ -1,4 +1,4 @@
-"""A small suite, and results of it as they might have come out."""
+"""A small evidence suite and synthetic results of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.evidence.results import Curve, Evidence, Geometry, ModelResult, RunResult, TaskResult
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method
 
-PICTURES = 20
+IMAGES = 20
 Make = Callable[[dict[tuple[str, int], int]], Evidence]
 
 
 @pytest.fixture
 def suite() -> EvidenceSuite:
-    """Three methods, two seeds, one student."""
+    """A suite of three methods, two seeds and one student."""
     return EvidenceSuite(
         name="small",
         data="emoji",
@@ -46,22 +46,22 @@ def suite() -> EvidenceSuite:
 
 @pytest.fixture
 def make(suite: EvidenceSuite) -> Make:
-    """Evidence of which only the runs given are done: {(method, seed): pictures told right, of 20}."""
+    """Return a function that makes evidence from the finished runs: {(method, seed): correct images, of 20}."""
 
-    def evidence(right: dict[tuple[str, int], int]) -> Evidence:
-        runs = [_run(method, seed, model_result(method, hits)) for (method, seed), hits in right.items()]
+    def evidence(correct: dict[tuple[str, int], int]) -> Evidence:
+        runs = [_run(method, seed, model_result(method, hits)) for (method, seed), hits in correct.items()]
         return Evidence(suite=suite, teacher=model_result("teacher", 15), runs=tuple(runs))
 
     return evidence
 
 
-def model_result(name: str, right: int) -> ModelResult:
-    """A model that told the first `right` pictures."""
-    top1 = right / PICTURES
+def model_result(name: str, correct: int) -> ModelResult:
+    """Return the result of a model that classifies the first `correct` images correctly."""
+    top1 = correct / IMAGES
     zero_shot = ZeroShotScore(
         task="emoji, unseen style",
-        images=PICTURES,
-        classes=PICTURES,
+        images=IMAGES,
+        classes=IMAGES,
         top1=top1,
         top1_interval=Interval(top1, top1),
         top5=top1,
@@ -72,7 +72,7 @@ def model_result(name: str, right: int) -> ModelResult:
         task="emoji, unseen style, retrieval", images=5, captions=5, image_to_text=recall, text_to_image=recall
     )
     tasks = (
-        TaskResult(score=zero_shot, hits="1" * right + "0" * (PICTURES - right)),
+        TaskResult(score=zero_shot, hits="1" * correct + "0" * (IMAGES - correct)),
         TaskResult(score=retrieval, geometry=Geometry(positive=0.5, negative=-0.125)),
     )
     return ModelResult(model=name, parameters=1, tasks=tasks)

@@ -15,15 +15,15 @@ from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.io import to_yaml
-from clip_rd_edge.utils.lock import only_writer
+from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 
 
 @pytest.fixture
-def own(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> EvidenceSuite:
-    """The small suite on coloured squares."""
+def squares_suite(suite: EvidenceSuite, pairs_csv: Path, tmp_path: Path) -> EvidenceSuite:
+    """The small suite, on coloured squares."""
     for colour in COLOURS:
         (tmp_path / "squares" / colour).mkdir(parents=True)
         Image.new("RGB", (40, 40), colour).save(tmp_path / "squares" / colour / "one.png")
@@ -39,50 +39,50 @@ def teacher(tmp_path: Path) -> str:
     return str(tmp_path / "teacher")
 
 
-def test_two_writers_are_refused_and_a_teacher_asked_for(own: EvidenceSuite, tmp_path: Path) -> None:
-    with only_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
-        runs.run_evidence(own, tmp_path / "out", SILENT)
+def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: EvidenceSuite, tmp_path: Path) -> None:
+    with exclusive_writer(tmp_path / "out"), pytest.raises(UsageError, match="written by another run"):
+        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
     with pytest.raises(UsageError, match="no embedded teacher"):
-        runs.run_evidence(own, tmp_path / "out", SILENT)
+        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
     with pytest.raises(UsageError, match="no finished run of the suite small"):
-        runs.collect(own, tmp_path / "out")
+        runs.collect(squares_suite, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_it_goes_on_where_it_was_stopped(
-    own: EvidenceSuite, teacher: str, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+def test_an_interrupted_suite_resumes(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
 ) -> None:
     folder, path = tmp_path / "out", tmp_path / "suite.yaml"
-    path.write_text(to_yaml(own))
-    first_seed = msgspec.structs.replace(own, seeds=(0,))
+    path.write_text(to_yaml(squares_suite))
+    first_seed = msgspec.structs.replace(squares_suite, seeds=(0,))
     evidence = runs.run_evidence(first_seed, folder, SILENT, teacher=teacher)
     assert [run.method for run in evidence.runs] == ["none", "clip-rd", "clip-rd-without-xrd"]
-    whole, without = evidence.runs[1:]
-    assert whole.curves["student_positive"].values != without.curves["student_positive"].values
-    assert whole.curves["teacher_positive"] == without.curves["teacher_positive"]  # they saw the same
-    assert whole.curves["evaluation/squares"].steps == (1, 2)
+    full, without = evidence.runs[1:]
+    assert full.curves["student_positive"].values != without.curves["student_positive"].values
+    assert full.curves["teacher_positive"] == without.curves["teacher_positive"]  # they saw the same batches
+    assert full.curves["evaluation/squares"].steps == (1, 2)
     assert {path.name for path in folder.glob("runs/*/*/*/*") if path.is_dir()} == {"student", "report"}
 
-    # As if killed while the last run was measured: the student is there, its result is not.
+    # As if killed while the last run was evaluated: its student exists, its result does not.
     last = folder / "runs" / "test_resnet" / "clip-rd-without-xrd" / "seed-0"
     (last / "result.json").unlink()
     stamps = {file: file.stat().st_mtime_ns for file in (folder / "runs").rglob("*") if file.is_file()}
     code, output, error = command_line("evidence", "run", path, "--teacher", teacher, "-o", folder)
     assert code == 0, error
-    assert output.startswith("All 6 runs are done")
+    assert output.startswith("All 6 runs are finished")
     assert stamps == {file: file.stat().st_mtime_ns for file in stamps}
-    found = read_evidence_file(folder / "small.json")
-    assert [run.seed for run in found.runs] == [0, 0, 0, 1, 1, 1]
-    assert found.runs[2].result == without.result
-    assert found.runs[2].cpu_seconds is None
+    resumed = read_evidence_file(folder / "small.json")
+    assert [run.seed for run in resumed.runs] == [0, 0, 0, 1, 1, 1]
+    assert resumed.runs[2].result == without.result
+    assert resumed.runs[2].cpu_seconds is None
     assert (folder / "small.md").read_text() == output
     for name in ("small-curves.png", "small-geometry.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
-    other = msgspec.structs.replace(own, steps=3)
+    other = msgspec.structs.replace(squares_suite, steps=3)
     with pytest.raises(UsageError, match="another configuration: steps: 2 → 3"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)
-    heavier = msgspec.structs.replace(own.methods[1], weights={"fd": 1})
-    other = msgspec.structs.replace(own, methods=(heavier,), compare_with=())
+    other_weights = msgspec.structs.replace(squares_suite.methods[1], weights={"fd": 1})
+    other = msgspec.structs.replace(squares_suite, methods=(other_weights,), compare_with=())
     with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)

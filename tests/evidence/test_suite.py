@@ -11,25 +11,27 @@ from clip_rd_edge.evidence.suite import EvidenceSuite, read_evidence, run_config
 from clip_rd_edge.utils.io import to_yaml
 
 
-def test_the_shipped_suite_trains_all_alike() -> None:
+def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:
     suite = read_evidence("method-evidence")
     runs = list(suite.runs())
     assert len(runs) == 60
-    # A whole table after a fifth of the way.
+    # Complete tables after a fifth of the runs.
     assert [run.seed for run in runs] == [seed for seed in range(5) for _ in range(12)]
-    assert len({run.place for run in runs}) == 60
+    assert len({run.subfolder for run in runs}) == 60
     configs = [run_config(suite, run, teacher="t", caches=Path("c")) for run in runs]
-    same = {(c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs}
-    assert len(same) == 1
+    settings = {
+        (c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs
+    }
+    assert len(settings) == 1
 
 
-def test_a_method_may_leave_terms_out(suite: EvidenceSuite) -> None:
-    none, whole, without = (suite.recipe(method).objective.active() for method in suite.methods)
+def test_a_method_can_disable_loss_terms(suite: EvidenceSuite) -> None:
+    none, full, without = (suite.recipe(method).objective.active() for method in suite.methods)
     assert list(none) == ["task"]
-    assert whole.keys() - without.keys() == {"xrd"}
+    assert full.keys() - without.keys() == {"xrd"}
 
 
-def test_what_needs_no_teacher_gets_none(suite: EvidenceSuite) -> None:
+def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
     configs = {
         run.method.name: run_config(suite, run, teacher="t", caches=Path("c")) for run in suite.runs() if run.seed == 1
     }
@@ -42,17 +44,15 @@ def test_what_needs_no_teacher_gets_none(suite: EvidenceSuite) -> None:
     [
         ("steps: 2", "stepps: 2", "unknown field `stepps`.*Did you mean 'steps'"),
         ("steps: 2", "steps: 0", "`int` >= 1.*steps"),
-        ("xrd: 0", "xdr: 0", "clip-rd-without-xrd does not fit.*`xdr`.*Did you mean 'xrd'"),
+        ("xrd: 0", "xdr: 0", "clip-rd-without-xrd is invalid.*`xdr`.*Did you mean 'xrd'"),
         ("recipe: clip-rd\n", "recipe: clip-dr\n", "no recipe 'clip-dr'"),
         ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
-        ("- 1\n", "- 0\n", "seeds has something twice: 0, 0"),
-        ("name: none", "name: ../none", "expected small letters"),
+        ("- 1\n", "- 0\n", "seeds has duplicates: 0, 0"),
+        ("name: none", "name: ../none", "expected lower-case letters"),
         ("precision: fp32", "precision: auto", "precision is auto"),
     ],
 )
-def test_a_suite_that_cannot_be_run_is_refused(
-    suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str) -> None:
     text = to_yaml(suite)
     assert old in text
     path = tmp_path / "suite.yaml"
@@ -61,13 +61,13 @@ def test_a_suite_that_cannot_be_run_is_refused(
         read_evidence(str(path))
 
 
-def test_it_is_written_as_it_is_read(suite: EvidenceSuite, tmp_path: Path) -> None:
+def test_a_suite_is_read_as_it_was_written(suite: EvidenceSuite, tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(to_yaml(suite))
     assert msgspec.to_builtins(read_evidence(str(path))) == msgspec.to_builtins(suite)
 
 
-def test_a_suite_of_the_other_command_names_that_command(command_line: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_suite_for_another_command_names_that_command(command_line: Callable[..., tuple[int, str, str]]) -> None:
     code, _, error = command_line("benchmark", "method-evidence", "-o", "nowhere")
     assert (code, "clip-rd-edge evidence run" in error) == (2, True)
     code, _, error = command_line("evidence", "run", "quickstart", "-o", "nowhere")

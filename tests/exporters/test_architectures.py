@@ -1,4 +1,4 @@
-"""ONNX FP32 equal to torch for every preset of a student, and for architectures of open_clip, with random weights."""
+"""ONNX in FP32 equals torch for every student preset and for open_clip architectures, with random weights."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ARCHITECTURES = ("ViT-B-32", "RN50", "MobileCLIP-S1", "convnext_base", "ViT-B-16
 
 
 def check(path: Path, inputs: Inputs, encode: Callable[[Inputs], Embeddings]) -> None:
-    """Batch 1 and 8 of a tower's file beside torch's."""
+    """Compare a tower's file with torch at batch 1 and 8."""
     session = open_session(str(path))
     for batch in (inputs[:1], inputs):
-        ours, theirs = embed(session, batch, batch_size=8), encode(batch)
-        assert np.isfinite(ours).all()
-        assert np.abs(ours - theirs).max() <= 1e-4
-        assert np.sum(ours * theirs, axis=1).min() >= 0.99999
-    assert agreement(theirs, ours).centred_cosine >= 0.999  # and not all the same
+        embeddings, expected = embed(session, batch, batch_size=8), encode(batch)
+        assert np.isfinite(embeddings).all()
+        assert np.abs(embeddings - expected).max() <= 1e-4
+        assert np.sum(embeddings * expected, axis=1).min() >= 0.99999
+    assert agreement(expected, embeddings).centred_cosine >= 0.999  # the embeddings differ from each other
 
 
 def pixels_for(clip: ClipModel) -> Inputs:
@@ -43,7 +43,7 @@ def pixels_for(clip: ClipModel) -> Inputs:
 
 
 def ids_for(clip: ClipModel, vocabulary: int) -> Inputs:
-    """Texts of different lengths, the greatest id last, as CLIP's end of text is, then padding of 0."""
+    """Texts of different lengths that end with the greatest id, as CLIP's end-of-text token, and are padded with 0."""
     rng = np.random.default_rng(0)
     ids = np.zeros((8, clip.context_length), dtype=np.int64)
     for row, length in zip(ids, np.linspace(2, clip.context_length, 8, dtype=int), strict=True):
@@ -66,7 +66,7 @@ def test_an_architecture_of_open_clip(name: str, tmp_path: Path) -> None:
     model = open_clip.create_model(name).eval()
     config = open_clip.get_model_config(name)
     length, vocabulary = config["text_cfg"]["context_length"], config["text_cfg"]["vocab_size"]
-    # SigLIP's tokenizer lies on the hub; here its tower is what counts, and ids are any of its vocabulary.
+    # SigLIP's tokenizer is on the hub; this test only needs its tower, and any ids of its vocabulary.
     clip = ClipModel(
         name, model, lambda texts: torch.ones(len(texts), length, dtype=torch.int64), preprocessing_of(model), config
     )
@@ -75,7 +75,7 @@ def test_an_architecture_of_open_clip(name: str, tmp_path: Path) -> None:
 
 
 def test_a_text_tower_of_xlm_roberta(tmp_path: Path) -> None:
-    """xlm-roberta-base as its published configuration has it, which lies on the hub, but for a smaller vocabulary."""
+    """xlm-roberta-base with the published configuration, which is on the hub, except for a smaller vocabulary."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     vocabulary, length = 1000, 32
@@ -87,9 +87,9 @@ def test_a_text_tower_of_xlm_roberta(tmp_path: Path) -> None:
     text_cfg = {**config["text_cfg"], "hf_model_name": str(tmp_path), "hf_model_pretrained": False}
     vision_cfg = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32, "head_width": 32}
     model = open_clip.CustomTextCLIP(embed_dim=512, vision_cfg=vision_cfg, text_cfg=text_cfg).eval()
-    how = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    clip = ClipModel("xlm", model, lambda texts: torch.full((len(texts), length), 5), how, {"embed_dim": 512})
-    ids = np.ones((8, length), dtype=np.int64)  # padding, which sets the positions of what stands before it
+    preprocessing = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    clip = ClipModel("xlm", model, lambda texts: torch.full((len(texts), length), 5), preprocessing, {"embed_dim": 512})
+    ids = np.ones((8, length), dtype=np.int64)  # padding, from which the positions of the other tokens are computed
     for row, words in zip(ids, np.linspace(2, length, 8, dtype=int), strict=True):
         row[:words] = np.random.default_rng(words).integers(3, vocabulary, words)
         row[0], row[words - 1] = 0, 2

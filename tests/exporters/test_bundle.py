@@ -19,16 +19,16 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 
-def test_a_float32_bundle_does_what_torch_does_from_picture_and_text(student: ClipModel, fp32_bundle: Path) -> None:
+def test_a_float32_bundle_gives_torchs_embeddings_of_images_and_texts(student: ClipModel, fp32_bundle: Path) -> None:
     encoder, torch_encoder = load(fp32_bundle), TorchEncoder(student)
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(noise), Image.new("RGB", (20, 30), (200, 30, 30))]
+    images = [Image.fromarray(noise), Image.new("RGB", (20, 30), (200, 30, 30))]
     texts = ["a cat", "it's 2 dogs &amp; a house", "猫 👩‍🚀"]
-    np.testing.assert_allclose(encoder.encode_images(pictures), torch_encoder.encode_images(pictures), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_images(images), torch_encoder.encode_images(images), atol=1e-5)
     np.testing.assert_allclose(encoder.encode_texts(texts), torch_encoder.encode_texts(texts), atol=1e-5)
 
 
-def test_the_manifest_tells_what_was_exported_and_measured(student: ClipModel, fp32_bundle: Path) -> None:
+def test_the_manifest_records_what_was_exported_and_measured(student: ClipModel, fp32_bundle: Path) -> None:
     manifest = read_manifest(fp32_bundle)
     assert manifest.name == "resnet10t"
     assert manifest.precision == manifest.image.precision == manifest.text.precision == "fp32"
@@ -44,14 +44,14 @@ def test_the_manifest_tells_what_was_exported_and_measured(student: ClipModel, f
     assert all(check.passed for check in verify_bundle(fp32_bundle))
 
 
-def test_the_label_bank_holds_what_the_text_tower_says(fp32_bundle: Path) -> None:
+def test_the_label_bank_holds_the_text_towers_embeddings(fp32_bundle: Path) -> None:
     encoder = load(fp32_bundle)
     assert encoder.label_bank is not None
     assert encoder.label_bank.names == ("cat", "dog")
     np.testing.assert_allclose(encoder.label_bank.embeddings, encoder.encode_texts(["cat", "dog"]), atol=1e-6)
 
 
-def test_an_int8_bundle_is_smaller_runs_and_tells_what_was_tried(
+def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
     converted = export_bundle(
@@ -65,7 +65,7 @@ def test_an_int8_bundle_is_smaller_runs_and_tells_what_was_tried(
     assert {trial.tower for trial in trials} == {"image", "text"}
     assert manifest == read_manifest(tmp_path / "int8")
     assert manifest.provenance == {"model": "tiny", "calibration": "noise"}
-    for tower in (manifest.image, manifest.text):  # which is chosen depends on the machine; that it is said does not
+    for tower in (manifest.image, manifest.text):  # the choice depends on the machine, the note on the choice
         assert tower.measured is not None
         if tower.precision == "fp32":
             assert "none of" in tower.note
@@ -91,18 +91,18 @@ def test_an_interrupted_export_leaves_nothing(
         with pytest.raises(KeyboardInterrupt):
             export_bundle(student, output, ExportRequest(precision="fp32"), overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
-    assert all(check.passed for check in verify_bundle(old))  # what stood there stands there still
+    assert all(check.passed for check in verify_bundle(old))  # the existing bundle is untouched
 
 
-def test_what_cannot_be_exported_as_asked_is_refused(
+def test_requests_that_cannot_be_met_are_refused(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         export_bundle(student, fp32_bundle, ExportRequest(precision="fp32"))
     with pytest.raises(UsageError, match="INT8 needs a calibration set"):
         export_bundle(student, tmp_path / "a", ExportRequest(precision="int8"))
-    other = Samples(calibration.judge.pixels[:, :, :16, :16], calibration.judge.ids)
-    with pytest.raises(UsageError, match=r"pictures of \(16, 16\) .* takes \(32, 32\) and 16"):
+    other = Samples(calibration.held_out.pixels[:, :, :16, :16], calibration.held_out.ids)
+    with pytest.raises(UsageError, match=r"images of size \(16, 16\) .* takes \(32, 32\) and 16"):
         export_bundle(
             student,
             tmp_path / "a",
@@ -113,7 +113,7 @@ def test_what_cannot_be_exported_as_asked_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_is_made_of_an_intact_float32_bundle_alone(
+def test_int8_needs_an_intact_float32_bundle(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
     source = tmp_path / "source"
@@ -127,11 +127,11 @@ def test_int8_is_made_of_an_intact_float32_bundle_alone(
         export_bundle(student, tmp_path / "a", ExportRequest(precision="int8"), calibration=calibration, source=source)
 
 
-def test_a_tokenizer_that_reads_otherwise_is_refused(
+def test_a_tokenizer_that_gives_other_ids_is_refused(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for tower in ("image", "text"):
         monkeypatch.setattr(f"clip_rd_edge.exporters.bundle.export_{tower}_tower", lambda *_: None)
     monkeypatch.setattr("clip_rd_edge.contract.tokenizer.clean_text", lambda text, _: text)
-    with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t reads"):
+    with pytest.raises(ClipRdEdgeError, match="The exported tokenizer of resnet10t turns"):
         export_bundle(student, tmp_path / "a", ExportRequest(precision="fp32"))

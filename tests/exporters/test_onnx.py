@@ -19,32 +19,34 @@ from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import write_fp32
-from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower, forget_sources, regroup_gelu
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower, regroup_gelu, strip_source_info
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
 @pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
-def test_an_image_tower_does_what_torch_does(trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]]) -> None:
+def test_an_image_tower_gives_torchs_embeddings(
+    trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]]
+) -> None:
     clip, path = image_tower(trunk)
     session = open_session(str(path))
     pixels = np.random.default_rng(1).standard_normal((8, 3, 64, 64)).astype(np.float32)
     expected = TorchEncoder(clip).encode_pixels(pixels)
     for batch_size in (1, 3, 8):
-        found = agreement(expected, embed(session, pixels, batch_size=batch_size))
-        assert found.max_difference <= 1e-4
-        assert found.cosine >= 0.99999
+        parity = agreement(expected, embed(session, pixels, batch_size=batch_size))
+        assert parity.max_difference <= 1e-4
+        assert parity.cosine >= 0.99999
 
 
-def test_the_text_tower_does_what_torch_does(student: ClipModel, fp32_bundle: Path) -> None:
+def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle: Path) -> None:
     session = open_session(str(fp32_bundle / "text.onnx"))
     ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()
-    found = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
-    assert found.max_difference <= 1e-4
+    parity = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert parity.max_difference <= 1e-4
 
 
-def test_a_hugging_face_text_tower_does_what_torch_does(student: ClipModel, tmp_path: Path) -> None:
+def test_a_hugging_face_text_tower_gives_torchs_embeddings(student: ClipModel, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     transformers.BertConfig(vocab_size=50, **sizes).save_pretrained(tmp_path)
@@ -55,32 +57,35 @@ def test_a_hugging_face_text_tower_does_what_torch_does(student: ClipModel, tmp_
     ids = np.asarray([[2, 7, 8, 3, 0, 0], [2, 9, 3, 0, 0, 0], [2, 5, 5, 5, 5, 3]])  # 0 is padding
     clip = replace(student, model=model, tokenizer=lambda texts: torch.from_numpy(ids[: len(texts)]))
     session = open_session(str(export_text_tower(clip, tmp_path)))
-    found = agreement(TorchEncoder(clip).encode_ids(ids), embed(session, ids, batch_size=1))
-    assert found.max_difference <= 1e-4
+    parity = agreement(TorchEncoder(clip).encode_ids(ids), embed(session, ids, batch_size=1))
+    assert parity.max_difference <= 1e-4
 
 
-def test_names_types_opset_and_weights_are_as_the_contract_says(fp32_bundle: Path) -> None:
-    for name, given, taken in (("image", "pixel_values", "image_embedding"), ("text", "input_ids", "text_embedding")):
+def test_names_shapes_opset_and_weights_follow_the_contract(fp32_bundle: Path) -> None:
+    for name, input_name, output_name in (
+        ("image", "pixel_values", "image_embedding"),
+        ("text", "input_ids", "text_embedding"),
+    ):
         model = onnx.load(fp32_bundle / f"{name}.onnx", load_external_data=False)
-        assert [i.name for i in model.graph.input] == [given]
-        assert [o.name for o in model.graph.output] == [taken]
-        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch is free
+        assert [i.name for i in model.graph.input] == [input_name]
+        assert [o.name for o in model.graph.output] == [output_name]
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # the batch size is dynamic
         assert model.opset_import[0].version >= 17
         assert not any(tensor.external_data for tensor in model.graph.initializer)
-        assert b".py" not in model.SerializeToString()  # no trace of the sources, nor where they lie on this machine
+        assert b".py" not in model.SerializeToString()  # no trace of source files and their paths
 
 
-def test_exporting_says_nothing_and_leaves_every_mode_as_it_was(
+def test_an_export_prints_nothing_and_restores_all_modes(
     make_student: Callable[..., ClipModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     clip = make_student()
     clip.model.train()
     frozen = clip.model.get_submodule("text.transformer.resblocks.0")
     frozen.eval()
-    modes = [part.training for part in clip.model.modules()]
+    modes = [module.training for module in clip.model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     export_text_tower(clip, tmp_path)
-    assert [part.training for part in clip.model.modules()] == modes
+    assert [module.training for module in clip.model.modules()] == modes
     assert not frozen.training
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
     assert capfd.readouterr() == ("", "")
@@ -91,7 +96,9 @@ class _Unsupported(nn.Module):
         return torch.linalg.eigvals(x).real  # ONNX has no eigenvalues
 
 
-def test_an_unsupported_operator_is_one_sentence(make_student: Callable[..., ClipModel], tmp_path: Path) -> None:
+def test_the_error_for_an_unsupported_operator_is_one_sentence(
+    make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
     clip = make_student()
     visual = clip.model.get_submodule("visual")
     visual.add_module("head", nn.Sequential(nn.Linear(32, 16), nn.Unflatten(1, (4, 4)), _Unsupported()))
@@ -101,7 +108,7 @@ def test_an_unsupported_operator_is_one_sentence(make_student: Callable[..., Cli
     assert raised.value.hint
 
 
-def test_a_full_disk_is_not_taken_for_an_unsupported_operator(
+def test_a_full_disk_is_not_reported_as_an_unsupported_operator(
     student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -121,37 +128,37 @@ def test_a_tower_that_differs_from_torch_is_refused(
             f"clip_rd_edge.exporters.bundle.export_{tower}_tower",
             lambda _, folder, name=name: shutil.copy(fp32_bundle / name, folder / name),
         )
-    honest = TorchEncoder.encode_pixels
-    monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: honest(self, x)[::-1].copy())
-    with pytest.raises(ClipRdEdgeError, match=r"image\.onnx does not do what the model does at batch 1"):
+    encode_pixels = TorchEncoder.encode_pixels
+    monkeypatch.setattr(TorchEncoder, "encode_pixels", lambda self, x: encode_pixels(self, x)[::-1].copy())
+    with pytest.raises(ClipRdEdgeError, match=r"image\.onnx differs from the model at batch size 1"):
         write_fp32(student, tmp_path, ExportRequest())
 
 
-def test_gelu_becomes_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:
+def test_gelu_is_fused_into_one_kernel_and_keeps_its_values(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path, fused = tmp_path / "gelu.onnx", tmp_path / "fused.onnx"
     with silently():
         torch.onnx.export(nn.Sequential(nn.Linear(8, 8), nn.GELU()), (torch.zeros(2, 8),), str(path), dynamo=True)
     model = onnx.load(path)
-    before = values(model)
-    forget_sources(model.graph)
+    before = run(model)
+    strip_source_info(model.graph)
     assert b".py" not in model.SerializeToString()
     regroup_gelu(model.graph)
     onnx.checker.check_model(model)
-    np.testing.assert_array_equal(values(model), before)
-    values(model, written=fused)
+    np.testing.assert_array_equal(run(model), before)
+    run(model, optimized_file=fused)
     kinds = {node.op_type for node in onnx.load(fused).graph.node}
     assert "Erf" not in kinds
     assert kinds & {"Gelu", "BiasGelu"}
 
 
-def values(model: onnx.ModelProto, written: Path | None = None) -> np.ndarray:
-    """What it gives for some inputs; as it stands, or as ONNX Runtime rewrites it, which then is `written`."""
+def run(model: onnx.ModelProto, optimized_file: Path | None = None) -> np.ndarray:
+    """Run a model; if `optimized_file` is given, with graph optimisations, and write the optimised graph there."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if written is not None:
+    if optimized_file is not None:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(written)
+        options.optimized_model_filepath = str(optimized_file)
     session = ort.InferenceSession(model.SerializeToString(), options)
     inputs = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
     return np.asarray(session.run(None, {session.get_inputs()[0].name: inputs})[0])

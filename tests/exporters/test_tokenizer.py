@@ -1,4 +1,4 @@
-"""What the file looks like; that its ids are open_clip's is tested in tests/contract/test_tokenizer.py."""
+"""The format of the file; tests/contract/test_tokenizer.py tests that its ids equal open_clip's."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _hugging_face(model: Any) -> Any:
         (models.Unigram([("a", 0.0), ("b", -1.0)]), None),
     ],
 )
-def test_merges_are_texts_where_no_piece_has_a_space(
+def test_merges_are_strings_unless_a_piece_has_a_space(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any, merges: Any
 ) -> None:
-    monkeypatch.setattr(exporter, "_cleaning_of", lambda _: "lower")
+    monkeypatch.setattr(exporter, "_cleaning_name", lambda _: "lower")
     monkeypatch.setattr("open_clip.tokenizer.HFTokenizer", SimpleNamespace)
     exporter.export_tokenizer(_hugging_face(model), tmp_path)
     path = tmp_path / "tokenizer.json"

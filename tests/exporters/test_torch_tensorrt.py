@@ -1,4 +1,4 @@
-"""Engines by torch-tensorrt: against a stand-in, and by the real package, to which a GPU is pretended."""
+"""Engines by torch-tensorrt: with a stand-in, and with the real package on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.tensorrt.engine import kernels
+from clip_rd_edge.convert.tensorrt.engine import parse_kernels
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporters import torch_tensorrt as torch_trt
@@ -31,38 +31,38 @@ from clip_rd_edge.runtime.verify import verify_bundle
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of capability 8.9, as far as anybody asks; towers stay on the CPU."""
+    """Simulate a GPU of compute capability 8.9; towers stay on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch_trt, "_device", lambda: torch.device("cpu"))
 
 
 class StandIn:
-    """torch-tensorrt, as far as it is used: keeps what it is given, and calls it an engine."""
+    """A stand-in for the parts of torch-tensorrt that are used: records its inputs instead of building an engine."""
 
     def __init__(self, *, rtx: bool = True, error: Exception | None = None) -> None:
         self.ENABLED_FEATURES = SimpleNamespace(tensorrt_rtx=rtx)
         self.Input = SimpleNamespace
         self.dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=self._convert)
-        self.given: list[tuple[Any, Any]] = []
+        self.calls: list[tuple[Any, Any]] = []
         self._error = error
 
     def _convert(self, program: torch.export.ExportedProgram, *, arg_inputs: list[Any]) -> bytes:
         if self._error:
             raise RuntimeError(f"Conversion of {program} failed") from self._error
         (spec,) = arg_inputs
-        self.given.append((program.module(), spec))
-        return f"engine {len(self.given)}".encode()
+        self.calls.append((program.module(), spec))
+        return f"engine {len(self.calls)}".encode()
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
-    def put(**options: Any) -> StandIn:
+    def install_stand_in(**options: Any) -> StandIn:
         module = StandIn(**options)
         monkeypatch.setitem(sys.modules, "torch_tensorrt", module)  # type: ignore[arg-type]
         return module
 
-    return put
+    return install_stand_in
 
 
 @pytest.mark.usefixtures("gpu")
@@ -79,48 +79,51 @@ def test_engines_are_built_from_both_towers(
     tolerance: float,
 ) -> None:
     stand_in, bundle = install(), tmp_path / "bundle"
-    made = export_bundle(
+    manifest = export_bundle(
         student,
         bundle,
         ExportRequest(precision=precision, format="trt", target="sm89", via="torch-tensorrt", labels=("cat", "dog")),
         source=fp32_bundle,
     ).manifest
-    assert (made.target, made.precision) == ("tensorrt-rtx sm89", precision)
-    assert [(bundle / tower.engine).read_bytes() for tower in (made.image, made.text)] == [b"engine 1", b"engine 2"]
+    assert (manifest.target, manifest.precision) == ("tensorrt-rtx sm89", precision)
+    assert [(bundle / tower.engine).read_bytes() for tower in (manifest.image, manifest.text)] == [
+        b"engine 1",
+        b"engine 2",
+    ]
     assert all(check.passed for check in verify_bundle(bundle))
     reference = load(fp32_bundle)
     pixels = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32)
-    ids = Tokenizer(bundle / "tokenizer.json", made.tokenizer)([f"{i} red cats" for i in range(8)])
+    ids = Tokenizer(bundle / "tokenizer.json", manifest.tokenizer)([f"{i} red cats" for i in range(8)])
     expected = (reference.encode_pixels(pixels), reference.encode_ids(ids))
-    for (module, spec), given, embeddings in zip(stand_in.given, (pixels, ids), expected, strict=True):
-        rest = given.shape[1:]
-        assert (spec.min_shape, spec.opt_shape, spec.max_shape) == ((1, *rest), (1, *rest), (8, *rest))
-        assert spec.dtype == torch.from_numpy(given).dtype
+    for (module, spec), inputs, embeddings in zip(stand_in.calls, (pixels, ids), expected, strict=True):
+        shape = inputs.shape[1:]
+        assert (spec.min_shape, spec.opt_shape, spec.max_shape) == ((1, *shape), (1, *shape), (8, *shape))
+        assert spec.dtype == torch.from_numpy(inputs).dtype
         assert {value.dtype for value in module.parameters()} == {weights}
-        for count in (1, 8):  # of a dynamic batch
-            answer = module(torch.from_numpy(given[:count])).detach()
-            assert answer.dtype == torch.float32
-            np.testing.assert_allclose(answer.numpy(), embeddings[:count], atol=tolerance)
-    assert next(student.model.parameters()).dtype == torch.float32  # the model is as it was
+        for count in (1, 8):  # the batch size is dynamic
+            output = module(torch.from_numpy(inputs[:count])).detach()
+            assert output.dtype == torch.float32
+            np.testing.assert_allclose(output.numpy(), embeddings[:count], atol=tolerance)
+    assert next(student.model.parameters()).dtype == torch.float32  # the model is unchanged
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_for_tensorrt_itself_needs_no_script(
+def test_a_bundle_with_engines_for_tensorrt_has_no_build_script(
     install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     install(rtx=False)
-    made = export_bundle(
+    manifest = export_bundle(
         student,
         tmp_path / "b",
         ExportRequest(precision="fp16", format="trt", target="nvidia-gpu", via="torch-tensorrt"),
         source=fp32_bundle,
     ).manifest
-    assert (made.target, made.image.engine) == ("tensorrt nvidia-gpu", "image.engine")
+    assert (manifest.target, manifest.image.engine) == ("tensorrt nvidia-gpu", "image.engine")
     assert not (tmp_path / "b" / "build.sh").exists()
 
 
 @pytest.mark.usefixtures("gpu")
-def test_float16_that_overflows_is_refused(
+def test_a_tower_that_overflows_float16_is_refused(
     install: Callable[..., StandIn], make_student: Callable[..., ClipModel], fp32_bundle: Path
 ) -> None:
     stand_in, clip = install(), make_student()
@@ -128,14 +131,14 @@ def test_float16_that_overflows_is_refused(
         clip.model.visual.head.proj.weight.mul_(1e6)  # type: ignore[union-attr, operator]
     build = engine_builder(stand_in, clip, fp32_bundle)
     with pytest.raises(
-        ClipRdEdgeError, match=r"^The image tower cannot be in float16 by torch-tensorrt: .* below 0\.999"
+        ClipRdEdgeError, match=r"^torch-tensorrt cannot build the image tower in float16: .* below 0\.999"
     ):
         build("image", TypedTower(b"", "fp16"))
     assert build("image", TypedTower(b"", "fp32")) == b"engine 1"
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_operator_that_it_does_not_take_is_one_sentence(
+def test_the_error_for_an_unsupported_operator_is_one_sentence(
     install: Callable[..., StandIn], student: ClipModel, fp32_bundle: Path, tmp_path: Path
 ) -> None:
     install(error=ValueError("avg_pool2d is not supported.\nThe graph:\n..."))
@@ -152,29 +155,29 @@ def test_an_operator_that_it_does_not_take_is_one_sentence(
     assert not (tmp_path / "b").exists()
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=r"needs a CUDA build of torch and its GPU; torch .* sees none") as raised:
+    with pytest.raises(UsageError, match=r"needs a CUDA build of torch and a GPU; torch .* finds no GPU") as raised:
         require_torch_tensorrt("sm89")
     assert "--via" in raised.value.hint
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_is_installed_must_build_for_the_target_here(
+def test_the_installed_package_must_build_for_the_target_on_this_machine(
     monkeypatch: pytest.MonkeyPatch, install: Callable[..., StandIn]
 ) -> None:
     install(rtx=True)
-    with pytest.raises(UsageError, match="builds for the GPU that is here, sm89, and not for sm86"):
+    with pytest.raises(UsageError, match="builds only for this machine's GPU, sm89, not for sm86"):
         require_torch_tensorrt("sm86")
-    with pytest.raises(UsageError, match="builds for the GPU that is here, sm89, and not for jetson-orin"):
+    with pytest.raises(UsageError, match="builds only for this machine's GPU, sm89, not for jetson-orin"):
         require_torch_tensorrt("jetson-orin")
     with pytest.raises(UsageError, match=r"^torch-tensorrt-rtx does not build for nvidia-gpu") as raised:
         require_torch_tensorrt("nvidia-gpu")
-    assert raised.value.hint == "pip install torch-tensorrt in its place"
+    assert raised.value.hint == "pip install torch-tensorrt instead"
     install(rtx=False)
     with pytest.raises(UsageError, match=r"^torch-tensorrt does not build for sm89") as raised:
         require_torch_tensorrt("sm89")
-    assert raised.value.hint == "pip install torch-tensorrt-rtx in its place"
+    assert raised.value.hint == "pip install torch-tensorrt-rtx instead"
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(MissingExtraError) as missing:
         require_torch_tensorrt("sm89")
@@ -183,7 +186,7 @@ def test_what_is_installed_must_build_for_the_target_here(
 
 @pytest.fixture(scope="module")
 def installed() -> None:
-    if importlib.util.find_spec("torch_tensorrt") is None:  # it cannot be imported before torch is told of a GPU
+    if importlib.util.find_spec("torch_tensorrt") is None:  # it can only be imported once a GPU is simulated
         pytest.skip("pip install torch-tensorrt-rtx")
     pytest.importorskip("tensorrt_rtx", reason="pip install torch-tensorrt-rtx")
 
@@ -192,7 +195,7 @@ def installed() -> None:
 def mobilevit(
     installed: None, make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ClipModel, Path]:
-    """A student and its float32 bundle, made before torch is told of a GPU."""
+    """A student and its float32 bundle, exported before a GPU is simulated."""
     clip, bundle = make_student("mobilevit_xxs", image_size=64), tmp_path_factory.mktemp("mobilevit") / "fp32"
     export_bundle(clip, bundle, ExportRequest(precision="fp32"))
     return clip, bundle
@@ -200,14 +203,14 @@ def mobilevit(
 
 @pytest.fixture
 def real_log(mobilevit: tuple[ClipModel, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the real package logs; it is told of a GPU, builds for it, and never loads what it built."""
+    """The log of the real package, which builds for a simulated GPU and never loads the engine."""
     import tensorrt_rtx as rtx
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_CudaDeviceProperties", object, raising=False)
-    is_file = os.path.isfile  # its runtime's library needs CUDA, and is done without where it is not found
+    is_file = os.path.isfile  # its runtime library needs CUDA; the package works without it if the file is not found
     monkeypatch.setattr(os.path, "isfile", lambda path: "libtorchtrt" not in str(path) and is_file(path))
     from torch_tensorrt.dynamo.conversion import _TRTInterpreter as interpreter
 
@@ -242,12 +245,12 @@ def real_log(mobilevit: tuple[ClipModel, Path], monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(("precision", "type"), [("fp32", "Float"), ("fp16", "Half")])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_the_real_package_builds_products_in_the_type_that_was_asked_for(
+def test_the_real_package_builds_matrix_products_in_the_requested_type(
     real_log: list[str], mobilevit: tuple[ClipModel, Path], tower: str, precision: str, type: str
 ) -> None:
     clip, bundle = mobilevit
     engine = engine_builder(sys.modules["torch_tensorrt"], clip, bundle)(tower, TypedTower(b"", precision))
     assert len(engine) > 10_000
-    products = [kernel for kernel in kernels("\n".join(real_log)) if kernel.kind in ("correlation", "gemm")]
+    products = [kernel for kernel in parse_kernels("\n".join(real_log)) if kernel.kind in ("correlation", "gemm")]
     assert len(products) > 10
     assert {kernel.inputs[0] for kernel in products} == {type}

@@ -25,30 +25,30 @@ def batch(size: int = 6, width: int = 8, dtype: torch.dtype = torch.float32) -> 
     return EmbeddingBatch(*rows)
 
 
-def test_total_is_the_weighted_sum_of_the_terms() -> None:
+def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
     result = Objective(ALL)(batch(), torch.tensor(10.0), 20.0)
     expected = sum(weight * result.terms[name] for name, weight in ALL.active().items())
     torch.testing.assert_close(result.total, expected)
 
 
 def test_terms_of_weight_zero_are_not_computed() -> None:
-    students_only = EmbeddingBatch(batch().student_image, batch().student_text)
-    result = Objective(Weights(task=1))(students_only, torch.tensor(10.0), 0.0)
+    student_only = EmbeddingBatch(batch().student_image, batch().student_text)
+    result = Objective(Weights(task=1))(student_only, torch.tensor(10.0), 0.0)
     assert set(result.terms) == {"task"}
 
 
-def test_clip_rd_takes_six_products() -> None:
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+def test_clip_rd_computes_six_products() -> None:
+    class ProductCounter(torch.utils._python_dispatch.TorchDispatchMode):
         products = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             self.products += func is torch.ops.aten.mm.default
             return func(*args, **(kwargs or {}))
 
-    objective, rows = Objective(ALL), batch()
-    with Count() as count:
-        objective(rows, torch.tensor(10.0), 20.0)
-    assert count.products == 6
+    objective, embeddings = Objective(ALL), batch()
+    with ProductCounter() as counter:
+        objective(embeddings, torch.tensor(10.0), 20.0)
+    assert counter.products == 6
 
 
 def test_logits_are_float32_under_autocast_and_from_bfloat16() -> None:
@@ -59,29 +59,29 @@ def test_logits_are_float32_under_autocast_and_from_bfloat16() -> None:
 
 
 def test_an_objective_without_terms_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no term with a weight"):
+    with pytest.raises(ConfigError, match="All weights of the objective are 0"):
         Objective(Weights())
 
 
-def test_affinity_mimicking_is_hrd_and_the_teachers_entropy() -> None:
+def test_affinity_mimicking_is_hrd_plus_the_teachers_entropy() -> None:
     target, logits = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
     entropy = sum(-(p := t.softmax(1)).mul(p.log()).sum(1).mean() for t in (target, target.T)) / 2
     hrd = relation_divergence(whole(target), whole(logits))
     torch.testing.assert_close(affinity_mimicking(whole(target), whole(logits)), hrd + entropy)
 
 
-def test_no_gradient_reaches_a_target() -> None:
+def test_no_gradient_reaches_the_target() -> None:
     target, logits = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
     relation_divergence(whole(target), whole(logits)).backward()
     assert target.grad is None
     assert logits.grad is not None
 
 
-@pytest.mark.parametrize("pushed", [-50.0, 50.0])
-def test_bounded_scales_stay_in_range_and_come_back(pushed: float) -> None:
+@pytest.mark.parametrize("value", [-50.0, 50.0])
+def test_bounded_scales_stay_in_range_and_can_return(value: float) -> None:
     scales = Scales("bounded")
     with torch.no_grad():
-        scales.cross.fill_(pushed)
+        scales.cross.fill_(value)
     assert 1.0 <= scales.multiplier(scales.cross).item() <= 100.0
     scales.clamp_()
     multiplier = scales.multiplier(scales.cross)
@@ -95,24 +95,25 @@ def test_scales_start_at_the_published_multiplier() -> None:
         assert scales.multiplier(scales.image).item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
 
 
-EVERY = Weights(task=1, fd=2000, icl=1, hrd=1, affinity=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
+ALL_WITH_AFFINITY = Weights(task=1, fd=2000, icl=1, hrd=1, affinity=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
 
 
-@pytest.mark.parametrize("cuts", [(0, 6), (0, 1, 6), (0, 2, 4, 6)])
-def test_blocks_add_up_to_the_whole_with_the_same_gradients(cuts: tuple[int, ...]) -> None:
-    objective = Objective(EVERY).double()
+@pytest.mark.parametrize("boundaries", [(0, 6), (0, 1, 6), (0, 2, 4, 6)])
+def test_blocks_add_up_to_the_whole_with_the_same_gradients(boundaries: tuple[int, ...]) -> None:
+    objective = Objective(ALL_WITH_AFFINITY).double()
     parameters = [torch.tensor(10.0, dtype=torch.float64, requires_grad=True), *objective.parameters()]
-    rows = batch(dtype=torch.float64)
-    leaves = [rows.student_image.requires_grad_(), rows.student_text.requires_grad_(), *parameters]
+    embeddings = batch(dtype=torch.float64)
+    leaves = [embeddings.student_image.requires_grad_(), embeddings.student_text.requires_grad_(), *parameters]
 
-    expected = objective(rows, parameters[0], 20.0)
-    wanted = torch.autograd.grad(expected.total, leaves)
+    expected = objective(embeddings, parameters[0], 20.0)
+    gradients = torch.autograd.grad(expected.total, leaves)
     blocks = [
-        objective(rows, parameters[0], 20.0, block=slice(start, stop)) for start, stop in itertools.pairwise(cuts)
+        objective(embeddings, parameters[0], 20.0, block=slice(start, stop))
+        for start, stop in itertools.pairwise(boundaries)
     ]
     for name, value in expected.terms.items():
         torch.testing.assert_close(sum(block.terms[name] for block in blocks), value)
     for block in blocks:
         block.total.backward()
-    for leaf, gradient in zip(leaves, wanted, strict=True):
+    for leaf, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(leaf.grad, gradient)

@@ -1,7 +1,7 @@
-"""Every term and its gradients against values of the published reference implementation, in float64.
+"""Every term and its gradients compared with the published reference implementation, in float64.
 
-The fixture holds the reference's smaller case whole, and so travels with a checkout; the larger case is read from the
-reference folder beside the checkout where there is one.
+The smaller case of the reference is a fixture in the repository. The larger case is read from the reference folder
+beside the checkout, if it exists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reference(case: str) -> dict[str, np.ndarray]:
 
 
 def evaluate(values: dict[str, np.ndarray], term: str) -> tuple[Tensor, list[Tensor]]:
-    """The term, and its gradients for student image and text features, γ_s, a, b and c."""
+    """Return a term and its gradients with respect to the student's image and text features, γ_s, a, b and c."""
     objective = Objective(Weights(**{term: 1.0}), scales="raw").double()
     gamma_s, gamma_t, *abc = (torch.tensor(float(x), dtype=torch.float64) for x in values["scales"])
     gamma_s.requires_grad_()
@@ -46,14 +46,14 @@ def evaluate(values: dict[str, np.ndarray], term: str) -> tuple[Tensor, list[Ten
         torch.tensor(values["teacher_text"]),
     )
     loss = objective(batch, gamma_s, gamma_t).terms[term]
-    wanted = [image, text, gamma_s, *scales]
-    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return loss, [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True)]
+    leaves = [image, text, gamma_s, *scales]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return loss, [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
 
 
 @pytest.mark.parametrize("case", ["init", "trained"])
 @pytest.mark.parametrize("term", TERMS)
-def test_term_and_gradients_equal_the_reference(case: str, term: str) -> None:
+def test_terms_and_gradients_match_the_reference(case: str, term: str) -> None:
     values = reference(case)
     loss, (image, text, *scales) = evaluate(values, term)
     tolerance = {"rtol": 0, "atol": 1e-9}

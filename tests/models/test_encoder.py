@@ -12,7 +12,7 @@ from clip_rd_edge.models.student import build_student, student_config
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_towers_give_the_same_embeddings() -> None:
+def test_compiled_towers_return_the_same_embeddings() -> None:
     torch.manual_seed(0)
     config = student_config("resnet10t", embedding_size=32, image_size=32, text="tiny", context_length=8)
     clip = build_student(config, name="tiny")

@@ -1,4 +1,4 @@
-"""Teachers as users have them: by checkpoint file, by folder, and from the hub's cache without a network."""
+"""Teachers loaded from a checkpoint file, a folder, and the hub's cache without a network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARCHITECTURE = "ViT-B-16"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """An open_clip folder of real size with random weights, and one of its weights to know it by."""
+    """An open_clip folder of a full-size model with random weights, and one of its parameters for comparison."""
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     model = open_clip.create_model(ARCHITECTURE)
@@ -30,8 +30,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
     return folder, model.visual.proj.detach().clone()
 
 
-def check(clip: ClipModel, known: torch.Tensor) -> None:
-    assert torch.equal(clip.model.get_parameter("visual.proj"), known)
+def check(clip: ClipModel, projection: torch.Tensor) -> None:
+    assert torch.equal(clip.model.get_parameter("visual.proj"), projection)
     assert clip.embedding_size == 512
     assert clip.preprocessing == preprocessing_of(clip.model)
     assert clip.preprocessing.size == (224, 224)
@@ -39,22 +39,22 @@ def check(clip: ClipModel, known: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_by_file(checkpoint: tuple[Path, torch.Tensor]) -> None:
-    folder, known = checkpoint
-    check(load_clip(ARCHITECTURE, pretrained=str(folder / "open_clip_pytorch_model.bin")), known)
+def test_a_teacher_is_loaded_from_a_checkpoint_file(checkpoint: tuple[Path, torch.Tensor]) -> None:
+    folder, projection = checkpoint
+    check(load_clip(ARCHITECTURE, pretrained=str(folder / "open_clip_pytorch_model.bin")), projection)
 
 
 @pytest.mark.slow
-def test_by_local_dir(checkpoint: tuple[Path, torch.Tensor]) -> None:
-    folder, known = checkpoint
-    check(load_clip(f"local-dir:{folder}"), known)
+def test_a_teacher_is_loaded_from_a_local_dir(checkpoint: tuple[Path, torch.Tensor]) -> None:
+    folder, projection = checkpoint
+    check(load_clip(f"local-dir:{folder}"), projection)
 
 
 @pytest.mark.slow
-def test_from_the_hubs_cache_offline(
+def test_a_teacher_is_loaded_offline_from_the_hubs_cache(
     checkpoint: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, known = checkpoint
+    folder, projection = checkpoint
     revision = "0" * 40
     repository = tmp_path / "models--someone--some-clip"
     shutil.copytree(folder, repository / "snapshots" / revision)
@@ -62,10 +62,10 @@ def test_from_the_hubs_cache_offline(
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    check(load_clip("hf-hub:someone/some-clip"), known)
+    check(load_clip("hf-hub:someone/some-clip"), projection)
 
 
-def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="hf-hub:someone/none could not be fetched") as error:
@@ -85,24 +85,24 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, 
         ),
     ],
 )
-def test_without_a_network_what_is_missing_is_named_at_once(
+def test_missing_parts_are_reported_without_delay_if_there_is_no_network(
     name: str, pretrained: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def unknown(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError("Name or service not known")
 
     for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("socket.getaddrinfo", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=f"{expected}.*the hub cannot be reached") as error:
         load_clip(name, pretrained=pretrained)
     assert "local-dir:PATH" in error.value.hint
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # only within
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # restored afterwards
 
 
 @pytest.mark.slow
-def test_a_siglip_whose_tokenizer_is_not_here_is_one_sentence_and_its_folder_loads(
+def test_a_missing_siglip_tokenizer_is_reported_and_a_complete_folder_loads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -116,7 +116,7 @@ def test_a_siglip_whose_tokenizer_is_not_here_is_one_sentence_and_its_folder_loa
     torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
     with pytest.raises(InputError, match=r"The tokenizer of ViT-B-16-SigLIP \(timm/ViT-B-16-SigLIP\) could not be"):
         load_clip("open_clip:ViT-B-16-SigLIP", pretrained=str(folder / "open_clip_pytorch_model.bin"))
-    # With the tokenizer's files beside the weights, as the hub has them, no network is needed.
+    # With the tokenizer files beside the weights, as on the hub, no network is needed.
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg})
     )

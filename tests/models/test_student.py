@@ -17,9 +17,9 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import (
     build_student,
     evenly_spaced,
+    init_image_tower,
+    init_text_tower,
     preset_names,
-    start_image_tower,
-    start_text_tower,
     student_config,
 )
 
@@ -34,48 +34,48 @@ PRESETS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) fo
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_plain_open_clip_loads_what_was_trained_and_saved(tmp_path: Path, name: str) -> None:
-    clip = tiny(name, 224 if name == "swin_tiny" else 64)  # swin_tiny takes nothing else
+def test_open_clip_loads_a_saved_student(tmp_path: Path, name: str) -> None:
+    clip = tiny(name, 224 if name == "swin_tiny" else 64)  # the only size that swin_tiny supports
     pixels = torch.rand(4, 3, *clip.preprocessing.size, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-3)
     clip.model.encode_image(pixels).square().sum().backward()
     optimizer.step()
     save_clip(tmp_path / "student", clip, provenance={})
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 70, 3), dtype=np.uint8))
-    ours = TorchEncoder(clip)
+    input_image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 70, 3), dtype=np.uint8))
+    encoder = TorchEncoder(clip)
 
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'student'}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'student'}")
     model.eval()
     with torch.no_grad():
-        image = model.encode_image(transform(picture)[None], normalize=True).numpy()
+        image = model.encode_image(transform(input_image)[None], normalize=True).numpy()
         text = model.encode_text(tokenizer(["a cat"]), normalize=True).numpy()
-    np.testing.assert_allclose(image, ours.encode_images([picture]), atol=1e-6)
-    np.testing.assert_allclose(text, ours.encode_texts(["a cat"]), atol=1e-6)
+    np.testing.assert_allclose(image, encoder.encode_images([input_image]), atol=1e-6)
+    np.testing.assert_allclose(text, encoder.encode_texts(["a cat"]), atol=1e-6)
 
 
-def test_any_timm_trunk_by_name() -> None:
+def test_any_timm_trunk_can_be_used_by_name() -> None:
     assert tiny("test_resnet", 96).embedding_size == 32
 
 
 @pytest.mark.parametrize(("name", "match"), [("mobilevit_xx", "mobilevit_xxs"), ("resnet81", "resnet18")])
-def test_an_unknown_student_has_near_matches(name: str, match: str) -> None:
+def test_an_unknown_student_gets_suggestions(name: str, match: str) -> None:
     with pytest.raises(InputError, match=f"Did you mean .*{match}"):
         tiny(name)
 
 
-def test_a_trunk_that_does_not_take_the_size() -> None:
+def test_an_unsupported_image_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be built at 64 × 64"):
         tiny("swin_tiny", 64)
 
 
-def test_a_model_is_loaded_by_folder_run_and_local_dir(tmp_path: Path) -> None:
+def test_a_model_is_loaded_by_local_dir_folder_and_run(tmp_path: Path) -> None:
     save_clip(tmp_path / "run" / "student", tiny("resnet10t"), provenance={})
     for spec in (f"local-dir:{tmp_path}/run/student", f"{tmp_path}/run/student", f"{tmp_path}/run"):
         assert load_clip(spec).name == "run"
 
 
-def test_an_architecture_by_checkpoint_file(tmp_path: Path) -> None:
+def test_an_architecture_is_loaded_with_a_checkpoint_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = open_clip.create_model("RN50")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
@@ -86,13 +86,13 @@ def test_an_architecture_by_checkpoint_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "pretrained", "message"),
     [
-        ("ViT-B-61", None, "no model 'ViT-B-61'"),
-        ("ViT-B-16", None, "named without weights"),
+        ("ViT-B-61", None, "No model named 'ViT-B-61'"),
+        ("ViT-B-16", None, "given without weights"),
         ("ViT-B-16", "nonsense", "not a known tag or valid file"),
         ("local-dir:/nowhere", None, "does not exist"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(spec: str, pretrained: str | None, message: str) -> None:
+def test_loading_errors_are_reported(spec: str, pretrained: str | None, message: str) -> None:
     with pytest.raises((InputError, ConfigError), match=message):
         load_clip(spec, pretrained=pretrained)
 
@@ -116,69 +116,71 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("count", "of", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])])
-def test_layers_are_spread_from_the_first_to_the_last(count: int, of: int, expected: list[int]) -> None:
-    assert evenly_spaced(count, of=of) == expected
+@pytest.mark.parametrize(
+    ("count", "total", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])]
+)
+def test_layers_are_evenly_spaced_from_first_to_last(count: int, total: int, expected: list[int]) -> None:
+    assert evenly_spaced(count, total=total) == expected
 
 
-def test_a_text_tower_starts_from_the_teachers_layers() -> None:
+def test_a_text_tower_is_initialised_from_the_teachers_layers() -> None:
     teacher, student = clip("64x4", length=12, width=48), clip("64x2", seed=1)
-    said = start_text_tower(student, "teacher", teacher)
-    ours, theirs = student.model.state_dict(), teacher.model.state_dict()
-    assert "layers 1, 4 of the 4 layers of teacher" in said
+    message = init_text_tower(student, "teacher", teacher)
+    student_state, teacher_state = student.model.state_dict(), teacher.model.state_dict()
+    assert "layers 1, 4 of the 4 layers of teacher" in message
     for new, old in ((0, 0), (1, 3)):
         name = "text.transformer.resblocks.{}.attn.in_proj_weight"
-        assert torch.equal(ours[name.format(new)], theirs[name.format(old)])
-    assert torch.equal(ours["text.positional_embedding"], theirs["text.positional_embedding"][:8])
-    assert ours["text.text_projection"].shape == (64, 32)  # the teacher's fits another width, so this stays random
+        assert torch.equal(student_state[name.format(new)], teacher_state[name.format(old)])
+    assert torch.equal(student_state["text.positional_embedding"], teacher_state["text.positional_embedding"][:8])
+    assert student_state["text.text_projection"].shape == (64, 32)  # the teacher's is wider, so this stays random
 
 
-def test_a_text_tower_starts_from_a_checkpoint_in_the_older_form(tmp_path: Path) -> None:
+def test_a_text_tower_is_initialised_from_a_checkpoint_in_the_older_format(tmp_path: Path) -> None:
     student, other = clip("64x1"), clip("64x1", seed=1)
     state = {k.removeprefix("text."): v for k, v in other.model.state_dict().items() if k.startswith("text.")}
-    start_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
-    theirs = other.model.state_dict()
-    assert all(torch.equal(v, theirs[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
+    init_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
+    other_state = other.model.state_dict()
+    assert all(torch.equal(v, other_state[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
 
 
-def test_text_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_text_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
     student = clip("64x2")
-    with pytest.raises(ConfigError, match=r"is 8 × 128 there and 8 × 64 here") as error:
-        start_text_tower(student, "teacher", clip("128x2"))
+    with pytest.raises(ConfigError, match="is 8 × 128 in the weights and 8 × 64 in the student") as error:
+        init_text_tower(student, "teacher", clip("128x2"))
     assert "--text 128xLAYERS" in error.value.hint
-    with pytest.raises(ConfigError, match="has 2 layers and the weights of teacher only 1"):
-        start_text_tower(student, "teacher", clip("64x1"))
+    with pytest.raises(ConfigError, match="has 2 layers, but the weights of teacher have only 1"):
+        init_text_tower(student, "teacher", clip("64x1"))
     with pytest.raises(InputError, match="needs a teacher"):
-        start_text_tower(student, "teacher", None)
-    with pytest.raises(InputError, match=r"no file of text weights nothing\.pt"):
-        start_text_tower(student, "nothing.pt", None)
-    (tmp_path / "damaged.pt").write_bytes(b"no weights")
-    with pytest.raises(InputError, match="cannot be read"):
-        start_text_tower(student, str(tmp_path / "damaged.pt"), None)
+        init_text_tower(student, "teacher", None)
+    with pytest.raises(InputError, match=r"text weights file nothing\.pt does not exist"):
+        init_text_tower(student, "nothing.pt", None)
+    (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="could not be read"):
+        init_text_tower(student, str(tmp_path / "damaged.pt"), None)
 
 
-def test_an_image_trunk_starts_from_a_file_of_timms(tmp_path: Path) -> None:
+def test_an_image_trunk_is_initialised_from_a_timm_file(tmp_path: Path) -> None:
     torch.manual_seed(5)
-    published = timm.create_model("test_resnet").state_dict()  # with its classifier, as timm publishes it
+    published = timm.create_model("test_resnet").state_dict()  # timm publishes it with the classifier
     student = clip("64x1")
-    start_image_tower(student, saved(tmp_path / "weights.safetensors", published))
+    init_image_tower(student, saved(tmp_path / "weights.safetensors", published))
     trunk = student.model.get_submodule("visual.trunk").state_dict()
     assert trunk.keys() < published.keys()
     assert all(torch.equal(value, published[name]) for name, value in trunk.items())
 
 
-def test_image_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
     student = clip("64x1")
     other = saved(tmp_path / "vit.safetensors", timm.create_model("test_vit").state_dict())
-    with pytest.raises(ConfigError, match="do not fit test_resnet"):
-        start_image_tower(student, other)
-    with pytest.raises(InputError, match=r"no file of image weights nothing\.pt"):
-        start_image_tower(student, "nothing.pt")
-    with pytest.raises(ConfigError, match="no timm trunk"):
-        start_image_tower(clip("64x1", trunk="vit_tiny_16"), "timm")
+    with pytest.raises(ConfigError, match="do not match test_resnet"):
+        init_image_tower(student, other)
+    with pytest.raises(InputError, match=r"image weights file nothing\.pt does not exist"):
+        init_image_tower(student, "nothing.pt")
+    with pytest.raises(ConfigError, match="is not a timm trunk"):
+        init_image_tower(clip("64x1", trunk="vit_tiny_16"), "timm")
 
 
 @pytest.mark.parametrize("size", ["huge", "512", "100x2", "64x0", "x"])
-def test_a_text_size_that_is_none(size: str) -> None:
+def test_an_invalid_text_size_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match="expected one of tiny, small, standard, or WIDTHxLAYERS"):
         student_config("test_resnet", embedding_size=8, text=size)

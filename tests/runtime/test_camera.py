@@ -10,27 +10,27 @@ from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.runtime.camera import frames
 
 
-def test_without_opencv_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_is_reported_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingExtraError) as raised:
         next(frames("0"))
     assert raised.value.hint == "pip install 'clip-rd-edge[camera]'"
 
 
-def test_every_frame_of_a_film_in_rgb(tmp_path: Path) -> None:
+def test_every_frame_of_a_video_is_yielded_as_rgb(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
-    film = tmp_path / "film.avi"
-    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    video = tmp_path / "video.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
     for blue in (0, 255):
         writer.write(np.full((48, 64, 3), (blue, 0, 255 - blue), dtype=np.uint8))
     writer.release()
-    red, blue = frames(str(film))
+    red, blue = frames(str(video))
     assert red.size == (64, 48)
     assert red.getpixel((5, 5))[0] > 200 > 50 > red.getpixel((5, 5))[2]  # type: ignore[index]
     assert blue.getpixel((5, 5))[2] > 200  # type: ignore[index]
 
 
-def test_a_slow_model_gets_the_newest_frame_and_then_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     cv2 = pytest.importorskip("cv2")
     sent = []
 
@@ -55,12 +55,12 @@ def test_a_slow_model_gets_the_newest_frame_and_then_the_end(monkeypatch: pytest
     with pytest.raises(ClipRdEdgeError, match="stopped sending"):  # noqa: PT012
         for frame in frames("0"):
             seen.append(frame.getpixel((0, 0)))
-    assert len(seen) < 20  # this camera is faster than any consumer: what is old was let go
+    assert len(seen) < 20  # this camera is faster than any consumer: old frames were dropped
     assert seen == sorted(seen)
     assert sent[-1] == "released"
 
 
-def test_a_camera_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_video_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
-    with pytest.raises(ClipRdEdgeError, match="cannot be opened"):
+    with pytest.raises(ClipRdEdgeError, match="Cannot open the camera"):
         next(frames(str(tmp_path / "none.avi")))

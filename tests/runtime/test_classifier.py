@@ -16,23 +16,23 @@ RED, GREY = Image.new("RGB", (9, 9), (250, 5, 5)), Image.new("RGB", (9, 9), (100
 LABELS = ["blue", "red", "green"]
 
 
-def test_the_likeliest_come_first(colour_bundle: Path) -> None:
+def test_the_most_likely_labels_come_first(colour_bundle: Path) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), LABELS)
-    (answers,) = classifier.classify([RED], top=2)
-    assert [answer.label for answer in answers] == ["red", "blue"]
-    assert answers[0].probability > 0.99
+    (predictions,) = classifier.classify([RED], top=2)
+    assert [prediction.label for prediction in predictions] == ["red", "blue"]
+    assert predictions[0].probability > 0.99
 
 
-def test_equals_come_in_the_order_of_the_labels(colour_bundle: Path) -> None:
+def test_ties_keep_the_order_of_the_labels(colour_bundle: Path) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), LABELS)
-    assert [answer.label for answer in classifier.classify([GREY], top=2)[0]] == ["blue", "red"]
-    assert [answer.label for answer in classifier.classify([GREY], top=9)[0]] == LABELS
+    assert [prediction.label for prediction in classifier.classify([GREY], top=2)[0]] == ["blue", "red"]
+    assert [prediction.label for prediction in classifier.classify([GREY], top=9)[0]] == LABELS
 
 
-def test_none_of_these(colour_bundle: Path) -> None:
+def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), LABELS, none_below=0.5)
     red, grey = classifier.classify([RED, GREY])
-    assert [answer.label for answer in red] == ["red"]
+    assert [prediction.label for prediction in red] == ["red"]
     assert grey == []
     with pytest.raises(UsageError, match=r"none_below is 1\.5"):
         ZeroShotClassifier(load(colour_bundle), LABELS, none_below=1.5)
@@ -40,19 +40,19 @@ def test_none_of_these(colour_bundle: Path) -> None:
 
 def test_only_new_labels_go_through_the_text_tower(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(colour_bundle)
-    asked: list[str] = []
+    embedded: list[str] = []
     encode = encoder.encode_texts
-    monkeypatch.setattr(encoder, "encode_texts", lambda texts: asked.extend(texts) or encode(texts))
+    monkeypatch.setattr(encoder, "encode_texts", lambda texts: embedded.extend(texts) or encode(texts))
     classifier = ZeroShotClassifier(encoder, ["red", "green"])
     classifier.set_labels(["blue", "red", "red"])
-    assert asked == ["a photo of red", "a photo of green", "a photo of blue"]
+    assert embedded == ["a photo of red", "a photo of green", "a photo of blue"]
     assert classifier.labels == ("blue", "red")
     assert classifier.classify([RED], top=1)[0][0].label == "red"
-    classifier.set_labels(["green"])  # it was forgotten when it was no label
-    assert asked[-1] == "a photo of green"
+    classifier.set_labels(["green"])  # forgotten since it was removed
+    assert embedded[-1] == "a photo of green"
 
 
-def test_odd_labels(colour_bundle: Path) -> None:
+def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path) -> None:
     labels = ["红", "red " * 500, "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
     classifier = ZeroShotClassifier(load(colour_bundle), [*labels, *labels])
     assert classifier.labels == tuple(labels)
@@ -63,10 +63,10 @@ def test_odd_labels(colour_bundle: Path) -> None:
         classifier.set_labels(["yellow", " "])
     with pytest.raises(InputError, match="No labels"):
         classifier.set_labels([])
-    assert classifier.labels == tuple(labels)  # a refusal changes nothing
+    assert classifier.labels == tuple(labels)  # unchanged by a refusal
 
 
-def test_labels_of_the_bank_need_no_text_tower(colour_bundle: Path) -> None:
+def test_labels_in_the_bank_need_no_text_tower(colour_bundle: Path) -> None:
     write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     encoder = load(colour_bundle)

@@ -8,27 +8,28 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.runtime import doctor
-from clip_rd_edge.runtime.doctor import Footprint, _room, footprints
+from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_what_int8_and_bfloat16_have_here() -> None:
+def test_the_processor_finding_covers_int8_and_bfloat16() -> None:
     assert "INT8 is fast (AMX INT8)" in doctor._processor(("AVX2", "AVX-512 VNNI", "AMX INT8")).detail
     assert "no bfloat16" in doctor._processor(("AVX2",)).detail
     assert "INT8 may be no faster" in doctor._processor(("AVX2",)).detail
     assert "INT8 is fast (Neon dot product)" in doctor._processor(("Neon", "Neon dot product")).detail
-    assert "does not tell" in doctor._processor(()).detail
+    assert "does not report" in doctor._processor(()).detail
 
 
-def test_threads_that_a_container_or_a_variable_takes_away() -> None:
-    assert doctor._threads(2, 8, None).detail == "2 of 8 cores may be used"
+def test_thread_limits_of_a_container_or_a_variable_are_reported() -> None:
+    assert doctor._threads(2, 8, None).detail == "2 of 8 cores are usable"
     assert doctor._threads(8, 8, "1").detail.startswith("8 cores; OMP_NUM_THREADS=1")
-    assert doctor._threads(8, 8, None, 1.5).detail == "8 cores, for the time of 1.5 in all: --threads 1 for a bundle"
-    assert doctor._threads(2, 8, None, 4.0).detail == "2 of 8 cores may be used"
+    expected = "8 cores, limited to the time of 1.5: run bundles with --threads 1"
+    assert doctor._threads(8, 8, None, 1.5).detail == expected
+    assert doctor._threads(2, 8, None, 4.0).detail == "2 of 8 cores are usable"
 
 
-def test_a_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda package: package != "torch")
     train = next(finding for finding in doctor.examine() if finding.what == "[train]")
     assert train.state == "missing"
@@ -36,31 +37,31 @@ def test_a_missing_extra_has_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> No
     assert train.remedy == "pip install 'clip-rd-edge[train]'"
 
 
-def test_every_extra_but_those_of_many_is_looked_at() -> None:
+def test_every_extra_except_the_combined_ones_is_checked() -> None:
     assert {"train", "emoji"} <= doctor.extras().keys()
     assert not {"all", "dev", "torch-tensorrt"} & doctor.extras().keys()
     assert "onnxscript" in doctor.extras()["train"]
 
 
-def test_the_absence_of_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda package: not package.startswith("torch-tensorrt"))
     (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
-    assert finding.detail.startswith("not installed: for export --via torch-tensorrt, which needs the GPU")
+    assert finding.detail.startswith("not installed: for export --via torch-tensorrt, which needs the target GPU")
     assert "a CUDA build of torch" in finding.detail
     monkeypatch.setattr(doctor, "_installed", lambda package: package == "torch-tensorrt-rtx")
     assert doctor._torch_tensorrt().detail.startswith("torch-tensorrt-rtx: for")
 
 
-def test_providers_and_what_of_them_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_providers_and_the_default_device_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     detail = doctor._onnxruntime().detail
-    assert detail.endswith("for cpu, cuda, tensorrt; bundles run on cuda, and on cpu in INT8; --device takes tensorrt")
+    assert detail.endswith("for cpu, cuda, tensorrt; bundles run on cuda (INT8 on cpu); --device also takes tensorrt")
 
 
-def test_a_card_that_only_a_package_is_missing_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_only_lacks_a_package_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
     monkeypatch.setattr(doctor, "_installed", lambda package: package != "onnxruntime-gpu")
     assert "pip install onnxruntime-gpu" in doctor._gpu().remedy
@@ -68,32 +69,34 @@ def test_a_card_that_only_a_package_is_missing_for(monkeypatch: pytest.MonkeyPat
     assert doctor._gpu().remedy == ""
 
 
-def test_the_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, error = command_line("doctor")
     assert (code, error) == (0, "")
     assert "for cpu; bundles run on cpu" in output
     assert "[emoji]" in output
     code, output, _ = command_line("doctor", "--json")
-    assert {"machine", "processor", "threads", "ONNX Runtime", "GPU"} <= {each["what"] for each in json.loads(output)}
+    assert {"machine", "processor", "threads", "ONNX Runtime", "GPU"} <= {
+        finding["what"] for finding in json.loads(output)
+    }
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, output, error = command_line("doctor")
     assert code == 1
     assert "broken" in output
-    assert error.startswith("error: No bundle runs here: ONNX Runtime does not load")
+    assert error.startswith("error: No bundle can run here: ONNX Runtime cannot be imported")
 
 
 def install(site: Path, name: str, *, requires: str = "", files: dict[str, int]) -> None:
-    """A package as pip leaves it: its files, and what is said of them."""
-    information = site / f"{name}-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}\n")
+    """Create an installed package as pip does: its files and its metadata."""
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}\n")
     for file, size in files.items():
         (site / file).parent.mkdir(parents=True, exist_ok=True)
         (site / file).write_bytes(b"x" * size)
-    (information / "RECORD").write_text("".join(f"{file},,\n" for file in files if "listed" not in file))
+    (metadata / "RECORD").write_text("".join(f"{file},,\n" for file in files if "listed" not in file))
 
 
-def test_a_package_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_usage_of_a_package_and_its_dependencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import cache_from_source
 
     monkeypatch.syspath_prepend(tmp_path)
@@ -102,13 +105,15 @@ def test_a_package_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     install(tmp_path, "ours", requires=requires, files={"ours/a.py": 10, compiled: 5, "ours/not-listed": 1000})
     install(tmp_path, "re_quired", requires="Requires-Dist: ours\nRequires-Dist: nowhere", files={"lib.so": 70})
     assert footprints("ours") == [
-        Footprint(package="re-quired", size_bytes=70, compiled_bytes=0),
-        Footprint(package="ours", size_bytes=15, compiled_bytes=5),
+        Footprint(name="re-quired", size_bytes=70, compiled_bytes=0),
+        Footprint(name="ours", size_bytes=15, compiled_bytes=5),
     ]
 
 
-def test_the_sentence_adds_up() -> None:
+def test_the_disk_usage_finding_adds_up() -> None:
     sizes = (80, 70, 20, 12, 11, 6, 3)
-    packages = [Footprint(package=f"p{size}", size_bytes=size * 10**6, compiled_bytes=10**6) for size in sizes]
-    expected = "202 MB without extras: p80 80, p70 70, p20 20, p12 12, p11 11, 2 others 9; 7 of it is compiled Python"
-    assert _room(packages).detail == expected
+    packages = [Footprint(name=f"p{size}", size_bytes=size * 10**6, compiled_bytes=10**6) for size in sizes]
+    expected = (
+        "202 MB without extras: p80 80, p70 70, p20 20, p12 12, p11 11, 2 others 9; 7 MB of it is compiled Python"
+    )
+    assert _disk_usage(packages).detail == expected

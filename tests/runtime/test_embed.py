@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.images import find_images, images_below, open_image
+from clip_rd_edge.contract.images import find_images, list_images, open_image
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.load import load
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
-    colour_bundle: Path, colour_pictures: Path, batch_size: int
+def test_embeddings_keep_the_input_order_and_unreadable_images_are_reported(
+    colour_bundle: Path, colour_images: Path, batch_size: int
 ) -> None:
-    (colour_pictures / "broken.png").write_bytes(b"no picture")
-    paths = [*images_below(colour_pictures)] * 3
+    (colour_images / "broken.png").write_bytes(b"not an image")
+    paths = [*list_images(colour_images)] * 3
     encoder = load(colour_bundle)
     batches = list(embed_images(encoder, paths, batch_size=batch_size, workers=2))
     read = [path for batch in batches for path in batch.images]
@@ -30,87 +30,86 @@ def test_same_embeddings_in_the_same_order_and_the_unreadable_told(
     assert all("broken.png" in reason for reason in reasons)
 
 
-def test_a_long_list_is_taken_as_it_is_needed(colour_bundle: Path, colour_pictures: Path) -> None:
-    taken = 0
+def test_a_generator_is_read_only_as_far_as_needed(colour_bundle: Path, colour_images: Path) -> None:
+    requested = 0
 
     def endless() -> object:
-        nonlocal taken
+        nonlocal requested
         while True:
-            taken += 1
-            yield colour_pictures / "red.png"
+            requested += 1
+            yield colour_images / "red.png"
 
     batches = embed_images(load(colour_bundle), endless(), batch_size=4)  # type: ignore[arg-type]
     assert len(next(batches).images) == 4
-    assert taken == 12
+    assert requested == 12
     batches.close()
-    assert taken == 12
+    assert requested == 12
 
 
-def test_the_next_batch_is_embedded_while_the_caller_has_one(
-    colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_next_batch_is_embedded_while_the_caller_handles_one(
+    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load(colour_bundle)
-    encode, second = encoder.encode_pixels, threading.Event()
-    seen: list[int] = []
+    encode, second_call = encoder.encode_pixels, threading.Event()
+    batch_sizes: list[int] = []
 
-    def watched(pixels: np.ndarray) -> np.ndarray:
-        seen.append(len(pixels))
-        if len(seen) == 2:
-            second.set()
+    def record(pixels: np.ndarray) -> np.ndarray:
+        batch_sizes.append(len(pixels))
+        if len(batch_sizes) == 2:
+            second_call.set()
         return encode(pixels)
 
-    monkeypatch.setattr(encoder, "encode_pixels", watched)
-    batches = embed_images(encoder, [colour_pictures / "red.png"] * 5, batch_size=2)
+    monkeypatch.setattr(encoder, "encode_pixels", record)
+    batches = embed_images(encoder, [colour_images / "red.png"] * 5, batch_size=2)
     next(batches)
-    assert second.wait(timeout=10)
+    assert second_call.wait(timeout=10)
     assert [len(batch.images) for batch in batches] == [2, 1]
 
 
-def test_large_jpegs_may_be_opened_quickly(colour_bundle: Path, tmp_path: Path) -> None:
+def test_quick_decoding_of_large_jpegs_changes_embeddings_slightly(colour_bundle: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / "photo.jpg"
     Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((320, 240)).save(path)
     encoder = load(colour_bundle)
-    (whole,), (quick,) = (list(embed_images(encoder, [path], quick=quick)) for quick in (False, True))
-    assert not np.array_equal(whole.embeddings, quick.embeddings)
-    np.testing.assert_allclose(whole.embeddings, quick.embeddings, atol=0.02)
+    (full,), (quick,) = (list(embed_images(encoder, [path], quick=quick)) for quick in (False, True))
+    assert not np.array_equal(full.embeddings, quick.embeddings)
+    np.testing.assert_allclose(full.embeddings, quick.embeddings, atol=0.02)
 
 
-def test_what_the_model_fails_on_reaches_the_caller(
-    colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_model_reaches_the_caller(
+    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = load(colour_bundle)
 
     def fail(pixels: np.ndarray) -> np.ndarray:
-        raise ClipRdEdgeError("the card is gone")
+        raise ClipRdEdgeError("the GPU is gone")
 
     monkeypatch.setattr(encoder, "encode_pixels", fail)
-    with pytest.raises(ClipRdEdgeError, match="the card is gone"):
-        list(embed_images(encoder, [colour_pictures / "red.png"] * 9, batch_size=2))
+    with pytest.raises(ClipRdEdgeError, match="the GPU is gone"):
+        list(embed_images(encoder, [colour_images / "red.png"] * 9, batch_size=2))
 
 
-def test_pictures_by_file_folder_glob_and_list(colour_pictures: Path) -> None:
-    (colour_pictures / "notes.txt").write_text("no picture")
-    (colour_pictures / ".thumbnails").mkdir()
-    (colour_pictures / ".thumbnails" / "red.png").write_bytes(b"")
+def test_images_are_found_by_file_folder_glob_and_list(colour_images: Path) -> None:
+    (colour_images / "notes.txt").write_text("not an image")
+    (colour_images / ".thumbnails").mkdir()
+    (colour_images / ".thumbnails" / "red.png").write_bytes(b"")
 
-    def found(*names: object, listed: tuple[str, ...] = ()) -> list[str]:
-        paths = find_images(map(str, names), listed=listed)
-        return [path.relative_to(colour_pictures).as_posix() for path in paths]
+    def find(*names: object, lines: tuple[str, ...] = ()) -> list[str]:
+        paths = find_images(map(str, names), lines=lines)
+        return [path.relative_to(colour_images).as_posix() for path in paths]
 
-    everything = ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
-    assert found(colour_pictures) == everything
-    assert found(colour_pictures / "*.png") == ["green.png", "red.png"]
-    assert found(colour_pictures / "**" / "*.webp") == ["more/yellow.webp"]
-    assert found("-", listed=(f"{colour_pictures}/red.png\n", "\n")) == ["red.png"]
-    assert found(colour_pictures / "red.png", colour_pictures / "more") == ["red.png", "more/yellow.webp"]
+    assert find(colour_images) == ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
+    assert find(colour_images / "*.png") == ["green.png", "red.png"]
+    assert find(colour_images / "**" / "*.webp") == ["more/yellow.webp"]
+    assert find("-", lines=(f"{colour_images}/red.png\n", "\n")) == ["red.png"]
+    assert find(colour_images / "red.png", colour_images / "more") == ["red.png", "more/yellow.webp"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.png", "no picture or folder"), ("*.gif", "No picture matches"), ("empty", "has no pictures")],
+    [("none.png", "does not exist"), ("*.gif", "No image matches"), ("empty", "has no images")],
 )
-def test_what_is_not_there(tmp_path: Path, name: str, message: str) -> None:
+def test_names_without_images_are_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         list(find_images([str(tmp_path / name)]))

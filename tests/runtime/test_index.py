@@ -12,7 +12,7 @@ from support import Watch
 
 from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.encoder import greatest
+from clip_rd_edge.contract.encoder import top_indices
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -31,16 +31,16 @@ def index(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures each call of the image tower saw."""
-    seen: list[int] = []
+    """Record the batch size of each call of the image tower."""
+    batch_sizes: list[int] = []
     encode = OrtEncoder.encode_pixels
 
-    def counting(self: OrtEncoder, pixels: np.ndarray) -> np.ndarray:
-        seen.append(len(pixels))
+    def record(self: OrtEncoder, pixels: np.ndarray) -> np.ndarray:
+        batch_sizes.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(OrtEncoder, "encode_pixels", counting)
-    return seen
+    monkeypatch.setattr(OrtEncoder, "encode_pixels", record)
+    return batch_sizes
 
 
 def names(path: Path) -> list[str]:
@@ -51,47 +51,45 @@ def files(path: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
 
 
-def test_only_what_changed_is_embedded(
-    colour_bundle: Path, colour_pictures: Path, index: Path, embedded: list[int]
+def test_only_changed_images_are_embedded(
+    colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
 ) -> None:
     encoder = load(colour_bundle)
-    assert update_index(encoder, colour_pictures, index).embedded == 4
+    assert update_index(encoder, colour_images, index).embedded == 4
     before = files(index)
-    update = update_index(encoder, colour_pictures, index)
-    assert (update.kept, update.embedded, update.gone) == (4, 0, 0)
-    assert files(index) == before  # nothing to do, nothing written
-    Image.new("RGB", (9, 9), (0, 0, 250)).save(colour_pictures / "red.png")  # is blue now
-    update = update_index(encoder, colour_pictures, index)
-    assert (update.kept, update.embedded, update.gone) == (3, 1, 0)
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded, update.removed) == (4, 0, 0)
+    assert files(index) == before  # nothing changed, nothing written
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(colour_images / "red.png")  # now blue
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded, update.removed) == (3, 1, 0)
     assert sum(embedded) == 5
-    assert len(files(index)) == 2  # the old embeddings are gone
+    assert len(files(index)) == 2  # the old embeddings file was deleted
     known, rows = read_index(index)
     best = nearest(known, rows, encoder.encode_texts(["blue"]), top=2)
     assert {hit.path.name for hit in best} == {"red.png", "blue.jpg"}
 
 
-def test_what_is_moved_copied_or_touched_is_not_embedded_again(
-    colour_bundle: Path, colour_pictures: Path, index: Path, embedded: list[int]
+def test_moved_copied_or_touched_images_are_not_embedded_again(
+    colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
 ) -> None:
     encoder = load(colour_bundle)
-    update_index(encoder, colour_pictures, index)
-    (colour_pictures / "green.png").rename(colour_pictures / "more" / "moved.png")
-    (colour_pictures / "copy.png").write_bytes((colour_pictures / "red.png").read_bytes())
-    os.utime(colour_pictures / "blue.jpg", ns=(1, 1))
-    update = update_index(encoder, colour_pictures, index)
-    assert (update.kept, update.embedded, update.gone) == (5, 0, 1)
+    update_index(encoder, colour_images, index)
+    (colour_images / "green.png").rename(colour_images / "more" / "moved.png")
+    (colour_images / "copy.png").write_bytes((colour_images / "red.png").read_bytes())
+    os.utime(colour_images / "blue.jpg", ns=(1, 1))
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded, update.removed) == (5, 0, 1)
     assert sum(embedded) == 4
     known, rows = read_index(index)
-    assert (
-        nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_pictures / "more" / "moved.png"
-    )
+    assert nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_images / "more" / "moved.png"
 
 
-def test_an_interrupted_indexing_keeps_what_it_did(
-    colour_bundle: Path, colour_pictures: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_update_keeps_its_progress(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(100):
-        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
     encoder = load(colour_bundle)
 
     def interrupt(done: int) -> None:
@@ -99,26 +97,25 @@ def test_an_interrupted_indexing_keeps_what_it_did(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        update_index(encoder, colour_pictures, index, reporter=Watch("embedding", interrupt))
+        update_index(encoder, colour_images, index, reporter=Watch("embedding", interrupt))
     assert len(names(index)) == 64
     known, rows = read_index(index)
     assert len(nearest(known, rows, encoder.encode_texts(["red"]), top=100)) == 64
-    update = update_index(encoder, colour_pictures, index)
+    update = update_index(encoder, colour_images, index)
     assert (update.kept, update.embedded) == (64, 40)
 
 
-def test_a_kill_costs_what_was_done_since_the_last_save(
-    colour_bundle: Path, colour_pictures: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_loses_only_the_work_since_the_last_save(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(60):
-        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_pictures / f"{i:03}.png")
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
     monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1)
-    seen = []
-    update_index(
-        load(colour_bundle), colour_pictures, index, reporter=Watch("embedding", lambda _: seen.append(_count(index)))
-    )
-    assert seen == [0, 32]  # when a batch is done, all before it are on disk
-    # A half-written file beside them is nobody's index.
+    saved_counts = []
+    reporter = Watch("embedding", lambda _: saved_counts.append(_count(index)))
+    update_index(load(colour_bundle), colour_images, index, reporter=reporter)
+    assert saved_counts == [0, 32]  # after each batch, all earlier batches are on disk
+    # A partly written file beside them is ignored.
     (index / ".index.json.abc.tmp").write_text("{")
     assert len(names(index)) == 64
 
@@ -127,76 +124,76 @@ def _count(path: Path) -> int:
     return len(names(path)) if path.is_dir() else 0
 
 
-def test_a_picture_that_cannot_be_read_is_told_and_tried_again(
-    colour_bundle: Path, colour_pictures: Path, index: Path
-) -> None:
-    (colour_pictures / "broken.png").write_bytes(b"no picture")
+def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
+    (colour_images / "broken.png").write_bytes(b"not an image")
     encoder = load(colour_bundle)
-    update = update_index(encoder, colour_pictures, index)
+    update = update_index(encoder, colour_images, index)
     assert update.embedded == 4
     assert "broken.png" in update.unreadable[0]
-    Image.new("RGB", (9, 9)).save(colour_pictures / "broken.png")
-    assert update_index(encoder, colour_pictures, index).embedded == 1
+    Image.new("RGB", (9, 9)).save(colour_images / "broken.png")
+    assert update_index(encoder, colour_images, index).embedded == 1
 
 
-def test_another_model_embeds_everything_again(colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
-    update_index(load(colour_bundle), colour_pictures, index)
+def test_another_model_embeds_everything_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
+    update_index(load(colour_bundle), colour_images, index)
     with (colour_bundle / "image.onnx").open("ab") as file:
-        file.write(b"\x3a\x00")  # an empty graph, which is merged: the same model, another file
+        file.write(b"\x3a\x00")  # an empty graph, which protobuf merges: the same model in a different file
     write_manifest(colour_bundle, read_manifest(colour_bundle))
-    assert update_index(load(colour_bundle), colour_pictures, index).embedded == 4
+    assert update_index(load(colour_bundle), colour_images, index).embedded == 4
 
 
 @pytest.mark.parametrize("count", [1, 3, 50, 90])
-def test_the_greatest_are_those_that_sorting_everything_gives(count: int) -> None:
-    values = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)  # many equals
-    np.testing.assert_array_equal(greatest(values, count), np.argsort(-values, kind="stable")[:count])
+def test_top_indices_match_a_full_sort(count: int) -> None:
+    values = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)  # many ties
+    np.testing.assert_array_equal(top_indices(values, count), np.argsort(-values, kind="stable")[:count])
 
 
-def test_what_is_no_index_is_refused(colour_bundle: Path, colour_pictures: Path, index: Path, tmp_path: Path) -> None:
+def test_what_is_not_an_index_is_refused(colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path) -> None:
     encoder = load(colour_bundle)
-    with pytest.raises(UsageError, match="something else than an index"):
-        update_index(encoder, colour_pictures, colour_bundle)
-    update_index(encoder, colour_pictures, index)
+    with pytest.raises(UsageError, match="exists and is not an index"):
+        update_index(encoder, colour_images, colour_bundle)
+    update_index(encoder, colour_images, index)
     (tmp_path / "other").mkdir()
     with pytest.raises(UsageError, match="index of another folder"):
         update_index(encoder, tmp_path / "other", index)
-    with pytest.raises(InputError, match="has no pictures"):
+    with pytest.raises(InputError, match="has no images"):
         update_index(encoder, tmp_path / "other", tmp_path / "other.index")
-    with pytest.raises(InputError, match="is no index"):
+    with pytest.raises(InputError, match="is not an index"):
         read_index(tmp_path)
     next(index.glob("*.npy")).write_bytes(b"")
     with pytest.raises(ConfigError, match="is damaged"):
         read_index(index)
 
 
-def test_search_finds_as_often_as_the_evaluation_says(colour_bundle: Path, pairs_csv: Path, index: Path) -> None:
+def test_search_matches_the_recall_of_the_evaluation(colour_bundle: Path, pairs_csv: Path, index: Path) -> None:
     task, encoder = load_task(str(pairs_csv)), load(colour_bundle)
     assert isinstance(task, RetrievalTask)
     update_index(encoder, pairs_csv.parent / "pictures", index)
     known, rows = read_index(index)
     hits = [
-        task.images[number] in [hit.path for hit in nearest(known, rows, encoder.encode_texts([caption]), top=5)]
-        for caption, number in zip(task.captions, task.caption_images, strict=True)
+        task.images[image_number] in [hit.path for hit in nearest(known, rows, encoder.encode_texts([caption]), top=5)]
+        for caption, image_number in zip(task.captions, task.caption_images, strict=True)
     ]
     assert np.mean(hits) == retrieval(encoder, task).score.text_to_image.at5
-    assert 0.5 < np.mean(hits) < 1  # six pictures of each colour: not all are found
+    assert 0.5 < np.mean(hits) < 1  # six images per colour: not all are found
 
 
-def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: Path, index: Path) -> None:
-    code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
+def test_the_index_and_search_commands(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    code, output, error = command_line("index", colour_bundle, colour_images, "-o", index)
     assert (code, output) == (0, f"{index}\n")
     assert "4 embedded, 0 kept, 0 removed" in error
     code, output, _ = command_line("search", index, "blue", "--top", "1")
     assert code == 0
     similarity, path = output.rstrip().split("\t")
-    assert path == str(colour_pictures / "blue.jpg")
+    assert path == str(colour_images / "blue.jpg")
     assert float(similarity) > 0.9
-    code, output, _ = command_line("search", index, colour_pictures / "red.png", "--top", "2", "--json")
+    code, output, _ = command_line("search", index, colour_images / "red.png", "--top", "2", "--json")
     first = json.loads(output.splitlines()[0])
-    assert first == {"image": str(colour_pictures / "red.png"), "similarity": 1.0}
-    (colour_pictures / "broken.png").write_bytes(b"no picture")
-    code, output, error = command_line("index", colour_bundle, colour_pictures, "-o", index)
+    assert first == {"image": str(colour_images / "red.png"), "similarity": 1.0}
+    (colour_images / "broken.png").write_bytes(b"not an image")
+    code, output, error = command_line("index", colour_bundle, colour_images, "-o", index)
     assert (code, output) == (1, f"{index}\n")
     assert "1 images could not be read" in error
     code, _, error = command_line("search", index, " ")
@@ -205,4 +202,4 @@ def test_the_commands(command_line: Run, colour_bundle: Path, colour_pictures: P
         file.write(b"\x3a\x00")
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     code, _, error = command_line("search", index, "red")
-    assert (code, "is not the one that made the index" in error) == (2, True)
+    assert (code, "is not the one that created the index" in error) == (2, True)

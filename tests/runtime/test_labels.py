@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LABELS, read_labels
-from clip_rd_edge.runtime import labels as label_cache
+from clip_rd_edge.runtime import labels as labels_module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
@@ -24,10 +24,12 @@ from clip_rd_edge.runtime.load import load
         ("fp32", "embeddings", np.float32),
         ("fp16", "embeddings", np.float16),
         ("bf16", "embeddings", np.float16),
-        ("int8 dynamic with token table, by channel", "levels", np.int8),
+        ("int8 dynamic with token embeddings, per-channel", "levels", np.int8),
     ],
 )
-def test_a_bank_is_stored_as_the_tower_computes(colour_bundle: Path, tower: str, array: str, dtype: type) -> None:
+def test_a_label_bank_is_stored_in_the_precision_of_the_text_tower(
+    colour_bundle: Path, tower: str, array: str, dtype: type
+) -> None:
     manifest = read_manifest(colour_bundle)
     text = msgspec.structs.replace(manifest.text, precision=tower)
     write_label_bank(colour_bundle, msgspec.structs.replace(manifest, text=text), ["red", "blue", "red"])
@@ -52,7 +54,7 @@ def classifier(bundle: Path, labels: list[str] = NAMES, **rest: object) -> ZeroS
     return ZeroShotClassifier(load(bundle), labels, **rest)  # type: ignore[arg-type]
 
 
-def test_the_second_process_loads_no_text_tower(colour_bundle: Path, label_cache: Path) -> None:
+def test_cached_labels_need_no_text_tower(colour_bundle: Path, label_cache: Path) -> None:
     first = classifier(colour_bundle)
     second = classifier(colour_bundle)
     assert text_tower_loaded(first.encoder)  # type: ignore[arg-type]
@@ -66,66 +68,66 @@ def test_the_second_process_loads_no_text_tower(colour_bundle: Path, label_cache
     assert len(list(label_cache.iterdir())) == 2
 
 
-def test_whatever_the_rows_depend_on_is_in_their_name(colour_bundle: Path, label_cache: Path) -> None:
+def test_the_cache_key_covers_everything_that_embeddings_depend_on(colour_bundle: Path, label_cache: Path) -> None:
     classifier(colour_bundle)
     assert text_tower_loaded(classifier(colour_bundle, NAMES[::-1]).encoder)  # type: ignore[arg-type]
     other = classifier(colour_bundle, templates=["a drawing of {}"])
     assert text_tower_loaded(other.encoder)  # type: ignore[arg-type]
     for file in ("text.onnx", "tokenizer.json"):
-        with (colour_bundle / file).open("ab") as appended:
-            appended.write(b"\x3a\x00" if file == "text.onnx" else b"\n")
+        with (colour_bundle / file).open("ab") as stream:
+            stream.write(b"\x3a\x00" if file == "text.onnx" else b"\n")
         write_manifest(colour_bundle, read_manifest(colour_bundle))
         assert text_tower_loaded(classifier(colour_bundle).encoder)  # type: ignore[arg-type]
     assert len(list(label_cache.iterdir())) == 5
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * 200, None])
-def test_what_is_damaged_is_passed_over_and_written_anew(
+def test_damaged_cache_files_are_ignored_and_rewritten(
     colour_bundle: Path, label_cache: Path, damage: bytes | None
 ) -> None:
     expected = classifier(colour_bundle).probabilities(NOISE)
     (file,) = label_cache.iterdir()
-    whole = file.read_bytes()
-    # The last byte is in the rows: nothing but the digest tells.
-    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
+    intact = file.read_bytes()
+    # The last byte belongs to the embeddings: only the digest detects the change.
+    file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]) if damage is None else damage)
     np.testing.assert_array_equal(classifier(colour_bundle).probabilities(NOISE), expected)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == intact
 
 
-def test_it_does_not_grow_and_what_was_used_last_stays(label_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_rd_edge.runtime import labels as module
-
+def test_the_cache_is_limited_and_keeps_recently_used_files(label_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.zeros((4, 8), dtype=np.float32)
     for i, key in enumerate("abc"):
-        module.write_label_set(key, rows)
+        labels_module.write_label_set(key, rows)
         os.utime(label_cache / key, ns=(i, i))
     size = (label_cache / "a").stat().st_size
-    assert module.read_label_set("a", count=4) is not None
-    monkeypatch.setattr(module, "MAX_BYTES", 3 * size)
-    module.write_label_set("d", rows)
+    assert labels_module.read_label_set("a", count=4) is not None
+    monkeypatch.setattr(labels_module, "MAX_BYTES", 3 * size)
+    labels_module.write_label_set("d", rows)
     assert sorted(path.name for path in label_cache.iterdir()) == ["a", "c", "d"]
-    module.write_label_set("too much", np.zeros((4 * size, 8), dtype=np.float32))
-    assert not (label_cache / "too much").exists()
-    assert module.read_label_set("a", count=5) is None  # another number of labels is another set
+    labels_module.write_label_set("too large", np.zeros((4 * size, 8), dtype=np.float32))
+    assert not (label_cache / "too large").exists()
+    assert labels_module.read_label_set("a", count=5) is None  # a different number of labels
 
 
-def test_a_cache_that_cannot_be_written_is_none(colour_bundle: Path, label_cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_ignored(colour_bundle: Path, label_cache: Path) -> None:
     label_cache.parent.mkdir(parents=True, exist_ok=True)
     label_cache.write_text("in the way")
     assert classifier(colour_bundle).classify(NOISE)
 
 
-def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()  # the test's own cache
+def test_the_cache_is_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.undo()  # the cache folder of the tests
     monkeypatch.delenv("CLIP_RD_EDGE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert label_cache.label_cache_folder() == tmp_path / "clip-rd-edge" / "labels"
+    assert labels_module.label_cache_folder() == tmp_path / "clip-rd-edge" / "labels"
 
 
-def test_the_command_line(command_line: Run, colour_bundle: Path, colour_pictures: Path, label_cache: Path) -> None:
-    ask = ("classify", colour_bundle, colour_pictures / "red.png", "--labels", "red", "blue")
-    _, expected, _ = command_line(*ask, "--no-cache")
+def test_classify_uses_the_cache_unless_it_is_disabled(
+    command_line: Run, colour_bundle: Path, colour_images: Path, label_cache: Path
+) -> None:
+    command = ("classify", colour_bundle, colour_images / "red.png", "--labels", "red", "blue")
+    _, expected, _ = command_line(*command, "--no-cache")
     assert not label_cache.exists()
-    assert command_line(*ask) == (0, expected, "")
+    assert command_line(*command) == (0, expected, "")
     assert len(list(label_cache.iterdir())) == 1
-    assert command_line(*ask) == (0, expected, "")
+    assert command_line(*command) == (0, expected, "")

@@ -1,4 +1,4 @@
-"""A bundle whose towers are a few nodes, made without torch, and what verify says when it is hurt."""
+"""Verify intact and damaged bundles; their towers are a few nodes, made without torch."""
 
 from __future__ import annotations
 
@@ -20,39 +20,41 @@ from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
-SIZE = 3  # of embeddings, and ids a text
+SIZE = 3  # embedding size, and ids per text
 CommandLine = Callable[..., tuple[int, str, str]]
 
 
-def _save(path: Path, nodes: list[onnx.NodeProto], given: onnx.ValueInfoProto, taken: str) -> None:
-    output = helper.make_tensor_value_info(taken, TensorProto.FLOAT, ["N", SIZE])
+def _save(path: Path, nodes: list[onnx.NodeProto], graph_input: onnx.ValueInfoProto, output_name: str) -> None:
+    output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, ["N", SIZE])
     model = helper.make_model(
-        helper.make_graph(nodes, "tower", [given], [output]), opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+        helper.make_graph(nodes, "tower", [graph_input], [output]),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
     )
     onnx.save(model, path)
 
 
-def _save_image(path: Path, last: str = "LpNormalization") -> None:
+def _save_image_tower(path: Path, last: str = "LpNormalization") -> None:
     nodes = [
         helper.make_node("GlobalAveragePool", ["pixel_values"], ["mean"]),
         helper.make_node("Flatten", ["mean"], ["flat"]),
         helper.make_node(last, ["flat"], ["image_embedding"]),
     ]
-    given = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["N", 3, 8, 8])
-    _save(path, nodes, given, "image_embedding")
+    graph_input = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["N", 3, 8, 8])
+    _save(path, nodes, graph_input, "image_embedding")
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "bundle"
     folder.mkdir()
-    _save_image(folder / "image.onnx")
+    _save_image_tower(folder / "image.onnx")
     nodes = [
         helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("LpNormalization", ["floats"], ["text_embedding"]),
     ]
-    given = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["N", SIZE])
-    _save(folder / "text.onnx", nodes, given, "text_embedding")
+    graph_input = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["N", SIZE])
+    _save(folder / "text.onnx", nodes, graph_input, "text_embedding")
     tokenizer = Tokenizer(models.WordLevel({"?": 1, "a": 2, "photo": 3}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -105,26 +107,26 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
         ("labels.npz", "label bank"),
     ],
 )
-def test_a_flipped_byte_is_found_and_what_needs_the_file_is_not_run(bundle: Path, file: str, tower: str) -> None:
+def test_a_flipped_byte_is_detected_and_its_tower_is_not_run(bundle: Path, file: str, tower: str) -> None:
     _flip_a_byte(bundle / file)
     failed = _failed(verify_bundle(bundle))
     assert set(failed) == {file, tower}
     assert "SHA-256 differs" in failed[file]
-    assert failed[tower] == f"not run, because of {file}"
+    assert failed[tower] == f"not run because of {file}"
 
 
-def test_a_flipped_byte_of_the_manifest_is_found_wherever_it_is(bundle: Path) -> None:
+def test_a_flipped_byte_anywhere_in_the_manifest_is_detected(bundle: Path) -> None:
     path = bundle / "manifest.json"
-    whole = path.read_bytes()
-    for place in (*range(0, len(whole), 29), len(whole) - 1):
-        content = bytearray(whole)
-        content[place] ^= 1
+    intact = path.read_bytes()
+    for position in (*range(0, len(intact), 29), len(intact) - 1):
+        content = bytearray(intact)
+        content[position] ^= 1
         path.write_bytes(content)
         try:
             failed = _failed(verify_bundle(bundle))
         except (ConfigError, InputError):
-            continue  # it is no manifest any more
-        assert "manifest.json" in failed, (place, whole[place - 20 : place + 20])
+            continue  # no longer a valid manifest
+        assert "manifest.json" in failed, (position, intact[position - 20 : position + 20])
 
 
 def test_every_missing_file_is_named(bundle: Path) -> None:
@@ -135,10 +137,10 @@ def test_every_missing_file_is_named(bundle: Path) -> None:
     assert set(failed) == {"image.onnx", "tokenizer.json", "image tower", "text tower"}
 
 
-def test_a_newer_or_damaged_manifest_is_said(bundle: Path) -> None:
+def test_a_newer_or_damaged_manifest_is_refused(bundle: Path) -> None:
     path = bundle / "manifest.json"
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps({**raw, "format_version": 99, "new_thing": 1}))
+    path.write_text(json.dumps({**raw, "format_version": 99, "new_field": 1}))
     with pytest.raises(ConfigError, match="format version 99"):
         verify_bundle(bundle)
     path.write_text("{")
@@ -146,28 +148,28 @@ def test_a_newer_or_damaged_manifest_is_said(bundle: Path) -> None:
         verify_bundle(bundle)
 
 
-def test_a_folder_that_is_no_bundle_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         verify_bundle(tmp_path)
 
 
-def test_an_embedding_that_is_not_normalised_is_found(bundle: Path) -> None:
-    _save_image(bundle / "image.onnx", last="Exp")
+def test_embeddings_that_are_not_normalised_are_detected(bundle: Path) -> None:
+    _save_image_tower(bundle / "image.onnx", last="Exp")
     _write_manifest(bundle)
     failed = _failed(verify_bundle(bundle))
     assert set(failed) == {"image tower"}
-    assert "norm is off 1 by" in failed["image tower"]
+    assert "a norm that differs from 1 by" in failed["image tower"]
 
 
-def test_a_model_that_cannot_run_is_found(bundle: Path) -> None:
-    (bundle / "text.onnx").write_bytes(b"no model")
+def test_a_model_that_cannot_run_is_detected(bundle: Path) -> None:
+    (bundle / "text.onnx").write_bytes(b"not a model")
     _write_manifest(bundle)
     failed = _failed(verify_bundle(bundle))
     assert set(failed) == {"text tower"}
     assert "cannot run" in failed["text tower"]
 
 
-def test_the_command_exits_0_where_all_is_well(bundle: Path, command_line: CommandLine) -> None:
+def test_the_command_exits_with_0_if_all_checks_pass(bundle: Path, command_line: CommandLine) -> None:
     code, out, err = command_line("verify", bundle, "--json")
     assert (code, err) == (0, "")
     assert all(check["passed"] for check in json.loads(out))
@@ -176,7 +178,7 @@ def test_the_command_exits_0_where_all_is_well(bundle: Path, command_line: Comma
     assert out.count(" ok ") == 8
 
 
-def test_the_command_exits_1_and_names_what_is_damaged(bundle: Path, command_line: CommandLine) -> None:
+def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, command_line: CommandLine) -> None:
     _flip_a_byte(bundle / "text.onnx")
     code, out, err = command_line("verify", bundle)
     assert code == 1
@@ -185,13 +187,13 @@ def test_the_command_exits_1_and_names_what_is_damaged(bundle: Path, command_lin
     assert "hint:" in err
 
 
-def test_the_command_exits_2_for_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:
+def test_the_command_exits_with_2_if_there_is_no_bundle(tmp_path: Path, command_line: CommandLine) -> None:
     code, out, err = command_line("verify", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert "is not a bundle: it does not exist." in err
 
 
-def test_a_pillow_that_resizes_otherwise_is_told_and_no_failure(
+def test_a_pillow_that_resizes_differently_is_reported_but_is_no_failure(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(colour_bundle)

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from clip_rd_edge.utils import host as usage
+from clip_rd_edge.utils import host
 from clip_rd_edge.utils.host import (
     INSTRUCTION_SETS,
-    OtherLoad,
+    BackgroundLoad,
     cpu_quota,
     instruction_sets,
     machine_name,
@@ -25,12 +25,12 @@ def test_instruction_sets_of_x86_and_arm() -> None:
 
 
 def test_instruction_sets_of_macos() -> None:
-    said = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
-    assert instruction_sets(said) == ("Neon", "Neon dot product")
+    output = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+    assert instruction_sets(output) == ("Neon", "Neon dot product")
     assert instruction_sets("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n") == ("AVX2",)
 
 
-def test_the_time_that_a_container_gets() -> None:
+def test_cpu_limit_of_a_container() -> None:
     assert cpu_quota("150000 100000\n") == 1.5
     assert cpu_quota("max 100000\n") is None
     assert cpu_quota("") is None
@@ -42,25 +42,25 @@ def test_this_machine() -> None:
     assert set(instruction_sets()) <= set(INSTRUCTION_SETS.values())
 
 
-def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = usage.os.sysconf("SC_CLK_TCK")
+def test_background_load_excludes_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = host.os.sysconf("SC_CLK_TCK")
     # Two cores for ten seconds; twelve seconds of work, of which nine are this process's.
     states = iter([(0, 0), (12 * ticks, 20 * ticks)])
-    own = iter([100.0, 109.0])
-    monkeypatch.setattr(usage, "_jiffies", lambda: next(states))
-    monkeypatch.setattr(time, "process_time", lambda: next(own))
-    assert OtherLoad().share() == pytest.approx(3 / 20)
+    own_seconds = iter([100.0, 109.0])
+    monkeypatch.setattr(host, "_cpu_ticks", lambda: next(states))
+    monkeypatch.setattr(time, "process_time", lambda: next(own_seconds))
+    assert BackgroundLoad().share() == pytest.approx(3 / 20)
 
 
-def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "_jiffies", lambda: (0, 0))
-    assert OtherLoad().share() is None
+def test_background_load_may_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_cpu_ticks", lambda: (0, 0))
+    assert BackgroundLoad().share() is None
 
 
-def test_peak_memory_is_this_process_s() -> None:
+def test_peak_memory_does_not_decrease() -> None:
     before = peak_memory_bytes()
     assert before is not None
     assert before > 5e6
-    held = bytearray(40_000_000)
-    held[::4096] = b"x" * len(held[::4096])
+    buffer = bytearray(40_000_000)
+    buffer[::4096] = b"x" * len(buffer[::4096])  # touch every page
     assert (peak_memory_bytes() or 0) >= before

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.io import full_disk, new_folder, read_yaml, refuse_unless_free, write_text
+from clip_rd_edge.utils.io import disk_full_error, new_folder, read_yaml, require_free_output, write_text
 
 
-def test_new_folder_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
+def test_new_folder_leaves_nothing_behind_when_interrupted(tmp_path: Path) -> None:
     def interrupted() -> None:
         with new_folder(tmp_path / "out") as folder:
             (folder / "half").write_text("half")
@@ -22,7 +22,7 @@ def test_new_folder_leaves_nothing_when_interrupted(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_folder_keeps_the_old_one_when_interrupted(tmp_path: Path) -> None:
+def test_new_folder_keeps_the_old_folder_when_interrupted(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out"):
@@ -30,7 +30,7 @@ def test_new_folder_keeps_the_old_one_when_interrupted(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
-def test_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
+def test_new_folder_replaces_the_old_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with new_folder(tmp_path / "out") as folder:
@@ -39,20 +39,22 @@ def test_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_write_text_leaves_no_temporary(tmp_path: Path) -> None:
+def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "file", "content")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
 
 
 def test_an_output_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
-    refuse_unless_free(tmp_path / "new", overwrite=False)
+    require_free_output(tmp_path / "new", overwrite=False)
     (tmp_path / "used").write_text("x")
     with pytest.raises(UsageError, match="not empty"):
-        refuse_unless_free(tmp_path / "used", overwrite=False)
-    refuse_unless_free(tmp_path / "used", overwrite=True)
+        require_free_output(tmp_path / "used", overwrite=False)
+    require_free_output(tmp_path / "used", overwrite=True)
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -60,13 +62,13 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space left") as raised, new_folder(tmp_path / "bundle") as folder:
         write_text(folder / "image.onnx", "content")
     assert list(tmp_path.iterdir()) == []
-    said = full_disk(raised.value)
-    assert said is not None
-    assert str(said).startswith("There is no space left on the disk; no half-written")
+    error = disk_full_error(raised.value)
+    assert error is not None
+    assert str(error).startswith("There is no space left on the disk; no half-written")
     wrapped = RuntimeError("the exporter failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "Quota exceeded", "/mnt/image.onnx")
-    assert "on the disk for /mnt/image.onnx" in str(full_disk(wrapped))
-    assert full_disk(PermissionError(errno.EACCES, "Permission denied")) is None
+    assert "on the disk for /mnt/image.onnx" in str(disk_full_error(wrapped))
+    assert disk_full_error(PermissionError(errno.EACCES, "Permission denied")) is None
 
 
 class Oven(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,7 +82,7 @@ class Kitchen(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @pytest.mark.parametrize("text", ["ovens: [{temperature: 1, gril: true}]", "{ovens: [], spare: {gril: true}}"])
-def test_a_misspelt_key_further_down_has_near_matches(tmp_path: Path, text: str) -> None:
+def test_a_misspelt_nested_key_gets_suggestions(tmp_path: Path, text: str) -> None:
     (tmp_path / "kitchen.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"unknown field `gril`.* Did you mean 'grill'"):
         read_yaml(tmp_path / "kitchen.yaml", Kitchen)
@@ -96,7 +98,7 @@ def test_a_misspelt_key_further_down_has_near_matches(tmp_path: Path, text: str)
         ("", "missing required field `temperature`"),
     ],
 )
-def test_what_does_not_fit_is_named_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_content_is_reported_with_file_and_key(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "oven.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
@@ -104,6 +106,6 @@ def test_what_does_not_fit_is_named_with_file_and_key(tmp_path: Path, text: str,
     assert str(path) in str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml", Oven)

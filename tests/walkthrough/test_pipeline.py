@@ -1,4 +1,4 @@
-"""The quickstart as a process, with a handful of training steps: killed, resumed, finished, run again."""
+"""The quickstart in a process, with a few training steps: killed, resumed, finished, run again."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_it_goes_on(tmp_path: Path) -> None:
+def test_a_quickstart_killed_at_every_stage_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"
-    marks = ["teacher-untuned", "teacher/config.yaml", "teacher/student", "student/config.yaml", "bundles/fp32"]
-    for mark in marks:
+    kill_points = ["teacher-untuned", "teacher/config.yaml", "teacher/student", "student/config.yaml", "bundles/fp32"]
+    for path in kill_points:
         process = start(folder)
-        while process.poll() is None and not (folder / mark).exists():
+        while process.poll() is None and not (folder / path).exists():
             time.sleep(0.02)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

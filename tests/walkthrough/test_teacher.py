@@ -16,18 +16,18 @@ from clip_rd_edge.walkthrough import teacher
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return teacher.build_teacher(tmp_path_factory.mktemp("made") / "teacher", image_size=64)
+    return teacher.build_teacher(tmp_path_factory.mktemp("untuned") / "teacher", image_size=64)
 
 
 def test_the_image_trunk_has_the_published_weights(folder: Path) -> None:
-    published = torch.load(teacher._checked_image_weights(), weights_only=True)
+    published = torch.load(teacher._verified_image_weights(), weights_only=True)
     trunk = load_clip(str(folder)).model.get_submodule("visual.trunk").state_dict()
     assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
     assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
     assert torch.equal(trunk["bn2.running_var"], published["_bn1.running_var"])
 
 
-def test_the_text_trunk_knows_what_is_alike(folder: Path) -> None:
+def test_the_text_trunk_embeds_similar_texts_close_together(folder: Path) -> None:
     clip = load_clip(str(folder))
     with torch.no_grad():
         ids = clip.tokenizer(["a cat", "a kitten", "a national flag"])
@@ -38,7 +38,7 @@ def test_the_text_trunk_knows_what_is_alike(folder: Path) -> None:
     assert cat @ kitten > cat @ flag + 0.3
 
 
-def test_the_folder_may_be_moved(folder: Path, tmp_path: Path) -> None:
+def test_the_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
     before = TorchEncoder(load_clip(str(folder))).encode_texts(["a cat"])
     moved = folder.rename(tmp_path / "moved")
     try:
@@ -48,7 +48,7 @@ def test_the_folder_may_be_moved(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(before, after)
 
 
-def test_other_weights_than_the_published_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_weights_other_than_the_published_ones_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(teacher, "IMAGE_WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(InputError, match="is not the published file"):
         teacher.build_teacher(tmp_path / "teacher", image_size=64)

@@ -1,4 +1,4 @@
-"""A real Chromium, headless, whose console and whose requests are watched; and a server for it to ask."""
+"""A headless Chromium whose console messages and requests are checked, and a static server for it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream"),
     "--use-fake-device-for-media-stream",
 )
-NO_FAULT = "No available adapters."  # what Chromium says to a page that asks whether there is WebGPU
+EXPECTED_WARNING = "No available adapters."  # Chromium's answer to a page that looks for WebGPU
 
 
 @pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[..., str]]:
-    """Serves a folder as any static server does, with more headers where they are given, and says at which address."""
+    """Return a function that serves a folder, optionally with extra headers, and returns the URL."""
 
-    def served(folder: Path, headers: Mapping[str, str] | None = None) -> str:
+    def start(folder: Path, headers: Mapping[str, str] | None = None) -> str:
         class Handler(http.server.SimpleHTTPRequestHandler):
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass
@@ -42,19 +42,22 @@ def serve() -> Iterator[Callable[..., str]]:
         return f"http://127.0.0.1:{server.server_address[1]}/"
 
     with contextlib.ExitStack() as stack:
-        yield served
+        yield start
 
 
 @pytest.fixture
 def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a page whose camera plays a clip; what its console says and what it asks of others fails the test."""
+    """Return a function that opens a page whose camera plays a clip.
+
+    Errors and warnings in the console, and requests to other servers, fail the test.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         pytest.skip("needs Chromium")
-    complaints: list[str] = []
+    problems: list[str] = []
     with playwright.sync_playwright() as play:
 
-        def opened(url: str, *, camera: Path) -> Any:
+        def open_url(url: str, *, camera: Path) -> Any:
             context = play.chromium.launch_persistent_context(
                 tmp_path / "profile",
                 executable_path=CHROMIUM,
@@ -65,17 +68,17 @@ def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             page = context.pages[0]
             page.set_default_timeout(120_000)
 
-            def heard(message: Any) -> None:
-                if message.type in ("error", "warning") and message.text != NO_FAULT:
-                    complaints.append(message.text)
+            def on_console(message: Any) -> None:
+                if message.type in ("error", "warning") and message.text != EXPECTED_WARNING:
+                    problems.append(message.text)
 
-            page.on("console", heard)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.on("request", lambda request: request.url.startswith((url, "blob:")) or complaints.append(request.url))
+            page.on("console", on_console)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("request", lambda request: request.url.startswith((url, "blob:")) or problems.append(request.url))
             page.goto(url)
             page.wait_for_selector("#bundles tr")
-            page.complaints = complaints
+            page.problems = problems
             return page
 
-        yield opened
-    assert complaints == []
+        yield open_url
+    assert problems == []

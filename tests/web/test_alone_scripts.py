@@ -1,4 +1,4 @@
-"""What the browser does in JavaScript beside what Python does: pixels to the last bit, ids for whatever is typed."""
+"""The browser page's JavaScript matches the Python code: bit-exact pixels, and the same ids for any text."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = Path("/usr/bin/chromium")
 RESIZE = """async ([encoded, width, newWidth, newHeight, interpolation]) => {
     const { resize } = await import("./resample.js");
-    const bytes = Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0));
+    const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
     const rows = (top, count) => bytes.subarray(top * width * 4, (top + count) * width * 4);
     const source = { width, height: bytes.length / width / 4, rows };
     return [...resize(source, newWidth, newHeight, interpolation)];
 }"""
-PREPROCESS = """async ([encoded, how, width]) => {
+PREPROCESS = """async ([encoded, spec, width]) => {
     const { decode, preprocess } = await import("./pixels.js");
-    const bytes = Uint8ClampedArray.from(atob(encoded), (each) => each.charCodeAt(0));
-    return [...preprocess(await decode(width ? new ImageData(bytes, width) : new Blob([bytes])), how)];
+    const bytes = Uint8ClampedArray.from(atob(encoded), (character) => character.charCodeAt(0));
+    return [...preprocess(await decode(width ? new ImageData(bytes, width) : new Blob([bytes])), spec)];
 }"""
 READ_BANK = """async (encoded) => {
-    const [{ readNpz }, { bankOf }] = await Promise.all([import("./npz.js"), import("./model.js")]);
-    const arrays = await readNpz(Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0)).buffer);
-    return [...bankOf(arrays)].map(([name, row]) => [name, [...row]]);
+    const [{ readNpz }, { readBank }] = await Promise.all([import("./npz.js"), import("./model.js")]);
+    const arrays = await readNpz(Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0)).buffer);
+    return [...readBank(arrays)].map(([name, row]) => [name, [...row]]);
 }"""
 TOKENIZE = """async ([texts, spec]) => {
     const [{ Tokenizer }, { clean }] = await Promise.all([import("./tokenizer.js"), import("./clean.js")]);
@@ -50,7 +50,7 @@ TOKENIZE = """async ([texts, spec]) => {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of the page and the library that they import."""
+    """A folder with the page's scripts and the library that they import."""
     try:
         tokenizers = find_packages()["tokenizers.js"]
     except ClipRdEdgeError as error:
@@ -77,82 +77,82 @@ def page(folder: Path, serve: Callable[..., str]) -> Iterator[Any]:
         browser.close()
 
 
-def text_of(content: bytes) -> str:
+def to_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_resizing_is_pillow_s_to_the_last_bit(page: Any, interpolation: str) -> None:
+def test_resizing_matches_pillow_bit_for_bit(page: Any, interpolation: str) -> None:
     rng = np.random.default_rng(0)
     resample = getattr(Image.Resampling, interpolation.upper())
     for width, height in ((64, 64), (72, 73), (31, 300), (200, 31), (65, 63), (500, 333), (10, 7), (1, 1)):
-        for new in ((64, 64), (65, 48), (17, 90)):
+        for new_size in ((64, 64), (65, 48), (17, 90)):
             noise = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
-            picture = Image.fromarray(noise[..., :3])
-            # Columns first, which Pillow does but for some tall pictures and from version 13 on.
-            expected = np.asarray(picture.resize((new[0], height), resample).resize(new, resample)).ravel()
-            given = page.evaluate(RESIZE, [text_of(noise.tobytes()), width, *new, interpolation])
-            assert given == expected.tolist(), (width, height, new)
+            image = Image.fromarray(noise[..., :3])
+            # In two steps, columns first: from version 13 on, Pillow resizes the rows of some tall images first.
+            expected = np.asarray(image.resize((new_size[0], height), resample).resize(new_size, resample)).ravel()
+            pixels = page.evaluate(RESIZE, [to_base64(noise.tobytes()), width, *new_size, interpolation])
+            assert pixels == expected.tolist(), (width, height, new_size)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_label_bank_is_read_as_numpy_reads_it(page: Any, tmp_path: Path, precision: LabelPrecision) -> None:
+def test_a_label_bank_is_read_as_in_python(page: Any, tmp_path: Path, precision: LabelPrecision) -> None:
     rows = np.random.default_rng(0).standard_normal((3, 40)) * 10.0 ** np.arange(-30, 10)
-    rows = rows.clip(-6e4, 6e4).astype(np.float32)  # from what vanishes in float16 to nearly its largest
+    rows = rows.clip(-6e4, 6e4).astype(np.float32)  # from below the smallest float16 to nearly the largest
     write_labels(tmp_path, LabelBank(("cat", "naïve café", "猫🐈"), rows), precision=precision)
     bank = read_labels(tmp_path)
     assert bank is not None
-    read = page.evaluate(READ_BANK, text_of((tmp_path / "labels.npz").read_bytes()))
-    assert read == [[name, row] for name, row in zip(bank.names, bank.embeddings.tolist(), strict=True)]
+    rows_by_name = page.evaluate(READ_BANK, to_base64((tmp_path / "labels.npz").read_bytes()))
+    assert rows_by_name == [[name, row] for name, row in zip(bank.names, bank.embeddings.tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_preprocessing_is_the_contract_s(page: Any, mode: str) -> None:
+def test_preprocessing_matches_python(page: Any, mode: str) -> None:
     rng = np.random.default_rng(0)
     for size in ((64, 64), (65, 48)):
-        how = Preprocessing(
+        preprocessing = Preprocessing(
             size=size, mean=(0.481, 0.457, 0.408), std=(0.268, 0.261, 0.275), resize_mode=mode, fill_color=7
         )
         for width, height in ((64, 64), (90, 73), (200, 31), (333, 332), (12, 7), (65, 64)):
             noise = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
-            expected = preprocess(Image.fromarray(noise[..., :3]), how).ravel()
-            given = from_page(page, noise.tobytes(), how, width)
-            np.testing.assert_array_equal(given, expected, err_msg=f"{size} {width} × {height}")
+            expected = preprocess(Image.fromarray(noise[..., :3]), preprocessing).ravel()
+            pixels = preprocess_in_page(page, noise.tobytes(), preprocessing, width)
+            np.testing.assert_array_equal(pixels, expected, err_msg=f"{size} {width} × {height}")
 
 
-def from_page(page: Any, content: bytes, how: Preprocessing, width: int = 0) -> np.ndarray:
-    answer = page.evaluate(PREPROCESS, [text_of(content), msgspec.to_builtins(how), width])
-    return np.asarray(answer, dtype=np.float32)
+def preprocess_in_page(page: Any, content: bytes, preprocessing: Preprocessing, width: int = 0) -> np.ndarray:
+    pixels = page.evaluate(PREPROCESS, [to_base64(content), msgspec.to_builtins(preprocessing), width])
+    return np.asarray(pixels, dtype=np.float32)
 
 
-def test_files_are_opened_as_pillow_opens_them(page: Any, tmp_path: Path) -> None:
-    how = Preprocessing(size=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+def test_files_are_opened_as_in_pillow(page: Any, tmp_path: Path) -> None:
+    preprocessing = Preprocessing(size=(32, 32), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.Resampling.BICUBIC)
     exif = smooth.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    clear = smooth.copy()
-    clear.putalpha(Image.linear_gradient("L").resize(smooth.size))
-    large = smooth.resize((800, 600), Image.Resampling.BICUBIC)  # more than a strip
-    for name, content, levels in (
-        ("png", encoded(smooth, "PNG"), 0),
-        ("large", encoded(large, "PNG"), 0),
-        ("grey", encoded(smooth.convert("L"), "PNG"), 0),
-        ("gif", encoded(smooth.convert("P"), "GIF"), 0),
-        ("webp", encoded(smooth, "WEBP", lossless=True), 0),
-        ("transparent", encoded(clear, "PNG"), 1),  # laid on white, where a canvas may round otherwise
-        ("jpeg", encoded(smooth, "JPEG", quality=90), 1),  # decoders may round otherwise
-        ("turned", encoded(smooth, "JPEG", quality=90, exif=exif), 1),
+    exif[0x0112] = 6  # rotated by 90 degrees
+    transparent = smooth.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(smooth.size))
+    large = smooth.resize((800, 600), Image.Resampling.BICUBIC)  # more than one strip
+    for name, content, tolerance in (  # in grey levels
+        ("png", encode(smooth, "PNG"), 0),
+        ("large", encode(large, "PNG"), 0),
+        ("grey", encode(smooth.convert("L"), "PNG"), 0),
+        ("gif", encode(smooth.convert("P"), "GIF"), 0),
+        ("webp", encode(smooth, "WEBP", lossless=True), 0),
+        ("transparent", encode(transparent, "PNG"), 1),  # compositing may round differently
+        ("jpeg", encode(smooth, "JPEG", quality=90), 1),  # decoders may round differently
+        ("rotated", encode(smooth, "JPEG", quality=90, exif=exif), 1),
     ):
-        (tmp_path / "picture").write_bytes(content)
-        expected = preprocess(open_image(tmp_path / "picture"), how).ravel()
-        difference = np.abs(from_page(page, content, how) - expected).max() * 255
-        assert difference <= levels + 1e-3, name
+        (tmp_path / "image").write_bytes(content)
+        expected = preprocess(open_image(tmp_path / "image"), preprocessing).ravel()
+        difference = np.abs(preprocess_in_page(page, content, preprocessing) - expected).max() * 255
+        assert difference <= tolerance + 1e-3, name
 
 
-def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -167,7 +167,7 @@ PIECES = [
 
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
-def test_ids_are_the_tokenizer_s(page: Any, folder: Path, clean: Any) -> None:
+def test_token_ids_match_python(page: Any, folder: Path, clean: Any) -> None:
     open_clip = pytest.importorskip("open_clip")
     from clip_rd_edge.exporters.tokenizer import export_tokenizer
 
@@ -175,10 +175,10 @@ def test_ids_are_the_tokenizer_s(page: Any, folder: Path, clean: Any) -> None:
     joined = [rng.choice(("", " ", "'")).join(rng.choices(PIECES, k=rng.randint(2, 6))) for _ in range(300)]
     texts = ["", " ", *PIECES, *joined, "word " * 200, "x" * 500, "猫" * 500]
     spec = export_tokenizer(open_clip.SimpleTokenizer(context_length=16), folder)
-    same_ids(page, folder, texts, TokenizerSpec(context_length=16, clean=clean, end_id=spec.end_id))
+    assert_same_ids(page, folder, texts, TokenizerSpec(context_length=16, clean=clean, end_id=spec.end_id))
 
 
-def test_a_tokenizer_whose_texts_are_cut_inside(page: Any, folder: Path) -> None:
+def test_truncation_keeps_the_special_tokens_around_a_text(page: Any, folder: Path) -> None:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers, processors
 
@@ -188,11 +188,11 @@ def test_a_tokenizer_whose_texts_are_cut_inside(page: Any, folder: Path) -> None
     fast.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     fast.save(str(folder / "tokenizer.json"))
     spec = TokenizerSpec(context_length=6, clean="whitespace", pad_id=9)
-    same_ids(page, folder, ["", "a cats", "a cats a cats a", "dog " * 9], spec)
+    assert_same_ids(page, folder, ["", "a cats", "a cats a cats a", "dog " * 9], spec)
 
 
-def same_ids(page: Any, folder: Path, texts: list[str], spec: TokenizerSpec) -> None:
-    given = np.asarray(page.evaluate(TOKENIZE, [texts, msgspec.to_builtins(spec)])).reshape(len(texts), -1)
+def assert_same_ids(page: Any, folder: Path, texts: list[str], spec: TokenizerSpec) -> None:
+    ids = np.asarray(page.evaluate(TOKENIZE, [texts, msgspec.to_builtins(spec)])).reshape(len(texts), -1)
     expected = Tokenizer(folder / "tokenizer.json", spec)(texts)
-    wrong = [text for text, one, other in zip(texts, expected, given, strict=True) if not np.array_equal(one, other)]
+    wrong = [text for text, one, other in zip(texts, expected, ids, strict=True) if not np.array_equal(one, other)]
     assert wrong == []

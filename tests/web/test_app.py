@@ -28,7 +28,7 @@ testclient = pytest.importorskip("starlette.testclient")
 LABELS = ["red", "green", "blue"]
 
 
-def picture(colour: tuple[int, int, int] = (250, 5, 5), size: tuple[int, int] = (20, 20)) -> bytes:
+def png(colour: tuple[int, int, int] = (250, 5, 5), size: tuple[int, int] = (20, 20)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
@@ -36,7 +36,7 @@ def picture(colour: tuple[int, int, int] = (250, 5, 5), size: tuple[int, int] = 
 
 @pytest.fixture
 def client(colour_bundle: Path, tmp_path: Path) -> Iterator[Any]:
-    """A page with two bundles."""
+    """A client of a demo with two bundles."""
     shutil.copytree(colour_bundle, tmp_path / "second")
     demo = app.Demo([colour_bundle, tmp_path / "second"], threads=1)
     with testclient.TestClient(app.make_app(demo), base_url="http://127.0.0.1:8765") as client:
@@ -49,65 +49,65 @@ def key(client: Any) -> str:
     return str(client.post("/api/labels", json=LABELS).json()["key"])
 
 
-def test_the_page_and_all_it_loads_come_from_here(client: Any) -> None:
+def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     page = client.get("/")
     assert page.status_code == 200
     assert "default-src 'self'" in page.headers["content-security-policy"]
     for file in app.PAGE.iterdir():
-        text = client.get(f"/{file.name}")
-        assert text.status_code == 200
-        assert "http://" not in text.text.replace("http://www.w3.org/", "")
-        assert "https://" not in text.text
+        response = client.get(f"/{file.name}")
+        assert response.status_code == 200
+        assert "http://" not in response.text.replace("http://www.w3.org/", "")
+        assert "https://" not in response.text
     assert client.get("/../app.py").status_code == 404
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
 
 
 def test_classify(client: Any, key: str) -> None:
     for bundle in (0, 1):
-        answer = client.post(f"/api/classify?bundle={bundle}&labels={key}", content=picture())
-        assert answer.status_code == 200
-        assert answer.json()["labels"][0] == "red"
-        assert len(answer.json()["probabilities"]) == 3
-        assert answer.json()["model_ms"] > 0
+        response = client.post(f"/api/classify?bundle={bundle}&labels={key}", content=png())
+        assert response.status_code == 200
+        assert response.json()["labels"][0] == "red"
+        assert len(response.json()["probabilities"]) == 3
+        assert response.json()["model_ms"] > 0
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "sentence"),
+    ("path", "body", "status", "message"),
     [
-        ("/api/classify?labels=KEY", b"no picture", 400, "Cannot read the picture that was sent"),
-        ("/api/classify?labels=KEY", b"", 400, "Cannot read the picture that was sent"),
-        ("/api/classify?labels=KEY", picture()[:60], 400, "Cannot read the picture that was sent"),
-        ("/api/classify?labels=other", picture(), 409, "send them again"),
-        ("/api/classify", picture(), 400, "the bundle has no label bank"),
-        ("/api/classify?bundle=7", picture(), 400, "There is no bundle '7'; there are 2"),
-        ("/api/classify?bundle=-1", picture(), 400, "There is no bundle '-1'"),
-        ("/api/labels", b"{", 400, "The labels are no JSON list"),
-        ("/api/labels", b'{"a": 1}', 400, "The labels are no JSON list"),
-        ("/api/labels", b"[]", 400, "There are no labels"),
-        ("/api/labels", b'["a", 1]', 400, "Label 2 of 2 is no text"),
-        ("/api/labels", b'["a", " "]', 400, "Label 2 of 2 is no text"),
+        ("/api/classify?labels=KEY", b"not an image", 400, "Cannot read the image that was sent"),
+        ("/api/classify?labels=KEY", b"", 400, "Cannot read the image that was sent"),
+        ("/api/classify?labels=KEY", png()[:60], 400, "Cannot read the image that was sent"),
+        ("/api/classify?labels=other", png(), 409, "send them again"),
+        ("/api/classify", png(), 400, "the bundle has no label bank"),
+        ("/api/classify?bundle=7", png(), 400, "Unknown bundle '7'; expected a number from 0 to 1"),
+        ("/api/classify?bundle=-1", png(), 400, "Unknown bundle '-1'"),
+        ("/api/labels", b"{", 400, "The labels are not a JSON list"),
+        ("/api/labels", b'{"a": 1}', 400, "The labels are not a JSON list"),
+        ("/api/labels", b"[]", 400, "No labels were sent"),
+        ("/api/labels", b'["a", 1]', 400, "Label 2 of 2 is empty or not text"),
+        ("/api/labels", b'["a", " "]', 400, "Label 2 of 2 is empty or not text"),
         ("/api/labels", json.dumps(["a" * 301]).encode(), 400, "Label 1 has 301 characters"),
-        ("/api/labels", json.dumps(["a"] * 2001).encode(), 400, "There are 2,001 labels; at most 2,000"),
+        ("/api/labels", json.dumps(["a"] * 2001).encode(), 400, "2,001 labels were sent; the limit is 2,000"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence(
-    client: Any, key: str, path: str, body: bytes, status: int, sentence: str
+def test_invalid_requests_get_an_error_message(
+    client: Any, key: str, path: str, body: bytes, status: int, message: str
 ) -> None:
-    answer = client.post(path.replace("KEY", key), content=body)
-    assert answer.status_code == status
-    assert sentence in answer.json()["error"]
+    response = client.post(path.replace("KEY", key), content=body)
+    assert response.status_code == status
+    assert message in response.json()["error"]
 
 
-def test_too_much_is_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "MAX_PIXELS", 1_000_000)
-    answer = client.post(f"/api/classify?labels={key}", content=picture(size=(1200, 1000)))
-    assert (answer.status_code, answer.json()["error"]) == (400, "The picture has 1 megapixels; at most 1 are taken.")
+    response = client.post(f"/api/classify?labels={key}", content=png(size=(1200, 1000)))
+    assert (response.status_code, response.json()["error"]) == (400, "The image has 1 megapixels; the limit is 1.")
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1_000_000)
     assert client.post("/api/labels", content=b" " * 1_000_001).status_code == 413
-    # Without a length the body is counted as it comes.
-    answer = client.post("/api/labels", content=iter([b" " * 600_000, b" " * 600_000]))
-    assert (answer.status_code, answer.json()["error"]) == (413, "More was sent than the 1 MB that are taken.")
-    assert client.post("/api/labels", json=["still", "there"]).status_code == 200
+    # Without a Content-Length, the bytes are counted on arrival.
+    response = client.post("/api/labels", content=iter([b" " * 600_000, b" " * 600_000]))
+    assert (response.status_code, response.json()["error"]) == (413, "The request is too large; the limit is 1 MB.")
+    assert client.post("/api/labels", json=["still", "works"]).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_too_much_is_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPa
         ("evil.example:8765", False, False),
     ],
 )
-def test_hosts(host: str, loopback: bool, allowed: bool) -> None:
+def test_allowed_hosts(host: str, loopback: bool, allowed: bool) -> None:
     assert guard.allowed_host(host, loopback=loopback) is allowed
 
 
@@ -133,46 +133,46 @@ def test_foreign_pages_are_refused(client: Any) -> None:
     foreign = client.post("/api/labels", json=LABELS, headers={"origin": "https://evil.example"})
     assert (foreign.status_code, "evil.example" in foreign.json()["error"]) == (403, True)
     assert client.post("/api/labels", json=LABELS, headers={"origin": "null"}).status_code == 403
-    own = client.post("/api/labels", json=LABELS, headers={"origin": "http://127.0.0.1:8765"})
-    assert own.status_code == 200
+    same_origin = client.post("/api/labels", json=LABELS, headers={"origin": "http://127.0.0.1:8765"})
+    assert same_origin.status_code == 200
 
 
-def test_a_bundle_that_is_deleted_or_exported_anew(client: Any, key: str, colour_bundle: Path, tmp_path: Path) -> None:
-    ask = f"/api/classify?labels={key}"
-    assert client.post(ask, content=picture()).status_code == 200
+def test_a_bundle_that_is_deleted_or_exported_again(client: Any, key: str, colour_bundle: Path, tmp_path: Path) -> None:
+    url = f"/api/classify?labels={key}"
+    assert client.post(url, content=png()).status_code == 200
     shutil.rmtree(colour_bundle)
-    answer = client.post(ask, content=picture())
-    assert answer.status_code == 410
-    assert answer.json()["error"] == f"The bundle {colour_bundle} is no longer there."
-    assert client.post(f"{ask}&bundle=1", content=picture()).status_code == 200  # the other goes on
+    response = client.post(url, content=png())
+    assert response.status_code == 410
+    assert response.json()["error"] == f"The bundle {colour_bundle} was removed."
+    assert client.post(f"{url}&bundle=1", content=png()).status_code == 200  # the other still works
     assert len(client.get("/api/bundles").json()["bundles"]) == 2
     shutil.copytree(tmp_path / "second", colour_bundle)
     write_manifest(colour_bundle, read_manifest(colour_bundle))
-    assert client.post(ask, content=picture()).status_code == 200
+    assert client.post(url, content=png()).status_code == 200
     (colour_bundle / "manifest.json").write_text("{")
-    assert client.post(ask, content=picture()).status_code == 500
+    assert client.post(url, content=png()).status_code == 500
 
 
-def test_many_at_once_are_answered_or_sent_away(client: Any, key: str) -> None:
+def test_parallel_requests_are_answered_or_rejected(client: Any, key: str) -> None:
     with ThreadPoolExecutor(32) as pool:
         codes = list(
-            pool.map(lambda i: client.post(f"/api/classify?labels={key}", content=picture()).status_code, range(200))
+            pool.map(lambda i: client.post(f"/api/classify?labels={key}", content=png()).status_code, range(200))
         )
     assert set(codes) <= {200, 429}
     assert codes.count(200) >= 20
-    assert client.demo.busy == 0
-    assert client.post(f"/api/classify?labels={key}", content=picture()).status_code == 200
+    assert client.demo.pending == 0
+    assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 200
 
 
-def test_memory_is_bounded_however_many_label_sets_come(client: Any) -> None:
+def test_the_number_of_stored_label_lists_is_limited(client: Any) -> None:
     for i in range(100):
         key = client.post("/api/labels", json=[f"label {i}"]).json()["key"]
-        client.post(f"/api/classify?labels={key}", content=picture())
+        client.post(f"/api/classify?labels={key}", content=png())
     assert len(client.demo.label_sets._sets) == 64
-    assert len(client.demo.models[0]._classifiers) == 8
+    assert len(client.demo.served[0]._classifiers) == 8
 
 
-def test_no_bundle_no_page(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a bundle"):
         app.Demo([tmp_path])
 
@@ -183,41 +183,41 @@ pytest.importorskip("uvicorn")
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_which_addresses_only_this_machine_reaches() -> None:
+def test_loopback_addresses() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "192.168.1.2", "::", "example.org"))
 
 
-def test_answers_are_not_held_back() -> None:
-    with _listen("127.0.0.1", 0) as listening:
-        # asyncio looks at it before it sets TCP_NODELAY; without that, every answer takes 40 ms.
-        assert listening.proto == socket.IPPROTO_TCP
+def test_responses_are_sent_without_delay() -> None:
+    with _listen("127.0.0.1", 0) as listener:
+        # asyncio sets TCP_NODELAY only for this protocol; without it, every response takes 40 ms longer.
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_it_serves_until_ctrl_c_and_says_what_the_network_means(colour_bundle: Path, host: str) -> None:
+def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: Path, host: str) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--host", host, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip().replace("0.0.0.0", "127.0.0.1")
-        with urllib.request.urlopen(f"{url}api/bundles", timeout=10) as answer:
-            assert json.load(answer)["bundles"][0]["name"] == "colours"
+        with urllib.request.urlopen(f"{url}api/bundles", timeout=10) as response:
+            assert json.load(response)["bundles"][0]["name"] == "colours"
     finally:
         server.send_signal(signal.SIGINT)
         _, error = server.communicate(timeout=10)
     assert server.returncode in (0, 130)
     assert "Traceback" not in error
-    assert ("everybody on this network" in error) is (host == "0.0.0.0")
+    assert ("Anyone on this network" in error) is (host == "0.0.0.0")
 
 
-def test_a_port_in_use_and_no_bundle(command_line: Run, colour_bundle: Path, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        code, _, error = command_line("demo", colour_bundle, "--port", str(taken.getsockname()[1]))
+def test_a_used_port_and_a_missing_bundle_are_refused(command_line: Run, colour_bundle: Path, tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        code, _, error = command_line("demo", colour_bundle, "--port", str(listener.getsockname()[1]))
     assert code == 2
     assert "Cannot listen on 127.0.0.1" in error
-    assert "hint: choose another with --port" in error
+    assert "hint: choose another port with --port" in error
     code, _, error = command_line("demo", tmp_path / "none")
     assert (code, "is not a bundle" in error) == (2, True)

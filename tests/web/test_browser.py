@@ -1,4 +1,4 @@
-"""The page in a real Chromium, headless, with its fake camera playing a clip."""
+"""The demo's page in headless Chromium, whose fake camera plays a clip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (320, 240)) -> by
 
 @pytest.fixture
 def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
-    """Two bundles that say the same; the second brings labels of its own."""
+    """Two bundles with the same model; the second has a label bank."""
     second = tmp_path / "second"
     shutil.copytree(colour_bundle, second)
     write_labels(second, LabelBank(("yellow", "blue"), np.asarray([[0.7, 0.7, 0], [0, 0, 1]], dtype=np.float32)))
@@ -41,7 +41,7 @@ def bundles(colour_bundle: Path, tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def url(bundles: list[Path]) -> Iterator[str]:
-    """The address of a server that runs as a user runs it."""
+    """The URL of a demo that was started from the command line."""
     command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
     server = subprocess.Popen([*command, "--labels", "red", "green"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert server.stdout is not None
@@ -53,7 +53,7 @@ def url(bundles: list[Path]) -> Iterator[str]:
 
 @pytest.fixture
 def page(open_page: Callable[..., Any], url: str, tmp_path: Path) -> Iterator[Any]:
-    """The page, opened; closed before its server ends."""
+    """The open page; it is closed before the server stops."""
     clip = tmp_path / "clip.mjpeg"
     clip.write_bytes(jpeg(BLUE) * 30)
     page = open_page(url, camera=clip)
@@ -61,97 +61,97 @@ def page(open_page: Callable[..., Any], url: str, tmp_path: Path) -> Iterator[An
     page.context.close()
 
 
-def give(page: Any, colour: tuple[int, int, int], event: str) -> None:
-    """Drop or paste a picture."""
+def send_image(page: Any, colour: tuple[int, int, int], event: str) -> None:
+    """Drop or paste an image."""
     page.evaluate(
         """([encoded, event]) => {
-            const bytes = Uint8Array.from(atob(encoded), (each) => each.charCodeAt(0));
+            const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
             const data = new DataTransfer();
-            data.items.add(new File([bytes], "picture.jpg", { type: "image/jpeg" }));
+            data.items.add(new File([bytes], "image.jpg", { type: "image/jpeg" }));
             const init = { bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data };
-            const Kind = event === "paste" ? ClipboardEvent : DragEvent;
-            document.body.dispatchEvent(new Kind(event, init));
+            const EventType = event === "paste" ? ClipboardEvent : DragEvent;
+            document.body.dispatchEvent(new EventType(event, init));
         }""",
         [base64.b64encode(jpeg(colour)).decode(), event],
     )
 
 
-def lead(page: Any, text: str) -> None:
+def wait_for_lead(page: Any, text: str) -> None:
     """Wait until the headline starts with `text`."""
     page.wait_for_function("(text) => document.getElementById('lead').textContent.startsWith(text)", arg=text)
 
 
 def rows(page: Any) -> dict[str, str]:
-    fields = page.locator("#labels input").evaluate_all("all => all.map((each) => each.value)")
+    fields = page.locator("#labels input").evaluate_all("fields => fields.map((field) => field.value)")
     return dict(zip(fields, page.locator("#labels output").all_inner_texts(), strict=True))
 
 
-def test_pictures_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
-    give(page, RED, "drop")
-    lead(page, "red ")
+def test_images_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
     page.fill("#new", "blue")
     page.press("#new", "Enter")
-    give(page, BLUE, "paste")
-    lead(page, "blue ")
+    send_image(page, BLUE, "paste")
+    wait_for_lead(page, "blue ")
     assert list(rows(page)) == ["red", "green", "blue"]
     assert rows(page)["blue"].endswith("%")
-    # Labels are typed, and the bars follow.
+    # The bars follow edited labels.
     page.locator("#labels input").nth(2).fill("green")
-    lead(page, "red ")
+    wait_for_lead(page, "red ")
     page.get_by_label("Remove red").click()
-    lead(page, "green 100")  # the same label twice counts once
+    wait_for_lead(page, "green 100")  # duplicate labels count once
     assert rows(page) == {"green": "100 %"}
     page.locator("#labels input").nth(0).fill("蓝色 blue <b>")
-    lead(page, "蓝色 blue <b>")
-    # The other bundle: its own times, and a clear word when it is gone.
+    wait_for_lead(page, "蓝色 blue <b>")
+    # The second bundle has its own times, and an error is shown when it is removed.
     times = page.locator("#bundles tr").nth(1).locator("td").nth(2)
     assert times.inner_text() == "–"
     page.get_by_label("second").check()
     page.wait_for_function("() => document.getElementById('bundles').rows[1].cells[3].textContent.endsWith('ms')")
-    # Its own labels, likeliest first; the typed ones come back.
+    # Its own labels are sorted by probability; the typed ones come back afterwards.
     page.check("#bank")
-    lead(page, "blue ")
+    wait_for_lead(page, "blue ")
     assert page.locator("#labels .text").first.inner_text() == "blue"
     assert not page.is_visible("#new")
     page.uncheck("#bank")
-    lead(page, "蓝色 blue <b>")
+    wait_for_lead(page, "蓝色 blue <b>")
     shutil.rmtree(bundles[1])
-    give(page, RED, "drop")
-    page.wait_for_function("() => document.getElementById('error').textContent.includes('no longer there')")
+    send_image(page, RED, "drop")
+    page.wait_for_function("() => document.getElementById('error').textContent.includes('was removed')")
     page.get_by_label("colours").check()
     page.wait_for_function("() => document.getElementById('error').textContent === ''")
-    # Chromium itself writes refused requests to the console.
-    assert [text for text in page.complaints if "410" not in text] == []
-    page.complaints.clear()
+    # Chromium logs failed requests to the console.
+    assert [text for text in page.problems if "410" not in text] == []
+    page.problems.clear()
 
 
-def test_camera(page: Any) -> None:
+def test_the_camera(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")
     page.click("#camera")
-    lead(page, "blue ")
+    wait_for_lead(page, "blue ")
     page.wait_for_function("() => document.getElementById('rate').textContent.endsWith('frames/s')")
     page.wait_for_function("() => document.getElementById('bundles').rows[0].cells[4].textContent.endsWith('ms')")
     assert page.get_attribute("#camera", "aria-pressed") == "true"
     page.click("#camera")
     page.wait_for_function("() => document.getElementById('video').hidden && document.getElementById('rate').hidden")
-    give(page, RED, "drop")
-    lead(page, "red ")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
 
 
-def test_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
+def test_the_page_can_be_used_by_keyboard(page: Any, tmp_path: Path) -> None:
     (tmp_path / "red.jpg").write_bytes(jpeg(RED))
     press = page.keyboard.press
     page.on("filechooser", lambda chooser: chooser.set_files(tmp_path / "red.jpg"))
     press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     press("Enter")
-    lead(page, "red ")
+    wait_for_lead(page, "red ")
     press("Tab")
     assert page.evaluate("document.activeElement.id") == "camera"
     press("Tab")
-    page.keyboard.type("blue")  # over the first label, which Tab selects
-    lead(page, "blue ")
+    page.keyboard.type("blue")  # replaces the first label, which Tab selects
+    wait_for_lead(page, "blue ")
     assert list(rows(page)) == ["blue", "green"]
     press("Enter")
     assert page.evaluate("document.activeElement.id") == "new"
@@ -159,7 +159,7 @@ def test_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
     press("Enter")
     assert "yellow" in rows(page)
     press("Shift+Tab")
-    press("Enter")  # removes it, and keeps the focus in the list
+    press("Enter")  # removes it and keeps the focus in the list
     assert "yellow" not in rows(page)
     assert page.evaluate("document.activeElement.className") == "remove"
     for _ in range(3):
@@ -167,19 +167,19 @@ def test_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
             break
         press("Tab")
     press("ArrowDown")
-    assert page.evaluate("document.querySelector('.chosen').textContent").startswith("second")
+    assert page.evaluate("document.querySelector('.selected').textContent").startswith("second")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen(page: Any, scheme: str) -> None:
+def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#new", "a very long label " * 12)
     page.press("#new", "Enter")
-    give(page, RED, "drop")
-    lead(page, "red ")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     small = page.locator("button:visible, label.button").evaluate_all(
-        "all => all.filter((each) => each.getBoundingClientRect().height < 44).map((each) => each.textContent)"
+        "buttons => buttons.filter((b) => b.getBoundingClientRect().height < 44).map((b) => b.textContent)"
     )
-    assert small == []  # of what a finger must hit
+    assert small == []  # all are large enough for touch

@@ -1,4 +1,4 @@
-"""The real server under load: its memory stays what it is."""
+"""Load tests of the demo's server: its memory must not grow."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from PIL import Image
 pytest.importorskip("uvicorn")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc"),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to read the memory usage"),
 ]
 
 PARALLEL, SEQUENTIAL, WARM_UP = 200, 10_000, 1_000
-ALLOWED_MB = 8  # fragments of what is freed again; one picture kept of each request would be 30
+MAX_GROWTH_MB = 8  # allows for fragmentation; keeping one image per request would cost 30 MB
 
 
 class Server(NamedTuple):
@@ -35,7 +35,7 @@ class Server(NamedTuple):
     process: subprocess.Popen[str]
 
     def memory_mb(self) -> float:
-        """What of its memory is in RAM."""
+        """Return its resident memory in MB."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * 4096 / 1e6
 
@@ -45,7 +45,7 @@ class Server(NamedTuple):
 
 @pytest.fixture
 def server(colour_bundle: Path) -> Iterator[Server]:
-    """A page that serves a bundle from a process of its own."""
+    """A demo of one bundle in a separate process."""
     command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
@@ -56,64 +56,64 @@ def server(colour_bundle: Path) -> Iterator[Server]:
         process.communicate(timeout=30)
 
 
-def pictures(count: int) -> list[bytes]:
-    """Different ones of 32 × 32 pixels, 3 kB each."""
+def make_images(count: int) -> list[bytes]:
+    """Return different PNGs of 32 × 32 pixels, 3 kB each."""
     rng = np.random.default_rng(0)
-    found = []
+    images = []
     for _ in range(count):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "PNG")
-        found.append(buffer.getvalue())
-    return found
+        images.append(buffer.getvalue())
+    return images
 
 
-def ask(connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+def post(connection: http.client.HTTPConnection, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
     connection.request("POST", path, body)
-    answer = connection.getresponse()
-    return answer.status, json.loads(answer.read())
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
 
 
 def labels_key(connection: http.client.HTTPConnection, labels: Sequence[str]) -> str:
-    return str(ask(connection, "/api/labels", json.dumps(labels).encode())[1]["key"])
+    return str(post(connection, "/api/labels", json.dumps(labels).encode())[1]["key"])
 
 
-def test_ten_thousand_in_sequence(server: Server) -> None:
-    sent, before = pictures(50), 0.0
+def test_ten_thousand_sequential_requests(server: Server) -> None:
+    images, before = make_images(50), 0.0
     with server.connect() as connection:
         for number in range(SEQUENTIAL):
-            if number % 100 == 0:  # now and then other labels, as somebody types them
+            if number % 100 == 0:  # change the labels now and then, as a user would
                 key = labels_key(connection, ["red", "green", f"blue {number}"])
-            status, answer = ask(connection, f"/api/classify?labels={key}", sent[number % len(sent)])
-            assert (status, len(answer["labels"])) == (200, 3)
+            status, result = post(connection, f"/api/classify?labels={key}", images[number % len(images)])
+            assert (status, len(result["labels"])) == (200, 3)
             if number == WARM_UP:
                 before = server.memory_mb()
-    assert server.memory_mb() - before < ALLOWED_MB
+    assert server.memory_mb() - before < MAX_GROWTH_MB
 
 
-def test_two_hundred_at_once_again_and_again(server: Server) -> None:
-    sent, memory = pictures(PARALLEL), []
+def test_repeated_bursts_of_two_hundred_requests(server: Server) -> None:
+    images, memory = make_images(PARALLEL), []
     with server.connect() as connection:
         key = labels_key(connection, ["red", "green"])
 
-    def one(picture: bytes) -> int:
+    def classify(image: bytes) -> int:
         with server.connect() as connection:
-            return ask(connection, f"/api/classify?labels={key}", picture)[0]
+            return post(connection, f"/api/classify?labels={key}", image)[0]
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         for _ in range(10):
-            codes = set(pool.map(one, sent))
+            codes = set(pool.map(classify, images))
             assert codes <= {200, 429}
             assert 200 in codes
             memory.append(server.memory_mb())
-    assert memory[-1] - memory[2] < ALLOWED_MB
+    assert memory[-1] - memory[2] < MAX_GROWTH_MB
 
 
-def test_a_bundle_that_is_deleted_under_it(server: Server, colour_bundle: Path) -> None:
-    (picture,) = pictures(1)
+def test_deleting_the_bundle_does_not_stop_the_server(server: Server, colour_bundle: Path) -> None:
+    (image,) = make_images(1)
     with server.connect() as connection:
         key = labels_key(connection, ["red", "green"])
-        assert ask(connection, f"/api/classify?labels={key}", picture)[0] == 200
+        assert post(connection, f"/api/classify?labels={key}", image)[0] == 200
         shutil.rmtree(colour_bundle)
-        status, answer = ask(connection, f"/api/classify?labels={key}", picture)
-    assert (status, answer["error"]) == (410, f"The bundle {colour_bundle} is no longer there.")
+        status, result = post(connection, f"/api/classify?labels={key}", image)
+    assert (status, result["error"]) == (410, f"The bundle {colour_bundle} was removed.")
     assert server.process.poll() is None

@@ -1,1 +1,1 @@
-"""Results as people read them: HTML, Markdown, terminal and plot."""
+"""Benchmark reports as HTML, Markdown, terminal tables and a plot."""

@@ -1,182 +1,217 @@
-"""Which model to take for a stated budget, in a sentence."""
+"""The findings of a benchmark in sentences: the headline, and which model to choose for a given budget."""
 
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking import formatting as formats
+from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.accuracy import TOP1
 from clip_rd_edge.benchmarking.metrics import Hits, Interval, ZeroShotScore, difference_interval
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 
 
 def recommendation(results: Results) -> str | None:
-    """A sentence, or None where the suite states no budget or has no zero-shot task; `**` marks the model.
+    """Return a sentence that recommends a model for the suite's budget, with the model between `**`.
 
-    Of the models within the budget it is the most accurate one; of those that are not clearly less accurate (paired,
-    95 %), the fastest.
+    Among the models within the budget, the most accurate one is the reference. The fastest of those that are not
+    significantly less accurate (paired, 95 %) is recommended.
+
+    Returns:
+        None if the suite has no budget or no zero-shot task.
     """
     suite = results.suite
-    scored = {row.label: (row, score) for row in results.rows if (score := _score(row)) is not None}
+    scored = {row.label: (row, score) for row in results.rows if (score := _first_zero_shot_score(row)) is not None}
     if not scored or (suite.budget_ms is None and suite.min_accuracy is None):
         return None
-    budget, least = suite.budget_ms or float("inf"), suite.min_accuracy or 0.0
-    fit = [label for label, (row, score) in scored.items() if _needed(row) <= budget and score.top1 >= least]
-    wanted = _wanted(suite.budget_ms, suite.min_accuracy)
-    if not fit:
-        return f"No model here takes {wanted}: {_nearest(scored, budget, least)}."
-    best = max(fit, key=lambda label: scored[label][1].top1)
-    rivals = [label for label in fit if not _clearly_less(scored[label][0], scored[best][0])]
-    chosen = min(rivals, key=lambda label: _needed(scored[label][0]))
-    row, score = scored[chosen]
-    if len(fit) == 1:
-        why = "the only one that fits"
-    elif chosen == best:
-        why = f"the most accurate of {len(fit)} that fit"
+    max_ms, min_top1 = suite.budget_ms or float("inf"), suite.min_accuracy or 0.0
+    suitable = [label for label, (row, score) in scored.items() if _p95_ms(row) <= max_ms and score.top1 >= min_top1]
+    requirements = _describe_requirements(suite.budget_ms, suite.min_accuracy)
+    if not suitable:
+        return f"No model meets {requirements}: {_describe_extremes(scored)}."
+    best = max(suitable, key=lambda label: scored[label][1].top1)
+    rivals = [label for label in suitable if not _significantly_worse(scored[label][0], scored[best][0])]
+    choice = min(rivals, key=lambda label: _p95_ms(scored[label][0]))
+    row, score = scored[choice]
+    if len(suitable) == 1:
+        reason = "the only model that meets this"
+    elif choice == best:
+        reason = f"the most accurate of {len(suitable)} models that meet this"
     else:
-        why = f"the fastest of those not clearly less accurate than {best}"
-    measured = f"{formats.milliseconds(_needed(row))} ms and {formats.percent(score.top1)} % on {score.task}"
-    return f"For {wanted}, take **{chosen}**: {measured}, {why}."
+        reason = f"the fastest model that is not significantly less accurate than {best}"
+    figures = f"{formatting.milliseconds(_p95_ms(row))} ms and {formatting.percent(score.top1)} % on {score.task}"
+    return f"For {requirements}, choose **{choice}**: {figures}, {reason}."
 
 
-def _wanted(budget_ms: float | None, min_accuracy: float | None) -> str:
+def _describe_requirements(budget_ms: float | None, min_accuracy: float | None) -> str:
     parts = []
     if budget_ms is not None:
-        parts.append(f"at most {budget_ms:g} ms from file to answer in 95 of 100 pictures")
+        parts.append(f"at most {budget_ms:g} ms from image file to answer (95th percentile)")
     if min_accuracy is not None:
-        parts.append(f"at least {formats.percent(min_accuracy)} % top-1")
+        parts.append(f"at least {formatting.percent(min_accuracy)} % top-1")
     return " and ".join(parts)
 
 
-def _nearest(scored: dict[str, tuple[RowResult, ZeroShotScore]], budget: float, least: float) -> str:
-    """The fastest model and the most accurate one: which of the two wishes is out of reach."""
-    fastest = min(scored, key=lambda label: _needed(scored[label][0]))
+def _describe_extremes(scored: dict[str, tuple[RowResult, ZeroShotScore]]) -> str:
+    """Describe the fastest and the most accurate model, which shows which requirement is out of reach."""
+    fastest = min(scored, key=lambda label: _p95_ms(scored[label][0]))
     best = max(scored, key=lambda label: scored[label][1].top1)
     return (
-        f"the fastest, {fastest}, takes {formats.milliseconds(_needed(scored[fastest][0]))} ms at "
-        f"{formats.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, "
-        f"{formats.milliseconds(_needed(scored[best][0]))} ms at {formats.percent(scored[best][1].top1)} %"
+        f"the fastest, {fastest}, takes {formatting.milliseconds(_p95_ms(scored[fastest][0]))} ms at "
+        f"{formatting.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, takes "
+        f"{formatting.milliseconds(_p95_ms(scored[best][0]))} ms at {formatting.percent(scored[best][1].top1)} %"
     )
 
 
-def _needed(row: RowResult) -> float:
+def _p95_ms(row: RowResult) -> float:
     return row.latency.end_to_end.p95
 
 
-def _score(row: RowResult) -> ZeroShotScore | None:
+def _first_zero_shot_score(row: RowResult) -> ZeroShotScore | None:
     return next((score for score in row.scores if isinstance(score, ZeroShotScore)), None)
 
 
-def _clearly_less(row: RowResult, best: RowResult) -> bool:
-    ours, theirs = _hits(row), _hits(best)
-    if ours is None or theirs is None:
-        return row.label != best.label  # nothing to pair by: the most accurate it is
-    return difference_interval(ours, theirs).high < 0
+def _significantly_worse(row: RowResult, best: RowResult) -> bool:
+    hits, best_hits = _top1_hits(row), _top1_hits(best)
+    if hits is None or best_hits is None:
+        return row.label != best.label  # nothing to pair by: only the most accurate model remains
+    return difference_interval(hits, best_hits).high < 0
 
 
-def _hits(row: RowResult) -> Hits | None:
-    return next((each.hits() for each in row.marks if each.measure == TOP1), None)
+def _top1_hits(row: RowResult) -> Hits | None:
+    return next((answers.hits() for answers in row.correctness if answers.measure == TOP1), None)
 
 
 def headline(results: Results) -> list[str]:
-    """One sentence each: student and teacher, INT8 and FP32, the whole way, what distilling brought."""
-    teacher, student = results.first("teacher"), results.first("student")
-    exported, quantised, baseline = (results.first(role) for role in ("exported", "quantised", "baseline"))
+    """Return the headline, one finding per sentence.
+
+    The first sentence compares what is shipped with the teacher. A recommendation follows if the suite has a budget,
+    then the student before export, INT8 against FP32, and the gain from distillation.
+    """
+    teacher, student, baseline = (results.first(role) for role in ("teacher", "student", "baseline"))
+    exported, quantised, shipped = results.first("exported"), results.first("quantised"), shipped_row(results)
     sentences = []
+    if teacher and shipped:
+        sentences.append(_shipped_against_teacher(results, shipped, teacher))
     if teacher and student:
-        sentences.append(
-            f"The student {_keeps(results, student, teacher)}, "
-            f"and its image tower is {_speed(student.latency.image.p50, teacher.latency.image.p50)}."
-        )
+        subject = "the student before export" if shipped else "the student"
+        sentences.append(_student_against_teacher(results, student, teacher, subject=subject))
     if exported and quantised:
+        sentences.append(_quantised_against_exported(results, quantised, exported))
+    if student and baseline and (comparison := _comparison(results, student, baseline)):
         sentences.append(
-            f"{quantised.label} {_costs(results, quantised, exported)} "
-            f"{_size(quantised, exported)} of the size of {exported.label}, "
-            f"and its image tower is {_speed(quantised.latency.image.p50, exported.latency.image.p50)}."
+            f"Distillation changes top-1 by **{formatting.signed_points(comparison.difference)} points** compared with "
+            f"the same student trained without a teacher "
+            f"(95 % confidence interval {formatting.signed_interval(comparison.interval)})."
         )
-    if teacher and quantised:
-        ours, theirs = quantised.latency.end_to_end.p50, teacher.latency.end_to_end.p50
-        sentences.append(
-            f"From a picture's file to its {_answer(quantised)}, {quantised.label} takes {formats.milliseconds(ours)} "
-            f"ms, the teacher {formats.milliseconds(theirs)} ms: {_speed(ours, theirs)}."
-        )
-    if student and baseline and (found := _comparison(results, student, baseline)):
-        sentences.append(
-            f"Distilling brought **{formats.signed_points(found.difference)} points** of top-1 over the same student "
-            f"trained without a teacher (95 % interval {formats.signed_interval(found.interval)})."
-        )
-    sentences = sentences or [_plain(row, results) for row in results.rows]
+    sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
     return [*sentences[:1], *([advice] if advice else []), *sentences[1:]]
 
 
+def shipped_row(results: Results) -> RowResult | None:
+    """Return the row of what is shipped: the last quantised one, or else the last exported one."""
+    return results.last("quantised") or results.last("exported")
+
+
 def headline_task(results: Results) -> str | None:
-    """Name of the task that headline, plot and samples are about: the first zero-shot one."""
+    """Return the name of the first zero-shot task, which headline, plot and samples are about."""
     scores = results.rows[0].scores
     return next((score.task for score in scores if isinstance(score, ZeroShotScore)), None)
 
 
 def headline_score(results: Results, row: RowResult) -> ZeroShotScore | None:
-    """A row's score on the headline's task."""
+    """Return a row's score on the headline's task."""
     task = headline_task(results)
     return next((score for score in row.scores if isinstance(score, ZeroShotScore) and score.task == task), None)
 
 
-def better_than_a_guess(score: ZeroShotScore) -> bool:
-    """Whether the interval of top-1 lies above what a guess among the labels reaches."""
+def above_chance(score: ZeroShotScore) -> bool:
+    """Return whether the confidence interval of top-1 is above the chance level."""
     return score.top1_interval.low > 1 / score.classes
 
 
-def _answer(row: RowResult) -> str:
+def _shipped_against_teacher(results: Results, shipped: RowResult, teacher: RowResult) -> str:
+    shipped_ms, teacher_ms = shipped.latency.end_to_end.p50, teacher.latency.end_to_end.p50
+    times = f"{formatting.milliseconds(shipped_ms)} ms vs {formatting.milliseconds(teacher_ms)} ms"
+    sizes = " vs ".join(f"{formatting.megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
+    accuracy = _accuracy_kept(results, shipped, teacher)
+    subject = f"{shipped.label} {accuracy}, is" if accuracy else f"Compared with the teacher, {shipped.label} is"
+    return (
+        f"{subject} {_speed(shipped_ms, teacher_ms)} end to end ({times} from image file to {_end(shipped)}) "
+        f"and {_size(shipped, teacher)} ({sizes})."
+    )
+
+
+def _student_against_teacher(results: Results, student: RowResult, teacher: RowResult, *, subject: str) -> str:
+    accuracy, size = _accuracy_kept(results, student, teacher), _size(student, teacher)
+    speed = _speed(student.latency.image.p50, teacher.latency.image.p50)
+    if not accuracy:
+        return f"Compared with the teacher, {subject} is {size}, and its image tower is {speed}."
+    return f"{subject[0].upper()}{subject[1:]} {accuracy}, is {size}, and its image tower is {speed}."
+
+
+def _quantised_against_exported(results: Results, quantised: RowResult, exported: RowResult) -> str:
+    accuracy = _accuracy_change(results, quantised, exported)
+    speed = _speed(quantised.latency.image.p50, exported.latency.image.p50)
+    return (
+        f"Compared with {exported.label}, {quantised.label} {accuracy}is {_size(quantised, exported)}, "
+        f"and its image tower is {speed}."
+    )
+
+
+def _end(row: RowResult) -> str:
+    """Return where end-to-end latency ends; see `Latency.steps`."""
     return "label" if row.latency.steps else "embedding"
 
 
 def _comparison(results: Results, row: RowResult, reference: RowResult) -> Comparison | None:
-    wanted = (headline_task(results), row.label, reference.label)
-    return next((c for c in results.comparisons if (c.task, c.label, c.reference) == wanted), None)
+    key = (headline_task(results), row.label, reference.label)
+    return next((c for c in results.comparisons if (c.task, c.label, c.reference) == key), None)
 
 
-def _keeps(results: Results, row: RowResult, teacher: RowResult) -> str:
-    ours, theirs = headline_score(results, row), headline_score(results, teacher)
-    if ours is None or theirs is None or not better_than_a_guess(theirs):
-        return f"has {_size(row, teacher)} of the teacher's size"
+def _accuracy_kept(results: Results, row: RowResult, teacher: RowResult) -> str:
+    """Describe how much of the teacher's top-1 remains; empty if the teacher has none above chance level."""
+    score, teacher_score = headline_score(results, row), headline_score(results, teacher)
+    if score is None or teacher_score is None or not above_chance(teacher_score):
+        return ""
+    verb = "keeps" if score.top1 <= teacher_score.top1 else "reaches"
     return (
-        f"keeps **{formats.share(ours.top1, theirs.top1)}** of the teacher's top-1 on {ours.task} "
-        f"({formats.percent(ours.top1)} of {formats.percent(theirs.top1)} %) at {_size(row, teacher)} of its size"
+        f"{verb} **{formatting.share(score.top1, teacher_score.top1)}** of the teacher's top-1 on {score.task} "
+        f"({formatting.percent(score.top1)} % vs {formatting.percent(teacher_score.top1)} %)"
     )
 
 
-def _costs(results: Results, row: RowResult, reference: RowResult) -> str:
-    found = _comparison(results, row, reference)
-    if found is None:
-        return "has"
-    if formats.signed_points(found.difference) == "0.0":
-        return "costs **no** top-1, has"
-    lost = found.difference < 0
-    # A cost is told without its sign, and so is its interval.
-    bounds = Interval(-found.interval.high, -found.interval.low) if lost else found.interval
+def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> str:
+    comparison = _comparison(results, row, reference)
+    if comparison is None:
+        return ""
+    if formatting.signed_points(comparison.difference) == "0.0":
+        return "loses **no** top-1, "
+    lost = comparison.difference < 0
+    # A loss is stated without its sign, and so is its interval.
+    bounds = Interval(-comparison.interval.high, -comparison.interval.low) if lost else comparison.interval
     return (
-        f"{'costs' if lost else 'gains'} **{100 * abs(found.difference):.1f} points** of top-1 "
-        f"(95 % interval {formats.interval(bounds)}), has"
+        f"{'loses' if lost else 'gains'} **{100 * abs(comparison.difference):.1f} points** of top-1 "
+        f"(95 % confidence interval {formatting.interval(bounds)}), "
     )
 
 
 def _size(row: RowResult, reference: RowResult) -> str:
     ratio = reference.description.size_bytes / max(row.description.size_bytes, 1)
-    if formats.times(ratio) == "1.0×":
-        return "**100 %**"
-    return f"**1/{formats.times(ratio).removesuffix('×')}**" if ratio > 1 else f"**{formats.times(1 / ratio)}**"
+    if formatting.ratio(ratio) == "1.0×":
+        return "**the same size**"
+    return f"**{formatting.ratio(ratio)} smaller**" if ratio > 1 else f"**{formatting.ratio(1 / ratio)} larger**"
 
 
-def _speed(ours: float, theirs: float) -> str:
-    faster = formats.times(max(theirs / ours, ours / theirs))
-    if faster == "1.0×":
+def _speed(latency_ms: float, reference_ms: float) -> str:
+    ratio = formatting.ratio(max(reference_ms / latency_ms, latency_ms / reference_ms))
+    if ratio == "1.0×":
         return "**as fast**"
-    return f"**{faster} {'faster' if ours < theirs else 'slower'}**"
+    return f"**{ratio} {'faster' if latency_ms < reference_ms else 'slower'}**"
 
 
-def _plain(row: RowResult, results: Results) -> str:
+def _summary(row: RowResult, results: Results) -> str:
     score = headline_score(results, row)
-    accuracy = f"reaches **{formats.percent(score.top1)} %** top-1 on {score.task} and " if score else ""
+    accuracy = f"reaches **{formatting.percent(score.top1)} %** top-1 on {score.task}, " if score else ""
     return (
-        f"{row.label} {accuracy}takes **{formats.milliseconds(row.latency.image.p50)} ms** a picture "
-        f"in its image tower at **{formats.megabytes(row.description.size_bytes)} MB**."
+        f"{row.label} {accuracy}takes **{formatting.milliseconds(row.latency.image.p50)} ms** per image in its image "
+        f"tower and needs **{formatting.megabytes(row.description.size_bytes)} MB** on disk."
     )

@@ -1,4 +1,4 @@
-"""The report as one HTML file without scripts or anything from outside: pictures are in it as data."""
+"""The report as a single HTML file without scripts or external resources; images are embedded as data URIs."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from clip_rd_edge.benchmarking import formatting as formats
-from clip_rd_edge.benchmarking.report.findings import headline
+from clip_rd_edge.benchmarking import formatting
+from clip_rd_edge.benchmarking.report.findings import headline, shipped_row
 from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note, worst_note
 from clip_rd_edge.benchmarking.report.plot import DARK, LIGHT, Palette, draw
-from clip_rd_edge.benchmarking.report.tables import COMPARED, Cell, Section, details, differences, sections
+from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import Answer, Results, RowResult, Sample, WorstClass
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(results: Results) -> str:
-    """The whole report as HTML."""
-    first, *others = headline(results)
+    """Return the report as HTML."""
+    lead, *findings = headline(results)
+    lead_row = shipped_row(results) if results.first("teacher") else None
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=f"{escape(results.suite.name)}: accuracy, latency, size",
-        light=_variables(LIGHT),
-        dark=_variables(DARK),
-        lead=_emphasised(first),
-        also=_also(others),
+        light=_css_variables(LIGHT),
+        dark=_css_variables(DARK),
+        lead=_emphasise(lead),
+        lead_role=lead_row.role if lead_row else "student",
+        findings=_findings(findings),
         plot=_plot(results),
-        compared=_compared(results),
-        overview=_table(results, sections(results)),
+        relative_note=_relative_note(results),
+        comparison=_table(results, sections(results)),
         skipped=_skipped(results),
         samples=_samples(results),
         worst=_worst(results),
@@ -41,22 +43,22 @@ def page(results: Results) -> str:
     )
 
 
-def _variables(palette: Palette) -> str:
+def _css_variables(palette: Palette) -> str:
     return " ".join(f"--{role}: {colour};" for role, colour in palette.roles.items())
 
 
-def _emphasised(sentence: str) -> str:
+def _emphasise(sentence: str) -> str:
     unbroken = escape(sentence).replace("top-1", "top\u20111")
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", unbroken)
 
 
-def _also(sentences: Sequence[str]) -> str:
-    paragraphs = "".join(f"<p>{_emphasised(sentence)}</p>" for sentence in sentences)
-    return f'<div class="also">{paragraphs}</div>' if sentences else ""
+def _findings(sentences: Sequence[str]) -> str:
+    paragraphs = "".join(f"<p>{_emphasise(sentence)}</p>" for sentence in sentences)
+    return f'<div class="findings">{paragraphs}</div>' if sentences else ""
 
 
 def _plot(results: Results) -> str:
-    # Two pictures that the style sheet chooses from, not <picture>: that one stays dark where a dark page is printed.
+    # Two images that the style sheet chooses from. A <picture> element would stay dark when a dark page is printed.
     images = "".join(_plot_image(results, name, palette) for name, palette in (("light", LIGHT), ("dark", DARK)))
     return f'<figure class="plot">{images}</figure>' if images else ""
 
@@ -67,25 +69,25 @@ def _plot_image(results: Results, name: str, palette: Palette) -> str:
         return ""
     return (
         f'<img class="{name}" src="{_data_uri(svg, "image/svg+xml")}" width="640" height="420" '
-        f'alt="Top-1 over the latency of the image tower; the numbers stand in the table below.">'
+        f'alt="Top-1 against the latency of the image tower; the table below has the numbers.">'
     )
 
 
-def _compared(results: Results) -> str:
-    return f'<p class="small">{COMPARED}</p>' if results.first("teacher") else ""
+def _relative_note(results: Results) -> str:
+    return f'<p class="small">{RELATIVE_NOTE}</p>' if results.first("teacher") else ""
 
 
 def _table(results: Results, shown: Sequence[Section]) -> str:
-    heads = "".join(_column_head(row) for row in results.rows)
+    headings = "".join(_column_heading(row) for row in results.rows)
     bodies = "".join(_table_body(section, len(results.rows)) for section in shown)
-    head = f'<thead><tr><th scope="col">Model</th>{heads}</tr></thead>'
+    head = f'<thead><tr><th scope="col">Model</th>{headings}</tr></thead>'
     return f'<div class="scroll" tabindex="0"><table class="models">{head}{bodies}</table></div>'
 
 
-def _column_head(row: RowResult) -> str:
-    how = f"{row.description.runtime}, {row.description.precision}"
+def _column_heading(row: RowResult) -> str:
+    runtime = f"{row.description.runtime}, {row.description.precision}"
     dot = f'<span class="dot" style="--role: var(--{row.role})"></span>'
-    return f'<th scope="col">{dot}{escape(row.label)}<small>{escape(how)}</small></th>'
+    return f'<th scope="col">{dot}{escape(row.label)}<small>{escape(runtime)}</small></th>'
 
 
 def _table_body(section: Section, models: int) -> str:
@@ -98,8 +100,8 @@ def _table_body(section: Section, models: int) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    compared = f" <small>{escape(cell.compared)}</small>" if cell.compared else ""
-    return f"<td>{escape(cell.text)}{compared}</td>"
+    relative = f" <small>{escape(cell.relative)}</small>" if cell.relative else ""
+    return f"<td>{escape(cell.text)}{relative}</td>"
 
 
 def _skipped(results: Results) -> str:
@@ -108,8 +110,8 @@ def _skipped(results: Results) -> str:
     return _reasons("Not measured:", models) + _reasons("Missing data sets:", tasks)
 
 
-def _reasons(title: str, named: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f"<li><strong>{escape(name)}</strong>: {escape(reason)}</li>" for name, reason in named)
+def _reasons(title: str, reasons: Sequence[tuple[str, str]]) -> str:
+    items = "".join(f"<li><strong>{escape(name)}</strong>: {escape(reason)}</li>" for name, reason in reasons)
     return f'<p>{title}</p><ul class="remarks">{items}</ul>' if items else ""
 
 
@@ -117,58 +119,60 @@ def _samples(results: Results) -> str:
     if not results.samples:
         return ""
     items = "\n".join(map(_sample, results.samples))
-    return _pictures("samples", "What it says to pictures", samples_note(results), items, kind="samples")
+    return _image_section("samples", "Sample predictions", samples_note(results), items, css_class="samples")
 
 
 def _worst(results: Results) -> str:
     if not results.worst:
         return ""
     items = "\n".join(map(_worst_class, results.worst))
-    return _pictures("worst", "What it gets wrong most", worst_note(results), items, kind="samples worst")
+    return _image_section("worst", "Worst classes", worst_note(results), items, css_class="samples worst")
 
 
-def _pictures(name: str, title: str, note: str, items: str, *, kind: str) -> str:
+def _image_section(name: str, title: str, note: str, items: str, *, css_class: str) -> str:
     return (
         f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>'
-        f'<p class="small">{escape(note)}</p><ul class="{kind}">{items}</ul></section>'
+        f'<p class="small">{escape(note)}</p><ul class="{css_class}">{items}</ul></section>'
     )
 
 
-def _worst_class(found: WorstClass) -> str:
-    shown = f'<img src="{_data_uri(found.png, "image/png")}" alt="{escape(found.label)}">'
-    other = ""
-    if found.taken_for_png:
-        other = f'<img src="{_data_uri(found.taken_for_png, "image/png")}" alt="{escape(found.taken_for)}">'
-    right = f"{found.right} of {found.images} right"
+def _worst_class(worst: WorstClass) -> str:
+    image = f'<img src="{_data_uri(worst.png, "image/png")}" alt="{escape(worst.label)}">'
+    other_image = ""
+    if worst.taken_for_png:
+        other_image = f'<img src="{_data_uri(worst.taken_for_png, "image/png")}" alt="{escape(worst.taken_for)}">'
+    correct = f"{worst.right} of {worst.images} correct"
+    mistaken_for = f"mistaken for <strong>{escape(worst.taken_for)}</strong>"
     return (
-        f"<li><figure>{shown}<figcaption><strong>{escape(found.label)}</strong> {right}</figcaption></figure>"
+        f"<li><figure>{image}<figcaption><strong>{escape(worst.label)}</strong> {correct}</figcaption></figure>"
         f'<span class="no" aria-hidden="true">→</span>'
-        f"<figure>{other}<figcaption>taken for <strong>{escape(found.taken_for)}</strong></figcaption></figure></li>"
+        f"<figure>{other_image}<figcaption>{mistaken_for}</figcaption></figure></li>"
     )
 
 
 def _sample(sample: Sample) -> str:
-    picture = f'<img src="{_data_uri(sample.png, "image/png")}" alt="{escape(sample.label)}">'
+    image = f'<img src="{_data_uri(sample.png, "image/png")}" alt="{escape(sample.label)}">'
     answers = "".join(map(_answer, sample.answers))
-    return f"<li>{picture}<div><strong>{escape(sample.label)}</strong><dl>{answers}</dl></div></li>"
+    return f"<li>{image}<div><strong>{escape(sample.label)}</strong><dl>{answers}</dl></div></li>"
 
 
 def _answer(answer: Answer) -> str:
-    mark, kind = ("✓", "yes") if answer.right else ("✗", "no")
-    said = f'<span class="{kind}">{mark}</span> {escape(answer.label)}, {formats.share(answer.probability, 1)}'
-    return f"<dt>{escape(answer.row)}</dt><dd>{said}</dd>"
+    symbol, css_class = ("✓", "yes") if answer.right else ("✗", "no")
+    probability = formatting.share(answer.probability, 1)
+    prediction = f'<span class="{css_class}">{symbol}</span> {escape(answer.label)}, {probability}'
+    return f"<dt>{escape(answer.row)}</dt><dd>{prediction}</dd>"
 
 
 def _differences(results: Results) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(found.models)}</th><td class="text">{escape(found.task)}</td>'
-        f'<td>{found.points}</td><td>{found.interval}</td><td class="text small">{found.verdict}</td></tr>'
-        for found in differences(results)
+        f'<tr><th scope="row">{escape(row.models)}</th><td class="text">{escape(row.task)}</td>'
+        f'<td>{row.points}</td><td>{row.interval}</td><td class="text small">{row.verdict}</td></tr>'
+        for row in differences(results)
     )
     if not rows:
         return ""
-    names = '<th scope="col">Models</th><th scope="col" class="text">Task</th><th scope="col">Points</th>'
-    head = f'<thead><tr>{names}<th scope="col">95 % interval</th><th></th></tr></thead>'
+    headings = '<th scope="col">Models</th><th scope="col" class="text">Task</th><th scope="col">Points</th>'
+    head = f'<thead><tr>{headings}<th scope="col">95 % interval</th><th></th></tr></thead>'
     return (
         f'<section aria-labelledby="differences"><h2 id="differences">Differences in top-1</h2>'
         f'<div class="scroll" tabindex="0"><table class="differences">{head}<tbody>{rows}</tbody></table></div>'

@@ -1,21 +1,20 @@
-"""How it was measured, and what a careful reader should know."""
+"""How a benchmark was measured, and what to know before quoting its numbers."""
 
 from __future__ import annotations
 
-from clip_rd_edge.benchmarking import formatting as formats
-from clip_rd_edge.benchmarking import statistics as noise
+from clip_rd_edge.benchmarking import formatting, statistics
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-from clip_rd_edge.benchmarking.regression import BUSY
-from clip_rd_edge.benchmarking.report.findings import better_than_a_guess
+from clip_rd_edge.benchmarking.regression import BUSY, MEASUREMENTS
+from clip_rd_edge.benchmarking.report.findings import above_chance
 from clip_rd_edge.benchmarking.report.tables import heading
 from clip_rd_edge.benchmarking.results import Results
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
-    """Machine and software, as names and values."""
+    """Return the hardware and software as names and values."""
     environment = results.environment
     memory = f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else ""
-    found = [
+    rows = [
         ("Machine", ", ".join(part for part in (environment.machine, memory) if part)),
         ("Instruction sets", ", ".join(environment.instruction_sets)),
         ("System", environment.system),
@@ -25,102 +24,107 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ("Date", environment.date),
         ("Commit", environment.commit),
     ]
-    return [(name, value) for name, value in found if value]
+    return [(name, value) for name, value in rows if value]
 
 
 def remarks(results: Results) -> list[str]:
-    """What a careful reader should know before quoting a number."""
+    """Return what a careful reader should know before quoting a number."""
     suite, latency = results.suite, results.rows[0].latency
     notes = [
-        *_guesses(results),
-        f"Latency: one picture or text at a time, on {suite.threads} thread{'s' if suite.threads > 1 else ''}, all "
-        f"models timed in turn in one process, {latency.rounds} rounds, after warming up until they are steady. End to "
-        f"end is from a picture's file to its {'label' if latency.steps else 'embedding'}.",
-        *_noise(results),
+        *_chance_remarks(results),
+        f"Latency: batch 1 on {suite.threads} thread{'s' if suite.threads > 1 else ''}; all models timed in turn in "
+        f"one process, {latency.rounds} rounds, after warming up until the latency was steady. End to end is from the "
+        f"image file to the {'label' if latency.steps else 'embedding'}.",
+        *_reliability_remarks(results),
     ]
     runtimes: dict[str, list[str]] = {}
     for row in results.rows:
         runtimes.setdefault(row.description.runtime, []).append(row.label)
     if len(runtimes) > 1:
-        used = "; ".join(f"{', '.join(labels)} in {runtime}" for runtime, labels in runtimes.items())
-        notes.append(f"Models ran {used}: between these, part of a speed-up is the runtime's.")
-    notes.append("Size: what has to lie on disk to run the model, the runtime's own libraries left out.")
-    notes += _templates(results)
+        assignment = "; ".join(f"{', '.join(labels)} in {runtime}" for runtime, labels in runtimes.items())
+        notes.append(f"Models ran in different runtimes ({assignment}), which account for part of the speed-ups.")
+    notes.append("Size: the files needed to run the model, without the runtime's own libraries.")
+    notes += _template_remarks(results)
     if results.comparisons:
         notes.append(
-            "Intervals are 95 %, by bootstrap over the task's pictures; those of differences are paired, picture by "
-            "picture. They do not cover other seeds of training or other pictures than these."
+            "Intervals are 95 % confidence intervals, by bootstrap over the task's images; those of differences are "
+            "paired by image. They do not cover other training seeds or other images."
         )
     return notes
 
 
-def _noise(results: Results) -> list[str]:
-    """How far the figures can be trusted, and what the machine did not tell."""
+def _reliability_remarks(results: Results) -> list[str]:
+    """Return how reliable the figures are, and which could not be measured."""
     notes = []
-    if (found := noise_figure(results)) is not None:
+    if (noise := latency_noise(results)) is not None:
         notes.append(
-            f"Noise: by chance, p50s of two such runs differ by up to {formats.share(found, 1)}, each taken as a "
-            f"multiple of a fixed piece of work that is timed beside the models."
+            f"Noise: the p50s of two runs like this one can differ by up to {formatting.share(noise, 1)} by chance, "
+            f"relative to a fixed reference workload that is timed beside the models."
         )
     if results.other_load is not None and results.other_load > BUSY:
         notes.append(
-            f"The machine was busy: other processes took {formats.share(results.other_load, 1)} of its time while "
-            f"models were timed. Latencies are too high, and unevenly so."
+            f"The machine was busy: other processes used {formatting.share(results.other_load, 1)} of it while the "
+            f"models were timed. Latencies are too high, and not all by the same factor."
         )
     rows = results.rows
     if rows[0].throughput and all(row.energy_joules is None for row in rows):
-        notes.append("Energy: this machine does not tell (/sys/class/powercap has no counter that may be read).")
-    if cold := [row.cold_start for row in rows if row.cold_start]:
+        notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")
+    if cold_starts := [row.cold_start for row in rows if row.cold_start]:
         notes.append(
-            f"Cold start and memory: a new process that imports, loads, and embeds one picture and one text, with its "
-            f"files in the system's cache; the median of up to {max(each.runs for each in cold)}."
+            f"Cold start and memory: a new process that does its imports, loads the model and embeds one image and one "
+            f"text, with its files in the system's cache; median of up to "
+            f"{max(cold_start.runs for cold_start in cold_starts)} runs."
         )
     return notes
 
 
-def noise_figure(results: Results) -> float | None:
-    """What two such runs may differ by in any row's p50, as a fraction; None where it was not measured."""
+def latency_noise(results: Results) -> float | None:
+    """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
     if results.reference is None:
         return None
-    kinds = ("image", "text", "end_to_end")
     return max(
-        noise.of_one_run(
-            [noise.paces(getattr(row.latency, kind).sittings, getattr(results.reference, kind)) for row in results.rows]
+        statistics.run_noise(
+            [
+                statistics.log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
+                for row in results.rows
+            ]
         )
-        for kind in kinds
+        for field in MEASUREMENTS
     )
 
 
 def worst_note(results: Results) -> str:
-    """What is shown of the worst classes."""
+    """Return what the section of the worst classes shows."""
     first = results.worst[0]
     return (
-        f"{heading(first.task)}, {first.row}: classes of which it gets the fewest pictures right, and of these "
-        f"those that it was surest to call something else."
+        f"{heading(first.task)}, {first.row}: the classes with the lowest accuracy; among equals, those with the most "
+        f"confident errors."
     )
 
 
 def samples_note(results: Results) -> str:
-    """How the samples were chosen."""
+    """Return how the samples were chosen."""
     last = results.samples[0].answers[-1].row
-    right = sum(sample.answers[-1].right for sample in results.samples)
-    wrong = len(results.samples) - right
+    correct = sum(sample.answers[-1].right for sample in results.samples)
+    wrong = len(results.samples) - correct
     return (
-        f"{heading(results.samples[0].task)}, drawn by lot: {right} that {last} gets right and {wrong} that it gets "
-        f"wrong, so these are not its accuracy. Each answer stands with its probability."
+        f"{heading(results.samples[0].task)}, sampled at random: {correct} images that {last} classifies correctly and "
+        f"{wrong} that it gets wrong, so the ratio is not its accuracy. Each prediction is shown with its probability."
     )
 
 
-def _templates(results: Results) -> list[str]:
-    """What labels were put into, where the task had a say or needed a stand-in."""
-    said = [s for s in results.rows[0].scores if isinstance(s, ZeroShotScore) and s.templates not in ("", "{}")]
-    return [f"Templates: {'; '.join(f'{score.task}: {score.templates}' for score in said)}."] if said else []
+def _template_remarks(results: Results) -> list[str]:
+    """Return the prompt templates, unless labels were embedded as they are."""
+    scores = [s for s in results.rows[0].scores if isinstance(s, ZeroShotScore) and s.templates not in ("", "{}")]
+    if not scores:
+        return []
+    return [f"Prompt templates: {'; '.join(f'{score.task}: {score.templates}' for score in scores)}."]
 
 
-def _guesses(results: Results) -> list[str]:
-    guessing: dict[str, list[str]] = {}
+def _chance_remarks(results: Results) -> list[str]:
+    at_chance: dict[str, list[str]] = {}
     for row in results.rows:
         for score in row.scores:
-            if isinstance(score, ZeroShotScore) and not better_than_a_guess(score):
-                guessing.setdefault(score.task, []).append(row.label)
-    return [f"Not clearly better than a guess on {task}: {', '.join(rows)}." for task, rows in guessing.items()]
+            if isinstance(score, ZeroShotScore) and not above_chance(score):
+                at_chance.setdefault(score.task, []).append(row.label)
+    return [f"Not significantly above chance level on {task}: {', '.join(rows)}." for task, rows in at_chance.items()]

@@ -1,4 +1,4 @@
-"""Names beside the dots of a plot, where they cover neither each other nor a dot."""
+"""The plot of a report: accuracy against latency, with labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking import formatting as formats
+from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline_score
 from clip_rd_edge.benchmarking.report.tables import heading
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[np.float64]
 _GAP = 5.0  # points between a dot and its label
-_PIECES = 40  # that a line between two dots is cut into
-# Where a label may stand, best first: direction from the dot, alignment.
-_PLACES: tuple[tuple[float, float, Any, Any], ...] = (
+_LINE_SEGMENTS = 40  # per line between two dots
+# Possible label positions, best first: direction from the dot, alignment.
+_POSITIONS: tuple[tuple[float, float, Any, Any], ...] = (
     (1, 0, "left", "center"),
     (-1, 0, "right", "center"),
     (0, 1, "center", "bottom"),
@@ -42,11 +42,11 @@ _PLACES: tuple[tuple[float, float, Any, Any], ...] = (
 
 @dataclass(frozen=True)
 class Dots:
-    """N dots with a vertical bar each.
+    """N dots, each with a vertical error bar.
 
     Attributes:
-        x, y, low, high: centres and bars' ends, (N,), in data coordinates.
-        radii: (N,), in points.
+        x, y, low, high: centres and ends of the bars, (N,), in data coordinates.
+        radii: radii of the dots, (N,), in points.
     """
 
     x: Numbers
@@ -57,55 +57,58 @@ class Dots:
 
 
 def place_labels(
-    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, joined: Sequence[int] = ()
+    axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int] = ()
 ) -> None:
-    """Write each dot's name beside it, at the first of _PLACES that is free, else at the one that covers least.
+    """Label each dot at the first of _POSITIONS that is free, or at the one with the smallest overlap.
 
     Args:
-        joined: the dots that a line goes through, in its order; names keep off that, too.
+        line: indices of the dots that a line connects, in order; labels avoid the line as well.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # settles the layout, so that pixels can be compared
-    taken = [*_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, joined)]
+    figure.draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
+    occupied = [*_dot_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, line)]
     frame = axes.get_window_extent()
     for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        choices = [_write(axes, dots, index, place, name, colour) for place in _PLACES]
-        boxes = [choice.get_window_extent() for choice in choices]
-        best = min(range(len(choices)), key=lambda i: _covered(boxes[i], taken, frame))
-        for i, choice in enumerate(choices):
+        candidates = [_annotate(axes, dots, index, position, name, colour) for position in _POSITIONS]
+        boxes = [candidate.get_window_extent() for candidate in candidates]
+        best = min(range(len(candidates)), key=lambda i: _overlap(boxes[i], occupied, frame))
+        for i, candidate in enumerate(candidates):
             if i != best:
-                choice.remove()
-        taken.append(boxes[best])
+                candidate.remove()
+        occupied.append(boxes[best])
 
 
-def _boxes(axes: Axes, dots: Dots, pixels_a_point: float) -> list[Bbox]:
-    """What dots and bars cover, in pixels."""
+def _dot_boxes(axes: Axes, dots: Dots, pixels_per_point: float) -> list[Bbox]:
+    """Return the bounding boxes of dots and bars, in pixels."""
     from matplotlib.transforms import Bbox
 
     def to_pixels(y: Numbers) -> Numbers:
-        moved: Numbers = axes.transData.transform(np.column_stack([dots.x, y]))
-        return moved
+        pixels: Numbers = axes.transData.transform(np.column_stack([dots.x, y]))
+        return pixels
 
     boxes = []
     for (x, y), (_, low), (_, high), r in zip(
-        to_pixels(dots.y), to_pixels(dots.low), to_pixels(dots.high), dots.radii * pixels_a_point, strict=True
+        to_pixels(dots.y), to_pixels(dots.low), to_pixels(dots.high), dots.radii * pixels_per_point, strict=True
     ):
         boxes += [Bbox.from_extents(x - r, y - r, x + r, y + r), Bbox.from_extents(x - 1, low, x + 1, high)]
     return boxes
 
 
-def _line_boxes(axes: Axes, dots: Dots, joined: Sequence[int]) -> list[Bbox]:
-    """Small boxes along a line, in pixels."""
+def _line_boxes(axes: Axes, dots: Dots, line: Sequence[int]) -> list[Bbox]:
+    """Return small boxes along the line, in pixels."""
     from matplotlib.transforms import Bbox
 
-    ends = axes.transData.transform(np.column_stack([dots.x, dots.y]))[list(joined)]
-    points = [start + (end - start) * part for start, end in pairwise(ends) for part in np.linspace(0, 1, _PIECES)]
+    ends = axes.transData.transform(np.column_stack([dots.x, dots.y]))[list(line)]
+    fractions = np.linspace(0, 1, _LINE_SEGMENTS)
+    points = [start + (end - start) * fraction for start, end in pairwise(ends) for fraction in fractions]
     return [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in points]
 
 
-def _write(axes: Axes, dots: Dots, index: int, place: tuple[float, float, Any, Any], name: str, colour: str) -> Text:
-    right, up, horizontal, vertical = place
+def _annotate(
+    axes: Axes, dots: Dots, index: int, position: tuple[float, float, Any, Any], name: str, colour: str
+) -> Text:
+    right, up, horizontal, vertical = position
     distance = dots.radii[index] + _GAP
     return axes.annotate(
         name,
@@ -121,22 +124,22 @@ def _write(axes: Axes, dots: Dots, index: int, place: tuple[float, float, Any, A
     )
 
 
-def _covered(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
-    """Area in pixels² that a label has in common with others or outside the frame."""
+def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
+    """Return the area of a label, in pixels², that overlaps others or lies outside the frame."""
     from matplotlib.transforms import Bbox
 
-    common = sum(abs(part.width * part.height) for other in others if (part := Bbox.intersection(box, other)))
+    shared = sum(abs(area.width * area.height) for other in others if (area := Bbox.intersection(box, other)))
     inside = Bbox.intersection(box, frame)
-    return common + box.width * box.height - (inside.width * inside.height if inside else 0)
+    return shared + box.width * box.height - (inside.width * inside.height if inside else 0)
 
 
-_LARGEST = 1100.0  # points², the area of the biggest model's dot
-_SMALLEST = 30.0  # below this a dot would not be seen
+_MAX_AREA = 1100.0  # points², the dot of the largest model
+_MIN_AREA = 30.0  # points²; smaller dots would be hard to see
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of roles, text, lines and ground; the page of the report has the same."""
+    """Colours of roles, text, lines and background, shared with the HTML report."""
 
     roles: dict[str, str]
     ink: str
@@ -174,28 +177,28 @@ DARK = Palette(
 
 
 def require_matplotlib() -> None:
-    """Refuse before a long run what would fail at its end.
+    """Check for matplotlib before a long run, rather than fail at its end.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        # Not the extra that brings it: that one brings torch, too, and a device wants none.
+        # The hint does not name the extra that includes matplotlib, because it also installs torch.
         raise UsageError(
             "The report's plot needs the package 'matplotlib', which is not installed.", hint="pip install matplotlib"
         )
 
 
 def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palette = LIGHT) -> bytes | None:
-    """The plot: top-1 of the headline's task over the image tower's latency, a dot's area its size on disk.
+    """Plot top-1 on the headline's task against the latency of the image tower. The area of a dot is the size on disk.
 
     Returns:
-        The file's bytes, or None where the suite has no zero-shot task.
+        The content of the image file, or None if the suite has no zero-shot task.
     """
     rows = [(row, score) for row in results.rows if (score := headline_score(results, row))]
     if not rows:
         return None
-    # The object interface, not pyplot: no global state, no window system.
+    # The object interface instead of pyplot: no global state, no window system.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -205,7 +208,7 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
         FigureCanvasAgg(figure)
         _fill(figure.add_subplot(), rows, palette)
         buffer = io.BytesIO()
-        # Without a date, the same results give the same file.
+        # Without a date, the same results give an identical file.
         metadata: dict[str, Any] = {"Date": None} if file_format == "svg" else {}
         figure.savefig(buffer, format=file_format, dpi=200, metadata=metadata)
     return buffer.getvalue()
@@ -217,20 +220,20 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     low = np.asarray([100 * score.top1_interval.low for _, score in rows])
     high = np.asarray([100 * score.top1_interval.high for _, score in rows])
     sizes = np.asarray([row.description.size_bytes for row, _ in rows], dtype=float)
-    areas = np.maximum(_LARGEST * sizes / max(sizes.max(), 1), _SMALLEST)
+    areas = np.maximum(_MAX_AREA * sizes / max(sizes.max(), 1), _MIN_AREA)
     colours = [palette.roles[row.role] for row, _ in rows]
     _set_axes(axes, x, low, high, palette)
     front = _pareto_front(x, y)
     axes.plot(x[front], y[front], color=palette.muted, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
-    names = [f"{row.label}\n{formats.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
-    place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours, joined=front)
+    names = [f"{row.label}\n{formatting.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
+    place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours, line=front)
     title = f"{heading(rows[0][1].task)}: top-1, %"
     axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
-    legend = "Area: size on disk. Bar: 95 % interval. Dotted: what no other beats in both."
+    legend = "Area: size on disk. Bar: 95 % confidence interval. Dotted: Pareto front."
     axes.set_xlabel(
-        f"Image tower, ms a picture (log scale)\n{legend}", color=palette.muted, fontsize=9, linespacing=1.5
+        f"Image tower, ms per image (log scale)\n{legend}", color=palette.muted, fontsize=9, linespacing=1.5
     )
 
 
@@ -239,9 +242,9 @@ def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Pale
 
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.8, x.max() * 1.8)
-    room = max(0.12 * (high.max() - low.min()), 2.0)
-    top = min(high.max() + room, 104)
-    axes.set_ylim(max(low.min() - room, -0.06 * top), top)  # no tick below 0, where nothing can be
+    margin = max(0.12 * (high.max() - low.min()), 2.0)
+    top = min(high.max() + margin, 104)
+    axes.set_ylim(max(low.min() - margin, -0.06 * top), top)  # no tick below 0, which is impossible
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -253,7 +256,7 @@ def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Pale
 
 
 def _pareto_front(x: Numbers, y: Numbers) -> list[int]:
-    """Indices of the models that no other beats in both, from fast to slow."""
+    """Return the indices of the models that no other model beats in both latency and accuracy, fastest first."""
     front: list[int] = []
     for index in np.lexsort((-y, x)):
         if not front or y[index] > y[front[-1]]:

@@ -1,4 +1,4 @@
-"""The report as Markdown, and tables for a terminal."""
+"""The report as Markdown, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from clip_rd_edge.benchmarking import formatting as formats
+from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.formatting import interval, markdown_table, percent
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore, Score, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
 from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note, worst_note
 from clip_rd_edge.benchmarking.report.plot import draw
-from clip_rd_edge.benchmarking.report.tables import COMPARED, Cell, Section, details, differences, sections
+from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.io import write_bytes, write_text
 
 
-def write_between_marks(document: Path, name: str, table: str) -> None:
-    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file.
+def write_between_markers(document: Path, name: str, table: str) -> None:
+    """Replace the text between `<!-- NAME: begin -->` and `<!-- NAME: end -->` in a Markdown file.
 
     Raises:
-        InputError: the file has no such marks.
+        InputError: the file does not have these markers.
     """
-    begin_mark, end_mark = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(begin_mark)
-    _, end, after = rest.partition(end_mark)
+    before, begin, rest = text.partition(begin_marker)
+    _, end, after = rest.partition(end_marker)
     if not (begin and end):
-        raise InputError(f"{document} has no lines {begin_mark} and {end_mark}, between which the table goes.")
-    write_text(document, f"{before}{begin_mark}\n{table}\n{end_mark}{after}")
+        raise InputError(f"{document} has no lines {begin_marker} and {end_marker}, which must enclose the table.")
+    write_text(document, f"{before}{begin_marker}\n{table}\n{end_marker}{after}")
 
 
 MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write results.json and, made from it alone, report.md, report.html and the plot; the folder is made if missing.
+    """Write results.json, and from it alone report.md, report.html and the plot. The folder is created if necessary.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; results.json is written all the same.
+        ModuleNotFoundError: matplotlib is not installed; results.json is written nevertheless.
     """
     write_results(folder / RESULTS, results)
     plot = draw(results, file_format="png")
@@ -55,67 +55,69 @@ def write_report(results: Results, folder: Path) -> None:
 
 
 def markdown(results: Results, *, plot: bool) -> str:
-    """The report as Markdown; `plot` says whether accuracy-latency.png stands beside it."""
+    """Return the report as Markdown.
+
+    Args:
+        plot: whether accuracy-latency.png exists beside it.
+    """
     parts = [f"# {results.suite.name}: accuracy, latency, size", "\n\n".join(headline(results))]
     if plot:
-        parts.append(f"![Top-1 over the latency of the image tower]({PLOT})")
-    parts += ["## Step by step", *([COMPARED] if results.first("teacher") else []), _models(results, sections(results))]
+        parts.append(f"![Top-1 against the latency of the image tower]({PLOT})")
+    notes = [RELATIVE_NOTE] if results.first("teacher") else []
+    parts += ["## Comparison", *notes, _models_table(results, sections(results))]
     if results.skipped:
         parts.append("\n".join(f"- **{row.label}** was not measured: {row.reason}" for row in results.skipped))
     if results.missing:
         parts.append("\n".join(f"- **{task.name}** is missing: {task.reason}" for task in results.missing))
     if results.samples:
-        parts += ["## What it says to pictures", samples_note(results), _samples(results)]
+        parts += ["## Sample predictions", samples_note(results), _samples_table(results)]
     if results.worst:
-        parts += ["## What it gets wrong most", worst_note(results), _worst(results)]
+        parts += ["## Worst classes", worst_note(results), _worst_table(results)]
     if results.comparisons:
-        parts += ["## Differences in top-1", _differences(results)]
-    parts += [
-        "## How it was measured",
-        _markdown_table(["", ""], [[f"**{name}**", value] for name, value in facts(results)]),
-    ]
+        parts += ["## Differences in top-1", _differences_table(results)]
+    parts += ["## Method", _table(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
     parts += ["\n".join(f"- {remark}" for remark in remarks(results))]
-    parts += ["## Every other number", _models(results, details(results))]
+    parts += ["## All other figures", _models_table(results, details(results))]
     return "\n\n".join(parts) + "\n"
 
 
-def _models(results: Results, shown: Sequence[Section]) -> str:
-    lines = []
+def _models_table(results: Results, shown: Sequence[Section]) -> str:
+    rows = []
     for section in shown:
-        lines.append([f"**{section.title}**", *("" for _ in results.rows)])
+        rows.append([f"**{section.title}**", *("" for _ in results.rows)])
         for line in section.lines:
-            cells = (f"{cell.text} ({cell.compared})" if cell.compared else cell.text for cell in line.cells)
-            lines.append([line.name, *cells])
-    return _markdown_table(["", *(row.label for row in results.rows)], lines, numbers=len(results.rows))
+            cells = (f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in line.cells)
+            rows.append([line.name, *cells])
+    return _table(["", *(row.label for row in results.rows)], rows, numeric=len(results.rows))
 
 
-def _samples(results: Results) -> str:
-    heads = ["Picture of", *(answer.row for answer in results.samples[0].answers)]
-    return _markdown_table(heads, [[sample.label, *map(_answer, sample.answers)] for sample in results.samples])
+def _samples_table(results: Results) -> str:
+    headings = ["True label", *(answer.row for answer in results.samples[0].answers)]
+    return _table(headings, [[sample.label, *map(_answer, sample.answers)] for sample in results.samples])
 
 
-def _worst(results: Results) -> str:
-    rows = [[each.label, f"{each.right} of {each.images}", each.taken_for] for each in results.worst]
-    return _markdown_table(["Class", "Right", "Taken for"], rows)
+def _worst_table(results: Results) -> str:
+    rows = [[worst.label, f"{worst.right} of {worst.images}", worst.taken_for] for worst in results.worst]
+    return _table(["Class", "Correct", "Most often mistaken for"], rows)
 
 
 def _answer(answer: Answer) -> str:
-    return f"{'✓' if answer.right else '✗'} {answer.label}, {formats.share(answer.probability, 1)}"
+    return f"{'✓' if answer.right else '✗'} {answer.label}, {formatting.share(answer.probability, 1)}"
 
 
-def _differences(results: Results) -> str:
-    heads = ["Models", "Task", "", "Points", "95 % interval"]
-    lines = [[found.models, found.task, found.verdict, found.points, found.interval] for found in differences(results)]
-    return _markdown_table(heads, lines, numbers=2)
+def _differences_table(results: Results) -> str:
+    headings = ["Models", "Task", "", "Points", "95 % interval"]
+    rows = [[row.models, row.task, row.verdict, row.points, row.interval] for row in differences(results)]
+    return _table(headings, rows, numeric=2)
 
 
-def _markdown_table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: int = 0) -> str:
-    """A Markdown table whose last `numbers` columns are aligned to the right."""
-    return markdown_table([heads, *lines], left=range(len(heads) - numbers))
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: int = 0) -> str:
+    """Build a Markdown table; the last `numeric` columns are right-aligned."""
+    return markdown_table([headings, *rows], left=range(len(headings) - numeric))
 
 
 def terminal_table(results: Results) -> Table:
-    """The report's table: models from left to right, each number with how it compares with the teacher's."""
+    """Return the report's table: one column per model, each figure also relative to the teacher's."""
     table = _rich_table("", *(row.label for row in results.rows))
     for section in sections(results):
         table.add_section()
@@ -123,19 +125,19 @@ def terminal_table(results: Results) -> Table:
         for line in section.lines:
             table.add_row(line.name, *map(_cell, line.cells))
     if results.first("teacher"):
-        table.caption = COMPARED
+        table.caption = RELATIVE_NOTE
         table.caption_justify = "left"
     return table
 
 
 def score_tables(scores: Sequence[Score]) -> list[Table]:
-    """One table for the zero-shot scores and one for retrieval, each only where there are some; in per cent."""
+    """Return one table of zero-shot scores and one of retrieval scores, in percent; empty ones are left out."""
     zero_shot = [score for score in scores if isinstance(score, ZeroShotScore)]
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
         table = _rich_table(
-            "Zero-shot, %", "Pictures", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class", "Templates"
+            "Zero-shot, %", "Images", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class", "Templates"
         )
         for score in zero_shot:
             counts = (f"{score.images:,}", f"{score.classes:,}")
@@ -145,10 +147,10 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
             )
         tables.append(table)
     if retrieval:
-        table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Pictures", "Captions", "Image → text", "Text → image")
-        for found in retrieval:
-            counts = (f"{found.images:,}", f"{found.captions:,}")
-            table.add_row(found.task, *counts, _recall(found.image_to_text), _recall(found.text_to_image))
+        table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
+        for recalls in retrieval:
+            counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
+            table.add_row(recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image))
         tables.append(table)
     return tables
 
@@ -162,8 +164,8 @@ def _rich_table(first: str, *others: str) -> Table:
 
 
 def _cell(cell: Cell) -> Text:
-    # Numbers stand below each other whether they are compared or not.
-    return Text.assemble(f"{cell.text:>6}", (f" {cell.compared:>5}", "dim"))
+    # Padded, so that figures line up with and without a relative figure.
+    return Text.assemble(f"{cell.text:>6}", (f" {cell.relative:>5}", "dim"))
 
 
 def _recall(recall: Recall) -> str:

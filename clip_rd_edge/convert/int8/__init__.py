@@ -1,1 +1,1 @@
-"""INT8: candidates are made, measured beside float32, and one is chosen. Never imports torch."""
+"""INT8: build candidates, measure them against float32, and select one. Never imports torch."""

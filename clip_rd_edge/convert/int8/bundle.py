@@ -1,4 +1,4 @@
-"""An INT8 bundle from a float32 one. Never imports torch."""
+"""Convert a float32 bundle to INT8. Never imports torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.bundle import Converted, open_source
+from clip_rd_edge.convert.bundle import ConvertedBundle, start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import probes_of, write_half
+from clip_rd_edge.convert.fp16 import hard_inputs, write_fp16_tower
 from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.select import nearest
 from clip_rd_edge.convert.options import ExportRequest, Fallback
-from clip_rd_edge.convert.parity import Answers, Inputs, embed, matched
+from clip_rd_edge.convert.parity import Inputs, Matches, embed, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -32,21 +32,24 @@ def write_int8(
     *,
     calibration: CalibrationSet,
     reporter: Reporter = SILENT,
-) -> Converted:
+) -> ConvertedBundle:
     """Write the towers of the float32 bundle `source` in INT8 into `folder`.
 
-    A tower that INT8 makes neither faster nor smaller at no cost in time, or too inaccurate, falls back, and its note
-    says so.
+    A tower falls back if INT8 makes it neither faster nor, at the same latency, smaller, or costs too much accuracy;
+    its note says so.
 
     Args:
-        request: its format decides which runtime the towers are for and measured in.
-        calibration: what ranges are set by, and what candidates are judged by.
+        source: the float32 bundle.
+        folder: where the files are written.
+        request: its format decides which runtime the towers are quantised for and measured in.
+        calibration: samples to set ranges by, and held-out samples to evaluate candidates on.
+        reporter: shows progress.
 
     Raises:
-        UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
-        ClipRdEdgeError: towers fall back that may not; it names the best alternative.
+        UsageError: `source` is not a float32 bundle, is damaged, or the calibration set was made for another model.
+        ClipRdEdgeError: a tower would fall back although the request does not allow it; the hint names alternatives.
     """
-    manifest = open_source(source, folder, calibration=calibration)
+    manifest = start_conversion(source, folder, calibration=calibration)
     backend = OPENVINO if request.format == "openvino" else ORT
     quantized = {
         samples.tower: quantize_tower(
@@ -57,63 +60,70 @@ def write_int8(
             backend=backend,
             reporter=reporter,
         )
-        for samples in _samples(source, manifest, calibration, backend, threads=request.threads)
+        for samples in _tower_samples(source, manifest, calibration, backend, threads=request.threads)
     }
     fallback = request.fallback
-    _require_allowed(manifest.name, quantized, fallback)
-    made = {
-        name: _written_half(quantized[name], tower, source, folder, probes=probes_of(source, manifest)[name])
+    _require_fallback(manifest.name, quantized, fallback)
+    towers = {
+        name: _write_fp16_fallback(quantized[name], tower, source, folder, hard_inputs(source, manifest)[name])
         if fallback == "fp16" and quantized[name].model is None
-        else _written(quantized[name], tower, source, folder)
+        else _write_tower(quantized[name], tower, source, folder)
         for name, tower in manifest.towers.items()
     }
     trials = tuple(trial for tower in quantized.values() for trial in tower.trials)
-    return Converted(manifest.with_towers(made, target=backend.name), trials)
+    return ConvertedBundle(manifest.with_towers(towers, target=backend.name), trials)
 
 
-def _samples(
+def _tower_samples(
     source: Path, manifest: Manifest, calibration: CalibrationSet, backend: Backend, *, threads: int
 ) -> list[TowerSamples]:
-    """Samples of both towers, judged by whether image and caption of a pair still find each other."""
-    calibrate, judge = calibration.calibrate, calibration.judge
+    """Return the samples of both towers; an answer is correct if an image's own caption is the nearest."""
+    calibrate, held_out = calibration.calibrate, calibration.held_out
     inputs: dict[str, tuple[Inputs, Inputs]] = {
-        "image": (calibrate.pixels, judge.pixels),
-        "text": (calibrate.ids, judge.ids),
+        "image": (calibrate.pixels, held_out.pixels),
+        "text": (calibrate.ids, held_out.ids),
     }
     references = {
         name: embed(backend.open(str(source / tower.file), threads=threads), inputs[name][1])
         for name, tower in manifest.towers.items()
     }
-    accuracy: dict[str, Callable[[Embeddings], Answers]] = {
-        "image": partial(matched, captions=references["text"]),
-        "text": partial(matched, references["image"]),
+    correct: dict[str, Callable[[Embeddings], Matches]] = {
+        "image": partial(top1_matches, captions=references["text"]),
+        "text": partial(top1_matches, references["image"]),
     }
-    return [TowerSamples(name, *inputs[name], references[name], accuracy[name]) for name in manifest.towers]
+    return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in manifest.towers]
 
 
-def _require_allowed(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:
-    """Refuse a bundle whose towers fall back though the user did not allow it."""
-    left = {tower: made for tower, made in quantized.items() if made.model is None}
-    allowed = fallback in ("fp32", "fp16") or (fallback is None and len(left) < len(quantized))
-    if not left or allowed:
+def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:
+    """Raise ClipRdEdgeError if a tower falls back and the user does not allow it."""
+    falling_back = {tower: outcome for tower, outcome in quantized.items() if outcome.model is None}
+    allowed = fallback in ("fp32", "fp16") or (fallback is None and len(falling_back) < len(quantized))
+    if not falling_back or allowed:
         return
-    reasons = " ".join(f"{tower} tower: {made.note.removeprefix('float32: ')}" for tower, made in left.items())
+    reasons = " ".join(
+        f"{tower} tower: {outcome.note.removeprefix('float32: ')}" for tower, outcome in falling_back.items()
+    )
     raise ClipRdEdgeError(
-        f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.", hint=_alternatives(left)
+        f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.",
+        hint=_alternatives(falling_back),
     )
 
 
-def _alternatives(left: Mapping[str, QuantizedTower]) -> str:
-    ways = ["--fallback fp32 ships float32, the best here", "--fallback fp16 half its size"]
-    best = [nearest(trials) for made in left.values() if (trials := [t for t in made.trials if t.size_ratio > 0])]
+def _alternatives(falling_back: Mapping[str, QuantizedTower]) -> str:
+    options = ["--fallback fp32 ships float32, the best here", "--fallback fp16 ships half its size"]
+    best = [
+        nearest(trials)
+        for outcome in falling_back.values()
+        if (trials := [trial for trial in outcome.trials if trial.size_ratio > 0])
+    ]
     faster = [trial for trial in best if trial.latency_ratio < 1]
     if faster:
-        least = min(math.floor(100 * trial.centred_cosine) / 100 for trial in faster)
-        ways.append(f"--min-agreement {least} what came nearest")
-    return ", ".join(ways)
+        min_agreement = min(math.floor(100 * trial.centred_cosine) / 100 for trial in faster)
+        options.append(f"--min-agreement {min_agreement} ships the nearest INT8 candidate")
+    return ", ".join(options)
 
 
-def _written(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path) -> Tower:
+def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path) -> Tower:
     if quantized.model is None:
         shutil.copy2(source / tower.file, folder / tower.file)
     else:
@@ -127,8 +137,7 @@ def _written(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path
     )
 
 
-def _written_half(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path, *, probes: Inputs) -> Tower:
-    threads = quantized.measured.threads
-    made = write_half(source, folder, tower, probes, threads=threads)
-    why = quantized.note.removeprefix("float32: ")
-    return msgspec.structs.replace(made, note=f"{made.precision}: {why} {made.note}".rstrip())
+def _write_fp16_fallback(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path, inputs: Inputs) -> Tower:
+    written = write_fp16_tower(source, folder, tower, inputs, threads=quantized.measured.threads)
+    reason = quantized.note.removeprefix("float32: ")
+    return msgspec.structs.replace(written, note=f"{written.precision}: {reason} {written.note}".rstrip())

@@ -1,4 +1,4 @@
-"""The ways of quantising a tower that are worth trying. Never imports torch."""
+"""INT8 candidates: the ways of quantising a tower that are worth trying. Never imports torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.sensitivity import GroupError, group_errors, layers_no_slower, layers_within
-from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, layers_of
+from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.parity import Inputs, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -25,14 +25,14 @@ from clip_rd_edge.utils.reporting import Reporter
 
 SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0
-# Shares of the allowed error that the layers left in INT8 may sum to: the prediction is a little high, and less error
-# may cost no time.
-SHARES = (0.9, 0.4, 0.1)
+# Shares of the max error that the errors of the INT8 layers may sum to. The sum overestimates the error slightly, and a
+# smaller share may be as fast.
+ERROR_SHARES = (0.9, 0.4, 0.1)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way of quantising a tower; `make` gives the model file's content."""
+    """One way of quantising a tower; `make` returns the content of the model file."""
 
     name: str
     make: Callable[[], bytes]
@@ -42,54 +42,55 @@ def candidates(
     model: Path,
     samples: Inputs,
     *,
-    allowed_error: float,
+    max_error: float,
     threads: int,
     reporter: Reporter,
 ) -> Iterator[Candidate]:
-    """Candidates for a tower, by what it is made of.
+    """Yield candidates that suit the layers of a tower.
 
-    Convolutions are quantised statically, all of them, those that bear it, and those that it makes no slower; where a
-    tower has several layers that are matrix products, these are quantised dynamically; the two are combined where it
-    has both.
+    Convolutions are quantised statically: all of them, the robust ones, and those that INT8 makes no slower. If a tower
+    has several layers that are matrix products, these are quantised dynamically. A tower with both combines the two.
 
     Args:
         model: a float32 tower that `quant_pre_process` has optimised.
         samples: inputs to calibrate on.
-        allowed_error: 1 − the least centred cosine that will do.
+        max_error: 1 − the min centred cosine.
+        threads: number of threads when running the tower.
+        reporter: shows progress.
     """
     graph = onnx.load(model)
-    convolutions = [node.name for node in layers_of(graph, ("Conv",))]
-    products = layers_of(graph, ("MatMul", "Gemm"))
-    table = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
-    # One convolution is the patch embedding of a ViT, and one product the projection of a CNN.
+    convolutions = [node.name for node in weighted_layers(graph, ("Conv",))]
+    products = weighted_layers(graph, ("MatMul", "Gemm"))
+    takes_ids = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+    # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples)
         yield from _static(quantizer)
-        reporter.update(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
-        errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
-        yield from _partly_static(quantizer, errors, allowed_error)
-        robust = [layer for layer in layers_within(errors, SHARES[0] * allowed_error) if layer in convolutions]
+        reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
+        errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
+        yield from _partly_static(quantizer, errors, max_error)
+        robust = [layer for layer in layers_within(errors, ERROR_SHARES[0] * max_error) if layer in convolutions]
         if robust:
-            reporter.update(f"timing INT8 in each part of {len(robust)} convolutions")
+            reporter.update(f"timing {len(robust)} convolutions in INT8, group by group")
             yield from _mixed(quantizer, robust, samples, products=len(products) > 1, threads=threads)
     if len(products) > 1:
-        yield from _dynamic(model, table=table)
+        yield from _dynamic(model, takes_ids=takes_ids)
 
 
 def static_candidates(
     model: Path,
     samples: Inputs,
     *,
-    allowed_error: float,
+    max_error: float,
     threads: int,
     reporter: Reporter,
 ) -> Iterator[Candidate]:
-    """Static INT8 in all layers and in the robust ones, whatever a tower is made of; arguments as `candidates`."""
+    """Yield static INT8 of all layers and of the robust ones, for any tower; same arguments as `candidates`."""
     quantizer = StaticQuantizer(model, samples)
     yield from _static(quantizer)
-    reporter.update(f"measuring what INT8 costs in each of {len(quantizer.layers)} layers")
-    errors = _errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
-    yield from _partly_static(quantizer, errors, allowed_error)
+    reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
+    errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
+    yield from _partly_static(quantizer, errors, max_error)
 
 
 def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
@@ -97,7 +98,7 @@ def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
         yield Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
 
 
-def _errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:
+def _layer_errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:
     def embed_with(layers: Sequence[str]) -> Embeddings:
         return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), samples)
 
@@ -105,66 +106,80 @@ def _errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: i
     return group_errors(quantizer.layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
 
 
-def _partly_static(
-    quantizer: StaticQuantizer, errors: Sequence[GroupError], allowed_error: float
-) -> Iterator[Candidate]:
-    every = quantizer.layers
-    seen = {every, ()}
-    for share in SHARES:
-        layers = layers_within(errors, share * allowed_error)
+def _partly_static(quantizer: StaticQuantizer, errors: Sequence[GroupError], max_error: float) -> Iterator[Candidate]:
+    count = len(quantizer.layers)
+    seen = {quantizer.layers, ()}
+    for share in ERROR_SHARES:
+        layers = layers_within(errors, share * max_error)
         if layers not in seen:
             seen.add(layers)
-            name = f"static, percentile, {len(every) - len(layers)} of {len(every)} in float"
+            name = f"static, percentile, {count - len(layers)} of {count} layers in float"
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
 
 
 def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, products: bool) -> bytes:
-    """Static INT8 in these convolutions, and dynamic INT8 in products where the tower has several."""
+    """Return static INT8 of these convolutions, with dynamic INT8 of the matrix products if `products`."""
     static = quantizer.quantize("percentile", convolutions)
-    return quantize_dynamically(static, products=True, table=False, per_channel=False) if products else static
+    if not products:
+        return static
+    return quantize_dynamically(static, matrix_products=True, token_embeddings=False, per_channel=False)
 
 
 def _mixed(
     quantizer: StaticQuantizer, robust: Sequence[str], samples: Inputs, *, products: bool, threads: int
 ) -> Iterator[Candidate]:
-    """Static INT8 in all robust convolutions (for a CNN tried already), and in those that it makes no slower."""
+    """Yield static INT8 of all robust convolutions, and of those that it makes no slower.
+
+    For a tower without matrix products, `_partly_static` has already tried the first.
+    """
     mix = partial(_mix, quantizer, products=products)
-    rest = ", dynamic in products" if products else ""
+    suffix = ", dynamic in matrix products" if products else ""
     if products:
-        yield Candidate(f"static in {len(robust)} convolutions{rest}", partial(mix, robust))
-    kept = layers_no_slower(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
-    if kept and len(kept) < len(robust):
-        yield Candidate(f"static in {len(kept)} convolutions that it makes no slower{rest}", partial(mix, kept))
+        yield Candidate(f"static in {len(robust)} convolutions{suffix}", partial(mix, robust))
+    no_slower = layers_no_slower(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
+    if no_slower and len(no_slower) < len(robust):
+        name = f"static in {len(no_slower)} convolutions that get no slower{suffix}"
+        yield Candidate(name, partial(mix, no_slower))
 
 
-def _dynamic(model: Path, *, table: bool) -> Iterator[Candidate]:
+def _dynamic(model: Path, *, takes_ids: bool) -> Iterator[Candidate]:
     make = partial(quantize_dynamically, model)
-    name = "dynamic with token table" if table else "dynamic"
-    yield Candidate(f"{name}, by channel", partial(make, products=True, table=table, per_channel=True))
-    yield Candidate(name, partial(make, products=True, table=table, per_channel=False))
-    if table:
-        yield Candidate("dynamic, token table in float", partial(make, products=True, table=False, per_channel=True))
-        yield Candidate("token table alone", partial(make, products=False, table=True, per_channel=False))
+    name = "dynamic with token embeddings" if takes_ids else "dynamic"
+    for suffix, per_channel in ((", per-channel", True), ("", False)):
+        yield Candidate(
+            f"{name}{suffix}",
+            partial(make, matrix_products=True, token_embeddings=takes_ids, per_channel=per_channel),
+        )
+    if takes_ids:
+        yield Candidate(
+            "dynamic, token embeddings in float",
+            partial(make, matrix_products=True, token_embeddings=False, per_channel=True),
+        )
+        yield Candidate(
+            "token embeddings only",
+            partial(make, matrix_products=False, token_embeddings=True, per_channel=False),
+        )
 
 
-def nncf_is_there() -> bool:
-    """Whether NNCF is installed: `pip install nncf`."""
+def nncf_is_installed() -> bool:
+    """Return whether NNCF is installed (`pip install nncf`)."""
     return find_spec("nncf") is not None
 
 
 def quantize_by_nncf(model: Path, samples: Inputs) -> bytes:
-    """A float32 model with the Q/DQ that NNCF places for OpenVINO, as a file's content.
+    """Return a float32 model with the Q/DQ that NNCF inserts for OpenVINO, as file content.
 
     Args:
         model: a float32 model that `quant_pre_process` has optimised.
-        samples: what the ranges are measured on, (N, …).
+        samples: inputs (N, …) that the ranges are measured on.
     """
     import nncf
 
     graph = onnx.load(model)
     name = graph.graph.input[0].name
-    # A tower with no convolution, or a patch embedding alone, is a transformer; on MobileViT those settings lose more.
-    kind = None if len(layers_of(graph, ("Conv",))) > 1 else nncf.ModelType.TRANSFORMER
+    # A tower with at most one convolution, the patch embedding, is a transformer. MobileViT loses more with those
+    # settings.
+    kind = None if len(weighted_layers(graph, ("Conv",))) > 1 else nncf.ModelType.TRANSFORMER
     with silently():
         data = nncf.Dataset([{name: sample[None]} for sample in samples])
         quantized = nncf.quantize(graph, data, model_type=kind, subset_size=len(samples))
@@ -173,44 +188,44 @@ def quantize_by_nncf(model: Path, samples: Inputs) -> bytes:
 
 
 class Opener(Protocol):
-    """Opens a model in a runtime: something with ONNX Runtime's `get_inputs()` and `run(names, feed)`."""
+    """Opens a model in a runtime, as an object with ONNX Runtime's `get_inputs()` and `run(names, feed)`."""
 
     def __call__(self, model: str | bytes, *, threads: int | None = None) -> Any:
-        """The model of that path or content."""
+        """Open the model with this path or content."""
         ...
 
 
-class Ways(Protocol):
-    """Candidates for a tower; see `candidates.candidates`."""
+class CandidateGenerator(Protocol):
+    """Yields candidates for a tower; see `candidates`."""
 
     def __call__(
-        self, model: Path, samples: Inputs, *, allowed_error: float, threads: int, reporter: Reporter
+        self, model: Path, samples: Inputs, *, max_error: float, threads: int, reporter: Reporter
     ) -> Iterator[Candidate]:
-        """Those worth trying."""
+        """Yield the candidates that are worth trying."""
         ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A runtime; `name` is the target that a manifest names."""
+    """A runtime that towers are quantised for and measured in; `name` is the target in the manifest."""
 
     name: str
     open: Opener
-    ways: Ways
+    candidates: CandidateGenerator
 
 
 def openvino_candidates(
-    model: Path, samples: Inputs, *, allowed_error: float, threads: int, reporter: Reporter
+    model: Path, samples: Inputs, *, max_error: float, threads: int, reporter: Reporter
 ) -> Iterator[Candidate]:
-    """Q/DQ of both kinds: OpenVINO's kernels are fast with U8 and with S8 activations, but not always right with S8.
+    """Yield candidates with U8 and with S8 activations: OpenVINO has fast kernels for both, but S8 is not always right.
 
-    NNCF's own is tried where it is installed: at times faster, mostly less accurate. Dynamic INT8 is left in float by
-    OpenVINO.
+    If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
+    tried, because OpenVINO computes it in float.
     """
-    yield from static_candidates(model, samples, allowed_error=allowed_error, threads=threads, reporter=reporter)
+    yield from static_candidates(model, samples, max_error=max_error, threads=threads, reporter=reporter)
     yield Candidate("symmetric, percentile", partial(_symmetric, model, samples))
-    if nncf_is_there():
-        yield Candidate("by NNCF", partial(quantize_by_nncf, model, samples))
+    if nncf_is_installed():
+        yield Candidate("NNCF", partial(quantize_by_nncf, model, samples))
 
 
 def _symmetric(model: Path, samples: Inputs) -> bytes:

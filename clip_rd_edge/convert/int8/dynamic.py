@@ -1,4 +1,4 @@
-"""Dynamic INT8: weights are quantised, activations at run time. Never imports torch."""
+"""Dynamic INT8: weights are quantised in advance, activations at run time. Never imports torch."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import onnx
 from clip_rd_edge.convert.graph import silently
 
 
-def scales_by_batch(content: bytes) -> bool:
-    """Whether a model quantises activations at run time, by their range over the whole batch."""
+def scales_per_batch(content: bytes) -> bool:
+    """Return whether a model quantises activations at run time, by their range over the whole batch."""
     return any(node.op_type == "DynamicQuantizeLinear" for node in onnx.load_from_string(content).graph.node)
 
 
-def quantize_dynamically(model: Path | bytes, *, products: bool, table: bool, per_channel: bool) -> bytes:
-    """A model with S8 weights, as a file's content.
+def quantize_dynamically(
+    model: Path | bytes, *, matrix_products: bool, token_embeddings: bool, per_channel: bool
+) -> bytes:
+    """Return a model with S8 weights, as file content.
 
     Args:
         model: a float32 model that `quant_pre_process` has optimised.
-        products: quantise MatMul and Gemm with constant weights; the products of attention stay in float, and so do
-            Softmax and the mask that is added before it.
-        table: quantise the token table, most of a small text tower's size.
-        per_channel: a scale a column of the weights, which is more accurate and at times slower.
+        matrix_products: quantise MatMul and Gemm with constant weights; the matrix products of attention stay in float,
+            and so do Softmax and the mask that is added before it.
+        token_embeddings: quantise the token embedding table, which is most of a small text tower's size.
+        per_channel: one scale per column of the weights, which is more accurate and sometimes slower.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kinds = [*(["MatMul", "Gemm"] if products else []), *(["Gather"] if table else [])]
+    kinds = [*(["MatMul", "Gemm"] if matrix_products else []), *(["Gather"] if token_embeddings else [])]
     with tempfile.TemporaryDirectory() as folder, silently():
         source, target = Path(folder) / "source.onnx", Path(folder) / "target.onnx"
         if isinstance(model, bytes):

@@ -1,4 +1,4 @@
-"""A float32 tower in INT8, by measurement: make candidates, measure them all in turn, choose. Never imports torch."""
+"""Quantise a float32 tower by search: build candidates, measure them all in turn, choose. Never imports torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate
-from clip_rd_edge.convert.int8.dynamic import scales_by_batch
-from clip_rd_edge.convert.int8.select import Measured, Trial, choose
+from clip_rd_edge.convert.int8.dynamic import scales_per_batch
+from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget
-from clip_rd_edge.convert.parity import BATCH_SIZE, Answers, Inputs, Timer, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import full_disk
+from clip_rd_edge.utils.io import disk_full_error
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
@@ -28,15 +28,15 @@ _FP32 = "float32"
 
 @dataclass(frozen=True)
 class QuantizedTower:
-    """What came of quantising a tower.
+    """The outcome of quantising a tower.
 
     Attributes:
-        model: the file's content, or None where float32 is to be shipped.
-        precision: as `contract.bundle.Tower` has it.
+        model: the file's content, or None if float32 is shipped.
+        precision: as in `contract.bundle.Tower`.
         note: why it is float32, with figures, or empty.
-        measured: of what is shipped.
-        trials: all that was tried, for a table.
-        one_at_a_time: as `contract.bundle.Tower` has it.
+        measured: the measurements of what is shipped.
+        trials: all candidates that were tried, for a table.
+        one_at_a_time: as in `contract.bundle.Tower`.
     """
 
     model: bytes | None
@@ -53,17 +53,17 @@ class TowerSamples:
 
     Attributes:
         tower: `image` or `text`.
-        calibrate: inputs to set ranges by: (N, 3, H, W) float32 or (N, T) int64.
-        judge: others, (M, …), which candidates are judged by.
-        reference: embeddings of `judge` by the float32 file, (M, D), where they have been computed already.
-        accuracy: which of the judging pairs the tower's embeddings of `judge` match beside the other tower's, (M,).
+        calibrate: inputs to set ranges by, (N, 3, H, W) float32 or (N, T) int64.
+        held_out: other inputs (M, …), which candidates are evaluated on.
+        reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
+        correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's.
     """
 
     tower: str
     calibrate: Inputs
-    judge: Inputs
+    held_out: Inputs
     reference: Embeddings | None = None
-    accuracy: Callable[[Embeddings], Answers] = lambda rows: np.ones(len(rows), dtype=bool)
+    correct: Callable[[Embeddings], Matches] = lambda embeddings: np.ones(len(embeddings), dtype=bool)
 
 
 def quantize_tower(
@@ -76,84 +76,86 @@ def quantize_tower(
     reporter: Reporter = SILENT,
     timer: Timer = time_in_turn,
 ) -> QuantizedTower:
-    """Quantise a tower in every way worth trying, and choose by what is measured on this machine.
+    """Build and measure every INT8 candidate of a tower, and choose by the measurements on this machine.
 
     Args:
         model: the float32 ONNX file.
-        budget: what INT8 may cost.
-        threads: threads that latencies are measured with.
-        backend: the runtime that it is quantised for, and measured in.
+        samples: calibration and held-out inputs of the tower.
+        budget: the accuracy that INT8 may cost.
+        threads: number of threads when measuring latency.
+        backend: the runtime that the tower is quantised for and measured in.
+        reporter: shows progress.
         timer: times calls in turn.
     """
-    tower, judge = samples.tower, samples.judge
+    tower, inputs = samples.tower, samples.held_out
     reporter = PrefixedReporter(reporter, f"{tower} tower: ")
     sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
     contents: dict[str, bytes] = {}
     failed: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
-        ways = backend.ways(
-            preprocessed(model, Path(folder)),
+        candidates = backend.candidates(
+            prepare_for_quantization(model, Path(folder)),
             samples.calibrate,
-            allowed_error=1 - budget.min_agreement(tower),
+            max_error=1 - budget.min_agreement(tower),
             threads=threads,
             reporter=reporter,
         )
-        for way in ways:
-            reporter.update(way.name)
-            made = _made(way, backend, threads)
-            if isinstance(made, str):
-                failed.append(_failed(tower, way, made))
+        for candidate in candidates:
+            reporter.update(candidate.name)
+            result = _open_candidate(candidate, backend, threads)
+            if isinstance(result, str):
+                failed.append(_failed_trial(tower, candidate, result))
             else:
-                contents[way.name], sessions[way.name] = made
+                contents[candidate.name], sessions[candidate.name] = result
     reporter.update(f"timing {len(contents)} candidates and float32 in turn")
-    times = latencies(sessions, judge, timer=timer)
-    reporter.update(f"judging {len(contents)} candidates")
-    reference = embed(sessions[_FP32], judge) if samples.reference is None else samples.reference
-    right = samples.accuracy(reference)
-    fp32 = Measured(_FP32, times[_FP32], agreement(reference, reference), model.stat().st_size)
-    alone = {name for name, content in contents.items() if scales_by_batch(content)}
-    tried = {}
+    latencies_ms = latencies(sessions, inputs, timer=timer)
+    reporter.update(f"evaluating {len(contents)} candidates")
+    reference = embed(sessions[_FP32], inputs) if samples.reference is None else samples.reference
+    reference_correct = samples.correct(reference)
+    fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(reference, reference), model.stat().st_size)
+    one_at_a_time = {name for name, content in contents.items() if scales_per_batch(content)}
+    measured = {}
     for name, content in contents.items():
-        found = embed(sessions[name], judge, batch_size=1 if name in alone else BATCH_SIZE)
-        still = samples.accuracy(found)
-        tried[name] = Measured(
+        embeddings = embed(sessions[name], inputs, batch_size=1 if name in one_at_a_time else BATCH_SIZE)
+        correct = samples.correct(embeddings)
+        measured[name] = MeasuredCandidate(
             name,
-            times[name],
-            agreement(reference, found),
+            latencies_ms[name],
+            agreement(reference, embeddings),
             len(content),
-            lost=int((right & ~still).sum()),
-            gained=int((still & ~right).sum()),
+            lost=int((reference_correct & ~correct).sum()),
+            gained=int((correct & ~reference_correct).sum()),
         )
-    choice = choose(tower, fp32, list(tried.values()), budget=budget)
-    shipped = tried[choice.name] if choice.name else fp32
+    choice = choose(tower, fp32, list(measured.values()), budget=budget)
+    shipped = measured[choice.name] if choice.name else fp32
     return QuantizedTower(
         model=contents[choice.name] if choice.name else None,
         precision=f"int8 {choice.name}" if choice.name else "fp32",
         note=choice.note,
-        measured=measurement(shipped.of, shipped.times, reference=fp32.times, threads=threads),
+        measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
         trials=(*choice.trials, *failed),
-        one_at_a_time=choice.name in alone,
+        one_at_a_time=choice.name in one_at_a_time,
     )
 
 
-def _made(way: Candidate, backend: Backend, threads: int) -> tuple[bytes, Any] | str:
-    """The candidate's file content and a session of it, or why it cannot be had."""
+def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> tuple[bytes, Any] | str:
+    """Return the candidate's file content and a session of it, or the reason why it failed."""
     try:
-        content = way.make()
+        content = candidate.make()
         return content, backend.open(content, threads=threads)
     except ConfigError as error:
         return str(error)
-    except Exception as error:  # the quantiser raises all kinds; one way that fails leaves the others
-        if full := full_disk(error):
+    except Exception as error:  # the quantiser raises many types; the other candidates are still tried
+        if full := disk_full_error(error):
             raise full from error
         return f"{type(error).__name__}: {error}"
 
 
-def _failed(tower: str, way: Candidate, reason: str) -> Trial:
+def _failed_trial(tower: str, candidate: Candidate, reason: str) -> Trial:
     first_line = (reason.splitlines() or ["unknown"])[0]
     return Trial(
         tower=tower,
-        name=way.name,
+        name=candidate.name,
         latency_ratio=float("nan"),
         centred_cosine=float("nan"),
         size_ratio=float("nan"),

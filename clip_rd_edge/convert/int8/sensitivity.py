@@ -1,8 +1,8 @@
-"""Which layers INT8 hurts most. Never imports torch.
+"""Find the layers that lose most in INT8. Never imports torch.
 
-Each layer, or group of neighbours, is quantised alone, and its error is what the embeddings then lose: 1 − centred
-cosine. The errors of layers nearly add up, so that leaving out the worst until the rest is small enough gives a tower
-that holds an agreement.
+Each layer, or group of neighbouring layers, is quantised alone; its error is 1 − the centred cosine of the embeddings
+with float32's. The errors of layers nearly add up, so excluding the worst layers until the sum is small enough gives a
+tower with the required agreement.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.parity import Inputs, Timer, agreement, latencies, lowest_tenth
+from clip_rd_edge.convert.parity import Inputs, Timer, agreement, latencies, p10
 from clip_rd_edge.utils.timing import time_in_turn
 
 
 @dataclass(frozen=True)
 class GroupError:
-    """Neighbouring layers, and what quantising them alone costs."""
+    """Neighbouring layers, and the error when they alone are quantised."""
 
     layers: tuple[str, ...]
     error: float
@@ -34,41 +34,43 @@ def group_errors(
     *,
     max_seconds: float,
 ) -> list[GroupError]:
-    """The error of each layer; of groups of neighbours where single layers would take longer than `max_seconds`.
+    """Measure the error of each layer, or of groups of neighbours if single layers would exceed `max_seconds`.
 
     Args:
-        embed_with: embeddings (N, D) of the tower with only the given layers in INT8.
-        reference: the same in float32.
+        layers: names, in the order of computation.
+        embed_with: returns the embeddings (N, D) of the tower with only the given layers in INT8.
+        reference: the embeddings (N, D) in float32.
+        max_seconds: approximate time limit for all measurements.
     """
     started = time.perf_counter()
-    first = _error(layers[:1], embed_with, reference)
+    first = _group_error(layers[:1], embed_with, reference)
     size = max(1, math.ceil(len(layers) * (time.perf_counter() - started) / max_seconds))
     if size == 1:
-        return [first, *(_error(layers[i : i + 1], embed_with, reference) for i in range(1, len(layers)))]
+        return [first, *(_group_error(layers[i : i + 1], embed_with, reference) for i in range(1, len(layers)))]
     groups = (layers[start : start + size] for start in range(0, len(layers), size))
-    return [_error(group, embed_with, reference) for group in groups]
+    return [_group_error(group, embed_with, reference) for group in groups]
 
 
-def _error(
+def _group_error(
     layers: Sequence[str], embed_with: Callable[[Sequence[str]], Embeddings], reference: Embeddings
 ) -> GroupError:
     try:
         embeddings = embed_with(layers)
-    except Exception:  # noqa: BLE001 — the quantiser raises all kinds; layers that it cannot do are left in float
+    except Exception:  # noqa: BLE001 — the quantiser raises many types; layers that it cannot handle stay in float
         return GroupError(tuple(layers), math.inf)
     return GroupError(tuple(layers), 1 - agreement(reference, embeddings).centred_cosine)
 
 
-def layers_within(errors: Sequence[GroupError], allowed: float) -> tuple[str, ...]:
-    """The layers to quantise, in their order: all but the worst groups, left out until the errors sum to `allowed`."""
+def layers_within(errors: Sequence[GroupError], max_error: float) -> tuple[str, ...]:
+    """Return the layers to quantise, in their order: the best groups whose errors sum to at most `max_error`."""
     kept = sorted(range(len(errors)), key=lambda i: errors[i].error)
-    while kept and sum(errors[i].error for i in kept) > allowed:
+    while kept and sum(errors[i].error for i in kept) > max_error:
         kept.pop()
     return tuple(layer for i in sorted(kept) for layer in errors[i].layers)
 
 
 _GROUPS = 8
-_NO_SLOWER = 1.01  # than without the group: as fast is enough, for its weights take a quarter of the room
+_NO_SLOWER = 1.01  # relative to float32: equal speed is enough, because INT8 weights take a quarter of the space
 _NONE = "none"
 _TIMER = partial(time_in_turn, rounds=30, max_seconds=8.0)
 
@@ -76,23 +78,22 @@ _TIMER = partial(time_in_turn, rounds=30, max_seconds=8.0)
 def layers_no_slower(
     layers: Sequence[str],
     open_with: Callable[[Sequence[str]], Any],
-    one: Inputs,
+    inputs: Inputs,
     *,
     timer: Timer = _TIMER,
 ) -> tuple[str, ...]:
-    """The layers of those groups that cost no time, in their order.
+    """Return the layers of the groups that INT8 makes no slower, in their order.
 
     Args:
-        layers: in the order of computation, at least one.
-        open_with: a session of the tower with the given layers in INT8.
-        one: inputs, the first of which is timed.
+        layers: names, in the order of computation, at least one.
+        open_with: opens a session of the tower with the given layers in INT8.
+        inputs: model inputs; the first is timed.
         timer: times calls in turn.
     """
     size = math.ceil(len(layers) / _GROUPS)
     groups = {str(start): tuple(layers[start : start + size]) for start in range(0, len(layers), size)}
     sessions = {_NONE: open_with(())} | {name: open_with(group) for name, group in groups.items()}
-    times = latencies(sessions, one, timer=timer)
-    fastest = {name: lowest_tenth(times[name]) for name in sessions}
+    latency_ms = {name: p10(times) for name, times in latencies(sessions, inputs, timer=timer).items()}
     return tuple(
-        layer for name, group in groups.items() if fastest[name] <= _NO_SLOWER * fastest[_NONE] for layer in group
+        layer for name, group in groups.items() if latency_ms[name] <= _NO_SLOWER * latency_ms[_NONE] for layer in group
     )

@@ -1,4 +1,4 @@
-"""Static INT8: ranges of activations are measured beforehand, and stand in the graph as Q/DQ. Never imports torch."""
+"""Static INT8: activation ranges are measured in advance and stored in the graph as Q/DQ. Never imports torch."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ import numpy as np
 import onnx
 
 from clip_rd_edge.convert.graph import float_tensors, silently
-from clip_rd_edge.convert.int8.ranges import Ranges, entropy_ranges, measure_ranges, watched
+from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
 from clip_rd_edge.convert.parity import Inputs
 
 RangeMethod = Literal["min-max", "percentile", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 _LAYERS = ("Conv", "Gemm", "MatMul")
-# Done on INT8 where all that they work on comes from INT8: SiLU and its kind, residual sums, pooling. In float, each
-# would need its inputs converted and its output converted back.
+# Quantised if all their inputs come from quantised nodes: SiLU and similar activations, residual sums, pooling. In
+# float, each would need its inputs dequantised and its output quantised again.
 _FOLLOWERS = ("Add", "Mul", "Sigmoid", "HardSigmoid", "ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
-# The quantiser lets the range of what they give do their work, and takes them away: kept, each costs a conversion more.
-_CUTS = ("Relu", "Clip")
+# The quantiser removes these and lets the range of their output do the clipping; keeping them would cost a conversion.
+_CLIPPING = ("Relu", "Clip")
 
 
 class StaticQuantizer:
-    """Quantises any of a tower's layers, and what follows them entry by entry: U8 activations, S8 weights by channel.
+    """Quantises any of a tower's layers, and the element-wise nodes after them: U8 activations, per-channel S8 weights.
 
-    U8 with S8 is what ONNX Runtime's kernels for CPUs are fastest with. Products of two activations, as in attention,
-    stay in float, and so do Softmax, normalisation and all that works on what they give.
+    ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
+    float, and so do Softmax, normalisation and the nodes after them.
+
+    Attributes:
+        layers: names of all layers with weights.
 
     Args:
         model: path of a float32 model that `quant_pre_process` has optimised.
-        samples: what the ranges are measured on.
+        samples: inputs (N, …) that the ranges are measured on.
     """
 
     def __init__(self, model: Path, samples: Inputs) -> None:
         self._model = onnx.load(model)
         self._samples = samples
-        self.layers: tuple[str, ...] = tuple(node.name for node in layers_of(self._model))
+        self.layers: tuple[str, ...] = tuple(node.name for node in weighted_layers(self._model))
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
-        """The model with `layers`, a subset of `self.layers`, in INT8, as a file's content."""
-        if not layers:  # which the library would take for all
+        """Return the model with `layers`, a subset of `self.layers`, in INT8, as file content."""
+        if not layers:  # an empty list means all layers to the library
             unchanged: bytes = self._model.SerializeToString()
             return unchanged
         from onnxruntime.quantization import CalibrationMethod, QuantType
@@ -57,19 +60,19 @@ class StaticQuantizer:
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,
-                tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges_by(method)),
+                tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges_by_method(method)),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
-                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CUTS],
+                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CLIPPING],
                 extra_options={},
             )
             quantizer.quantize_model()
         content: bytes = quantizer.model.model.SerializeToString()
         return content
 
-    def _ranges_by(self, method: RangeMethod) -> dict[str, tuple[Any, Any]]:
+    def _ranges_by_method(self, method: RangeMethod) -> dict[str, tuple[Any, Any]]:
         if method == "entropy":
-            return self._by_entropy
+            return self._entropy_ranges
         return self._ranges.min_max if method == "min-max" else self._ranges.percentile
 
     @cached_property
@@ -78,17 +81,17 @@ class StaticQuantizer:
         return Ranges(_finite(measured.min_max), _finite(measured.percentile))
 
     @cached_property
-    def _by_entropy(self) -> dict[str, tuple[Any, Any]]:
-        return entropy_ranges(watched(self._model, list(self._ranges.min_max), self._samples))
+    def _entropy_ranges(self) -> dict[str, tuple[Any, Any]]:
+        return entropy_ranges(activation_batches(self._model, list(self._ranges.min_max), self._samples))
 
     @cached_property
     def _tensors(self) -> list[str]:
-        """The activations that quantised nodes take and give."""
+        """Names of the float activations that quantised nodes read and write."""
         constants = {tensor.name for tensor in self._model.graph.initializer}
         names = {
             name: None
             for node in self._model.graph.node
-            if node.op_type in (*_LAYERS, *_FOLLOWERS, *_CUTS)
+            if node.op_type in (*_LAYERS, *_FOLLOWERS, *_CLIPPING)
             for name in (*node.input[:2], *node.output)  # the third input is a bias or a setting
             if name and name not in constants
         }
@@ -97,25 +100,25 @@ class StaticQuantizer:
 
 
 def _finite(ranges: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser looks at every range.
+    # The sum with a causal mask reaches −infinity. No layer reads it, but the quantiser checks every range.
     return {name: bounds for name, bounds in ranges.items() if np.isfinite(bounds).all()}
 
 
 def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
-    """Names of the nodes of _FOLLOWERS and _CUTS that work on nothing but what quantised nodes give."""
+    """Return the names of the nodes in _FOLLOWERS and _CLIPPING that read only outputs of quantised nodes."""
     constants = {tensor.name for tensor in model.graph.initializer}
-    quantized, followers, given = set(layers), [], set[str]()
+    quantized, followers, quantized_outputs = set(layers), [], set[str]()
     for node in model.graph.node:  # ONNX keeps them in the order of computation
-        works_on = [name for name in node.input if name and name not in constants]
-        if node.op_type in (*_FOLLOWERS, *_CUTS) and works_on and given.issuperset(works_on):
+        activations = [name for name in node.input if name and name not in constants]
+        if node.op_type in (*_FOLLOWERS, *_CLIPPING) and activations and quantized_outputs.issuperset(activations):
             followers.append(node.name)
-            given.update(node.output)
+            quantized_outputs.update(node.output)
         elif node.name in quantized:
-            given.update(node.output)
+            quantized_outputs.update(node.output)
     return followers
 
 
-def layers_of(model: onnx.ModelProto, kinds: Sequence[str] = _LAYERS) -> list[onnx.NodeProto]:
-    """A model's nodes of these kinds that have weights: those whose second input is a constant."""
+def weighted_layers(model: onnx.ModelProto, kinds: Sequence[str] = _LAYERS) -> list[onnx.NodeProto]:
+    """Return a model's nodes of these kinds that have weights: those whose second input is a constant."""
     constants = {tensor.name for tensor in model.graph.initializer}
     return [node for node in model.graph.node if node.op_type in kinds and node.input[1] in constants]

@@ -1,1 +1,1 @@
-"""TensorRT engines and what builds them on the device. Never imports torch."""
+"""TensorRT engines, and the files that build them on the device. Never imports torch."""

@@ -1,4 +1,4 @@
-"""A bundle with TensorRT engines from a float32 one. Never imports torch."""
+"""Convert a float32 bundle to TensorRT engines, or to files that build them on the device. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, TOKENIZER, Manifest
-from clip_rd_edge.convert.bundle import open_source
+from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.targets import RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
-from clip_rd_edge.convert.tensorrt.engine import build_engine, layers_not_in
+from clip_rd_edge.convert.tensorrt.engine import build_engine, mistyped_layers
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-# The content of the engine of a tower, `image` or `text`, from the ONNX that goes beside it, or what that came from.
+# Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.
 EngineBuilder = Callable[[str, TypedTower], bytes]
 
 
@@ -34,21 +34,26 @@ def write_engines(
 ) -> Manifest:
     """Write strongly typed ONNX files and their engines into `folder`; return their manifest, not yet written.
 
-    Some devices build their engines themselves: for them, the folder has what that takes (`self_build.py`) in their
-    place. For an RTX card they are built without a GPU, so that their latency is not measured here; what their layers
-    compute in is checked by the builder's own account.
+    Some devices build their engines themselves: for them, the folder holds build files instead (`write_build_files`).
+    Engines for an RTX card are built without a GPU, so their latency is not measured here; the types that their layers
+    compute in are checked in the builder's log.
 
     Args:
-        build: builds every engine here, in place of TensorRT for RTX.
+        source: the float32 bundle.
+        folder: where the files are written.
+        request: precision and target of the engines.
+        calibration: samples for INT8, or None for other precisions.
+        reporter: shows progress.
+        build: builds the engines for any target, instead of TensorRT for RTX.
 
     Raises:
-        InputError: there is no target of that name.
-        UsageError: `source` is no float32 bundle, is damaged, or the calibration set was made for another model.
+        InputError: no target has that name.
+        UsageError: `source` is not a float32 bundle, is damaged, or the calibration set was made for another model.
         MissingExtraError: TensorRT for RTX is not installed.
         ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
     target = require_target(request.target)
-    manifest = open_source(source, folder, calibration=calibration)
+    manifest = start_conversion(source, folder, calibration=calibration)
     typed = typed_towers(source, manifest, request, calibration=calibration, reporter=reporter)
     if build is None and target in RTX_TARGETS:
         build = partial(_build_from_onnx, target=target)
@@ -64,23 +69,23 @@ def write_engines(
         towers[name] = msgspec.structs.replace(
             tower, precision=typed_tower.precision, note=typed_tower.note, engine=engine, measured=None
         )
-    made = manifest.with_towers(
+    converted = manifest.with_towers(
         towers, target=f"tensorrt-rtx {target}" if target in RTX_TARGETS else f"tensorrt {target}"
     )
     if build is None:
-        write_build_files(folder, made, title=SELF_BUILDING_TARGETS[target])
-    return made
+        write_build_files(folder, converted, title=SELF_BUILDING_TARGETS[target])
+    return converted
 
 
 def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
     engine = build_engine(typed.content, target=target)
-    wrong = layers_not_in(engine.log, typed.types)
-    if wrong:
-        layer, types = next(iter(wrong.items()))
+    mistyped = mistyped_layers(engine.log, typed.types)
+    if mistyped:
+        layer, types = next(iter(mistyped.items()))
         raise ClipRdEdgeError(
-            f"The engine of the {name} tower computes {len(wrong)} of {len(typed.types)} layers in another type than "
-            f"its ONNX says: {layer} in {' and '.join(types) or 'none that is told'} instead of {typed.types[layer]}.",
-            hint="report it, with the version of tensorrt-rtx-cu13-bindings; --precision fp16 may do",
+            f"The engine of the {name} tower computes {len(mistyped)} of {len(typed.types)} layers in another type "
+            f"than its ONNX says: {layer} in {' and '.join(types) or 'an unknown type'}, not {typed.types[layer]}.",
+            hint="please report it with the version of tensorrt-rtx-cu13-bindings; --precision fp16 may work",
         )
     return engine.content
 
@@ -89,27 +94,27 @@ BUILD_SHELL, BUILD_PYTHON, CHECKSUMS = "build.sh", "build.py", "SHA256SUMS"
 MAX_BATCH = 8
 
 _SHELL = """#!/usr/bin/env bash
-# Builds the engines of {name} on {title}. Run it there; it takes minutes.
+# Builds the engines of {name}. Run it on the device ({title}); it takes minutes.
 set -euo pipefail
 cd "$(dirname "$0")"
 sha256sum --check --quiet {checksums}
 TRTEXEC="${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}"
 if ! command -v "$TRTEXEC" > /dev/null; then
-    echo "error: there is no $TRTEXEC" >&2
+    echo "error: $TRTEXEC was not found" >&2
     echo "hint: sudo apt install tensorrt, or TRTEXEC=/path/to/trtexec ./{shell}, or python3 {python}" >&2
     exit 2
 fi
-build() {{  # tower, input, shape without the batch
+build() {{  # tower, input name, input shape without the batch
     "$TRTEXEC" --onnx="$1.onnx" --saveEngine="$1.engine.part" --stronglyTyped --skipInference \\
         --minShapes="$2:1x$3" --optShapes="$2:1x$3" --maxShapes="$2:{max_batch}x$3" \\
         --timingCacheFile=timing.cache --profilingVerbosity=detailed
-    mv "$1.engine.part" "$1.engine"  # an engine is there whole or not at all
+    mv "$1.engine.part" "$1.engine"  # no engine is left half-written
 }}
 {calls}
 """
 
 _PYTHON = '''#!/usr/bin/env python3
-"""Builds the engines of {name} on {title} with TensorRT's Python: the same as {shell}."""
+"""Builds the engines of {name} on the device ({title}) with TensorRT's Python API: the same as {shell}."""
 
 import hashlib
 import os
@@ -119,7 +124,7 @@ from pathlib import Path
 import tensorrt as trt
 
 HERE = Path(__file__).resolve().parent
-TOWERS = {towers!r}  # name, input, shape without the batch
+TOWERS = {towers!r}  # tower, input name, input shape without the batch
 MAX_BATCH = {max_batch}
 
 
@@ -127,21 +132,21 @@ def check():
     for line in (HERE / "{checksums}").read_text().splitlines():
         digest, name = line.split("  ", 1)
         if hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
-            sys.exit(f"error: {{name}} is not the file that was exported\\nhint: copy the folder again")
+            sys.exit(f"error: {{name}} differs from the exported file\\nhint: copy the folder again")
 
 
-def build(name, given, shape):
+def build(name, input_name, shape):
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse((HERE / f"{{name}}.onnx").read_bytes()):
-        sys.exit(f"error: TensorRT {{trt.__version__}} does not take {{name}}.onnx: {{parser.get_error(0)}}")
+        sys.exit(f"error: TensorRT {{trt.__version__}} cannot parse {{name}}.onnx: {{parser.get_error(0)}}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     profile = builder.create_optimization_profile()
-    profile.set_shape(given, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
+    profile.set_shape(input_name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -158,26 +163,27 @@ for tower in TOWERS:
 
 
 def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
-    """Write what builds both engines into a bundle's folder, whose ONNX files are there already.
+    """Write the scripts that build both engines into a bundle's folder, which already holds the ONNX files.
 
     Args:
-        manifest: of the bundle, not yet written.
-        title: of the device, with the software that it needs.
+        folder: the bundle's.
+        manifest: the bundle's, not yet written.
+        title: name of the device, with the software that it needs.
     """
     towers = [
         (Path(manifest.image.file).stem, manifest.image.input_name, (3, *manifest.preprocessing.size)),
         (Path(manifest.text.file).stem, manifest.text.input_name, (manifest.tokenizer.context_length,)),
     ]
-    calls = "\n".join(f"build {name} {given} {'x'.join(map(str, shape))}" for name, given, shape in towers)
-    names = {
+    calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
+    fields = {
         "name": manifest.name,
         "title": title,
         "checksums": CHECKSUMS,
         "shell": BUILD_SHELL,
         "python": BUILD_PYTHON,
     }
-    write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **names))
+    write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **fields))
     (folder / BUILD_SHELL).chmod(0o755)
-    write_text(folder / BUILD_PYTHON, _PYTHON.format(towers=towers, max_batch=MAX_BATCH, **names))
+    write_text(folder / BUILD_PYTHON, _PYTHON.format(towers=towers, max_batch=MAX_BATCH, **fields))
     files = (manifest.image.file, manifest.text.file, TOKENIZER)
     write_text(folder / CHECKSUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in files))

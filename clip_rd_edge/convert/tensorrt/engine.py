@@ -1,7 +1,7 @@
-"""TensorRT engines from ONNX, built by TensorRT for RTX; TensorRT proper builds where the GPU is (`self_build.py`).
+"""Build engines from ONNX by TensorRT for RTX; TensorRT proper builds them on the device (`convert.tensorrt.bundle`).
 
-Networks are strongly typed: every type stands in the ONNX (`fp16.py`, `symmetric.py`), since TensorRT 11 has neither
-precision flags nor calibrators, and 10 and TensorRT for RTX do without them, too. Never imports torch.
+Networks are strongly typed: the ONNX sets every type (`convert.fp16`, `convert.int8.symmetric`), because TensorRT 11
+has neither precision flags nor calibrators, and TensorRT 10 and TensorRT for RTX do not need them. Never imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine as its file's content, and what the builder's log says of its layers (see `engine_layers`)."""
+    """The content of an engine file, and the builder's log, which lists its layers (see `parse_kernels`)."""
 
     content: bytes
     log: str
@@ -32,25 +32,26 @@ def build_engine(
     """Build an engine for batches of 1 to `max_batch`, tuned for 1.
 
     Args:
-        model: a strongly typed ONNX file's content with one input, whose first dimension is the batch.
+        model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
         target: one of RTX_TARGETS.
+        max_batch: max batch size of the engine.
 
     Raises:
         MissingExtraError: TensorRT for RTX is not installed.
-        ClipRdEdgeError: the parser does not take the ONNX, or the builder fails.
+        ClipRdEdgeError: the ONNX cannot be parsed, or the builder fails.
     """
-    trt = _import()
+    trt = _import_tensorrt_rtx()
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    # From version 11 on there is no other kind of network, and no flag.
+    # From version 11 on, every network is strongly typed, and the flag is gone.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
         reasons = [parser.get_error(i) for i in range(parser.num_errors)]
         raise ClipRdEdgeError(
-            f"TensorRT for RTX {trt.__version__} does not take the ONNX: {_first(reasons)}.",
-            hint="export another precision, or another architecture",
+            f"TensorRT for RTX {trt.__version__} cannot parse the ONNX: {_first_reason(reasons)}.",
+            hint="export in another precision, or use another architecture",
         )
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -59,27 +60,28 @@ def build_engine(
     config.add_optimization_profile(_profile(builder, network.get_input(0), max_batch))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ClipRdEdgeError(f"TensorRT for RTX {trt.__version__} cannot build the engine: {_first(logger.errors)}.")
+        reason = _first_reason(logger.errors)
+        raise ClipRdEdgeError(f"TensorRT for RTX {trt.__version__} cannot build the engine: {reason}.")
     return Engine(bytes(plan), "\n".join(logger.lines))
 
 
-def _import() -> Any:
+def _import_tensorrt_rtx() -> Any:
     try:
         return importlib.import_module("tensorrt_rtx_bindings")
     except ImportError as error:
         raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
 
 
-def _profile(builder: Any, given: Any, max_batch: int) -> Any:
+def _profile(builder: Any, input_tensor: Any, max_batch: int) -> Any:
     profile = builder.create_optimization_profile()
-    rest = tuple(given.shape)[1:]
-    profile.set_shape(given.name, (1, *rest), (1, *rest), (max_batch, *rest))
+    shape = tuple(input_tensor.shape)[1:]
+    profile.set_shape(input_tensor.name, (1, *shape), (1, *shape), (max_batch, *shape))
     return profile
 
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what the builder says: layers and their types are told in the log alone."""
+        """Keeps the builder's messages: only the log lists layers and their types."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -94,9 +96,9 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def _first(reasons: Sequence[Any]) -> str:
+def _first_reason(reasons: Sequence[Any]) -> str:
     lines = str(reasons[0]).splitlines() if reasons else []
-    return lines[0].rstrip(".") if lines else "it gives no reason"
+    return lines[0].rstrip(".") if lines else "no reason was given"
 
 
 _KERNEL = re.compile(
@@ -109,7 +111,12 @@ _PRODUCTS = ("correlation", "gemm")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One step of an engine: the ONNX nodes that it computes, and the types of what it reads, such as `Int8`."""
+    """One step of an engine.
+
+    Attributes:
+        inputs: types of its inputs, such as `Int8`.
+        nodes: names of the ONNX nodes that it computes.
+    """
 
     name: str
     kind: str
@@ -117,13 +124,13 @@ class Kernel:
     nodes: tuple[str, ...]
 
 
-def kernels(log: str) -> list[Kernel]:
-    """The kernels that a builder's verbose log tells of, in their order.
+def parse_kernels(log: str) -> list[Kernel]:
+    """Return the kernels that a builder's verbose log lists, in their order.
 
     Raises:
-        ClipRdEdgeError: the log tells of none.
+        ClipRdEdgeError: the log lists none.
     """
-    found = [
+    kernels = [
         Kernel(
             match["name"],
             match["kind"],
@@ -132,34 +139,34 @@ def kernels(log: str) -> list[Kernel]:
         )
         for match in _KERNEL.finditer(log)
     ]
-    if not found:
-        raise ClipRdEdgeError("The builder's log names no layers; expected its verbose log with detailed profiling.")
-    return found
+    if not kernels:
+        raise ClipRdEdgeError("The builder's log lists no layers; expected its verbose log with detailed profiling.")
+    return kernels
 
 
-def layers_not_in(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The layers of a model that an engine does not compute in the type that they should have.
+def mistyped_layers(log: str, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the layers that an engine does not compute in the expected type.
 
     Args:
-        log: of the build.
-        types: by the layer's name its type as TensorRT calls it: `Int8`, `Half`.
+        log: the builder's.
+        types: expected type per layer name, as TensorRT calls it: `Int8`, `Half`.
 
     Returns:
-        By the layer's name the types that its kernel reads instead; none where no kernel names the layer.
+        Per layer name, the types that its kernel reads instead; an empty tuple if no kernel names the layer.
     """
-    computing: dict[str, list[Kernel]] = {}
-    for kernel in kernels(log):
+    kernels_by_layer: dict[str, list[Kernel]] = {}
+    for kernel in parse_kernels(log):
         for name in kernel.nodes:
-            computing.setdefault(name, []).append(kernel)
-    found = {name: _reads(computing.get(name, ())) for name in types}
-    return {name: read for name, read in found.items() if types[name] not in read}
+            kernels_by_layer.setdefault(name, []).append(kernel)
+    input_types = {name: _input_types(kernels_by_layer.get(name, ())) for name in types}
+    return {name: actual for name, actual in input_types.items() if types[name] not in actual}
 
 
-def _reads(steps: Sequence[Kernel]) -> tuple[str, ...]:
-    """The types that the product among a node's kernels reads first, else all that its fused kernels read.
+def _input_types(kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """Return the type that a node's own product kernels read first, or else all types that its fused kernels read.
 
-    A node of INT8 also appears in the kernels that quantise its input, or add its bias; a product that was fused with
-    its neighbours has no kernel of its own, and its types are among those of the fused one.
+    An INT8 node also appears in the kernels that quantise its input or add its bias. A product that was fused with its
+    neighbours has no kernel of its own; its types are among those of the fused kernel.
     """
-    products = [kernel.inputs[0] for kernel in steps if kernel.kind in _PRODUCTS and kernel.inputs]
-    return tuple(products or (read for kernel in steps for read in kernel.inputs))
+    products = [kernel.inputs[0] for kernel in kernels if kernel.kind in _PRODUCTS and kernel.inputs]
+    return tuple(products or (dtype for kernel in kernels for dtype in kernel.inputs))

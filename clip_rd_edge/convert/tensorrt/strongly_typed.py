@@ -1,4 +1,7 @@
-"""A tower in TensorRT's INT8: as many layers as the agreement with float32 allows. Never imports torch."""
+"""Strongly typed ONNX for TensorRT. In INT8, as many layers are quantised as the agreement with float32 allows.
+
+Never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,19 @@ import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import onnx
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import half_tower, overflowing, probes_of, to_fp16, why_float32
-from clip_rd_edge.convert.graph import preprocessed
-from clip_rd_edge.convert.int8.candidates import SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS, SHARES
+from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, hard_inputs, overflowing_nodes, to_fp16
+from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.int8.candidates import ERROR_SHARES, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_within
-from clip_rd_edge.convert.int8.static import layers_of
+from clip_rd_edge.convert.int8.static import weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed
@@ -32,56 +34,64 @@ class SymmetricTower:
     """A tower with symmetric Q/DQ.
 
     Attributes:
-        model: in float32 around the Q/DQ.
-        layers: those in INT8; of the others, `in_float`, accuracy asked to leave them.
-        of: agreement with float32 on the samples that judge.
+        model: with Q/DQ, in float32 otherwise.
+        int8_layers: names of the layers in INT8.
+        float_layers: names of the layers left in float for accuracy.
+        agreement: with float32 on the held-out samples.
     """
 
     model: onnx.ModelProto
-    layers: tuple[str, ...]
-    in_float: tuple[str, ...]
-    of: Agreement
+    int8_layers: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    agreement: Agreement
 
 
 def symmetric_tower(
-    prepared: Path, *, calibrate: Inputs, judge: Inputs, min_agreement: float, reporter: Reporter = SILENT
+    prepared: Path, *, calibrate: Inputs, held_out: Inputs, min_agreement: float, reporter: Reporter = SILENT
 ) -> SymmetricTower | None:
-    """Quantise every layer; where that costs too much, leave out the layers that it hurts most. None where none holds.
+    """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
 
     Args:
         prepared: a float32 model that `quant_pre_process` has optimised.
-        calibrate, judge: inputs to set ranges by, and others.
-        min_agreement: least centred cosine with float32.
+        calibrate: inputs to set ranges by.
+        held_out: other inputs to measure the agreement on.
+        min_agreement: min centred cosine with float32.
+        reporter: shows progress.
+
+    Returns:
+        The quantised tower, or None if no selection of layers reaches `min_agreement`.
     """
     model = onnx.load(prepared)
-    every = tuple(node.name for node in layers_of(model))
+    all_layers = tuple(node.name for node in weighted_layers(model))
     ranges = measure_ranges(model, quantized_inputs(model), calibrate)
-    reference = embed(open_session(str(prepared)), judge)
+    reference = embed(open_session(str(prepared)), held_out)
 
     def attempt(layers: Sequence[str]) -> SymmetricTower:
         quantized = quantize_symmetrically(model, ranges, layers=layers)
-        of = agreement(reference, embed(open_session(quantized.SerializeToString()), judge))
-        return SymmetricTower(quantized, tuple(layers), tuple(name for name in every if name not in layers), of)
+        parity = agreement(reference, embed(open_session(quantized.SerializeToString()), held_out))
+        float_layers = tuple(name for name in all_layers if name not in layers)
+        return SymmetricTower(quantized, tuple(layers), float_layers, parity)
 
-    whole = attempt(every)
-    if whole.of.centred_cosine >= min_agreement:
-        return whole
-    reporter.update(f"measuring what INT8 costs in each of {len(every)} layers")
-    few = calibrate[:SENSITIVITY_SAMPLES]
+    full = attempt(all_layers)
+    if full.agreement.centred_cosine >= min_agreement:
+        return full
+    reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
+    subset = calibrate[:SENSITIVITY_SAMPLES]
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), few)
+        return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), subset)
 
-    errors = group_errors(every, embed_with, embed(open_session(str(prepared)), few), max_seconds=SENSITIVITY_SECONDS)
-    for share in SHARES:
+    errors = group_errors(
+        all_layers, embed_with, embed(open_session(str(prepared)), subset), max_seconds=SENSITIVITY_SECONDS
+    )
+    for share in ERROR_SHARES:
         if layers := layers_within(errors, share * (1 - min_agreement)):
-            partly = attempt(layers)
-            if partly.of.centred_cosine >= min_agreement:
-                return partly
+            partial = attempt(layers)
+            if partial.agreement.centred_cosine >= min_agreement:
+                return partial
     return None
 
 
-TypedPrecision = Literal["fp32", "fp16", "int8"]
 _MEASURED = ", measured on this ONNX in ONNX Runtime."
 
 
@@ -90,9 +100,9 @@ class TypedTower:
     """A tower's strongly typed ONNX.
 
     Attributes:
-        content: the file's.
-        precision, note: as `contract.bundle.Tower` has them.
-        types: by the name of each Conv, MatMul and Gemm what it is to be computed in, in TensorRT's words.
+        content: of the ONNX file.
+        precision, note: as in `contract.bundle.Tower`.
+        types: expected type of each Conv, MatMul and Gemm by node name, as TensorRT calls it.
     """
 
     content: bytes
@@ -109,61 +119,66 @@ def typed_towers(
     calibration: CalibrationSet | None,
     reporter: Reporter = SILENT,
 ) -> dict[str, TypedTower]:
-    """Both towers of the float32 bundle `source`; one that INT8 costs too much is in float16, and its note says so."""
-    probes = probes_of(source, manifest)
-    made = {}
+    """Convert both towers of the float32 bundle `source`.
+
+    A tower that loses too much accuracy in INT8 is converted to float16, and its note says so.
+    """
+    inputs = hard_inputs(source, manifest)
+    typed = {}
     for name, tower in manifest.towers.items():
         reporter.update(f"{name} tower: {request.precision}")
         model = source / tower.file
         if request.precision == "int8" and calibration is not None:
-            calibrate, judge = (
-                part.pixels if name == "image" else part.ids for part in (calibration.calibrate, calibration.judge)
+            calibrate, held_out = (
+                samples.pixels if name == "image" else samples.ids
+                for samples in (calibration.calibrate, calibration.held_out)
             )
-            samples = TowerSamples(name, calibrate, judge)
-            made[name] = _int8(model, samples, probes[name], request.budget, reporter)
+            samples = TowerSamples(name, calibrate, held_out)
+            typed[name] = _int8_tower(model, samples, inputs[name], request.budget, reporter)
         else:
-            made[name] = _float(model, probes[name], half=request.precision != "fp32")
-    return made
+            typed[name] = _float_tower(model, inputs[name], fp16=request.precision != "fp32")
+    return typed
 
 
-def _float(model: Path, probes: Inputs, *, half: bool, note: str = "") -> TypedTower:
-    if half:
-        found = half_tower(model, probes)
-        if found.model is not None:
-            parity = f"Its centred cosine with float32 is {found.of.centred_cosine:.5f}{_MEASURED}"
-            types = _types(onnx.load_from_string(found.model), in_float32=found.kept)
-            return TypedTower(found.model, "fp16", note or parity, types)
-        note = why_float32(found)
+def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> TypedTower:
+    if fp16:
+        tower = fp16_tower(model, inputs)
+        if tower.model is not None:
+            parity = f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.5f}{_MEASURED}"
+            types = _expected_types(onnx.load_from_string(tower.model), float32=tower.float32_nodes)
+            return TypedTower(tower.model, "fp16", note or parity, types)
+        note = float32_note(tower)
     return TypedTower(model.read_bytes(), "fp32", note)
 
 
-def _int8(model: Path, samples: TowerSamples, probes: Inputs, budget: Budget, reporter: Reporter) -> TypedTower:
-    least = budget.min_agreement(samples.tower)
+def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budget, reporter: Reporter) -> TypedTower:
+    min_agreement = budget.min_agreement(samples.tower)
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = preprocessed(model, Path(scratch))
-        found = symmetric_tower(
+        prepared = prepare_for_quantization(model, Path(scratch))
+        tower = symmetric_tower(
             prepared,
             calibrate=samples.calibrate,
-            judge=samples.judge,
-            min_agreement=least,
+            held_out=samples.held_out,
+            min_agreement=min_agreement,
             reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
         )
-        if found is None:
-            return _float(model, probes, half=True, note=f"fp16: INT8 does not reach a centred cosine of {least}.")
-        kept = overflowing(onnx.load(prepared), probes)
-    typed = to_fp16(found.model, keep=kept)
-    left = (
-        f", {len(found.in_float)} of {len(found.layers) + len(found.in_float)} layers in FP16" if found.in_float else ""
-    )
+        if tower is None:
+            note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
+            return _float_tower(model, inputs, fp16=True, note=note)
+        float32_nodes = overflowing_nodes(onnx.load(prepared), inputs)
+    typed = to_fp16(tower.model, keep_float32=float32_nodes)
+    in_float, total = len(tower.float_layers), len(tower.int8_layers) + len(tower.float_layers)
     return TypedTower(
         typed.SerializeToString(),
-        f"int8 symmetric{left}",
-        f"Its centred cosine with float32 is {found.of.centred_cosine:.4f}{_MEASURED}",
-        _types(typed, int8=found.layers, in_float32=kept),
+        f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}",
+        f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.4f}{_MEASURED}",
+        _expected_types(typed, int8=tower.int8_layers, float32=float32_nodes),
     )
 
 
-def _types(model: onnx.ModelProto, *, int8: Collection[str] = (), in_float32: Collection[str] = ()) -> dict[str, str]:
-    """Types of all of a model's products; those of two activations, as in attention, are in float16."""
+def _expected_types(
+    model: onnx.ModelProto, *, int8: Collection[str] = (), float32: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the types of all Conv, MatMul and Gemm nodes; matrix products of two activations are in float16."""
     products = [node.name for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {name: "Int8" if name in int8 else "Half" for name in products if name not in in_float32 or name in int8}
+    return {name: "Int8" if name in int8 else "Half" for name in products if name not in float32 or name in int8}

@@ -1,1 +1,1 @@
-"""Distilling for INT8: fine-tuning a student under the rounding that the export will apply."""
+"""Quantisation-aware distillation: fine-tune a student under the INT8 rounding that the export will apply."""

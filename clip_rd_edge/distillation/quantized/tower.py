@@ -1,9 +1,9 @@
-"""Where the exporter's static Q/DQ will stand, found while a tower runs in PyTorch.
+"""An image tower that computes with INT8 rounding wherever the exporter's static Q/DQ will be placed.
 
-`exporters.static` quantises convolutions and products with weights, and what follows them entry by entry. The same rule
-is applied here to torch's functions as they are called, so that a model needs neither other modules nor a traced graph:
-its parameters, checkpoints and optimiser stay what they are. Batch norms become part of the convolution before them,
-and ReLUs of the layer before them, as in the exported graph.
+`convert.int8.static` quantises convolutions, matrix products with weights, and the elementwise operations after them.
+The same rule is applied here to torch functions as they are called, so a model needs neither replaced modules nor a
+traced graph: its parameters, checkpoints and optimiser stay the same. Batch norms are folded into the convolution
+before them, and ReLUs into the layer before them, as in the exported graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from torch.overrides import TorchFunctionMode
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, Rounding, RoundingToInt8, Watching
+from clip_rd_edge.distillation.quantized.fake_quant import (
+    ActivationRanges,
+    FakeQuantizer,
+    QuantizationHooks,
+    RangeObserver,
+)
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 
@@ -34,21 +39,22 @@ _MEANS = {torch.mean, _T.mean, F.adaptive_avg_pool2d}
 _POOLS = {torch.max_pool2d, F.max_pool2d, F.avg_pool2d, torch._C._nn.avg_pool2d}
 
 
-class Int8Placement(TorchFunctionMode):
-    """While it is active, hands the numbers that INT8 will hold to `rounding`; for one call of one tower.
+class FakeQuantMode(TorchFunctionMode):
+    """While active, passes the tensors that INT8 will hold to `hooks`. Use one instance per call of a tower.
 
     Args:
-        norms: the batch norm after a convolution, by `id` of the convolution's weights; see `models.folding`.
+        norms: the batch norm after each convolution, by `id` of the convolution's weights; see
+            `norms_after_convolutions`.
     """
 
-    def __init__(self, rounding: Rounding, norms: Mapping[int, Norm]) -> None:
+    def __init__(self, hooks: QuantizationHooks, norms: Mapping[int, FrozenBatchNorm]) -> None:
         super().__init__()
-        self._rounding, self._norms = rounding, norms
-        self._count = 0
-        # By `id`; the tensors are kept, so that no id is given twice.
-        self._given: dict[int, tuple[Tensor, int]] = {}  # what layers and their followers gave, and its range
-        self._rounded: dict[int, tuple[Tensor, Tensor]] = {}  # what else a layer has read, and that rounded
-        self._normed: set[int] = set()
+        self._hooks, self._norms = hooks, norms
+        self._range_count = 0
+        # By `id` of the tensor; storing the tensors themselves keeps their ids from being reused.
+        self._outputs: dict[int, tuple[Tensor, int]] = {}  # quantised outputs, each with the index of its range
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # other inputs of layers, each with its rounded value
+        self._normalized: set[int] = set()  # outputs that include their batch norm already
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,92 +63,93 @@ class Int8Placement(TorchFunctionMode):
         if func is F.linear:
             return self._linear(*args, **kwargs)
         first = args[0] if args else kwargs.get("input")
-        if func is F.batch_norm and id(first) in self._normed:
+        if func is F.batch_norm and id(first) in self._normalized:
             return first
-        follower = self._follower(func, first, args, kwargs) if id(first) in self._given else None
-        if follower is not None:
-            return follower
-        return func(*self._as_read(args), **{name: self._as_read(value) for name, value in kwargs.items()})
+        output = self._follower(func, first, args, kwargs) if id(first) in self._outputs else None
+        if output is not None:
+            return output
+        return func(*self._rounded(args), **{name: self._rounded(value) for name, value in kwargs.items()})
 
     def _convolution(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         norm = self._norms.get(id(weight))
         if norm is not None:
-            weight, bias = norm.folded_into(weight, bias)
-        output = F.conv2d(self._read(input), self._rounding.weight(weight), bias, *rest, **more)
-        output = self._give(output)
+            weight, bias = norm.fold_into(weight, bias)
+        output = F.conv2d(self._layer_input(input), self._hooks.weight(weight), bias, *args, **kwargs)
+        output = self._quantized_output(output)
         if norm is not None:
-            self._normed.add(id(output))
+            self._normalized.add(id(output))
         return output
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        read, weight = self._read(input), self._rounding.weight(weight)
-        if input.ndim == 2:  # Gemm, whose bias is INT32
-            return self._give(F.linear(read, weight, bias))
-        product = self._give(F.linear(read, weight))  # MatMul, and an Add whose bias is INT8
-        return product if bias is None else self._give(product + self._rounding.constant(bias))
+        rounded, weight = self._layer_input(input), self._hooks.weight(weight)
+        if input.ndim == 2:  # exported as Gemm, with an INT32 bias
+            return self._quantized_output(F.linear(rounded, weight, bias))
+        product = self._quantized_output(F.linear(rounded, weight))  # exported as MatMul, and Add with an INT8 bias
+        return product if bias is None else self._quantized_output(product + self._hooks.constant(bias))
 
     def _follower(self, func: Any, first: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-        """What `func` gives where INT8 goes on through it, else None."""
+        """Return the quantised output of `func` if the exporter keeps it in INT8, else None."""
         if func in _CLAMPS:
-            number = self._given[id(first)][1]
-            return self._give(func(*args, **{**kwargs, "inplace": False} if "inplace" in kwargs else kwargs), number)
+            index = self._outputs[id(first)][1]
+            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+            return self._quantized_output(func(*args, **kwargs), index)
         if func in _GATES:
-            return self._give(first * self._give(_GATES[func](first)))
+            return self._quantized_output(first * self._quantized_output(_GATES[func](first)))
         if func in _SIGMOIDS or func is F.hardsigmoid:
-            return self._give(F.hardsigmoid(first) if func is F.hardsigmoid else torch.sigmoid(first))
+            return self._quantized_output(F.hardsigmoid(first) if func is F.hardsigmoid else torch.sigmoid(first))
         if func in _MEANS:
-            return self._give(func(*args, **kwargs))
+            return self._quantized_output(func(*args, **kwargs))
         if func in _POOLS:
-            number = self._given[id(first)][1]
-            output = self._rounding.again(number, func(*args, **kwargs))
-            self._given[id(output)] = (output, number)
+            index = self._outputs[id(first)][1]
+            output = self._hooks.pooled(index, func(*args, **kwargs))
+            self._outputs[id(output)] = (output, index)
             return output
         if func in _SUMS or func in _PRODUCTS:
             second = self._operand(args[1])
             if second is not None:
-                return self._give(first + second if func in _SUMS else first * second)
+                return self._quantized_output(first + second if func in _SUMS else first * second)
         return None
 
     def _operand(self, other: Any) -> Any:
-        """The other operand of a sum or product as INT8 holds it, or None where it is in float."""
+        """Return the second operand of a sum or product as held in INT8, or None if it is in float."""
         if isinstance(other, nn.Parameter):
-            return self._rounding.constant(other)
-        return other if not isinstance(other, Tensor) or id(other) in self._given else None
+            return self._hooks.constant(other)
+        return other if not isinstance(other, Tensor) or id(other) in self._outputs else None
 
-    def _give(self, output: Tensor, number: int | None = None) -> Tensor:
-        """What a layer or a follower has given, rounded, in a range of its own or in that of what it became part of."""
-        if number is None:
-            number = self._next()
-        output = self._rounding.activation(number, output)
-        self._given[id(output)] = (output, number)
+    def _quantized_output(self, output: Tensor, index: int | None = None) -> Tensor:
+        """Round an output, with a new range, or with range `index` if it is fused into the layer with that range."""
+        if index is None:
+            index = self._next_index()
+        output = self._hooks.activation(index, output)
+        self._outputs[id(output)] = (output, index)
         return output
 
-    def _read(self, value: Tensor) -> Tensor:
-        """What a layer reads, rounded."""
-        if id(value) in self._given:
+    def _layer_input(self, value: Tensor) -> Tensor:
+        """Return the input of a layer, rounded."""
+        if id(value) in self._outputs:
             return value
-        if id(value) not in self._rounded:
-            rounded = self._rounding.activation(self._next(), value)
-            self._rounded[id(value)] = (value, rounded)
-            self._rounded[id(rounded)] = (rounded, rounded)
-        return self._rounded[id(value)][1]
+        if id(value) not in self._inputs:
+            rounded = self._hooks.activation(self._next_index(), value)
+            self._inputs[id(value)] = (value, rounded)
+            self._inputs[id(rounded)] = (rounded, rounded)
+        return self._inputs[id(value)][1]
 
-    def _as_read(self, value: Any) -> Any:
-        """Arguments with each tensor that a layer has read replaced by what it read: the graph has it once."""
+    def _rounded(self, value: Any) -> Any:
+        """Replace tensors that a layer has rounded as its input by their rounded values: the graph holds only these."""
         if isinstance(value, (tuple, list)):
-            return type(value)(self._as_read(part) for part in value)
-        return self._rounded[id(value)][1] if isinstance(value, Tensor) and id(value) in self._rounded else value
+            return type(value)(self._rounded(item) for item in value)
+        return self._inputs[id(value)][1] if isinstance(value, Tensor) and id(value) in self._inputs else value
 
-    def _next(self) -> int:
-        self._count += 1
-        return self._count - 1
+    def _next_index(self) -> int:
+        self._range_count += 1
+        return self._range_count - 1
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A batch norm that keeps its figures: y = (x − mean) / sqrt(variance + epsilon) · weight + bias."""
+class FrozenBatchNorm:
+    """A batch norm with fixed statistics: y = (x − mean) / sqrt(variance + epsilon) · weight + bias."""
 
     mean: Tensor
     variance: Tensor
@@ -150,16 +157,16 @@ class Norm:
     bias: Tensor
     epsilon: float
 
-    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights (out, …) and bias of the convolution that does both."""
+    def fold_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return weights (out, …) and bias of a convolution that includes this batch norm."""
         factor = self.weight * torch.rsqrt(self.variance + self.epsilon)
         shift = self.bias - self.mean * factor
         folded = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         return folded, shift if bias is None else shift + bias * factor
 
 
-def norms_after_convolutions(tower: nn.Module, example: Tensor) -> dict[int, Norm]:
-    """The batch norm that reads each convolution of a tower, by `id` of the convolution's weights."""
+def norms_after_convolutions(tower: nn.Module, example: Tensor) -> dict[int, FrozenBatchNorm]:
+    """Return the batch norm after each convolution of a tower, by `id` of the convolution's weights."""
     finder = _NormFinder()
     with torch.no_grad(), finder:
         tower(example)
@@ -169,7 +176,7 @@ def norms_after_convolutions(tower: nn.Module, example: Tensor) -> dict[int, Nor
 class _NormFinder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.norms: dict[int, Norm] = {}
+        self.norms: dict[int, FrozenBatchNorm] = {}
         self._convolutions: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,24 +186,24 @@ class _NormFinder(TorchFunctionMode):
             self._convolutions[id(output)] = (output, args[1])
         if func is F.batch_norm:
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            if id(given["input"]) in self._convolutions:
-                weight = self._convolutions[id(given["input"])][1]
-                mean, variance, scale, bias = (given[name] for name in names[1:5])
-                self.norms[id(weight)] = Norm(mean, variance, scale, bias, given.get("eps", 1e-5))
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            if id(arguments["input"]) in self._convolutions:
+                weight = self._convolutions[id(arguments["input"])][1]
+                mean, variance, scale, bias = (arguments[name] for name in names[1:5])
+                self.norms[id(weight)] = FrozenBatchNorm(mean, variance, scale, bias, arguments.get("eps", 1e-5))
         return output
 
 
 class QuantizedTower(nn.Module):
-    """A tower with INT8's rounding at every place where the exporter's static Q/DQ will stand; no layer is left out.
+    """A tower with INT8 rounding wherever the exporter's static Q/DQ will be placed, in all layers.
 
     Args:
-        tower: in evaluation mode, on the device that it is to run on; its parameters are this module's.
-        ranges: of its activations; see `calibrate`.
-        example: pixels (N, 3, H, W) of a picture or more, to see what follows what.
+        tower: in evaluation mode, on the device to run on. This module shares its parameters.
+        ranges: ranges of its activations; see `calibrate`.
+        example: pixels (N, 3, H, W) of at least one image, to find the batch norm after each convolution.
 
     Attributes:
-        norms: what `Int8Placement` takes.
+        norms: as `FakeQuantMode` takes them.
     """
 
     def __init__(self, tower: nn.Module, ranges: ActivationRanges, example: Tensor) -> None:
@@ -206,17 +213,17 @@ class QuantizedTower(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set `ranges` by what the tower's activations are in float32 on some batches of pixels, (N, 3, H, W) each."""
-        watching = Watching()
+        """Set `ranges` from the tower's float32 activations on batches of pixels, (N, 3, H, W) each."""
+        observer = RangeObserver()
         for pixels in batches:
-            with Int8Placement(watching, self.norms):
+            with FakeQuantMode(observer, self.norms):
                 self.tower(pixels.to(_device(self.tower)))
-            watching.end_batch()
-        watching.write_to(self.ranges)
+            observer.end_batch()
+        observer.write_to(self.ranges)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) to embeddings (N, D)."""
-        with Int8Placement(RoundingToInt8(self.ranges, pixel_values.device), self.norms):
+        """Embed pixels, (N, 3, H, W) to (N, D)."""
+        with FakeQuantMode(FakeQuantizer(self.ranges, pixel_values.device), self.norms):
             embeddings: Tensor = self.tower(pixel_values)
         return embeddings
 
@@ -225,54 +232,63 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-_CALIBRATION_PAIRS = 128  # as many as the exporter takes
+_CALIBRATION_PAIRS = 128  # as many as the exporter uses
 
 
 class Quantization:
-    """The ranges of a run's image tower, and the tower with INT8's rounding.
+    """The activation ranges of a run's image tower, and its towers with INT8 rounding.
 
     Attributes:
-        ranges: part of the run's checkpoints.
+        ranges: saved in the run's checkpoints.
     """
 
     def __init__(self) -> None:
         self.ranges = ActivationRanges()
 
     def calibrate(self, student: ClipModel, dataset: ViewDataset, config: RunConfig) -> None:
-        """Set the ranges by the first pairs of the run; every process sees the same."""
+        """Set the ranges from the first pairs of the run, which are the same in every process."""
         batch_size = min(config.recipe.batch_size, _CALIBRATION_PAIRS)
         steps = min(_CALIBRATION_PAIRS, len(dataset.pairs)) // batch_size
         sampler = StepSampler(len(dataset.pairs), batch_size, seed=config.seed, start=0, stop=steps)
         self.tower(student).calibrate(batch.student_pixels for batch in step_loader(dataset, sampler, workers=0))
 
     def tower(self, student: ClipModel) -> QuantizedTower:
-        """The image tower of `student`, or of its moving average, with INT8's rounding."""
+        """Return the image tower of `student`, or of its moving average, with INT8 rounding."""
         return QuantizedTower(ImageTower(student.model), self.ranges, torch.zeros(1, 3, *student.preprocessing.size))
 
 
-def require_fit(config: RunConfig) -> None:
-    """Refuse what does not go with quantisation, before anything is loaded; raises UsageError."""
+def require_quantizable(config: RunConfig) -> None:
+    """Check, before anything is loaded, that a configuration can be combined with quantisation.
+
+    Raises:
+        UsageError: the student is untrained, or an option cannot be combined with quantisation.
+    """
     if config.quantize is None:
         return
     if model_folder(config.student) is None:
         raise UsageError(
-            f"Quantisation fine-tunes a trained student, and {config.student} is one that is still to be trained.",
-            hint="train it first without --quantize, and give that run: --student RUN --quantize int8",
+            f"Quantisation fine-tunes a trained student, but {config.student} is untrained.",
+            hint="train it first without --quantize, then use that run: --student RUN --quantize int8",
         )
     if config.recipe.precision != "fp32":
-        raise UsageError(f"INT8's rounding is computed in fp32, not in {config.recipe.precision}.")
+        raise UsageError(f"INT8 rounding is computed in fp32, not in {config.recipe.precision}.")
     for name in ("compile", "gradient_checkpointing"):
         if getattr(config, name):
-            raise UsageError(f"--{name.replace('_', '-')} does not go with --quantize.", hint="leave it away")
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} cannot be combined with --quantize.", hint=f"omit {option}")
 
 
-def require_convolutions(student: ClipModel) -> None:
-    """Refuse a student whose image tower the exporter quantises as it runs; raises UsageError."""
+def require_convolutional_tower(student: ClipModel) -> None:
+    """Check that the image tower of a student is quantised statically.
+
+    Raises:
+        UsageError: it is a transformer, which the exporter quantises dynamically.
+    """
     visual = student.model.get_submodule("visual")
-    # One convolution is the patch embedding of a transformer, as `exporters.candidates` has it.
+    # A single convolution is the patch embedding of a transformer; `convert.int8.candidates` has the same rule.
     if sum(isinstance(module, nn.Conv2d) for module in visual.modules()) < 2:
         raise UsageError(
-            f"The image tower of {student.name} is a transformer, which the exporter quantises as it runs: "
-            "there are no ranges to learn to live with.",
-            hint="export it with --precision int8 as it is",
+            f"The image tower of {student.name} is a transformer, which the exporter quantises dynamically: "
+            "there are no activation ranges to adapt to.",
+            hint="export it as it is with --precision int8",
         )

@@ -1,1 +1,1 @@
-"""One module per inference engine, and how each opens a tower. Never imports torch."""
+"""One module per inference engine: how it opens a tower. Never imports torch."""

@@ -1,4 +1,4 @@
-"""A bundle's towers in ONNX Runtime."""
+"""Run a bundle's towers in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,55 +10,60 @@ import msgspec
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, device_of, provider_list, say
+from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, provider_list, session_device, warn
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.utils.io import cache_home
 
 
 def open_session(model: str | bytes, *, threads: int | None = None, device: str = "cpu", spin: bool = True) -> Any:
-    """An ONNX Runtime session for a file's path or a model's bytes.
+    """Open an ONNX Runtime session for a model.
 
-    A device whose provider is there but does not start (no driver, another CUDA) is said, and the CPU takes its place.
+    If the device's provider is installed but fails to start (no driver, another CUDA version), a warning is logged and
+    the session runs on the CPU.
 
     Args:
-        spin: threads wait for one another in a loop, ONNX Runtime's default: fastest for one picture. False leaves
-            their cores to whatever else has work, such as opening many pictures.
+        model: path of an ONNX file, or its bytes.
+        threads: intra-op threads; None uses every core.
+        device: one of `providers.PROVIDERS`.
+        spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
+            cores for other work, such as opening many images.
 
     Raises:
-        ConfigError: it is no model that this ONNX Runtime can run.
+        ConfigError: this ONNX Runtime cannot run the model.
+        UsageError: `threads` is less than 1.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about its own graph rewriting
+    options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
     if threads is not None:
         if threads < 1:
-            raise UsageError(f"threads is {threads}; at least 1 is needed.")
+            raise UsageError(f"threads is {threads}; expected at least 1.")
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    shown = model if isinstance(model, str) else "the model"
+    name = model if isinstance(model, str) else "the model"
     try:
         if device != "cpu":
-            session, reason = _try(ort, model, options, device, threads)
+            session, reason = _open_on(ort, model, options, device, threads)
             if session is not None:
                 return session
-            say(f"{device} does not start and the CPU takes its place for {shown}: {reason}.")
+            warn(f"{device} does not start; {name} runs on the CPU instead: {reason}.")
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {shown}: {error}.") from error
+        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {name}: {error}.") from error
 
 
-def _try(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
-    """A session that does run on the device, or None and why not."""
+def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
+    """Return a session that really runs on `device`, or None and the reason why there is none."""
     providers = provider_list(device, cache=cache_home() / "engines", threads=threads)
     try:
-        # Its own way to fall back prints to stdout, which is for results.
+        # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # noqa: BLE001 — whatever a driver says; whether it is the model's fault, the CPU tells
+    except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
         return None, " ".join(str(error).split()).rstrip(".")[:300]
-    if device_of(session) != device:
-        return None, "its provider could not be loaded; clip-rd-edge doctor looks for its driver"
+    if session_device(session) != device:
+        return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""
 
 
@@ -66,11 +71,11 @@ class OrtEncoder(BundleEncoder):
     """A bundle in ONNX Runtime.
 
     Args:
-        device: see `providers`; each tower gets what suits its precision where it is `auto`.
+        device: one of `providers.DEVICES`; `auto` chooses per tower, by its precision.
         spin: see `open_session`.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: this ONNX Runtime does not support the device.
     """
 
     runtime = "onnxruntime"
@@ -87,22 +92,22 @@ class OrtEncoder(BundleEncoder):
         super().__init__(folder, manifest, threads=threads)
         self.device = device
         self.spin = spin
-        self._opened: dict[str, str] = {}
+        self._loaded_devices: dict[str, str] = {}  # by file name
         if device not in (AUTO, "cpu"):
-            self._device_for(manifest.image)  # refused now, not at the first picture
+            self._device_for(manifest.image)  # fail now, not at the first image
 
     def describe(self) -> Description:
-        """What this encoder is; its device is what was chosen, and once a tower is loaded, what it runs on."""
+        """Describe this encoder; `device` is the chosen one, or where a loaded tower actually runs."""
         towers = (self.manifest.image, self.manifest.text)
-        devices = dict.fromkeys(self._opened.get(tower.file) or self._device_for(tower) for tower in towers)
+        devices = dict.fromkeys(self._loaded_devices.get(tower.file) or self._device_for(tower) for tower in towers)
         return msgspec.structs.replace(super().describe(), device=" + ".join(devices))
 
     def open_tower(self, tower: Tower) -> Any:
-        """An ONNX Runtime session of the tower; raises as `open_session`."""
+        """Open an ONNX Runtime session for the tower; raises as `open_session`."""
         session = open_session(
             str(self.folder / tower.file), threads=self.threads, device=self._device_for(tower), spin=self.spin
         )
-        self._opened[tower.file] = device_of(session)
+        self._loaded_devices[tower.file] = session_device(session)
         return session
 
     def _device_for(self, tower: Tower) -> str:

@@ -1,4 +1,4 @@
-"""A bundle's towers in OpenVINO, which reads their ONNX as it is."""
+"""Run a bundle's towers in OpenVINO, which reads the ONNX files directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 
 BF16 = "bf16"
-_MOST_SIZES = 3  # of batches that a model is compiled for; others are computed one by one
+_MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
 
 
 class _Input(NamedTuple):
@@ -25,52 +25,53 @@ class _Input(NamedTuple):
 
 
 class OpenVinoModel:
-    """A model with the two methods of an ONNX Runtime session that are used here; one call at a time runs.
+    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
 
-    Where its batch alone is free, it is compiled for 1 at once, and for other sizes of batch when they first come:
-    OpenVINO is faster where it knows all shapes, and its INT8 of small pictures is reported to crash on processors with
-    AMX where it does not (ultralytics/ultralytics#25898).
+    If only the batch dimension is dynamic, the model is compiled for batch size 1 at once, and for other batch sizes
+    when they first occur: OpenVINO is faster with static shapes, and with dynamic ones its INT8 is reported to crash
+    for small images on processors with AMX (ultralytics/ultralytics#25898).
 
     Args:
-        read: the model as OpenVINO has read it.
+        model: the model as OpenVINO read it.
         compile: compiles such a model.
     """
 
-    def __init__(self, read: Any, compile: Callable[[Any], Any]) -> None:
-        self._lock = threading.Lock()  # a request holds its inputs and outputs
-        self._read, self._compile = read, compile
-        self._inputs = [_Input(port.any_name) for port in read.inputs]
-        self._outputs = [port.any_name for port in read.outputs]
-        batch, *rest = read.inputs[0].partial_shape
-        free = len(self._inputs) == 1 and batch.is_dynamic and not any(each.is_dynamic for each in rest)
-        self._rest = [each.get_length() for each in rest] if free else None
+    def __init__(self, model: Any, compile: Callable[[Any], Any]) -> None:
+        self._lock = threading.Lock()  # a request owns its input and output buffers
+        self._model, self._compile = model, compile
+        self._inputs = [_Input(port.any_name) for port in model.inputs]
+        self._outputs = [port.any_name for port in model.outputs]
+        batch, *rest = model.inputs[0].partial_shape
+        dynamic_batch = len(self._inputs) == 1 and batch.is_dynamic and not any(size.is_dynamic for size in rest)
+        self._row_shape = [size.get_length() for size in rest] if dynamic_batch else None
         self._requests: dict[int, Any] = {}
         self._request(1)
 
     def get_inputs(self) -> list[_Input]:
-        """The inputs, by their names."""
+        """Return the inputs with their names."""
         return self._inputs
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """The outputs of those names, or all, in their order; copies, which the next call leaves alone."""
-        wanted = [i for i, name in enumerate(self._outputs) if names is None or name in names]
+        """Run the model; return the named outputs, or all, in the model's order, as copies."""
+        selected = [i for i, name in enumerate(self._outputs) if names is None or name in names]
         count = len(next(iter(feed.values())))
         parts = []
         with self._lock:
-            known = self._rest is None or count in self._requests or len(self._requests) < _MOST_SIZES
-            size = count if known else 1
+            compiled = self._row_shape is None or count in self._requests or len(self._requests) < _MAX_COMPILED_SIZES
+            size = count if compiled else 1
             for part in in_batches(count, size):
-                found = self._request(size).infer({name: rows[part] for name, rows in feed.items()}, share_inputs=True)
-                parts.append([found[i].copy() for i in wanted])
-        return parts[0] if len(parts) == 1 else [np.concatenate(each) for each in zip(*parts, strict=True)]
+                batch = {name: rows[part] for name, rows in feed.items()}
+                outputs = self._request(size).infer(batch, share_inputs=True)
+                parts.append([outputs[i].copy() for i in selected])
+        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def _request(self, size: int) -> Any:
-        key = size if self._rest is not None else 0
+        key = size if self._row_shape is not None else 0
         if key not in self._requests:
-            model = self._read
-            if self._rest is not None:
+            model = self._model
+            if self._row_shape is not None:
                 model = model.clone()
-                model.reshape([size, *self._rest])
+                model.reshape([size, *self._row_shape])
             self._requests[key] = self._compile(model).create_infer_request()
         return self._requests[key]
 
@@ -79,13 +80,15 @@ def open_openvino(model: str | bytes, *, threads: int | None = None, bf16: bool 
     """Compile a model for the CPU.
 
     Args:
-        model: an ONNX file's path or its content.
-        threads: threads it runs on; None takes every core.
-        bf16: compute float32 layers in bfloat16 where the processor can, which OpenVINO otherwise does unasked.
+        model: path of an ONNX file, or its bytes.
+        threads: threads to run on; None uses every core.
+        bf16: compute float32 layers in bfloat16 where the processor supports it. False forces float32, which is not
+            OpenVINO's default on such processors.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
-        ConfigError: it is no model that this OpenVINO can run.
+        ConfigError: this OpenVINO cannot run the model.
+        UsageError: `threads` is less than 1.
     """
     try:
         import openvino
@@ -98,24 +101,24 @@ def open_openvino(model: str | bytes, *, threads: int | None = None, bf16: bool 
     }
     if threads is not None:
         if threads < 1:
-            raise UsageError(f"threads is {threads}; at least 1 is needed.")
+            raise UsageError(f"threads is {threads}; expected at least 1.")
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         core = _core()
-        read = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
-        return OpenVinoModel(read, lambda shaped: core.compile_model(shaped, "CPU", settings))
+        graph = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
+        return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, "CPU", settings))
     except Exception as error:
-        shown = model if isinstance(model, str) else "the model"
+        name = model if isinstance(model, str) else "the model"
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {shown}: {reason}.") from error
+        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {reason}.") from error
 
 
 @cache
 def _core() -> Any:
-    """The one Core of this process.
+    """Return the one Core of this process, which is never freed.
 
-    Its plugin gives the thread that it begins in a stack for signals, and takes the memory back in the thread that it
-    ends in: after that, the first signal that the process handles, such as that of an ended child, kills it.
+    Its CPU plugin sets up a signal stack for the thread that creates it and frees that memory in the thread that
+    destroys it: after that, the first signal that the process handles, such as SIGCHLD, would kill it.
     """
     import openvino
 
@@ -128,6 +131,6 @@ class OpenVinoEncoder(BundleEncoder):
     runtime = "openvino"
 
     def open_tower(self, tower: Tower) -> OpenVinoModel:
-        """The compiled tower, in bfloat16 where its precision says so; raises as `open_openvino`."""
+        """Compile the tower, in bfloat16 if that is its precision; raises as `open_openvino`."""
         path = str(self.folder / tower.file)
         return open_openvino(path, threads=self.threads, bf16=tower.precision.startswith(BF16))

@@ -1,6 +1,6 @@
-"""What ONNX Runtime computes on: its execution providers, by the names that `load(device=…)` takes.
+"""Execution providers of ONNX Runtime, by the device names that `load(device=…)` takes.
 
-Imports nothing at the top, so that a command line can list the devices for its help.
+Does not import ONNX Runtime at the top, so that the command line can list the devices in its help quickly.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ AUTO = "auto"
 
 
 class Provider(NamedTuple):
-    """ONNX Runtime's name of a provider, what it is given, and the packages that bring it."""
+    """An execution provider of ONNX Runtime.
+
+    Attributes:
+        name: ONNX Runtime's name for it.
+        options: returns its options, given a cache folder and a number of threads.
+        package: the package that contains it.
+    """
 
     name: str
     options: Callable[[Path, int | None], dict[str, str]]
     package: str
 
 
-def _none(cache: Path, threads: int | None) -> dict[str, str]:
+def _no_options(cache: Path, threads: int | None) -> dict[str, str]:
     return {}
 
 
 PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider("CPUExecutionProvider", _none, "onnxruntime"),
-    # The exhaustive search that it makes by default takes seconds for each new size of a batch.
+    "cpu": Provider("CPUExecutionProvider", _no_options, "onnxruntime"),
+    # The default, an exhaustive search, takes seconds for each new batch size.
     "cuda": Provider(
         "CUDAExecutionProvider", lambda cache, threads: {"cudnn_conv_algo_search": "HEURISTIC"}, "onnxruntime-gpu"
     ),
-    # It builds an engine when a tower is opened, which takes minutes the first time.
+    # Builds an engine when a tower is opened, which takes minutes the first time.
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
         lambda cache, threads: {
@@ -59,59 +65,58 @@ PROVIDERS: dict[str, Provider] = {
         "a build of onnxruntime with XNNPACK",
     ),
 }
-# What `auto` tries first: only what somebody installed a package of its own for, and what starts at once. CoreML is in
-# every Mac's package, compiles a tower each time it is opened and rounds to float16; TensorRT takes minutes at first;
-# XNNPACK knows float32 alone. These three have to be asked for.
+# What `auto` prefers to the CPU: devices that need a package of their own and that start at once. Others have to be
+# requested by name: CoreML is in every Mac's package, compiles a tower each time it is opened and rounds to float16;
+# TensorRT takes minutes at first; XNNPACK supports float32 only.
 _PREFERRED = ("cuda", "openvino")
 DEVICES: tuple[str, ...] = (AUTO, *PROVIDERS)
 
 
 def choose_device(device: str, available: Sequence[str], *, precision: str) -> str:
-    """The device to open a tower on.
+    """Return the device to open a tower on.
 
     Args:
         device: one of DEVICES.
-        available: names of ONNX Runtime's providers here.
-        precision: the tower's. INT8 was chosen by what the CPU gains from it, so that `auto` leaves it there.
+        available: names of the providers that this ONNX Runtime has.
+        precision: the tower's precision. INT8 is chosen for its speed on the CPU, so `auto` keeps it there.
 
     Raises:
-        UsageError: there is no such device, or this ONNX Runtime has no provider for it.
+        UsageError: the device is unknown, or this ONNX Runtime has no provider for it.
     """
-    here = [name for name, provider in PROVIDERS.items() if provider.name in available]
+    supported = [name for name, provider in PROVIDERS.items() if provider.name in available]
     if device == AUTO:
-        wanted = () if precision.startswith("int8") else _PREFERRED
-        return next((name for name in wanted if name in here), "cpu")
+        preferred = () if precision.startswith("int8") else _PREFERRED
+        return next((name for name in preferred if name in supported), "cpu")
     if device not in PROVIDERS:
-        raise UsageError(f"There is no device {device!r}; there are {', '.join(DEVICES)}.")
-    if device not in here:
+        raise UsageError(f"Unknown device {device!r}; expected one of {', '.join(DEVICES)}.")
+    if device not in supported:
         package = PROVIDERS[device].package
+        replaces = " in place of onnxruntime" if package.startswith("onnxruntime-") else ""
         raise UsageError(
-            f"This ONNX Runtime has no provider for {device}; it has {', '.join(here) or 'none that is known'}.",
-            hint=f"what brings it: {package}, in place of onnxruntime"
-            if package.startswith("onnxruntime-")
-            else f"what brings it: {package}",
+            f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}.",
+            hint=f"install {package}{replaces}",
         )
     return device
 
 
 def provider_list(device: str, *, cache: Path, threads: int | None) -> list[tuple[str, dict[str, str]]]:
-    """What InferenceSession takes as `providers`; the CPU's comes last, for what the others do not know.
+    """Return the `providers` argument of InferenceSession; the CPU comes last, for operators that others lack.
 
     Args:
-        cache: a folder for engines that are built here.
+        cache: folder for engines that are built on this machine.
     """
     names = {"cpu": ("cpu",), "tensorrt": ("tensorrt", "cuda", "cpu")}.get(device, (device, "cpu"))
     return [(PROVIDERS[name].name, PROVIDERS[name].options(cache, threads)) for name in names]
 
 
-def device_of(session: Any) -> str:
-    """The device that a session runs on first; ONNX Runtime falls back in silence where a provider fails to start."""
+def session_device(session: Any) -> str:
+    """Return the device that a session uses first; ONNX Runtime falls back silently if a provider fails to start."""
     first = session.get_providers()[0]
     return next((name for name, provider in PROVIDERS.items() if provider.name == first), first)
 
 
-def say(sentence: str) -> None:
-    """A sentence for whoever runs the program, on stderr unless logging is set up otherwise."""
+def warn(message: str) -> None:
+    """Log a warning for the user: on stderr unless logging is configured otherwise."""
     logger = logging.getLogger("clip_rd_edge")
-    logger.setLevel(logging.WARNING)  # open_clip's loading silences the root logger
-    logger.warning(sentence)
+    logger.setLevel(logging.WARNING)  # loading open_clip silences the root logger
+    logger.warning(message)

@@ -1,70 +1,72 @@
-// What the page asks for, answered in the browser itself: the counterpart of demo/page/api.js, which asks a server.
+// The page's requests, answered in the browser itself: the counterpart of web/page/api.js, which asks a server.
 
 import { prompts } from "./clean.js";
 
-const MOST_THREADS = 4; // more are no faster for one small picture
+const MAX_THREADS = 4; // more are no faster for a single small image
 const bundle = new URL("bundle/", import.meta.url).href;
-const threads = crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
-const backends = []; // each { backend, worker }, in the order of the page's rows
+const threads = crossOriginIsolated ? Math.min(MAX_THREADS, navigator.hardwareConcurrency) : 1;
+const backends = []; // in the order of the page's rows
 let manifest;
 
-// What there is to choose from, here what the model runs on; said(sentence) is called while it loads.
-export async function choices(said) {
+// The backends to choose from, and the texts that the page shows; showProgress(message) is called while loading.
+export async function loadChoices(showProgress) {
   manifest = await (await fetch(new URL("manifest.json", bundle))).json();
   const sizes = await (await fetch(new URL("sizes.json", import.meta.url))).json();
   backends.push(new Backend("wasm"));
   if (await navigator.gpu?.requestAdapter()) backends.push(new Backend("webgpu"));
-  const bank = await backends[0].ask("bankSize", undefined, (read) => said(`Loading, ${megabytes(read)} of ${megabytes(sizes.loaded)} MB.`));
-  const facts = { name: manifest.name, precision: manifest.precision, size_bytes: sizes.bundle, bank };
-  const shown = { wasm: `WASM, ${threads} thread${threads > 1 ? "s" : ""}`, webgpu: "WebGPU" };
+  const onBytes = (loaded) => showProgress(`Loading: ${megabytes(loaded)} of ${megabytes(sizes.loaded)} MB.`);
+  const bank = await backends[0].call("bankSize", undefined, onBytes);
+  const info = { name: manifest.name, precision: manifest.precision, size_bytes: sizes.bundle, bank };
+  const names = { wasm: `WASM, ${threads} thread${threads > 1 ? "s" : ""}`, webgpu: "WebGPU" };
   return {
-    choices: backends.map(({ backend }) => ({ ...facts, folder: shown[backend] })),
+    choices: backends.map(({ name }) => ({ ...info, folder: names[name] })),
     labels: [],
-    what: "runs on",
-    privacy: "Pictures and labels stay in this browser.",
-    note: crossOriginIsolated ? "" : "One thread only: the server does not send the headers that threads need.",
+    heading: "backend",
+    privacy: "Images and labels stay in this browser.",
+    note: crossOriginIsolated ? "" : "Only one thread: the server does not send the headers for multithreading.",
   };
 }
 
-// The answer, with the time from picture to answer as `asked_ms`; labels that were new are not counted in it.
-export async function classify(choice, labels, picture) {
+// The result, with the time from the image to the result as `elapsed_ms`; embedding new labels is not included.
+export async function classify(choice, labels, image) {
   const backend = backends[choice];
   await backend.setLabels(labels);
-  const began = performance.now();
-  const answer = await backend.ask("classify", { picture });
-  return { ...answer, asked_ms: performance.now() - began };
+  const started = performance.now();
+  const result = await backend.call("classify", { image });
+  return { ...result, elapsed_ms: performance.now() - started };
 }
 
-// A camera's frame as `classify` takes it.
-export async function packed(canvas) {
+// A camera frame in the form that `classify` takes.
+export async function encodeFrame(canvas) {
   return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
 }
 
+// A worker that runs the model, started when it is first called. name: "wasm" or "webgpu".
 class Backend {
-  constructor(backend) {
-    this.backend = backend;
-    this.waiting = new Map(); // by number, what was asked and is not answered
-    this.asked = 0;
+  constructor(name) {
+    this.name = name;
+    this.pending = new Map(); // unanswered calls by id: [resolve, reject]
+    this.lastId = 0;
   }
 
   async setLabels(labels) {
     const text = JSON.stringify(labels);
     if (text === this.labels) return;
-    const each = labels?.map((label) => prompts(label, manifest.templates, manifest.tokenizer.clean));
-    this.labels = text; // before it is answered: what is asked next comes after it
-    await this.ask("setLabels", { labels, prompts: each }).catch((error) => {
+    const promptLists = labels?.map((label) => prompts(label, manifest.templates, manifest.tokenizer.clean));
+    this.labels = text; // set before the call returns: later calls run after it
+    await this.call("setLabels", { labels, promptLists }).catch((error) => {
       this.labels = undefined;
       throw error;
     });
   }
 
-  async ask(name, argument, loading) {
-    await this.#open(loading);
-    return this.#send(name, argument);
+  async call(method, argument, onBytes) {
+    await this.#open(onBytes);
+    return this.#send(method, argument);
   }
 
-  #open(loading = () => {}) {
-    this.opened ??= this.#start(loading).catch((error) => {
+  #open(onBytes = () => {}) {
+    this.opened ??= this.#start(onBytes).catch((error) => {
       this.opened = undefined;
       this.worker.terminate();
       throw error;
@@ -72,33 +74,34 @@ class Backend {
     return this.opened;
   }
 
-  #start(loading) {
-    // By way of a blob, whose worker keeps the page's Content-Security-Policy; a file's worker would have none.
+  #start(onBytes) {
+    // A worker from a blob inherits the page's Content-Security-Policy; one loaded from a file would have none.
     const code = `import ${JSON.stringify(new URL("worker.js", import.meta.url).href)};`;
     this.worker = new Worker(URL.createObjectURL(new Blob([code], { type: "text/javascript" })), { type: "module" });
-    let read = 0;
+    let loaded = 0;
     this.worker.addEventListener("message", ({ data }) => {
-      if (data.read) {
-        loading((read += data.read));
+      if (data.bytes) {
+        onBytes((loaded += data.bytes));
         return;
       }
-      const [resolve, reject] = this.waiting.get(data.id);
-      this.waiting.delete(data.id);
+      const [resolve, reject] = this.pending.get(data.id);
+      this.pending.delete(data.id);
       if (data.error === undefined) resolve(data.result);
       else reject(new Error(data.error));
     });
     this.worker.addEventListener("error", (event) => {
-      for (const [, reject] of this.waiting.values()) reject(new Error(event.message || "The model cannot be started."));
-      this.waiting.clear();
+      const error = new Error(event.message || "The model could not be started.");
+      for (const [, reject] of this.pending.values()) reject(error);
+      this.pending.clear();
     });
-    return this.#send("open", { backend: this.backend, bundle, threads }).then(() => (loading = () => {}));
+    return this.#send("open", { backend: this.name, bundle, threads }).then(() => (onBytes = () => {}));
   }
 
-  #send(name, argument) {
-    const id = ++this.asked;
+  #send(method, argument) {
+    const id = ++this.lastId;
     return new Promise((resolve, reject) => {
-      this.waiting.set(id, [resolve, reject]);
-      this.worker.postMessage({ id, name, argument });
+      this.pending.set(id, [resolve, reject]);
+      this.worker.postMessage({ id, method, argument });
     });
   }
 }

@@ -1,22 +1,22 @@
-// numpy's .npz: a zip of .npy files. Reads what write_labels in contract/label_bank.py writes:
-// floats, int8 and Unicode text.
+// Reads numpy's .npz, a zip of .npy files, as written by write_labels in contract/label_bank.py: floats, int8 and
+// Unicode text.
 
-// Its arrays by name: { shape, data }, data a Float32Array, an Int8Array or a list of strings.
+// Returns the arrays by name: { shape, data }, with data a Float32Array, an Int8Array or an array of strings.
 export async function readNpz(buffer) {
   const view = new DataView(buffer);
   const arrays = {};
-  let at = view.byteLength - 22; // the zip's directory is told at its end, before a comment that numpy does not write
-  const count = view.getUint16(at + 10, true);
-  at = view.getUint32(at + 16, true);
+  let offset = view.byteLength - 22; // the end-of-directory record; numpy writes no comment after it
+  const count = view.getUint16(offset + 10, true);
+  offset = view.getUint32(offset + 16, true);
   for (let i = 0; i < count; i++) {
-    const nameLength = view.getUint16(at + 28, true);
-    const name = new TextDecoder().decode(new Uint8Array(buffer, at + 46, nameLength));
-    const size = view.getUint32(at + 20, true);
-    const start = contentStart(view, view.getUint32(at + 42, true));
+    const nameLength = view.getUint16(offset + 28, true);
+    const name = new TextDecoder().decode(new Uint8Array(buffer, offset + 46, nameLength));
+    const size = view.getUint32(offset + 20, true);
+    const start = contentStart(view, view.getUint32(offset + 42, true));
     const content = new Uint8Array(buffer, start, size);
-    const packed = view.getUint16(at + 10, true) !== 0;
-    arrays[name.replace(/\.npy$/, "")] = readNpy(packed ? await inflate(content) : content.slice().buffer);
-    at += 46 + nameLength + view.getUint16(at + 30, true) + view.getUint16(at + 32, true);
+    const compressed = view.getUint16(offset + 10, true) !== 0;
+    arrays[name.replace(/\.npy$/, "")] = readNpy(compressed ? await inflate(content) : content.slice().buffer);
+    offset += 46 + nameLength + view.getUint16(offset + 30, true) + view.getUint16(offset + 32, true);
   }
   return arrays;
 }
@@ -32,21 +32,21 @@ function inflate(content) {
 
 function readNpy(buffer) {
   const view = new DataView(buffer);
-  const long = view.getUint8(6) > 1; // format version 2 and 3 have a longer length
+  const long = view.getUint8(6) > 1; // format versions 2 and 3 have a 32-bit header length
   const start = long ? 12 : 10;
   const length = long ? view.getUint32(8, true) : view.getUint16(8, true);
   const header = new TextDecoder().decode(new Uint8Array(buffer, start, length));
-  const type = /'descr': '([^']*)'/.exec(header)[1];
-  const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((each) => each.trim()).map(Number);
+  const dtype = /'descr': '([^']*)'/.exec(header)[1];
+  const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(",").filter((text) => text.trim()).map(Number);
   const content = buffer.slice(start + length);
-  if (type === "<f4") return { shape, data: new Float32Array(content) };
-  if (type === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
-  if (type === "|i1") return { shape, data: new Int8Array(content) };
-  if (type.startsWith("<U")) return { shape, data: texts(new Uint32Array(content), Number(type.slice(2))) };
-  throw new Error(`The label bank has the type ${type}, which this page does not read.`);
+  if (dtype === "<f4") return { shape, data: new Float32Array(content) };
+  if (dtype === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
+  if (dtype === "|i1") return { shape, data: new Int8Array(content) };
+  if (dtype.startsWith("<U")) return { shape, data: strings(new Uint32Array(content), Number(dtype.slice(2))) };
+  throw new Error(`The label bank has the dtype ${dtype}, which this page cannot read.`);
 }
 
-// The number whose float16 has these bits; not every browser has Float16Array.
+// The value of a float16 with these bits; not every browser has Float16Array.
 function fromHalf(bits) {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
@@ -55,8 +55,8 @@ function fromHalf(bits) {
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
 }
 
-// Texts of one length, a number a character, filled up with zeros.
-function texts(codes, length) {
+// Strings of a fixed length, one code point per number, padded with zeros.
+function strings(codes, length) {
   return Array.from({ length: codes.length / length }, (_, i) => {
     const text = codes.subarray(i * length, (i + 1) * length);
     return String.fromCodePoint(...text).replace(/\0+$/, "");

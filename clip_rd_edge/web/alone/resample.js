@@ -1,42 +1,42 @@
-// Pillow's antialiased resize, to the last bit: weights in fixed point, columns first, then rows. (From version 13 on
-// Pillow takes the rows of some tall pictures first, which rounds otherwise.)
-// A canvas scales in another way in each browser, and the model was trained on this one.
+// Pillow's antialiased resize, bit-exact: fixed-point weights, columns first, then rows. (From version 13 on, Pillow
+// resizes the rows of some tall images first, which rounds differently.)
+// A canvas would not do: each browser scales differently, and the model was trained with Pillow's filter.
 
-const BITS = 22; // of a weight's fraction: a byte times a weight, summed, stays below 2^31
+const FRACTION_BITS = 22; // of a weight: the weighted sum of bytes stays below 2^31
 
 const FILTERS = {
-  bicubic: { support: 2, at: bicubic },
-  bilinear: { support: 1, at: (x) => Math.max(0, 1 - Math.abs(x)) },
+  bicubic: { support: 2, weight: bicubic },
+  bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
 };
 
-// source: { width, height, rows(top, count) -> RGBA bytes }; gives RGB bytes of width × height.
+// source: { width, height, rows(top, count) -> RGBA bytes }; returns width × height RGB bytes.
 export function resize(source, width, height, interpolation) {
   const filter = FILTERS[interpolation];
   return resizeRows(resizeColumns(source, width, filter), width, source.height, height, filter);
 }
 
-const STRIP = 256; // rows that are in memory at once beside the result: a phone's picture has 200 MB in all
+const STRIP_ROWS = 256; // source rows in memory at once: a whole phone photo would take 200 MB
 
 function resizeColumns(source, width, filter) {
   const { starts, counts, weights, stride } = coefficients(source.width, width, filter);
   const result = new Uint8ClampedArray(source.height * width * 3);
-  let to = 0;
-  for (let top = 0; top < source.height; top += STRIP) {
-    const rows = Math.min(STRIP, source.height - top);
+  let target = 0;
+  for (let top = 0; top < source.height; top += STRIP_ROWS) {
+    const rows = Math.min(STRIP_ROWS, source.height - top);
     const pixels = source.rows(top, rows);
     for (let row = 0; row < rows; row++) {
-      for (let x = 0; x < width; x++, to += 3) {
-        let red = 1 << (BITS - 1), green = red, blue = red;
-        let from = (row * source.width + starts[x]) * 4;
+      for (let x = 0; x < width; x++, target += 3) {
+        let red = 1 << (FRACTION_BITS - 1), green = red, blue = red;
+        let offset = (row * source.width + starts[x]) * 4;
         const end = x * stride + counts[x];
-        for (let k = x * stride; k < end; k++, from += 4) {
-          red += pixels[from] * weights[k];
-          green += pixels[from + 1] * weights[k];
-          blue += pixels[from + 2] * weights[k];
+        for (let k = x * stride; k < end; k++, offset += 4) {
+          red += pixels[offset] * weights[k];
+          green += pixels[offset + 1] * weights[k];
+          blue += pixels[offset + 2] * weights[k];
         }
-        result[to] = red >> BITS;
-        result[to + 1] = green >> BITS;
-        result[to + 2] = blue >> BITS;
+        result[target] = red >> FRACTION_BITS;
+        result[target + 1] = green >> FRACTION_BITS;
+        result[target + 2] = blue >> FRACTION_BITS;
       }
     }
   }
@@ -46,35 +46,35 @@ function resizeColumns(source, width, filter) {
 function resizeRows(pixels, width, oldHeight, height, filter) {
   if (height === oldHeight) return pixels;
   const { starts, counts, weights, stride } = coefficients(oldHeight, height, filter);
-  const line = width * 3;
-  const result = new Uint8ClampedArray(height * line);
+  const rowBytes = width * 3;
+  const result = new Uint8ClampedArray(height * rowBytes);
   for (let y = 0; y < height; y++) {
-    for (let x = 0; x < line; x++) {
-      let sum = 1 << (BITS - 1);
-      for (let k = 0; k < counts[y]; k++) sum += pixels[(starts[y] + k) * line + x] * weights[y * stride + k];
-      result[y * line + x] = sum >> BITS;
+    for (let x = 0; x < rowBytes; x++) {
+      let sum = 1 << (FRACTION_BITS - 1);
+      for (let k = 0; k < counts[y]; k++) sum += pixels[(starts[y] + k) * rowBytes + x] * weights[y * stride + k];
+      result[y * rowBytes + x] = sum >> FRACTION_BITS;
     }
   }
   return result;
 }
 
-// For each new pixel: the first old one that it is made of, how many, and their weights.
-function coefficients(oldSize, newSize, { support, at }) {
-  if (oldSize === newSize) return unchanged(oldSize);
+// For each new pixel: the first old pixel that contributes to it, their number, and their weights.
+function coefficients(oldSize, newSize, { support, weight }) {
+  if (oldSize === newSize) return identity(oldSize);
   const scale = oldSize / newSize;
-  const blur = Math.max(scale, 1); // more than one old pixel a new one: the filter grows with them
-  const reach = support * blur;
-  const stride = 2 * Math.ceil(reach) + 1;
+  const filterScale = Math.max(scale, 1); // when downscaling, the filter widens with the scale
+  const radius = support * filterScale;
+  const stride = 2 * Math.ceil(radius) + 1;
   const starts = new Int32Array(newSize), counts = new Int32Array(newSize), weights = new Int32Array(newSize * stride);
   for (let i = 0; i < newSize; i++) {
     const centre = (i + 0.5) * scale;
-    const start = Math.max(0, Math.trunc(centre - reach + 0.5));
-    const count = Math.min(oldSize, Math.trunc(centre + reach + 0.5)) - start;
-    const inverse = 1 / blur;
-    const exact = Array.from({ length: count }, (_, k) => at((k + start - centre + 0.5) * inverse));
-    const sum = exact.reduce((total, each) => total + each, 0);
-    exact.forEach((each, k) => {
-      const fixed = (sum ? each / sum : each) * (1 << BITS);
+    const start = Math.max(0, Math.trunc(centre - radius + 0.5));
+    const count = Math.min(oldSize, Math.trunc(centre + radius + 0.5)) - start;
+    const inverse = 1 / filterScale;
+    const exact = Array.from({ length: count }, (_, k) => weight((k + start - centre + 0.5) * inverse));
+    const sum = exact.reduce((total, value) => total + value, 0);
+    exact.forEach((value, k) => {
+      const fixed = (sum ? value / sum : value) * (1 << FRACTION_BITS);
       weights[i * stride + k] = Math.trunc(fixed < 0 ? fixed - 0.5 : fixed + 0.5);
     });
     starts[i] = start;
@@ -83,9 +83,10 @@ function coefficients(oldSize, newSize, { support, at }) {
   return { starts, counts, weights, stride };
 }
 
-function unchanged(size) {
+function identity(size) {
   const starts = Int32Array.from({ length: size }, (_, i) => i);
-  return { starts, counts: new Int32Array(size).fill(1), weights: new Int32Array(size).fill(1 << BITS), stride: 1 };
+  const weights = new Int32Array(size).fill(1 << FRACTION_BITS);
+  return { starts, counts: new Int32Array(size).fill(1), weights, stride: 1 };
 }
 
 function bicubic(x) {

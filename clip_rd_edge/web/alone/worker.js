@@ -1,37 +1,39 @@
-// Runs the model beside the page, so that the page answers while it works. Called by api.js: { id, name, argument }.
+// Runs the model in a worker, so that the page stays responsive. Receives { id, method, argument } from api.js.
 
 import { Model } from "./model.js";
 
 let model;
-let last = Promise.resolve(); // a runtime does one thing at a time
+let queue = Promise.resolve(); // the runtime handles one call at a time
 
-const calls = {
+const methods = {
   async open({ backend, bundle, threads }) {
     model = await Model.open({ backend, bundle, threads, read });
   },
-  setLabels: ({ labels, prompts }) => model.setLabels(labels, prompts),
-  classify: ({ picture }) => model.classify(picture),
+  setLabels: ({ labels, promptLists }) => model.setLabels(labels, promptLists),
+  classify: ({ image }) => model.classify(image),
   bankSize: () => model.bank?.size ?? 0,
 };
 
-addEventListener("message", ({ data: { id, name, argument } }) => {
-  last = last
-    .then(() => calls[name](argument))
+addEventListener("message", ({ data: { id, method, argument } }) => {
+  queue = queue
+    .then(() => methods[method](argument))
     .then((result) => postMessage({ id, result }))
     .catch((error) => postMessage({ id, error: error?.message ?? String(error) }));
 });
 
-// A file's content; tells the page how many bytes came.
-async function read(address) {
-  const response = await fetch(address).catch(() => null);
-  const name = address.split("/").at(-1);
-  if (!response?.ok) throw new Error(`${name} cannot be read from the server${response ? ` (${response.status})` : ""}.`);
-  const pieces = [];
-  for (let reader = response.body.getReader(), piece = {}; !piece.done; ) {
-    piece = await reader.read();
-    if (piece.done) break;
-    pieces.push(piece.value);
-    postMessage({ read: piece.value.length });
+// The content of a file; reports the number of bytes to the page as they arrive.
+async function read(url) {
+  const response = await fetch(url).catch(() => null);
+  const name = url.split("/").at(-1);
+  if (!response?.ok) {
+    throw new Error(`${name} could not be loaded from the server${response ? ` (${response.status})` : ""}.`);
   }
-  return new Blob(pieces).arrayBuffer();
+  const chunks = [];
+  for (let reader = response.body.getReader(), chunk = {}; !chunk.done; ) {
+    chunk = await reader.read();
+    if (chunk.done) break;
+    chunks.push(chunk.value);
+    postMessage({ bytes: chunk.value.length });
+  }
+  return new Blob(chunks).arrayBuffer();
 }

@@ -1,65 +1,66 @@
-// What the page asks of the server. A refusal comes as a sentence, which is thrown.
-// `clip-rd-edge export --target browser` puts demo/alone/api.js in its place, which does the same without a server.
+// The page's requests to the demo's server.
+// `clip-rd-edge export --target browser` replaces this file with web/alone/api.js, which needs no server.
 
-export class Refusal extends Error {
-  constructor(status, sentence) {
-    super(sentence);
+export class RequestError extends Error {
+  constructor(status, message) {
+    super(message);
     this.status = status;
   }
 }
 
-async function ask(path, body) {
+async function request(path, body) {
   let response;
   try {
     response = await fetch(path, body === undefined ? {} : { method: "POST", body });
   } catch {
-    throw new Refusal(0, "The server does not answer. Is clip-rd-edge demo still running?");
+    throw new RequestError(0, "The server does not respond. Is clip-rd-edge demo still running?");
   }
   const content = await response.json().catch(() => ({}));
   if (!response.ok) {
-    throw new Refusal(response.status, [content.error ?? `The server said ${response.status}.`, content.hint].filter(Boolean).join(" Hint: "));
+    const message = content.error ?? `The server responded with status ${response.status}.`;
+    throw new RequestError(response.status, [message, content.hint].filter(Boolean).join(" Hint: "));
   }
   return content;
 }
 
-// What there is to choose from, and what the page says of it.
-export async function choices() {
-  const { bundles, labels } = await ask("api/bundles");
+// The bundles to choose from, and the texts that the page shows about them.
+export async function loadChoices() {
+  const { bundles, labels } = await request("api/bundles");
   const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
   const privacy = local
-    ? "Pictures go to the program on this machine, and no further; they are not kept."
-    : `Pictures go to ${location.host} without encryption, and no further; they are not kept.`;
+    ? "Images are sent only to the program on this machine and are not stored."
+    : `Images are sent unencrypted to ${location.host}, only there, and are not stored.`;
   return { choices: bundles, labels, privacy };
 }
 
-// A camera's frame as `classify` takes it.
-export function packed(canvas) {
+// A camera frame in the form that `classify` takes.
+export function encodeFrame(canvas) {
   return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
 }
 
-// Labels are sent once and named by a key from then on; null means the bundle's own.
+// Labels are sent once; later requests refer to them by key. null means the bundle's own labels.
 const keys = new Map();
 
-async function keyOf(labels) {
+async function labelKey(labels) {
   const text = JSON.stringify(labels);
   if (!keys.has(text)) {
     keys.clear();
-    keys.set(text, (await ask("api/labels", text)).key);
+    keys.set(text, (await request("api/labels", text)).key);
   }
   return keys.get(text);
 }
 
-// The answer, with the time from picture to answer as `asked_ms`; labels that were new are not counted in it.
-export async function classify(bundle, labels, picture) {
-  for (let again = 0; ; again++) {
-    const key = labels === null ? "" : await keyOf(labels);
+// The server's response, with the time of the request as `elapsed_ms`; sending new labels is not included.
+export async function classify(bundle, labels, image) {
+  for (let attempt = 0; ; attempt++) {
+    const key = labels === null ? "" : await labelKey(labels);
     try {
-      const began = performance.now();
-      const answer = await ask(`api/classify?bundle=${bundle}&labels=${key}`, picture);
-      return { ...answer, asked_ms: performance.now() - began };
-    } catch (refusal) {
-      // The server was started anew, or has forgotten the labels: send them again, once.
-      if (refusal.status !== 409 || again) throw refusal;
+      const started = performance.now();
+      const result = await request(`api/classify?bundle=${bundle}&labels=${key}`, image);
+      return { ...result, elapsed_ms: performance.now() - started };
+    } catch (error) {
+      // The server was restarted or has dropped the labels: send them again, once.
+      if (error.status !== 409 || attempt) throw error;
       keys.clear();
     }
   }

@@ -1,88 +1,88 @@
-// Puts the page together: a picture and labels go in, bars and times come out.
+// The page's main script: connects the image source, the labels and the model table.
 
-import { choices, classify } from "./api.js";
-import { Labels, percent } from "./labels.js";
-import { Pictures } from "./picture.js";
+import { classify, loadChoices } from "./api.js";
+import { ImageSource } from "./images.js";
+import { LabelList, percent } from "./labels.js";
 
 const byId = (id) => document.getElementById(id);
-const REMEMBERED = 30; // times that a median is taken of
+const MEDIAN_COUNT = 30; // number of recent times that the medians cover
 const QUESTION = byId("lead").textContent;
-const START = ["a person", "a cat", "a dog", "a flower", "food", "a building"];
+const START_LABELS = ["a person", "a cat", "a dog", "a flower", "food", "a building"];
 
-let known = []; // the bundles, or what else there is to choose from
-let chosen = 0; // which of them
-let picture = null; // the last one, to be classified again when labels or bundle change
-let asked = 0; // number of the last request: an older one that comes late is not shown
+let choices = []; // the bundles, or the backends of a browser-only page
+let selected = 0; // index of the selected choice
+let image = null; // the current image, classified again when the labels or the choice change
+let lastRequest = 0; // number of the newest request: results of older ones are ignored
 
-const labels = new Labels(() => later(again));
-const pictures = new Pictures(taken, fail);
+const labels = new LabelList(() => debounce(classifyAgain));
+const source = new ImageSource(showImage, showError);
 
-async function taken(blob, taking) {
-  picture = blob;
-  await ask(taking);
+async function showImage(newImage, captureTime) {
+  image = newImage;
+  await update(captureTime);
 }
 
-async function again() {
-  // The camera's next frame brings the change along.
-  if (picture && !pictures.stream) await ask();
+async function classifyAgain() {
+  // With the camera on, the next frame uses the new labels anyway.
+  if (image && !source.stream) await update();
 }
 
-async function ask(taking = 0) {
-  const number = ++asked;
-  const bundle = chosen;
+async function update(captureTime = 0) {
+  const number = ++lastRequest;
+  const choice = selected;
   const current = labels.current;
   if (current?.length === 0) {
     labels.clear();
-    say("Add a label to choose from.");
+    setLead("Add a label to choose from.");
     return;
   }
   try {
-    const answer = await classify(bundle, current, picture);
-    if (number !== asked) return;
+    const result = await classify(choice, current, image);
+    if (number !== lastRequest) return;
     const received = performance.now();
-    fail("");
-    labels.show(answer);
-    const best = answer.probabilities[0];
-    say(best >= 0.5 ? "" : "Perhaps ", answer.labels[0], ` ${percent(best)}`);
-    count(bundle, answer.model_ms, taking + answer.asked_ms + (performance.now() - received));
-  } catch (refusal) {
-    if (number !== asked) return;
+    showError("");
+    labels.show(result);
+    const best = result.probabilities[0];
+    setLead(best >= 0.5 ? "" : "Perhaps ", result.labels[0], ` ${percent(best)}`);
+    addTime(choice, result.model_ms, captureTime + result.elapsed_ms + (performance.now() - received));
+  } catch (error) {
+    if (number !== lastRequest) return;
     labels.clear();
-    say("No answer.");
-    fail(refusal.message);
-    if (pictures.stream && refusal.status !== 429) pictures.stop();
+    setLead("No result.");
+    showError(error.message);
+    if (source.stream && error.status !== 429) source.stop();
   }
 }
 
-function say(before, strong = "", after = "") {
+function setLead(before, strong = "", after = "") {
   const lead = byId("lead");
-  // A screen reader would not come to an end of a camera's answers.
-  lead.setAttribute("aria-live", pictures.stream ? "off" : "polite");
+  // Do not announce camera results: a screen reader could not keep up.
+  lead.setAttribute("aria-live", source.stream ? "off" : "polite");
   const best = document.createElement("strong");
   best.textContent = strong;
   best.dir = "auto";
   lead.replaceChildren(before, best, after);
 }
 
-function loading(sentence) {
+function showProgress(message) {
   byId("lead").setAttribute("aria-live", "off");
-  byId("lead").textContent = sentence;
+  byId("lead").textContent = message;
 }
 
-function fail(sentence) {
-  byId("error").textContent = sentence;
+function showError(message) {
+  byId("error").textContent = message;
 }
 
-function count(bundle, model, all) {
-  const { times } = known[bundle];
-  times.push({ model, all, at: performance.now() });
-  if (times.length > REMEMBERED) times.shift();
-  const row = byId("bundles").children[bundle];
+function addTime(choice, modelTime, totalTime) {
+  const { times } = choices[choice];
+  times.push({ model: modelTime, total: totalTime, at: performance.now() });
+  if (times.length > MEDIAN_COUNT) times.shift();
+  const row = byId("bundles").children[choice];
   row.children[3].textContent = milliseconds(median(times.map((time) => time.model)));
-  row.children[4].textContent = milliseconds(median(times.map((time) => time.all)));
+  row.children[4].textContent = milliseconds(median(times.map((time) => time.total)));
   const recent = times.filter((time) => time.at > performance.now() - 2000);
   const seconds = (recent.at(-1).at - recent[0].at) / 1000;
-  byId("rate").hidden = !pictures.stream || recent.length < 3;
+  byId("rate").hidden = !source.stream || recent.length < 3;
   byId("rate").textContent = `${((recent.length - 1) / seconds).toFixed(0)} frames/s`;
 }
 
@@ -95,23 +95,23 @@ const milliseconds = (value) => `${value < 9.95 ? value.toFixed(1) : value.toFix
 const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 9.95e6 ? 1 : 0)} MB`;
 
 let timer = 0;
-function later(action) {
+function debounce(action) {
   clearTimeout(timer);
-  timer = setTimeout(action, 120); // a typed word is one change, not one a letter
+  timer = setTimeout(action, 120); // one request per typed word, not per letter
 }
 
-function choose(bundle) {
-  chosen = bundle;
-  const { bank } = known[bundle];
+function select(index) {
+  selected = index;
+  const { bank } = choices[index];
   byId("bank-switch").hidden = !bank;
-  byId("bank-text").textContent = `use the bundle's own ${bank.toLocaleString("en")}`;
+  byId("bank-text").textContent = `use the bundle's own ${bank.toLocaleString("en")} labels`;
   if (!bank) byId("bank").checked = false;
   labels.useBank(byId("bank").checked);
-  [...byId("bundles").children].forEach((row, place) => row.classList.toggle("chosen", place === bundle));
-  later(again);
+  [...byId("bundles").children].forEach((row, i) => row.classList.toggle("selected", i === index));
+  debounce(classifyAgain);
 }
 
-function rowOf(bundle, place) {
+function createRow(choice, index) {
   const row = document.createElement("tr");
   const head = document.createElement("th");
   head.scope = "row";
@@ -119,30 +119,30 @@ function rowOf(bundle, place) {
   const radio = document.createElement("input");
   radio.type = "radio";
   radio.name = "bundle";
-  radio.checked = place === 0;
-  radio.addEventListener("change", () => choose(place));
-  label.append(radio, bundle.folder);
-  label.title = bundle.name;
+  radio.checked = index === 0;
+  radio.addEventListener("change", () => select(index));
+  label.append(radio, choice.folder);
+  label.title = choice.name;
   head.append(label);
   row.append(head);
-  for (const text of [bundle.precision, megabytes(bundle.size_bytes), "–", "–"]) row.insertCell().textContent = text;
+  for (const text of [choice.precision, megabytes(choice.size_bytes), "–", "–"]) row.insertCell().textContent = text;
   return row;
 }
 
 byId("bank").addEventListener("change", () => labels.useBank(byId("bank").checked));
-addEventListener("pagehide", () => pictures.stop());
+addEventListener("pagehide", () => source.stop());
 
 try {
-  const start = await choices(loading);
-  known = start.choices.map((bundle) => ({ ...bundle, times: [] }));
-  byId("bundles").replaceChildren(...known.map(rowOf));
-  byId("privacy").textContent = start.privacy;
-  byId("what").textContent = start.what ?? "bundle";
-  byId("note").textContent = start.note ?? "";
-  labels.add(start.labels.length ? start.labels : START);
-  byId("bank").checked = known[0].bank > 0 && !start.labels.length;
-  say(QUESTION);
-  choose(0);
+  const setup = await loadChoices(showProgress);
+  choices = setup.choices.map((choice) => ({ ...choice, times: [] }));
+  byId("bundles").replaceChildren(...choices.map(createRow));
+  byId("privacy").textContent = setup.privacy;
+  byId("choice-heading").textContent = setup.heading ?? "bundle";
+  byId("note").textContent = setup.note ?? "";
+  labels.add(setup.labels.length ? setup.labels : START_LABELS);
+  byId("bank").checked = choices[0].bank > 0 && !setup.labels.length;
+  setLead(QUESTION);
+  select(0);
 } catch (error) {
-  fail(error.message);
+  showError(error.message);
 }

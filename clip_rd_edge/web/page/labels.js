@@ -1,11 +1,12 @@
-// The list of labels, which is also the list of bars: each row is a field to type in, with its bar behind it.
+// The list of labels, which also shows the results: each row is a text field with a bar behind it.
 
 const list = document.getElementById("labels");
-const SHOWN = 8; // rows, where the labels are the bundle's own
+const BANK_ROWS = 8; // rows shown for the bundle's own labels
 
-export class Labels {
-  constructor(changed) {
-    this.changed = changed;
+export class LabelList {
+  // onChange() is called when the labels change.
+  constructor(onChange) {
+    this.onChange = onChange;
     this.bank = false;
     const form = document.getElementById("add");
     const field = document.getElementById("new");
@@ -14,7 +15,7 @@ export class Labels {
       this.add([field.value]);
       field.value = "";
     });
-    // A list that is pasted becomes a row a line.
+    // A pasted list becomes one row per line.
     field.addEventListener("paste", (event) => {
       const lines = event.clipboardData.getData("text").split(/\r?\n/).filter((line) => line.trim());
       if (lines.length > 1) {
@@ -28,7 +29,7 @@ export class Labels {
     this.form = form;
   }
 
-  // Labels as they are typed, without empty ones; null where the bundle's own are asked for.
+  // The distinct non-empty labels, or null for the bundle's own.
   get current() {
     if (this.bank) return null;
     const typed = [...list.querySelectorAll("input")].map((input) => input.value.trim()).filter(Boolean);
@@ -36,10 +37,11 @@ export class Labels {
   }
 
   add(labels) {
-    for (const label of labels.map((each) => each.trim()).filter(Boolean)) list.append(this.#row(label));
-    this.changed();
+    for (const label of labels.map((text) => text.trim()).filter(Boolean)) list.append(this.#createRow(label));
+    this.onChange();
   }
 
+  // Switch between typed labels and the bundle's own.
   useBank(bank) {
     if (bank === this.bank) return;
     if (bank) this.typed = this.current;
@@ -48,90 +50,90 @@ export class Labels {
     list.replaceChildren();
     if (bank) this.clear();
     else this.add(this.typed ?? []);
-    this.changed();
+    this.onChange();
   }
 
-  // Bars of typed labels stay where they are, so that the eye can follow one; the bundle's own come likeliest first.
-  show(answer) {
+  // Typed labels keep their order, so that the eye can follow a bar; the bundle's own are sorted by probability.
+  show(result) {
     if (this.bank) {
-      [...list.children].forEach((row, place) => {
-        row.querySelector(".text").textContent = answer.labels[place] ?? "";
-        this.#set(row, answer.probabilities[place] ?? null, place === 0);
+      [...list.children].forEach((row, i) => {
+        row.querySelector(".text").textContent = result.labels[i] ?? "";
+        this.#setProbability(row, result.probabilities[i] ?? null, i === 0);
       });
       return;
     }
-    const shares = new Map(answer.labels.map((label, place) => [label, answer.probabilities[place]]));
+    const probabilities = new Map(result.labels.map((label, i) => [label, result.probabilities[i]]));
     for (const row of list.children) {
       const label = row.querySelector("input").value.trim();
-      this.#set(row, label ? shares.get(label) ?? 0 : null, label && label === answer.labels[0]);
+      this.#setProbability(row, label ? probabilities.get(label) ?? 0 : null, label && label === result.labels[0]);
     }
   }
 
   clear() {
-    // Empty rows keep the place of those to come.
-    if (this.bank) list.replaceChildren(...Array.from({ length: SHOWN }, () => this.#plainRow()));
-    for (const row of list.children) this.#set(row, null, false);
+    // Empty rows reserve the space for the bundle's own labels.
+    if (this.bank) list.replaceChildren(...Array.from({ length: BANK_ROWS }, () => this.#createBankRow()));
+    for (const row of list.children) this.#setProbability(row, null, false);
   }
 
-  #set(row, share, best) {
-    row.style.setProperty("--share", share ?? 0);
+  #setProbability(row, probability, best) {
+    row.style.setProperty("--probability", probability ?? 0);
     row.classList.toggle("best", Boolean(best));
-    row.querySelector("output").textContent = share === null ? "" : percent(share);
+    row.querySelector("output").textContent = probability === null ? "" : percent(probability);
   }
 
-  #row(label) {
+  #createRow(label) {
     const row = document.createElement("li");
-    const bar = element("div", "bar");
-    const field = element("input", "text");
+    const bar = createElement("div", "bar");
+    const field = createElement("input", "text");
     field.value = label;
     field.maxLength = 300;
     field.dir = "auto";
     field.autocomplete = "off";
     field.setAttribute("aria-label", "Label");
-    field.addEventListener("input", () => this.changed());
+    field.addEventListener("input", () => this.onChange());
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter") document.getElementById("new").focus();
     });
-    // A row that was emptied goes when it is left.
+    // Remove an emptied row when it loses the focus.
     field.addEventListener("change", () => {
       if (!field.value.trim()) this.#remove(row);
     });
-    const remove = element("button", "remove");
+    const remove = createElement("button", "remove");
     remove.type = "button";
     remove.textContent = "×";
     remove.title = "Remove";
     remove.addEventListener("click", () => this.#remove(row));
     field.addEventListener("input", () => remove.setAttribute("aria-label", `Remove ${field.value}`));
     remove.setAttribute("aria-label", `Remove ${label}`);
-    row.append(bar, field, element("output"), remove);
+    row.append(bar, field, createElement("output"), remove);
     return row;
   }
 
-  #plainRow() {
+  #createBankRow() {
     const row = document.createElement("li");
-    const text = element("span", "text");
+    const text = createElement("span", "text");
     text.dir = "auto";
-    row.append(element("div", "bar"), text, element("output"));
+    row.append(createElement("div", "bar"), text, createElement("output"));
     return row;
   }
 
   #remove(row) {
-    // The keyboard's focus goes to the next row, not to the top of the page.
+    // Keep the keyboard focus in the list: without this it would return to the top of the page.
     const next = row.nextElementSibling ?? row.previousElementSibling;
     const focused = row.contains(document.activeElement);
     row.remove();
     if (focused) (next?.querySelector(".remove") ?? document.getElementById("new")).focus();
-    this.changed();
+    this.onChange();
   }
 }
 
-export function percent(share) {
-  const value = share * 100;
+export function percent(probability) {
+  const value = probability * 100;
   return `${value < 9.95 ? value.toFixed(1) : value.toFixed(0)} %`;
 }
 
-function element(tag, name = "") {
-  const made = document.createElement(tag);
-  made.className = name;
-  return made;
+function createElement(tag, className = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  return element;
 }

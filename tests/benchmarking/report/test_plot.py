@@ -13,11 +13,11 @@ from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import UsageError
 
 
-def test_the_same_results_give_the_same_file(results: Results) -> None:
+def test_the_same_results_give_an_identical_file(results: Results) -> None:
     assert draw(results, file_format="svg") == draw(results, file_format="svg")
 
 
-def test_colours_are_those_of_the_roles_and_the_ground(results: Results) -> None:
+def test_the_plot_has_the_colours_of_roles_and_background(results: Results) -> None:
     png = draw(results, file_format="png", palette=DARK)
     assert png is not None
     with Image.open(io.BytesIO(png)) as image:
@@ -26,17 +26,17 @@ def test_colours_are_those_of_the_roles_and_the_ground(results: Results) -> None
         assert tuple(bytes.fromhex(colour[1:])) in colours
 
 
-def test_results_without_zero_shot_have_no_plot(results: Results) -> None:
+def test_results_without_a_zero_shot_task_have_no_plot(results: Results) -> None:
     rows = tuple(msgspec.structs.replace(row, scores=()) for row in results.rows)
     assert draw(msgspec.structs.replace(results, rows=rows), file_format="png") is None
 
 
-def test_pareto_front_leaves_out_what_another_beats_in_both() -> None:
+def test_pareto_front_excludes_dominated_models() -> None:
     x, y = np.asarray([10.0, 2.0, 5.0, 5.0, 1.0]), np.asarray([80.0, 60.0, 50.0, 70.0, 10.0])
     assert _pareto_front(x, y) == [4, 1, 3, 0]
 
 
-def test_labels_of_near_dots_do_not_cover_each_other() -> None:
+def test_labels_of_nearby_dots_do_not_overlap() -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(6, 4))
     axes = figure.add_subplot(xlim=(0, 10), ylim=(0, 10))
     x = np.asarray([5.0, 5.6, 5.3])
@@ -48,16 +48,16 @@ def test_labels_of_near_dots_do_not_cover_each_other() -> None:
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
-def test_a_label_keeps_off_the_line() -> None:
+def test_a_label_avoids_the_line() -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(6, 4))
     axes = figure.add_subplot(xlim=(0, 10), ylim=(0, 10))
     x, y = np.asarray([2.0, 8.0]), np.asarray([5.0, 5.0])
-    place_labels(axes, Dots(x, y, y, y, np.full(2, 4.0)), ["first", "second"], ["red", "blue"], joined=[0, 1])
+    place_labels(axes, Dots(x, y, y, y, np.full(2, 4.0)), ["first", "second"], ["red", "blue"], line=[0, 1])
     first = axes.texts[0].get_window_extent()
     assert first.x1 < axes.transData.transform((2, 5))[0]
 
 
-def test_without_matplotlib_there_is_a_hint_before_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_reported_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

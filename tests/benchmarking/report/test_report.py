@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from clip_rd_edge.benchmarking import formatting as formats
+from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
@@ -19,7 +19,7 @@ from clip_rd_edge.benchmarking.report.text import (
     markdown,
     score_tables,
     terminal_table,
-    write_between_marks,
+    write_between_markers,
     write_report,
 )
 from clip_rd_edge.benchmarking.results import Results, RowResult, SkippedRow, read_results
@@ -27,27 +27,27 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import shipped
+from clip_rd_edge.utils.io import shipped_path
 
 
-def numbers_of(row: RowResult) -> list[str]:
-    """Every number that a report must show of a row, as it must show it."""
+def expected_figures(row: RowResult) -> list[str]:
+    """Return all figures that a report must show of a row, as formatted."""
     latency = row.latency
-    found = [formats.megabytes(row.description.size_bytes), formats.millions(row.description.parameters)]
+    figures = [formatting.megabytes(row.description.size_bytes), formatting.millions(row.description.parameters)]
     for percentiles in (latency.image, latency.text, latency.end_to_end):
-        found += [formats.milliseconds(percentiles.p50), formats.milliseconds(percentiles.p95)]
+        figures += [formatting.milliseconds(percentiles.p50), formatting.milliseconds(percentiles.p95)]
     for score in row.scores:
         if isinstance(score, ZeroShotScore):
-            found += [formats.percent(value) for value in (score.top1, score.top5, score.mean_per_class)]
-            found.append(formats.interval(score.top1_interval))
+            figures += [formatting.percent(value) for value in (score.top1, score.top5, score.mean_per_class)]
+            figures.append(formatting.interval(score.top1_interval))
         else:
             for recall in (score.image_to_text, score.text_to_image):
-                found += [formats.percent(value) for value in (recall.at1, recall.at5, recall.at10)]
-    return found
+                figures += [formatting.percent(value) for value in (recall.at1, recall.at5, recall.at10)]
+    return figures
 
 
 class Tags(HTMLParser):
-    """Counts open tags, and keeps what the page loads."""
+    """Checks that tags are closed, and collects the resources that the page loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def with_retrieval(results: Results) -> Results:
-    """The same with a retrieval score a row."""
+    """Return the results with an additional retrieval score in each row."""
     recall = {"at1": 0.123, "at5": 0.456, "at10": 0.789}
     score = msgspec.convert(
         {
             "kind": "retrieval",
             "task": "pairs",
-            "pictures": 7,
+            "images": 7,
             "captions": 11,
             "image_to_text": recall,
             "text_to_image": {**recall, "at10": None},
@@ -84,31 +84,31 @@ def with_retrieval(results: Results) -> Results:
     return msgspec.structs.replace(results, rows=rows)
 
 
-def test_every_number_of_the_results_stands_in_both_reports(with_retrieval: Results) -> None:
+def test_all_figures_of_the_results_are_in_both_reports(with_retrieval: Results) -> None:
     text, html = markdown(with_retrieval, plot=True), page(with_retrieval)
     for row in with_retrieval.rows:
-        for number in [row.label, *numbers_of(row)]:
-            assert number in text, (row.label, number)
-            assert number in html, (row.label, number)
-    for found in with_retrieval.comparisons:
-        assert formats.signed_points(found.difference) in text
-        assert formats.signed_interval(found.interval) in html
+        for figure in [row.label, *expected_figures(row)]:
+            assert figure in text, (row.label, figure)
+            assert figure in html, (row.label, figure)
+    for comparison in with_retrieval.comparisons:
+        assert formatting.signed_points(comparison.difference) in text
+        assert formatting.signed_interval(comparison.interval) in html
     for fact in (with_retrieval.environment.machine, with_retrieval.environment.date):
         assert fact in text
         assert fact in html
 
 
-def test_a_changed_result_changes_table_and_headline(results: Results) -> None:
-    student = results.rows[2]
-    assert isinstance(student.scores[0], ZeroShotScore)
-    better = msgspec.structs.replace(student.scores[0], top1=0.4321)
-    rows = (*results.rows[:2], msgspec.structs.replace(student, scores=(better,)), *results.rows[3:])
+def test_a_changed_result_changes_the_table_and_the_headline(results: Results) -> None:
+    int8 = results.rows[-1]
+    assert isinstance(int8.scores[0], ZeroShotScore)
+    better = msgspec.structs.replace(int8.scores[0], top1=0.4321)
+    rows = (*results.rows[:-1], msgspec.structs.replace(int8, scores=(better,)))
     changed = markdown(msgspec.structs.replace(results, rows=rows), plot=True)
     assert "| 43.2 (43\u00a0%) |" in changed
-    assert "keeps **43\u00a0%** of the teacher's top-1" in changed
+    assert "INT8 keeps **43\u00a0%** of the teacher's top-1 on task (43.2 % vs 100.0 %)" in changed
 
 
-def test_the_page_is_whole_and_loads_nothing(results: Results) -> None:
+def test_the_page_is_valid_and_loads_no_external_resources(results: Results) -> None:
     html = page(results)
     tags = Tags()
     tags.feed(html)
@@ -122,68 +122,123 @@ def test_the_page_is_whole_and_loads_nothing(results: Results) -> None:
 
 def test_names_are_escaped(suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path) -> None:
     (tmp_path / "models" / "task" / "red").rename(tmp_path / "models" / "task" / "<b>red|")
-    found = run_suite(msgspec.structs.replace(suite, name="<i>mine</i>"), open_fake)
-    html, text = page(found), markdown(found, plot=True)
+    measured = run_suite(msgspec.structs.replace(suite, name="<i>mine</i>"), open_fake)
+    html, text = page(measured), markdown(measured, plot=True)
     assert "<i>mine" not in html
     assert "<b>red" not in html
     rows = [line for line in text.splitlines() if line.startswith("| <b>red")]
     assert all(line.count("|") == 4 for line in rows)
 
 
-def test_headline_tells_cost_and_gain(results: Results) -> None:
-    first, second, third, fourth = headline(results)
-    assert first.startswith(
-        "The student keeps **67\u00a0%** of the teacher's top-1 on task (66.7 of 100.0 %) at **1/1.5**"
+def with_latencies(row: RowResult, *, image_ms: float, end_to_end_ms: float) -> RowResult:
+    """Return the row with other median latencies."""
+    image = msgspec.structs.replace(row.latency.image, p50=image_ms)
+    end_to_end = msgspec.structs.replace(row.latency.end_to_end, p50=end_to_end_ms)
+    return msgspec.structs.replace(
+        row, latency=msgspec.structs.replace(row.latency, image=image, end_to_end=end_to_end)
     )
-    assert "INT8 costs **" in second
-    assert "**1/1.3** of the size of FP32" in second
-    assert "the teacher" in third
-    assert fourth.startswith("Distilling brought **+")
 
 
-def test_headline_says_slower_bigger_and_gained(results: Results) -> None:
-    *_, fp32, int8 = results.rows
-    slow = msgspec.structs.replace(int8.latency, image=msgspec.structs.replace(fp32.latency.image, p50=99.0))
-    big = msgspec.structs.replace(int8.description, size_bytes=3 * fp32.description.size_bytes)
-    changed = msgspec.structs.replace(int8, latency=slow, description=big)
+@pytest.fixture
+def timed(results: Results) -> Results:
+    """Return the results with known latencies; sizes are 6, 2, 4, 4 and 3 MB, top-1 is 100, 50, 67, 67 and 50 %."""
+    latencies = {"Teacher": (20.0, 24.0), "Alone": (8.0, 9.0), "Student": (10.0, 12.0), "FP32": (6.0, 8.0)}
+    rows = tuple(
+        with_latencies(row, image_ms=image_ms, end_to_end_ms=end_to_end_ms)
+        for row in results.rows
+        for image_ms, end_to_end_ms in (latencies.get(row.label, (2.0, 3.0)),)
+    )
+    return msgspec.structs.replace(results, rows=rows)
+
+
+def test_headline_leads_with_the_shipped_model_against_the_teacher(timed: Results) -> None:
+    shipped, student, quantised, distilled = headline(timed)
+    assert shipped == (
+        "INT8 keeps **50\u00a0%** of the teacher's top-1 on task (50.0 % vs 100.0 %), "
+        "is **8.0× faster** end to end (3.00 ms vs 24.0 ms from image file to label) "
+        "and **2.0× smaller** (3.0 MB vs 6.0 MB)."
+    )
+    assert student == (
+        "The student before export keeps **67\u00a0%** of the teacher's top-1 on task (66.7 % vs 100.0 %), "
+        "is **1.5× smaller**, and its image tower is **2.0× faster**."
+    )
+    assert quantised.startswith("Compared with FP32, INT8 loses **16.7 points** of top-1 (95 % confidence interval ")
+    assert quantised.endswith("), is **1.3× smaller**, and its image tower is **3.0× faster**.")
+    assert distilled.startswith("Distillation changes top-1 by **+16.7 points** compared with the same student trained")
+
+
+def test_headline_leads_with_the_last_exported_model_without_a_quantised_one(timed: Results) -> None:
+    exported = timed.rows[3]
+    last = msgspec.structs.replace(with_latencies(exported, image_ms=3.0, end_to_end_ms=48.0), label="OpenVINO")
+    shipped, *_ = headline(msgspec.structs.replace(timed, rows=(*timed.rows[:-1], last)))
+    assert shipped.startswith("OpenVINO keeps **67\u00a0%** of the teacher's top-1 on task")
+    assert "is **2.0× slower** end to end (48.0 ms vs 24.0 ms from image file to label)" in shipped
+
+
+def test_headline_of_the_last_of_several_quantised_models(timed: Results) -> None:
+    other = msgspec.structs.replace(timed.rows[-1], label="INT8 per tensor")
+    assert headline(msgspec.structs.replace(timed, rows=(*timed.rows, other)))[0].startswith("INT8 per tensor keeps")
+
+
+def test_headline_without_a_shipped_model_is_about_the_student(timed: Results) -> None:
+    (sentence,) = headline(msgspec.structs.replace(timed, rows=(timed.rows[0], timed.rows[2])))
+    assert sentence.startswith("The student keeps **67\u00a0%** of the teacher's top-1")
+
+
+def test_headline_reports_slower_larger_and_more_accurate_models(timed: Results) -> None:
+    *_, fp32, int8 = timed.rows
+    large = msgspec.structs.replace(int8.description, size_bytes=3 * fp32.description.size_bytes)
+    changed = msgspec.structs.replace(with_latencies(int8, image_ms=12.0, end_to_end_ms=48.0), description=large)
     gained = tuple(
-        msgspec.structs.replace(found, difference=0.021, interval=Interval(-0.01, 0.05))
-        if (found.label, found.reference) == ("INT8", "FP32")
-        else found
-        for found in results.comparisons
+        msgspec.structs.replace(comparison, difference=0.021, interval=Interval(-0.01, 0.05))
+        if (comparison.label, comparison.reference) == ("INT8", "FP32")
+        else comparison
+        for comparison in timed.comparisons
     )
-    sentence = headline(msgspec.structs.replace(results, rows=(*results.rows[:-1], changed), comparisons=gained))[1]
-    assert "gains **2.1 points** of top-1 (95 % interval −1.0 to 5.0)" in sentence
-    assert "**3.0×** of the size" in sentence
-    assert "slower**" in sentence
+    sentences = headline(msgspec.structs.replace(timed, rows=(*timed.rows[:-1], changed), comparisons=gained))
+    assert sentences[0].endswith(
+        "is **2.0× slower** end to end (48.0 ms vs 24.0 ms from image file to label) "
+        "and **2.0× larger** (12.0 MB vs 6.0 MB)."
+    )
+    assert sentences[2] == (
+        "Compared with FP32, INT8 gains **2.1 points** of top-1 (95 % confidence interval −1.0 to 5.0), "
+        "is **3.0× larger**, and its image tower is **2.0× slower**."
+    )
 
 
-def test_no_part_of_a_teacher_that_guesses(results: Results) -> None:
-    teacher, *others = results.rows
+def test_headline_has_no_accuracy_relative_to_a_teacher_at_chance_level(timed: Results) -> None:
+    teacher, *others = timed.rows
     assert isinstance(teacher.scores[0], ZeroShotScore)
-    guess = msgspec.structs.replace(teacher.scores[0], top1=0.2, top1_interval=Interval(0.1, 0.3))
-    rows = (msgspec.structs.replace(teacher, scores=(guess,)), *others)
-    guessing = msgspec.structs.replace(results, rows=rows)
-    assert headline(guessing)[0].startswith("The student has **1/1.5** of the teacher's size")
-    assert "Not clearly better than a guess on task: Teacher." in page(guessing)
+    at_chance = msgspec.structs.replace(teacher.scores[0], top1=0.2, top1_interval=Interval(0.1, 0.3))
+    rows = (msgspec.structs.replace(teacher, scores=(at_chance,)), *others)
+    changed = msgspec.structs.replace(timed, rows=rows)
+    shipped, student, *_ = headline(changed)
+    assert shipped.startswith("Compared with the teacher, INT8 is **8.0× faster** end to end")
+    assert student == (
+        "Compared with the teacher, the student before export is **1.5× smaller**, "
+        "and its image tower is **2.0× faster**."
+    )
+    assert "Not significantly above chance level on task: Teacher." in page(changed)
 
 
-def test_headline_says_equal(results: Results) -> None:
-    teacher, _, student, *_ = results.rows
-    twin = msgspec.structs.replace(student, latency=teacher.latency, description=teacher.description)
-    (sentence,) = headline(msgspec.structs.replace(results, rows=(teacher, twin)))
-    assert "at **100 %** of its size, and its image tower is **as fast**." in sentence
+def test_headline_reports_equal_models(timed: Results) -> None:
+    teacher, _, student, *_, int8 = timed.rows
+    equal = {"latency": teacher.latency, "description": teacher.description}
+    student, int8 = (msgspec.structs.replace(row, **equal) for row in (student, int8))
+    first, second = headline(msgspec.structs.replace(timed, rows=(teacher, student, int8)))
+    assert "is **as fast** end to end (24.0 ms vs 24.0 ms from image file to label) and **the same size**" in first
+    assert second.endswith("is **the same size**, and its image tower is **as fast**.")
 
 
 def test_a_suite_of_one_model_has_a_headline(results: Results) -> None:
     alone = msgspec.structs.replace(results, rows=results.rows[1:2], comparisons=())
     (sentence,) = headline(alone)
-    assert sentence.startswith("Alone reaches **")
-    assert "2.0 MB" in sentence
-    assert "teacher" not in markdown(alone, plot=True).split("## Every other")[0].split("## What")[0]
+    assert sentence.startswith("Alone reaches **50.0 %** top-1 on task, takes **")
+    assert sentence.endswith("and needs **2.0 MB** on disk.")
+    assert "teacher" not in markdown(alone, plot=True).split("## Sample")[0]
 
 
-def test_skipped_rows_stand_in_both_reports(results: Results) -> None:
+def test_skipped_rows_are_in_both_reports(results: Results) -> None:
     reason = "There is no model folder quickstart/bundles/int4."
     skipped = msgspec.structs.replace(results, skipped=(SkippedRow(label="INT4", model="int4", reason=reason),))
     for text in (markdown(skipped, plot=True), page(skipped)):
@@ -191,24 +246,24 @@ def test_skipped_rows_stand_in_both_reports(results: Results) -> None:
         assert reason in text
 
 
-def test_terminal_table(with_retrieval: Results) -> None:
-    text = on_terminal(with_retrieval)
+def test_terminal_table_shows_latency_and_relative_accuracy(with_retrieval: Results) -> None:
+    text = render(with_retrieval)
     for row in with_retrieval.rows:
         assert row.label in text
-        assert formats.milliseconds(row.latency.end_to_end.p50) in text
+        assert formatting.milliseconds(row.latency.end_to_end.p50) in text
     assert "67\u00a0%" in text
 
 
-def test_tables_of_scores(with_retrieval: Results) -> None:
+def test_score_tables_show_intervals_and_recall(with_retrieval: Results) -> None:
     console = Console(width=200, file=StringIO())
     for table in score_tables(with_retrieval.rows[0].scores):
         console.print(table)
-    written = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "100.0 to 100.0" in written
-    assert "12.3 / 45.6 / –" in written
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "100.0 to 100.0" in output
+    assert "12.3 / 45.6 / –" in output
 
 
-def test_write_report_and_its_files(results: Results, tmp_path: Path) -> None:
+def test_write_report_writes_all_files(results: Results, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     write_report(results, folder)
     names = {"results.json", "report.md", "report.html", "accuracy-latency.png"}
@@ -218,7 +273,7 @@ def test_write_report_and_its_files(results: Results, tmp_path: Path) -> None:
     assert "![" in (folder / "report.md").read_text()
 
 
-def test_a_suite_of_retrieval_alone_has_no_plot_and_no_samples(
+def test_a_suite_with_only_retrieval_has_no_plot_and_no_samples(
     suite: Suite,
     open_fake: Callable[[str], Any],
     colour_retrieval: RetrievalTask,
@@ -226,32 +281,32 @@ def test_a_suite_of_retrieval_alone_has_no_plot_and_no_samples(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(Suite, "load_tasks", lambda self, fallback: [colour_retrieval])
-    found = run_suite(suite, open_fake)
-    write_report(found, tmp_path / "report")
+    measured = run_suite(suite, open_fake)
+    write_report(measured, tmp_path / "report")
     assert not (tmp_path / "report" / "accuracy-latency.png").exists()
     text = (tmp_path / "report" / "report.md").read_text()
     assert "![" not in text
-    assert "The student has **1/1.5** of the teacher's size" in text
+    assert "Compared with the teacher, the student before export is **1.5× smaller**" in text
     assert "Image → text, R@1, %" in text
     assert "<figure" not in (tmp_path / "report" / "report.html").read_text()
 
 
-def on_terminal(results: Results) -> str:
+def render(results: Results) -> str:
     console = Console(width=200, file=StringIO())
     console.print(terminal_table(results))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
+def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- it: begin -->\nold\n<!-- it: end -->\nafter\n")
-    write_between_marks(page, "it", "| new |")
-    assert page.read_text() == "before\n<!-- it: begin -->\n| new |\n<!-- it: end -->\nafter\n"
+    page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
+    write_between_markers(page, "table", "| new |")
+    assert page.read_text() == "before\n<!-- table: begin -->\n| new |\n<!-- table: end -->\nafter\n"
     with pytest.raises(InputError, match="no lines <!-- other: begin -->"):
-        write_between_marks(page, "other", "| new |")
+        write_between_markers(page, "other", "| new |")
 
 
 @pytest.mark.parametrize("name", ["towers", "peers"])
-def test_the_page_of_benchmarks_has_the_marks(name: str) -> None:
-    text = (shipped("benchmarks") / "README.md").read_text()
+def test_the_benchmarks_readme_has_the_markers(name: str) -> None:
+    text = (shipped_path("benchmarks") / "README.md").read_text()
     assert text.index(f"<!-- {name}: begin -->") < text.index(f"<!-- {name}: end -->")

@@ -1,4 +1,4 @@
-"""What becomes of towers that INT8 makes no better, by what the user allowed."""
+"""Fallbacks for towers that INT8 does not improve, depending on what the user allows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEASURED = Measurement(
 
 
 class Export:
-    """Exports the tiny student in INT8, as if only the towers `better` were better in it."""
+    """Exports the tiny student as if INT8 improved only the towers named in `improved`."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Export:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
-        self.better: tuple[str, ...] = ()
+        self.improved: tuple[str, ...] = ()
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
@@ -47,9 +47,9 @@ class Export:
             loss_points=0.0,
             verdict="",
         )
-        if tower in self.better:
+        if tower in self.improved:
             return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
-        return QuantizedTower(None, "fp32", f"float32: {tower} is no better.", MEASURED, (trial,))
+        return QuantizedTower(None, "fp32", f"float32: {tower} is not improved.", MEASURED, (trial,))
 
     def __call__(self, fallback: Fallback | None = None) -> Manifest:
         return export_bundle(
@@ -72,30 +72,33 @@ def export(
     return Export(student, fp32_bundle, calibration, tmp_path / "bundle", monkeypatch)
 
 
-def test_where_no_tower_is_better_nothing_is_written_and_the_alternatives_are_named(export: Export) -> None:
-    with pytest.raises(ClipRdEdgeError, match=r"not worth shipping .* image is no better\. text .* no better") as error:
+def test_if_no_tower_is_improved_nothing_is_written_and_alternatives_are_named(export: Export) -> None:
+    with pytest.raises(
+        ClipRdEdgeError, match=r"not worth shipping .* image is not improved\. text .* not improved"
+    ) as error:
         export()
     assert error.value.exit_code == 1
     assert error.value.hint.startswith("--fallback fp32 ships float32")
-    assert error.value.hint.endswith("--min-agreement 0.98 what came nearest")
+    assert error.value.hint.endswith("--min-agreement 0.98 ships the nearest INT8 candidate")
     assert not export.output.exists()
 
 
-def test_one_tower_of_two_may_stay_float32_unless_that_is_refused(export: Export) -> None:
-    export.better = ("text",)
-    made = export()
-    assert (made.precision, made.image.precision, made.text.precision) == ("fp32 + int8", "fp32", "int8 static")
-    assert made.image.note == "float32: image is no better."
+def test_one_of_two_towers_may_stay_float32_unless_that_is_refused(export: Export) -> None:
+    export.improved = ("text",)
+    manifest = export()
+    assert manifest.precision == "fp32 + int8"
+    assert (manifest.image.precision, manifest.text.precision) == ("fp32", "int8 static")
+    assert manifest.image.note == "float32: image is not improved."
     export.output = export.output.with_name("none")
-    with pytest.raises(ClipRdEdgeError, match="on this machine: image tower: image is no better") as error:
+    with pytest.raises(ClipRdEdgeError, match="on this machine: image tower: image is not improved") as error:
         export("none")
     assert "text" not in str(error.value)
 
 
 @pytest.mark.parametrize("fallback", ["fp32", "fp16"])
-def test_with_a_fallback_both_towers_take_it(export: Export, fallback: Fallback) -> None:
-    made = export(fallback)
-    assert made.precision == made.image.precision == made.text.precision == fallback
-    assert "text is no better" in made.text.note
-    shrunk = (export.output / "text.onnx").stat().st_size / (export.source / "text.onnx").stat().st_size
-    assert shrunk == pytest.approx(1 if fallback == "fp32" else 0.5, abs=0.05)
+def test_both_towers_use_the_fallback(export: Export, fallback: Fallback) -> None:
+    manifest = export(fallback)
+    assert manifest.precision == manifest.image.precision == manifest.text.precision == fallback
+    assert "text is not improved" in manifest.text.note
+    size_ratio = (export.output / "text.onnx").stat().st_size / (export.source / "text.onnx").stat().st_size
+    assert size_ratio == pytest.approx(1 if fallback == "fp32" else 0.5, abs=0.05)

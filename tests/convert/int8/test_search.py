@@ -10,7 +10,7 @@ import pytest
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.search import TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.sensitivity import group_errors
 from clip_rd_edge.convert.int8.static import StaticQuantizer
@@ -24,116 +24,116 @@ Calls = Mapping[str, Callable[[], object]]
 
 
 def _timer(**latency_ms: float) -> Callable[[Calls], Mapping[str, Milliseconds]]:
-    """Every candidate takes 1 ms, float32 what is said; the token table alone costs time."""
-    alone = {"token table alone": 1.1 * latency_ms["float32"]}
-    return lambda calls: {name: np.full(5, {**latency_ms, **alone}.get(name, 1.0)) for name in calls}
+    """Return a timer: candidates take 1 ms, float32 the given time, `token embeddings only` 10 % longer than that."""
+    slower = {"token embeddings only": 1.1 * latency_ms["float32"]}
+    return lambda calls: {name: np.full(5, {**latency_ms, **slower}.get(name, 1.0)) for name in calls}
 
 
-def test_an_image_tower_gets_smaller_and_still_agrees(fp32_bundle: Path, calibration: CalibrationSet) -> None:
+def test_a_quantised_image_tower_is_smaller_and_agrees(fp32_bundle: Path, calibration: CalibrationSet) -> None:
     model = fp32_bundle / "image.onnx"
-    pixels = calibration.judge.pixels
-    done = quantize_tower(
+    pixels = calibration.held_out.pixels
+    quantized = quantize_tower(
         model,
         TowerSamples("image", calibration.calibrate.pixels, pixels),
         budget=Budget(image=0.97),
         timer=_timer(float32=3.0),
     )
-    assert done.model is not None
-    assert done.precision.startswith("int8 static")
-    assert len(done.model) <= 0.35 * model.stat().st_size
-    assert done.measured.speedup == pytest.approx(3)
-    kept = agreement(embed(open_session(str(model)), pixels), embed(open_session(done.model), pixels))
-    assert kept.centred_cosine == pytest.approx(done.measured.centred_cosine, abs=1e-6)
-    assert kept.centred_cosine >= 0.97
-    assert [trial.verdict for trial in done.trials].count("shipped") == 1
+    assert quantized.model is not None
+    assert quantized.precision.startswith("int8 static")
+    assert len(quantized.model) <= 0.35 * model.stat().st_size
+    assert quantized.measured.speedup == pytest.approx(3)
+    parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(quantized.model), pixels))
+    assert parity.centred_cosine == pytest.approx(quantized.measured.centred_cosine, abs=1e-6)
+    assert parity.centred_cosine >= 0.97
+    assert [trial.verdict for trial in quantized.trials].count("shipped") == 1
 
 
-def test_a_text_tower_shrinks_with_its_token_table_and_keeps_the_mask_in_float(
+def test_a_text_tower_shrinks_with_its_token_embeddings_and_keeps_the_mask_in_float(
     fp32_bundle: Path, calibration: CalibrationSet
 ) -> None:
     model = fp32_bundle / "text.onnx"
-    done = quantize_tower(
+    quantized = quantize_tower(
         model,
-        TowerSamples("text", calibration.calibrate.ids, calibration.judge.ids),
+        TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids),
         timer=_timer(float32=3.0),
     )
-    assert done.model is not None
-    assert len(done.model) <= 0.3 * model.stat().st_size
-    assert done.measured.centred_cosine >= 0.995
-    kinds = Counter(node.op_type for node in onnx.load_from_string(done.model).graph.node)
+    assert quantized.model is not None
+    assert len(quantized.model) <= 0.3 * model.stat().st_size
+    assert quantized.measured.centred_cosine >= 0.995
+    kinds = Counter(node.op_type for node in onnx.load_from_string(quantized.model).graph.node)
     assert kinds["Softmax"] == 3
-    assert kinds["MatMul"] == 6  # queries with keys, and attention with values, of 3 layers: both stay in float
+    assert kinds["MatMul"] == 6  # attention in 3 layers: queries with keys, and weights with values, stay in float
     assert kinds["QLinearAdd"] == kinds["QLinearSoftmax"] == 0
-    assert done.one_at_a_time  # its activations are scaled by the whole batch
+    assert quantized.one_at_a_time  # its activations are scaled per batch
 
 
 def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibration: CalibrationSet) -> None:
-    done = quantize_tower(
+    quantized = quantize_tower(
         fp32_bundle / "text.onnx",
-        TowerSamples("text", calibration.calibrate.ids, calibration.judge.ids),
+        TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids),
         timer=_timer(float32=0.8),
     )
-    assert done.model is None
-    assert done.precision == "fp32"
-    assert "took 1.10 times as long at 0.999" in done.note  # the token table alone came nearest
-    assert done.measured.centred_cosine == pytest.approx(1)
-    assert done.measured.speedup == 1
+    assert quantized.model is None
+    assert quantized.precision == "fp32"
+    assert (
+        "the nearest (token embeddings only) took 1.10 times as long, with a centred cosine of 0.999" in quantized.note
+    )
+    assert quantized.measured.centred_cosine == pytest.approx(1)
+    assert quantized.measured.speedup == 1
 
 
-def test_softmax_normalisation_and_products_of_activations_stay_in_float(
+def test_softmax_normalisation_and_attention_products_stay_in_float(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
-    model = preprocessed(image_tower("mobilevit_xxs")[1], tmp_path)
+    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
     samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
     quantizer = StaticQuantizer(model, samples)
     kinds = Counter(node.op_type for node in onnx.load(model).graph.node if node.name in quantizer.layers)
     assert kinds == {"Conv": 35, "MatMul": 36, "Gemm": 1}
     nodes = onnx.load_from_string(quantizer.quantize("min-max", quantizer.layers)).graph.node
-    made_by = {output: node for node in nodes for output in node.output}
+    producers = {output: node for node in nodes for output in node.output}
 
     def comes_from_int8(name: str) -> bool:
-        return name in made_by and made_by[name].op_type == "DequantizeLinear"
+        return name in producers and producers[name].op_type == "DequantizeLinear"
 
     by_kind = {kind: [n for n in nodes if n.op_type == kind] for kind in ("Softmax", "MatMul", "Sigmoid")}
     assert not any(comes_from_int8(node.input[0]) for node in by_kind["Softmax"])
-    assert sum(not comes_from_int8(node.input[1]) for node in by_kind["MatMul"]) == 18  # two an attention
-    # SiLU follows its convolution; in the 9 blocks of attention it follows a product.
+    assert sum(not comes_from_int8(node.input[1]) for node in by_kind["MatMul"]) == 18  # two per attention block
+    # SiLU follows its convolution; in the 9 attention blocks it follows a matrix product.
     assert all(comes_from_int8(node.input[0]) for node in by_kind["Sigmoid"])
 
 
-def test_only_what_follows_an_int8_layer_is_quantised(
+def test_only_nodes_after_an_int8_layer_are_quantised(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
-    model = preprocessed(image_tower("mobilevit_xxs")[1], tmp_path)
+    model = prepare_for_quantization(image_tower("mobilevit_xxs")[1], tmp_path)
     samples = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
     quantizer = StaticQuantizer(model, samples)
     nodes = onnx.load_from_string(quantizer.quantize("percentile", quantizer.layers[:1])).graph.node
-    made_by = {output: node for node in nodes for output in node.output}
+    producers = {output: node for node in nodes for output in node.output}
     quantized = Counter(
         node.op_type
         for node in nodes
         if node.op_type not in ("QuantizeLinear", "Shape")
-        and any(name in made_by and made_by[name].op_type == "DequantizeLinear" for name in node.input[:1])
+        and any(name in producers and producers[name].op_type == "DequantizeLinear" for name in node.input[:1])
     )
-    assert quantized == {"Conv": 2, "Sigmoid": 1, "Mul": 1}  # and the next convolution reads what the SiLU gives
+    assert quantized == {"Conv": 2, "Sigmoid": 1, "Mul": 1}  # the next convolution reads the SiLU's output
 
 
-def test_the_range_of_a_layer_does_its_relus_work(
-    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
-) -> None:
-    model = preprocessed(fp32_bundle / "image.onnx", tmp_path)
+def test_the_range_of_a_layer_replaces_its_relu(fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path) -> None:
+    model = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path)
     quantizer = StaticQuantizer(model, calibration.calibrate.pixels)
     content = quantizer.quantize("min-max", quantizer.layers)
     before, after = (
         Counter(node.op_type for node in m.graph.node) for m in (onnx.load(model), onnx.load_from_string(content))
     )
     assert (before["Relu"], after["Relu"]) == (11, 0)
-    judge = calibration.judge.pixels
-    of = agreement(embed(open_session(str(model)), judge), embed(open_session(content), judge))
-    assert of.centred_cosine > 0.99
+    pixels = calibration.held_out.pixels
+    parity = agreement(embed(open_session(str(model)), pixels), embed(open_session(content), pixels))
+    assert parity.centred_cosine > 0.99
 
 
-def test_sensitivity_finds_the_layer_that_int8_hurts() -> None:
+def test_sensitivity_finds_the_layer_that_loses_most_in_int8() -> None:
     reference = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
 
     def embed_with(layers: object) -> Embeddings:
@@ -143,12 +143,12 @@ def test_sensitivity_finds_the_layer_that_int8_hurts() -> None:
         noise = np.random.default_rng(1).standard_normal(reference.shape).astype(np.float32)
         return reference + noise * (0.5 if "fragile" in layers else 0.01)
 
-    errors = group_errors(("firm", "fragile", "unknown"), embed_with, reference, max_seconds=60)
-    assert [error.layers for error in errors] == [("firm",), ("fragile",), ("unknown",)]
+    errors = group_errors(("robust", "fragile", "unknown"), embed_with, reference, max_seconds=60)
+    assert [error.layers for error in errors] == [("robust",), ("fragile",), ("unknown",)]
     assert errors[0].error < 0.01 < errors[1].error < errors[2].error == float("inf")
 
 
-def test_sensitivity_looks_at_groups_where_layers_take_long() -> None:
+def test_sensitivity_measures_groups_if_single_layers_take_too_long() -> None:
     reference = np.eye(4, dtype=np.float32)
 
     def slow(_: object) -> Embeddings:

@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_rd_edge.convert.int8.select import Choice, Measured, choose
+from clip_rd_edge.convert.int8.select import Choice, MeasuredCandidate, choose
 from clip_rd_edge.convert.int8.sensitivity import GroupError, layers_within
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
 
 
-def _measured(name: str, latency_ms: float, agreement: float = 1.0, size: int = 100, **answers: int) -> Measured:
-    return Measured(name, np.full(9, latency_ms), Agreement(0.0, 1.0, agreement, 200), size, **answers)
+def _measured(name: str, latency_ms: float, cosine: float = 1.0, size: int = 100, **answers: int) -> MeasuredCandidate:
+    return MeasuredCandidate(name, np.full(9, latency_ms), Agreement(0.0, 1.0, cosine, 200), size, **answers)
 
 
-def _choose(*tried: Measured) -> Choice:
+def _choose(*tried: MeasuredCandidate) -> Choice:
     return choose("image", _measured("float32", 10, size=400), tried, budget=Budget())
 
 
-def test_the_fastest_that_agrees_is_shipped() -> None:
+def test_the_fastest_accurate_candidate_is_shipped() -> None:
     choice = _choose(_measured("fast and wrong", 1, 0.5), _measured("good", 3, 0.992), _measured("slow", 8, 0.999))
     assert choice.name == "good"
     assert choice.note == ""
@@ -24,7 +24,7 @@ def test_the_fastest_that_agrees_is_shipped() -> None:
     assert verdicts == {"fast and wrong": "below 0.99", "good": "shipped", "slow": "another is better"}
 
 
-def test_of_nearly_equal_latencies_the_smaller_then_the_more_accurate_is_shipped() -> None:
+def test_among_equally_fast_candidates_the_smaller_then_the_more_accurate_is_shipped() -> None:
     assert _choose(_measured("a", 3.0, 0.992), _measured("b", 3.1, 0.998)).name == "b"
     assert _choose(_measured("a", 3.0, 0.998, size=380), _measured("b", 3.1, 0.992, size=100)).name == "b"
     assert _choose(_measured("a", 3.0, 0.992), _measured("b", 3.6, 0.998)).name == "a"
@@ -33,47 +33,47 @@ def test_of_nearly_equal_latencies_the_smaller_then_the_more_accurate_is_shipped
 def test_a_tower_that_is_slower_and_less_accurate_is_never_shipped() -> None:
     choice = _choose(_measured("slower", 10.5, 0.999), _measured("much slower", 20, 0.9999))
     assert choice.name is None
-    assert "none of 2 INT8 versions was faster" in choice.note
-    assert "(slower) took 1.05 times as long at 0.9990" in choice.note
+    assert "none of 2 INT8 candidates was enough faster" in choice.note
+    assert "(slower) took 1.05 times as long, with a centred cosine of 0.9990" in choice.note
     assert {trial.verdict for trial in choice.trials} == {"slower than float32"}
 
 
-def test_the_note_tells_of_the_most_accurate_of_the_faster_ones() -> None:
+def test_the_note_names_the_most_accurate_of_the_faster_candidates() -> None:
     choice = _choose(_measured("x", 2, 0.5), _measured("y", 5, 0.985), _measured("z", 11, 0.97))
     assert choice.name is None
-    assert "(y) took 0.50 times as long at 0.9850" in choice.note
+    assert "(y) took 0.50 times as long, with a centred cosine of 0.9850" in choice.note
     assert choice.trials[2].verdict == "slower than float32 and below 0.99"
 
 
-def test_what_is_much_smaller_and_not_slower_is_shipped_where_nothing_is_faster() -> None:
-    table = _measured("token table alone", 10.1, 0.9999, size=200)
-    assert _choose(table).name == "token table alone"
-    assert _choose(table, _measured("good", 5, 0.995, size=150)).name == "good"
+def test_a_much_smaller_candidate_is_shipped_if_none_is_faster() -> None:
+    small = _measured("token embeddings only", 10.1, 0.9999, size=200)
+    assert _choose(small).name == "token embeddings only"
+    assert _choose(small, _measured("good", 5, 0.995, size=150)).name == "good"
     assert _choose(_measured("no smaller", 10.1, 0.9999, size=390)).name is None
     assert _choose(_measured("slower", 10.4, 0.9999, size=200)).name is None
 
 
-def test_a_loss_of_zero_shot_accuracy_is_an_objection_where_chance_does_not_explain_it() -> None:
+def test_a_loss_of_zero_shot_accuracy_counts_unless_chance_explains_it() -> None:
     assert _choose(_measured("three of three", 3, 0.995, lost=3)).name == "three of three"
     assert _choose(_measured("even", 3, 0.995, lost=12, gained=10)).name == "even"
-    lost = _choose(_measured("four of four", 3, 0.995, lost=4))
-    assert (lost.name, lost.trials[0].verdict) == (None, "loses 2.0 points")
+    choice = _choose(_measured("four of four", 3, 0.995, lost=4))
+    assert (choice.name, choice.trials[0].verdict) == (None, "loses 2.0 points")
     assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).trials[0].loss_points == 4
     assert _choose(_measured("twelve of sixteen", 3, 0.995, lost=12, gained=4)).name is None
-    patient = choose("image", _measured("float32", 10), [_measured("a", 3, lost=4)], budget=Budget(max_loss=5))
-    assert patient.name == "a"
+    tolerant = choose("image", _measured("float32", 10), [_measured("a", 3, lost=4)], budget=Budget(max_loss=5))
+    assert tolerant.name == "a"
 
 
-def test_figures_are_ratios_to_float32() -> None:
+def test_a_trial_has_ratios_to_float32() -> None:
     (trial,) = _choose(_measured("a", 2.5, 0.995, size=100)).trials
     assert (trial.latency_ratio, trial.size_ratio, trial.centred_cosine) == (0.25, 0.25, 0.995)
 
 
-def test_nothing_tried_is_float32() -> None:
+def test_without_candidates_float32_is_shipped() -> None:
     assert _choose().name is None
 
 
-def test_the_worst_layers_are_left_out_until_the_rest_is_small_enough() -> None:
+def test_the_worst_layers_are_excluded_until_the_error_is_small_enough() -> None:
     errors = [GroupError((name,), error) for name, error in (("a", 0.001), ("b", 0.02), ("c", 0.002), ("d", 0.004))]
     assert layers_within(errors, 0.1) == ("a", "b", "c", "d")
     assert layers_within(errors, 0.008) == ("a", "c", "d")

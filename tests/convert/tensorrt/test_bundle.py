@@ -1,4 +1,4 @@
-"""The folder that builds its own engines, such as a Jetson's, by its scripts against a stand-in for TensorRT."""
+"""The scripts of a bundle that is built on the device, such as a Jetson, tested against a stand-in for TensorRT."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle
 
-# Knows trtexec's flags, and takes only an ONNX file that is there; what it was asked is the engine that it writes.
+# Accepts trtexec's options and an existing ONNX file; the engine that it writes contains its arguments.
 _TRTEXEC = """#!/usr/bin/env python3
 import sys, pathlib
 known = {"onnx", "saveEngine", "stronglyTyped", "skipInference", "minShapes", "optShapes", "maxShapes",
          "timingCacheFile", "profilingVerbosity"}
-given = dict(argument.removeprefix("--").partition("=")[::2] for argument in sys.argv[1:])
-if set(given) - known or not pathlib.Path(given["onnx"]).is_file():
+options = dict(argument.removeprefix("--").partition("=")[::2] for argument in sys.argv[1:])
+if set(options) - known or not pathlib.Path(options["onnx"]).is_file():
     sys.exit("unknown option or no such model")
-pathlib.Path(given["saveEngine"]).write_text("\\n".join(sys.argv[1:]))
+pathlib.Path(options["saveEngine"]).write_text("\\n".join(sys.argv[1:]))
 """
 
 
@@ -35,16 +35,16 @@ pathlib.Path(given["saveEngine"]).write_text("\\n".join(sys.argv[1:]))
 def folder(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """What is copied to the device."""
-    made = tmp_path_factory.mktemp("jetson") / "bundle"
+    """The folder that is copied to the device."""
+    bundle = tmp_path_factory.mktemp("jetson") / "bundle"
     export_bundle(
         student,
-        made,
+        bundle,
         ExportRequest(precision="int8", format="trt", target="jetson-orin"),
         source=fp32_bundle,
         calibration=calibration,
     )
-    return made
+    return bundle
 
 
 def _build(folder: Path, trtexec: Path) -> subprocess.CompletedProcess[str]:
@@ -54,55 +54,56 @@ def _build(folder: Path, trtexec: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def trtexec(tmp_path: Path) -> Path:
-    """The stand-in, executable."""
+    """An executable stand-in for trtexec."""
     path = tmp_path / "trtexec"
     path.write_text(_TRTEXEC)
     path.chmod(0o755)
     return path
 
 
-def test_the_folder_is_whole(folder: Path) -> None:
+def test_the_folder_is_complete(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest.target == "tensorrt jetson-orin"
     assert {"build.sh", "build.py", "SHA256SUMS", "image.onnx", "text.onnx", "tokenizer.json"} == set(manifest.files)
     assert all(check.passed for check in verify_bundle(folder))
 
 
-def test_a_graphics_card_gets_the_same_in_half_precision(
+def test_a_bundle_for_a_graphics_card_builds_in_half_precision(
     student: ClipModel, fp32_bundle: Path, trtexec: Path, tmp_path: Path
 ) -> None:
-    made = tmp_path / "made"
-    export_bundle(student, made, ExportRequest(precision="fp16", format="trt", target="nvidia-gpu"), source=fp32_bundle)
-    assert read_manifest(made).target == "tensorrt nvidia-gpu"
-    assert "NVIDIA GPU with TensorRT 10 or 11" in (made / "build.sh").read_text()
-    done = _build(made, trtexec)
-    assert done.returncode == 0, done.stderr
-    assert (made / "image.engine").is_file()
-    assert (made / "text.engine").is_file()
+    bundle = tmp_path / "bundle"
+    request = ExportRequest(precision="fp16", format="trt", target="nvidia-gpu")
+    export_bundle(student, bundle, request, source=fp32_bundle)
+    assert read_manifest(bundle).target == "tensorrt nvidia-gpu"
+    assert "NVIDIA GPU with TensorRT 10 or 11" in (bundle / "build.sh").read_text()
+    process = _build(bundle, trtexec)
+    assert process.returncode == 0, process.stderr
+    assert (bundle / "image.engine").is_file()
+    assert (bundle / "text.engine").is_file()
 
 
-def test_build_sh_asks_trtexec_for_both_engines(folder: Path, trtexec: Path) -> None:
-    done = _build(folder, trtexec)
-    assert done.returncode == 0, done.stderr
-    asked = {name: (folder / f"{name}.engine").read_text().splitlines() for name in ("image", "text")}
-    for name, given, shape in (("image", "pixel_values", "3x32x32"), ("text", "input_ids", "16")):
-        assert set(asked[name]) == {
+def test_build_sh_calls_trtexec_for_both_engines(folder: Path, trtexec: Path) -> None:
+    process = _build(folder, trtexec)
+    assert process.returncode == 0, process.stderr
+    arguments = {name: (folder / f"{name}.engine").read_text().splitlines() for name in ("image", "text")}
+    for name, input_name, shape in (("image", "pixel_values", "3x32x32"), ("text", "input_ids", "16")):
+        assert set(arguments[name]) == {
             f"--onnx={name}.onnx",
             f"--saveEngine={name}.engine.part",
             "--stronglyTyped",
             "--skipInference",
-            f"--minShapes={given}:1x{shape}",
-            f"--optShapes={given}:1x{shape}",
-            f"--maxShapes={given}:8x{shape}",
+            f"--minShapes={input_name}:1x{shape}",
+            f"--optShapes={input_name}:1x{shape}",
+            f"--maxShapes={input_name}:8x{shape}",
             "--timingCacheFile=timing.cache",
             "--profilingVerbosity=detailed",
         }
     assert not list(folder.glob("*.part"))
-    for name in asked:
+    for name in arguments:
         (folder / f"{name}.engine").unlink()
 
 
-def test_the_onnx_files_are_what_tensorrt_takes(folder: Path) -> None:
+def test_the_onnx_files_meet_tensorrts_requirements(folder: Path) -> None:
     for name in ("image", "text"):
         model = onnx.load(folder / f"{name}.onnx")
         assert 17 <= model.opset_import[0].version <= 20  # TensorRT 10.3 parses up to 20
@@ -126,18 +127,18 @@ def test_a_damaged_copy_is_not_built(folder: Path, trtexec: Path, tmp_path: Path
     damaged = bytearray((copy / "text.onnx").read_bytes())
     damaged[1000] ^= 1
     (copy / "text.onnx").write_bytes(damaged)
-    done = _build(copy, trtexec)
-    assert done.returncode != 0
-    assert "text.onnx" in done.stdout + done.stderr
+    process = _build(copy, trtexec)
+    assert process.returncode != 0
+    assert "text.onnx" in process.stdout + process.stderr
     assert not (copy / "image.engine").exists()
-    done = _build(folder, tmp_path / "none")
-    assert (done.returncode, "hint: sudo apt install tensorrt" in done.stderr) == (2, True)
+    process = _build(folder, tmp_path / "none")
+    assert (process.returncode, "hint: sudo apt install tensorrt" in process.stderr) == (2, True)
 
 
 @pytest.mark.tensorrt
 def test_build_py_builds_both_engines(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'clip-rd-edge[rtx]'")
-    # TensorRT for RTX stands in for TensorRT; without a GPU it has to be told what it builds for.
+    # TensorRT for RTX stands in for TensorRT; without a GPU, its compute capability has to be set.
     (tmp_path / "tensorrt.py").write_text(
         "from tensorrt_rtx_bindings import *\n"
         "from tensorrt_rtx_bindings import __version__, Builder as _Builder, ComputeCapability\n"
@@ -149,10 +150,10 @@ def test_build_py_builds_both_engines(folder: Path, tmp_path: Path) -> None:
         "        return config\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, folder / "build.py"], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     for name in ("image", "text"):
         assert (folder / f"{name}.engine").stat().st_size > 100_000
         (folder / f"{name}.engine").unlink()

@@ -1,4 +1,4 @@
-"""The image tower with INT8's rounding against what the exporter and ONNX Runtime make of the same weights."""
+"""The image tower with INT8 rounding, compared with the exported INT8 tower in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from support import Watch
 from torch import nn
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
-from clip_rd_edge.convert.graph import preprocessed
+from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
-from clip_rd_edge.distillation.config import QUANTIZED, RunConfig, load_recipe
+from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
-from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, RoundingToInt8
-from clip_rd_edge.distillation.quantized.tower import Int8Placement, QuantizedTower
+from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer
+from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.onnx import export_image_tower
@@ -34,8 +34,8 @@ SIZE = 64
 Pixels = npt.NDArray[np.float32]
 
 
-def student(trunk: str) -> ClipModel:
-    """A student in evaluation mode whose batch norms have figures as after a training."""
+def make_student(trunk: str) -> ClipModel:
+    """A student in evaluation mode, with batch-norm statistics as after training."""
     torch.manual_seed(0)
     clip = build_student(
         student_config(trunk, embedding_size=24, image_size=SIZE, text="tiny", context_length=12), name=trunk
@@ -50,7 +50,7 @@ def student(trunk: str) -> ClipModel:
     return clip
 
 
-def pictures() -> Pixels:
+def make_pixels() -> Pixels:
     rng = np.random.default_rng(0)
     coarse = rng.uniform(-1, 1, (32, 3, 8, 8)).repeat(8, axis=2).repeat(8, axis=3)
     return (coarse + 0.3 * rng.standard_normal((32, 3, SIZE, SIZE))).astype(np.float32)
@@ -58,37 +58,37 @@ def pictures() -> Pixels:
 
 def quantized(clip: ClipModel, pixels: Pixels) -> QuantizedTower:
     tower = QuantizedTower(ImageTower(clip.model), ActivationRanges(), torch.zeros(1, 3, SIZE, SIZE))
-    tower.calibrate(torch.from_numpy(pixels[i : i + 8]) for i in range(0, len(pixels), 8))  # as the exporter's batches
+    tower.calibrate(torch.from_numpy(pixels[i : i + 8]) for i in range(0, len(pixels), 8))  # batches as in the exporter
     return tower
 
 
-class Recording(RoundingToInt8):
-    """Keeps the step and the values of every activation, rounded."""
+class RecordingQuantizer(FakeQuantizer):
+    """Records the scale and the rounded values of each activation."""
 
     def __init__(self, ranges: ActivationRanges) -> None:
         super().__init__(ranges, torch.device("cpu"))
-        self._steps = ((ranges.high - ranges.low) / 255).tolist()
-        self.kept: dict[int, tuple[float, Pixels]] = {}  # by number; pooled ones by numbers below 0
+        self._scale_list = ((ranges.high - ranges.low) / 255).tolist()
+        self.activations: dict[int, tuple[float, Pixels]] = {}  # by range index; pooled ones by negative numbers
 
-    def activation(self, number: int, values: torch.Tensor) -> torch.Tensor:
-        rounded = super().activation(number, values)
-        self.kept[number] = (self._steps[number], rounded.detach().numpy())
+    def activation(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        rounded = super().activation(index, values)
+        self.activations[index] = (self._scale_list[index], rounded.detach().numpy())
         return rounded
 
-    def again(self, number: int, values: torch.Tensor) -> torch.Tensor:
-        rounded = super().again(number, values)
-        self.kept[-1 - len(self.kept)] = (self._steps[number], rounded.detach().numpy())
+    def pooled(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        rounded = super().pooled(index, values)
+        self.activations[-1 - len(self.activations)] = (self._scale_list[index], rounded.detach().numpy())
         return rounded
 
 
 def int8_tensors(exported: bytes, pixels: Pixels) -> list[tuple[float, Pixels]]:
-    """The step and the values of every activation that the exported tower holds in INT8."""
+    """The scale and the values of each activation that the exported tower holds in INT8."""
     model = onnx.load_from_string(exported)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     pairs = [(node.input[1], readers[node.output[0]]) for node in model.graph.node if node.op_type == "QuantizeLinear"]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for _, name in pairs)
-    # As the graph says: with its layers fused, ONNX Runtime rounds some more of them the other way.
+    # Without optimisations: with fused layers, ONNX Runtime rounds some more values the other way.
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
@@ -107,35 +107,37 @@ def int8_tensors(exported: bytes, pixels: Pixels) -> list[tuple[float, Pixels]]:
         pytest.param("mobilevit_xxs", marks=pytest.mark.slow),  # attention between convolutions
     ],
 )
-def test_it_computes_what_the_exported_int8_tower_does(trunk: str, tmp_path: Path) -> None:
-    clip, pixels = student(trunk), pictures()
-    quantizer = StaticQuantizer(preprocessed(export_image_tower(clip, tmp_path), tmp_path), pixels)
-    theirs = int8_tensors(quantizer.quantize("percentile", quantizer.layers), pixels[:8])
+def test_it_computes_the_activations_of_the_exported_int8_tower(trunk: str, tmp_path: Path) -> None:
+    clip, pixels = make_student(trunk), make_pixels()
+    quantizer = StaticQuantizer(prepare_for_quantization(export_image_tower(clip, tmp_path), tmp_path), pixels)
+    exported = int8_tensors(quantizer.quantize("percentile", quantizer.layers), pixels[:8])
     tower = quantized(clip, pixels)
-    ours = Recording(tower.ranges)
-    with torch.no_grad(), Int8Placement(ours, tower.norms):
+    recorder = RecordingQuantizer(tower.ranges)
+    with torch.no_grad(), FakeQuantMode(recorder, tower.norms):
         tower.tower(torch.from_numpy(pixels[:8]))
 
-    left = set(ours.kept)
-    for step, values in theirs:
-        same = [
-            number
-            for number, (own, kept) in ours.kept.items()
-            if kept.size == values.size and np.isclose(own, step, rtol=1e-3)
+    unmatched = set(recorder.activations)
+    for scale, values in exported:
+        candidates = [
+            index
+            for index, (recorded_scale, recorded) in recorder.activations.items()
+            if recorded.size == values.size and np.isclose(recorded_scale, scale, rtol=1e-3)
         ]
-        assert same, f"they hold {values.shape} in steps of {step}, and we do not"
-        off = min(np.abs(ours.kept[number][1].reshape(values.shape) - values).mean() / step for number in same)
-        # Of the first layer some hundredths of a percent round the other way, and ever more of what comes behind it;
-        # where a range is wide, one of its steps is many of the sigmoid's that follows.
-        assert off < (1e-3 if 1 in same else 8), f"{off} of 255 steps between us, in steps of {step}"
-        left -= set(same)
-    assert left == set(), "what we hold in INT8, and they do not"
+        assert candidates, f"only the exported tower has an activation {values.shape} with scale {scale}"
+        difference = min(
+            np.abs(recorder.activations[index][1].reshape(values.shape) - values).mean() / scale for index in candidates
+        )
+        # In the first layer, a few hundredths of a percent of the values are rounded the other way, and increasingly
+        # more in later layers; where a range is wide, one of its steps is many steps of the sigmoid that follows.
+        assert difference < (1e-3 if 1 in candidates else 8), f"{difference} of 255 steps apart, with scale {scale}"
+        unmatched -= set(candidates)
+    assert unmatched == set(), "activations that only the training tower holds in INT8"
 
 
-def test_every_weight_learns_through_the_rounding() -> None:
-    clip = student("test_efficientnet")
-    tower = quantized(clip, pictures())
-    tower(torch.from_numpy(pictures()[:4])).square()[:, 0].sum().backward()
+def test_every_weight_gets_a_gradient_through_the_rounding() -> None:
+    clip = make_student("test_efficientnet")
+    tower = quantized(clip, make_pixels())
+    tower(torch.from_numpy(make_pixels()[:4])).square()[:, 0].sum().backward()
     visual = clip.model.get_submodule("visual")
     assert [name for name, parameter in visual.named_parameters() if parameter.grad is None] == []
     first = next(parameter for parameter in visual.parameters() if parameter.ndim == 4)
@@ -143,20 +145,20 @@ def test_every_weight_learns_through_the_rounding() -> None:
     assert float(first.grad.abs().sum()) > 0
 
 
-def test_the_model_is_as_before_outside_of_it() -> None:
-    clip, pixels = student("test_resnet"), torch.from_numpy(pictures()[:2])
+def test_the_model_itself_is_unchanged() -> None:
+    clip, pixels = make_student("test_resnet"), torch.from_numpy(make_pixels()[:2])
     with torch.no_grad():
         before = ImageTower(clip.model)(pixels)
-        inside = quantized(clip, pictures())(pixels)
+        rounded = quantized(clip, make_pixels())(pixels)
         after = ImageTower(clip.model)(pixels)
     assert torch.equal(before, after)
-    assert not torch.allclose(before, inside, atol=1e-5)
+    assert not torch.allclose(before, rounded, atol=1e-5)
 
 
 STEPS = 5
 
 
-def saved(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
+def save_model(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
     torch.manual_seed(1)
     config = student_config(trunk, embedding_size=24, image_size=image_size, text="tiny", context_length=12)
     save_clip(folder, build_student(config, name=trunk), provenance={})
@@ -165,14 +167,14 @@ def saved(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(load_recipe("clip-rd"), **{**QUANTIZED, "steps": STEPS, "batch_size": 6})
+    recipe = msgspec.structs.replace(load_recipe("clip-rd"), **{**QUANTIZE_DEFAULTS, "steps": STEPS, "batch_size": 6})
     return RunConfig(
         recipe_name="clip-rd",
         recipe=recipe,
         data=str(pairs_csv),
-        teacher=str(saved(tmp_path / "teacher", "test_resnet")),
+        teacher=str(save_model(tmp_path / "teacher", "test_resnet")),
         teacher_precision="fp32",
-        student=str(saved(tmp_path / "trained", "test_efficientnet")),
+        student=str(save_model(tmp_path / "trained", "test_efficientnet")),
         quantize="int8",
         checkpoint_every=2,
         log_every=1,
@@ -184,17 +186,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS_FILE)
 
 
-def test_it_trains_what_is_exported_and_goes_on_where_it_was_killed(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_trains_the_exported_weights_and_resumes_after_a_kill(config: RunConfig, tmp_path: Path) -> None:
     import open_clip
 
-    whole = run_distillation(config, tmp_path / "whole", resume=False)
-    before, after = weights(Path(config.student)), weights(whole)
+    student = run_distillation(config, tmp_path / "uninterrupted", resume=False)
+    before, after = weights(Path(config.student)), weights(student)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not any("running" in name or "num_batches" in name for name in changed)
     assert {"visual.trunk.conv_stem.weight", "visual.trunk.bn1.weight", "text.text_projection"} <= changed
-    assert "quantize: int8" in (tmp_path / "whole" / "config.yaml").read_text()
-    open_clip.create_model(f"local-dir:{whole}", require_pretrained=True).load_state_dict(after)
+    assert "quantize: int8" in (tmp_path / "uninterrupted" / "config.yaml").read_text()
+    open_clip.create_model(f"local-dir:{student}", require_pretrained=True).load_state_dict(after)
 
     def kill(step: int) -> None:
         if step == 3:
@@ -207,35 +209,36 @@ def test_it_trains_what_is_exported_and_goes_on_where_it_was_killed(config: RunC
 
 
 @pytest.mark.slow
-def test_its_loss_is_that_of_the_rounded_tower(config: RunConfig, tmp_path: Path) -> None:
-    one = msgspec.structs.replace(config.recipe, steps=1)
+def test_the_loss_is_that_of_the_rounded_tower(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, steps=1)
     losses = []
     for name, quantize in (("int8", "int8"), ("float", None)):
-        run_distillation(msgspec.structs.replace(config, recipe=one, quantize=quantize), tmp_path / name, resume=False)
+        changed = msgspec.structs.replace(config, recipe=recipe, quantize=quantize)
+        run_distillation(changed, tmp_path / name, resume=False)
         losses.append(read_metrics(tmp_path / name)[0]["loss"])
     assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
-        ({"student": "mobilevit_xxs"}, "fine-tunes a trained student, and mobilevit_xxs is one that is still to be"),
-        ({"compile": True}, "--compile does not go with --quantize"),
-        ({"gradient_checkpointing": True}, "--gradient-checkpointing does not go with --quantize"),
+        ({"student": "mobilevit_xxs"}, "fine-tunes a trained student, but mobilevit_xxs is untrained"),
+        ({"compile": True}, "--compile cannot be combined with --quantize"),
+        ({"gradient_checkpointing": True}, "--gradient-checkpointing cannot be combined with --quantize"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(
-    config: RunConfig, tmp_path: Path, change: dict[str, object], sentence: str
+def test_incompatible_options_are_rejected(
+    config: RunConfig, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=sentence):
+    with pytest.raises(UsageError, match=message):
         run_distillation(msgspec.structs.replace(config, **change), tmp_path / "run", resume=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_other_precisions_and_transformers_are_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_other_precisions_and_transformers_are_rejected(config: RunConfig, tmp_path: Path) -> None:
     half = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="bf16"))
     with pytest.raises(UsageError, match="computed in fp32, not in bf16"):
         run_distillation(half, tmp_path / "run", resume=False)
-    transformer = saved(tmp_path / "transformer", "test_vit", image_size=160)
-    with pytest.raises(UsageError, match="is a transformer, which the exporter quantises as it runs"):
+    transformer = save_model(tmp_path / "transformer", "test_vit", image_size=160)
+    with pytest.raises(UsageError, match="is a transformer, which the exporter quantises dynamically"):
         run_distillation(msgspec.structs.replace(config, student=str(transformer)), tmp_path / "run", resume=False)

@@ -31,21 +31,23 @@ RED = [Image.new("RGB", (9, 9), (255, 0, 0))]
         (("OpenVINOExecutionProvider", CPU), "fp16", "openvino"),
     ],
 )
-def test_what_auto_takes(available: tuple[str, ...], precision: str, chosen: str) -> None:
+def test_auto_chooses_a_device_by_providers_and_precision(
+    available: tuple[str, ...], precision: str, chosen: str
+) -> None:
     assert choose_device("auto", available, precision=precision) == chosen
 
 
-def test_a_device_that_is_asked_for_is_taken_or_refused_with_what_brings_it() -> None:
+def test_a_requested_device_is_used_or_refused_with_the_package_that_supports_it() -> None:
     assert choose_device("cuda", (CUDA, CPU), precision="int8") == "cuda"
     with pytest.raises(UsageError, match="no provider for cuda; it has cpu") as raised:
         choose_device("cuda", (CPU, "AzureExecutionProvider"), precision="fp32")
     assert "onnxruntime-gpu" in raised.value.hint
-    with pytest.raises(UsageError, match="no device 'gpu'; there are auto, cpu, cuda, tensorrt, coreml"):
+    with pytest.raises(UsageError, match="Unknown device 'gpu'; expected one of auto, cpu, cuda, tensorrt, coreml"):
         choose_device("gpu", (CPU,), precision="fp32")
 
 
 @pytest.mark.parametrize("device", PROVIDERS)
-def test_the_cpu_stands_behind_every_provider(device: str, tmp_path: Path) -> None:
+def test_every_provider_list_ends_with_the_cpu(device: str, tmp_path: Path) -> None:
     providers = provider_list(device, cache=tmp_path, threads=3)
     assert (providers[0][0], providers[-1][0]) == (PROVIDERS[device].name, CPU)
     assert all(name in ort.get_all_providers() for name, _ in providers)
@@ -54,40 +56,40 @@ def test_the_cpu_stands_behind_every_provider(device: str, tmp_path: Path) -> No
 
 @pytest.fixture
 def cuda_package(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An onnxruntime-gpu: returns a function that says how its CUDA provider starts."""
-    real = ort.InferenceSession
+    """Simulate onnxruntime-gpu: returns a function that sets how its CUDA provider starts."""
+    real_session = ort.InferenceSession
 
-    def behave(how: str) -> list[Any]:
-        opened = []
+    def install(behaviour: str) -> list[Any]:
+        requested = []
 
-        def session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
-            opened.append(providers)
-            made = real(model, options, providers=[CPU])
-            if providers[0] == CPU or how == "falls back":
-                return made
-            if how == "raises":
+        def open_session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
+            requested.append(providers)
+            session = real_session(model, options, providers=[CPU])
+            if providers[0] == CPU or behaviour == "falls back":
+                return session
+            if behaviour == "raises":
                 raise RuntimeError("CUDA failure 35: driver version\nis insufficient.")
-            monkeypatch.setattr(made, "get_providers", lambda: [CUDA, CPU])
-            return made
+            monkeypatch.setattr(session, "get_providers", lambda: [CUDA, CPU])
+            return session
 
-        monkeypatch.setattr(ort, "InferenceSession", session)
+        monkeypatch.setattr(ort, "InferenceSession", open_session)
         monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
-        return opened
+        return requested
 
-    return behave
+    return install
 
 
-def test_a_float32_bundle_runs_on_the_card(colour_bundle: Path, cuda_package: Any) -> None:
-    opened = cuda_package("starts")
+def test_a_float32_bundle_runs_on_the_gpu(colour_bundle: Path, cuda_package: Any) -> None:
+    requested = cuda_package("starts")
     encoder = load(colour_bundle)
-    assert encoder.describe().device == "cuda"  # what was chosen; nothing is loaded yet
-    assert opened == []
+    assert encoder.describe().device == "cuda"  # the chosen device; nothing is loaded yet
+    assert requested == []
     assert encoder.encode_images(RED).argmax() == 0
-    assert [name for name, _ in opened[0]] == [CUDA, CPU]
+    assert [name for name, _ in requested[0]] == [CUDA, CPU]
     assert load(colour_bundle, device="cpu").describe().device == "cpu"
 
 
-def test_each_tower_has_its_own_device(colour_bundle: Path, cuda_package: Any) -> None:
+def test_the_device_is_chosen_per_tower(colour_bundle: Path, cuda_package: Any) -> None:
     cuda_package("starts")
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, precision="int8 static")
@@ -96,26 +98,28 @@ def test_each_tower_has_its_own_device(colour_bundle: Path, cuda_package: Any) -
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"), [("raises", "CUDA failure 35: driver version is insufficient."), ("falls back", "loaded; clip-")]
+    ("behaviour", "reason"),
+    [("raises", "CUDA failure 35: driver version is insufficient."), ("falls back", "loaded; run clip-")],
 )
-def test_a_provider_that_does_not_start_is_said_once_and_the_cpu_takes_its_place(
-    colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, how: str, reason: str
+def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
+    colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, behaviour: str, reason: str
 ) -> None:
-    cuda_package(how)
-    logging.getLogger().setLevel(logging.ERROR)  # as open_clip's loading leaves it
+    cuda_package(behaviour)
+    logging.getLogger().setLevel(logging.ERROR)  # as loading open_clip leaves it
     encoder = load(colour_bundle, device="cuda")
     assert encoder.encode_images(RED).argmax() == 0
     encoder.encode_images(RED)
-    assert encoder.describe().device == "cpu + cuda"  # the text tower was not tried
+    assert encoder.describe().device == "cpu + cuda"  # the text tower is not loaded yet
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith("cuda does not start and the CPU takes its place for")
+    assert message.startswith("cuda does not start; ")
+    assert "image.onnx runs on the CPU instead" in message
     assert reason in message
     assert "\n" not in message
 
 
-def test_threads_do_not_spin_where_other_threads_open_many_pictures(
-    command_line: Run, colour_bundle: Path, colour_pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_threads_do_not_spin_while_other_threads_open_many_images(
+    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spins = []
 
@@ -124,22 +128,22 @@ def test_threads_do_not_spin_where_other_threads_open_many_pictures(
             try:
                 spins.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
             except RuntimeError:
-                spins.append("as it is")
+                spins.append("default")
             super().__init__(model, options, **rest)
 
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    picture = colour_pictures / "red.png"
-    assert command_line("classify", colour_bundle, picture, "--labels", "red", "blue")[0] == 0
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{picture}\n" * 60))
+    image = colour_images / "red.png"
+    assert command_line("classify", colour_bundle, image, "--labels", "red", "blue")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{image}\n" * 60))
     assert command_line("classify", colour_bundle, "-", "--labels", "red", "green")[0] == 0
-    assert spins == ["as it is", "as it is", "0", "0"]  # text tower and image tower
+    assert spins == ["default", "default", "0", "0"]  # text tower and image tower
 
 
-def test_the_command_line(command_line: Run, colour_bundle: Path, colour_pictures: Path) -> None:
-    picture = colour_pictures / "red.png"
-    code, output, _ = command_line("classify", colour_bundle, picture, "--labels", "red", "blue", "--device", "cpu")
+def test_classify_takes_a_device(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
+    image = colour_images / "red.png"
+    code, output, _ = command_line("classify", colour_bundle, image, "--labels", "red", "blue", "--device", "cpu")
     assert (code, output.split("\t")[1].startswith("red")) == (0, True)
-    code, _, error = command_line("classify", colour_bundle, picture, "--labels", "red", "--device", "cuda")
+    code, _, error = command_line("classify", colour_bundle, image, "--labels", "red", "--device", "cuda")
     assert code == 2
     assert "This ONNX Runtime has no provider for cuda" in error
-    assert "hint: what brings it: onnxruntime-gpu" in error
+    assert "hint: install onnxruntime-gpu in place of onnxruntime" in error

@@ -17,7 +17,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import Runtime, load
 
 
-def test_without_the_package_the_extra_is_named(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     encoder = load(colour_bundle, runtime="openvino")
     with pytest.raises(MissingExtraError) as raised:
@@ -25,53 +25,53 @@ def test_without_the_package_the_extra_is_named(colour_bundle: Path, monkeypatch
     assert raised.value.hint == "pip install 'clip-rd-edge[openvino]'"
 
 
-def test_an_unknown_runtime_is_refused_with_the_known_ones(colour_bundle: Path) -> None:
-    with pytest.raises(UsageError, match=r"no runtime 'tflite'; there are onnxruntime, openvino"):
+def test_an_unknown_runtime_is_refused_with_the_list_of_runtimes(colour_bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"Unknown runtime 'tflite'; expected one of onnxruntime, openvino"):
         load(colour_bundle, runtime="tflite")  # type: ignore[arg-type]
 
 
-def test_it_does_what_onnxruntime_does(colour_bundle: Path) -> None:
+def test_embeddings_match_those_of_onnxruntime(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
-    ours, theirs = load(colour_bundle, runtime="openvino", threads=1), load(colour_bundle)
-    assert (ours.describe().runtime, theirs.describe().runtime) == ("openvino", "onnxruntime")
+    encoder, reference = load(colour_bundle, runtime="openvino", threads=1), load(colour_bundle)
+    assert (encoder.describe().runtime, reference.describe().runtime) == ("openvino", "onnxruntime")
     noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(pixels) for pixels in noise]
-    np.testing.assert_allclose(ours.encode_images(pictures), theirs.encode_images(pictures), atol=1e-5)
-    first = ours.encode_texts(["red", "green blue"])
-    ours.encode_texts(["blue", "yellow"])
-    np.testing.assert_allclose(first, theirs.encode_texts(["red", "green blue"]), atol=1e-5)  # and not overwritten
+    images = [Image.fromarray(pixels) for pixels in noise]
+    np.testing.assert_allclose(encoder.encode_images(images), reference.encode_images(images), atol=1e-5)
+    first = encoder.encode_texts(["red", "green blue"])
+    encoder.encode_texts(["blue", "yellow"])  # must not overwrite the first result
+    np.testing.assert_allclose(first, reference.encode_texts(["red", "green blue"]), atol=1e-5)
 
 
-def test_batches_of_any_size_are_computed_and_few_are_compiled_for(colour_bundle: Path) -> None:
+def test_any_batch_size_runs_but_only_a_few_are_compiled(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
     model, reference = open_openvino(str(colour_bundle / "image.onnx"), threads=1), load(colour_bundle)
     assert isinstance(reference, BundleEncoder)
     pixels = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
     for count in (7, 2, 5, 1, 3, 7):
-        (given,) = model.run(None, {model.get_inputs()[0].name: pixels[:count]})
-        np.testing.assert_allclose(given, reference.encode_pixels(pixels[:count]), atol=1e-5)
+        (embeddings,) = model.run(None, {model.get_inputs()[0].name: pixels[:count]})
+        np.testing.assert_allclose(embeddings, reference.encode_pixels(pixels[:count]), atol=1e-5)
     assert sorted(model._requests) == [1, 2, 7]
 
 
-def test_a_signal_after_openvino_ended_in_another_thread_is_survived(colour_bundle: Path) -> None:
+def test_the_process_survives_a_signal_after_another_thread_freed_a_model(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
     script = f"""
 import gc, signal, threading
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 models = [open_openvino({str(colour_bundle / "image.onnx")!r})]
-def end():
+def free():
     models.clear()
     gc.collect()
-ends = threading.Thread(target=end)
-ends.start()
-ends.join()
+thread = threading.Thread(target=free)
+thread.start()
+thread.join()
 signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 signal.raise_signal(signal.SIGUSR1)"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "handled\n")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "handled\n")
 
 
-def test_a_damaged_file_is_one_sentence(colour_bundle: Path) -> None:
+def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
     (colour_bundle / "image.onnx").write_bytes(b"no onnx")
     with pytest.raises(ConfigError, match=r"^OpenVINO .* cannot run .*image\.onnx") as raised:
@@ -79,9 +79,9 @@ def test_a_damaged_file_is_one_sentence(colour_bundle: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_row_of_a_suite_may_name_the_runtime(colour_bundle: Path, colour_pictures: Path) -> None:
+def test_a_suite_row_can_set_the_runtime(colour_bundle: Path, colour_images: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
-    table = colour_pictures / "pairs.csv"
+    table = colour_images / "pairs.csv"
     table.write_text("filepath,title\nred.png,red\ngreen.png,green\n")
     rows = (
         SuiteRow(label="ort", model=str(colour_bundle), role="exported"),
@@ -89,7 +89,7 @@ def test_a_row_of_a_suite_may_name_the_runtime(colour_bundle: Path, colour_pictu
     )
     suite = Suite(name="two", rows=rows, tasks=(str(table),), rounds=5)
 
-    def opened(spec: str, *, runtime: Runtime | None = None) -> TowerEncoder:
+    def open_row(spec: str, *, runtime: Runtime | None = None) -> TowerEncoder:
         return load(spec, threads=1, runtime=runtime)
 
-    assert [row.description.runtime for row in run_suite(suite, opened).rows] == ["onnxruntime", "openvino"]
+    assert [row.description.runtime for row in run_suite(suite, open_row).rows] == ["onnxruntime", "openvino"]

@@ -1,6 +1,6 @@
-"""Engines against a stand-in for TensorRT and CUDA, whose engine is an ONNX file; no GPU is needed."""
+"""Run engines with fakes of TensorRT and CUDA, which need no GPU; a fake engine is an ONNX file."""
 
-# ruff: noqa: N802, N815 — CUDA names its functions so
+# ruff: noqa: N802, N815 — the names of the CUDA functions
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Code(IntEnum):
     GOOD, BAD = 0, 2
 
 
-class Memory:
-    """cuda.bindings.runtime, with a GPU's memory in this process."""
+class FakeCuda:
+    """A fake of cuda.bindings.runtime that keeps GPU memory in this process."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
     def __init__(self) -> None:
-        self.gpus, self.room = 1, 1 << 20
-        self.held: dict[int, Any] = {}
+        self.gpus, self.max_bytes = 1, 1 << 20
+        self.allocated: dict[int, Any] = {}
 
     def cudaGetDeviceCount(self) -> tuple[Code, int | None]:
         return (Code.GOOD, self.gpus) if self.gpus >= 0 else (Code.BAD, None)
@@ -46,14 +46,14 @@ class Memory:
         return Code.GOOD, b"out of memory" if self.gpus >= 0 else b"no driver"
 
     def cudaMalloc(self, size: int) -> tuple[Code, int | None]:
-        if size > self.room:
+        if size > self.max_bytes:
             return Code.BAD, None
         buffer = ctypes.create_string_buffer(size)
-        self.held[ctypes.addressof(buffer)] = buffer
+        self.allocated[ctypes.addressof(buffer)] = buffer
         return Code.GOOD, ctypes.addressof(buffer)
 
     def cudaFree(self, address: int) -> tuple[Code]:
-        del self.held[address]
+        del self.allocated[address]
         return (Code.GOOD,)
 
     def cudaStreamCreate(self) -> tuple[Code, str]:
@@ -64,38 +64,38 @@ class Memory:
 
     cudaStreamDestroy = cudaStreamSynchronize
 
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: str) -> tuple[Code]:
-        device = to if kind == 1 else source
-        assert device in self.held
-        assert size <= ctypes.sizeof(self.held[device])
-        ctypes.memmove(to, source, size)
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: str) -> tuple[Code]:
+        address = target if kind == 1 else source
+        assert address in self.allocated
+        assert size <= ctypes.sizeof(self.allocated[address])
+        ctypes.memmove(target, source, size)
         return (Code.GOOD,)
 
 
-class Engine:
-    """ICudaEngine and IExecutionContext in one, over an ONNX Runtime session."""
+class FakeEngine:
+    """A fake of ICudaEngine and IExecutionContext in one, which runs an ONNX Runtime session."""
 
     def __init__(self, content: bytes) -> None:
         self._session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-        self._given, self._taken = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        self._input, self._output = self._session.get_inputs()[0], self._session.get_outputs()[0]
         self.num_io_tensors = 2
         self._shape: tuple[int, ...] = ()
         self._addresses: dict[str, int] = {}
 
-    def create_execution_context(self) -> Engine:
+    def create_execution_context(self) -> FakeEngine:
         return self
 
     def get_tensor_name(self, i: int) -> str:
-        return str((self._given, self._taken)[i].name)
+        return str((self._input, self._output)[i].name)
 
     def get_tensor_mode(self, name: str) -> str:
-        return "in" if name == self._given.name else "out"
+        return "in" if name == self._input.name else "out"
 
     def get_tensor_dtype(self, name: str) -> type:
-        return np.int64 if name == self._given.name and "int64" in self._given.type else np.float32
+        return np.int64 if name == self._input.name and "int64" in self._input.type else np.float32
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        rest = tuple(self._given.shape[1:])
+        rest = tuple(self._input.shape[1:])
         return [(1, *rest), (1, *rest), (MAX_BATCH, *rest)]
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -104,7 +104,7 @@ class Engine:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shape if name == self._given.name else (self._shape[0], 3)
+        return self._shape if name == self._input.name else (self._shape[0], 3)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address
@@ -112,43 +112,43 @@ class Engine:
 
     def execute_async_v3(self, stream: str) -> bool:
         assert stream == "stream"
-        dtype = np.dtype(self.get_tensor_dtype(self._given.name))
+        dtype = np.dtype(self.get_tensor_dtype(self._input.name))
         size = int(np.prod(self._shape)) * dtype.itemsize
-        content = ctypes.string_at(self._addresses[self._given.name], size)
+        content = ctypes.string_at(self._addresses[self._input.name], size)
         values = np.frombuffer(content, dtype).reshape(self._shape)
-        (result,) = self._session.run(None, {self._given.name: values})
-        ctypes.memmove(self._addresses[self._taken.name], result.ctypes.data, result.nbytes)
+        (result,) = self._session.run(None, {self._input.name: values})
+        ctypes.memmove(self._addresses[self._output.name], result.ctypes.data, result.nbytes)
         return True
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
-    """The stand-ins, installed."""
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    """Install the fakes."""
 
     class Runtime:
         def __init__(self, logger: object) -> None:
             pass
 
-        def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
-            return None if content == b"another GPU's" else Engine(content)
+        def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
+            return None if content == b"another GPU's" else FakeEngine(content)
 
     trt = ModuleType("tensorrt_rtx_bindings")
     trt.__dict__.update(
         __version__="1.0", Runtime=Runtime, TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: dtype
     )
     trt.__dict__["Logger"] = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
-    memory = Memory()
+    fake = FakeCuda()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", trt)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", memory)  # type: ignore[arg-type]
-    yield memory
-    gc.collect()  # an error that a test keeps holds its encoder
-    assert memory.held == {}  # every engine's memory was given back
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
+    yield fake
+    gc.collect()  # an exception that a test keeps refers to its encoder
+    assert fake.allocated == {}  # every engine's memory was freed
 
 
 @pytest.fixture
 def engines(colour_bundle: Path) -> Path:
-    """The colours as a bundle for an RTX card."""
+    """The colour bundle with engines for an RTX card."""
     manifest = read_manifest(colour_bundle)
     towers = {}
     for name, tower in (("image", manifest.image), ("text", manifest.text)):
@@ -158,22 +158,22 @@ def engines(colour_bundle: Path) -> Path:
     return colour_bundle
 
 
-def test_engines_give_what_their_onnx_gives_in_parts_of_their_greatest_batch(cuda: Memory, engines: Path) -> None:
+def test_engines_match_their_onnx_files_and_split_large_batches(cuda: FakeCuda, engines: Path) -> None:
     encoder, expected = load(engines), load(engines, device="cpu")
     assert encoder.describe().runtime == "tensorrt"
     noise = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(pixels) for pixels in noise]
-    np.testing.assert_allclose(encoder.encode_images(pictures), expected.encode_images(pictures), atol=1e-6)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    np.testing.assert_allclose(encoder.encode_images(images), expected.encode_images(images), atol=1e-6)
     texts = ["red", "green blue", "yellow"]
     np.testing.assert_allclose(encoder.encode_texts(texts), expected.encode_texts(texts), atol=1e-6)
     assert (encoder.describe().device, expected.describe().runtime) == ("cuda", "onnxruntime")
-    assert len(cuda.held) == 4
+    assert len(cuda.allocated) == 4
 
 
-def test_a_jetson_s_engines_are_found_where_its_script_builds_them(cuda: Memory, colour_bundle: Path) -> None:
+def test_the_engines_of_a_jetson_are_found_where_its_script_builds_them(cuda: FakeCuda, colour_bundle: Path) -> None:
     manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
     write_manifest(colour_bundle, manifest)
-    with pytest.raises(ConfigError, match=r"no engine .*text\.engine") as raised:
+    with pytest.raises(ConfigError, match=r"engine .*text\.engine does not exist") as raised:
         load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
     assert "build.sh" in raised.value.hint
     (colour_bundle / "text.engine").write_bytes((colour_bundle / "text.onnx").read_bytes())
@@ -183,47 +183,47 @@ def test_a_jetson_s_engines_are_found_where_its_script_builds_them(cuda: Memory,
 
 
 @pytest.mark.parametrize(
-    ("gpus", "engine", "sentence"),
+    ("gpus", "engine", "message"),
     [
-        (-1, b"", "There is no NVIDIA GPU to run .*image.engine on: no driver"),
-        (0, b"", "There is no NVIDIA GPU to run .*image.engine on: CUDA finds none"),
-        (1, b"another GPU's", "TensorRT 1.0 does not take the engine: it was built for another GPU or version"),
+        (-1, b"", "No NVIDIA GPU to run .*image.engine on: no driver"),
+        (0, b"", "No NVIDIA GPU to run .*image.engine on: CUDA finds none"),
+        (1, b"another GPU's", "TensorRT 1.0 rejected the engine: it was built for another GPU or version"),
     ],
 )
-def test_an_engine_that_cannot_run_here_is_said_and_its_onnx_runs(
-    cuda: Memory, engines: Path, caplog: pytest.LogCaptureFixture, gpus: int, engine: bytes, sentence: str
+def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
+    cuda: FakeCuda, engines: Path, caplog: pytest.LogCaptureFixture, gpus: int, engine: bytes, message: str
 ) -> None:
     cuda.gpus = gpus
     (engines / "image.engine").write_bytes(engine)
     red = [Image.new("RGB", (9, 9), (255, 0, 0))]
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=message):
         load(engines, runtime="tensorrt").encode_images(red)
     encoder = load(engines)
     assert encoder.encode_images(red).argmax() == 0
     assert (encoder.describe().runtime, encoder.describe().device) == ("onnxruntime", "cpu")
     (record,) = caplog.records
-    assert record.getMessage().startswith("image.onnx runs on the CPU in place of its engine. ")
+    assert record.getMessage().startswith("image.onnx runs on the CPU instead of its engine. ")
 
 
-def test_a_full_gpu_is_one_sentence_and_leaks_nothing(cuda: Memory, engines: Path) -> None:
-    cuda.room = 100
+def test_a_full_gpu_is_reported_and_leaks_no_memory(cuda: FakeCuda, engines: Path) -> None:
+    cuda.max_bytes = 100
     with pytest.raises(ClipRdEdgeError, match="CUDA failed: out of memory"):
         load(engines, runtime="tensorrt").encode_images([Image.new("RGB", (9, 9))])
 
 
-def test_what_is_not_installed_has_its_pip_line(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_its_pip_command(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(MissingExtraError) as raised:
         load(engines, runtime="tensorrt").encode_texts(["red"])
     assert raised.value.hint == "pip install 'clip-rd-edge[rtx]'"
 
 
-def test_the_real_bindings_have_the_names_that_are_used() -> None:
+def test_the_real_bindings_have_the_names_that_the_fakes_have() -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'clip-rd-edge[rtx]'")
     real = pytest.importorskip("cuda.bindings.runtime", reason="pip install 'clip-rd-edge[rtx]'")
-    for name in (each for each in vars(Memory) if each.startswith("cuda")):
+    for name in (key for key in vars(FakeCuda) if key.startswith("cuda")):
         assert hasattr(real, name)
-    for name in (each for each in vars(Engine) if not each.startswith("_")):
+    for name in (key for key in vars(FakeEngine) if not key.startswith("_")):
         assert hasattr(trt.ICudaEngine, name) or hasattr(trt.IExecutionContext, name)
     assert trt.TensorIOMode.INPUT != trt.TensorIOMode.OUTPUT
     assert trt.nptype(trt.float32) == np.float32

@@ -1,0 +1,258 @@
+"""What bundles answer on processors that are not here, by user-mode emulation with QEMU.
+
+    python benchmarks/scripts/emulate.py quickstart/bundles/fp32 quickstart/bundles/int8
+    python benchmarks/scripts/emulate.py quickstart/bundles/* -o benchmarks/results/MACHINE/emulated.json \\
+        --readme benchmarks/README.md
+
+Needs Debian or Ubuntu with `apt-get install qemu-user-static debootstrap`, and for the images the extra [emoji]. An
+arm64 Debian with the wheels of the base install is set up once in the user's cache (a minute, 0.5 GB); x86 processors
+run this Python. Emulation executes the instructions of the other processor, so that ONNX Runtime takes the kernels that
+it takes there: it shows which answers come out, and tells nothing of speed.
+
+For each bundle and processor: the greatest difference of an embedding to the same bundle's here, the centred cosine to
+FP32's here, and top-1 on images of the quickstart's tasks beside FP32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.results import Environment, this_environment
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.convert.parity import agreement
+from clip_rd_edge.data.emoji import zero_shot_task
+from clip_rd_edge.utils.io import cache_home, to_json, write_bytes
+
+# QEMU's names by architecture. Haswell and EPYC (Zen 1) have AVX2 without VNNI, Nehalem has SSE alone; the Cortex-A53
+# and A72 (Raspberry Pi 3 and 4) have neither dot products nor FP16 arithmetic, the A76 (Raspberry Pi 5) has both.
+PROCESSORS = {
+    "Nehalem": "x86_64",
+    "Haswell": "x86_64",
+    "EPYC": "x86_64",
+    "cortex-a53": "aarch64",
+    "cortex-a72": "aarch64",
+    "cortex-a76": "aarch64",
+}
+NATIVE = "native"
+SUITE = "trixie"  # whose Python is 3.13
+ARM_PYTHON = "3.13"
+# What a device has installed; the same as the project's base dependencies.
+PACKAGES = (
+    "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML",
+)  # fmt: skip
+PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
+ROOT = Path(__file__).resolve().parents[2]
+
+WORKER = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.runtime.load import load
+
+bundle, images, texts, output = sys.argv[1:]
+encoder = load(bundle, threads=1, runtime="onnxruntime", device="cpu")
+paths = Path(images).read_text().splitlines()
+# One at a time, as a device sees them.
+rows = np.concatenate([encoder.encode_images([open_image(Path(path))]) for path in paths])
+labels = encoder.encode_texts(Path(texts).read_text().splitlines())
+np.savez(output, images=rows, texts=labels)
+"""
+
+
+class Answers(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle answered on a processor.
+
+    Attributes:
+        max_difference: greatest absolute difference of an embedding entry to the same bundle's on this machine.
+        image_cosine, text_cosine: centred cosine with FP32's embeddings on this machine.
+        top1: share of the images whose label comes first.
+        problem: why it does not run there, or empty.
+    """
+
+    bundle: str
+    processor: str
+    max_difference: float = 0.0
+    image_cosine: float = 0.0
+    text_cosine: float = 0.0
+    top1: float = 0.0
+    problem: str = ""
+
+
+class Emulated(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a run; images per task, labels in all."""
+
+    environment: Environment
+    qemu: str
+    images: int
+    labels: int
+    answers: tuple[Answers, ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run bundles on emulated processors and compare their answers.")
+    parser.add_argument("bundles", type=Path, nargs="+", help="one of them in FP32, which the others are compared with")
+    parser.add_argument("--cpu", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
+    parser.add_argument("--images", type=int, default=190, help="per task of the embedded data set (default: 190)")
+    parser.add_argument("-o", "--output", type=Path, help="a JSON file")
+    parser.add_argument("--readme", type=Path, help="where the table goes, between its marks")
+    arguments = parser.parse_args()
+    results = run(arguments.bundles, arguments.cpu, images=arguments.images)
+    if arguments.output:
+        write_bytes(arguments.output, to_json(results))
+    print(table(results))
+    if arguments.readme:
+        write_between_markers(arguments.readme, "emulated", table(results))
+
+
+def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> Emulated:
+    """Embed images and labels by every bundle on every processor, and on this machine."""
+    reference = next((path for path in bundles if read_manifest(path).precision == "fp32"), None)
+    if reference is None:
+        raise SystemExit("error: none of the bundles is in FP32, which the others are compared with")
+    tasks = [zero_shot_task(split) for split in ("unseen style", "unseen concepts")]
+    labels = sorted({label for task in tasks for label in task.labels})
+    shown = [(task, i) for task in tasks for i in range(min(images, len(task.images)))]
+    truth = np.array([labels.index(task.labels[task.targets[i]]) for task, i in shown])
+    answers = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "images.txt").write_text("\n".join(str(task.images[i]) for task, i in shown), encoding="utf-8")
+        (folder / "texts.txt").write_text("\n".join(labels), encoding="utf-8")
+        here = {bundle: embed(bundle, NATIVE, folder) for bundle in bundles}
+        if problems := [rows for rows in here.values() if isinstance(rows, str)]:
+            raise SystemExit(f"error: a bundle does not run on this machine: {problems[0]}")
+        for bundle in bundles:
+            for processor in (NATIVE, *processors):
+                rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
+                print(f"{bundle.name} on {processor}", file=sys.stderr, flush=True)
+                answers.append(compare(bundle, processor, rows, here[bundle], here[reference], truth))
+    return Emulated(
+        environment=this_environment(),
+        qemu=subprocess.run(["qemu-aarch64-static", "--version"], capture_output=True, text=True, check=True)
+        .stdout.splitlines()[0],
+        images=len(shown),
+        labels=len(labels),
+        answers=tuple(answers),
+    )  # fmt: skip
+
+
+def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, Embeddings] | str:
+    """Embeddings of the images and texts listed in `folder`, or why the bundle does not run there."""
+    output = folder / f"{bundle.name}-{processor}.npz"
+    arguments = [
+        "-c",
+        WORKER,
+        str(bundle.resolve()),
+        str(folder / "images.txt"),
+        str(folder / "texts.txt"),
+        str(output),
+    ]
+    done = subprocess.run(
+        [*interpreter(processor), *arguments],
+        env=environment_of(processor),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "TCG doesn't support" not in line]
+        return lines[-1].strip() if lines else f"it ended with {done.returncode}"
+    with np.load(output) as arrays:
+        return {name: arrays[name] for name in ("images", "texts")}
+
+
+def interpreter(processor: str) -> list[str]:
+    """The command that runs Python on a processor."""
+    if processor == NATIVE:
+        return [sys.executable]
+    if PROCESSORS[processor] == "x86_64":
+        return ["qemu-x86_64-static", "-cpu", processor, sys.executable]
+    root = arm_root()
+    return ["qemu-aarch64-static", "-cpu", processor, "-L", str(root), str(root / "usr/bin" / f"python{ARM_PYTHON}")]
+
+
+def environment_of(processor: str) -> dict[str, str]:
+    """Environment variables of the interpreter."""
+    if processor == NATIVE or PROCESSORS[processor] == "x86_64":
+        return {**os.environ, "PYTHONPATH": str(ROOT)}
+    root = arm_root()
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "CLIP_RD_EDGE_CACHE", "TMPDIR") if name in os.environ}
+    paths = f"{ROOT}{os.pathsep}{root / 'wheels'}"
+    return {**kept, "QEMU_LD_PREFIX": str(root), "PYTHONHOME": str(root / "usr"), "PYTHONPATH": paths}
+
+
+def arm_root() -> Path:
+    """An arm64 Debian with Python and the base dependencies, unpacked without root's rights or a chroot; made once."""
+    root = cache_home() / f"arm64-{SUITE}"
+    if (root / "complete").is_file():
+        return root
+    shutil.rmtree(root, ignore_errors=True)
+    print(f"setting up an arm64 Debian in {root}", file=sys.stderr, flush=True)
+    command = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3", SUITE, str(root)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
+        subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
+    platforms = [argument for name in PLATFORMS for argument in ("--platform", name)]
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "--quiet", "--target", str(root / "wheels"), *platforms,
+            "--python-version", ARM_PYTHON, "--only-binary=:all:", *PACKAGES,
+        ],
+        check=True,
+        stdout=sys.stderr,
+    )  # fmt: skip
+    (root / "complete").touch()
+    return root
+
+
+def compare(
+    bundle: Path,
+    processor: str,
+    rows: Mapping[str, Embeddings] | str,
+    here: Mapping[str, Embeddings],
+    fp32: Mapping[str, Embeddings],
+    truth: np.ndarray,
+) -> Answers:
+    """What came out on a processor, beside what comes out here."""
+    if isinstance(rows, str):
+        return Answers(bundle=bundle.name, processor=processor, problem=rows)
+    return Answers(
+        bundle=bundle.name,
+        processor=processor,
+        max_difference=max(float(np.abs(rows[name] - here[name]).max()) for name in rows),
+        image_cosine=agreement(fp32["images"], rows["images"]).centred_cosine,
+        text_cosine=agreement(fp32["texts"], rows["texts"]).centred_cosine,
+        top1=float(np.mean((rows["images"] @ rows["texts"].T).argmax(axis=1) == truth)),
+    )
+
+
+def table(results: Emulated) -> str:
+    """A Markdown table: a row per bundle and processor."""
+    lines = [["bundle", "processor", "max. difference to here", "image cosine", "text cosine", "top-1, %"]]
+    for row in results.answers:
+        if row.problem:
+            lines.append([row.bundle, row.processor, row.problem, "–", "–", "–"])
+            continue
+        figures = [f"{row.max_difference:.1g}", f"{row.image_cosine:.4f}", f"{row.text_cosine:.4f}"]
+        lines.append([row.bundle, row.processor, *figures, f"{100 * row.top1:.1f}"])
+    return markdown_table(lines, left=(0, 1))
+
+
+if __name__ == "__main__":
+    main()

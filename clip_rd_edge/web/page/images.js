@@ -1,0 +1,128 @@
+// Image sources: files that are chosen, dropped or pasted, and the newest frame of the camera.
+
+import { encodeFrame } from "./api.js";
+
+const stage = document.getElementById("stage");
+const video = document.getElementById("video");
+const preview = document.getElementById("preview");
+const button = document.getElementById("camera");
+const FRAME_EDGE = 480; // shorter edge of a camera frame in pixels; larger than the input of any small model
+
+export class ImageSource {
+  // onImage(image, ms) is called with each image and the time it took to capture; onError(message) if that fails.
+  constructor(onImage, onError) {
+    this.onImage = onImage;
+    this.onError = onError;
+    this.stream = null;
+    const file = document.getElementById("file");
+    file.addEventListener("change", () => {
+      if (file.files.length) this.#open(file.files[0]);
+      file.value = "";
+    });
+    addEventListener("paste", (event) => {
+      const pasted = [...event.clipboardData.files][0];
+      if (pasted) this.#open(pasted);
+    });
+    let depth = 0; // dragenter and dragleave also fire for every nested element
+    addEventListener("dragenter", () => stage.classList.toggle("over", ++depth > 0));
+    addEventListener("dragleave", () => stage.classList.toggle("over", --depth > 0));
+    addEventListener("dragover", (event) => event.preventDefault());
+    addEventListener("drop", (event) => {
+      event.preventDefault();
+      depth = 0;
+      stage.classList.remove("over");
+      if (event.dataTransfer.files.length) this.#open(event.dataTransfer.files[0]);
+    });
+    button.addEventListener("click", () => (this.stream ? this.stop() : this.start()));
+  }
+
+  async #open(file) {
+    this.stop();
+    // The browser only shows the image; the model's side reads the file itself, so formats that the browser cannot
+    // show may still be classified.
+    const bitmap = await createImageBitmap(file).catch(() => null);
+    preview.hidden = bitmap === null;
+    stage.classList.toggle("full", bitmap !== null);
+    if (bitmap) {
+      preview.width = bitmap.width;
+      preview.height = bitmap.height;
+      const context = preview.getContext("2d");
+      context.fillStyle = "#fff"; // the background for transparent images that the model sees
+      context.fillRect(0, 0, preview.width, preview.height);
+      context.drawImage(bitmap, 0, 0);
+    }
+    this.onImage(file, 0);
+  }
+
+  async start() {
+    if (!navigator.mediaDevices) {
+      this.onError("Browsers allow the camera only on https pages and on localhost. You can choose an image instead.");
+      return;
+    }
+    try {
+      const constraints = { video: { facingMode: "environment", width: { ideal: 640 } }, audio: false };
+      this.stream = await navigator.mediaDevices.getUserMedia(constraints);
+    } catch (error) {
+      const reasons = {
+        NotAllowedError: "permission was denied",
+        NotFoundError: "no camera was found",
+        NotReadableError: "another program is using it",
+      };
+      this.onError(`The camera cannot be used: ${reasons[error.name] ?? error.message}.`);
+      return;
+    }
+    this.stream.getVideoTracks()[0].addEventListener("ended", () => {
+      this.stop();
+      this.onError("The camera stopped.");
+    });
+    video.srcObject = this.stream;
+    await video.play();
+    this.#show(true);
+    this.#next();
+  }
+
+  stop() {
+    this.stream?.getTracks().forEach((track) => track.stop());
+    this.stream = null;
+    video.srcObject = null;
+    this.#show(false);
+  }
+
+  #show(live) {
+    video.hidden = !live;
+    if (!live) document.getElementById("rate").hidden = true;
+    if (live) preview.hidden = true;
+    stage.classList.toggle("live", live);
+    if (live) stage.classList.remove("full");
+    button.textContent = live ? "Stop the camera" : "Start the camera";
+    button.setAttribute("aria-pressed", String(live));
+  }
+
+  // One frame at a time, always the newest: a slow model lags by one frame instead of a growing queue.
+  #next() {
+    const stream = this.stream;
+    if (!stream) return;
+    const capture = async () => {
+      if (this.stream !== stream) return;
+      const started = performance.now();
+      const image = await captureFrame();
+      if (this.stream !== stream) return; // stopped in the meantime: do not replace an image that was dropped since
+      await this.onImage(image, performance.now() - started);
+      this.#next();
+    };
+    // Wait for a new frame; neither callback runs while the page is hidden.
+    if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(capture);
+    else requestAnimationFrame(capture);
+  }
+}
+
+const canvas = document.createElement("canvas");
+
+function captureFrame() {
+  const scale = Math.min(1, FRAME_EDGE / Math.min(video.videoWidth, video.videoHeight));
+  canvas.width = Math.round(video.videoWidth * scale);
+  canvas.height = Math.round(video.videoHeight * scale);
+  const context = canvas.getContext("2d", { alpha: false, willReadFrequently: true });
+  context.drawImage(video, 0, 0, canvas.width, canvas.height);
+  return encodeFrame(canvas);
+}
