@@ -22,7 +22,7 @@ docs: $(DOCS_STAMP)  ## the user guide, into site/; a broken link or an undocume
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # without --quiet, which would hide its warnings from --strict
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 8
 
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest

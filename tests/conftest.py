@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+
+# Towers here are tiny: threads would wait for one another longer than they work. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from clip_rd_edge.convert.calibration import CalibrationSet, Samples

@@ -94,7 +94,7 @@ def _commit() -> str:
         return ""
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RESULTS = "results.json"
 
 
@@ -224,6 +224,18 @@ def write_results(path: Path, results: Results) -> None:
     write_bytes(path, to_json(results))
 
 
+def rename_old_keys(content: bytes) -> bytes:
+    """Results of formats 1 and 2, and evidence of format 1, with today's keys: images were called pictures."""
+    for old, new in (
+        ('"pictures"', '"images"'),
+        ('"pictures_per_second"', '"images_per_second"'),
+        ("picture → text", "image → text"),
+        ("text → picture", "text → image"),
+    ):
+        content = content.replace(old.encode(), new.encode())
+    return content
+
+
 def read_results(path: Path) -> Results:
     """Read results.json.
 
@@ -231,7 +243,7 @@ def read_results(path: Path) -> Results:
         InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
-    results = read_versioned_json(path, Results, newest=FORMAT_VERSION)
+    results = read_versioned_json(path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys)
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")
     return results

@@ -14,6 +14,7 @@ from PIL import Image
 from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table, percent, signed_interval, signed_points
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.benchmarking.results import rename_old_keys
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.results import (
     FORMAT_VERSION,
@@ -180,7 +181,7 @@ def read_evidence_file(path: Path) -> Evidence:
         InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no runs.
     """
-    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION)
+    evidence = read_versioned_json(path, Evidence, newest=FORMAT_VERSION, upgrade=rename_old_keys)
     if not evidence.runs:
         raise ConfigError(f"{path} has no runs; expected at least one.", hint="run the suite again")
     return evidence

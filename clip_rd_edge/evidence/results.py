@@ -15,7 +15,7 @@ from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.utils.io import read_json
 
 RESULT = "result.json"  # of one run, in its folder
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):

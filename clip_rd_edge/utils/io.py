@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,32 +130,41 @@ def read_yaml(path: Path, kind: type[T]) -> T:
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file into a struct; raises the same errors as `read_yaml`."""
-    content = _read(path)
+    return _decode_json(_read(path), kind, source=path)
+
+
+def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError:
-        return convert(msgspec.json.decode(content), kind, source=str(path))  # raises with the offending key
+        return convert(msgspec.json.decode(content), kind, source=str(source))  # raises with the offending key
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+        raise ConfigError(f"{source} is not valid JSON: {error}.") from error
 
 
-def read_versioned_json(path: Path, kind: type[T], *, newest: int) -> T:
+def read_versioned_json(
+    path: Path, kind: type[T], *, newest: int, upgrade: Callable[[bytes], bytes] | None = None
+) -> T:
     """Read a JSON file with a `format_version` into a struct.
 
     Args:
         newest: latest supported format version.
+        upgrade: rewrites the content of an older version to the newest one's keys.
 
     Raises:
         InputError: the file cannot be read.
         ConfigError: it is damaged, or its format is newer. The version is checked before anything else.
     """
-    version = read_json(path, _Version).format_version
+    content = _read(path)
+    version = _decode_json(content, _Version, source=path).format_version
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
             hint="pip install -U clip-rd-edge",
         )
-    return read_json(path, kind)
+    if upgrade is not None and version < newest:
+        content = upgrade(content)
+    return _decode_json(content, kind, source=path)
 
 
 class _Version(msgspec.Struct):

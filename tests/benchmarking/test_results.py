@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from clip_rd_edge.benchmarking.results import this_environment
+from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
 
 
 def test_the_environment_describes_this_machine() -> None:
@@ -21,3 +22,13 @@ def test_reading_package_versions_imports_neither_torch_nor_onnxruntime() -> Non
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "set()"
+
+
+def test_results_that_still_say_pictures_can_be_read(results: Results, tmp_path: Path) -> None:
+    write_results(tmp_path / "new.json", results)
+    content = (tmp_path / "new.json").read_text(encoding="utf-8")
+    assert '"images"' in content
+    old = content.replace('"images"', '"pictures"').replace('"images_per_second"', '"pictures_per_second"')
+    old = old.replace("image → text", "picture → text").replace('"format_version": 3', '"format_version": 2')
+    (tmp_path / "old.json").write_text(old, encoding="utf-8")
+    assert read_results(tmp_path / "old.json").rows == results.rows

@@ -74,7 +74,7 @@ def assert_same_weights(actual: Path, expected: Path) -> None:
     assert all(torch.equal(actual_weights[name], expected_weights[name]) for name in actual_weights)
 
 
-def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: Path, plots: None) -> None:
     student = distil(config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
