@@ -62,7 +62,10 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
     ONNX Runtime's own calibrators do the same, but its percentile calibrator keeps all histograms in memory and fails
     on a tensor whose values are nearly all the same.
     """
-    rows = [[_bounds(value) for value in batch.values()] for batch in activation_batches(model, tensors, samples)]
+    rows = [
+        [(value.min(), value.max(), *range_without_outliers(value)) for value in batch.values()]
+        for batch in activation_batches(model, tensors, samples)
+    ]
     table = np.asarray(rows, dtype=np.float32)  # (batches, tensors, 4)
     lowest, highest = table[..., 0].min(axis=0), table[..., 1].max(axis=0)
     low, high = table[..., 2].mean(axis=0), table[..., 3].mean(axis=0)
@@ -70,11 +73,6 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
         min_max={name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
         percentile={name: (low[i], high[i]) for i, name in enumerate(tensors)},
     )
-
-
-def _bounds(value: Inputs) -> tuple[float, float, float, float]:
-    """Return min, max and the two percentiles."""
-    return float(value.min()), float(value.max()), *range_without_outliers(value)
 
 
 # ONNX Runtime tries every cut from half the range to all of it, one per bin; finer bins take several times as long.

@@ -53,6 +53,10 @@ class StaticQuantizer:
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+        if method == "entropy":
+            ranges = self._entropy_ranges
+        else:
+            ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
         with silently():
             quantizer = QDQQuantizer(
                 copy.deepcopy(self._model),
@@ -60,7 +64,7 @@ class StaticQuantizer:
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,
-                tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges_by_method(method)),
+                tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
                 op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CLIPPING],
@@ -69,11 +73,6 @@ class StaticQuantizer:
             quantizer.quantize_model()
         content: bytes = quantizer.model.model.SerializeToString()
         return content
-
-    def _ranges_by_method(self, method: RangeMethod) -> dict[str, tuple[Any, Any]]:
-        if method == "entropy":
-            return self._entropy_ranges
-        return self._ranges.min_max if method == "min-max" else self._ranges.percentile
 
     @cached_property
     def _ranges(self) -> Ranges:
