@@ -137,7 +137,7 @@ def test_results_are_read_as_they_were_written(results: Results, tmp_path: Path)
     [
         (lambda text: text[: len(text) // 2], "is not valid JSON"),
         (lambda text: text.replace('"environment"', '"machine"'), "missing required field `environment`"),
-        (lambda text: text.replace('"format_version": 2', '"format_version": 9'), "has format version 9; .* up to 3"),
+        (lambda text: text.replace('"format_version": 3', '"format_version": 9'), "has format version 9; .* up to 3"),
         (lambda text: text.replace('"role": "teacher"', '"role": "pupil"'), "Invalid enum value 'pupil'"),
     ],
 )
