@@ -49,7 +49,8 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
+            # From click 8.5 on, arguments have help records, too; the docstring describes them.
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
                 groups.setdefault(getattr(parameter, "group", "") or "Other options", []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
