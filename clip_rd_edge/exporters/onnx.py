@@ -43,7 +43,18 @@ def export_text_tower(clip: ClipModel, folder: Path) -> Path:
         ClipRdEdgeError: the tower has an operator without a counterpart in ONNX.
     """
     example = clip.tokenizer(["a photo"] * _EXAMPLE_BATCH)
-    return _export(TextTower(clip.model), example, folder / TEXT_MODEL, names=(TEXT_INPUT, TEXT_OUTPUT), clip=clip)
+    tower, names = _Int32TextTower(clip.model), (TEXT_INPUT, TEXT_OUTPUT)
+    return _export(tower, example, folder / TEXT_MODEL, names=names, clip=clip)
+
+
+class _Int32TextTower(TextTower):
+    """The text tower that computes with int32 ids.
+
+    It finds the end of a text as the position of the largest id, and ONNX Runtime before 1.20 has no ArgMax of int64.
+    """
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids.to(torch.int32))
 
 
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:

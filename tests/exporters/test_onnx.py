@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,6 +45,20 @@ def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle:
     ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()
     parity = agreement(TorchEncoder(student).encode_ids(ids), embed(session, ids, batch_size=1))
     assert parity.max_difference <= 1e-4
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos", "last"])
+def test_a_text_tower_uses_no_argmax_of_int64_which_onnxruntime_before_1_20_lacks(
+    pool: str, make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
+    clip = make_student()
+    text: Any = clip.model.get_submodule("text")
+    text.pool_type, text.eos_id = pool, 49407
+    model = onnx.shape_inference.infer_shapes(onnx.load(export_text_tower(clip, tmp_path)))
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
+    inputs = [types[node.input[0]] for node in model.graph.node if node.op_type in ("ArgMax", "ArgMin", "TopK")]
+    assert len(inputs) == (pool != "last")
+    assert onnx.TensorProto.INT64 not in inputs
 
 
 def test_a_hugging_face_text_tower_gives_torchs_embeddings(student: ClipModel, tmp_path: Path) -> None:
