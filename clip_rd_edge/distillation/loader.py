@@ -142,21 +142,32 @@ class StepSampler(Sampler[list[View]]):
         return self.stop - self.start
 
 
+# Max factor by which a crop's aspect ratio differs from its image's, as in torchvision for square images.
+MAX_ASPECT_CHANGE = 4 / 3
+
+
 def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Draw a crop box as torchvision does: area fraction within `scale`, aspect ratio between 3:4 and 4:3."""
+    """Draw a crop box in an image of any shape.
+
+    The box keeps a fraction of the image's area that is uniform within `scale`. Its aspect ratio is the image's own
+    times a factor whose logarithm is uniform among those with which the box fits, up to MAX_ASPECT_CHANGE; its position
+    is uniform. So every draw fits. torchvision's RandomResizedCrop limits the aspect ratio itself to 3:4 to 4:3: with
+    the default scale, no such box fits into an image of 3:2, and its fallback is always the same centre crop.
+
+    Args:
+        size: width and height of the image in pixels.
+        scale: min and max fraction of the image's area.
+
+    Returns:
+        Left, top, right and bottom in pixels; not rounded, so that boxes differ in a small image, too.
+    """
     width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    # No box fits, for example in a very long image: take the largest centre crop that keeps the ratio in bounds.
-    w = min(width, round(height * 4 / 3))
-    h = min(height, round(width * 4 / 3))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    area = rng.uniform(*scale)
+    limit = min(math.log(MAX_ASPECT_CHANGE), math.log(1 / area))
+    change = math.exp(rng.uniform(-limit, limit))
+    w, h = min(1.0, math.sqrt(area * change)), min(1.0, math.sqrt(area / change))  # fractions of width and height
+    left, top = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+    return left * width, top * height, min(1.0, left + w) * width, min(1.0, top + h) * height
 
 
 def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:

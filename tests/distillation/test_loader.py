@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
@@ -55,13 +56,50 @@ def test_identical_preprocessing_is_done_once(pairs_csv: Path) -> None:
     assert batch.teacher_pixels is batch.student_pixels
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (64, 48)])
-def test_crops_lie_within_the_image(size: tuple[int, int]) -> None:
+SIZES = [(1, 1), (2, 3), (3, 500), (500, 3), (64, 48), (224, 224), (500, 333), (1280, 720), (1080, 1920), (3000, 1000)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0), (0.5, 0.5), (1.0, 1.0)])
+def test_crops_lie_within_the_image_and_keep_the_fraction_of_its_area_that_was_asked_for(
+    size: tuple[int, int], scale: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        left, top, right, bottom = random_crop(size, (0.3, 1.0), rng)
+    areas = []
+    for _ in range(200):
+        left, top, right, bottom = random_crop(size, scale, rng)
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
+        areas.append((right - left) * (bottom - top) / (size[0] * size[1]))
+    assert scale[0] - 1e-9 <= min(areas) <= max(areas) <= scale[1] + 1e-9
+    assert np.mean(areas) == pytest.approx(np.mean(scale), abs=0.1 * (scale[1] - scale[0]) + 1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_crops_of_an_image_of_any_shape_differ_in_aspect_ratio_and_reach_all_its_edges(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.asarray([random_crop(size, (0.9, 1.0), rng) for _ in range(500)]) / (*size, *size)
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    change = np.log(widths / heights)
+    assert np.abs(change).max() <= -np.log(0.9)
+    assert np.abs(np.mean(change)) < 0.01
+    assert np.std(change) > 0.02
+    assert boxes[:, :2].min(axis=0) == pytest.approx([0, 0], abs=0.001)
+    assert boxes[:, 2:].max(axis=0) == pytest.approx([1, 1], abs=0.001)
+    assert boxes[:, :2].max() > 0.05
+
+
+@pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])
+def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, int], tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
+    dataset = ViewDataset(
+        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, None, crop_scale=(0.9, 1.0), seed=0, views=8
+    )
+    views = [dataset[view, index].student_pixels.tobytes() for view in range(8) for index in range(2)]
+    assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
 
 
 @pytest.fixture
