@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,16 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH, file=console.file, highlight=False)
     console.print(table)
+
+
+def json_line(content: object) -> str:
+    """Return one line of JSON, in UTF-8 unless a path in it is not UTF-8: its bytes are then \\udcXX escapes."""
+    line = json.dumps(content, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content)
+    return line
 
 
 def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:

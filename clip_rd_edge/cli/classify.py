@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import sys
 import time
@@ -199,7 +198,9 @@ def _as_text(image: str, predictions: Sequence[Prediction]) -> str:
 def _as_json(image: str, predictions: Sequence[Prediction]) -> str:
     """Return one JSON object; `predictions` is empty if all labels are below --none-below."""
     rows = [{"label": label, "probability": round(probability, 6)} for label, probability in predictions]
-    return json.dumps({"image": image, "predictions": rows}, ensure_ascii=False)
+    from clip_rd_edge.cli._console import json_line
+
+    return json_line({"image": image, "predictions": rows})
 
 
 def _as_csv(image: str, predictions: Sequence[Prediction]) -> str:

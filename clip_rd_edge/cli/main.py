@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -74,6 +75,7 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Entry point: run the command, and report errors as a short message and an exit code."""
+    _pass_on_any_path()
     arguments: list[str] = sys.argv[1:]
     debug = "--debug" in arguments
     # Accept --debug anywhere.
@@ -105,6 +107,13 @@ def main() -> None:
         click.echo(f"error: {type(error).__name__}: {error}", err=True)
         click.echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
+
+
+def _pass_on_any_path() -> None:
+    """Let paths that are not UTF-8 go through stdin and stdout as the bytes that they are."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
 
 
 def _run(arguments: list[str]) -> Any:

@@ -28,13 +28,12 @@ def command(
     clip-rd-edge search photos.index "a red car"
     clip-rd-edge search photos.index photos/car.jpg --top 5
     """
-    import json
-
     import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import json_line
 
     for hit in edge.search(index, query, top=top, bundle=bundle, threads=threads, device=device):
         if as_json:
             line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
-            click.echo(json.dumps(line, ensure_ascii=False))
+            click.echo(json_line(line))
         else:
             click.echo(f"{hit.similarity:.3f}\t{hit.path}")

@@ -4,7 +4,8 @@
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
-holds a valid, older index.
+holds a valid, older index. Writers wait for each other (`utils.lock`). Readers take no lock, so that a folder that they
+cannot write to can be searched: if the embeddings are gone that index.json named, they read the new index.json.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.io import read_json, sha256_of, write_bytes
+from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEX_VERSION = 1
-_FILE = "index.json"
+_FILE, _ROWS = "index.json", "embeddings-"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -91,31 +93,47 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
     """
     if not is_index(path):
         raise InputError(f"{path} is not an index: it has no {_FILE}.", hint="create one with clip-rd-edge index")
-    index = read_json(path / _FILE, Index)
-    if index.version > INDEX_VERSION:
-        raise ConfigError(f"{path / _FILE} has version {index.version}; this clip-rd-edge reads up to {INDEX_VERSION}.")
-    try:
-        rows = np.load(path / index.embeddings, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"The index {path} is damaged: {error}.", hint="delete it and index the folder again"
-        ) from error
+    missing = ""
+    while True:
+        index = read_json(path / _FILE, Index)
+        if index.version > INDEX_VERSION:
+            raise ConfigError(
+                f"{path / _FILE} has version {index.version}; this clip-rd-edge reads up to {INDEX_VERSION}."
+            )
+        try:
+            rows = np.load(path / index.embeddings, mmap_mode="r", allow_pickle=False)
+            break
+        except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, FileNotFoundError) and index.embeddings != missing:
+                missing = index.embeddings  # a writer may have replaced both files since index.json was read
+                continue
+            raise ConfigError(
+                f"The index {path} is damaged: {error}.", hint="delete it and index the folder again"
+            ) from error
     if rows.ndim != 2 or len(rows) != len(index.entries):
         raise ConfigError(f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape}.")
     return index, rows
 
 
 def write_index(path: Path, index: Index, rows: Embeddings) -> None:
-    """Write an index, replacing the one at `path`; `index.embeddings` is ignored: the file gets a new name."""
-    old_files = set(path.glob("embeddings-*.npy"))
+    """Write an index, replacing the one at `path`; `index.embeddings` is ignored: the file gets a new name.
+
+    Call this with the folder locked: it deletes what older writers have left.
+    """
+    old_files = _leftovers(path)
     buffer = io.BytesIO()
     np.save(buffer, rows.astype(np.float32, copy=False))
-    name = f"embeddings-{uuid.uuid4().hex[:12]}.npy"
+    name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
     write_bytes(path / name, buffer.getvalue())
     write_bytes(path / _FILE, msgspec.json.encode(msgspec.structs.replace(index, embeddings=name)))
     for file in old_files:
         with suppress(OSError):  # Windows cannot delete a file that a search has open: the next update deletes it
             file.unlink()
+
+
+def _leftovers(path: Path) -> set[Path]:
+    """Return the files of a writer other than index.json: embeddings, and what a kill left half written."""
+    return {file for pattern in (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{_FILE}.*.tmp") for file in path.glob(pattern)}
 
 
 def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> list[Hit]:
@@ -139,7 +157,7 @@ class Update:
 
     Attributes:
         kept, embedded, removed: numbers of images.
-        unreadable: one message per image that could not be read.
+        unreadable: one message per image that could not be read, or whose name is not UTF-8.
     """
 
     kept: int = 0
@@ -179,35 +197,52 @@ def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: 
 
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
-    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption.
+    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. If another process is writing to the
+    index, the update waits for it.
 
     Raises:
-        InputError: the folder does not exist, or has no images.
+        InputError: the folder does not exist, or has no images, or its path is not UTF-8.
         UsageError: `path` contains something else, or the index of another folder.
     """
     if not folder.is_dir():
         raise InputError(f"The folder {folder} does not exist.", hint="check the path")
+    for location in (folder.resolve(), encoder.folder.resolve()):
+        if not _is_utf8(str(location)):
+            raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
+    _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
+    with exclusive_writer(path, on_wait=reporter.say):
+        return _update(encoder, folder, path, reporter)
+
+
+def _update(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter) -> Update:
     index, rows = _start(encoder, folder.resolve(), path)
-    names = [image.relative_to(folder).as_posix() for image in list_images(folder)]
-    if not names and not index.entries:
+    images = list_images(folder)
+    names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
+    if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.")
-    kept, new = _compare(index.entries, [_Source(folder, name) for name in names])
+    kept, new = _compare(index.entries, _sources(folder, names))
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
     update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
+    update.unreadable += [
+        f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
+        for image in images
+        if not _is_utf8(str(image.relative_to(folder)))
+    ]
     if entries == index.entries and not new and is_index(path):
         return update
 
     def save() -> None:
         write_index(path, msgspec.structs.replace(index, entries=entries), np.concatenate(parts))
 
-    last_saved = time.monotonic()
+    last_saved, done = time.monotonic(), 0
     try:
         for batch in embed_images(encoder, new):
             parts.append(batch.embeddings)
             entries += [source.entry() for source in batch.images]
             update.embedded += len(batch.images)
             update.unreadable += map(str, batch.unreadable)
-            reporter.update("embedding", update.embedded + len(update.unreadable), len(new))
+            done += len(batch.images) + len(batch.unreadable)
+            reporter.update("embedding", done, len(new))
             if time.monotonic() - last_saved > SAVE_EVERY_S:
                 save()
                 last_saved = time.monotonic()
@@ -228,7 +263,8 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
     )
     no_rows = np.zeros((0, encoder.manifest.embedding_size), dtype=np.float32)
     if not is_index(path):
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        ours = {path / LOCK_FILE, *_leftovers(path)}
+        if path.is_file() or (path.is_dir() and set(path.iterdir()) - ours):
             raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
         return empty, no_rows
     index, rows = read_index(path)
@@ -237,6 +273,27 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
     if index.model != empty.model:
         return empty, no_rows
     return msgspec.structs.replace(index, bundle=empty.bundle), rows
+
+
+def _sources(folder: Path, names: list[str]) -> list[_Source]:
+    """Return the files, without those that were deleted since they were listed."""
+    sources = []
+    for name in names:
+        with suppress(FileNotFoundError):
+            sources.append(_Source(folder, name))
+    return sources
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
+        return False
+    return True
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Entry, int]], list[_Source]]:
@@ -251,7 +308,10 @@ def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Ent
         if row is not None and source.entry(known[row].sha256) == known[row]:
             kept.append((known[row], row))
             continue
-        digest = sha256_of(source.path) if source.size_bytes in sizes else ""
+        digest = ""
+        if source.size_bytes in sizes:
+            with suppress(OSError):  # reported when it is opened
+                digest = sha256_of(source.path)
         if digest in contents:
             kept.append((source.entry(digest), contents[digest]))
         else:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clip_rd_edge.errors import UsageError
 
 LOCK_FILE = ".lock"
+_POLL_S = 0.1
 
 
 @contextlib.contextmanager
-def exclusive_writer(folder: Path) -> Iterator[None]:
+def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Lock a folder, creating it if it is missing, against other processes that use this lock.
 
     Afterwards the lock file is removed, and so is the folder if it was created here and is still empty.
 
+    Args:
+        on_wait: if another process holds the lock, called once with a sentence that says so, and the lock is waited
+            for; None does not wait.
+
     Raises:
-        UsageError: another process holds the lock, or `folder` is a file.
+        UsageError: another process holds the lock and there is no `on_wait`, or `folder` is a file.
     """
     if folder.is_file():
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
     created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    file = _acquire(path)
+    file = _acquire(path, on_wait)
     try:
         yield
     finally:
@@ -39,19 +44,28 @@ def exclusive_writer(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
+    waiting = False
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # removed since
+            continue
         try:
             _lock(file)
         except OSError as error:
             holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
             os.close(file)
             process = f", process {holder}" if holder.isdigit() else ""
-            raise UsageError(
-                f"{path.parent} is being written by another run{process}.",
-                hint="wait until it finishes, or choose another -o",
-            ) from error
+            message = f"{path.parent} is being written by another run{process}"
+            if on_wait is None:
+                raise UsageError(f"{message}.", hint="wait until it finishes, or choose another -o") from error
+            if not waiting:
+                on_wait(f"{message}: waiting for it")
+            waiting = True
+            time.sleep(_POLL_S)
+            continue
         if _is_same_file(path, file):
             os.ftruncate(file, 0)
             os.write(file, str(os.getpid()).encode())

@@ -3,6 +3,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +87,22 @@ def test_frames_of_a_camera_are_classified(
         ("frame 2", "blue"),
     ]
     assert error.startswith("2 frames in ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes file names of any bytes")
+def test_a_path_that_is_not_utf8_goes_through_stdin_and_stdout_unchanged(
+    colour_bundle: Path, colour_images: Path
+) -> None:
+    path = os.fsencode(colour_images) + b"/caf\xe9.png"
+    (colour_images / "red.png").rename(os.fsdecode(path))
+    command = [sys.executable, "-m", "clip_rd_edge", "classify", str(colour_bundle), "-", "--labels", "red", "blue"]
+
+    def run(*options: str) -> bytes:
+        strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as Python is in most locales
+        return subprocess.run(
+            [*command, *options], input=path + b"\n", capture_output=True, check=True, env=strict
+        ).stdout
+
+    assert run().startswith(path + b"\tred ")
+    line = run("--json")
+    assert os.fsencode(json.loads(line.decode())["image"]) == path

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +124,7 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
 
 
 def _count(path: Path) -> int:
-    return len(names(path)) if path.is_dir() else 0
+    return len(names(path)) if indexing.is_index(path) else 0
 
 
 def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
@@ -203,3 +206,72 @@ def test_the_index_and_search_commands(
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     code, _, error = command_line("search", index, "red")
     assert (code, "is not the one that created the index" in error) == (2, True)
+
+
+def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothing(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    for i in range(320):
+        Image.new("RGB", (9, 9), (i % 256, i // 4, 50)).save(colour_images / f"{i:03}.png")
+    program = (
+        "import sys; from pathlib import Path; from clip_rd_edge.runtime import index; from clip_rd_edge import load\n"
+        "index.SAVE_EVERY_S = -1\n"
+        "print(index.update_index(load(sys.argv[1]).encoder, Path(sys.argv[2]), Path(sys.argv[3])).embedded)"
+    )
+    command = [sys.executable, "-c", program, str(colour_bundle), str(colour_images), str(index)]
+    indexers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    query = load(colour_bundle).encode_texts(["red"])
+
+    def search_until_done() -> int:
+        count = 0
+        while any(indexer.poll() is None for indexer in indexers):
+            if indexing.is_index(index):
+                hits = nearest(*read_index(index), query, top=1000)
+                assert len({hit.path for hit in hits}) == len(hits) >= 32
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(20) as searchers:
+        searches = [searchers.submit(search_until_done) for _ in range(20)]
+        outputs = [indexer.communicate(timeout=60)[0] for indexer in indexers]
+        assert min(search.result() for search in searches) > 0
+    assert [indexer.returncode for indexer in indexers] == [0, 0]
+    assert sorted(map(int, outputs)) == [0, 324]  # the one that waited embeds nothing again
+    assert len(names(index)) == 324
+    assert {path.suffix for path in index.iterdir()} == {".json", ".npy"}
+
+
+def test_embeddings_that_are_missing_for_good_are_damage(colour_bundle: Path, colour_images: Path, index: Path) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    next(index.glob("*.npy")).unlink()
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_index(index)
+
+
+def test_a_folder_that_a_killed_first_run_leaves_is_not_refused(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    index.mkdir()
+    leftovers = [".lock", "embeddings-123.npy", ".embeddings-123.npy.abc.tmp", ".index.json.abc.tmp"]
+    for name in leftovers:
+        (index / name).write_bytes(b"x")
+    assert update_index(load(colour_bundle), colour_images, index).embedded == 4
+    assert not {path.name for path in index.iterdir()} & set(leftovers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes file names of any bytes")
+def test_a_name_that_is_not_utf8_is_reported_and_the_others_are_indexed(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    (colour_images / "red.png").rename(os.fsdecode(os.fsencode(colour_images) + b"/caf\xe9.png"))
+    for embedded_count in (3, 0):  # the folder that the first run leaves is taken by the second
+        code, _, error = command_line("index", colour_bundle, colour_images, "-o", index)
+        assert code == 1
+        assert rf"The name of {colour_images}/caf\xe9.png is not UTF-8" in error
+        assert f"{embedded_count} embedded" in error
+    assert names(index) == ["blue.jpg", "green.png", "more/yellow.webp"]
+    folder = Path(os.fsdecode(os.fsencode(colour_images) + b"-\xe9"))
+    colour_images.rename(folder)
+    with pytest.raises(InputError, match=r"photos-\\xe9 is not UTF-8"):
+        update_index(load(colour_bundle), folder, index.with_name("other"))
+    assert not index.with_name("other").exists()

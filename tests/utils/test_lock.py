@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,22 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").exists()
     with exclusive_writer(tmp_path):
         pass
+
+
+def test_a_writer_that_may_wait_says_so_once_and_goes_on_when_the_first_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    said: list[str] = []
+    order: list[str] = []
+
+    def second() -> None:
+        with exclusive_writer(folder, on_wait=said.append):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with exclusive_writer(folder):
+        thread.start()
+        time.sleep(0.5)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert said == [f"{folder} is being written by another run, process {os.getpid()}: waiting for it"]
