@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.evidence.results import Evidence
     from clip_rd_edge.runtime.doctor import Finding
     from clip_rd_edge.runtime.index import Hit, Update
+    from clip_rd_edge.runtime.label_list import Labels
     from clip_rd_edge.runtime.model import Model
     from clip_rd_edge.runtime.verify import Check
 
@@ -228,7 +229,7 @@ def benchmark(
     output: AnyPath,
     *,
     root: str | None = None,
-    models: Sequence[str] = (),
+    models: str | Sequence[str] = (),
     budget_ms: float | None = None,
     min_accuracy: float | None = None,
     force: bool = False,
@@ -253,6 +254,7 @@ def benchmark(
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
+    from clip_rd_edge.contract.encoder import as_list
     from clip_rd_edge.utils.io import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 
@@ -261,7 +263,7 @@ def benchmark(
     interrupted = (folder / FOLDER).is_dir()
     require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
     require_matplotlib()
-    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(models), data_root=root)
+    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=root)
     budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
     loaded = msgspec.structs.replace(loaded, **{name: value for name, value in budget.items() if value is not None})
     if models:
@@ -281,18 +283,22 @@ def benchmark(
 def compare(old: AnyPath, new: AnyPath) -> Changes:
     """Compare two benchmark results, files or folders: regressions, improvements and noise."""
     from clip_rd_edge.benchmarking.regression import compare_runs
-    from clip_rd_edge.benchmarking.results import RESULTS, read_results
+    from clip_rd_edge.benchmarking.results import read_results
 
-    before, after = (read_results(path / RESULTS if path.is_dir() else path) for path in (Path(old), Path(new)))
-    return compare_runs(before, after)
+    return compare_runs(read_results(Path(old)), read_results(Path(new)))
 
 
-def spread(results: Sequence[AnyPath]) -> str:
-    """Return means and standard deviations over several results of one suite, such as seeds, as a Markdown table."""
+def spread(results: AnyPath | Sequence[AnyPath]) -> str:
+    """Return means and standard deviations over several results of one suite, such as seeds, as a Markdown table.
+
+    Args:
+        results: at least two, each a results.json or the folder of one.
+    """
     from clip_rd_edge.benchmarking.results import read_results
     from clip_rd_edge.benchmarking.statistics import seeds_table
 
-    return seeds_table([read_results(Path(path)) for path in results])
+    paths = [results] if isinstance(results, str | os.PathLike) else results
+    return seeds_table([read_results(Path(path)) for path in paths])
 
 
 def quickstart(
@@ -408,7 +414,7 @@ def search(
 def demo(
     bundles: AnyPath | Sequence[AnyPath],
     *,
-    labels: Sequence[str] | None = None,
+    labels: Labels = None,
     host: str = "127.0.0.1",
     port: int = 8765,
     threads: int | None = None,
@@ -420,10 +426,16 @@ def demo(
         labels: initial labels of the page; None uses the bundle's own.
         ready: called with the page's URL once the server accepts connections.
     """
+    from clip_rd_edge.runtime.label_list import label_names
     from clip_rd_edge.web.app import Demo, serve
 
     paths = [bundles] if isinstance(bundles, str | os.PathLike) else bundles
-    serve(Demo([Path(path) for path in paths], labels=labels, threads=threads), host=host, port=port, ready=ready)
+    serve(
+        Demo([Path(path) for path in paths], labels=label_names(labels), threads=threads),
+        host=host,
+        port=port,
+        ready=ready,
+    )
 
 
 def devices(name: str | None = None) -> dict[str, Device]:

@@ -15,6 +15,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_CLOSE = 0.65  # difflib's ratio
+_MIN_PREFIX = 3  # characters
+
 
 class ClipRdEdgeError(Exception):
     """Base class of all errors of this package.
@@ -61,7 +64,21 @@ class MissingExtraError(UsageError):
         )
 
 
-def near_matches(value: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'a', 'b'?` with the names closest to `value`, or an empty string if none is close."""
-    matches = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {', '.join(map(repr, matches))}?" if matches else ""
+def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return ` Did you mean 'a' or 'b'?` with the names closest to `value`, or an empty string if none is close.
+
+    Case is ignored. A name is close if about two thirds of the characters match, or if it begins with `value`.
+
+    Args:
+        prefix: what to put before each name, such as the folder of a file.
+    """
+    names = {name.casefold(): name for name in known}
+    folded = value.casefold()
+    close = difflib.get_close_matches(folded, names, n=3, cutoff=_CLOSE)
+    if len(folded) >= _MIN_PREFIX:
+        close += [name for name in names if name.startswith(folded)]
+    matches = [repr(prefix + names[name]) for name in dict.fromkeys(close)][:3]
+    if not matches:
+        return ""
+    *others, last = matches
+    return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"

@@ -228,7 +228,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
     assert results.suite.budget_ms == 1e6
     assert (tmp_path / "report" / "report.html").is_file()
     assert edge.compare(tmp_path / "report", tmp_path / "report").regressions == 0
-    table = edge.spread([tmp_path / "report" / "results.json"] * 2)
+    table = edge.spread([tmp_path / "report" / "results.json", tmp_path / "report"])
     assert "| FP32 | 100.0 ± 0.0" in table
 
 
@@ -253,6 +253,8 @@ def test_a_mistyped_option_is_refused(pairs_csv: Path, tmp_path: Path) -> None:
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batchsize=8)  # type: ignore[call-arg]
     with pytest.raises(edge.UsageError, match=r"Unknown export option 'precison'\. Did you mean 'precision'"):
         edge.export("run", tmp_path / "bundle", precison="int8")  # type: ignore[call-arg]
+    with pytest.raises(edge.InputError, match="No task named 'emoji:unseen'"):  # one task, not its characters
+        edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, tasks="emoji:unseen")
     with pytest.raises(edge.ConfigError, match=r"The run is invalid: .*batch_size"):
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batch_size="8")  # type: ignore[arg-type]
 

@@ -239,10 +239,14 @@ def rename_old_keys(content: bytes) -> bytes:
 def read_results(path: Path) -> Results:
     """Read results.json.
 
+    Args:
+        path: the file, or the folder that a benchmark wrote.
+
     Raises:
         InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
+    path = path / RESULTS if path.is_dir() else path
     results = read_versioned_json(path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys)
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")

@@ -19,7 +19,15 @@ device_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
 
 
-class ManyOption(click.Option):
+class GroupedOption(click.Option):
+    """An option that `--help` lists under the heading of its group."""
+
+    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class ManyOption(GroupedOption):
     """An option that takes all arguments up to the next option: --labels "a cat" "a dog"."""
 
     def add_to_parser(self, parser: click.parser._OptionParser, ctx: click.Context) -> None:
@@ -33,14 +41,6 @@ class ManyOption(click.Option):
                 process(state.rargs.pop(0), state)
 
         option.process = take_all  # type: ignore[method-assign]
-
-
-class GroupedOption(click.Option):
-    """An option that `--help` lists under the heading of its group."""
-
-    def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.group = group
 
 
 class GroupedCommand(click.Command):
@@ -61,7 +61,7 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
     """Return a variant of `click.option` for one group of a GroupedCommand."""
 
     def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
-        return click.option(*names, cls=GroupedOption, group=heading, **settings)
+        return click.option(*names, cls=settings.pop("cls", GroupedOption), group=heading, **settings)
 
     return option
 

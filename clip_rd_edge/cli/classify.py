@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -18,10 +18,18 @@ from clip_rd_edge.cli._options import ManyOption, device_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from clip_rd_edge.contract.encoder import TowerEncoder
+    from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 
-Format = Callable[[str, "Sequence[Prediction]"], str]
+
+class Answer(NamedTuple):
+    """The predictions for one image and, if there is only one label, the cosine similarity to it."""
+
+    predictions: Sequence[Prediction]
+    cosine: float | None
+
+
+Format = Callable[[str, Answer], str]
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
@@ -32,7 +40,8 @@ MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @click.option(
     "--labels", cls=ManyOption, multiple=True,
-    help='Labels such as "a cat" "a dog", or a text file with one label per line.  [default: the bundle\'s label bank]',
+    help='Labels such as "a cat" "a dog", or a label file: text with one label per line, a CSV with the column label, '
+    "or a JSON list.  [default: the bundle's label bank]",
 )  # fmt: skip
 @click.option(
     "--template", "templates", multiple=True,
@@ -43,7 +52,9 @@ MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 )
 @click.option(
     "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P",
-    show_default=True, help="Omit labels with a probability below P; if none is left, print \"none of these\".",
+    show_default=True,
+    help='Omit labels with a probability below P (with a single label: a cosine similarity below P); if none is left, '
+    'print "none of these".',
 )  # fmt: skip
 @click.option("--camera", metavar="NUMBER", help="Classify a camera's frames until Ctrl-C; 0 is the first camera.")
 @threads_option
@@ -90,14 +101,16 @@ def command(
 
     from clip_rd_edge.contract.images import find_images
     from clip_rd_edge.runtime.classifier import ZeroShotClassifier
-    from clip_rd_edge.runtime.labels import read_label_list
+    from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
 
     paths = list(find_images(images, lines=sys.stdin))
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
     classifier = ZeroShotClassifier(
-        encoder, read_label_list(labels), templates=templates or None, none_below=none_below, cache=cache
+        encoder, parse_labels(labels), templates=templates or None, none_below=none_below, cache=cache
     )
+    if len(classifier.labels) == 1 and not none_below:
+        _warn_of_single_label(classifier.labels[0])
     format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
     if as_csv:
         click.echo(CSV_HEADER)
@@ -138,10 +151,8 @@ def _classify_files(
     # On a terminal, the printed results show the progress.
     with console_reporter() if many and not stdout.isatty() else nullcontext() as reporter:
         for batch in embed_images(encoder, paths, quick=quick):
-            results = classifier.classify_embeddings(batch.embeddings, top=top)
-            lines = [
-                format_result(str(path), predictions) for path, predictions in zip(batch.images, results, strict=True)
-            ]
+            answers = _answers(classifier, batch.embeddings, top=top)
+            lines = [format_result(str(path), answer) for path, answer in zip(batch.images, answers, strict=True)]
             if lines:
                 click.echo("\n".join(lines), file=stdout)  # one call per batch, because each call flushes
             unreadable += batch.unreadable
@@ -166,8 +177,8 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     terminal = sys.stdout.isatty()
     started, count = time.perf_counter(), 0
     try:
-        for count, (predictions, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
-            line = format_result(f"frame {count}", predictions)
+        for count, (answer, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
+            line = format_result(f"frame {count}", answer)
             click.echo(f"\r\x1b[2K{line}  ({latency_ms:.0f} ms)" if terminal else line, nl=not terminal)
     except KeyboardInterrupt:
         pass  # the normal way to stop
@@ -178,37 +189,55 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
 
 
-def _camera_results(
-    classifier: ZeroShotClassifier, camera: str, *, top: int
-) -> Iterator[tuple[Sequence[Prediction], float]]:
+def _camera_results(classifier: ZeroShotClassifier, camera: str, *, top: int) -> Iterator[tuple[Answer, float]]:
     from clip_rd_edge.runtime.camera import frames
 
     for frame in frames(camera):
         started = time.perf_counter()
-        (predictions,) = classifier.classify([frame], top=top)
-        yield predictions, 1e3 * (time.perf_counter() - started)
+        (answer,) = _answers(classifier, classifier.encoder.encode_images([frame]), top=top)
+        yield answer, 1e3 * (time.perf_counter() - started)
 
 
-def _as_text(image: str, predictions: Sequence[Prediction]) -> str:
+def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int) -> list[Answer]:
+    """Return the answer for each image embedding, (N, D)."""
+    predictions = classifier.classify_embeddings(embeddings, top=top)
+    if len(classifier.labels) > 1:
+        return [Answer(row, None) for row in predictions]
+    cosines = classifier.similarities(embeddings)[:, 0].tolist()
+    return [Answer(row, cosine) for row, cosine in zip(predictions, cosines, strict=True)]
+
+
+def _warn_of_single_label(label: str) -> None:
+    click.echo(
+        f"warning: The only label is {label!r}: the softmax over a single label is 100 % for every image.\n"
+        "hint: add what else the images may show, or set a min cosine similarity, such as --none-below 0.25",
+        err=True,
+    )
+
+
+def _as_text(image: str, answer: Answer) -> str:
     """Return one line: the image, a tab, and the labels with their probabilities, most likely first."""
-    labels = "  ".join(f"{label} {probability:.1%}" for label, probability in predictions)
+    labels = "  ".join(f"{label} {probability:.1%}" for label, probability in answer.predictions)
+    if answer.cosine is not None:
+        labels = f"{labels or NO_LABEL} (cosine {answer.cosine:.3f})"
     return f"{image}\t{labels or NO_LABEL}"
 
 
-def _as_json(image: str, predictions: Sequence[Prediction]) -> str:
+def _as_json(image: str, answer: Answer) -> str:
     """Return one JSON object; `predictions` is empty if all labels are below --none-below."""
-    rows = [{"label": label, "probability": round(probability, 6)} for label, probability in predictions]
     from clip_rd_edge.cli._console import json_line
 
-    return json_line({"image": image, "predictions": rows})
+    rows = [{"label": label, "probability": round(probability, 6)} for label, probability in answer.predictions]
+    cosine = {} if answer.cosine is None else {"cosine": round(answer.cosine, 6)}
+    return json_line({"image": image, "predictions": rows, **cosine})
 
 
-def _as_csv(image: str, predictions: Sequence[Prediction]) -> str:
+def _as_csv(image: str, answer: Answer) -> str:
     """Return one row per label, or one row with an empty label if all labels are below --none-below."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    for rank, (label, probability) in enumerate(predictions, start=1):
+    for rank, (label, probability) in enumerate(answer.predictions, start=1):
         writer.writerow((image, rank, label, f"{probability:.6f}"))
-    if not predictions:
+    if not answer.predictions:
         writer.writerow((image, 1, "", ""))
     return buffer.getvalue().rstrip("\n")

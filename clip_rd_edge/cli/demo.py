@@ -13,7 +13,7 @@ from clip_rd_edge.cli._options import ManyOption, threads_option
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option(
     "--labels", cls=ManyOption, multiple=True,
-    help='Initial labels such as "a cat" "a dog", or a text file with one label per line.',
+    help='Initial labels such as "a cat" "a dog", or a label file (see classify).',
 )  # fmt: skip
 @click.option(
     "--host",
@@ -38,7 +38,7 @@ def command(
     clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.runtime.labels import read_label_list
+    from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.web.app import is_loopback
 
     def ready(url: str) -> None:
@@ -53,4 +53,4 @@ def command(
         if open_page:
             click.launch(url)
 
-    edge.demo(bundles, labels=read_label_list(labels), host=host, port=port, threads=threads, ready=ready)
+    edge.demo(bundles, labels=parse_labels(labels), host=host, port=port, threads=threads, ready=ready)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, drop_none, grouped
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
@@ -37,8 +37,8 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Precision of the towers.  [default: the target's, else fp32]",
 )
 @_bundle(
-    "--labels", type=click.Path(path_type=Path),
-    help="Text file with one label per line, whose embeddings are stored in the bundle.",
+    "--labels", cls=ManyOption, multiple=True,
+    help='Labels such as "a cat" "a dog", or a label file (see classify), whose embeddings are stored in the bundle.',
 )  # fmt: skip
 @_bundle(
     "--preprocess-in-graph",
@@ -78,7 +78,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 @_output("--force", is_flag=True, help="Replace the output if it exists.")
 @_output("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for measuring latency.")
 @_output("--json", "as_json", is_flag=True, help="Print the bundle and all INT8 trials as JSON.")
-def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
+def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **options: Any) -> None:
     """Export MODEL as a bundle, which runs without PyTorch: two ONNX files, a tokenizer and a manifest.
 
     MODEL is a run's folder, an open_clip folder, or any model that open_clip loads. For INT8, several quantisation
@@ -95,9 +95,11 @@ def command(model: str, output: Path, as_json: bool, **options: Any) -> None:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.runtime.label_list import parse_labels
 
     with console_reporter() as reporter:
-        bundle = edge.export(model, output, **drop_none(**options), reporter=reporter)
+        options = drop_none(labels=parse_labels(labels), **options)
+        bundle = edge.export(model, output, **options, reporter=reporter)
     _show(bundle)
     click.echo(_as_json(bundle) if as_json else output)
 

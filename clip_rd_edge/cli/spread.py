@@ -12,7 +12,7 @@ import click
 def command(results: tuple[Path, ...]) -> None:
     """Print the mean and standard deviation of accuracy over several RESULTS of one suite, as a Markdown table.
 
-    RESULTS are results.json files, for instance of different seeds.
+    RESULTS are results.json files or the folders that benchmark wrote, for instance of different seeds.
 
     \b
     clip-rd-edge spread benchmarks/results/*/quickstart-seed-*.json

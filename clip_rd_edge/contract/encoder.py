@@ -91,6 +91,11 @@ class TowerEncoder(Encoder, Protocol):
         ...
 
 
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
 Probabilities = npt.NDArray[np.float32]
 
 

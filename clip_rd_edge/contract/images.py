@@ -115,6 +115,11 @@ def as_rgb(image: ImageInput) -> Image.Image:
     return to_rgb(Image.fromarray(image))
 
 
+def as_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """Return a list of images, which has one entry for a single image."""
+    return [images] if is_single_image(images) else list(images)  # type: ignore[arg-type, list-item]
+
+
 def is_single_image(images: ImageInput | Sequence[ImageInput]) -> bool:
     """Return whether `images` is a single image; a four-dimensional array is a batch."""
     if isinstance(images, np.ndarray):

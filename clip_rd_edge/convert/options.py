@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import msgspec
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.runtime.label_list import Labels
 
 Format = Literal["onnx", "openvino", "trt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -82,7 +82,7 @@ class ExportOptions(TypedDict, total=False):
         via: `onnx` or `torch-tensorrt`.
         layout: `bundle`, or `immich` for a model folder of immich.
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.
-        labels: names, or a text file with one per line, whose embeddings are stored in the bundle.
+        labels: names, or a label file, whose embeddings are stored in the bundle.
         calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: the model's training
             pairs.
         node_modules: where npm has installed the packages for the browser. Default: downloaded once.
@@ -98,7 +98,7 @@ class ExportOptions(TypedDict, total=False):
     via: Via
     layout: Literal["bundle", "immich"]
     preprocess_in_graph: bool
-    labels: Sequence[str] | str | os.PathLike[str] | None
+    labels: Labels
     calibration: str | None
     node_modules: str | os.PathLike[str] | None
     min_agreement: float | None

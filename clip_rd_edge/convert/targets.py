@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from clip_rd_edge.convert.options import (
     require_via,
 )
 from clip_rd_edge.errors import InputError, UsageError, near_matches
-from clip_rd_edge.runtime.labels import read_labels_file
+from clip_rd_edge.runtime.label_list import label_names
 from clip_rd_edge.utils.io import read_yaml, shipped_path
 
 DEVICES = "export"
@@ -188,9 +187,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     budget = int8_budget(options, precision=resolved.precision, format=resolved.format)
     if layout == "immich" and resolved.format != "onnx":
         raise UsageError(f"immich runs ONNX; expected --format onnx, not {resolved.format}.")
-    labels = options.get("labels")
-    if isinstance(labels, str | os.PathLike):
-        labels = read_labels_file(Path(labels))
+    labels = label_names(options.get("labels"))
     request = ExportRequest(
         precision=resolved.precision,
         format=resolved.format,

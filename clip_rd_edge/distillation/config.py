@@ -180,7 +180,7 @@ class DistillOptions(TypedDict, total=False):
     quantize: Literal["int8"] | None
     seed: int
     workers: int
-    tasks: Sequence[str]
+    tasks: str | Sequence[str]
     evaluate_every: int
     report_to: Literal["tensorboard"] | None
     checkpoint_every: int
@@ -202,7 +202,9 @@ def resolve(
         raise UsageError(
             f"Unknown distill option {unknown[0]!r}.{near_matches(unknown[0], DistillOptions.__annotations__)}"
         )
-    fields = dict(options)
+    fields: dict[str, Any] = dict(options)
+    if isinstance(fields.get("tasks"), str):
+        fields["tasks"] = (fields["tasks"],)
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
     if "epochs" in overrides and "steps" not in overrides:
         overrides["steps"] = 0

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
+from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches
+from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, parameter_count
@@ -51,22 +51,23 @@ class TorchEncoder:
             size_bytes=size_bytes(weights) if weights else 4 * parameters,
         )
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """Embed RGB images, (N, D)."""
+    def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
+        """Embed images, (N, D)."""
         batches = []
         for batch in in_batches(len(images), BATCH_SIZE):
-            pixels = np.stack([preprocess(image, self.clip.preprocessing) for image in images[batch]])
+            pixels = np.stack([preprocess(as_rgb(image), self.clip.preprocessing) for image in images[batch]])
             batches.append(self.encode_pixels(pixels))
         return np.concatenate(batches) if batches else self._no_embeddings()
 
-    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+    def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
         """Embed texts, (N, D)."""
+        texts = as_list(texts)
         batches = [self.encode_ids(self.tokenize(texts[batch])) for batch in in_batches(len(texts), BATCH_SIZE)]
         return np.concatenate(batches) if batches else self._no_embeddings()
 
-    def tokenize(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
         """Convert texts to token ids, (N, T)."""
-        ids: npt.NDArray[np.int64] = self.clip.tokenizer(list(texts)).numpy()
+        ids: npt.NDArray[np.int64] = self.clip.tokenizer(as_list(texts)).numpy()
         return ids
 
     def encode_pixels(self, pixels: npt.NDArray[np.float32]) -> Embeddings:

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import numpy.typing as npt
 
 from clip_rd_edge.contract.encoder import (
     Embeddings,
     Encoder,
     Probabilities,
+    as_list,
     label_embeddings,
     probabilities,
     top_indices,
 )
+from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
+
+Similarities = npt.NDArray[np.float32]
 
 
 class Prediction(NamedTuple):
@@ -33,26 +38,27 @@ class ZeroShotClassifier:
 
     Args:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
-        labels: label names; None uses the bundle's label bank. If the bank contains all labels, their embeddings are
-            taken from it and the text tower is not loaded.
-        templates: prompt templates with one `{}`; None uses the model's own. The label bank is only used with the
-            model's own templates.
+        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses the bundle's label
+            bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not loaded.
+        templates: a prompt template with one `{}`, or several; None uses the model's own. The label bank is only used
+            with the model's own templates.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
-            prediction. At least two labels are required for this: the softmax over one label is always 1.
+            prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
 
     Raises:
-        InputError: there are no labels, a label is empty, or a template has no `{}`.
+        InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
+            no `{}`.
         UsageError: `none_below` is not between 0 and 1.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        labels: Sequence[str] | None = None,
+        labels: Labels = None,
         *,
-        templates: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
         none_below: float = 0.0,
         cache: bool = True,
     ) -> None:
@@ -62,7 +68,7 @@ class ZeroShotClassifier:
         self.none_below = none_below
         description = encoder.describe()
         self._logit_scale = description.logit_scale
-        self._templates = tuple(templates or description.templates)
+        self._templates = tuple(as_list(templates or description.templates))
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
         self._text_key: str = getattr(encoder, "text_key", "") if cache else ""
@@ -71,9 +77,10 @@ class ZeroShotClassifier:
         self._embeddings: Embeddings
         self.set_labels(labels)
 
-    def set_labels(self, labels: Sequence[str] | None) -> None:
+    def set_labels(self, labels: Labels) -> None:
         """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
-        if labels is None:
+        names = label_names(labels)
+        if names is None:
             if self._bank is None:
                 raise InputError(
                     "No labels were given, and the bundle has no label bank.",
@@ -81,7 +88,7 @@ class ZeroShotClassifier:
                 )
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return
-        unique = tuple(dict.fromkeys(labels))
+        unique = tuple(dict.fromkeys(names))
         rows = {name: i for i, name in enumerate(self._bank.names)} if self._bank else {}
         if self._bank and unique and all(label in rows for label in unique):
             self._embeddings = self._bank.embeddings[[rows[label] for label in unique]]
@@ -89,21 +96,30 @@ class ZeroShotClassifier:
             self._embeddings = self._embed(unique)
         self.labels = unique
 
-    def probabilities(self, images: Sequence[Image.Image]) -> Probabilities:
-        """Return the probability of each label for each RGB image, (N, C)."""
-        return probabilities(self.encoder.encode_images(images), self._embeddings, self._logit_scale)
+    def probabilities(self, images: ImageInput | Sequence[ImageInput]) -> Probabilities:
+        """Return the probability of each label for each image, (N, C)."""
+        return probabilities(self._encode(images), self._embeddings, self._logit_scale)
 
-    def classify(self, images: Sequence[Image.Image], *, top: int = 5) -> list[list[Prediction]]:
+    def classify(self, images: ImageInput | Sequence[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
-        return self.classify_embeddings(self.encoder.encode_images(images), top=top)
+        return self.classify_embeddings(self._encode(images), top=top)
 
     def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
         """Like `classify`, for image embeddings, (N, D)."""
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
+        compared = rows if len(self.labels) > 1 else self.similarities(embeddings)
         return [
-            [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if row[i] >= self.none_below]
-            for row in rows
+            [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= self.none_below]
+            for row, values in zip(rows, compared, strict=True)
         ]
+
+    def similarities(self, embeddings: Embeddings) -> Similarities:
+        """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C)."""
+        rows: Similarities = embeddings @ self._embeddings.T
+        return rows
+
+    def _encode(self, images: ImageInput | Sequence[ImageInput]) -> Embeddings:
+        return self.encoder.encode_images([as_rgb(image) for image in as_images(images)])
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, bundle_size_bytes
-from clip_rd_edge.contract.encoder import Description, Embeddings, in_batches
+from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches
+from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
@@ -72,14 +72,14 @@ class BundleEncoder(ABC):
         content = msgspec.json.encode((files, manifest.tokenizer, self.runtime, manifest.text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
-        """Embed RGB images, (N, D)."""
+    def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
+        """Embed images, (N, D)."""
         if self.manifest.image.preprocesses:
-            batches = [np.asarray(image)[None] for image in images]
+            batches = [np.asarray(as_rgb(image))[None] for image in images]
             return self._run_batches(self._image_session, self.manifest.image, batches)
         parts = []
         for batch in in_batches(len(images), BATCH_SIZE):
-            pixels = np.stack([preprocess(image, self.manifest.preprocessing) for image in images[batch]])
+            pixels = np.stack([preprocess(as_rgb(image), self.manifest.preprocessing) for image in images[batch]])
             parts.append(self.encode_pixels(pixels))
         return np.concatenate(parts) if parts else self._no_rows()
 
@@ -91,8 +91,9 @@ class BundleEncoder(ABC):
             return self._run_batches(self._image_session, self.manifest.image, [image[None] for image in images])
         return self._run(self._image_session, self.manifest.image, pixels)
 
-    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+    def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
         """Embed texts, (N, D)."""
+        texts = as_list(texts)
         parts = []
         for batch in in_batches(len(texts), BATCH_SIZE):
             parts.append(self.encode_ids(self.tokenize(texts[batch])))
@@ -102,9 +103,9 @@ class BundleEncoder(ABC):
         """Embed token ids, (N, T) to (N, D)."""
         return self._run(self._text_session, self.manifest.text, ids)
 
-    def tokenize(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the token ids of texts, (N, T)."""
-        return self._tokenizer(texts)
+        return self._tokenizer(as_list(texts))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

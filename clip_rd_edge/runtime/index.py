@@ -25,13 +25,13 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, top_indices
-from clip_rd_edge.contract.images import ImageInput, as_rgb, list_images
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb, list_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils.io import read_json, sha256_of, write_bytes
+from clip_rd_edge.utils.io import looks_like_path, near_files, read_json, sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -337,10 +337,12 @@ def search_index(
         threads, device: see `runtime.load.load`.
 
     Raises:
-        InputError: the query is empty, there is no index, or another bundle created it.
+        InputError: the query is empty or the path of no image, there is no index, or another bundle created it.
     """
     if isinstance(query, str) and not query.strip():
         raise InputError("The query is empty.", hint='pass a text, such as "a red car", or the path of an image')
+    if isinstance(query, str):
+        query = _text_or_image(query)
     index, rows = read_index(path)
     encoder = load(bundle or index.bundle, threads=threads, device=device)
     if model_key(encoder.manifest) != index.model:
@@ -348,6 +350,29 @@ def search_index(
             f"The bundle {encoder.folder} is not the one that created the index {path}.",
             hint=f"create it again: clip-rd-edge index {encoder.folder} {index.folder} -o {path}",
         )
-    if isinstance(query, str) and not Path(query).is_file():
+    if isinstance(query, str):
         return nearest(index, rows, encoder.encode_texts([query]), top=top)
     return nearest(index, rows, encoder.encode_images([as_rgb(query)]), top=top)
+
+
+def _text_or_image(query: str) -> str | Path:
+    """Return the path of the image that a query names, or else the query, which is a text.
+
+    Raises:
+        InputError: the query looks like a path, but is not that of an image file.
+    """
+    path = Path(query).expanduser()
+    with suppress(OSError, ValueError):  # a text may be too long for a path
+        if path.is_file():
+            return path
+        if looks_like_path(query, suffixes=IMAGE_SUFFIXES):
+            if path.is_dir():
+                raise InputError(
+                    f"The query {query!r} is a folder; expected a text or the path of an image.",
+                    hint="name one of its images",
+                )
+            raise InputError(
+                f"The query {query!r} looks like the path of an image, but there is no such file.{near_files(path)}",
+                hint="check the path, or describe the image in words",
+            )
+    return query

@@ -1,4 +1,4 @@
-"""Labels and their embeddings: a bundle's label bank, the user's label cache, and label files."""
+"""Embeddings of labels: a bundle's label bank and the user's label cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import numpy as np
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
-from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
@@ -98,34 +97,3 @@ def _shrink(folder: Path) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
-
-
-def read_label_list(labels: Sequence[str]) -> list[str] | None:
-    """Return the labels, or those in a file if its path is the only one; None if there are none.
-
-    Raises:
-        InputError: as `read_labels_file`.
-    """
-    if len(labels) == 1 and Path(labels[0]).is_file():
-        return read_labels_file(Path(labels[0]))
-    return list(labels) or None
-
-
-def read_labels_file(path: Path) -> list[str]:
-    """Read labels from a text file, one label per line; empty lines are skipped.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8, or has no labels.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise InputError(
-            f"Cannot read the label file {path}: {error.strerror or error}.", hint="check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    labels = [line.strip() for line in lines if line.strip()]
-    if not labels:
-        raise InputError(f"The label file {path} has no labels; expected one label per line.")
-    return labels

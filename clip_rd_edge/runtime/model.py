@@ -9,11 +9,12 @@ from typing import Any, overload
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, in_batches
-from clip_rd_edge.contract.images import ImageInput, as_rgb, is_single_image, open_image
+from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list, in_batches
+from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb, is_single_image, open_image
 from clip_rd_edge.contract.preprocess import fast_decode_edge
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import embed_images
+from clip_rd_edge.runtime.label_list import Labels, label_names
 
 BATCH_SIZE = 32
 
@@ -65,10 +66,9 @@ class Model:
         Raises:
             InputError: an image could not be read; the message names the first one.
         """
-        if is_single_image(images):
-            row: Embeddings = self._encode([images], quick)[0]  # type: ignore[list-item]
-            return row
-        return self._encode(list(images), quick)  # type: ignore[arg-type]
+        rows = self._encode(as_images(images), quick)
+        first: Embeddings = rows[0] if is_single_image(images) else rows
+        return first
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
         """Embed texts as they are, without templates.
@@ -85,9 +85,9 @@ class Model:
     def classify(  # type: ignore[overload-overlap]  # a str, though a sequence, is one image
         self,
         images: ImageInput,
-        labels: str | Sequence[str] | None = None,
+        labels: Labels = None,
         *,
-        templates: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -98,9 +98,9 @@ class Model:
     def classify(
         self,
         images: Sequence[ImageInput],
-        labels: str | Sequence[str] | None = None,
+        labels: Labels = None,
         *,
-        templates: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -110,9 +110,9 @@ class Model:
     def classify(
         self,
         images: ImageInput | Sequence[ImageInput],
-        labels: str | Sequence[str] | None = None,
+        labels: Labels = None,
         *,
-        templates: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -134,16 +134,16 @@ class Model:
         """
         classifier = self._classifier_for(labels, templates, none_below, cache)
         single = is_single_image(images)
-        embeddings = self._encode([images] if single else list(images), quick)  # type: ignore[arg-type, list-item]
+        embeddings = self._encode(as_images(images), quick)
         predictions = classifier.classify_embeddings(embeddings, top=top)
         return predictions[0] if single else predictions
 
     def classify_camera(
         self,
         camera: str | int = 0,
-        labels: str | Sequence[str] | None = None,
+        labels: Labels = None,
         *,
-        templates: Sequence[str] | None = None,
+        templates: Sequence[str] | str | None = None,
         top: int = 5,
         none_below: float = 0.0,
     ) -> Iterator[list[Prediction]]:
@@ -190,10 +190,10 @@ class Model:
         return np.zeros((0, self.describe().embedding_size), dtype=np.float32)
 
     def _classifier_for(
-        self, labels: str | Sequence[str] | None, templates: Sequence[str] | None, none_below: float, cache: bool
+        self, labels: Labels, templates: Sequence[str] | str | None, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        names = [labels] if isinstance(labels, str) else labels
-        key = (tuple(names) if names is not None else None, tuple(templates or ()), none_below, cache)
+        names = label_names(labels)
+        key = (None if names is None else tuple(names), tuple(as_list(templates or ())), none_below, cache)
         if self._classifier is None or self._classifier[0] != key:
             classifier = ZeroShotClassifier(
                 self.encoder, names, templates=templates, none_below=none_below, cache=cache

@@ -220,6 +220,43 @@ def _read(path: Path) -> bytes:
         raise InputError(f"Cannot read {path}: {error.strerror or error}.", hint="check the path") from error
 
 
+# /data, ./data, ../data, ~/data, C:\data and \\server\data; not a/b, which may be words.
+_ROOTED = re.compile(r"(\.{0,2}|~)/|\.{1,2}\\|[A-Za-z]:[\\/]|\\\\")
+_NAME_WITH_SUFFIX = re.compile(r"\S{1,255}\.\w{1,5}")
+
+
+def looks_like_path(text: str, *, suffixes: Collection[str]) -> bool:
+    """Return whether a text that could also be words was probably meant as a path.
+
+    It was if it begins like one, ends in one of `suffixes`, has a / after the name of an existing folder, or is one
+    word with a suffix that is close to the name of an existing file.
+    """
+    folder, slash, _ = text.rpartition("/")
+    return bool(
+        _ROOTED.match(text)
+        or text.lower().endswith(tuple(suffixes))
+        or (slash and _exists(Path(folder), Path.is_dir))
+        or (_NAME_WITH_SUFFIX.fullmatch(text) and near_files(Path(text)))
+    )
+
+
+def near_files(path: Path) -> str:
+    """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own."""
+    if not _exists(path.parent, Path.is_dir):
+        return ""
+    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
+    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".")]
+    return near_matches(path.name, names, prefix=prefix)
+
+
+def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
+    """Return predicate(path), or False for what cannot be a path, such as a text that is too long or has a NUL."""
+    try:
+        return predicate(path)
+    except (OSError, ValueError):
+        return False
+
+
 def cache_home() -> Path:
     """Return $CLIP_RD_EDGE_CACHE, or else `clip-rd-edge` in the user's cache folder; it may not exist yet."""
     override = os.environ.get("CLIP_RD_EDGE_CACHE")

@@ -106,3 +106,40 @@ def test_a_path_that_is_not_utf8_goes_through_stdin_and_stdout_unchanged(
     assert run().startswith(path + b"\tred ")
     line = run("--json")
     assert os.fsencode(json.loads(line.decode())["image"]) == path
+
+
+def test_a_single_label_is_answered_with_a_warning_and_its_cosine_similarity(
+    command_line: Run, colour_bundle: Path, colour_images: Path
+) -> None:
+    command = ("classify", colour_bundle, colour_images / "red.png", colour_images / "blue.jpg", "--labels", "red")
+    code, output, error = command_line(*command)
+    assert code == 0
+    assert [line.split("\t")[1] for line in output.splitlines()] == [
+        "red 100.0% (cosine 0.983)", "red 100.0% (cosine 0.134)",
+    ]  # fmt: skip
+    assert "the softmax over a single label is 100 % for every image" in error
+    hint = error.partition("hint: ")[2]
+    assert "--none-below 0.25" in hint
+    code, output, error = command_line(*command, "--none-below", "0.25")
+    assert (code, error) == (0, "")
+    assert [line.split("\t")[1] for line in output.splitlines()] == [
+        "red 100.0% (cosine 0.983)", "none of these (cosine 0.134)",
+    ]  # fmt: skip
+    _, output, _ = command_line(*command, "--json")
+    assert [json.loads(line)["cosine"] > 0.5 for line in output.splitlines()] == [True, False]
+
+
+def test_labels_come_from_files_and_words_together(
+    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.json").write_text('["green", "blue"]')
+    labels = ("--labels", "red", tmp_path / "labels.json", "--top", "9", "--json")
+    code, output, _ = command_line("classify", colour_bundle, colour_images / "red.png", *labels)
+    assert code == 0
+    assert {row["label"] for row in json.loads(output)["predictions"]} == {"red", "green", "blue"}
+
+
+def test_a_mistyped_label_file_is_no_label(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
+    code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", "labelz.txt")
+    assert (code, output) == (2, "")
+    assert "looks like the path of a file" in error

@@ -100,7 +100,10 @@ def test_invalid_arguments_exit_with_2_and_a_message_and_leave_no_files(
             "--via torch-tensorrt does not support INT8",
         ),
         (("open_clip:ViT-B-32", "-o", new), "The architecture ViT-B-32 was given without weights"),
-        ((run_folder, "-o", new, "--labels", tmp_path / "none.txt"), "Cannot read the label file"),
+        (
+            (run_folder, "-o", new, "--labels", tmp_path / "none.txt"),
+            "looks like the path of a file, but there is no such file",
+        ),
         ((run_folder, "-o", new, "--labels", empty), "has no labels; expected one label per line"),
         ((tmp_path / "none", "-o", new), "No model named"),
         (("ViT-B-32", "-o", new, "--precision", "int8"), "does not record its training data"),

@@ -38,6 +38,36 @@ def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
         ZeroShotClassifier(load(colour_bundle), LABELS, none_below=1.5)
 
 
+def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path) -> None:
+    classifier = ZeroShotClassifier(load(colour_bundle), "red", none_below=0.9)
+    embeddings = classifier.encoder.encode_images([RED, GREY])
+    np.testing.assert_allclose(classifier.similarities(embeddings)[:, 0], [1, 3**-0.5], atol=0.02)
+    assert classifier.classify_embeddings(embeddings) == [[("red", 1.0)], []]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "P", "1", "LA", "I;16", "HSV", "path", "array"])
+def test_a_classifier_takes_images_in_any_form(colour_bundle: Path, tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.png"
+    rgb = Image.new("RGB", (9, 9), (255, 255, 255))
+    rgb.save(path)
+    image = path if mode == "path" else np.asarray(rgb) if mode == "array" else rgb.convert(mode)
+    if mode == "I;16":
+        image = Image.new("I;16", (9, 9), 65535)
+    classifier = ZeroShotClassifier(load(colour_bundle), ["red", "yellow"], templates="{}")
+    expected = classifier.classify([rgb])
+    assert classifier.classify([image]) == classifier.classify(image) == expected
+    np.testing.assert_array_equal(classifier.probabilities(image), classifier.probabilities([rgb]))
+
+
+def test_a_text_is_one_text_and_not_its_characters(colour_bundle: Path) -> None:
+    encoder = load(colour_bundle)
+    np.testing.assert_array_equal(encoder.encode_texts("red"), encoder.encode_texts(["red"]))
+    np.testing.assert_array_equal(encoder.tokenize("red"), encoder.tokenize(["red"]))
+    assert ZeroShotClassifier(encoder, "red").labels == ("red",)
+    classifier = ZeroShotClassifier(encoder, ["red"], templates="{}")
+    np.testing.assert_allclose(classifier.similarities(encoder.encode_texts(["red"])), [[1]], atol=1e-6)
+
+
 def test_only_new_labels_go_through_the_text_tower(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(colour_bundle)
     embedded: list[str] = []

@@ -21,7 +21,7 @@ from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import index as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-from clip_rd_edge.runtime.index import nearest, read_index, update_index
+from clip_rd_edge.runtime.index import nearest, read_index, search_index, update_index
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -275,3 +275,21 @@ def test_a_name_that_is_not_utf8_is_reported_and_the_others_are_indexed(
     with pytest.raises(InputError, match=r"photos-\\xe9 is not UTF-8"):
         update_index(load(colour_bundle), folder, index.with_name("other"))
     assert not index.with_name("other").exists()
+
+
+def test_a_mistyped_path_is_not_searched_for_as_a_text(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_index(load(colour_bundle), colour_images, tmp_path / "index")
+    monkeypatch.chdir(colour_images)
+    for query, message in {
+        "red.pgn": "no such file. Did you mean 'red.png'",
+        "redd.png": "no such file. Did you mean 'red.png'",
+        "more/yelow.webp": r"no such file. Did you mean 'more/yellow\.webp'",
+        "./red": "no such file",
+        "more/": "is a folder",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            search_index(tmp_path / "index", query)
+    for text in ("a red/green flag", "red", "node.js", "r" * 5000):
+        assert len(search_index(tmp_path / "index", text)) == 4

@@ -1,0 +1,209 @@
+"""Labels as a user names them: words, text files, tables and JSON or YAML lists."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES
+from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.io import looks_like_path, near_files
+
+TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+STRUCTURED_SUFFIXES = (".json", ".yaml", ".yml")
+LABEL_FILE_SUFFIXES = (".txt", ".names", ".list", *TABLE_SUFFIXES, *STRUCTURED_SUFFIXES)
+# The keys and column headings, in any case, under which other programs write class names.
+HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name", "classname", "classnames", "id2label")
+# Labels in Python: a list of them as they are; a text, which is one label or the path of a label file; a path; or None.
+Labels = Sequence[str] | str | os.PathLike[str] | None
+_COMMENT = "#"
+# A separator between words, but not between digits, as in 1,000.
+_SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
+
+
+def label_names(labels: Labels) -> list[str] | None:
+    """Return the labels of a call in Python; None if `labels` is None.
+
+    Raises:
+        InputError: as `parse_labels` for a single text, as `read_labels_file` for a path.
+    """
+    if labels is None:
+        return None
+    if isinstance(labels, os.PathLike):
+        return read_labels_file(Path(labels))
+    return parse_labels([labels]) if isinstance(labels, str) else list(labels)
+
+
+def parse_labels(words: Sequence[str]) -> list[str] | None:
+    """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
+
+    Raises:
+        InputError: a word looks like the path of a file that does not exist, or like a list of several labels; or a
+            file cannot be read (see `read_labels_file`).
+    """
+    names: list[str] = []
+    for word in words:
+        if _is_label_file(word, alone=len(words) == 1):
+            names += read_labels_file(Path(word).expanduser())
+        else:
+            _require_single_label(word, alone=len(words) == 1)
+            names.append(word)
+    return names or None
+
+
+def _is_label_file(word: str, *, alone: bool) -> bool:
+    """Return whether a word names a label file: any file if it is the only word, else one that looks like a path.
+
+    Raises:
+        InputError: the word looks like a path, but names no label file; or it may be a label as well as a file.
+    """
+    path = Path(word).expanduser()
+    path_like = looks_like_path(word, suffixes=(*LABEL_FILE_SUFFIXES, *IMAGE_SUFFIXES))
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return False
+    if is_file and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"The label {word!r} is an image.", hint="name the images before --labels")
+    if is_file and not alone and not path_like:
+        raise InputError(
+            f"{word!r} may be a label or the file of that name.",
+            hint=f"pass --labels ./{word} for the file, or write the labels into a file, one per line",
+        )
+    if is_folder and path_like:
+        raise InputError(
+            f"The label {word!r} is a folder; expected a label or a label file.",
+            hint="name a text file with one label per line",
+        )
+    if path_like and not is_file:
+        raise InputError(
+            f"The label {word!r} looks like the path of a file, but there is no such file.{near_files(path)}",
+            hint="check the path; a label that really has this form can be a line of a label file",
+        )
+    return is_file
+
+
+def _require_single_label(word: str, *, alone: bool) -> None:
+    """Refuse a word that holds several labels: `pig,dog`, `["pig", "dog"]`, or, on its own, `a pig, a dog`.
+
+    Raises:
+        InputError: it does; the hint has the labels one by one.
+    """
+    stripped = word.strip()
+    brackets = stripped[:1] == "[" and stripped[-1:] == "]"
+    parts = [part.strip("\"' ") for part in _SEPARATOR.split(stripped.strip("[]"))]
+    parts = [part for part in parts if part]
+    several = len(parts) > 1 and (alone or brackets or not re.search(r"\s", stripped))
+    if several or (parts and stripped[-1] in ",;|"):
+        quoted = " ".join(f'"{part}"' for part in parts)
+        raise InputError(
+            f"The label {word!r} looks like a list; expected one label per argument.",
+            hint=f"pass --labels {quoted}, or one label per line in a file",
+        )
+
+
+def read_labels_file(path: Path) -> list[str]:
+    """Read labels from a file of any of these forms, told apart by suffix:
+
+    - text: one label per line; empty lines and lines that start with # are skipped.
+    - .csv, .tsv: a column headed `label` (or another of HEADINGS), or the only column of a table without a heading.
+    - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
+      object from class numbers to names, in the order of the numbers.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError as error:
+        raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line") from error
+    except OSError as error:
+        raise InputError(
+            f"Cannot read the label file {path}: {error.strerror or error}.{near_files(path)}", hint="check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
+            hint="save it as UTF-8 text, one label per line",
+        ) from error
+    suffix = path.suffix.lower()
+    if suffix in STRUCTURED_SUFFIXES:
+        labels = _from_structure(_parse(text, path), path)
+    elif suffix in TABLE_SUFFIXES:
+        labels = _from_table(text, path)
+    else:
+        lines = (line.strip() for line in text.splitlines())
+        labels = [line for line in lines if line and not line.startswith(_COMMENT)]
+    if not labels:
+        raise InputError(f"The label file {path} has no labels; expected one label per line.")
+    if len(labels) == 1 and len(_SEPARATOR.split(labels[0])) > 2:
+        raise InputError(
+            f"The label file {path} has a single line, which looks like a list: {labels[0]!r}.",
+            hint="write one label per line",
+        )
+    return labels
+
+
+def _from_table(text: str, path: Path) -> list[str]:
+    first = text.partition("\n")[0]
+    separator = ";" if ";" in first and "," not in first else TABLE_SUFFIXES[path.suffix.lower()]
+    rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if any(cell.strip() for cell in row)]
+    if not rows:
+        return []
+    header = [cell.strip().lower() for cell in rows[0]]
+    column = next((header.index(heading) for heading in HEADINGS if heading in header), None)
+    if column is not None:
+        rows = rows[1:]
+    elif max(map(len, rows)) > 1:
+        raise InputError(
+            f"The label file {path} has no column headed 'label'; its first line is {first.strip()!r}."
+            f"{near_matches('label', header)}",
+            hint="head the column of the labels: label",
+        )
+    cells = [row[column or 0].strip() for row in rows if len(row) > (column or 0)]
+    return list(dict.fromkeys(cell for cell in cells if cell))
+
+
+def _parse(text: str, path: Path) -> Any:
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise InputError(f"The label file {path} is not valid JSON: {error}.") from error
+    import yaml  # takes 20 ms to import
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"The label file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _from_structure(content: Any, path: Path) -> list[str]:
+    if isinstance(content, dict):
+        keys = {str(key).lower(): value for key, value in content.items()}
+        nested = next((keys[heading] for heading in HEADINGS if heading in keys), None)
+        if nested is not None:
+            content = nested
+    if isinstance(content, dict) and content and all(str(key).isdecimal() for key in content):
+        content = [content[key] for key in sorted(content, key=int)]
+    if not isinstance(content, list):
+        raise InputError(
+            f"The label file {path} has no list of labels.", hint='write a list of names, such as ["a cat", "a dog"]'
+        )
+    return [_name(item, number, path) for number, item in enumerate(content, start=1)]
+
+
+def _name(item: Any, number: int, path: Path) -> str:
+    """Return the name in an item: a text, an object with a name, or a pair such as ["n01440764", "tench"]."""
+    if isinstance(item, dict):
+        item = next((item[heading] for heading in HEADINGS if heading in item), item)
+    if isinstance(item, list) and item:
+        item = item[-1]
+    if not isinstance(item, str) or not item.strip():
+        raise InputError(f"The label file {path}: entry {number} is {item!r}; expected a name.")
+    return item.strip()

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.label_list import label_names, parse_labels, read_labels_file
+
+# Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
+FILES = {
+    "labels.txt": "# animals\na pig\n\n  a dog, asleep \n",
+    "labels": "\ufeffa pig\r\na dog, asleep\r\n",
+    "labels.csv": 'label,count\na pig,3\n"a dog, asleep",4\na pig,5\n',
+    "semicolon.csv": "id;Class_Name\n7;a pig\n8;a dog, asleep\n",
+    "one column.csv": 'a pig\n"a dog, asleep"\n',
+    "labels.tsv": "id\tname\n7\ta pig\n8\ta dog, asleep\n",
+    "list.json": '["a pig", "a dog, asleep"]',
+    "object.json": '{"version": 1, "labels": ["a pig", "a dog, asleep"]}',
+    "id2label.json": '{"id2label": {"10": "a dog, asleep", "2": "a pig"}}',
+    "imagenet.json": '{"0": ["n02395406", "a pig"], "1": ["n02084071", "a dog, asleep"]}',
+    "coco.json": '{"classes": [{"id": 1, "name": "a pig"}, {"id": 2, "name": "a dog, asleep"}]}',
+    "yolo.yaml": "path: data\nnames:\n  0: a pig\n  1: a dog, asleep\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text(FILES[name], encoding="utf-8")
+    labels = ["a pig", "a dog, asleep"]
+    assert parse_labels([str(tmp_path / name)]) == labels
+    assert label_names(tmp_path / name) == label_names(str(tmp_path / name)) == labels
+    monkeypatch.chdir(tmp_path)
+    assert parse_labels(["a cat", f"./{name}", "a cow"]) == ["a cat", *labels, "a cow"]
+
+
+# Words that are no label, what the message says, and the words that its hint leads to.
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["labelz.txt"], "no such file. Did you mean 'labels.txt'?", "check the path"),
+        (["a pig", "labelz.txt"], "no such file. Did you mean 'labels.txt'?", "check the path"),
+        (["labels.tx"], "no such file. Did you mean 'labels.txt'?", "check the path"),
+        (["./labels"], "looks like the path of a file", "check the path"),
+        (["sub/labels.tx"], "Did you mean 'sub/labels.txt'?", "check the path"),
+        (["~/no-such-labels"], "looks like the path of a file", "check the path"),
+        (["C:\\data\\labels"], "looks like the path of a file", "check the path"),
+        (["sub/"], "is a folder", "name a text file with one label per line"),
+        (["a pig", "photo.jpg"], "is an image", "name the images before --labels"),
+        (["a pig", "dog"], "may be a label or the file of that name", "./dog"),
+        (["pig,dog,boat"], "looks like a list", '--labels "pig" "dog" "boat"'),
+        (["pig, dog"], "looks like a list", '--labels "pig" "dog"'),
+        (["pig;dog"], "looks like a list", '--labels "pig" "dog"'),
+        (["pig|dog"], "looks like a list", '--labels "pig" "dog"'),
+        (["pig\ndog"], "looks like a list", '--labels "pig" "dog"'),
+        (['["pig", "a dog"]'], "looks like a list", '--labels "pig" "a dog"'),
+        (["pig,", "dog,", "boat"], "looks like a list", '--labels "pig"'),
+        (["a cat", "pig,dog"], "looks like a list", '--labels "pig" "dog"'),
+    ],
+)
+def test_a_word_that_is_probably_no_label_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("labels.txt", "sub/labels.txt", "photo.jpg", "dog"):
+        (tmp_path / name).write_text("a pig\n")
+    with pytest.raises(InputError) as raised:
+        parse_labels(words)
+    assert message in str(raised.value)
+    assert hint in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["a pig"],
+        ["a dog, asleep", "a dog, awake"],
+        ["1,000 metres"],
+        ["black/white", "U.S.A.", "node.js", "St. Bernard", "#1", "church/indoor", "?", "a" * 5000],
+        ["[unknown]", "{}"],
+    ],
+)
+def test_unusual_labels_are_taken_as_they_are(words: list[str]) -> None:
+    assert parse_labels(words) == words
+
+
+def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert label_names(["pig,dog", "labels.txt"]) == ["pig,dog", "labels.txt"]
+    assert label_names("a pig") == ["a pig"]
+    assert label_names(()) == []
+    assert label_names(None) is parse_labels([]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", "# nothing\n", "has no labels"),
+        ("latin.txt", "caf\xe9", "is not UTF-8 text"),
+        ("line.txt", "pig, dog, boat\n", "looks like a list"),
+        ("table.csv", "labl,count\npig,3\n", "no column headed 'label'.* Did you mean 'labl'"),
+        ("empty.csv", "", "has no labels"),
+        ("broken.json", '["a pig",', "is not valid JSON"),
+        ("number.json", "[1, 2]", "entry 1 is 1; expected a name"),
+        ("object.json", '{"a": 1}', "has no list of labels"),
+        ("broken.yaml", "names: [", "is not valid YAML"),
+        ("missing.txt", None, "Cannot read the label file .*missing.txt: No such file"),
+        ("folder", None, "is a folder"),
+    ],
+)
+def test_an_unreadable_label_file_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="latin-1")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=message):
+        read_labels_file(tmp_path / name)
