@@ -15,6 +15,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from clip_rd_edge.installation import install_command
+
 _CLOSE = 0.65  # difflib's ratio
 _MIN_PREFIX = 3  # characters
 
@@ -60,7 +62,7 @@ class MissingExtraError(UsageError):
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed.",
-            hint=f"pip install 'clip-rd-edge[{extra}]'",
+            hint=install_command(extra),
         )
 
 

@@ -16,10 +16,10 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.installation import PACKAGE, install_command
 from clip_rd_edge.runtime.backends.providers import AUTO, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import cpu_quota, instruction_sets, machine_name, memory_bytes, system_name, usable_cores
 
-PACKAGE = "clip-rd-edge"
 # What each extra is for. Extras without an entry are listed, too.
 EXTRAS = {
     "train": "distilling, exporting, and evaluating models that are not bundles",
@@ -31,6 +31,7 @@ EXTRAS = {
     "tensorrt": "running engines on a Jetson",
 }
 _NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
+_JETSON_RELEASE = Path("/etc/nv_tegra_release")
 _LARGEST_COUNT = 5  # packages that are listed with their sizes
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
@@ -119,10 +120,11 @@ def _onnxruntime() -> Finding:
 
 def _gpu() -> Finding:
     remedy = ""
-    if Path("/etc/nv_tegra_release").is_file():
-        detail = "NVIDIA Jetson: see clip-rd-edge devices jetson-orin"
-        if not _installed("cuda-bindings"):
-            remedy = f"pip install cuda-bindings  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
+    if _JETSON_RELEASE.is_file():
+        device, requirement = _jetson(_JETSON_RELEASE.read_text(errors="replace"))
+        detail = f"NVIDIA Jetson: see clip-rd-edge devices {device}"
+        if not _satisfied(requirement):
+            remedy = f"pip install '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
         detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
         if not _installed("onnxruntime-gpu"):
@@ -130,6 +132,24 @@ def _gpu() -> Finding:
     else:
         detail = "none that clip-rd-edge can use"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
+
+
+def _jetson(release: str) -> tuple[str, str]:
+    """Return a Jetson's name as a target, and the cuda-bindings for its CUDA, by the text of its release file.
+
+    JetPack 6 (R36) has CUDA 12, whose driver runs no later major version; JetPack 7 (R38) has CUDA 13.
+    """
+    match = re.search(r"\bR(\d+)\b", release)
+    return (
+        ("jetson-thor", "cuda-bindings>=13") if match and int(match[1]) >= 38 else ("jetson-orin", "cuda-bindings<13")
+    )
+
+
+def _satisfied(requirement: str) -> bool:
+    """Return whether cuda-bindings is installed in the required major version."""
+    if not _installed("cuda-bindings"):
+        return False
+    return (int(version("cuda-bindings").split(".")[0]) < 13) == requirement.endswith("<13")
 
 
 def _disk_usage(packages: list[Footprint]) -> Finding:
@@ -160,7 +180,7 @@ def _extra(name: str, packages: list[str]) -> Finding:
     detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
     if not missing:
         return Finding(what=f"[{name}]", state="ok", detail=detail)
-    return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=f"pip install '{PACKAGE}[{name}]'")
+    return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=install_command(name))
 
 
 def _installed(package: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
+from clip_rd_edge.installation import install_command
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -160,7 +161,7 @@ def read_versioned_json(
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
-            hint="pip install -U clip-rd-edge",
+            hint=install_command(options="-U"),
         )
     if upgrade is not None and version < newest:
         content = upgrade(content)

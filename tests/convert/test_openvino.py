@@ -17,7 +17,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
-openvino = pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
 
 
 def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(

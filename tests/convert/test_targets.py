@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,8 @@ def test_every_device_file_is_valid_and_has_a_guide(name: str) -> None:
     guide = device_guide(name)
     assert guide.startswith(f"# {device.title}\n")
     assert "**Run by us:**" in guide
+    for text in (guide, device.install, *device.needs):  # not on PyPI yet: from a clone
+        assert not re.search(r"pip install.*clip-rd-edge", text)
     assert f"| [{name}]({name}/README.md) |" in (shipped_path("export") / "README.md").read_text()
 
 

@@ -24,6 +24,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporters import torch_tensorrt as torch_trt
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
@@ -181,7 +182,7 @@ def test_the_installed_package_must_build_for_the_target_on_this_machine(
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(MissingExtraError) as missing:
         require_torch_tensorrt("sm89")
-    assert missing.value.hint == "pip install 'clip-rd-edge[torch-tensorrt]'"
+    assert missing.value.hint == install_command("torch-tensorrt")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.camera import frames
 
 
@@ -14,7 +15,7 @@ def test_missing_opencv_is_reported_with_its_pip_command(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingExtraError) as raised:
         next(frames("0"))
-    assert raised.value.hint == "pip install 'clip-rd-edge[camera]'"
+    assert raised.value.hint == install_command("camera")
 
 
 def test_every_frame_of_a_video_is_yielded_as_rgb(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
 
@@ -34,7 +35,7 @@ def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.Mo
     train = next(finding for finding in doctor.examine() if finding.what == "[train]")
     assert train.state == "missing"
     assert train.detail.endswith("needs torch")
-    assert train.remedy == "pip install 'clip-rd-edge[train]'"
+    assert train.remedy == install_command("train")
 
 
 def test_every_extra_except_the_combined_ones_is_checked() -> None:
@@ -67,6 +68,29 @@ def test_a_gpu_that_only_lacks_a_package_gets_a_remedy(monkeypatch: pytest.Monke
     assert "pip install onnxruntime-gpu" in doctor._gpu().remedy
     monkeypatch.setattr(doctor, "_installed", lambda package: True)
     assert doctor._gpu().remedy == ""
+
+
+@pytest.mark.parametrize(
+    ("release", "device", "remedy"),
+    [
+        ("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic", "jetson-orin", "pip install 'cuda-bindings<13'"),
+        ("# R38 (release), REVISION: 2.0, GCID: 1, BOARD: generic", "jetson-thor", "pip install 'cuda-bindings>=13'"),
+    ],
+)
+def test_a_jetson_gets_the_cuda_bindings_of_its_cuda(
+    release: str, device: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "release").write_text(release)
+    monkeypatch.setattr(doctor, "_JETSON_RELEASE", tmp_path / "release")
+    wrong, right = ("13.5.0", "12.9.10") if "<13" in remedy else ("12.9.10", "13.5.0")
+    monkeypatch.setattr(doctor, "_installed", lambda package: True)
+    monkeypatch.setattr(doctor, "version", lambda package: wrong)
+    assert doctor._gpu().detail.endswith(f"clip-rd-edge devices {device}")
+    assert doctor._gpu().remedy.startswith(remedy)
+    monkeypatch.setattr(doctor, "version", lambda package: right)
+    assert doctor._gpu().remedy == ""
+    monkeypatch.setattr(doctor, "_installed", lambda package: False)
+    assert doctor._gpu().remedy.startswith(remedy)
 
 
 def test_the_doctor_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:

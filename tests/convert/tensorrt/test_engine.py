@@ -23,6 +23,7 @@ from clip_rd_edge.convert.tensorrt.engine import build_engine, mistyped_layers, 
 from clip_rd_edge.convert.tensorrt.strongly_typed import typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, MissingExtraError
 from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.verify import verify_bundle
 
@@ -71,12 +72,12 @@ def test_the_error_for_a_missing_package_names_the_extra(monkeypatch: pytest.Mon
     monkeypatch.setattr(tensorrt.importlib, "import_module", not_installed)
     with pytest.raises(MissingExtraError) as raised:
         build_engine(b"", target="sm86")
-    assert raised.value.hint == "pip install 'clip-rd-edge[rtx]'"
+    assert raised.value.hint == install_command("rtx")
 
 
 @pytest.fixture(scope="module")
 def rtx() -> None:
-    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'clip-rd-edge[rtx]'")
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
 
 
 @pytest.mark.tensorrt

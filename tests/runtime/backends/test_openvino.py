@@ -12,6 +12,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import Runtime, load
@@ -22,7 +23,7 @@ def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monke
     encoder = load(colour_bundle, runtime="openvino")
     with pytest.raises(MissingExtraError) as raised:
         encoder.encode_texts(["red"])
-    assert raised.value.hint == "pip install 'clip-rd-edge[openvino]'"
+    assert raised.value.hint == install_command("openvino")
 
 
 def test_an_unknown_runtime_is_refused_with_the_list_of_runtimes(colour_bundle: Path) -> None:
@@ -31,7 +32,7 @@ def test_an_unknown_runtime_is_refused_with_the_list_of_runtimes(colour_bundle: 
 
 
 def test_embeddings_match_those_of_onnxruntime(colour_bundle: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     encoder, reference = load(colour_bundle, runtime="openvino", threads=1), load(colour_bundle)
     assert (encoder.describe().runtime, reference.describe().runtime) == ("openvino", "onnxruntime")
     noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
@@ -43,7 +44,7 @@ def test_embeddings_match_those_of_onnxruntime(colour_bundle: Path) -> None:
 
 
 def test_any_batch_size_runs_but_only_a_few_are_compiled(colour_bundle: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     model, reference = open_openvino(str(colour_bundle / "image.onnx"), threads=1), load(colour_bundle)
     assert isinstance(reference, BundleEncoder)
     pixels = np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)
@@ -54,7 +55,7 @@ def test_any_batch_size_runs_but_only_a_few_are_compiled(colour_bundle: Path) ->
 
 
 def test_the_process_survives_a_signal_after_another_thread_freed_a_model(colour_bundle: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     script = f"""
 import gc, signal, threading
 from clip_rd_edge.runtime.backends.openvino import open_openvino
@@ -72,7 +73,7 @@ signal.raise_signal(signal.SIGUSR1)"""
 
 
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     (colour_bundle / "image.onnx").write_bytes(b"no onnx")
     with pytest.raises(ConfigError, match=r"^OpenVINO .* cannot run .*image\.onnx") as raised:
         load(colour_bundle, runtime="openvino").encode_images([Image.new("RGB", (8, 8))])
@@ -80,7 +81,7 @@ def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
 
 
 def test_a_suite_row_can_set_the_runtime(colour_bundle: Path, colour_images: Path) -> None:
-    pytest.importorskip("openvino", reason="pip install 'clip-rd-edge[openvino]'")
+    pytest.importorskip("openvino", reason="needs the extra openvino")
     table = colour_images / "pairs.csv"
     table.write_text("filepath,title\nred.png,red\ngreen.png,green\n")
     rows = (

@@ -21,6 +21,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.load import load
 
 MAX_BATCH = 2
@@ -215,12 +216,12 @@ def test_a_missing_package_is_reported_with_its_pip_command(engines: Path, monke
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(MissingExtraError) as raised:
         load(engines, runtime="tensorrt").encode_texts(["red"])
-    assert raised.value.hint == "pip install 'clip-rd-edge[rtx]'"
+    assert raised.value.hint == install_command("rtx")
 
 
 def test_the_real_bindings_have_the_names_that_the_fakes_have() -> None:
-    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'clip-rd-edge[rtx]'")
-    real = pytest.importorskip("cuda.bindings.runtime", reason="pip install 'clip-rd-edge[rtx]'")
+    trt = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra rtx")
+    real = pytest.importorskip("cuda.bindings.runtime", reason="needs the extra rtx")
     for name in (key for key in vars(FakeCuda) if key.startswith("cuda")):
         assert hasattr(real, name)
     for name in (key for key in vars(FakeEngine) if not key.startswith("_")):

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.installation import install_command
+
+
+class _Installed:
+    def __init__(self, direct_url: object) -> None:
+        self._direct_url = direct_url
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self._direct_url is None else json.dumps(self._direct_url)
+
+
+@pytest.mark.parametrize(
+    ("direct_url", "command"),
+    [
+        (None, "pip install 'clip-rd-edge[train]'"),
+        ({"url": "file:///home/a%20b/clone", "dir_info": {}}, "pip install '/home/a b/clone[train]'"),
+        ({"url": "file:///clone", "dir_info": {"editable": True}}, "pip install -e '/clone[train]'"),
+        (
+            {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+            "pip install 'clip-rd-edge[train] @ git+https://host/clone.git'",
+        ),
+        (
+            {"url": "file:///wheels/a.whl", "archive_info": {}},
+            "pip install 'clip-rd-edge[train] @ file:///wheels/a.whl'",
+        ),
+    ],
+)
+def test_the_install_command_works_from_where_the_package_came_from(
+    direct_url: object, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(direct_url))
+    assert install_command("train") == command
+    assert install_command(options="-U").startswith("pip install -U ")
+    assert "[" not in install_command()
+
+
+def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    assert install_command("demo") == f"pip install '{Path(__file__).resolve().parents[1]}[demo]'"
