@@ -66,12 +66,12 @@ def load_pairs(
             Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
             the table's folder.
         image_key, caption_key: names of the table's two columns.
-        separator: of the table; None means tab for `.tsv` or if the header contains a tab, and comma otherwise.
+        separator: of the table; None means the one of comma, tab, semicolon and | that the header has.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
         json_key, reporter: see `data.webdataset.ShardPairs`.
 
     Raises:
-        InputError: a file, column or image is missing, a caption is empty, or there are fewer than two pairs.
+        InputError: a file or column is missing, or there are fewer than two pairs.
         UsageError: the weights are invalid.
     """
     if weights and not source.endswith(TAR_SUFFIXES):
@@ -89,7 +89,8 @@ def load_pairs(
 
         pairs = read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
     if len(pairs) < 2:
-        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.")
+        example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""
+        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.{example}")
     return pairs
 
 
@@ -202,5 +203,7 @@ class BadSamples:
         raise InputError(
             f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
             f"{example.rstrip('.')}.",
-            hint="fix or remove them, or raise the limit with --max-bad",
+            hint=f"fix or remove them, or accept them: --max-bad {math.ceil(100 * bad / samples) / 100:g}"
+            if bad <= samples / 2
+            else "check the source: half of it or more is no use",
         )

@@ -12,6 +12,8 @@ from PIL import Image
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.errors import InputError, near_matches
 
+_SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
+
 
 @dataclass(frozen=True)
 class TablePairs:
@@ -20,7 +22,7 @@ class TablePairs:
     Attributes:
         images: N paths.
         texts: N non-empty tuples of equivalent captions.
-        left_out: empty: every row of a table must be valid.
+        left_out: messages about rows without an existing image or a caption.
     """
 
     name: str
@@ -46,7 +48,10 @@ class TablePairs:
 
 
 def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:
-    """Read pairs from a CSV or TSV file; arguments and errors as for `data.pairs.load_pairs`."""
+    """Read pairs from a CSV or TSV file; arguments and errors as for `data.pairs.load_pairs`.
+
+    A row that is not a pair is left out with a message that names its line.
+    """
     if not path.is_file():
         raise InputError(
             f"The data file {path} does not exist.",
@@ -54,29 +59,44 @@ def read_table(path: Path, *, image_key: str, caption_key: str, separator: str |
         )
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
+    left_out: list[str] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = file.readline()
             file.seek(0)
-            rows = csv.DictReader(file, delimiter=separator or _separator_of(path, header))
+            separator = separator or _separator_of(path, header, {image_key, caption_key})
+            rows = csv.DictReader(file, delimiter=separator)
             for key, option in ((image_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
                 _require_column(path, list(rows.fieldnames or []), key, option)
             for row in rows:
-                location = f"{path}, line {rows.line_num}"
-                images.append(_find_image(row[image_key], path.parent, location))
+                image = _find_image(row[image_key], path.parent)
                 caption = (row[caption_key] or "").strip()
-                if not caption:
-                    raise InputError(f"{location}: the caption in column {caption_key!r} is empty.")
-                captions.append((caption,))
+                if image is None:
+                    reason = (
+                        f"the image {row[image_key]!r} exists neither in the working directory nor in {path.parent}"
+                    )
+                elif not caption:
+                    reason = f"the caption in column {caption_key!r} is empty"
+                elif any(row.get(None) or ()):  # the fields beyond the header's
+                    reason = f"it has more fields than the header; a caption with {separator!r} needs quotes"
+                else:
+                    images.append(image)
+                    captions.append((caption,))
+                    continue
+                left_out.append(f"{path}, line {rows.line_num}: {reason}")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    return TablePairs(str(path), tuple(images), tuple(captions))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}.") from error
+    return TablePairs(str(path), tuple(images), tuple(captions), tuple(left_out))
 
 
-def _separator_of(path: Path, header: str) -> str:
-    if path.suffix == ".tsv" or "\t" in header:
-        return "\t"
-    return ","
+def _separator_of(path: Path, header: str, keys: set[str]) -> str:
+    """Return the separator that splits the header into columns with these names, else the one that seems likeliest."""
+    for separator in _SEPARATORS:
+        if keys <= set(next(csv.reader([header], delimiter=separator), ())):
+            return separator
+    return "\t" if path.suffix == ".tsv" else max(_SEPARATORS, key=header.count)
 
 
 def _require_column(path: Path, columns: list[str], key: str, option: str) -> None:
@@ -88,8 +108,8 @@ def _require_column(path: Path, columns: list[str], key: str, option: str) -> No
         )
 
 
-def _find_image(name: str | None, folder: Path, location: str) -> Path:
+def _find_image(name: str | None, folder: Path) -> Path | None:
     for candidate in (Path(name or ""), folder / (name or "")):
         if name and candidate.is_file():
             return candidate.resolve()
-    raise InputError(f"{location}: the image {name!r} exists neither in the working directory nor in {folder}.")
+    return None

@@ -67,6 +67,9 @@ def load_task(name: str, *, fallback: TemplateFallback = neutral_templates) -> T
 
 
 def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:
+    """Return the retrieval task of a table. No row is left out: that would change the evaluation."""
+    if pairs.left_out:
+        raise InputError(f"{pairs.left_out[0]}.", hint="fix or remove the row: a task is evaluated on all of its rows")
     images = list(dict.fromkeys(pairs.images))
     index_of = {path: index for index, path in enumerate(images)}
     captions = [

@@ -66,6 +66,7 @@ def load_setup(
             json_key=config.json_caption_key,
             reporter=reporter,
         )
+    BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
     if pairs.left_out:
         reporter.say(f"{len(pairs.left_out):,} samples are not pairs and were skipped; the first: {pairs.left_out[0]}")
     require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)

@@ -12,7 +12,7 @@ from typing import Any
 
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.io import looks_like_path, near_files
+from clip_rd_edge.utils.io import looks_like_path, near_files, parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 STRUCTURED_SUFFIXES = (".json", ".yaml", ".yml")
@@ -175,12 +175,7 @@ def _parse(text: str, path: Path) -> Any:
             return json.loads(text)
         except ValueError as error:
             raise InputError(f"The label file {path} is not valid JSON: {error}.") from error
-    import yaml  # takes 20 ms to import
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"The label file {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return parse_yaml(text, source=path)
 
 
 def _from_structure(content: Any, path: Path) -> list[str]:

@@ -10,13 +10,17 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
 from clip_rd_edge.installation import install_command
+
+if TYPE_CHECKING:
+    import yaml
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -120,13 +124,43 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         InputError: the file cannot be read.
         ConfigError: it is not valid YAML, or does not match `kind`.
     """
-    import yaml  # PyYAML takes 20 ms to import, and running a bundle does not need it
+    raw = parse_yaml(_read(path), source=path)
+    return convert(raw if raw is not None else {}, kind, source=str(path))
+
+
+def parse_yaml(content: bytes | str, *, source: Path) -> Any:
+    """Return the content of a YAML file as plain Python objects; raise ConfigError if it is not valid."""
+    import yaml
 
     try:
-        raw = yaml.safe_load(_read(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    return convert(raw if raw is not None else {}, kind, source=str(path))
+        return yaml.load(content, Loader=_yaml_classes()[0])
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+# As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)$")
+
+
+@cache
+def _yaml_classes() -> tuple[type[yaml.SafeLoader], type[yaml.SafeDumper]]:
+    """Return PyYAML's safe loader and dumper with numbers such as 1e-3."""
+    import yaml  # takes 20 ms to import, and running a bundle does not need it
+
+    class Loader(yaml.SafeLoader):
+        def construct_yaml_float(self, node: Any) -> float:
+            number: float = super().construct_yaml_float(node)
+            # 1e4 may stand where an integer is expected; an integer is accepted wherever a float is.
+            return int(number) if "e" in node.value.lower() and number.is_integer() else number
+
+    Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    for kind in (Loader, Dumper):  # the dumper quotes texts that would be read as numbers
+        kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+    return Loader, Dumper
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -178,11 +212,13 @@ def convert(raw: Any, kind: type[T], *, source: str) -> T:
         return msgspec.convert(raw, kind, strict=True)
     except msgspec.ValidationError as error:
         message = str(error)
-        suggestion = ""
+        suggestion = hint = ""
         if "unknown field" in message:
             unknown, *location = message.split("`")[1::2]
-            suggestion = near_matches(unknown, _keys_at(location[0] if location else "$", kind))
-        raise ConfigError(f"{source} is invalid: {message}.{suggestion}") from error
+            keys = _keys_at(location[0] if location else "$", kind)
+            suggestion = near_matches(unknown, keys)
+            hint = f"the keys there are {', '.join(dict.fromkeys(keys))}"
+        raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
 
 
 def _keys_at(location: str, kind: type[T]) -> list[str]:
@@ -210,7 +246,7 @@ def to_yaml(struct: Any) -> str:
     """Encode a struct as YAML, with keys in field order."""
     import yaml
 
-    text: str = yaml.safe_dump(msgspec.to_builtins(struct), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(msgspec.to_builtins(struct), Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def test_other_column_names_and_tabs(pairs_csv: Path) -> None:
     [
         ("path,title\na,b\n", "no column 'filepath'; its columns are 'path', 'title'"),
         ("filepath,titel\na,b\n", "no column 'title'.* Did you mean 'titel'"),
-        ("filepath,title\npictures/0.png,\n", "line 2: the caption in column 'title' is empty"),
-        ("filepath,title\nnowhere.png,x\n", r"line 2: the image 'nowhere\.png' exists neither"),
+        ("filepath,title\npictures/0.png,\n", "0 pairs.* the first: .*line 2: the caption in column 'title' is empty"),
+        ("filepath,title\nnowhere.png,x\n", r"0 pairs.*line 2: the image 'nowhere\.png' exists neither"),
         ("filepath,title\npictures/0.png,x\n", "has 1 pairs"),
         ("", "no column 'filepath'"),
     ],
@@ -39,6 +40,40 @@ def test_invalid_tables_are_reported_with_the_line(pairs_csv: Path, content: str
     pairs_csv.write_text(content)
     with pytest.raises(InputError, match=message):
         load_pairs(str(pairs_csv))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("pictures/none.png,a cat", "the image 'pictures/none.png' exists neither"),
+        (",a cat", "the image '' exists neither"),
+        ("pictures/0.png,", "the caption in column 'title' is empty"),
+        ("pictures/0.png", "the caption in column 'title' is empty"),
+        ("pictures/0.png,a dog, asleep", "it has more fields than the header; a caption with ',' needs quotes"),
+    ],
+)
+def test_a_row_that_is_no_pair_counts_as_bad_and_is_named_by_its_line(pairs_csv: Path, row: str, reason: str) -> None:
+    pairs_csv.write_text(f"{pairs_csv.read_text().rstrip()}\n{row}\n")
+    pairs = load_pairs(str(pairs_csv))
+    assert len(pairs) == 24
+    assert pairs.left_out[0].startswith(f"{pairs_csv}, line 26: {reason}")
+    with pytest.raises(InputError, match=r"1 of 25 samples of .* are bad, more than 1\.00%: .*line 26") as raised:
+        BadSamples(pairs, max_share=0.01)
+    assert raised.value.hint == "fix or remove them, or accept them: --max-bad 0.04"
+    assert len(BadSamples(pairs, max_share=0.04)) == 1  # as the hint says
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+def test_the_separator_is_the_one_that_splits_the_header(pairs_csv: Path, separator: str, name: str) -> None:
+    rows = list(csv.reader(pairs_csv.read_text().splitlines()))
+    path = pairs_csv.with_name(name)
+    with path.open("w", newline="") as file:
+        caption = "a cat, or a dog; or a cow|ox"
+        csv.writer(file, delimiter=separator).writerows([rows[0], *((image, caption) for image, _ in rows[1:])])
+    pairs = load_pairs(str(path))
+    assert (len(pairs), pairs.left_out) == (24, ())
+    assert pairs.captions(23) == ("a cat, or a dog; or a cow|ox",)
 
 
 def test_a_table_that_is_not_text(pairs_csv: Path) -> None:

@@ -40,6 +40,13 @@ def test_a_wrong_number_of_class_names_is_refused(folder: Path) -> None:
         load_task(str(folder))
 
 
+def test_a_table_with_a_row_that_is_no_pair_is_no_task(folder: Path) -> None:
+    table = folder / "pairs.csv"
+    table.write_text("filepath,title\na_cat/1.png,a cat\na_cat/2.png,a cat\n")
+    with pytest.raises(InputError, match=r"pairs\.csv, line 3: the image 'a_cat/2\.png' exists neither"):
+        load_task(str(table))
+
+
 def test_an_unknown_task_gets_suggestions() -> None:
     with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
         load_task("emoji:unseen-stile")

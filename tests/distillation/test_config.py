@@ -43,6 +43,11 @@ def test_an_invalid_recipe_is_rejected(tmp_path: Path, text: str, message: str) 
         load_recipe(str(path))
 
 
+def test_a_learning_rate_may_be_written_without_a_point(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("objective: {task: 1}\nlearning_rate: 1e-3")
+    assert load_recipe(str(tmp_path / "mine.yaml")).learning_rate == 1e-3
+
+
 def test_the_schedule_is_a_warm_up_and_then_a_cosine() -> None:
     recipe = Recipe(objective=Weights(task=1), learning_rate=1.0, warmup_steps=10)
     rates = [learning_rate_at(step, 100, recipe) for step in range(100)]
