@@ -14,7 +14,7 @@ device_option = click.option(
     type=click.Choice(DEVICES),
     default=AUTO,
     show_default=True,
-    help="ONNX Runtime's device; `clip-rd-edge doctor` lists the available ones.",
+    help="Device of ONNX Runtime or OpenVINO; `clip-rd-edge doctor` lists the available ones.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
 

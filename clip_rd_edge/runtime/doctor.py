@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.installation import PACKAGE, install_command
-from clip_rd_edge.runtime.backends.providers import AUTO, PROVIDERS, choose_device
+from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import cpu_quota, instruction_sets, machine_name, memory_bytes, system_name, usable_cores
 
 # What each extra is for. Extras without an entry are listed, too.
@@ -62,6 +62,7 @@ def examine() -> list[Finding]:
         _processor(instruction_sets()),
         _threads(usable_cores(), os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS"), cpu_quota()),
         _onnxruntime(),
+        *_openvino(),
         _gpu(),
         _disk_usage(footprints(PACKAGE)),
         *(_extra(name, packages) for name, packages in extras().items()),
@@ -107,7 +108,8 @@ def _onnxruntime() -> Finding:
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
         detail = f"cannot be imported: {' '.join(str(error).split())}"
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
-    devices = [name for name, provider in PROVIDERS.items() if provider.name in available]
+    hidden = set(OPENVINO_PROCESSORS) - {"openvino"}  # that the provider is here says nothing of a GPU or NPU
+    devices = [name for name, provider in PROVIDERS.items() if provider.name in available and name not in hidden]
     default = choose_device(AUTO, available, precision="fp32")
     detail = f"{ort.__version__} for {', '.join(devices)}; bundles run on {default}"
     if default != "cpu":
@@ -116,6 +118,22 @@ def _onnxruntime() -> Finding:
     if others:
         detail += f"; --device also takes {', '.join(others)}"
     return Finding(what="ONNX Runtime", state="ok", detail=detail)
+
+
+def _openvino() -> list[Finding]:
+    """Report OpenVINO's processors, if it is installed."""
+    if not _installed("openvino"):
+        return []
+    try:
+        from clip_rd_edge.runtime.backends.openvino import available_processors
+
+        found = available_processors()
+    except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
+        detail = f"cannot be imported: {' '.join(str(error).split())}"
+        return [Finding(what="OpenVINO", state="missing", detail=detail, remedy="pip install -U openvino")]
+    devices = [name for name, processor in OPENVINO_PROCESSORS.items() if processor in found]
+    detail = f"{version('openvino')} for {', '.join(found)}: --device {' or '.join(devices)}"
+    return [Finding(what="OpenVINO", state="ok", detail=detail)]
 
 
 def _gpu() -> Finding:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
 from clip_rd_edge.runtime.encoder import BundleEncoder
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
@@ -30,8 +31,10 @@ def load(
         threads: threads per tower; None leaves the choice to the runtime, which uses every core.
         runtime: the inference engine; None uses the one that the bundle was exported for. If its TensorRT engines
             cannot run here, the ONNX files that they were built from run on the CPU.
-        device: ONNX Runtime's device, one of `providers.DEVICES`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's
-            package for it is installed, and the CPU otherwise and for INT8. `describe().device` is the device chosen.
+        device: one of `providers.DEVICES`. `auto` chooses a GPU or OpenVINO if ONNX Runtime's package for it is
+            installed, and the CPU otherwise, for INT8, and in OpenVINO itself. OpenVINO's devices run a bundle made for
+            OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or in OpenVINO if
+            only that is installed. `describe().device` is the device chosen.
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
 
     Raises:
@@ -55,12 +58,15 @@ def open_bundle(
     spin: bool = True,
 ) -> BundleEncoder:
     """Like `load`, for a bundle whose manifest has been read already."""
-    # A device other than the CPU is a device of ONNX Runtime, whatever the bundle was exported for.
-    engine = runtime or ("onnxruntime" if device not in (AUTO, "cpu") else manifest.target)
+    engine = runtime or _runtime_for(device, manifest)
     if engine == "openvino":
-        from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
+        from clip_rd_edge.runtime.backends.openvino import CPU, OpenVinoEncoder
 
-        return OpenVinoEncoder(folder, manifest, threads=threads)
+        if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
+            raise UsageError(
+                f"OpenVINO has no device {device!r}; expected auto, cpu, {', '.join(OPENVINO_PROCESSORS)}."
+            )
+        return OpenVinoEncoder(folder, manifest, threads=threads, processor=OPENVINO_PROCESSORS.get(device, CPU))
     if engine == "tensorrt" or (engine.startswith("tensorrt") and device == AUTO):
         from clip_rd_edge.runtime.backends.tensorrt import TensorRtEncoder
 
@@ -68,3 +74,19 @@ def open_bundle(
     from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 
     return OrtEncoder(folder, manifest, threads=threads, device=device, spin=spin)
+
+
+def _runtime_for(device: str, manifest: Manifest) -> str:
+    """Return the runtime, or the manifest's target, that opens a bundle on a device."""
+    if device in (AUTO, "cpu"):
+        return manifest.target
+    if device in OPENVINO_PROCESSORS and (manifest.target == "openvino" or _only_openvino_itself()):
+        return "openvino"
+    return "onnxruntime"  # the others are its devices, whatever the bundle was exported for
+
+
+def _only_openvino_itself() -> bool:
+    """Return whether the package openvino is installed, and ONNX Runtime has no provider for it."""
+    import onnxruntime as ort
+
+    return bool(find_spec("openvino")) and PROVIDERS["openvino"].name not in ort.get_available_providers()

@@ -62,7 +62,7 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
         return None, " ".join(str(error).split()).rstrip(".")[:300]
-    if session_device(session) != device:
+    if session_device(session, device) != device:
         return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""
 
@@ -104,10 +104,9 @@ class OrtEncoder(BundleEncoder):
 
     def open_tower(self, tower: Tower) -> Any:
         """Open an ONNX Runtime session for the tower; raises as `open_session`."""
-        session = open_session(
-            str(self.folder / tower.file), threads=self.threads, device=self._device_for(tower), spin=self.spin
-        )
-        self._loaded_devices[tower.file] = session_device(session)
+        device = self._device_for(tower)
+        session = open_session(str(self.folder / tower.file), threads=self.threads, device=device, spin=self.spin)
+        self._loaded_devices[tower.file] = session_device(session, device)
         return session
 
     def _device_for(self, tower: Tower) -> str:

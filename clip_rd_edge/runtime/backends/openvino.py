@@ -6,17 +6,20 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import Tower
-from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.utils.io import cache_home
 
-BF16 = "bf16"
+BF16, CPU = "bf16", "CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
 
 
@@ -76,41 +79,60 @@ class OpenVinoModel:
         return self._requests[key]
 
 
-def open_openvino(model: str | bytes, *, threads: int | None = None, bf16: bool = False) -> OpenVinoModel:
-    """Compile a model for the CPU.
+def open_openvino(
+    model: str | bytes, *, threads: int | None = None, bf16: bool = False, processor: str = CPU
+) -> OpenVinoModel:
+    """Compile a model.
 
     Args:
         model: path of an ONNX file, or its bytes.
-        threads: threads to run on; None uses every core.
-        bf16: compute float32 layers in bfloat16 where the processor supports it. False forces float32, which is not
-            OpenVINO's default on such processors.
+        threads: threads to run on; None uses every core. Only the CPU has threads.
+        bf16: compute float32 layers in bfloat16 where the processor supports it; a GPU computes them in float16. False
+            forces float32, which is not OpenVINO's default on such processors. An NPU always computes in float16.
+        processor: `CPU`, `GPU` or `NPU`.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
         ConfigError: this OpenVINO cannot run the model.
-        UsageError: `threads` is less than 1.
+        UsageError: `threads` is less than 1, or OpenVINO does not find the processor.
     """
     try:
         import openvino
     except ModuleNotFoundError as error:
         raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
-    }
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads is {threads}; expected at least 1.")
-        settings["INFERENCE_NUM_THREADS"] = threads
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected at least 1.")
+    core, processors = _core(), available_processors()
+    if processor not in processors:
+        raise UsageError(
+            f"OpenVINO {openvino.__version__} finds no {processor} here; it finds {', '.join(processors)}.",
+            hint="install the driver of the processor, or use --device openvino for the CPU",
+        )
+    settings = _settings(processor, threads=threads, bf16=bf16)
     try:
-        core = _core()
         graph = core.read_model(model if isinstance(model, str) else io.BytesIO(model))
-        return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, "CPU", settings))
+        return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, processor, settings))
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {reason}.") from error
+
+
+def available_processors() -> list[str]:
+    """Return the kinds of processors that OpenVINO finds, such as CPU and GPU; two GPUs are one kind."""
+    return list(dict.fromkeys(name.split(".")[0] for name in _core().available_devices))
+
+
+def _settings(processor: str, *, threads: int | None, bf16: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if processor == CPU:
+        settings |= {"NUM_STREAMS": "1", "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        return settings
+    if processor != "NPU":  # which refuses the hint: it knows float16 and integers alone
+        settings["INFERENCE_PRECISION_HINT"] = "f16" if bf16 else "f32"
+    return {**settings, "CACHE_DIR": str(cache_home() / "openvino")}  # compiling takes seconds to minutes
 
 
 @cache
@@ -126,11 +148,23 @@ def _core() -> Any:
 
 
 class OpenVinoEncoder(BundleEncoder):
-    """A bundle in OpenVINO."""
+    """A bundle in OpenVINO.
+
+    Args:
+        processor: as for `open_openvino`.
+    """
 
     runtime = "openvino"
 
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, processor: str = CPU) -> None:
+        super().__init__(folder, manifest, threads=threads)
+        self.processor = processor
+
+    def describe(self) -> Description:
+        """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""
+        return msgspec.structs.replace(super().describe(), device=self.processor.lower())
+
     def open_tower(self, tower: Tower) -> OpenVinoModel:
         """Compile the tower, in bfloat16 if that is its precision; raises as `open_openvino`."""
-        path = str(self.folder / tower.file)
-        return open_openvino(path, threads=self.threads, bf16=tower.precision.startswith(BF16))
+        path, bf16 = str(self.folder / tower.file), tower.precision.startswith(BF16)
+        return open_openvino(path, threads=self.threads, bf16=bf16, processor=self.processor)

@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime, by the device names that `load(device=…)` takes.
+"""The devices that `load(device=…)` takes: execution providers of ONNX Runtime, three of them of OpenVINO as well.
 
 Does not import ONNX Runtime at the top, so that the command line can list the devices in its help quickly.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from clip_rd_edge.errors import UsageError
 
-Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "xnnpack"]
+Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 AUTO = "auto"
 
 
@@ -32,6 +32,14 @@ class Provider(NamedTuple):
 
 def _no_options(cache: Path, threads: int | None) -> dict[str, str]:
     return {}
+
+
+def _openvino_cpu(cache: Path, threads: int | None) -> dict[str, str]:
+    return {"device_type": "CPU", **({"num_of_threads": str(threads)} if threads else {})}
+
+
+# OpenVINO's processors, by the name of the device. The package openvino runs on them without ONNX Runtime, too.
+OPENVINO_PROCESSORS = {"openvino": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -54,9 +62,16 @@ PROVIDERS: dict[str, Provider] = {
     "coreml": Provider(
         "CoreMLExecutionProvider", lambda cache, threads: {"ModelFormat": "MLProgram"}, "onnxruntime on a Mac"
     ),
-    "openvino": Provider(
+    "openvino": Provider("OpenVINOExecutionProvider", _openvino_cpu, "onnxruntime-openvino"),
+    # Both compile a tower when it is opened, which takes seconds the first time.
+    "openvino-gpu": Provider(
         "OpenVINOExecutionProvider",
-        lambda cache, threads: {"device_type": "CPU", **({"num_of_threads": str(threads)} if threads else {})},
+        lambda cache, threads: {"device_type": "GPU", "cache_dir": str(cache)},
+        "onnxruntime-openvino",
+    ),
+    "openvino-npu": Provider(
+        "OpenVINOExecutionProvider",
+        lambda cache, threads: {"device_type": "NPU", "cache_dir": str(cache)},
         "onnxruntime-openvino",
     ),
     "xnnpack": Provider(
@@ -109,9 +124,15 @@ def provider_list(device: str, *, cache: Path, threads: int | None) -> list[tupl
     return [(PROVIDERS[name].name, PROVIDERS[name].options(cache, threads)) for name in names]
 
 
-def session_device(session: Any) -> str:
-    """Return the device that a session uses first; ONNX Runtime falls back silently if a provider fails to start."""
+def session_device(session: Any, requested: str) -> str:
+    """Return the device that a session uses first; ONNX Runtime falls back silently if a provider fails to start.
+
+    Args:
+        requested: the device that it was opened for: several can have the same provider.
+    """
     first = session.get_providers()[0]
+    if PROVIDERS[requested].name == first:
+        return requested
     return next((name for name, provider in PROVIDERS.items() if provider.name == first), first)
 
 

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.installation import install_command
+from clip_rd_edge.runtime import doctor
+from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import Runtime, load
@@ -94,3 +100,83 @@ def test_a_suite_row_can_set_the_runtime(colour_bundle: Path, colour_images: Pat
         return load(spec, threads=1, runtime=runtime)
 
     assert [row.description.runtime for row in run_suite(suite, open_row).rows] == ["onnxruntime", "openvino"]
+
+
+class _Core:
+    """OpenVINO's Core on a machine that has a GPU and an NPU as well: it compiles for the CPU, and keeps the calls."""
+
+    available_devices = ("CPU", "GPU.0", "GPU.1", "NPU")
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.read_model = core.read_model
+        self.compiled: list[tuple[str, dict[str, Any]]] = []
+
+    def compile_model(self, model: Any, processor: str, settings: dict[str, Any]) -> Any:
+        self.compiled.append((processor, settings))
+        return self._core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> _Core:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    core = _Core(openvino_backend._core())
+    monkeypatch.setattr(openvino_backend, "_core", lambda: core)
+    return core
+
+
+def for_openvino(bundle: Path) -> Path:
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), target="openvino"))
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("device", "processor"),
+    [("auto", "CPU"), ("cpu", "CPU"), ("openvino", "CPU"), ("openvino-gpu", "GPU"), ("openvino-npu", "NPU")],
+)
+def test_a_bundle_for_openvino_runs_on_each_of_its_processors(
+    device: str, processor: str, colour_bundle: Path, core: _Core
+) -> None:
+    encoder = load(for_openvino(colour_bundle), device=device, threads=2)
+    description = encoder.describe()
+    assert (description.runtime, description.device) == ("openvino", processor.lower())
+    assert encoder.encode_images([Image.new("RGB", (9, 9), (255, 0, 0))]).argmax() == 0
+    ((used, settings),) = core.compiled
+    assert used == processor
+    assert ("INFERENCE_NUM_THREADS" in settings) == (processor == "CPU")  # others have none, and refuse the setting
+    assert settings.get("INFERENCE_PRECISION_HINT") == (None if processor == "NPU" else "f32")
+    assert ("CACHE_DIR" in settings) == (processor != "CPU")
+
+
+def test_classify_takes_the_device_openvino_for_either_kind_of_bundle(
+    command_line: Callable[..., tuple[int, str, str]], colour_bundle: Path, colour_images: Path
+) -> None:
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    for bundle in (colour_bundle, for_openvino(colour_bundle)):
+        arguments = ("classify", bundle, colour_images / "red.png", "--labels", "red", "blue", "--device", "openvino")
+        code, output, error = command_line(*arguments)
+        assert (code, error) == (0, "")
+        assert "\tred " in output
+
+
+def test_a_processor_that_is_not_here_is_refused_with_those_that_are(colour_bundle: Path, core: _Core) -> None:
+    core.available_devices = ("CPU",)
+    encoder = load(for_openvino(colour_bundle), device="openvino-npu")
+    with pytest.raises(UsageError, match=r"finds no NPU here; it finds CPU\.") as raised:
+        encoder.encode_texts(["red"])
+    assert "--device openvino" in raised.value.hint
+    with pytest.raises(UsageError, match=r"OpenVINO has no device 'cuda'; expected auto, cpu, openvino, openvino-gpu"):
+        load(colour_bundle, runtime="openvino", device="cuda")
+
+
+def test_onnxruntimes_own_provider_comes_first_for_a_bundle_that_is_not_for_openvino(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["OpenVINOExecutionProvider"])
+    description = load(colour_bundle, device="openvino-gpu").describe()
+    assert (description.runtime, description.device) == ("onnxruntime", "openvino-gpu")
+
+
+def test_the_doctor_lists_openvinos_processors(core: _Core) -> None:
+    (finding,) = doctor._openvino()
+    assert finding.detail.endswith(" for CPU, GPU, NPU: --device openvino or openvino-gpu or openvino-npu")
