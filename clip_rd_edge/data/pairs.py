@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 from PIL import Image
 
@@ -44,8 +45,23 @@ class Pairs(Protocol):
         ...
 
     def identity(self) -> Iterator[bytes]:
-        """Yield bytes that identify these pairs and their order; a copy in another folder yields the same."""
+        """Yield bytes that identify these pairs and their order; a copy in another folder yields the same.
+
+        Names without folders, captions and sizes in bytes, as far as they are known without reading samples.
+        """
         ...
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """Return a SHA-256 of what identifies the pairs, wherever they lie.
+
+    No sample is read, so that a run over millions of pairs starts at once: an image that is replaced by another one of
+    the same name and size in bytes is not noticed.
+    """
+    digest = hashlib.sha256(f"{len(pairs)}\n".encode())
+    for part in pairs.identity():
+        digest.update(part + b"\x1e")
+    return digest.hexdigest()
 
 
 def load_pairs(
@@ -113,15 +129,15 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
 
 MAX_BAD_SHARE = 0.01  # of all samples
 BadPair = tuple[int, str]  # index and reason
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ValidPair:
-    """An image and its captions, and the bad pairs that were skipped to reach it."""
+    """An image and its captions."""
 
     image: Image.Image
     captions: tuple[str, ...]
-    skipped: tuple[BadPair, ...]
 
 
 class BadSamples:
@@ -173,26 +189,34 @@ class BadSamples:
         if self.left_out + bad_pairs > self.allowed:
             self._refuse(self.left_out + bad_pairs, next(reversed(self._reasons.values()), "found by another process"))
 
-    def next_valid(self, index: int) -> ValidPair | tuple[BadPair, ...]:
-        """Return the first valid pair from `index` on, or only the bad pairs if they exceed the limit.
+    def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
+        """Read the first valid pair from `index` on.
 
-        They are not counted yet: this may run in a worker process, and `add` must be called in the main process.
+        Args:
+            read: reads a pair by its index; raises InputError if it is bad.
+
+        Returns:
+            What `read` returned, or None if the bad pairs exceed the limit; and the bad pairs. They are not counted
+            yet: this may run in a worker process, and `add` must be called in the main process.
         """
         bad: list[BadPair] = []
         while len(bad) <= self.allowed:
             candidate = (index + len(bad)) % len(self._pairs)
             try:
-                return ValidPair(self._pairs.open(candidate), self._pairs.captions(candidate), tuple(bad))
+                return read(candidate), tuple(bad)
             except InputError as error:
                 bad.append((candidate, str(error)))
-        return tuple(bad)
+        return None, tuple(bad)
 
     def take(self, index: int) -> ValidPair:
         """Return the first valid pair from `index` on, and count the bad ones; raises as `add`."""
-        result = self.next_valid(index)
-        self.add(result.skipped if isinstance(result, ValidPair) else result)
-        assert isinstance(result, ValidPair)  # otherwise the limit was exceeded and `add` has raised
-        return result
+        pair, bad = self.next_valid(index, self._read)
+        self.add(bad)
+        assert pair is not None  # otherwise the limit was exceeded and `add` has raised
+        return pair
+
+    def _read(self, index: int) -> ValidPair:
+        return ValidPair(self._pairs.open(index), self._pairs.captions(index))
 
     def _check(self, latest: tuple[str, ...]) -> None:
         if len(self) > self.allowed and latest:

@@ -42,9 +42,10 @@ class TablePairs:
         return self.texts[index]
 
     def identity(self) -> Iterator[bytes]:
-        """Yield bytes that identify these pairs: the names of the images, and the captions."""
+        """Yield bytes that identify these pairs: the images' names and sizes in bytes, and the captions."""
         for path, captions in zip(self.images, self.texts, strict=True):
-            yield f"{path.name}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
+            size = path.stat().st_size if path.is_file() else -1
+            yield f"{path.name}\0{size}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
 
 
 def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:

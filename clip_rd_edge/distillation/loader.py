@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
-from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, ValidPair
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
+from clip_rd_edge.errors import InputError
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.embedding_store import TeacherCache
@@ -40,6 +42,20 @@ class Batch:
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[Tensor, Tensor] | None = None
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which copies to a CUDA device do not block.
+
+        torch's DataLoader calls it; without this method, it would leave a class that it does not know as it is.
+        """
+        student = self.student_pixels.pin_memory()
+        teacher = self.teacher_pixels
+        if teacher is not None:
+            teacher = student if teacher is self.student_pixels else teacher.pin_memory()
+        embeddings = self.teacher_embeddings
+        if embeddings is not None:
+            embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
+        return replace(self, student_pixels=student, teacher_pixels=teacher, teacher_embeddings=embeddings)
+
 
 View = tuple[int, int]  # epoch and index of the pair
 
@@ -50,7 +66,7 @@ class PairView(NamedTuple):
     student_pixels: npt.NDArray[np.float32]
     teacher_pixels: npt.NDArray[np.float32] | None
     caption: str
-    bad: tuple[BadPair, ...]
+    bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
 
 
@@ -62,10 +78,12 @@ class ViewDataset(Dataset[PairView]):
         crop_scale: min and max fraction of the image's area that a crop keeps.
         views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
         max_bad: max fraction of the samples that may be unreadable.
+        substitute: whether the next valid pair takes the place of one that is bad. Otherwise the place of a bad pair is
+            filled with zeros, and `bad` of the batch names it.
 
     Attributes:
-        cache: the teacher's embeddings of these views, or None.
-        bad: counts the samples that cannot be read; `step_loader` adds those it encounters.
+        cache: the teacher's embeddings of these views, or None. A pair that it lacks is bad.
+        bad: counts the samples that cannot be read; with `substitute`, `step_loader` adds those it encounters.
 
     Raises:
         InputError: `pairs` already leaves out more than `max_bad` of its samples.
@@ -81,31 +99,47 @@ class ViewDataset(Dataset[PairView]):
         seed: int,
         views: int = 0,
         max_bad: float = MAX_BAD_SHARE,
+        substitute: bool = True,
     ) -> None:
         self.cache: TeacherCache | None = None
         self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teacher = pairs, student, teacher
-        self.crop_scale, self.seed = crop_scale, seed
+        self.crop_scale, self.seed, self.substitute = crop_scale, seed, substitute
 
     def __getitem__(self, view: View) -> PairView:
         epoch, index = view
         if self.views:
             epoch %= self.views
-        rng = np.random.default_rng((self.seed, epoch, index))
-        pair = self.bad.next_valid(index)
-        if not isinstance(pair, ValidPair):
+        pair: PairView | None
+        if self.substitute:
+            pair, bad = self.bad.next_valid(index, partial(self._read, epoch))
+        else:
+            try:
+                pair, bad = self._read(epoch, index), ()
+            except InputError as error:
+                pair, bad = None, ((index, str(error)),)
+        if pair is None:
             # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
-            return PairView(np.zeros((3, *self.student.size), dtype=np.float32), None, "", pair)
-        box = random_crop(pair.image.size, self.crop_scale, rng)
-        caption = pair.captions[int(rng.integers(len(pair.captions)))]
-        student_pixels = preprocess_crop(pair.image, box, self.student)
-        if self.teacher is None:
-            embeddings = self.cache.lookup(epoch, index) if self.cache else None
-            return PairView(student_pixels, None, caption, pair.skipped, embeddings)
-        same = self.teacher == self.student
-        teacher_pixels = student_pixels if same else preprocess_crop(pair.image, box, self.teacher)
-        return PairView(student_pixels, teacher_pixels, caption, pair.skipped)
+            pair = PairView(np.zeros((3, *self.student.size), dtype=np.float32), None, "")
+        return pair._replace(bad=bad)
+
+    def _read(self, epoch: int, index: int) -> PairView:
+        # Everything depends on the pair that is read, also where it takes the place of another one: its view is then
+        # the same as in its own place, and so is the teacher's embedding of it.
+        rng = np.random.default_rng((self.seed, epoch, index))
+        captions = self.pairs.captions(index)
+        caption = captions[int(rng.integers(len(captions)))]
+        embeddings = None
+        if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
+            raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
+        image = self.pairs.open(index)
+        box = random_crop(image.size, self.crop_scale, rng)
+        student_pixels, teacher_pixels = preprocess_crop(image, box, self.student), None
+        if self.teacher is not None:
+            same = self.teacher == self.student
+            teacher_pixels = student_pixels if same else preprocess_crop(image, box, self.teacher)
+        return PairView(student_pixels, teacher_pixels, caption, teacher_embeddings=embeddings)
 
 
 class StepSampler(Sampler[list[View]]):
@@ -185,7 +219,8 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
     )
     for batch in loader:
-        dataset.bad.add(batch.bad)
+        if dataset.substitute:
+            dataset.bad.add(batch.bad)
         yield batch
 
 

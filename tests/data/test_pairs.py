@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from clip_rd_edge.data.pairs import BadSamples, Pairs, ValidPair, load_pairs, require_batch
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, load_pairs, require_batch
 from clip_rd_edge.errors import InputError, UsageError
 
 
@@ -116,9 +118,9 @@ def test_too_many_bad_pairs_raise_an_error_naming_the_latest(damaged: Pairs) -> 
 
 
 def test_the_search_for_a_valid_pair_ends_at_the_limit(damaged: Pairs) -> None:
-    result = BadSamples(damaged, max_share=0.05).next_valid(5)
-    assert not isinstance(result, ValidPair)
-    assert [index for index, _ in result] == [5, 6]
+    pair, bad = BadSamples(damaged, max_share=0.05).next_valid(5, damaged.open)
+    assert pair is None
+    assert [index for index, _ in bad] == [5, 6]
 
 
 def test_samples_left_out_count_as_bad(tmp_path: Path, write_tar: Callable[..., Path], encode_image: Any) -> None:
@@ -134,3 +136,29 @@ def test_bad_pairs_of_other_processes_count(damaged: Pairs) -> None:
     bad.check_total(2)
     with pytest.raises(InputError, match=r"3 of 24 samples .* found by another process"):
         bad.check_total(3)
+
+
+def test_the_fingerprint_is_that_of_the_content_and_not_of_its_location(pairs_csv: Path, tmp_path: Path) -> None:
+    original = fingerprint(load_pairs(str(pairs_csv)))
+    copy = tmp_path / "elsewhere" / "renamed.csv"
+    copy.parent.mkdir()
+    shutil.copytree(pairs_csv.parent / "pictures", copy.parent / "pictures")
+    copy.write_bytes(pairs_csv.read_bytes())
+    shutil.rmtree(pairs_csv.parent / "pictures")
+    assert fingerprint(load_pairs(str(copy))) == original
+
+
+@pytest.mark.parametrize("change", ["caption", "order", "image", "count"])
+def test_the_fingerprint_changes_with_the_data(pairs_csv: Path, change: str) -> None:
+    original = fingerprint(load_pairs(str(pairs_csv)))
+    header, first, second, *rest = pairs_csv.read_text().splitlines()
+    if change == "caption":
+        first += "!"
+    elif change == "order":
+        first, second = second, first
+    elif change == "image":
+        Image.new("RGB", (48, 40)).save(pairs_csv.parent / "pictures" / "0.png")
+    else:
+        rest.pop()
+    pairs_csv.write_text("\n".join([header, first, second, *rest]))
+    assert fingerprint(load_pairs(str(pairs_csv))) != original

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +13,27 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.distillation import embedding_store
 from clip_rd_edge.distillation.build import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, missing_shards, open_cache, shard_path
+from clip_rd_edge.distillation.embedding_store import (
+    CacheManifest,
+    build_cache,
+    caption_key,
+    image_shard,
+    make_manifest,
+    open_cache,
+    text_shard,
+)
 from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -52,8 +67,7 @@ def setup(config: RunConfig) -> RunSetup:
     return load_setup(config, name="student", processes=Processes())
 
 
-@pytest.fixture
-def build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
+def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
     assert setup.teacher is not None
     teacher = setup.teacher
 
@@ -66,10 +80,15 @@ def build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
             setup.pairs,
             Processes(),
             workers=0,
-            max_bad=0.01,
+            max_bad=config.max_bad,
         )
 
     return run
+
+
+@pytest.fixture
+def build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
+    return make_build(config, setup)
 
 
 def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
@@ -90,28 +109,210 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
             torch.testing.assert_close(actual, expected, atol=2**-11, rtol=0)  # float16 rounding below 1
 
 
+def live_embeddings(config: RunConfig, setup: RunSetup, view: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the teacher itself gives for a view, in float32."""
+    assert setup.teacher is not None
+    dataset = make_dataset(config, setup)
+    (batch,) = step_loader(dataset, [[(view, index)]], workers=0)
+    assert batch.bad == ()
+    image, text = Teacher(setup.teacher, torch.device("cpu"), autocast=None).embed(batch)
+    return image[0].numpy(), text[0].numpy()
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 pairs make three shards of images and of texts."""
+    monkeypatch.setattr(embedding_store, "SHARD_SIZE", 10)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_every_row_of_every_shard_is_that_of_its_own_pair_view_and_caption(
+    config: RunConfig, setup: RunSetup, build: Callable[..., None]
+) -> None:
+    build()
+    cache = open_cache(Path(str(config.teacher_cache)))
+    rows = []
+    for view in range(VIEWS):
+        for index in range(24):
+            (caption,) = setup.pairs.captions(index)
+            cached = cache.lookup(view, index, caption)
+            assert cached is not None
+            for actual, expected in zip(cached, live_embeddings(config, setup, view, index), strict=True):
+                np.testing.assert_allclose(actual.astype(np.float32), expected, atol=2**-10)
+            rows.append(cached[0].tobytes())
+    assert len(set(rows)) == VIEWS * 24
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_caption_is_embedded_and_stored_once(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
+    header, *lines = pairs_csv.read_text().splitlines()
+    pairs_csv.write_text("\n".join([header, *(line.split(" number")[0] for line in lines)]))  # four captions
+    setup = load_setup(config, name="student", processes=Processes())
+    make_build(config, setup)()
+    folder = Path(str(config.teacher_cache))
+    assert np.load(text_shard(folder, 0)).shape == (4, 24)
+    assert not text_shard(folder, 1).exists()
+    cache = open_cache(folder)
+    for index in range(24):
+        cached = cache.lookup(0, index, setup.pairs.captions(index)[0])
+        assert cached is not None
+        np.testing.assert_allclose(
+            cached[1].astype(np.float32), live_embeddings(config, setup, 0, index)[1], atol=2**-10
+        )
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_an_interrupted_build_resumes_and_an_incomplete_cache_is_rejected(
     config: RunConfig, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(str(config.teacher_cache))
-    write_shard, written = embedding_store.write_shard, []
+    write_array = embedding_store.write_array
+    files = 3 + 2 + 3 + VIEWS * 3  # captions, keys and their pairs, texts, images
+    written: list[Path] = []
 
-    def interrupt_after_first(path: Path, *arrays: np.ndarray) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(path)
-        write_shard(path, *arrays)
+    def interrupt_at(count: int) -> Callable[..., None]:
+        def write(path: Path, array: np.ndarray) -> None:
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(path)
+            write_array(path, array)
 
-    monkeypatch.setattr(embedding_store, "write_shard", interrupt_after_first)
-    with pytest.raises(KeyboardInterrupt):
-        build()
-    with pytest.raises(ConfigError, match="lacks 1 shards"):
-        open_cache(folder)
-    written_at = shard_path(folder, 0, 0).stat().st_mtime_ns
-    monkeypatch.setattr(embedding_store, "write_shard", write_shard)
+        return write
+
+    for count in range(files):
+        monkeypatch.setattr(embedding_store, "write_array", interrupt_at(count))
+        with pytest.raises(KeyboardInterrupt):
+            build()
+        with pytest.raises(ConfigError, match="not complete"):
+            open_cache(folder)
+        assert not list(folder.rglob("*.tmp"))
+    monkeypatch.setattr(embedding_store, "write_array", write_array)
     build()
-    assert missing_shards(folder, open_cache(folder).manifest) == []
-    assert shard_path(folder, 0, 0).stat().st_mtime_ns == written_at
+    repeated = {path for path in written if written.count(path) > 1}
+    assert repeated <= {folder / "texts" / "pairs.npy"}  # whatever is written is not computed again
+    assert open_cache(folder).captions == 24
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_pair_that_cannot_be_read_for_a_moment_never_gets_the_embedding_of_another_one(
+    config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = msgspec.structs.replace(config, max_bad=0.1)
+    open_image = type(setup.pairs).open
+
+    def open_except(*unreadable: int) -> None:
+        def open_(pairs: Pairs, index: int) -> Image.Image:
+            if index in unreadable:
+                raise InputError(f"Cannot read image {index}.")
+            return open_image(pairs, index)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(setup.pairs), "open", open_)
+
+    open_except(5)
+    make_build(config, setup)()
+    cached = make_dataset(config, setup, with_teacher_pixels=False)
+    cached.cache = open_cache(Path(str(config.teacher_cache)))
+
+    def check(view: int, index: int, *, expected: int) -> None:
+        (batch,) = step_loader(cached, [[(view, index)]], workers=0)
+        live_batch = next(iter(step_loader(make_dataset(config, setup), [[(view, expected)]], workers=0)))
+        assert batch.captions == live_batch.captions == list(setup.pairs.captions(expected))
+        assert torch.equal(batch.student_pixels, live_batch.student_pixels)
+        assert batch.teacher_embeddings is not None
+        for actual, live in zip(batch.teacher_embeddings, live_embeddings(config, setup, view, expected), strict=True):
+            np.testing.assert_allclose(actual[0].float().numpy(), live, atol=2**-10)
+
+    open_except()  # readable again: it has no embedding, so the next pair takes its place, with its own embedding
+    check(1, 5, expected=6)
+    check(1, 6, expected=6)
+    assert len(cached.bad) == 1
+    open_except(8)  # was readable when the cache was built
+    check(0, 8, expected=9)
+    assert len(cached.bad) == 2
+
+
+def test_a_read_error_that_passes_while_the_cache_is_built_leaves_no_gap(
+    config: RunConfig, setup: RunSetup, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_image, failed = type(setup.pairs).open, set[int]()
+
+    def open_second_time(pairs: Pairs, index: int) -> Image.Image:
+        if index % 5 == 0 and index not in failed:
+            failed.add(index)
+            raise InputError(f"Cannot read image {index}: Input/output error.")
+        return open_image(pairs, index)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(setup.pairs), "open", open_second_time)
+    build()
+    cache = open_cache(Path(str(config.teacher_cache)))
+    assert len(failed) == 5
+    assert all(cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24))
+
+
+def test_too_many_unreadable_images_stop_the_build(
+    setup: RunSetup, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pairs: Pairs, index: int) -> Image.Image:
+        raise InputError(f"Cannot read image {index}.")
+
+    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    with pytest.raises(InputError, match=r"of 24 samples .* are bad"):
+        build()
+
+
+def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
+    config: RunConfig, pairs_csv: Path, tmp_path: Path, build: Callable[..., None]
+) -> None:
+    build()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("pictures", "teacher"):
+        shutil.move(tmp_path / name, moved / name)
+    shutil.move(pairs_csv, moved / "other-name.csv")
+    changed = msgspec.structs.replace(config, data=str(moved / "other-name.csv"), teacher=str(moved / "teacher"))
+    make_build(changed, load_setup(changed, name="student", processes=Processes()))()  # not refused
+
+
+def test_a_teacher_of_the_same_weights_with_another_activation_is_another_teacher(setup: RunSetup) -> None:
+    assert setup.teacher is not None
+    other = dataclasses.replace(setup.teacher, model_cfg={**setup.teacher.model_cfg, "quick_gelu": True})
+    assert embedding_store.teacher_fingerprint(other) != embedding_store.teacher_fingerprint(setup.teacher)
+
+
+def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without_memory(tmp_path: Path) -> None:
+    pairs, width = 1_000_000, 64
+    keys = np.sort(np.random.default_rng(0).integers(0, 2**64, pairs, dtype=np.uint64))
+    captions = {0: "first", pairs // 2: "middle", pairs - 1: "last"}
+    for row, caption in captions.items():
+        keys[row] = caption_key(caption)
+    keys.sort()
+    embedding_store.write_array(tmp_path / "texts" / "keys.npy", keys)
+    manifest = CacheManifest(
+        teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, crop_scale=(0.9, 1.0), seed=0,
+        preprocessing=Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)), data="d", pairs=pairs,
+        pairs_sha256="", precision="fp32",
+    )  # fmt: skip
+    embedding_store.write_bytes(tmp_path / "manifest.json", embedding_store.to_json(manifest))
+    embedding_store.write_bytes(tmp_path / "complete.json", b'{"captions": %d}' % pairs)
+    header = io.BytesIO()
+    shape = (embedding_store.SHARD_SIZE, width)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    last = len(header.getvalue()) + (pairs % embedding_store.SHARD_SIZE) * width * 2
+    full = len(header.getvalue()) + embedding_store.SHARD_SIZE * width * 2
+    for shard in range(embedding_store.shard_count(pairs)):
+        for path in (image_shard(tmp_path, 0, shard), text_shard(tmp_path, shard)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:  # sparse
+                file.truncate(last if shard == pairs // embedding_store.SHARD_SIZE else full)
+    del keys
+    tracemalloc.start()
+    cache = open_cache(tmp_path)
+    for row in np.random.default_rng(1).integers(0, pairs, 300).tolist():
+        assert cache.lookup(0, row, "first") is None  # the rows of a sparse file are zeros
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+    assert cache.lookup(0, 0, "no such caption") is None
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"views": 3}, {"crop_scale": (0.5, 1.0)}, {"precision": "bf16"}])
@@ -136,7 +337,7 @@ def test_a_cache_of_other_teacher_weights_is_rejected(setup: RunSetup, build: Ca
 def test_a_run_with_a_cache_completes(config: RunConfig, tmp_path: Path) -> None:
     student = run_distillation(config, tmp_path / "run", resume=False)
     assert (student / "open_clip_model.safetensors").is_file()
-    assert len(list((tmp_path / "cache").rglob("*.npz"))) == VIEWS
+    assert len(list((tmp_path / "cache").glob("images/*/*.npy"))) == VIEWS
 
 
 def test_a_cache_needs_a_number_of_views(config: RunConfig, tmp_path: Path) -> None:

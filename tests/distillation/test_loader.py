@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
@@ -155,3 +157,29 @@ def test_shards_and_a_table_give_the_same_batches(shards: str, pairs_csv: Path) 
 def test_too_many_bad_samples_raise_a_one_sentence_error_from_any_process(shards: str, workers: int) -> None:
     with pytest.raises(InputError, match=r"^\d of 24 samples of .* are bad, more than 1\.00%: [^\n]*\.$"):
         shard_batches(shards, 0, workers=workers, max_bad=0.01)
+
+
+def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    (apart,), (shared,) = (batches(pairs_csv, 0, 1, teacher=teacher) for teacher in (TEACHER, STUDENT))
+    half = torch.zeros(5, 8, dtype=torch.float16)
+    for batch in (apart, replace(shared, teacher_embeddings=(half, half + 1))):
+        pinned.clear()
+        result = pin_memory(batch)
+        assert isinstance(result, Batch)
+        assert result.captions == batch.captions
+        for actual, expected in (
+            (result.student_pixels, batch.student_pixels),
+            (result.teacher_pixels, batch.teacher_pixels),
+            *zip(result.teacher_embeddings or (), batch.teacher_embeddings or (), strict=True),
+        ):
+            assert any(actual is tensor for tensor in pinned)
+            assert torch.equal(actual, expected)
+    assert len(pinned) == 3  # pixels that student and teacher share are pinned once
+    assert result.teacher_pixels is result.student_pixels
