@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import io
 import re
-import tarfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,17 +18,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.data.tar_scan import TarScan
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 Kind = Literal["image", "text", "json", "class"]
-_COLUMN_OF_SUFFIX: dict[str, int] = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
+_COLUMN_OF_SUFFIX = {b"jpg": 0, b"jpeg": 0, b"png": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3}
 _COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
-_MEMBER_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-_META = re.compile(r"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
-_INDEX_FORMAT = "1"  # increase when the same tar is indexed differently
-_BLOCK_BYTES = 512
+_META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
+_INDEX_FORMAT = "2"  # increase when the same tar is indexed differently
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 
 
@@ -117,52 +114,36 @@ def open_shard(path: Path) -> Shard:
 
 def _index_tar(path: Path) -> Shard:
     names: list[bytes] = []
-    locations: list[list[tuple[int, int]]] = []
-    damage = ""
-    suffixes: set[str] = set()
+    rows: list[int] = []  # sample, column, offset and size of each file that counts, one after another
+    scan = TarScan(path)
+    last_sample, suffixes, is_in_sample = b"", set[bytes](), False
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in _members(archive):
-                match = None if _META.match(member.name) else _MEMBER_NAME.fullmatch(member.name)
-                if not member.isreg() or match is None:
-                    continue
-                name, suffix = match[1].encode(errors="surrogateescape"), match[2].lower()
-                # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
-                if not names or name != names[-1] or suffix in suffixes:
-                    names.append(name)
-                    locations.append([(-1, 0)] * len(_COLUMNS))
-                    suffixes = set()
+        for name, offset, size in scan:
+            base = name.rfind(b"/") + 1
+            dot = name.find(b".", base)
+            # Hidden files, files without a suffix and webdataset's metadata are not part of a sample.
+            is_in_sample = base < dot < len(name) - 1 and not (b"__" in name and _META.match(name))
+            if not is_in_sample:
+                continue
+            sample, suffix = name[:dot], name[dot + 1 :].lower()
+            # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
+            if sample != last_sample or suffix in suffixes:
+                names.append(sample)
+                last_sample, suffixes = sample, {suffix}
+            else:
                 suffixes.add(suffix)
-                column = _COLUMN_OF_SUFFIX.get(suffix)
-                if column is not None and locations[-1][column][0] < 0:
-                    locations[-1][column] = (member.offset_data, member.size)
-            damage = _damage_at_end(archive, path)
+            if suffix in _COLUMN_OF_SUFFIX:
+                rows += (len(names) - 1, _COLUMN_OF_SUFFIX[suffix], offset, size)
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
-    except tarfile.TarError as error:
-        if not names:
-            raise InputError(
-                f"{path} is not an uncompressed tar: {error}.",
-                hint="decompress .tar.gz files: shards need random access",
-            ) from error
-        damage = f"the tar ends or is damaged in or after {names.pop().decode(errors='replace')}"
-        locations.pop()
-    return Shard(
-        path,
-        np.asarray(names, dtype=np.bytes_),
-        np.asarray(locations, dtype=np.int64).reshape(len(names), len(_COLUMNS), 2),
-        damage,
-    )
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-        yield member
-
-
-def _damage_at_end(archive: tarfile.TarFile, path: Path) -> str:
-    """Describe a damaged header, which tarfile mistakes for the end of the tar; the real end is a block of zeros."""
-    with path.open("rb") as file:
-        file.seek(archive.offset)
-        return f"the tar is damaged at byte {archive.offset:,}" if any(file.read(_BLOCK_BYTES)) else ""
+    if scan.damage and not names:
+        raise InputError(
+            f"{path} is not an uncompressed tar: {scan.damage}.",
+            hint="decompress .tar.gz files: shards need random access",
+        )
+    locations = np.full((len(names), len(_COLUMNS), 2), (-1, 0), np.int64)
+    if rows:  # in reverse, so that the first of several images stays
+        sample_of, column_of, offsets, sizes = np.asarray(rows, np.int64).reshape(-1, 4)[::-1].T
+        locations[sample_of, column_of] = np.stack([offsets, sizes], axis=1)
+    count = len(names) - (scan.last_is_incomplete and is_in_sample)
+    return Shard(path, np.asarray(names[:count], np.bytes_), locations[:count], scan.damage)

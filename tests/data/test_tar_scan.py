@@ -1,0 +1,119 @@
+"""The scan lists what tarfile lists, and nothing after damage."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.data.tar_scan import UNREADABLE, TarFile, TarScan
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_archive(path: Path, tar_format: int) -> Path:
+    """Write a tar with files, folders, links, long and non-ASCII names, and times with fractions."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w", format=tar_format) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        names = ["a.jpg", "folder/a.txt", "f" * 60 + "/" + "n" * 70 + ".jpg", "été.png", "empty.txt", "z" * 100]
+        names += [] if tar_format == tarfile.USTAR_FORMAT else ["long/" * 40 + "x.jpg"]
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty.txt" else int(generator.integers(1, 2000))
+            info.mtime = 1e9 + 0.25 if tar_format == tarfile.PAX_FORMAT else 10**9
+            archive.addfile(info, io.BytesIO(bytes([i]) * info.size))
+            link = tarfile.TarInfo(f"link-{i}")
+            link.type, link.linkname = (tarfile.SYMTYPE, tarfile.LNKTYPE)[i % 2], "a.jpg"
+            archive.addfile(link)
+    return path
+
+
+def listed_by_tarfile(path: Path) -> list[TarFile]:
+    with tarfile.open(path) as archive:
+        members = [member for member in archive if member.isreg()]
+    return [(m.name.encode(errors="surrogateescape"), m.offset_data, m.size) for m in members]
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_the_scan_lists_the_files_that_tarfile_lists(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    scan = TarScan(path)
+    assert list(scan) == listed_by_tarfile(path)
+    assert scan.damage == ""
+
+
+def test_a_name_in_ten_thousand_headers_is_listed_once(tmp_path: Path) -> None:
+    path = tmp_path / "many.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(3000):
+            archive.addfile(tarfile.TarInfo(f"{i}.txt"))
+    assert list(TarScan(path)) == listed_by_tarfile(path)
+
+
+def test_a_file_of_nine_gibibytes_is_skipped_by_its_binary_size(tmp_path: Path) -> None:
+    path, size = tmp_path / "large.tar", 9 << 30
+    large, small = tarfile.TarInfo("large.bin"), tarfile.TarInfo("small.txt")
+    large.size = size
+    with path.open("wb") as file:
+        file.write(large.tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, io.SEEK_CUR)  # a hole
+        file.write(small.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert list(TarScan(path)) == [(b"large.bin", 512, size), (b"small.txt", 1024 + size, 0)]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="GNU tar is not installed")
+@pytest.mark.parametrize("tar_format", ["gnu", "pax"])
+def test_a_sparse_file_is_listed_as_unreadable(tmp_path: Path, tar_format: str) -> None:
+    with (tmp_path / "holes.jpg").open("wb") as file:
+        for i in range(30):  # more holes than fit into one header
+            file.seek(i * (1 << 16))
+            file.write(b"data")
+    (tmp_path / "after.txt").write_text("x")
+    path = tmp_path / "a.tar"
+    command = ["tar", "--sparse", f"--format={tar_format}", "-cf", str(path), "holes.jpg", "after.txt"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this tar does not store sparse files")
+    files = list(TarScan(path))
+    assert [offset == UNREADABLE for _, offset, _ in files] == [True, False]
+    assert files[1] == listed_by_tarfile(path)[-1]
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    whole, files = path.read_bytes(), list(TarScan(path))
+    contents = {byte for _, offset, size in files for byte in range(offset, offset + -(-size // 512) * 512)}
+    generator = np.random.default_rng(1)
+    headers = sorted(set(range(len(whole) - 20480 // 2)) - contents)
+    for position in generator.choice(headers, 400, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        scan = TarScan(path)
+        found = list(scan)
+        # A flipped bit in the content of an extended header has no checksum: it can only change one name.
+        if found != files:
+            assert scan.damage or len(found) == len(files), position
+            assert [file[1:] for file in found] == [file[1:] for file in files[: len(found)]], position
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    whole, files = path.read_bytes(), list(TarScan(path))
+    end = max(offset + size for _, offset, size in files) + 1024
+    for length in range(0, end, 256):
+        path.write_bytes(whole[:length])
+        scan = TarScan(path)
+        found = list(scan)
+        complete = found[:-1] if scan.last_is_incomplete else found
+        assert complete == files[: len(complete)]
+        assert len(found) == len(files) or scan.damage, length
