@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,21 @@ class TextTower(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         features = self.model.encode_text(input_ids)  # type: ignore[operator]
         return nn.functional.normalize(features.float(), dim=-1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is in evaluation mode; afterwards each of its modules is in its own previous mode.
+
+    `train(mode)` on the whole model would also put a frozen tower, which stays in evaluation mode, into training mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:

@@ -15,14 +15,14 @@ from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_b
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, parameter_count
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
 from clip_rd_edge.utils.io import size_bytes
 
 BATCH_SIZE = 64
 
 
 class TorchEncoder:
-    """Runs a `ClipModel` in eager PyTorch. Each call switches the model to evaluation mode and restores its mode.
+    """Runs a `ClipModel` in eager PyTorch, in evaluation mode; each module is then back in its own previous mode.
 
     Args:
         folder: the model's folder, for its size on disk; None if it is not saved yet.
@@ -86,14 +86,9 @@ class TorchEncoder:
         self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
     ) -> Embeddings:
         device = next(self.clip.model.parameters()).device
-        was_training = self.clip.model.training
-        self.clip.model.eval()
-        try:
-            with torch.inference_mode():
-                embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
-                return embeddings
-        finally:
-            self.clip.model.train(was_training)
+        with evaluation_mode(self.clip.model), torch.inference_mode():
+            embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
+            return embeddings
 
     def _no_embeddings(self) -> Embeddings:
         return np.zeros((0, self.clip.embedding_size), dtype=np.float32)

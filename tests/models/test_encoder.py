@@ -10,6 +10,27 @@ from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
 from clip_rd_edge.models.student import build_student, student_config
 
 
+def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
+    """A frozen text tower stays in evaluation mode while the rest trains; its dropout must not come back."""
+    torch.manual_seed(0)
+    config = student_config("test_resnet", embedding_size=16, image_size=32, text="tiny", context_length=8)
+    clip = build_student(config, name="tiny")
+    text = clip.model.get_submodule("text")
+    text.get_submodule("transformer").register_forward_hook(lambda _, __, output: dropout(output))
+    dropout = torch.nn.Dropout(0.5)
+    text.add_module("dropout", dropout)
+    clip.model.train()
+    text.eval()
+    modes = {name: module.training for name, module in clip.model.named_modules()}
+    encoder = TorchEncoder(clip)
+    encoder.encode_pixels(np.zeros((2, 3, 32, 32), dtype=np.float32))
+    embeddings = [encoder.encode_texts(["a cat"])]
+    assert {name: module.training for name, module in clip.model.named_modules()} == modes
+    with torch.no_grad():
+        embeddings += [torch.nn.functional.normalize(text(clip.tokenizer(["a cat"])), dim=-1).numpy() for _ in range(2)]
+    np.testing.assert_allclose(embeddings[1:], [embeddings[0]] * 2, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_towers_return_the_same_embeddings() -> None:
