@@ -487,11 +487,13 @@ def open_encoder(
 
 def load_tasks(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
     """Load tasks by name, as for `evaluate`. Data sets without templates get CLIP's ImageNet templates."""
+    from clip_rd_edge.contract.task import with_distinct_names
     from clip_rd_edge.data.tasks import load_task
 
     names = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
-    return [load_task(name, fallback=imagenet_templates) if isinstance(name, str) else name for name in unique]
+    loaded = [load_task(name, fallback=imagenet_templates) if isinstance(name, str) else name for name in unique]
+    return with_distinct_names(loaded, [name if isinstance(name, str) else name.name for name in unique])
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:

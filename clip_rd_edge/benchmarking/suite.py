@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from clip_rd_edge.contract.task import Task
+from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import TemplateFallback, neutral_templates
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
@@ -78,7 +78,8 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 f"{', '.join(missing)}.",
                 hint="name the folder that contains your copies of the data sets: --root",
             )
-        return [load_task(self._resolve_task(name), fallback=fallback) for name in self.tasks if name not in missing]
+        names = [name for name in self.tasks if name not in missing]
+        return with_distinct_names([load_task(self._resolve_task(name), fallback=fallback) for name in names], names)
 
     def missing(self) -> dict[str, str]:
         """Return the tasks to skip because their data sets were not found, with the reason."""

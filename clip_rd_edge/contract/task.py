@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import msgspec
 
 from clip_rd_edge.contract.images import ImageFile
@@ -44,3 +47,24 @@ class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Task = ZeroShotTask | RetrievalTask
+
+
+def with_distinct_names(tasks: Sequence[Task], sources: Sequence[str]) -> list[Task]:
+    """Rename tasks of the same name, such as those of `a/val.csv` and `b/val.csv`, to the parts of their source that
+    differ.
+
+    Args:
+        sources: the path or name that each task was loaded from.
+    """
+    renamed = list(tasks)
+    for name in {task.name for task in tasks}:
+        same = [number for number, task in enumerate(tasks) if task.name == name]
+        if len(same) == 1:
+            continue
+        parts = [Path(sources[number]).parts for number in same]
+        common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), len(parts[0]))
+        for number, path in zip(same, parts, strict=True):
+            renamed[number] = msgspec.structs.replace(
+                tasks[number], name=str(Path(*path[common:])) if common < len(path) else name
+            )
+    return renamed

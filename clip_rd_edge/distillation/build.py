@@ -73,6 +73,7 @@ def load_setup(
     teacher = _load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, reporter)
+    require_no_logit_bias(student)
     if config.quantize:
         require_convolutional_tower(student)
     objective = Objective(
@@ -129,6 +130,20 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
     if config.pretrained_text:
         reporter.say(init_text_tower(student, config.pretrained_text, teacher))
     return student
+
+
+def require_no_logit_bias(student: ClipModel) -> None:
+    """Check that the student's logits are s · cosine, as the objective has them, without a bias.
+
+    Raises:
+        UsageError: it has a bias, which only a sigmoid loss trains, and a scale that may exceed the objective's max.
+    """
+    if getattr(student.model, "logit_bias", None) is not None:
+        raise UsageError(
+            f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
+            "consists of softmax losses, which do not train a bias.",
+            hint="train another student; the model can be the teacher",
+        )
 
 
 RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")

@@ -42,9 +42,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         scales_weight_decay: for the objective's own parameters.
         clip_gradient_norm: max norm of the gradients; 0 disables clipping.
         crop_scale: min and max fraction of an image's area that a training crop keeps.
-        ema_decay: decay of an exponential moving average of the weights, which is then evaluated and saved; 0 saves
-            the weights themselves.
-        precision: `auto` times float32 and bfloat16 on this machine and takes the faster; `fp16` scales the loss.
+        ema_decay: max decay of an exponential moving average of the weights, which is then evaluated and saved; see
+            `optim.average_decay_at`. 0 saves the weights themselves.
+        precision: `auto` times a few steps in float32 and bfloat16, on a CUDA device also in float16, and takes the
+            fastest; `fp16` scales the loss.
     """
 
     objective: Weights
@@ -97,7 +98,8 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         quantize: fine-tune a trained student for static INT8; see `distillation.quantized`.
         compile: run the student's towers through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        accumulate: number of chunks in which a process's part of a batch passes through the towers, to save memory.
+        accumulate: number of chunks in which a process's part of a batch passes through the towers of student and
+            teacher, to save memory.
         loss_block: pairs per block of the objective, to save memory; 0 takes all of a process's pairs at once.
         global_logits: with several processes, each computes the loss of all pairs rather than of its own.
         processes: number of processes that share a batch, as started by torchrun. It may change when the run is

@@ -128,20 +128,24 @@ def embedding_geometry(batch: EmbeddingBatch) -> dict[str, float]:
     models = {"student": (batch.student_image, batch.student_text)}
     if batch.teacher_image is not None and batch.teacher_text is not None:
         models["teacher"] = (batch.teacher_image, batch.teacher_text)
-    result = {}
+    result = dict[str, float]()
     for name, (image, text) in models.items():
-        positive, negative = pair_similarities(image, text)
-        result[f"{name}_positive"] = positive.mean().item()
-        result[f"{name}_negative"] = negative.mean().item()
-        result[f"{name}_gap"] = result[f"{name}_positive"] - result[f"{name}_negative"]
+        positive, negative = mean_similarities(image, text)
+        result |= {f"{name}_positive": positive, f"{name}_negative": negative, f"{name}_gap": positive - negative}
     return result
 
 
-def pair_similarities(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines of the B positive and the B·(B − 1) negative pairs of a batch."""
-    similarity = image.float() @ text.float().T
-    diagonal = torch.eye(len(image), dtype=torch.bool, device=image.device)
-    return similarity[diagonal], similarity[~diagonal]
+def mean_similarities(image: Tensor, text: Tensor) -> tuple[float, float]:
+    """Return the mean cosines of the B positive and the B·(B − 1) negative pairs of a batch; NaN without negatives.
+
+    Args:
+        image, text: (B, D), L2-normalised.
+    """
+    pairs = len(image)
+    positive = (image.float() * text.float()).sum().item()
+    # Σ_ij v_i·t_j = (Σ_i v_i)·(Σ_j t_j): memory grows with B·D rather than with B².
+    total = (image.float().sum(dim=0) @ text.float().sum(dim=0)).item()
+    return positive / pairs, (total - positive) / (pairs * (pairs - 1)) if pairs > 1 else math.nan
 
 
 TENSORBOARD_FOLDER = "tensorboard"

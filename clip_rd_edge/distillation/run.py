@@ -28,7 +28,7 @@ from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_load
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
-from clip_rd_edge.distillation.train import set_training_mode, step_settings, total_steps, train
+from clip_rd_edge.distillation.train import caption_batch, set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.load import save_clip
@@ -136,7 +136,12 @@ def _prepare_teacher(
     """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
     if setup.teacher is None:
         return None, make_dataset(config, setup)
-    teacher = Teacher(setup.teacher, processes.device, autocast=AUTOCAST[config.teacher_precision])
+    teacher = Teacher(
+        setup.teacher,
+        processes.device,
+        autocast=AUTOCAST[config.teacher_precision],
+        caption_batch=caption_batch(config, processes.device),
+    )
     if config.teacher_cache is None:
         return teacher, make_dataset(config, setup)
     folder = Path(config.teacher_cache)
@@ -176,26 +181,28 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
     def make_teacher(autocast: torch.dtype | None) -> Teacher:
         # A new one each time, so that no cached caption embeddings remain.
         assert setup.teacher is not None
-        return Teacher(setup.teacher, single.device, autocast=autocast)
+        return Teacher(
+            setup.teacher, single.device, autocast=autocast, caption_batch=caption_batch(config, single.device)
+        )
 
     if setup.teacher:
-        precision, reason = choose_teacher_precision(config.teacher_precision, make_teacher, batch)
+        precision, reason = choose_teacher_precision(config.teacher_precision, make_teacher, batch, single.device)
         config = _with_precision(config, teacher=_common_precision(precision, processes))
         reporter.say(f"precision of the teacher: {reason}")
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
         teacher = make_teacher(AUTOCAST[config.teacher_precision]) if setup.teacher else None
         objective = setup.objective.to(single.device)
-        return TrainingStep(setup.student, teacher, objective, single, step_settings(config, autocast))
+        return TrainingStep(setup.student, teacher, objective, single, step_settings(config, autocast, single.device))
 
-    precision, reason = choose_precision(config.recipe.precision, make_step, batch)
+    precision, reason = choose_precision(config.recipe.precision, make_step, batch, single.device)
     reporter.say(f"precision: {reason}")
     return _with_precision(config, student=_common_precision(precision, processes))
 
 
 def _common_precision(precision: str, processes: Processes) -> str:
-    """Return the precision that all processes use: float32 if any of them measured it to be faster."""
-    return "fp32" if processes.any(precision == "fp32") else precision
+    """Return the precision that all processes use: the most robust one that any of them chose."""
+    return next(name for name in ("fp32", "bf16", "fp16") if processes.any(precision == name))
 
 
 def _with_precision(config: RunConfig, *, student: str | None = None, teacher: str | None = None) -> RunConfig:

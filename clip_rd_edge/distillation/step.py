@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.teacher import BatchTeacher, FrozenTextTower, Teacher
+from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.timing import time_in_turn
@@ -41,11 +40,12 @@ class StepSettings:
 
     Attributes:
         autocast: dtype that the towers run in; None for float32. The objective always runs in float32.
-        chunks: number of chunks in which a process's batch passes through the towers. Batch norms see one chunk at a
-            time.
+        chunks: number of chunks in which a process's batch passes through the towers of student and teacher. Batch
+            norms see one chunk at a time.
         block: pairs per block of the objective; 0 takes all of a process's pairs at once.
         global_logits: every process computes the loss of all pairs rather than of its own.
         freeze_text: train only the projection of the student's text tower.
+        caption_batch: captions per pass through a frozen text tower; see `teacher.caption_batch_size`.
         compile: run the student's towers through torch.compile.
         seed: with step, process and chunk, seeds the random draws of a step, such as dropout.
     """
@@ -55,6 +55,7 @@ class StepSettings:
     block: int = 0
     global_logits: bool = False
     freeze_text: bool = False
+    caption_batch: int = CPU_CAPTION_BATCH
     compile: bool = False
     seed: int = 0
 
@@ -87,7 +88,9 @@ class TrainingStep:
             self._text_tower.compile()
         self._frozen_text: FrozenTextTower | None = None
         if settings.freeze_text:
-            self._frozen_text = FrozenTextTower(student, processes.device, autocast=settings.autocast)
+            self._frozen_text = FrozenTextTower(
+                student, processes.device, autocast=settings.autocast, caption_batch=settings.caption_batch
+            )
 
     def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
         """Compute one step.
@@ -104,7 +107,7 @@ class TrainingStep:
             image, text = self._embed(chunks[0], step, 0)
         else:
             image, text = self._embed_without_graph(chunks, step)
-        embeddings = self._gather(batch, image, text)
+        embeddings = self._gather(chunks, image, text)
         loss = self._backward_to_embeddings(embeddings, loss_scale)
         leaves = (embeddings.student_image, embeddings.student_text)
         processes.all_reduce([leaf.grad for leaf in leaves])
@@ -122,8 +125,7 @@ class TrainingStep:
     def _chunks(self, batch: Batch) -> Iterator[Batch]:
         size = -(-len(batch.captions) // self.settings.chunks)
         for start in range(0, len(batch.captions), size):
-            part = slice(start, start + size)
-            yield Batch(batch.student_pixels[part], None, batch.captions[part])
+            yield _part(batch, slice(start, start + size))
 
     def _embed(self, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
@@ -146,12 +148,14 @@ class TrainingStep:
             buffer.copy_(saved)
         return torch.cat(images), torch.cat(texts)
 
-    def _gather(self, batch: Batch, image: Tensor, text: Tensor) -> EmbeddingBatch:
+    def _gather(self, chunks: list[Batch], image: Tensor, text: Tensor) -> EmbeddingBatch:
         gather = self.processes.gather
-        student = [gather(rows.detach().float()).requires_grad_() for rows in (image, text)]
+        student_image, student_text = (gather(rows.detach().float()).requires_grad_() for rows in (image, text))
         if self.teacher is None:
-            return EmbeddingBatch(*student)
-        return EmbeddingBatch(*student, *(gather(rows.float()) for rows in self.teacher.embed(batch)))
+            return EmbeddingBatch(student_image, student_text)
+        images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
+        teacher_image, teacher_text = (gather(torch.cat(rows).float()) for rows in (images, texts))
+        return EmbeddingBatch(student_image, student_text, teacher_image, teacher_text)
 
     def _backward_to_embeddings(self, embeddings: EmbeddingBatch, loss_scale: float) -> LossTerms:
         """Backpropagate this process's share of the loss to the global embeddings; return the global loss."""
@@ -175,6 +179,16 @@ class TrainingStep:
         return LossTerms(total, terms)
 
 
+def _part(batch: Batch, part: slice) -> Batch:
+    pixels, embeddings = batch.teacher_pixels, batch.teacher_embeddings
+    return Batch(
+        batch.student_pixels[part],
+        None if pixels is None else pixels[part],
+        batch.captions[part],
+        teacher_embeddings=None if embeddings is None else (embeddings[0][part], embeddings[1][part]),
+    )
+
+
 def _backward(outputs: tuple[Tensor, Tensor], gradients: list[Tensor]) -> None:
     """Backpropagate through the outputs that have a graph; a frozen tower has none."""
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
@@ -194,27 +208,35 @@ def clamp_scales(student: nn.Module, objective: Objective) -> None:
 
 
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-MeasuredPrecision = Literal["fp32", "bf16"]
+# A precision of fewer bits must be noticeably faster than the one before it in `measured_precisions`.
+_FASTER = 0.95
+
+
+def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Return the precisions that `auto` measures on a device, the most robust first.
+
+    float16 needs a loss scale, so bfloat16 precedes it; on GPUs before Ampere, bfloat16 is emulated and slow. CPUs have
+    no fast float16 training.
+    """
+    return ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")
 
 
 def choose_teacher_precision(
-    requested: Precision, make_teacher: Callable[[torch.dtype | None], Teacher], batch: Batch, *, rounds: int = 3
+    requested: Precision, make_teacher: Callable[[torch.dtype | None], Teacher], batch: Batch, device: torch.device
 ) -> tuple[Precision, str]:
     """Return the precision of the teacher, and the reason as a sentence."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
-    if torch.cuda.is_available():
-        return "bf16", "bf16, on a CUDA device"
     pixels = batch.teacher_pixels
     if pixels is None:
         raise ValueError("The batch was loaded without pixels for the teacher.")
-    teachers = {name: make_teacher(AUTOCAST[name]) for name in get_args(MeasuredPrecision)}
+    teachers = {name: make_teacher(AUTOCAST[name]) for name in measured_precisions(device)}
     calls = {name: partial(teacher.embed_images, pixels) for name, teacher in teachers.items()}
-    return _measure_precision(calls, "embedding a batch's images", rounds)
+    return _measure_precision(calls, "embedding a batch's images", device)
 
 
 def choose_precision(
-    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, *, rounds: int = 3
+    requested: Precision, make_step: Callable[[torch.dtype | None], TrainingStep], batch: Batch, device: torch.device
 ) -> tuple[Precision, str]:
     """Return the precision to train in, and the reason as a sentence.
 
@@ -224,21 +246,29 @@ def choose_precision(
     """
     if requested != "auto":
         return requested, f"{requested}, as requested"
-    if torch.cuda.is_available():
-        return "bf16", "bf16, on a CUDA device"
-    steps = {name: make_step(AUTOCAST[name]) for name in get_args(MeasuredPrecision)}
+    steps = {name: make_step(AUTOCAST[name]) for name in measured_precisions(device)}
     model, objective = steps["fp32"].student.model, steps["fp32"].objective
     state = copy.deepcopy(model.state_dict())  # the steps update running statistics of batch norms
-    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", rounds)
+    choice = _measure_precision({name: partial(step, batch, 0) for name, step in steps.items()}, "a step", device)
     model.load_state_dict(state)
     model.zero_grad(set_to_none=True)
     objective.zero_grad(set_to_none=True)
     return choice
 
 
-def _measure_precision(calls: Mapping[str, Callable[[], object]], task: str, rounds: int) -> tuple[Precision, str]:
-    times = time_in_turn(calls, rounds=rounds, warmup=1)
-    fp32, bf16 = (float(times[name].min()) for name in ("fp32", "bf16"))
-    # bfloat16 loses some accuracy, so it must be noticeably faster.
-    precision: Precision = "bf16" if bf16 < 0.95 * fp32 else "fp32"
-    return precision, f"{precision}, measured: {task} takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"
+def _measure_precision(
+    calls: Mapping[Precision, Callable[[], object]], task: str, device: torch.device
+) -> tuple[Precision, str]:
+    def finished(call: Callable[[], object]) -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a call returns once its kernels are queued
+
+    times = time_in_turn({name: partial(finished, call) for name, call in calls.items()}, rounds=3, warmup=1)
+    fastest = {name: float(times[name].min()) for name in calls}
+    precision: Precision = "fp32"
+    for name, milliseconds in fastest.items():
+        if milliseconds < _FASTER * fastest[precision]:
+            precision = name
+    figures = [f"{milliseconds:.0f} ms in {name}" for name, milliseconds in fastest.items()]
+    return precision, f"{precision}, measured: {task} takes {', '.join(figures[:-1])} and {figures[-1]}"

@@ -27,22 +27,41 @@ class BatchTeacher(Protocol):
         ...
 
 
+# On a CPU, larger batches are no faster, and their padding costs more.
+CPU_CAPTION_BATCH = 32
+
+
+def caption_batch_size(images: int, device: torch.device) -> int:
+    """Return the number of captions per pass through a frozen text tower: as many as there are images in theirs."""
+    return CPU_CAPTION_BATCH if device.type == "cpu" else images
+
+
 class Teacher:
     """Embeds batches without gradients.
 
     Args:
         autocast: dtype that the teacher runs in; None for float32.
+        caption_batch: captions per pass through the text tower; see `caption_batch_size`.
 
     Attributes:
         embed_captions: maps B captions to (B, D), L2-normalised; see `CaptionCache`.
     """
 
-    def __init__(self, clip: ClipModel, device: torch.device, *, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        clip: ClipModel,
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None,
+        caption_batch: int = CPU_CAPTION_BATCH,
+    ) -> None:
         self.clip = clip
         self.logit_scale = clip.logit_scale
         self._image_tower = ImageTower(to_device(clip.model, device).eval())
         self._device, self._autocast = device, autocast
-        self.embed_captions = CaptionCache(clip.tokenizer, TextTower(clip.model), device, autocast=autocast)
+        self.embed_captions = CaptionCache(
+            clip.tokenizer, TextTower(clip.model), device, autocast=autocast, batch_size=caption_batch
+        )
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `BatchTeacher`."""
@@ -73,9 +92,6 @@ class CachedTeacher:
         return image, text
 
 
-# Captions are embedded in chunks of this size, the last one padded: the last bits of a matrix product may depend on its
-# shape, and a resumed run must reproduce an uninterrupted one bit for bit.
-CAPTION_CHUNK = 32
 # Max number of captions in the cache: 100,000 rows of 512 floats are 200 MB.
 MAX_CACHED_CAPTIONS = 100_000
 
@@ -84,8 +100,10 @@ class CaptionCache:
     """Maps N captions to rows (N, D). Each caption is computed once, without gradient, when first requested.
 
     Args:
-        encode: maps token ids (CAPTION_CHUNK, T) to rows (CAPTION_CHUNK, D), on `device`.
+        encode: maps token ids (b, T) to rows (b, D), on `device`.
         autocast: dtype that `encode` runs in; None for float32.
+        batch_size: b. The last batch is padded: the last bits of a matrix product may depend on its shape, and a
+            resumed run, whose cache is empty, must reproduce an uninterrupted one bit for bit.
     """
 
     def __init__(
@@ -95,8 +113,9 @@ class CaptionCache:
         device: torch.device,
         *,
         autocast: torch.dtype | None,
+        batch_size: int = CPU_CAPTION_BATCH,
     ) -> None:
-        self._tokenizer, self._encode = tokenizer, encode
+        self._tokenizer, self._encode, self._batch_size = tokenizer, encode, batch_size
         self._device, self._autocast = device, autocast
         self._rows: dict[str, Tensor] = {}
 
@@ -104,26 +123,30 @@ class CaptionCache:
     def __call__(self, captions: list[str]) -> Tensor:
         missing = list(dict.fromkeys(caption for caption in captions if caption not in self._rows))
         computed: dict[str, Tensor] = {}
-        for part in in_batches(len(missing), CAPTION_CHUNK):
-            chunk = missing[part]
-            ids = self._tokenizer(chunk + [""] * (CAPTION_CHUNK - len(chunk))).to(self._device)
+        for part in in_batches(len(missing), self._batch_size):
+            batch = missing[part]
+            ids = self._tokenizer(batch + [""] * (self._batch_size - len(batch))).to(self._device)
             with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
                 rows = self._encode(ids).float()
-            computed.update(zip(chunk, rows, strict=False))
+            computed.update(zip(batch, rows, strict=False))
         stacked = torch.stack([computed[c] if c in computed else self._rows[c] for c in captions])
         for caption, row in computed.items():
             if len(self._rows) < MAX_CACHED_CAPTIONS:
-                self._rows[caption] = row.clone()  # a view would keep the whole chunk alive
+                self._rows[caption] = row.clone()  # a view would keep the whole batch alive
         return stacked
 
 
 class FrozenTextTower:
     """A text tower in which only the projection is trained; the features before it are cached per caption."""
 
-    def __init__(self, clip: ClipModel, device: torch.device, *, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, clip: ClipModel, device: torch.device, *, autocast: torch.dtype | None, caption_batch: int
+    ) -> None:
         self._text = clip.model.get_submodule("text")
         self._projection_name = projection_name(self._text)
-        self._cached_features = CaptionCache(clip.tokenizer, self._encode, device, autocast=autocast)
+        self._cached_features = CaptionCache(
+            clip.tokenizer, self._encode, device, autocast=autocast, batch_size=caption_batch
+        )
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Embed B captions, (B, D), L2-normalised, with a graph through the projection."""

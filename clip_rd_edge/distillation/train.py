@@ -29,7 +29,7 @@ from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardL
 from clip_rd_edge.distillation.optim import RunOptimizer
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import BatchTeacher, freeze_all_but_projection
+from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size, freeze_all_but_projection
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -84,7 +84,7 @@ def train(
         teacher,
         objective,
         processes,
-        step_settings(config, AUTOCAST[recipe.precision]),
+        step_settings(config, AUTOCAST[recipe.precision], processes.device),
         image_tower=quantization.tower(student) if quantization else None,
     )
     encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
@@ -156,7 +156,13 @@ def train(
     return saved_student
 
 
-def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettings:
+def caption_batch(config: RunConfig, device: torch.device) -> int:
+    """Return the number of captions per pass through a frozen text tower, of teacher or student."""
+    images = -(-config.recipe.batch_size // (config.processes * config.accumulate))
+    return caption_batch_size(images, device)
+
+
+def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch.device) -> StepSettings:
     """Return the step settings of a run, for the precision `autocast`."""
     return StepSettings(
         autocast=autocast,
@@ -164,6 +170,7 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None) -> StepSettin
         block=config.loss_block,
         global_logits=config.global_logits,
         freeze_text=config.freeze_text,
+        caption_batch=caption_batch(config, device),
         compile=config.compile,
         seed=config.seed,
     )

@@ -16,10 +16,10 @@ from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.embedding_store import CACHING_STAGE
-from clip_rd_edge.distillation.metrics import pair_similarities, read_metrics
+from clip_rd_edge.distillation.metrics import mean_similarities, read_metrics
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.evidence.report import write_evidence
@@ -73,8 +73,8 @@ def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     captioned = sorted(first_caption)
     images = encoder.encode_images([open_image(task.images[image]) for image in captioned])
     texts = encoder.encode_texts([task.captions[first_caption[image]] for image in captioned])
-    positive, negative = pair_similarities(torch.from_numpy(images), torch.from_numpy(np.ascontiguousarray(texts)))
-    return Geometry(positive=positive.mean().item(), negative=negative.mean().item())
+    positive, negative = mean_similarities(torch.from_numpy(images), torch.from_numpy(np.ascontiguousarray(texts)))
+    return Geometry(positive=positive, negative=negative)
 
 
 TEACHER, CACHES, TEACHER_RESULT = "teacher", "teacher-cache", "teacher-result.json"
@@ -100,7 +100,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
-        tasks = [load_task(name) for name in suite.tasks]
+        tasks = with_distinct_names([load_task(name) for name in suite.tasks], suite.tasks)
         _evaluate_teacher(folder, teacher, tasks)
         for number, run in enumerate(runs, start=2):
             reporter.begin(str(run), number, len(runs) + 1)

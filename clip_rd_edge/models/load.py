@@ -56,9 +56,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     else:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    # open_clip also logs each step and failure of loading; the error raised here contains the message.
-    logging.getLogger().setLevel(logging.CRITICAL)
-    with _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext():
+    with _quiet_open_clip(), _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext():
         try:
             model = open_clip.create_model(
                 spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
@@ -157,6 +155,23 @@ def _display_name(spec: str, pretrained: str | None) -> str:
         # The student folders of all runs have the same name, so the name of the run is used.
         return path.parent.name if path.name == STUDENT_FOLDER else path.name
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
+
+
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
+    """Within the block, nothing below CRITICAL is logged through the root logger.
+
+    open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, [*root.handlers]
+    root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)  # `logging.info` adds one to a root logger that has none
 
 
 _PORTS = {"http": 80, "https": 443}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,3 +85,17 @@ def test_a_run_on_shards_counts_bad_samples(
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert '"step":6' in line  # 12 + 2 · 12 pairs in batches of 6
     assert '"bad_samples":2' in line
+
+
+def test_tasks_of_one_file_name_keep_their_own_figures(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    for folder, count in (("a", 4), ("b", 20)):
+        (pairs_csv.parent / folder).mkdir()
+        rows = [f"../{line}" for line in lines[1 : count + 1]]
+        (pairs_csv.parent / folder / "val.csv").write_text("\n".join([lines[0], *rows]))
+    tasks = [argument for folder in "ab" for argument in ("--task", pairs_csv.parent / folder / "val.csv")]
+    arguments = ("--data", pairs_csv, *SMALL, "--recipe", "clip", "--batch-size", "6", "--steps", "1")
+    code, _, _ = command_line("distill", *arguments, *tasks, "--precision", "fp32", "-o", tmp_path / "run")
+    assert code == 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["evaluation/a/val.csv"] != line["evaluation/b/val.csv"]

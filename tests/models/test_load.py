@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, preprocessing_of
+from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.student import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
 
@@ -28,6 +30,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
     config = {"model_cfg": open_clip.get_model_config(ARCHITECTURE), "preprocess_cfg": model.visual.preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder, model.visual.proj.detach().clone()
+
+
+def tiny() -> ClipModel:
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
+    return build_student(config, name="tiny")
 
 
 def check(clip: ClipModel, projection: torch.Tensor) -> None:
@@ -72,6 +79,21 @@ def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.Monke
         load_clip("hf-hub:someone/none")
     assert "\n" not in str(error.value)
     assert "local-dir" in error.value.hint
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
+def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
+    level: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "level", level)
+    monkeypatch.setattr(root, "handlers", [])  # as in an application that configures nothing
+    with pytest.raises(InputError):
+        load_clip("ViT-B-32", pretrained=None)
+    save_clip(tmp_path / "tiny", tiny(), provenance={})
+    load_clip(str(tmp_path / "tiny"))
+    assert (root.level, root.handlers) == (level, [])
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,4 @@ def session_device(session: Any, requested: str) -> str:
 
 def warn(message: str) -> None:
     """Log a warning for the user: on stderr unless logging is configured otherwise."""
-    logger = logging.getLogger("clip_rd_edge")
-    logger.setLevel(logging.WARNING)  # loading open_clip silences the root logger
-    logger.warning(message)
+    logging.getLogger("clip_rd_edge").warning(message)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,6 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     colour_bundle: Path, cuda_package: Any, caplog: pytest.LogCaptureFixture, behaviour: str, reason: str
 ) -> None:
     cuda_package(behaviour)
-    logging.getLogger().setLevel(logging.ERROR)  # as loading open_clip leaves it
     encoder = load(colour_bundle, device="cuda")
     assert encoder.encode_images(RED).argmax() == 0
     encoder.encode_images(RED)
