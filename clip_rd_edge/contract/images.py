@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
+import importlib
 import io
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,12 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
+# The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
+# few people use or test. The format is determined by a file's content, whatever its name.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "HEIF")
+_PLUGINS = ("Jpeg", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Avif")  # HEIF comes with pillow-heif
 # Background for transparent images: pages and paper are white, and so are the backgrounds of most training images.
 BACKGROUND = (255, 255, 255)
-# Images with more pixels are refused before decoding, as a protection against decompression bombs.
-MAX_PIXELS = 200_000_000
+# Images with more pixels are refused before decoding, as a protection against decompression bombs. Pillow's own limit.
+MAX_PIXELS = 178_956_970
 HEADER_BYTES = 12
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
@@ -32,46 +40,84 @@ class ImageFile(Protocol):
         ...
 
 
-def open_image(file: ImageFile, *, min_edge: int | None = None) -> Image.Image:
+def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open an image as RGB: first frame, rotated as its EXIF says, transparency on white, 16 bits scaled to 8.
 
     Args:
         min_edge: min length of both edges in pixels. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
             many times faster for a photograph, but no longer bit-identical to open_clip. None decodes at full size.
+        max_pixels: limit on width × height, at most MAX_PIXELS; checked before decoding.
 
     Raises:
-        InputError: the file does not exist, is not an image, is damaged, or has more than MAX_PIXELS.
+        InputError: the file does not exist, is not a regular file, is in none of FORMATS, is damaged, or has more than
+            `max_pixels`.
     """
     try:
         with _open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise InputError(
-                    f"{file} has {image.width} × {image.height} pixels; the limit is {MAX_PIXELS:,}.",
+                    f"The image {file} has {image.width} × {image.height} pixels; the limit is {max_pixels:,}.",
                     hint="resize it first",
                 )
             if min_edge is not None:
                 image.draft("RGB", (min_edge, min_edge))
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error)
-        if isinstance(error, FileNotFoundError):
-            reason = "the file does not exist"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = "Pillow does not recognise its format"  # Pillow's message names an in-memory object
-        raise InputError(f"Cannot read the image {file}: {reason}.") from error
+    except ClipRdEdgeError:
+        raise
+    except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
+        raise InputError(f"Cannot read the image {file}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file does not exist"
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message names an in-memory object
+        return f"it is in none of the formats {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more pixels than the limit of {MAX_PIXELS:,}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, OSError | SyntaxError | ValueError):
+        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"its content is damaged ({type(error).__name__} in the decoder)"
 
 
 def _open(file: ImageFile) -> Image.Image:
     # Given a Path, Pillow reads the header first, so a file of another type is not read completely.
-    source = file if isinstance(file, Path) else io.BytesIO(file.read_bytes())
+    if isinstance(file, Path):
+        _require_regular(file)
+        source: Path | io.BytesIO = file
+    else:
+        source = io.BytesIO(file.read_bytes())
     try:
-        return Image.open(source)
+        return Image.open(source, formats=_registered_formats())
     except UnidentifiedImageError:
-        with file.open("rb") if isinstance(file, Path) else io.BytesIO(file.read_bytes()) as content:
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as content:
             if not is_heic(content.read(HEADER_BYTES)):
                 raise
         register_heif(file)
-        return Image.open(source)
+        return Image.open(source, formats=_registered_formats())
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a named pipe or a device: opening one could wait forever, and reading one need not end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"Cannot read the image {path}: it is not a regular file.")
+
+
+def _registered_formats() -> list[str]:
+    _register_formats()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@functools.cache
+def _register_formats() -> None:
+    """Register FORMATS with Pillow; for one that is not registered, `Image.open` would import every plugin it has."""
+    for name in _PLUGINS:
+        with contextlib.suppress(ImportError):  # AVIF is part of Pillow from 11.3 on
+            importlib.import_module(f"PIL.{name}ImagePlugin")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,9 +31,18 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
+
+    @property
+    def evaluation_interpolation(self) -> Interpolation:
+        """The interpolation of `preprocess`.
+
+        open_clip hands none to its resize for `shortest` to a size that is not square, which is then bicubic.
+        """
+        height, width = self.size
+        return "bicubic" if self.resize_mode == "shortest" and height != width else self.interpolation
 
 
 def fast_decode_edge(preprocessing: Preprocessing) -> int:
@@ -41,21 +51,19 @@ def fast_decode_edge(preprocessing: Preprocessing) -> int:
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
-    """Convert an RGB image to the model's input, (3, H, W), bit-identical to open_clip's evaluation transform."""
+    """Convert an RGB image to the model's input, (3, H, W), bit-identical to open_clip's evaluation transform.
+
+    Of an image that is long and narrow, only the part that the crop keeps is resized. Values then differ by at most one
+    grey level, and from Pillow 13 on by more in noise, where it resizes the rows of one of the two first.
+    """
     height, width = preprocessing.size
-    resample = _resample(preprocessing)
+    resample = _resample(preprocessing.evaluation_interpolation)
     if preprocessing.resize_mode == "squash":
         return _normalise(image.resize((width, height), resample), preprocessing)
-    old_width, old_height = image.size
-    if preprocessing.resize_mode == "longest":
-        ratio = max(old_height / height, old_width / width)
-        new_size = (round(old_width / ratio), round(old_height / ratio))
-    elif height == width:
-        new_size = _shorter_edge_to(height, old_width, old_height)
-    else:
-        ratio = min(old_height / height, old_width / width)
-        new_size = (round(old_width / ratio), round(old_height / ratio))
-    if new_size != image.size:
+    new_size = _resized(image.size, preprocessing)
+    if new_size[0] * new_size[1] > _MAX_RESIZED * width * height:
+        image, new_size = _crop_source(image, new_size, preprocessing), preprocessing.size[::-1]
+    elif new_size != image.size:
         image = image.resize(new_size, resample)
     return _normalise(_crop_centre(image, preprocessing), preprocessing)
 
@@ -63,7 +71,7 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
 def preprocess_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Pixels:
     """Crop an RGB image to `box` (left, top, right, bottom in pixels) and resize it to the model's input, (3, H, W)."""
     height, width = preprocessing.size
-    return _normalise(image.resize((width, height), _resample(preprocessing), box=box), preprocessing)
+    return _normalise(image.resize((width, height), _resample(preprocessing.interpolation), box=box), preprocessing)
 
 
 def to_uint8(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -74,8 +82,44 @@ def to_uint8(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.uin
     return images
 
 
-def _resample(preprocessing: Preprocessing) -> Image.Resampling:
-    return Image.Resampling.BILINEAR if preprocessing.interpolation == "bilinear" else Image.Resampling.BICUBIC
+def _resample(interpolation: Interpolation) -> Image.Resampling:
+    return Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
+
+
+def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height to which an image of this width and height is resized before the crop."""
+    height, width = preprocessing.size
+    old_width, old_height = size
+    if preprocessing.resize_mode == "shortest" and height == width:
+        return _shorter_edge_to(height, old_width, old_height)
+    ratios = (old_height / height, old_width / width)
+    ratio = max(ratios) if preprocessing.resize_mode == "longest" else min(ratios)
+    # At least 1: `longest` would leave no pixel of a strip's short edge, and open_clip raises an error.
+    return max(1, round(old_width / ratio)), max(1, round(old_height / ratio))
+
+
+# Largest resized image, in multiples of the model's input. Beyond that, which is an aspect ratio of 16 for a square
+# input, the crop is taken first: resizing a strip of 150,000 × 1 pixels (a PNG of 98 bytes) would take 22 GB.
+_MAX_RESIZED = 16
+_FILTER_SUPPORT = 2  # of the bicubic filter in pixels, on either side; bilinear has 1
+
+
+def _crop_source(image: Image.Image, new_size: tuple[int, int], preprocessing: Preprocessing) -> Image.Image:
+    """Resize only what the centre crop keeps of an image resized to `new_size`, for each edge that is cropped."""
+    box, window, output = [0.0] * 4, [0] * 4, [0, 0]
+    for axis, (length, new, size) in enumerate(zip(image.size, new_size, preprocessing.size[::-1], strict=True)):
+        scale = length / new
+        output[axis] = min(new, size)
+        first = round((new - output[axis]) / 2) * scale
+        last = first + output[axis] * scale
+        # The filter reads pixels beyond the box. Cropping to them keeps the box's coordinates small: Pillow stores them
+        # in single precision.
+        margin = int(_FILTER_SUPPORT * max(1.0, scale)) + 2
+        window[axis], window[axis + 2] = max(0, int(first) - margin), min(length, int(last) + margin)
+        box[axis], box[axis + 2] = max(0.0, first - window[axis]), min(last, float(length)) - window[axis]
+    part = image.crop((window[0], window[1], window[2], window[3]))
+    resample = _resample(preprocessing.evaluation_interpolation)
+    return part.resize((output[0], output[1]), resample, box=(box[0], box[1], box[2], box[3]))
 
 
 def _shorter_edge_to(size: int, width: int, height: int) -> tuple[int, int]:

@@ -88,7 +88,8 @@ def _resized_size(g: _Graph, preprocessing: Preprocessing, height: str, width: s
     edges = [g.op("Cast", edge, to=TensorProto.DOUBLE) for edge in (height, width)]
     ratios = [g.op("Div", edge, g.doubles(float(size))) for edge, size in zip(edges, (rows, columns), strict=True)]
     ratio = g.op("Max" if preprocessing.resize_mode == "longest" else "Min", *ratios)
-    new = [g.op("Cast", g.op("Round", g.op("Div", edge, ratio)), to=TensorProto.INT64) for edge in edges]
+    rounded = [g.op("Cast", g.op("Round", g.op("Div", edge, ratio)), to=TensorProto.INT64) for edge in edges]
+    new = [g.op("Max", edge, g.ints(1)) for edge in rounded]
     return new[0], new[1]
 
 
@@ -112,7 +113,7 @@ def _resize_matrix(
     distances = g.op("Sub", g.op("Unsqueeze", centres, g.ints([1])), old_centres)
     unit = g.op("Cast", g.op("Mul", g.op("Max", size, new_size), two), to=TensorProto.FLOAT)
     x = g.op("Div", g.op("Cast", g.op("Abs", distances), to=TensorProto.FLOAT), unit)
-    bicubic = preprocessing.interpolation == "bicubic"
+    bicubic = preprocessing.evaluation_interpolation == "bicubic"
     weights = _bicubic(g, x) if bicubic else g.op("Relu", g.op("Sub", g.floats(1.0), x))
     total = g.op("ReduceSum", weights, g.ints([1]))
     # A row in the padding sums to 0; its pixels are overwritten by the fill colour, but must not be NaN.

@@ -146,7 +146,7 @@ def _draw_concept(concept: Concept, folder: Path) -> None:
 
 
 def _save_on_white(png: bytes, path: Path) -> None:
-    with Image.open(io.BytesIO(png)) as image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
         drawing = image.convert("RGBA")
     background = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
     Image.alpha_composite(background, drawing).convert("RGB").save(path)

@@ -304,5 +304,5 @@ def _png(figure: Figure, grid: list[list[Axes]]) -> bytes:
     full, compact = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=110)
     # A colour palette halves the file size; the figures are committed to the repository.
-    Image.open(full).convert("RGB").quantize(128).save(compact, format="png", optimize=True)
+    Image.open(full, formats=("PNG",)).convert("RGB").quantize(128).save(compact, format="png", optimize=True)
     return compact.getvalue()

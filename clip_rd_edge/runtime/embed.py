@@ -73,6 +73,8 @@ def embed_images(
             return preprocess(open_image(image, min_edge=min_edge), preprocessing)
         except InputError as error:
             return error
+        except MemoryError:
+            return InputError(f"Cannot read the image {image}: there is not enough memory to resize it.")
 
     def gather(batch: Sequence[tuple[P, Future[Pixels | InputError]]]) -> _Gathered[P]:
         return _gather([(image, opened.result()) for image, opened in batch])

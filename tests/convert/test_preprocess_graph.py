@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,8 +31,10 @@ def columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     original = Image.Image.resize
 
-    def resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-        return original(original(image, (size[0], image.height), resample), size, resample)
+    def resize(image: Image.Image, size: tuple[int, int], resample: int, box: Any = None) -> Image.Image:
+        left, top, right, bottom = box or (0, 0, *image.size)
+        columns = original(image, (size[0], image.height), resample, (left, 0, right, image.height))
+        return original(columns, size, resample, (0, top, size[0], bottom))
 
     monkeypatch.setattr(Image.Image, "resize", resize)
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.images import find_images, list_images, open_image
+from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.runtime import embed
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.load import load
 
@@ -28,6 +30,21 @@ def test_embeddings_keep_the_input_order_and_unreadable_images_are_reported(
     reasons = [str(error) for batch in batches for error in batch.unreadable]
     assert len(reasons) == 3
     assert all("broken.png" in reason for reason in reasons)
+
+
+def test_an_image_for_which_memory_does_not_suffice_does_not_stop_the_others(
+    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: Image.Image, preprocessing: object) -> np.ndarray:
+        if np.asarray(image)[0, 0, 1] > 100:
+            raise MemoryError
+        return preprocess(image, preprocessing)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed, "preprocess", fail)
+    paths = [colour_images / name for name in ("red.png", "green.png", "blue.jpg")]
+    (batch,) = embed_images(load(colour_bundle), paths)
+    assert [path.name for path in batch.images] == ["red.png", "blue.jpg"]
+    assert "green.png: there is not enough memory" in str(batch.unreadable[0])
 
 
 def test_a_generator_is_read_only_as_far_as_needed(colour_bundle: Path, colour_images: Path) -> None:

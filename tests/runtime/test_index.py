@@ -137,6 +137,23 @@ def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, co
     assert update_index(encoder, colour_images, index).embedded == 1
 
 
+def test_a_strip_in_a_folder_is_embedded_and_does_not_end_the_others(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    Image.new("RGB", (2_000_000, 1)).save(colour_images / "strip.png")
+    assert update_index(load(colour_bundle), colour_images, index).embedded == 5
+
+
+def test_an_image_that_is_in_no_known_format_is_named(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    (colour_images / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    code, _, error = command_line("index", colour_bundle, colour_images, "-o", index)
+    assert code == 1
+    assert f"error: Cannot read the image {colour_images / 'postscript.png'}: it is in none of the formats" in error
+    assert len(names(index)) == 4
+
+
 def test_another_model_embeds_everything_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
     update_index(load(colour_bundle), colour_images, index)
     with (colour_bundle / "image.onnx").open("ab") as file:

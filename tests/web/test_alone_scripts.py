@@ -29,7 +29,8 @@ RESIZE = """async ([encoded, width, newWidth, newHeight, interpolation]) => {
     const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
     const rows = (top, count) => bytes.subarray(top * width * 4, (top + count) * width * 4);
     const source = { width, height: bytes.length / width / 4, rows };
-    return [...resize(source, newWidth, newHeight, interpolation)];
+    const whole = (size) => ({ size, first: 0, count: size });
+    return [...resize(source, whole(newWidth), whole(newHeight), interpolation)];
 }"""
 PREPROCESS = """async ([encoded, spec, width]) => {
     const { decode, preprocess } = await import("./pixels.js");
@@ -113,7 +114,7 @@ def test_preprocessing_matches_python(page: Any, mode: str) -> None:
         preprocessing = Preprocessing(
             size=size, mean=(0.481, 0.457, 0.408), std=(0.268, 0.261, 0.275), resize_mode=mode, fill_color=7
         )
-        for width, height in ((64, 64), (90, 73), (200, 31), (333, 332), (12, 7), (65, 64)):
+        for width, height in ((64, 64), (90, 73), (200, 31), (333, 332), (12, 7), (65, 64), (5_000, 1)):
             noise = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
             expected = preprocess(Image.fromarray(noise[..., :3]), preprocessing).ravel()
             pixels = preprocess_in_page(page, noise.tobytes(), preprocessing, width)

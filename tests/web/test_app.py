@@ -101,7 +101,8 @@ def test_invalid_requests_get_an_error_message(
 def test_large_images_and_bodies_are_refused(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "MAX_PIXELS", 1_000_000)
     response = client.post(f"/api/classify?labels={key}", content=png(size=(1200, 1000)))
-    assert (response.status_code, response.json()["error"]) == (400, "The image has 1 megapixels; the limit is 1.")
+    message = "The image that was sent has 1200 × 1000 pixels; the limit is 1,000,000."
+    assert (response.status_code, response.json()["error"]) == (400, message)
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1_000_000)
     assert client.post("/api/labels", content=b" " * 1_000_001).status_code == 413
     # Without a Content-Length, the bytes are counted on arrival.

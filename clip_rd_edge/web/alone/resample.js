@@ -9,16 +9,18 @@ const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
 };
 
-// source: { width, height, rows(top, count) -> RGBA bytes }; returns width × height RGB bytes.
-export function resize(source, width, height, interpolation) {
+// source: { width, height, rows(top, count) -> RGBA bytes }. columns, rows: { size, first, count }, the length of an edge
+// after resizing, and the part of it to compute. Returns columns.count × rows.count RGB bytes.
+export function resize(source, columns, rows, interpolation) {
   const filter = FILTERS[interpolation];
-  return resizeRows(resizeColumns(source, width, filter), width, source.height, height, filter);
+  return resizeRows(resizeColumns(source, columns, filter), columns.count, source.height, rows, filter);
 }
 
 const STRIP_ROWS = 256; // source rows in memory at once: a whole phone photo would take 200 MB
 
-function resizeColumns(source, width, filter) {
-  const { starts, counts, weights, stride } = coefficients(source.width, width, filter);
+function resizeColumns(source, columns, filter) {
+  const width = columns.count;
+  const { starts, counts, weights, stride } = coefficients(source.width, columns, filter);
   const result = new Uint8ClampedArray(source.height * width * 3);
   let target = 0;
   for (let top = 0; top < source.height; top += STRIP_ROWS) {
@@ -43,9 +45,10 @@ function resizeColumns(source, width, filter) {
   return result;
 }
 
-function resizeRows(pixels, width, oldHeight, height, filter) {
-  if (height === oldHeight) return pixels;
-  const { starts, counts, weights, stride } = coefficients(oldHeight, height, filter);
+function resizeRows(pixels, width, oldHeight, rows, filter) {
+  const height = rows.count;
+  if (height === oldHeight && rows.size === oldHeight) return pixels;
+  const { starts, counts, weights, stride } = coefficients(oldHeight, rows, filter);
   const rowBytes = width * 3;
   const result = new Uint8ClampedArray(height * rowBytes);
   for (let y = 0; y < height; y++) {
@@ -58,16 +61,16 @@ function resizeRows(pixels, width, oldHeight, height, filter) {
   return result;
 }
 
-// For each new pixel: the first old pixel that contributes to it, their number, and their weights.
-function coefficients(oldSize, newSize, { support, weight }) {
-  if (oldSize === newSize) return identity(oldSize);
-  const scale = oldSize / newSize;
+// For each new pixel to compute: the first old pixel that contributes to it, their number, and their weights.
+function coefficients(oldSize, { size, first, count: newCount }, { support, weight }) {
+  if (oldSize === size) return identity(first, newCount);
+  const scale = oldSize / size;
   const filterScale = Math.max(scale, 1); // when downscaling, the filter widens with the scale
   const radius = support * filterScale;
   const stride = 2 * Math.ceil(radius) + 1;
-  const starts = new Int32Array(newSize), counts = new Int32Array(newSize), weights = new Int32Array(newSize * stride);
-  for (let i = 0; i < newSize; i++) {
-    const centre = (i + 0.5) * scale;
+  const starts = new Int32Array(newCount), counts = new Int32Array(newCount), weights = new Int32Array(newCount * stride);
+  for (let i = 0; i < newCount; i++) {
+    const centre = (first + i + 0.5) * scale;
     const start = Math.max(0, Math.trunc(centre - radius + 0.5));
     const count = Math.min(oldSize, Math.trunc(centre + radius + 0.5)) - start;
     const inverse = 1 / filterScale;
@@ -83,10 +86,10 @@ function coefficients(oldSize, newSize, { support, weight }) {
   return { starts, counts, weights, stride };
 }
 
-function identity(size) {
-  const starts = Int32Array.from({ length: size }, (_, i) => i);
-  const weights = new Int32Array(size).fill(1 << FRACTION_BITS);
-  return { starts, counts: new Int32Array(size).fill(1), weights, stride: 1 };
+function identity(first, count) {
+  const starts = Int32Array.from({ length: count }, (_, i) => first + i);
+  const weights = new Int32Array(count).fill(1 << FRACTION_BITS);
+  return { starts, counts: new Int32Array(count).fill(1), weights, stride: 1 };
 }
 
 function bicubic(x) {

@@ -1,0 +1,233 @@
+"""Hostile and damaged image files: whatever is in them, opening one ends with an image or an InputError."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+import clip_rd_edge
+from clip_rd_edge.contract import images
+from clip_rd_edge.contract.images import MAX_PIXELS, open_image
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.errors import InputError
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+
+
+def png(width: int, height: int, pixels: bytes = b"") -> bytes:
+    """A greyscale PNG with these dimensions in its header; the pixels are compressed as given."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(pixels or bytes(1 + width) * height, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content", [POSTSCRIPT, b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 99) + bytes(20) + POSTSCRIPT]
+)
+def test_postscript_under_an_image_name_never_reaches_ghostscript(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    from PIL import EpsImagePlugin  # registers EPS with Pillow, as any other code in this process may have done
+
+    def run(*arguments: object, **options: object) -> None:
+        pytest.fail("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    (tmp_path / "photo.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"photo\.png: it is in none of the formats JPEG, PNG"):
+        open_image(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("kind", ["TGA", "PCX", "SGI", "IM", "XBM", "ICO", "ICNS", "JPEG2000", "DDS", "SPIDER", "PDF"])
+def test_a_format_outside_the_list_is_refused_whatever_the_file_is_called(tmp_path: Path, kind: str) -> None:
+    if kind == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("this Pillow does not support JPEG 2000")
+    mode = {"XBM": "1", "SPIDER": "F"}.get(kind, "RGB")
+    buffer = io.BytesIO()  # given a path, Pillow's SPIDER registers the suffix for itself
+    Image.new(mode, (32, 32)).save(buffer, format=kind)
+    (tmp_path / "image.jpg").write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match="in none of the formats"):
+        open_image(tmp_path / "image.jpg")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF"])
+def test_each_format_of_the_list_is_read_under_any_name(tmp_path: Path, kind: str) -> None:
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow does not support {kind}")
+    Image.new("RGB", (12, 8), (200, 30, 30)).save(tmp_path / "image", format=kind)
+    assert open_image(tmp_path / "image").size == (12, 8)
+
+
+def test_the_package_opens_images_in_one_place_only() -> None:
+    root = Path(clip_rd_edge.__file__).parent
+    unrestricted = []
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                keywords = {keyword.arg for keyword in node.keywords}
+                if "formats" not in keywords:
+                    unrestricted.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert unrestricted == []
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "device", "folder"])
+def test_what_is_not_a_regular_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
+    path = {"named pipe": tmp_path / "pipe.png", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
+    if kind == "named pipe":
+        os.mkfifo(path)
+    with pytest.raises(InputError, match="is not a regular file"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("size", [(13_378, 13_378), (MAX_PIXELS + 1, 1), (2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1)])
+def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(*size, pixels=b"\0" * 100))
+    with pytest.raises(InputError, match=r"178,956,970"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_the_limit_on_pixels_is_what_pillow_accepts(tmp_path: Path) -> None:
+    width = 13_377
+    height = MAX_PIXELS // width
+    (tmp_path / "large.png").write_bytes(png(width, height, pixels=b"\0" * 100))
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(InputError, match=r"truncated|damaged|broken|unexpected"),
+    ):
+        open_image(tmp_path / "large.png")  # gets as far as decoding, which fails: the pixels are missing
+
+
+def encoded(kind: str) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({} if kind in ("GIF", "BMP", "PPM") else {"exif": exif}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF"])
+def test_a_damaged_file_of_any_format_ends_with_an_image_or_an_input_error(tmp_path: Path, kind: str) -> None:
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow does not support {kind}")
+    whole, rng, path = encoded(kind), random.Random(0), tmp_path / "damaged"
+    refused = 0
+    for round_ in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            content[rng.randrange(min(len(content), 300))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
+        if round_ % 3 == 0:
+            del content[rng.randrange(len(content)) :]
+        path.write_bytes(bytes(content))
+        try:
+            assert open_image(path).mode == "RGB"
+        except InputError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("x"), IndexError("x"), TypeError("x"), KeyError(7), RecursionError("x")]
+)
+def test_whatever_a_decoder_raises_becomes_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(image: Image.Image) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    (tmp_path / "a.png").write_bytes(png(3, 3))
+    with pytest.raises(
+        InputError, match=rf"a\.png: its content is damaged \({type(error).__name__} in the decoder\)\.$"
+    ):
+        open_image(tmp_path / "a.png")
+
+
+STRIPS = [(150_000, 1), (1, 150_000), (100_000, 3), (7, 90_000), (40_000, 300), (20_000, 64), (64, 3_000)]
+
+
+@pytest.mark.parametrize("size", STRIPS)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
+def test_a_strip_is_cropped_before_it_is_resized(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], interpolation: str, target: tuple[int, int]
+) -> None:
+    resized: list[int] = []
+    original = Image.Image.resize
+
+    def resize(image: Image.Image, size: tuple[int, int], *args: object, **options: object) -> Image.Image:
+        resized.append(size[0] * size[1])
+        return original(image, size, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, interpolation=interpolation)  # type: ignore[arg-type]
+    assert preprocess(Image.new("RGB", size, (9, 99, 200)), preprocessing).shape == (3, *target)
+    assert max(resized) <= 16 * target[0] * target[1]
+
+
+@pytest.mark.parametrize("size", [(1100, 64), (64, 1100), (2000, 50), (9, 700), (3000, 131), (1, 400), (70, 1500)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(64, 64), (48, 65)])
+def test_a_strip_gets_the_values_of_resizing_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], interpolation: str, target: tuple[int, int]
+) -> None:
+    original = Image.Image.resize
+
+    def columns_first(image: Image.Image, size: tuple[int, int], resample: int, box: Any = None) -> Image.Image:
+        """Always in this order: Pillow 13 resizes the rows first if that is faster, which rounds differently."""
+        left, top, right, bottom = box or (0, 0, *image.size)
+        columns = original(image, (size[0], image.height), resample, (left, 0, right, image.height))
+        return original(columns, size, resample, (0, top, size[0], bottom))
+
+    monkeypatch.setattr(Image.Image, "resize", columns_first)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    preprocessing = Preprocessing(
+        size=target,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        interpolation=interpolation,  # type: ignore[arg-type]
+    )
+    cropped_first = preprocess(image, preprocessing)
+    monkeypatch.setattr("clip_rd_edge.contract.preprocess._MAX_RESIZED", 1e9)
+    levels = np.abs(cropped_first - preprocess(image, preprocessing)) * 255
+    assert levels.max() <= 1.01
+    assert (levels > 0.5).mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [(150_000, 1), (1, 150_000), (500, 1)])
+def test_padding_a_strip_keeps_at_least_one_row_of_it(size: tuple[int, int]) -> None:
+    for target in ((64, 64), (48, 65)):
+        preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, resize_mode="longest")
+        assert preprocess(Image.new("RGB", size), preprocessing).shape == (3, *target)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(48, 64), (65, 31)])
+def test_sizes_that_are_not_square_match_open_clip(mode: Any, interpolation: Any, target: tuple[int, int]) -> None:
+    transform = pytest.importorskip("open_clip.transform")
+    cfg = transform.PreprocessCfg(size=target, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
+    reference = transform.image_transform_v2(cfg, is_train=False)
+    preprocessing = Preprocessing(size=target, mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        height, width = rng.integers(9, 200, 2)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        np.testing.assert_array_equal(preprocess(image, preprocessing), reference(image).numpy())
