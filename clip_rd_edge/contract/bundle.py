@@ -25,6 +25,8 @@ from clip_rd_edge.utils.io import read_versioned_json, sha256_of, size_bytes, to
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
+# `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
+INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 
 
@@ -61,6 +63,9 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
         one_at_a_time: run it with one input at a time. Dynamic INT8 scales activations over the whole batch, so an
             embedding would depend on the other inputs of its batch and be less accurate; batches are not faster either.
         engine: the TensorRT engine built from `file`, or empty.
+        instruction_sets: those on which a CPU computes its INT8 as the file says, of `INSTRUCTION_SETS`; empty for a
+            tower without INT8 products, and for engines. x86 processors without VNNI add pairs of products in 16 bits:
+            weights of 8 bits saturate there, and the embeddings are wrong.
         measured: what the exporter measured, or None.
     """
 
@@ -72,6 +77,7 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     preprocesses: bool = msgspec.field(default=False, name="takes_pictures")
     one_at_a_time: bool = False
     engine: str = ""
+    instruction_sets: tuple[str, ...] = ()
     measured: Measurement | None = None
 
 

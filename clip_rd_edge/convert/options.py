@@ -15,6 +15,9 @@ Format = Literal["onnx", "openvino", "trt"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # Precision of a tower that INT8 does not improve; `none` refuses the export.
 Fallback = Literal["fp32", "fp16", "none"]
+# Bits of INT8 weights on CPUs. 7 is right on every processor; with 8, x86 processors without VNNI saturate (see
+# `convert.int8.saturation`).
+WeightBits = Literal[7, 8]
 # How TensorRT engines are built.
 Via = Literal["onnx", "torch-tensorrt"]
 PRECISIONS: dict[Format, tuple[Precision, ...]] = {
@@ -53,6 +56,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
         via: how engines are built: from ONNX without a GPU, or by torch-tensorrt on this machine's GPU.
         preprocess_in_graph: the image tower takes bytes of any size, and resizes, crops and normalises them itself.
         budget: the accuracy that INT8 may cost.
+        weight_bits: of INT8 weights that a CPU multiplies; TensorRT always uses 8.
         fallback: precision of a tower that INT8 does not improve. None: float32 if the other tower is in INT8; if
             neither is, the export is refused. `none` also refuses it for a single tower.
         labels: names for a label bank, so that a device with fixed labels needs no text tower; None for no bank.
@@ -66,6 +70,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     via: Via = "onnx"
     preprocess_in_graph: bool = False
     budget: Budget = Budget()
+    weight_bits: WeightBits = 7
     fallback: Fallback | None = None
     labels: tuple[str, ...] | None = None
     threads: int = 1

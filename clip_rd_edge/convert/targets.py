@@ -13,6 +13,7 @@ from clip_rd_edge.convert.options import (
     ExportRequest,
     Format,
     Precision,
+    WeightBits,
     int8_budget,
     require_precision,
     require_via,
@@ -49,10 +50,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         format: as `clip-rd-edge export` takes it; it also decides which runtime and candidates INT8 is tried with.
         precisions: those that the target supports; the first is the default.
+        weight_bits: of INT8 weights. 8 is for targets whose processors all multiply bytes without saturation.
     """
 
     format: Literal["onnx", "openvino", "trt"]
     precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...]
+    weight_bits: Literal[7, 8] = 7
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,6 +122,7 @@ class ResolvedTarget:
     format: Format
     precision: Precision
     engine_target: str | None
+    weight_bits: WeightBits = 7
 
 
 def resolve_target(target: str | None, *, format: Format | None, precision: Precision | None) -> ResolvedTarget:
@@ -147,7 +151,12 @@ def resolve_target(target: str | None, *, format: Format | None, precision: Prec
         require_target(target)
     if precision is not None and precision not in profile.precisions:
         raise UsageError(f"{target} takes --precision {' or '.join(profile.precisions)}, not {precision}.")
-    return ResolvedTarget(profile.format, precision or profile.precisions[0], target if target in TARGETS else None)
+    return ResolvedTarget(
+        profile.format,
+        precision or profile.precisions[0],
+        target if target in TARGETS else None,
+        weight_bits=profile.weight_bits,
+    )
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         via=via,
         preprocess_in_graph=options.get("preprocess_in_graph", False),
         budget=budget,
+        weight_bits=resolved.weight_bits,
         fallback=options.get("fallback"),
         labels=None if labels is None else tuple(labels),
         threads=options.get("threads", 1),

@@ -56,6 +56,7 @@ def write_int8(
             source / manifest.towers[samples.tower].file,
             samples,
             budget=request.budget,
+            weight_bits=request.weight_bits,
             threads=request.threads,
             backend=backend,
             reporter=reporter,
@@ -134,6 +135,7 @@ def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: 
         note=quantized.note,
         measured=quantized.measured,
         one_at_a_time=quantized.one_at_a_time,
+        instruction_sets=quantized.instruction_sets,
     )
 
 

@@ -15,9 +15,11 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically
 from clip_rd_edge.convert.int8.ranges import measure_ranges
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
 from clip_rd_edge.convert.int8.sensitivity import GroupError, group_errors, layers_no_slower, layers_within
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
@@ -43,6 +45,7 @@ def candidates(
     samples: Inputs,
     *,
     max_error: float,
+    weight_bits: WeightBits,
     threads: int,
     reporter: Reporter,
 ) -> Iterator[Candidate]:
@@ -55,6 +58,7 @@ def candidates(
         model: a float32 tower that `quant_pre_process` has optimised.
         samples: inputs to calibrate on.
         max_error: 1 − the min centred cosine.
+        weight_bits: of the weights that a layer multiplies; see `convert.int8.saturation`.
         threads: number of threads when running the tower.
         reporter: shows progress.
     """
@@ -64,7 +68,7 @@ def candidates(
     takes_ids = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
-        quantizer = StaticQuantizer(model, samples)
+        quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
         yield from _static(quantizer)
         reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
         errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
@@ -72,9 +76,10 @@ def candidates(
         robust = [layer for layer in layers_within(errors, ERROR_SHARES[0] * max_error) if layer in convolutions]
         if robust:
             reporter.update(f"timing {len(robust)} convolutions in INT8, group by group")
-            yield from _mixed(quantizer, robust, samples, products=len(products) > 1, threads=threads)
+            dynamic = partial(quantize_dynamically, weight_bits=weight_bits) if len(products) > 1 else None
+            yield from _mixed(quantizer, robust, samples, dynamic=dynamic, threads=threads)
     if len(products) > 1:
-        yield from _dynamic(model, takes_ids=takes_ids)
+        yield from _dynamic(model, takes_ids=takes_ids, weight_bits=weight_bits)
 
 
 def static_candidates(
@@ -82,11 +87,12 @@ def static_candidates(
     samples: Inputs,
     *,
     max_error: float,
+    weight_bits: WeightBits,
     threads: int,
     reporter: Reporter,
 ) -> Iterator[Candidate]:
     """Yield static INT8 of all layers and of the robust ones, for any tower; same arguments as `candidates`."""
-    quantizer = StaticQuantizer(model, samples)
+    quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
     yield from _static(quantizer)
     reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
     errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
@@ -117,24 +123,29 @@ def _partly_static(quantizer: StaticQuantizer, errors: Sequence[GroupError], max
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
 
 
-def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, products: bool) -> bytes:
-    """Return static INT8 of these convolutions, with dynamic INT8 of the matrix products if `products`."""
+def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, dynamic: Callable[..., bytes] | None) -> bytes:
+    """Return static INT8 of these convolutions, with INT8 of the matrix products by `dynamic` if there is one."""
     static = quantizer.quantize("percentile", convolutions)
-    if not products:
+    if dynamic is None:
         return static
-    return quantize_dynamically(static, matrix_products=True, token_embeddings=False, per_channel=False)
+    return dynamic(static, matrix_products=True, token_embeddings=False, per_channel=False)
 
 
 def _mixed(
-    quantizer: StaticQuantizer, robust: Sequence[str], samples: Inputs, *, products: bool, threads: int
+    quantizer: StaticQuantizer,
+    robust: Sequence[str],
+    samples: Inputs,
+    *,
+    dynamic: Callable[..., bytes] | None,
+    threads: int,
 ) -> Iterator[Candidate]:
     """Yield static INT8 of all robust convolutions, and of those that it makes no slower.
 
     For a tower without matrix products, `_partly_static` has already tried the first.
     """
-    mix = partial(_mix, quantizer, products=products)
-    suffix = ", dynamic in matrix products" if products else ""
-    if products:
+    mix = partial(_mix, quantizer, dynamic=dynamic)
+    suffix = ", dynamic in matrix products" if dynamic else ""
+    if dynamic:
         yield Candidate(f"static in {len(robust)} convolutions{suffix}", partial(mix, robust))
     no_slower = layers_no_slower(robust, lambda layers: open_session(mix(layers), threads=threads), samples)
     if no_slower and len(no_slower) < len(robust):
@@ -142,8 +153,8 @@ def _mixed(
         yield Candidate(name, partial(mix, no_slower))
 
 
-def _dynamic(model: Path, *, takes_ids: bool) -> Iterator[Candidate]:
-    make = partial(quantize_dynamically, model)
+def _dynamic(model: Path, *, takes_ids: bool, weight_bits: WeightBits) -> Iterator[Candidate]:
+    make = partial(quantize_dynamically, model, weight_bits=weight_bits)
     name = "dynamic with token embeddings" if takes_ids else "dynamic"
     for suffix, per_channel in ((", per-channel", True), ("", False)):
         yield Candidate(
@@ -166,12 +177,13 @@ def nncf_is_installed() -> bool:
     return find_spec("nncf") is not None
 
 
-def quantize_by_nncf(model: Path, samples: Inputs) -> bytes:
+def quantize_by_nncf(model: Path, samples: Inputs, weight_bits: WeightBits) -> bytes:
     """Return a float32 model with the Q/DQ that NNCF inserts for OpenVINO, as file content.
 
     Args:
         model: a float32 model that `quant_pre_process` has optimised.
         samples: inputs (N, …) that the ranges are measured on.
+        weight_bits: 7 is NNCF's overflow fix, in all layers.
     """
     import nncf
 
@@ -182,7 +194,9 @@ def quantize_by_nncf(model: Path, samples: Inputs) -> bytes:
     kind = None if len(weighted_layers(graph, ("Conv",))) > 1 else nncf.ModelType.TRANSFORMER
     with silently():
         data = nncf.Dataset([{name: sample[None]} for sample in samples])
-        quantized = nncf.quantize(graph, data, model_type=kind, subset_size=len(samples))
+        fix = nncf.OverflowFix.ENABLE if weight_bits == 7 else nncf.OverflowFix.DISABLE
+        settings = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
+        quantized = nncf.quantize(graph, data, model_type=kind, subset_size=len(samples), advanced_parameters=settings)
     content: bytes = quantized.SerializeToString()
     return content
 
@@ -199,7 +213,14 @@ class CandidateGenerator(Protocol):
     """Yields candidates for a tower; see `candidates`."""
 
     def __call__(
-        self, model: Path, samples: Inputs, *, max_error: float, threads: int, reporter: Reporter
+        self,
+        model: Path,
+        samples: Inputs,
+        *,
+        max_error: float,
+        weight_bits: WeightBits,
+        threads: int,
+        reporter: Reporter,
     ) -> Iterator[Candidate]:
         """Yield the candidates that are worth trying."""
         ...
@@ -215,24 +236,26 @@ class Backend:
 
 
 def openvino_candidates(
-    model: Path, samples: Inputs, *, max_error: float, threads: int, reporter: Reporter
+    model: Path, samples: Inputs, *, max_error: float, weight_bits: WeightBits, threads: int, reporter: Reporter
 ) -> Iterator[Candidate]:
     """Yield candidates with U8 and with S8 activations: OpenVINO has fast kernels for both, but S8 is not always right.
 
     If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
     tried, because OpenVINO computes it in float.
     """
-    yield from static_candidates(model, samples, max_error=max_error, threads=threads, reporter=reporter)
-    yield Candidate("symmetric, percentile", partial(_symmetric, model, samples))
+    yield from static_candidates(
+        model, samples, max_error=max_error, weight_bits=weight_bits, threads=threads, reporter=reporter
+    )
+    yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits))
     if nncf_is_installed():
-        yield Candidate("NNCF", partial(quantize_by_nncf, model, samples))
+        yield Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits))
 
 
-def _symmetric(model: Path, samples: Inputs) -> bytes:
+def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits) -> bytes:
     graph = onnx.load(model)
-    content: bytes = quantize_symmetrically(
-        graph, measure_ranges(graph, quantized_inputs(graph), samples)
-    ).SerializeToString()
+    ranges = measure_ranges(graph, quantized_inputs(graph), samples)
+    quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits])
+    content: bytes = quantized.SerializeToString()
     return content
 
 

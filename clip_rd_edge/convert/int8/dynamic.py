@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.options import WeightBits
 
 
 def scales_per_batch(content: bytes) -> bool:
@@ -16,7 +17,12 @@ def scales_per_batch(content: bytes) -> bool:
 
 
 def quantize_dynamically(
-    model: Path | bytes, *, matrix_products: bool, token_embeddings: bool, per_channel: bool
+    model: Path | bytes,
+    *,
+    matrix_products: bool,
+    token_embeddings: bool,
+    per_channel: bool,
+    weight_bits: WeightBits = 7,
 ) -> bytes:
     """Return a model with S8 weights, as file content.
 
@@ -26,6 +32,7 @@ def quantize_dynamically(
             and so do Softmax and the mask that is added before it.
         token_embeddings: quantise the token embedding table, which is most of a small text tower's size.
         per_channel: one scale per column of the weights, which is more accurate and sometimes slower.
+        weight_bits: of the weights of matrix products, see `convert.int8.saturation`; token embeddings have 8.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -41,6 +48,7 @@ def quantize_dynamically(
             target,
             kinds,
             per_channel=per_channel,
+            reduce_range=weight_bits == 7,
             weight_type=QuantType.QInt8,  # U8 weights are several times slower
             extra_options={"MatMulConstBOnly": True},
         )

@@ -15,8 +15,9 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate
 from clip_rd_edge.convert.int8.dynamic import scales_per_batch
+from clip_rd_edge.convert.int8.saturation import instruction_sets
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
-from clip_rd_edge.convert.options import Budget
+from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.io import disk_full_error
@@ -36,7 +37,7 @@ class QuantizedTower:
         note: why it is float32, with figures, or empty.
         measured: the measurements of what is shipped.
         trials: all candidates that were tried, for a table.
-        one_at_a_time: as in `contract.bundle.Tower`.
+        one_at_a_time, instruction_sets: as in `contract.bundle.Tower`.
     """
 
     model: bytes | None
@@ -45,6 +46,7 @@ class QuantizedTower:
     measured: Measurement
     trials: tuple[Trial, ...]
     one_at_a_time: bool = False
+    instruction_sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def quantize_tower(
     *,
     budget: Budget = Budget(),  # noqa: B008 — frozen
     threads: int = 1,
+    weight_bits: WeightBits = 7,
     backend: Backend = ORT,
     reporter: Reporter = SILENT,
     timer: Timer = time_in_turn,
@@ -83,6 +86,7 @@ def quantize_tower(
         samples: calibration and held-out inputs of the tower.
         budget: the accuracy that INT8 may cost.
         threads: number of threads when measuring latency.
+        weight_bits: of INT8 weights; see `convert.int8.saturation`.
         backend: the runtime that the tower is quantised for and measured in.
         reporter: shows progress.
         timer: times calls in turn.
@@ -97,6 +101,7 @@ def quantize_tower(
             prepare_for_quantization(model, Path(folder)),
             samples.calibrate,
             max_error=1 - budget.min_agreement(tower),
+            weight_bits=weight_bits,
             threads=threads,
             reporter=reporter,
         )
@@ -135,6 +140,7 @@ def quantize_tower(
         measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
         trials=(*choice.trials, *failed),
         one_at_a_time=choice.name in one_at_a_time,
+        instruction_sets=instruction_sets(contents[choice.name]) if choice.name else (),
     )
 
 

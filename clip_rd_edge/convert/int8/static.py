@@ -13,6 +13,7 @@ import onnx
 
 from clip_rd_edge.convert.graph import float_tensors, silently
 from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
+from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
 
 RangeMethod = Literal["min-max", "percentile", "entropy"]
@@ -28,6 +29,9 @@ _CLIPPING = ("Relu", "Clip")
 class StaticQuantizer:
     """Quantises any of a tower's layers, and the element-wise nodes after them: U8 activations, per-channel S8 weights.
 
+    Only the weights of layers have `weight_bits`: constants of element-wise nodes, where nothing saturates, have 8,
+    like activations.
+
     ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
     float, and so do Softmax, normalisation and the nodes after them.
 
@@ -37,11 +41,13 @@ class StaticQuantizer:
     Args:
         model: path of a float32 model that `quant_pre_process` has optimised.
         samples: inputs (N, …) that the ranges are measured on.
+        weight_bits: see `convert.int8.saturation`.
     """
 
-    def __init__(self, model: Path, samples: Inputs) -> None:
+    def __init__(self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7) -> None:
         self._model = onnx.load(model)
         self._samples = samples
+        self._weight_bits = weight_bits
         self.layers: tuple[str, ...] = tuple(node.name for node in weighted_layers(self._model))
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
@@ -61,18 +67,26 @@ class StaticQuantizer:
             quantizer = QDQQuantizer(
                 copy.deepcopy(self._model),
                 per_channel=True,
-                reduce_range=False,
+                reduce_range=self._weight_bits == 7,
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QUInt8,
                 tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
                 op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CLIPPING],
-                extra_options={},
+                extra_options={"TensorQuantOverrides": self._overrides},
             )
             quantizer.quantize_model()
         content: bytes = quantizer.model.model.SerializeToString()
         return content
+
+    @cached_property
+    def _overrides(self) -> dict[str, list[dict[str, Any]]]:
+        """The quantiser's settings of the constants that no layer multiplies."""
+        weights = {node.input[1] for node in weighted_layers(self._model)}
+        names = {name for node in self._model.graph.node if node.op_type in _FOLLOWERS for name in node.input}
+        constants = [tensor for tensor in self._model.graph.initializer if tensor.name in names - weights]
+        return {t.name: [{"reduce_range": False}] for t in constants if t.data_type == onnx.TensorProto.FLOAT}
 
     @cached_property
     def _ranges(self) -> Ranges:

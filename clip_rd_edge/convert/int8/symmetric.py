@@ -18,7 +18,7 @@ from clip_rd_edge.convert.fp16 import OPSET
 from clip_rd_edge.convert.int8.ranges import Ranges
 from clip_rd_edge.convert.int8.static import weighted_layers
 
-_MAX_LEVEL = 127  # a symmetric range does not use -128
+MAX_LEVEL = 127  # a symmetric range does not use -128
 _MIN_SCALE = np.finfo(np.float16).smallest_subnormal
 _ZERO_POINT = "symmetric/zero_point"
 Floats = npt.NDArray[np.float32]
@@ -31,7 +31,7 @@ def quantized_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def quantize_symmetrically(
-    model: onnx.ModelProto, ranges: Ranges, *, layers: Sequence[str] | None = None
+    model: onnx.ModelProto, ranges: Ranges, *, layers: Sequence[str] | None = None, max_weight: int = MAX_LEVEL
 ) -> onnx.ModelProto:
     """Return a copy of a float32 model with Q/DQ on the activations and weights of its layers.
 
@@ -39,11 +39,12 @@ def quantize_symmetrically(
         model: a float32 model that `quant_pre_process` has optimised.
         ranges: of the tensors that `quantized_inputs` names.
         layers: names of the Conv, MatMul and Gemm nodes to quantise; None means all with constant weights.
+        max_weight: largest level of a weight.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     selected = [node for node in weighted_layers(copy) if layers is None or node.name in layers]
-    writer = _QdqWriter(copy.graph, ranges)
+    writer = _QdqWriter(copy.graph, ranges, max_weight=max_weight)
     for node in selected:
         node.input[0] = writer.activation(node.input[0])
         node.input[1] = writer.weight(node)
@@ -81,8 +82,9 @@ def _residual_branches(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto])
 class _QdqWriter:
     """Adds Q/DQ pairs to a graph, one per tensor however many layers read it."""
 
-    def __init__(self, graph: onnx.GraphProto, ranges: Ranges) -> None:
+    def __init__(self, graph: onnx.GraphProto, ranges: Ranges, *, max_weight: int) -> None:
         self._graph = graph
+        self._max_weight = max_weight
         self._ranges = ranges.percentile
         self._weights = {tensor.name: tensor for tensor in graph.initializer}
         self._pairs: dict[str, tuple[onnx.NodeProto, onnx.NodeProto]] = {}
@@ -91,7 +93,7 @@ class _QdqWriter:
     def activation(self, name: str) -> str:
         """Return the name of the activation after its Q/DQ."""
         if name not in self._pairs:
-            scale = self._constant(f"{name}/scale", _scale(max(map(abs, self._ranges[name]))))
+            scale = self._constant(f"{name}/scale", _scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
             q = helper.make_node("QuantizeLinear", [name, scale, _ZERO_POINT], [f"{name}/q"], name=f"quantize {name}")
             dq = helper.make_node(
                 "DequantizeLinear", [f"{name}/q", scale, _ZERO_POINT], [f"{name}/dq"], name=f"dequantize {name}"
@@ -107,9 +109,10 @@ class _QdqWriter:
             values = numpy_helper.to_array(self._weights[name])
             axis %= values.ndim
             others = tuple(i for i in range(values.ndim) if i != axis)
-            scale = _scale(np.abs(values).max(axis=others))
+            scale = _scale(np.abs(values).max(axis=others), self._max_weight)
             shape = [-1 if i == axis else 1 for i in range(values.ndim)]
-            quantized = np.clip(np.rint(values / scale.reshape(shape)), -_MAX_LEVEL, _MAX_LEVEL).astype(np.int8)
+            levels = np.rint(values / scale.reshape(shape))
+            quantized = np.clip(levels, -self._max_weight, self._max_weight).astype(np.int8)
             inputs = [
                 self._constant(f"{new}/s8", quantized),
                 self._constant(f"{new}/scale", scale),
@@ -148,9 +151,9 @@ def _output_axis(node: onnx.NodeProto) -> int:
     return 0 if transposed else -1
 
 
-def _scale(max_magnitude: npt.ArrayLike) -> Floats:
-    """Return the scale that reaches `max_magnitude`, rounded up to a float16, so that FP16 keeps it exactly."""
-    exact = np.maximum(np.asarray(max_magnitude, dtype=np.float32) / _MAX_LEVEL, np.float32(_MIN_SCALE))
+def _scale(max_magnitude: npt.ArrayLike, max_level: int) -> Floats:
+    """Return the scale at which `max_magnitude` is `max_level`, rounded up to a float16, so that FP16 keeps it."""
+    exact = np.maximum(np.asarray(max_magnitude, dtype=np.float32) / max_level, np.float32(_MIN_SCALE))
     rounded = exact.astype(np.float16)
     too_small = rounded.astype(np.float32) < exact
     scale: Floats = np.where(too_small, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)

@@ -1,4 +1,5 @@
-"""INT8 rounding in float32, as by the exporter's static Q/DQ: U8 activations, S8 weights per output channel.
+"""INT8 rounding in float32, as by the exporter's static Q/DQ: U8 activations and constants, 7-bit S8 weights per
+output channel.
 
 Gradients pass straight through the rounding (Jacob et al. 2018, arXiv:1712.05877), so a tower can adapt to it. The
 operators are PyTorch's own.
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.convert.int8.ranges import range_without_outliers
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
 
-_UINT8, _INT8 = (0, 255), (-127, 127)  # ONNX Runtime omits -128 from symmetric ranges
+_UINT8 = (0, 255)
+_WEIGHT = (-MAX_WEIGHT[7], MAX_WEIGHT[7])  # as for every target whose processor is not known in advance
 _MIN_SCALE = 1e-12  # for tensors that are always 0
 
 
@@ -88,8 +91,7 @@ class FakeQuantizer:
     """Rounds activations within given ranges, and weights within their own."""
 
     def __init__(self, ranges: ActivationRanges, device: torch.device) -> None:
-        scales = ((ranges.high - ranges.low) / (_UINT8[1] - _UINT8[0])).clamp(min=_MIN_SCALE)
-        zero_points = (-ranges.low / scales).round().clamp(*_UINT8).to(torch.int32)
+        scales, zero_points = _affine(ranges.low, ranges.high)
         self._scales, self._zero_points = scales.to(device), zero_points.to(device)
 
     def activation(self, index: int, values: Tensor) -> Tensor:
@@ -99,14 +101,16 @@ class FakeQuantizer:
     pooled = activation
 
     def weight(self, values: Tensor) -> Tensor:
-        scales = _symmetric_scale(values.detach().flatten(1).abs().amax(dim=1))
+        scales = (values.detach().flatten(1).abs().amax(dim=1) / _WEIGHT[1]).clamp(min=_MIN_SCALE)
         zero_points = torch.zeros_like(scales, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(values, scales, zero_points, 0, *_INT8)
+        return torch.fake_quantize_per_channel_affine(values, scales, zero_points, 0, *_WEIGHT)
 
     def constant(self, values: Tensor) -> Tensor:
-        scale = _symmetric_scale(values.detach().abs().amax())
-        return torch.fake_quantize_per_tensor_affine(values, scale, torch.zeros_like(scale, dtype=torch.int32), *_INT8)
+        scale, zero_point = _affine(values.detach().amin().clamp(max=0), values.detach().amax().clamp(min=0))
+        return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, *_UINT8)
 
 
-def _symmetric_scale(max_magnitude: Tensor) -> Tensor:
-    return (max_magnitude / _INT8[1]).clamp(min=_MIN_SCALE)
+def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales and zero points of U8 for ranges that include 0, of any shape."""
+    scales = ((high - low) / (_UINT8[1] - _UINT8[0])).clamp(min=_MIN_SCALE)
+    return scales, (-low / scales).round().clamp(*_UINT8).to(torch.int32)

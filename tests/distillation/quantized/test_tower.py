@@ -242,3 +242,12 @@ def test_other_precisions_and_transformers_are_rejected(config: RunConfig, tmp_p
     transformer = save_model(tmp_path / "transformer", "test_vit", image_size=160)
     with pytest.raises(UsageError, match="is a transformer, which the exporter quantises dynamically"):
         run_distillation(msgspec.structs.replace(config, student=str(transformer)), tmp_path / "run", resume=False)
+
+
+def test_weights_are_rounded_to_the_levels_that_the_exporter_ships() -> None:
+    rng = np.random.default_rng(0)
+    weights = torch.from_numpy(rng.standard_normal((4, 3, 3, 3)).astype(np.float32))
+    rounded = FakeQuantizer(ActivationRanges(), torch.device("cpu")).weight(weights)
+    levels = rounded / (weights.flatten(1).abs().amax(dim=1) / 64)[:, None, None, None]
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    assert levels.round().abs().flatten(1).amax(dim=1).tolist() == [64.0] * 4

@@ -1,0 +1,65 @@
+"""INT8 that is right on every processor. Never imports torch.
+
+x86 processors without VNNI (Intel before Ice Lake and Alder Lake, AMD before Zen 4, most Atoms) multiply U8 activations
+by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16 bits and saturates: 2 · 255 · 127 is
+64,770, twice what fits. The embeddings are then wrong, and nothing says so. Weights of 7 bits cannot saturate:
+2 · 255 · 64 is 32,640, and 32,767 fits. VNNI, AMX and Arm add in 32 bits, so both are right there, at the same speed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+
+# Largest level of a weight, by its bits.
+MAX_WEIGHT = {7: 64, 8: 127}
+# In a browser, 8 bits depend on the processor below: WebAssembly's relaxed dot product is defined for 7.
+_WITH_8_BITS = ("x86-64-vnni", "aarch64")
+_LAYERS = ("Conv", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
+
+
+def instruction_sets(content: bytes) -> tuple[str, ...]:
+    """Return the instruction sets on which a CPU computes a model's INT8 as the file says, of `INSTRUCTION_SETS`.
+
+    Args:
+        content: of an ONNX file, with Q/DQ or with integer operators.
+
+    Returns:
+        All of them if no weight can saturate; an empty tuple if no layer has INT8 weights.
+    """
+    largest = max_weight(onnx.load_from_string(content))
+    if largest is None:
+        return ()
+    return INSTRUCTION_SETS if largest <= MAX_WEIGHT[7] else _WITH_8_BITS
+
+
+def max_weight(model: onnx.ModelProto) -> int | None:
+    """Return the largest absolute level of an S8 weight that a layer multiplies, or None if there is none."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    levels = [_levels(node.input[1], producers, constants) for node in model.graph.node if node.op_type in _LAYERS]
+    found = [int(np.abs(values.astype(np.int16)).max()) for values in levels if values is not None and values.size]
+    return max(found, default=None)
+
+
+def _levels(
+    name: str, producers: dict[str, onnx.NodeProto], constants: dict[str, onnx.TensorProto]
+) -> npt.NDArray[np.generic] | None:
+    """Return the S8 levels of the weight called `name`, which is a constant, or one that a graph (de)quantises."""
+    if name in constants:
+        signed = constants[name].data_type == onnx.TensorProto.INT8
+        return np.asarray(numpy_helper.to_array(constants[name])) if signed else None
+    node = producers.get(name)
+    if node is None or node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        return None
+    if node.op_type == "DequantizeLinear" or node.input[0] not in constants:
+        return _levels(node.input[0], producers, constants)
+    values, scale = (numpy_helper.to_array(constants[name]) for name in node.input[:2])
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)] if scale.ndim else []
+    levels: npt.NDArray[np.int8] = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
+    return levels
