@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from clip_rd_edge.convert.int8.select import Trial
     from clip_rd_edge.convert.options import ExportOptions
     from clip_rd_edge.convert.targets import Device
-    from clip_rd_edge.data.clip_benchmark import Templates
     from clip_rd_edge.distillation.config import DistillOptions, RunConfig
     from clip_rd_edge.evidence.results import Evidence
     from clip_rd_edge.runtime.doctor import Finding
@@ -208,6 +207,7 @@ def evaluate(
     *,
     pretrained: str | None = None,
     threads: int | None = None,
+    templates: str | Sequence[str] | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Score]:
     """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
@@ -215,11 +215,13 @@ def evaluate(
     Args:
         model: a loaded model, or anything that `load` accepts together with `pretrained` and `threads`.
         tasks: names as for `clip-rd-edge evaluate --task`, or task objects.
+        templates: prompt templates with one `{}` for zero-shot tasks, a file of them, or `imagenet` for CLIP's 80; None
+            uses each data set's own, or else CLIP's.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.runtime.model import Model
 
-    loaded = load_tasks(tasks)
+    loaded = load_tasks(tasks, templates=templates)
     evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
     return [score(evaluated.encoder, task, reporter=reporter) for task in loaded]
 
@@ -274,7 +276,7 @@ def benchmark(
             reporter.say(f"resuming from the results in {folder / FOLDER}")
         cache = AnswerCache(folder / FOLDER, this_environment())
         open_model = partial(open_encoder, threads=loaded.threads)
-        results = run_suite(loaded, open_model, reporter, fallback=imagenet_templates, cache=cache, launch=first_answer)
+        results = run_suite(loaded, open_model, reporter, cache=cache, launch=first_answer)
         write_report(results, folder)
         cache.remove()
     return results
@@ -485,31 +487,32 @@ def open_encoder(
     return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec))
 
 
-def load_tasks(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
-    """Load tasks by name, as for `evaluate`. Data sets without templates get CLIP's ImageNet templates."""
-    from clip_rd_edge.contract.task import with_distinct_names
+def load_tasks(tasks: str | Task | Sequence[str | Task], *, templates: str | Sequence[str] | None = None) -> list[Task]:
+    """Load tasks by name; arguments as for `evaluate`."""
+    import msgspec
+
+    from clip_rd_edge.contract.encoder import as_list
+    from clip_rd_edge.contract.task import ZeroShotTask, with_distinct_names
+    from clip_rd_edge.contract.templates import parse_templates
     from clip_rd_edge.data.tasks import load_task
 
     names = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
-    loaded = [load_task(name, fallback=imagenet_templates) if isinstance(name, str) else name for name in unique]
+    loaded = [load_task(name) if isinstance(name, str) else name for name in unique]
+    if templates:
+        given = parse_templates(as_list(templates))
+        loaded = [
+            msgspec.structs.replace(task, templates=given.prompts, templates_from=given.origin)
+            if isinstance(task, ZeroShotTask)
+            else task
+            for task in loaded
+        ]
     return with_distinct_names(loaded, [name if isinstance(name, str) else name.name for name in unique])
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:
     """Return the command of a process that classifies one image, to time a cold start; append the image's path."""
     return [sys.executable, "-m", "clip_rd_edge.cli._first_answer", spec, runtime or "", str(threads)]
-
-
-def imagenet_templates() -> Templates:
-    """Return open_clip's OPENAI_IMAGENET_TEMPLATES, or one neutral template if open_clip is not installed."""
-    from clip_rd_edge.data.clip_benchmark import Templates, neutral_templates
-
-    try:
-        from open_clip import OPENAI_IMAGENET_TEMPLATES
-    except ImportError:
-        return neutral_templates()
-    return Templates(tuple(fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES), "ImageNet's, from open_clip")
 
 
 def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:

@@ -22,7 +22,6 @@ from clip_rd_edge.benchmarking.throughput import (
 )
 from clip_rd_edge.contract.encoder import TowerEncoder
 from clip_rd_edge.contract.task import Task, ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import TemplateFallback, neutral_templates
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
@@ -139,7 +138,6 @@ def run_suite(
     open_encoder: OpenEncoder,
     reporter: Reporter = SILENT,
     *,
-    fallback: TemplateFallback = neutral_templates,
     cache: AnswerCache | None = None,
     launch: Launch | None = None,
 ) -> Results:
@@ -148,7 +146,6 @@ def run_suite(
     Args:
         open_encoder: opens a folder or `hf-hub:ORG/REPO` on `suite.threads` threads, with `runtime=` if the row names
             one. Passed in by the caller, because it may need torch.
-        fallback: prompt templates for data sets that have none; passed in for the same reason.
         cache: where accuracy results are stored, and read from if they exist.
         launch: command of a process that answers once; None skips the cold start.
 
@@ -158,7 +155,7 @@ def run_suite(
     """
     check_suite(suite, source=f"The suite {suite.name}")
     missing = suite.missing()
-    tasks = suite.load_tasks(fallback)
+    tasks = suite.load_tasks()
     opened = open_and_evaluate(suite, tasks, open_encoder, reporter, cache)
     if not opened.encoders:
         reasons = " ".join(f"{row.label}: {row.reason}" for row in opened.skipped)

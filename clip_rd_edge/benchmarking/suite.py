@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import msgspec
 
 from clip_rd_edge.contract.task import Task, with_distinct_names
-from clip_rd_edge.data.clip_benchmark import TemplateFallback, neutral_templates
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.utils.io import read_yaml, shipped_path
@@ -65,7 +64,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     budget_ms: float | None = None
     min_accuracy: float | None = None
 
-    def load_tasks(self, fallback: TemplateFallback = neutral_templates) -> list[Task]:
+    def load_tasks(self) -> list[Task]:
         """Load the tasks, except those that `missing` names.
 
         Raises:
@@ -79,7 +78,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 hint="name the folder that contains your copies of the data sets: --root",
             )
         names = [name for name in self.tasks if name not in missing]
-        return with_distinct_names([load_task(self._resolve_task(name), fallback=fallback) for name in names], names)
+        return with_distinct_names([load_task(self._resolve_task(name)) for name in names], names)
 
     def missing(self) -> dict[str, str]:
         """Return the tasks to skip because their data sets were not found, with the reason."""

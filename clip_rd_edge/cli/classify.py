@@ -45,7 +45,8 @@ MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
 )  # fmt: skip
 @click.option(
     "--template", "templates", multiple=True,
-    help='Prompt template with {} for the label, such as "a photo of a {}"; can be repeated.  [default: the model\'s]',
+    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
+    "CLIP's 80; can be repeated.  [default: the model's]",
 )  # fmt: skip
 @click.option(
     "--top", type=click.IntRange(1), default=3, show_default=True, help="Number of labels to print per image."

@@ -20,16 +20,28 @@ from clip_rd_edge.cli._options import threads_option
     "emoji:unseen-style:retrieval. Can be repeated.",
 )
 @click.option("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.")
+@click.option(
+    "--template", "templates", multiple=True,
+    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
+    "CLIP's 80; can be repeated.  [default: the data set's, else imagenet]",
+)  # fmt: skip
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads: int | None, as_json: bool) -> None:
+def command(
+    model: str,
+    tasks: tuple[str, ...],
+    pretrained: str | None,
+    templates: tuple[str, ...],
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Measure zero-shot accuracy and retrieval of MODEL.
 
     MODEL is a bundle (which needs no PyTorch), a run's folder, or any model that open_clip loads: local-dir:PATH,
     hf-hub:ORG/REPO, or an architecture with --pretrained.
 
-    Labels are put into the data set's own prompt templates; without any, into CLIP's 80 for ImageNet if open_clip is
-    installed, or else into "a photo of a {}.". The table shows which were used.
+    Labels are put into the data set's own prompt templates; without any, into CLIP's 80 for ImageNet. The table shows
+    which were used. Accuracy depends on them: compare models with the same.
 
     \b
     clip-rd-edge evaluate runs/emoji --task emoji:unseen-style --task emoji:unseen-style:retrieval
@@ -39,7 +51,8 @@ def command(model: str, tasks: tuple[str, ...], pretrained: str | None, threads:
     from clip_rd_edge.api import load_tasks
     from clip_rd_edge.cli._console import console_reporter, print_table
 
-    loaded_tasks = load_tasks(tasks)  # before the model, so that a mistyped name is reported at once
+    # Before the model, so that a mistyped name is reported at once.
+    loaded_tasks = load_tasks(tasks, templates=templates)
     with console_reporter() as reporter:
         reporter.update("loading the model")
         loaded_model = edge.load(model, pretrained=pretrained, threads=threads)

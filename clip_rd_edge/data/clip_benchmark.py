@@ -1,39 +1,21 @@
 """Zero-shot and retrieval tasks from image folders and from WebDataset shards in CLIP_benchmark's layout.
 
-Data sets without prompt templates use a `TemplateFallback`. CLIP's 80 templates for ImageNet are part of open_clip,
-which needs torch, so callers that may import torch pass them in.
+Data sets without prompt templates of their own get CLIP's 80 for ImageNet.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.tars import Kind, Shard, TarMember, open_shard
 from clip_rd_edge.data.webdataset import read_text
 from clip_rd_edge.errors import InputError
-
-
-@dataclass(frozen=True)
-class Templates:
-    """Prompt templates with one `{}` (or `{c}`) for the label's name, and their origin as shown in reports."""
-
-    prompts: tuple[str, ...]
-    origin: str
-
-
-TemplateFallback = Callable[[], Templates]  # called only for data sets without templates
-_NEUTRAL = Templates(("a photo of a {}.",), "neutral")
-
-
-def neutral_templates() -> Templates:
-    """Return a single general-purpose template."""
-    return _NEUTRAL
-
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
@@ -61,10 +43,10 @@ class DataSet:
         """Return the class names; empty if there is no classnames.txt."""
         return self._lines(CLASS_NAMES)
 
-    def templates(self, fallback: TemplateFallback) -> Templates:
-        """Return the data set's own templates, or else the fallback's."""
+    def templates(self) -> Templates:
+        """Return the data set's own templates, or else CLIP's for ImageNet."""
         own = self._lines(TEMPLATES)
-        return Templates(tuple(own), "the data set's") if own else fallback()
+        return Templates(tuple(own), "the data set's") if own else imagenet_templates()
 
     def kind(self) -> str:
         """Return the data set's type (`classification`, `retrieval`, …), or an empty string if it is not stated."""
@@ -107,7 +89,7 @@ def _is_sharded(folder: Path) -> bool:
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
-def image_folder_task(data_set: DataSet, fallback: TemplateFallback) -> ZeroShotTask:
+def image_folder_task(data_set: DataSet) -> ZeroShotTask:
     """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg.
 
     Raises:
@@ -133,7 +115,7 @@ def image_folder_task(data_set: DataSet, fallback: TemplateFallback) -> ZeroShot
     ]
     if not samples:
         raise InputError(f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.")
-    templates = data_set.templates(fallback)
+    templates = data_set.templates()
     return ZeroShotTask(
         name=data_set.name,
         images=tuple(path for path, _ in samples),
@@ -151,7 +133,7 @@ def _sort_classes(classes: list[Path]) -> list[Path]:
     return sorted(classes)
 
 
-def shard_task(data_set: DataSet, fallback: TemplateFallback) -> Task:
+def shard_task(data_set: DataSet) -> Task:
     """Return the task of a data set in shards. No sample is skipped: that would change the evaluation.
 
     Raises:
@@ -165,7 +147,7 @@ def shard_task(data_set: DataSet, fallback: TemplateFallback) -> Task:
         raise InputError(
             f"{data_set.root} has the type {kind!r}; only classification and retrieval data sets can be evaluated."
         )
-    return _zero_shot_from_shards(data_set, shards, fallback)
+    return _zero_shot_from_shards(data_set, shards)
 
 
 def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
@@ -185,7 +167,7 @@ def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
     )
 
 
-def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard], fallback: TemplateFallback) -> ZeroShotTask:
+def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroShotTask:
     labels = data_set.labels()
     if not labels:
         raise InputError(f"{data_set.root} has no {CLASS_NAMES}, which names the classes.")
@@ -199,7 +181,7 @@ def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard], fallback:
             )
         images.append(image)
         targets.append(int(target))
-    templates = data_set.templates(fallback)
+    templates = data_set.templates()
     return ZeroShotTask(
         name=data_set.name,
         images=tuple(images),

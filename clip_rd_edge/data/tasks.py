@@ -6,10 +6,8 @@ from pathlib import Path
 
 from clip_rd_edge.contract.task import RetrievalTask, Task
 from clip_rd_edge.data.clip_benchmark import (
-    TemplateFallback,
     find_data_set,
     image_folder_task,
-    neutral_templates,
     retrieval_from_shards,
     shard_task,
 )
@@ -28,7 +26,7 @@ BUILT_IN_TASKS = (
 )
 
 
-def load_task(name: str, *, fallback: TemplateFallback = neutral_templates) -> Task:
+def load_task(name: str) -> Task:
     """Load a task. `name` is one of:
 
     - A name in BUILT_IN_TASKS: a task of the built-in data set.
@@ -39,9 +37,6 @@ def load_task(name: str, *, fallback: TemplateFallback = neutral_templates) -> T
       has several captions.
 
     Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
-
-    Args:
-        fallback: returns the templates for a zero-shot data set that has none.
 
     Raises:
         InputError: the task or folder does not exist, is empty, or its content is invalid.
@@ -63,7 +58,7 @@ def load_task(name: str, *, fallback: TemplateFallback = neutral_templates) -> T
             f"{near_matches(name, BUILT_IN_TASKS)}"
         )
     data_set = find_data_set(path)
-    return shard_task(data_set, fallback) if data_set.is_sharded else image_folder_task(data_set, fallback)
+    return shard_task(data_set) if data_set.is_sharded else image_folder_task(data_set)
 
 
 def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:

@@ -19,6 +19,7 @@ from clip_rd_edge.contract.encoder import (
 )
 from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank
+from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
@@ -40,8 +41,8 @@ class ZeroShotClassifier:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
         labels: label names, a single label, or a label file (see `runtime.label_list`); None uses the bundle's label
             bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not loaded.
-        templates: a prompt template with one `{}`, or several; None uses the model's own. The label bank is only used
-            with the model's own templates.
+        templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the
+            model's own. The label bank is only used with the model's own templates.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
             prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
@@ -68,7 +69,7 @@ class ZeroShotClassifier:
         self.none_below = none_below
         description = encoder.describe()
         self._logit_scale = description.logit_scale
-        self._templates = tuple(as_list(templates or description.templates))
+        self._templates = parse_templates(as_list(templates)).prompts if templates else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
         self._text_key: str = getattr(encoder, "text_key", "") if cache else ""

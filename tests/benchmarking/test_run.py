@@ -14,7 +14,6 @@ from clip_rd_edge.benchmarking.report.text import markdown
 from clip_rd_edge.benchmarking.results import Results, read_results, write_results
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
-from clip_rd_edge.data.clip_benchmark import Templates
 from clip_rd_edge.errors import ConfigError, InputError, MissingExtraError
 
 
@@ -180,6 +179,9 @@ def test_missing_data_sets_are_reported_and_the_others_measured(
 
 def test_the_report_names_the_prompt_templates(suite: Suite, open_fake: Callable[[str], Any]) -> None:
     (Path(suite.root or "") / "task" / "zeroshot_classification_templates.txt").unlink()
-    measured = run_suite(suite, open_fake, fallback=lambda: Templates(("{}", "{}"), "of the test"))
-    assert measured.rows[0].scores[0].templates == "2, of the test"
-    assert "Prompt templates: task: 2, of the test." in markdown(measured, plot=False)
+    measured = run_suite(
+        suite,
+        open_fake,
+    )
+    assert measured.rows[0].scores[0].templates == "80, CLIP's for ImageNet"
+    assert "Prompt templates: task: 80, CLIP's for ImageNet." in markdown(measured, plot=False)

@@ -7,7 +7,6 @@ from PIL import Image
 
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import Templates
 from clip_rd_edge.errors import ConfigError, InputError
 
 GOOD = """
@@ -90,8 +89,8 @@ def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, fold
     rows = (SuiteRow(label="A", model="a", role="student"),)
     tasks = ("imagenet1k", "vtab/cifar10")
     suite = Suite(name="x", rows=rows, tasks=tasks, data_root=str(tmp_path), missing_tasks="skip")
-    (task,) = suite.load_tasks(lambda: Templates(("the {}", "a {}"), "given"))
+    (task,) = suite.load_tasks()
     assert isinstance(task, ZeroShotTask)
-    assert (task.name, task.labels, task.templates) == ("cifar10", ("frog", "ship"), ("the {}", "a {}"))
+    assert (task.name, task.labels) == ("cifar10", ("frog", "ship"))
     assert list(suite.missing()) == ["imagenet1k"]
     assert "under any of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]

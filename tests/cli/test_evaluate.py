@@ -100,7 +100,16 @@ def test_the_table_shows_which_templates_were_used(
 ) -> None:
     monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task)) == 0
-    assert "80, ImageNet's, from open_clip" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "80, CLIP's for ImageNet" in output
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed
     assert run("evaluate", "m", "--task", str(task)) == 0
-    assert "a photo of a {}." in capsys.readouterr().out
+    assert capsys.readouterr().out == output
+    assert run("evaluate", "m", "--task", str(task), "--template", "a {} square") == 0
+    assert "a {} square" in capsys.readouterr().out
+    assert run("evaluate", "m", "--task", str(task), "--template", "a {} square", "--template", "{}") == 0
+    assert "2, given" in capsys.readouterr().out
+    assert run("evaluate", "m", "--task", str(task), "--template", "a square") == 2
+    error = capsys.readouterr().err
+    assert "The template 'a square' has no {}" in error
+    assert '--template "a square {}"' in error

@@ -10,7 +10,7 @@ import pytest
 
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.clip_benchmark import Templates
+from clip_rd_edge.contract.templates import imagenet_templates
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError
 
@@ -59,8 +59,8 @@ def retrieval_shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) 
     return root
 
 
-def zero_shot(path: Path, **options: Any) -> ZeroShotTask:
-    task = load_task(str(path), **options)
+def zero_shot(path: Path) -> ZeroShotTask:
+    task = load_task(str(path))
     assert isinstance(task, ZeroShotTask)
     return task
 
@@ -105,15 +105,11 @@ def test_a_class_called_test_is_not_a_split(tmp_path: Path, encode_image: Factor
     assert zero_shot(tmp_path).labels == ("exam", "test")
 
 
-def test_the_fallback_is_called_only_without_own_templates(image_folders: Path, tmp_path: Path) -> None:
-    def never() -> Templates:
-        raise AssertionError("the data set has templates")
-
-    assert zero_shot(image_folders, fallback=never).templates_from == "the data set's"
+def test_a_data_set_without_templates_gets_clips(image_folders: Path) -> None:
+    assert zero_shot(image_folders).templates_from == "the data set's"
     (image_folders / "zeroshot_classification_templates.txt").unlink()
-    task = zero_shot(image_folders, fallback=lambda: Templates(("a {}", "the {}"), "mine"))
-    assert (task.templates, task.templates_from) == (("a {}", "the {}"), "mine")
-    assert zero_shot(image_folders).templates == ("a photo of a {}.",)
+    task = zero_shot(image_folders)
+    assert (task.templates, task.templates_from) == (imagenet_templates().prompts, "CLIP's for ImageNet")
 
 
 def test_an_exported_classification_data_set(classification_shards: Path) -> None:

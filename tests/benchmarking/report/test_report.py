@@ -280,7 +280,7 @@ def test_a_suite_with_only_retrieval_has_no_plot_and_no_samples(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(Suite, "load_tasks", lambda self, fallback: [colour_retrieval])
+    monkeypatch.setattr(Suite, "load_tasks", lambda self: [colour_retrieval])
     measured = run_suite(suite, open_fake)
     write_report(measured, tmp_path / "report")
     assert not (tmp_path / "report" / "accuracy-latency.png").exists()

@@ -1,0 +1,75 @@
+"""Prompt templates: sentences with a place for a label, such as `a photo of a {}.`"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.io import near_files
+
+PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
+IMAGENET = "imagenet"  # names CLIP's templates on the command line
+_IMAGENET_FILE = Path(__file__).with_name("imagenet_templates.txt")
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Prompt templates with one `{}` (or `{c}`) for the label's name, and their origin as shown in reports."""
+
+    prompts: tuple[str, ...]
+    origin: str
+
+
+@cache
+def imagenet_templates() -> Templates:
+    """Return the 80 templates that CLIP was evaluated with on ImageNet.
+
+    Source: https://github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb (MIT, see NOTICE).
+    """
+    return Templates(tuple(_IMAGENET_FILE.read_text(encoding="utf-8").splitlines()), "CLIP's for ImageNet")
+
+
+def parse_templates(words: Sequence[str]) -> Templates:
+    """Return the templates that a user names: templates, `imagenet` for CLIP's, or files with one template per line.
+
+    Raises:
+        InputError: a word is none of these, or a line of a file has no placeholder.
+    """
+    if list(words) == [IMAGENET]:
+        return imagenet_templates()
+    prompts: list[str] = []
+    for word in words:
+        if _is_template(word):
+            prompts.append(word)
+        elif word == IMAGENET:
+            prompts += imagenet_templates().prompts
+        else:
+            prompts += _read_file(word)
+    return Templates(tuple(prompts), "given")
+
+
+def _is_template(text: str) -> bool:
+    return any(placeholder in text for placeholder in PLACEHOLDERS)
+
+
+def _read_file(word: str) -> list[str]:
+    path = Path(word).expanduser()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError, and so is a NUL in the name
+        suggestion = near_matches(word, [IMAGENET]) or near_files(path)
+        raise InputError(
+            f"The template {word!r} has no {{}} for the label's name, and is no readable file.{suggestion}",
+            hint=f'pass --template "{word.strip()} {{}}", the file of templates, or {IMAGENET} for CLIP\'s 80',
+        ) from error
+    if missing := [number for number, line in enumerate(lines, start=1) if not _is_template(line)]:
+        raise InputError(
+            f"{path}, template {missing[0]}, has no {{}} for the label's name: {lines[missing[0] - 1]!r}.",
+            hint="write one template per line, such as: a photo of a {}.",
+        )
+    if not lines:
+        raise InputError(f"{path} has no templates.", hint="write one template per line, such as: a photo of a {}.")
+    return lines
