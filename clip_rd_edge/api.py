@@ -115,11 +115,14 @@ class ExportedBundle(os.PathLike[str]):
         folder: the bundle's folder.
         manifest: the bundle's manifest.
         trials: the measured INT8 candidates, with a verdict on each.
+        targets: if several targets were requested, the bundle of each, in a folder of its name in `folder`; the other
+            attributes are then those of the first.
     """
 
     folder: Path
     manifest: Manifest
     trials: tuple[Trial, ...] = ()
+    targets: tuple[ExportedBundle, ...] = ()
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -136,6 +139,8 @@ def export(
 ) -> ExportedBundle:
     """Export a model as a bundle for a device: two ONNX files, a tokenizer and a manifest.
 
+    For several targets, `output` holds one bundle per target, in a folder of its name.
+
     Args:
         model: as for `load`, except that a bundle is accepted only with `target="browser"`.
         force: replace an existing `output`.
@@ -151,12 +156,13 @@ def export(
 
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.convert.calibration import calibration_pairs
-    from clip_rd_edge.convert.targets import BROWSER, plan_export
+    from clip_rd_edge.convert.targets import BROWSER, plan_exports
     from clip_rd_edge.utils.io import require_free_output
 
     spec, output = os.fspath(model), Path(output)
     require_free_output(output, overwrite=force)
-    plan = plan_export(options)
+    plans = plan_exports(options)
+    plan = plans[0]
     node_modules = options.get("node_modules")
     bundle = Path(spec) if is_bundle(Path(spec)) else None
     if bundle and options.get("target") != BROWSER:
@@ -169,11 +175,14 @@ def export(
         if bundle:
             bundled = {**options, "labels": plan.request.labels}
             return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
-    pairs = calibration_pairs(options.get("calibration"), spec) if plan.request.precision == "int8" else None
+    needs_pairs = any(plan.request.precision == "int8" for plan in plans)
+    pairs = calibration_pairs(options.get("calibration"), spec) if needs_pairs else None
+    if plan.note:
+        reporter.say(plan.note)
 
     # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
     from clip_rd_edge.convert.calibration import calibration_set
-    from clip_rd_edge.exporters.bundle import export_bundle, package_versions
+    from clip_rd_edge.exporters.bundle import export_bundle, export_bundles, package_versions
     from clip_rd_edge.models.encoder import TorchEncoder
     from clip_rd_edge.models.load import load_clip
 
@@ -183,8 +192,16 @@ def export(
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
         calibration = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
-    provenance = {"model": spec, "pretrained": pretrained, "device": plan.device, **package_versions()}
-    request = msgspec.structs.replace(plan.request, provenance={k: v for k, v in provenance.items() if v})
+    provenance = {"model": spec, "pretrained": pretrained, **package_versions()}
+    requests = {}
+    for planned in plans:
+        recorded = {key: value for key, value in {**provenance, "device": planned.device}.items() if value}
+        requests[planned.device] = msgspec.structs.replace(planned.request, provenance=recorded)
+    if len(plans) > 1:
+        bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
+        exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
+        return ExportedBundle(output, exported[0].manifest, exported[0].trials, tuple(exported))
+    request = requests[plan.device]
     with tempfile.TemporaryDirectory() as scratch:
         folder = output if plan.layout == "bundle" else Path(scratch)
         converted = export_bundle(

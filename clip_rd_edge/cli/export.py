@@ -23,7 +23,9 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 @_bundle(
     "--target",
     help="Device to export for, which sets format and precision: one of `clip-rd-edge devices`, such as cpu-x86 or "
-    "jetson-orin, or an RTX card's compute capability, such as sm86. browser writes a static web page that runs the "
+    "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make one "
+    "bundle per target. Without it, --format trt is for the GPU that is here, or else a folder that builds its engines "
+    "on any. browser writes a static web page that runs the "
     "bundle in the browser; MODEL may then be a bundle.",
 )
 @_bundle(
@@ -90,7 +92,8 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export runs/first --target cpu-x86 --labels labels.txt -o bundle
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --target sm89 -o bundle
-    clip-rd-edge export runs/first --target jetson-orin -o bundle
+    clip-rd-edge export runs/first --format trt -o bundle
+    clip-rd-edge export runs/first --target sm86,sm89,jetson-orin -o bundles
     clip-rd-edge export bundle --target browser -o site
     """
     import clip_rd_edge as edge
@@ -100,19 +103,20 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     with console_reporter() as reporter:
         options = drop_none(labels=parse_labels(labels), **options)
         bundle = edge.export(model, output, **options, reporter=reporter)
-    _show(bundle)
+    for part in bundle.targets or (bundle,):
+        _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
     click.echo(_as_json(bundle) if as_json else output)
 
 
-def _show(bundle: ExportedBundle) -> None:
-    """Print the INT8 trials and the result for each tower to stderr."""
+def _show(bundle: ExportedBundle, *, name: str) -> None:
+    """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
     from clip_rd_edge.cli._console import print_table, say, stderr
 
     if bundle.trials:
         print_table(_trial_table(bundle.trials), console=stderr)
-    for name, tower in bundle.manifest.towers.items():
+    for kind, tower in bundle.manifest.towers.items():
         latency = f", {tower.measured.latency_ms_p50:.2f} ms" if tower.measured else ""
-        say(f"{name} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
+        say(f"{name}{kind} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
 
 
 def _trial_table(trials: Sequence[Trial]) -> Any:
@@ -137,13 +141,20 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
 def _as_json(bundle: ExportedBundle) -> str:
     import msgspec
 
+    summary = _summary(bundle)
+    if bundle.targets:
+        parts = {part.folder.name: _summary(part) for part in bundle.targets}
+        summary = {"folder": str(bundle.folder), "targets": parts}
+    return msgspec.json.encode(summary).decode()
+
+
+def _summary(bundle: ExportedBundle) -> dict[str, Any]:
     from clip_rd_edge.utils.io import size_bytes
 
-    summary = {
+    return {
         "bundle": str(bundle.folder),
         "precision": bundle.manifest.precision,
         "size_bytes": size_bytes(bundle.folder),
         **bundle.manifest.towers,
         "trials": list(bundle.trials),
     }
-    return msgspec.json.encode(summary).decode()

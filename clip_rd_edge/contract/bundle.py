@@ -161,7 +161,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not is_bundle(folder):
         reason = "has no manifest.json" if folder.is_dir() else "does not exist"
-        raise InputError(f"{folder} is not a bundle: it {reason}.", hint="create one with clip-rd-edge export")
+        hint = "create one with clip-rd-edge export"
+        if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
+            hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
+        raise InputError(f"{folder} is not a bundle: it {reason}.", hint=hint)
     manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION)
     for name in manifest.files:
         if not (folder / name).is_file():

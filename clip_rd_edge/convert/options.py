@@ -83,7 +83,8 @@ class ExportOptions(TypedDict, total=False):
     Keys:
         format: `onnx`, `openvino` or `trt`. Default: the target's, else onnx.
         precision: `fp32`, `fp16`, `bf16` or `int8`. Default: the target's, else fp32.
-        target: a device's name, an RTX card's capability such as `sm86`, or `browser`.
+        target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, separated
+            by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on any.
         via: `onnx` or `torch-tensorrt`.
         layout: `bundle`, or `immich` for a model folder of immich.
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.

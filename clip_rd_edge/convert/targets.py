@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,9 @@ from clip_rd_edge.convert.options import (
     require_via,
 )
 from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.label_list import label_names
+from clip_rd_edge.utils.host import cuda_capability, jetson_name
 from clip_rd_edge.utils.io import read_yaml, shipped_path
 
 DEVICES = "export"
@@ -117,25 +120,35 @@ def _folder(name: str) -> Path:
 
 @dataclass(frozen=True)
 class ResolvedTarget:
-    """The format and precision of an export; `engine_target` is the target of TensorRT engines, or None."""
+    """The format and precision of an export.
+
+    Attributes:
+        engine_target: the target of TensorRT engines, or None.
+        note: how the target was chosen if none was named, in a sentence, or empty.
+    """
 
     format: Format
     precision: Precision
     engine_target: str | None
     weight_bits: WeightBits = 7
+    note: str = ""
 
 
 def resolve_target(target: str | None, *, format: Format | None, precision: Precision | None) -> ResolvedTarget:
     """Combine the options; the defaults are the target's first choice, or ONNX in float32 without a target.
 
+    Engines without a target are for the GPU that is here, or built where they run (`engine_target_here`).
+
     Raises:
-        InputError: no target has that name, or the target of an engine is missing.
+        InputError: no target has that name.
         UsageError: the target does not support the format or precision, or the format not the precision.
     """
     if target is None:
-        format = format or "onnx"
         if format == "trt":
-            require_target(target)
+            target, note = engine_target_here()
+            resolved = resolve_target(target, format=format, precision=precision)
+            return replace(resolved, note=note)
+        format = format or "onnx"
         require_precision(format, precision or "fp32")
         return ResolvedTarget(format, precision or "fp32", None)
     if target not in (*device_names(), *RTX_TARGETS):
@@ -167,11 +180,33 @@ class ExportPlan:
         request: the parameters of the export, without provenance.
         layout: what is written: a bundle folder, immich's layout, or a page for the browser.
         device: the target as the user named it, or empty.
+        note: how the target was chosen if none was named, in a sentence, or empty.
     """
 
     request: ExportRequest
     layout: Literal["bundle", "immich", "browser"]
     device: str = ""
+    note: str = ""
+
+
+def plan_exports(options: ExportOptions) -> tuple[ExportPlan, ...]:
+    """Plan the export for each target in `target`, which are separated by commas; one plan if there is at most one.
+
+    Raises:
+        InputError, UsageError: as `plan_export`, or several targets cannot be exported together.
+    """
+    target = options.get("target") or ""
+    names = [name.strip() for name in target.split(",")]
+    if len(names) == 1:
+        return (plan_export(options),)
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"The target {repeated!r} is named twice in {target!r}.")
+    layout = options.get("layout", "bundle")
+    if BROWSER in names or layout != "bundle":
+        what = f"The target {BROWSER}" if BROWSER in names else f"The layout {layout}"
+        raise UsageError(f"{what} cannot be exported for several targets at once.", hint="export it alone")
+    single: list[ExportOptions] = [{**options, "target": name} for name in names]
+    return tuple(plan_export(options) for options in single)
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
@@ -209,7 +244,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         labels=None if labels is None else tuple(labels),
         threads=options.get("threads", 1),
     )
-    return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "")
+    return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "", note=resolved.note)
 
 
 def _require_browser_options(options: ExportOptions) -> None:
@@ -222,6 +257,34 @@ def _require_browser_options(options: ExportOptions) -> None:
     ):
         if conflict:
             raise UsageError(f"--target browser cannot be combined with {option}.", hint=f"omit {option}")
+
+
+def engine_target_here() -> tuple[str, str]:
+    """Return the target for engines if none was named, and a sentence that says so and how to go on.
+
+    It is the GPU of this machine if engines for it can be built now, by TensorRT for RTX; and otherwise a folder that
+    builds its own engines: for this Jetson, or for any NVIDIA GPU.
+    """
+    if jetson := jetson_name():
+        return jetson, f"no --target: the folder is for this {SELF_BUILDING_TARGETS[jetson]}; run its build.sh next"
+    generic = "nvidia-gpu"
+    capability = cuda_capability()
+    if not capability:
+        return generic, (
+            "no --target, and no NVIDIA GPU here: the folder builds its own engines on any; copy it there and run "
+            "bash build.sh, or python3 build.py (engines for an RTX card can be built here: --target sm89)"
+        )
+    target = f"sm{capability.replace('.', '')}"
+    if target not in RTX_TARGETS:
+        reason = f"{target}, for which TensorRT builds the engines: run the folder's build.sh or build.py next"
+    elif find_spec("tensorrt_rtx_bindings") is None:
+        reason = (
+            f"{target}: run the folder's build.sh or build.py next, which need TensorRT "
+            f"(with TensorRT for RTX, the export builds the engines: {install_command('rtx')})"
+        )
+    else:
+        return target, f"no --target: the engines are for the GPU here, {target} ({RTX_TARGETS[target]})"
+    return generic, f"no --target: the GPU here is {reason}"
 
 
 def require_target(name: str | None) -> str:

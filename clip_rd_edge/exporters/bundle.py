@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes
-from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 _PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")
 MAX_DIFFERENCE, MIN_COSINE = 1e-4, 0.99999
@@ -173,6 +174,43 @@ def export_bundle(
             build = engine_builder(torch_tensorrt, clip, source) if torch_tensorrt else None
             converted = _convert(source, folder, request, calibration=calibration, build=build, reporter=reporter)
         return ConvertedBundle(_finish(folder, converted.manifest, request, calibration, reporter), converted.trials)
+
+
+def export_bundles(
+    clip: ClipModel,
+    output: Path,
+    requests: Mapping[str, ExportRequest],
+    *,
+    calibration: CalibrationSet | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, ConvertedBundle]:
+    """Export a model as several bundles, each in the folder of its name in `output`; the towers are exported once.
+
+    Args:
+        requests: one per name.
+        clip, output, calibration, overwrite, reporter: as for `export_bundle`.
+
+    Raises:
+        UsageError, InputError, MissingExtraError, ClipRdEdgeError: as `export_bundle`; then nothing is written.
+    """
+    require_free_output(output, overwrite=overwrite)
+    for request in requests.values():
+        _require_supported(request, calibration)
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "fp32"
+        export_bundle(clip, source, ExportRequest(threads=next(iter(requests.values())).threads), reporter=reporter)
+        return {
+            name: export_bundle(
+                clip,
+                folder / name,
+                request,
+                calibration=calibration if request.precision == "int8" else None,
+                source=source,
+                reporter=PrefixedReporter(reporter, f"{name}: "),
+            )
+            for name, request in requests.items()
+        }
 
 
 def _require_supported(request: ExportRequest, calibration: CalibrationSet | None) -> None:

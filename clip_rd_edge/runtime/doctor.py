@@ -18,7 +18,15 @@ import msgspec
 
 from clip_rd_edge.installation import PACKAGE, install_command
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
-from clip_rd_edge.utils.host import cpu_quota, instruction_sets, machine_name, memory_bytes, system_name, usable_cores
+from clip_rd_edge.utils.host import (
+    cpu_quota,
+    instruction_sets,
+    jetson_name,
+    machine_name,
+    memory_bytes,
+    system_name,
+    usable_cores,
+)
 
 # What each extra is for. Extras without an entry are listed, too.
 EXTRAS = {
@@ -31,7 +39,8 @@ EXTRAS = {
     "tensorrt": "running engines on a Jetson",
 }
 _NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
-_JETSON_RELEASE = Path("/etc/nv_tegra_release")
+# JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.
+_CUDA_BINDINGS = {"jetson-orin": "cuda-bindings<13", "jetson-thor": "cuda-bindings>=13"}
 _LARGEST_COUNT = 5  # packages that are listed with their sizes
 _FAST_INT8 = {"AVX-VNNI", "AVX-512 VNNI", "AMX INT8", "Neon dot product", "Arm I8MM"}
 _FAST_BF16 = {"AVX-512 BF16", "AMX BF16", "Arm BF16"}
@@ -138,9 +147,9 @@ def _openvino() -> list[Finding]:
 
 def _gpu() -> Finding:
     remedy = ""
-    if _JETSON_RELEASE.is_file():
-        device, requirement = _jetson(_JETSON_RELEASE.read_text(errors="replace"))
-        detail = f"NVIDIA Jetson: see clip-rd-edge devices {device}"
+    if jetson := jetson_name():
+        requirement = _CUDA_BINDINGS[jetson]
+        detail = f"NVIDIA Jetson: see clip-rd-edge devices {jetson}"
         if not _satisfied(requirement):
             remedy = f"pip install '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
@@ -150,17 +159,6 @@ def _gpu() -> Finding:
     else:
         detail = "none that clip-rd-edge can use"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
-
-
-def _jetson(release: str) -> tuple[str, str]:
-    """Return a Jetson's name as a target, and the cuda-bindings for its CUDA, by the text of its release file.
-
-    JetPack 6 (R36) has CUDA 12, whose driver runs no later major version; JetPack 7 (R38) has CUDA 13.
-    """
-    match = re.search(r"\bR(\d+)\b", release)
-    return (
-        ("jetson-thor", "cuda-bindings>=13") if match and int(match[1]) >= 38 else ("jetson-orin", "cuda-bindings<13")
-    )
 
 
 def _satisfied(requirement: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ _MACOS_INSTRUCTION_SETS = {
 }
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_JETSON_RELEASE = Path("/etc/nv_tegra_release")
+_TIMEOUT_S = 10
 
 
 def machine_name() -> str:
@@ -96,6 +99,28 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
     enabled = {key.strip() for key, _, value in lines if value.strip() == "1"}
     flags = {key.removeprefix("hw.optional.").removeprefix("arm.") for key in enabled}
     return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in flags)
+
+
+def jetson_name() -> str:
+    """Return `jetson-orin` or `jetson-thor`, or an empty string on another machine.
+
+    JetPack 6 (R36) runs on the Orin, JetPack 7 (R38) on the Thor.
+    """
+    if not _JETSON_RELEASE.is_file():
+        return ""
+    release = re.search(r"\bR(\d+)\b", _JETSON_RELEASE.read_text(errors="replace"))
+    return "jetson-thor" if release and int(release[1]) >= 38 else "jetson-orin"
+
+
+def cuda_capability() -> str:
+    """Return the compute capability of the first NVIDIA GPU as the driver reports it, such as `8.9`, or empty."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):  # no driver, or a GPU that hangs
+        return ""
+    first = result.stdout.split("\n", 1)[0].strip()
+    return first if result.returncode == 0 and re.fullmatch(r"\d+\.\d+", first) else ""
 
 
 def _features() -> str:

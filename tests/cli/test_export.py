@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.convert import targets
 from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.convert.options import require_precision
 from clip_rd_edge.convert.targets import ResolvedTarget, device_names, read_device, resolve_target
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.exporters import bundle as exporters
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -139,8 +141,6 @@ def test_an_unknown_target_is_refused_with_the_list_of_targets(
     code, _, err = command_line("export", run_folder, "--format", "trt", "--target", "sm99", "-o", new)
     assert (code, "No target is named 'sm99'; expected one of" in err) == (2, True)
     assert all(name in err.replace("\n", " ") for name in ("cpu-x86", "browser", "jetson-thor", "sm86", "sm120"))
-    code, _, err = command_line("export", run_folder, "--format", "trt", "-o", new)
-    assert (code, "needs a target" in err) == (2, True)
     code, _, err = command_line("export", run_folder, "--target", "sm86", "--format", "onnx", "-o", new)
     assert (code, "sm86 takes --format trt, not onnx" in err) == (2, True)
     code, _, err = command_line("export", run_folder, "--target", "rtx", "-o", new)
@@ -172,8 +172,77 @@ def test_a_target_sets_the_format_and_precision() -> None:
     assert with_8_bits == {"cpu-arm", "android", "cpu-x86-vnni"}
     assert resolve_target("openvino", format=None, precision="bf16") == ResolvedTarget("openvino", "bf16", None)
     assert resolve_target("sm89", format="trt", precision=None) == ResolvedTarget("trt", "fp16", "sm89")
-    assert resolve_target("jetson-orin", format=None, precision=None) == ResolvedTarget("trt", "int8", "jetson-orin")
+    assert resolve_target("jetson-orin", format=None, precision=None) == ResolvedTarget("trt", "fp16", "jetson-orin")
     assert resolve_target("nvidia-gpu", format=None, precision=None) == ResolvedTarget("trt", "fp16", "nvidia-gpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "jetson", "rtx", "target", "said"),
+    [
+        ("", "", True, "nvidia-gpu", "no NVIDIA GPU here: the folder builds its own engines on any; copy it there"),
+        ("8.9", "", True, "sm89", "the engines are for the GPU here, sm89 (GeForce RTX 40"),
+        ("8.9", "", False, "nvidia-gpu", "sm89: run the folder's build.sh or build.py next, which need TensorRT"),
+        ("9.0", "", True, "nvidia-gpu", "the GPU here is sm90, for which TensorRT builds the engines"),
+        ("", "jetson-orin", False, "jetson-orin", "for this Jetson Orin, compute capability 8.7"),
+    ],
+)
+def test_engines_without_a_target_are_for_the_gpu_here_or_build_themselves(
+    capability: str, jetson: str, rtx: bool, target: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(targets, "jetson_name", lambda: jetson)
+    monkeypatch.setattr(targets, "find_spec", lambda name: object() if rtx else None)
+    resolved = resolve_target(None, format="trt", precision=None)
+    assert (resolved.format, resolved.precision, resolved.engine_target) == ("trt", "fp16", target)
+    assert said in resolved.note
+    assert resolve_target(None, format="trt", precision="int8").precision == "int8"
+
+
+def test_format_trt_alone_writes_the_folder_that_builds_its_engines_on_any_gpu(
+    run_folder: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "cuda_capability", lambda: "")
+    code, out, err = command_line("export", run_folder, "--format", "trt", "-o", tmp_path / "bundle")
+    assert (code, out) == (0, f"{tmp_path / 'bundle'}\n"), err
+    assert "copy it there and run bash build.sh" in err
+    assert (tmp_path / "bundle" / "build.sh").is_file()
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.target == "tensorrt nvidia-gpu"
+    assert "fp16" in manifest.precision
+
+
+def test_several_targets_make_one_bundle_each_from_one_export_of_the_towers(
+    run_folder: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+    write_fp32 = exporters.write_fp32
+    monkeypatch.setattr(exporters, "write_fp32", lambda *a, **k: exported.append(1) or write_fp32(*a, **k))
+    output = tmp_path / "bundles"
+    names = ("jetson-orin", "nvidia-gpu", "cpu-arm")
+    arguments = ("--target", ",".join(names), "--precision", "fp16", "-o", output)
+    code, out, err = command_line("export", run_folder, *arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out)["targets"].keys() == set(names) == {path.name for path in output.iterdir()}
+    assert [read_manifest(output / name).target for name in names] == [
+        "tensorrt jetson-orin",
+        "tensorrt nvidia-gpu",
+        "onnxruntime",
+    ]
+    assert read_manifest(output / "cpu-arm").provenance["device"] == "cpu-arm"
+    assert "cpu-arm: image tower: " in err
+    assert exported == [1]
+    with pytest.raises(InputError, match="is not a bundle") as raised:
+        read_manifest(output)
+    assert str(output / "jetson-orin") in raised.value.hint
+    for target, said in (
+        ("cpu-x86,cpu-x86", "'cpu-x86' is named twice"),
+        ("cpu-x86,browser", "The target browser cannot be exported for several targets at once"),
+        ("cpu-x86,", "No target is named ''"),
+        ("cpu-x86,sm99", "No target is named 'sm99'"),
+    ):
+        code, _, err = command_line("export", run_folder, "--target", target, "-o", tmp_path / "new")
+        assert (code, said in err) == (2, True), err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in device_names() if name != "rtx"])

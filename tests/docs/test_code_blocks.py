@@ -28,7 +28,7 @@ from clip_rd_edge.cli.main import cli
 from clip_rd_edge.contract.bundle import FORMAT_VERSION, Manifest, Measurement, Tower, read_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.convert.targets import plan_export
+from clip_rd_edge.convert.targets import plan_exports
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.evidence.suite import read_evidence
 
@@ -134,8 +134,8 @@ def check_command(command: Sequence[str], place: str) -> None:
         except click.ClickException as error:
             raise AssertionError(f"{place}: {shlex.join(command)}: {error.format_message()}") from error
         if "--target" in arguments:
-            target = arguments[arguments.index("--target") + 1]
-            assert target in edge.devices() or re.fullmatch(r"sm\d+", target), f"{place}: no target {target}"
+            for target in arguments[arguments.index("--target") + 1].split(","):
+                assert target in edge.devices() or re.fullmatch(r"sm\d+", target), f"{place}: no target {target}"
     elif Path(command[0]).name == "make":
         for target in command[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{place}: make {target}"
@@ -263,7 +263,9 @@ class Small:
         return Path(shutil.copytree(self._done[key], output))
 
     def export(self, model: str | Path, output: str | Path, **options: Any) -> edge.ExportedBundle:
-        plan_export({name: value for name, value in options.items() if name not in ("pretrained", "force", "reporter")})
+        plan_exports(
+            {name: value for name, value in options.items() if name not in ("pretrained", "force", "reporter")}
+        )
         assert Path(model).is_dir()
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(self.bundle, output)

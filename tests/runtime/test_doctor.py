@@ -81,7 +81,7 @@ def test_a_jetson_gets_the_cuda_bindings_of_its_cuda(
     release: str, device: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "release").write_text(release)
-    monkeypatch.setattr(doctor, "_JETSON_RELEASE", tmp_path / "release")
+    monkeypatch.setattr("clip_rd_edge.utils.host._JETSON_RELEASE", tmp_path / "release")
     wrong, right = ("13.5.0", "12.9.10") if "<13" in remedy else ("12.9.10", "13.5.0")
     monkeypatch.setattr(doctor, "_installed", lambda package: True)
     monkeypatch.setattr(doctor, "version", lambda package: wrong)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,23 @@ def test_peak_memory_does_not_decrease() -> None:
     buffer = bytearray(40_000_000)
     buffer[::4096] = b"x" * len(buffer[::4096])  # touch every page
     assert (peak_memory_bytes() or 0) >= before
+
+
+@pytest.mark.parametrize(
+    ("script", "capability"),
+    [
+        ("echo 8.9; echo 12.0", "8.9"),
+        ("echo 12.0", "12.0"),
+        ("echo 'NVIDIA-SMI has failed' >&2; exit 9", ""),
+        ("echo '[N/A]'", ""),
+        ("echo", ""),
+    ],
+)
+def test_the_compute_capability_is_the_first_gpus_as_the_driver_reports_it(
+    script: str, capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host.cuda_capability() == ""  # no driver
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert host.cuda_capability() == capability
