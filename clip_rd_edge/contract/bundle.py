@@ -14,23 +14,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from clip_rd_edge.utils.io import is_plain_name, read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
 
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
 # `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
 INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
+LABELS = "labels.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 
+# Limits, so that a manifest cannot ask for any amount of memory: far above those of any model that open_clip has.
+MAX_EMBEDDING_SIZE = 65_536
+MAX_LOGIT_SCALE = 1e6
+MAX_TEMPLATES = 1_000
 
-class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+
+class Measurement(CheckedStruct, frozen=True, kw_only=True):
     """What the exporter measured for one tower, compared with the float32 tower it was converted from.
 
     Attributes:
@@ -42,18 +51,18 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
         samples: number of inputs compared.
     """
 
-    latency_ms_p50: float
-    latency_ms_p95: float
-    speedup: float
-    max_difference: float
+    latency_ms_p50: NonNegativeFloat
+    latency_ms_p95: NonNegativeFloat
+    speedup: NonNegativeFloat
+    max_difference: NonNegativeFloat
     cosine: float
     centred_cosine: float
-    samples: int
-    threads: int
+    samples: NonNegativeInt
+    threads: NonNegativeInt
     machine: str
 
 
-class Tower(msgspec.Struct, frozen=True, kw_only=True):
+class Tower(CheckedStruct, frozen=True, kw_only=True):
     """One model file of a bundle.
 
     Attributes:
@@ -80,30 +89,43 @@ class Tower(msgspec.Struct, frozen=True, kw_only=True):
     instruction_sets: tuple[str, ...] = ()
     measured: Measurement | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (self.file, self.engine or self.file):
+            _require_plain(name)
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of manifest.json.
 
     Attributes:
         files: SHA-256 of every other file, by name.
         checksum: SHA-256 of this file with an empty `checksum`.
+
+    Raises:
+        CheckedError: a number is out of its range, or the name of a file leads out of the bundle's folder.
     """
 
-    format_version: int
+    format_version: NonNegativeInt
     name: str
     precision: str
     target: str
-    embedding_size: int
-    logit_scale: float
+    embedding_size: Annotated[int, Meta(ge=1, le=MAX_EMBEDDING_SIZE)]
+    logit_scale: Annotated[PositiveFloat, Meta(le=MAX_LOGIT_SCALE)]
     preprocessing: Preprocessing
     tokenizer: TokenizerSpec
     image: Tower
     text: Tower
-    templates: tuple[str, ...] = ("{}",)
-    parameters: int = 0
-    provenance: dict[str, str] = {}
-    files: dict[str, str] = {}
+    templates: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_TEMPLATES)] = ("{}",)
+    parameters: NonNegativeInt = 0
+    provenance: dict[str, str] = msgspec.field(default_factory=dict)
+    files: dict[str, str] = msgspec.field(default_factory=dict)
     checksum: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.files:
+            _require_plain(name)
 
     @property
     def towers(self) -> dict[str, Tower]:
@@ -125,6 +147,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             text=towers["text"],
             files={},
         )
+
+
+def _require_plain(name: str) -> None:
+    if not is_plain_name(name) or name == MANIFEST:
+        raise CheckedError(f"The file name {name!r} does not name a file inside the bundle")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -153,11 +180,12 @@ def is_bundle(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a bundle's manifest and check that its files exist.
+    """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer.
 
     Raises:
         InputError: the folder or its manifest does not exist, or a file listed in the manifest is missing.
-        ConfigError: the manifest is damaged, or its format is newer than this version supports.
+        ConfigError: the manifest is damaged, its format is newer than this version supports, a number is out of range,
+            the name of a file leads out of the folder, or the checksum of a file is missing.
     """
     if not is_bundle(folder):
         reason = "has no manifest.json" if folder.is_dir() else "does not exist"
@@ -166,6 +194,14 @@ def read_manifest(folder: Path) -> Manifest:
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
         raise InputError(f"{folder} is not a bundle: it {reason}.", hint=hint)
     manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION)
+    read = [manifest.image.file, manifest.text.file, TOKENIZER]
+    read += [name for name in (manifest.image.engine, manifest.text.engine) if name]
+    for name in read:
+        if name not in manifest.files:
+            raise ConfigError(
+                f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.",
+                hint="export the bundle again",
+            )
     for name in manifest.files:
         if not (folder / name).is_file():
             raise InputError(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import ConfigError, InputError
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -62,6 +62,15 @@ def in_batches(count: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
+_MAX_BATCH_BYTES = 1 << 27  # of preprocessed images: 32 of them up to 590 × 590 pixels
+
+
+def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
+    """Return `batch_size`, or fewer images if a batch of the model's large input would take too much memory."""
+    height, width = preprocessing.size
+    return max(1, min(batch_size, _MAX_BATCH_BYTES // (12 * height * width)))
+
+
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
     """Return the indices of the `count` largest of values, (N,), largest first; ties keep their order."""
     if count < len(values):
@@ -94,6 +103,21 @@ class TowerEncoder(Encoder, Protocol):
 def as_list(texts: str | Sequence[str]) -> list[str]:
     """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
+    """Return the embeddings if all entries are finite.
+
+    Raises:
+        ConfigError: one is not; with it, all comparisons are false, and the answer would be wrong without a word.
+    """
+    if not np.isfinite(embeddings).all():
+        raise ConfigError(
+            f"{source} has embeddings with entries that are not finite numbers.",
+            hint="the model is damaged, or its precision does not work on this device; check a bundle with "
+            "clip-rd-edge verify",
+        )
+    return embeddings
 
 
 Probabilities = npt.NDArray[np.float32]
@@ -139,8 +163,12 @@ def normalise(rows: npt.NDArray[np.floating]) -> Embeddings:
 
 
 def probabilities(images: Embeddings, labels: Embeddings, logit_scale: float) -> Probabilities:
-    """Return the softmax over labels of logit_scale times the cosine similarities, shape (N, C)."""
-    logits = logit_scale * (images @ labels.T)
+    """Return the softmax over labels of logit_scale times the cosine similarities, shape (N, C).
+
+    Raises:
+        ConfigError: an embedding of an image or a label has an entry that is not a finite number.
+    """
+    logits = require_finite(logit_scale * (images @ labels.T), "An image or a label")
     logits -= logits.max(axis=1, keepdims=True)
     exponents = np.exp(logits)
     result: Probabilities = (exponents / exponents.sum(axis=1, keepdims=True)).astype(np.float32)

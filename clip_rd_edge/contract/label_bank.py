@@ -14,11 +14,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.contract.bundle import LABELS
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.arrays import read_npz
 from clip_rd_edge.utils.io import write_bytes
 
-LABELS = "labels.npz"
+MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,000 labels of 1,024 float32 entries
 LabelPrecision = Literal["fp32", "fp16", "int8"]
 
 
@@ -49,17 +51,29 @@ def read_labels(folder: Path) -> LabelBank | None:
     """Return the bundle's label bank, or None if it has none.
 
     Raises:
-        ConfigError: labels.npz is damaged.
+        ConfigError: labels.npz is damaged, too large, or has embeddings that are not finite.
     """
     path = folder / LABELS
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = arrays["names"]
-            embeddings = arrays["levels"] * arrays["scales"] if "levels" in arrays else arrays["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ConfigError(f"{path} is not a label bank: {error}.", hint="export the bundle again") from error
+    arrays = read_npz(path, max_bytes=MAX_BYTES, hint="export the bundle again")
+    names = arrays.get("names")
+    embeddings = arrays.get("embeddings")
+    if "levels" in arrays and "scales" in arrays:
+        levels, scales = arrays["levels"], arrays["scales"]
+        if levels.dtype != np.int8 or levels.ndim != 2 or scales.shape != (len(levels), 1):
+            raise _damaged(path, f"levels have shape {levels.shape} and scales {scales.shape}")
+        embeddings = levels * scales
+    if names is None or embeddings is None:
+        raise _damaged(path, f"it has the arrays {', '.join(arrays) or 'none'}")
+    if names.dtype.kind != "U" or names.ndim != 1 or embeddings.dtype.kind != "f":
+        raise _damaged(path, f"names have the type {names.dtype}, embeddings {embeddings.dtype}")
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
+    if not np.isfinite(embeddings).all():
+        raise _damaged(path, "an embedding has an entry that is not a finite number")
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{path} is not a label bank: {reason}.", hint="export the bundle again")

@@ -6,19 +6,28 @@ using only Pillow and numpy.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 from PIL import Image
+
+from clip_rd_edge.utils.checked import CheckedStruct
 
 Pixels = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
 Interpolation = Literal["bicubic", "bilinear"]
 
 
-class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
+# Longest edge of a model's input in pixels, four times that of the largest model in open_clip. A limit, so that a
+# manifest cannot ask for any amount of memory.
+MAX_EDGE = 2048
+_Edge = Annotated[int, Meta(ge=1, le=MAX_EDGE)]
+_Deviation = Annotated[float, Meta(ge=1e-6)]
+
+
+class Preprocessing(CheckedStruct, frozen=True, kw_only=True):
     """Preprocessing parameters of a model, with the fields and values of open_clip's `preprocess_cfg`.
 
     Attributes:
@@ -28,12 +37,12 @@ class Preprocessing(msgspec.Struct, frozen=True, kw_only=True):
             pads with `fill_color`, `squash` ignores the aspect ratio.
     """
 
-    size: tuple[int, int]
+    size: tuple[_Edge, _Edge]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     interpolation: Interpolation = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    fill_color: int = 0
+    fill_color: Annotated[int, Meta(ge=0, le=255)] = 0
 
     @property
     def evaluation_interpolation(self) -> Interpolation:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches
+from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
@@ -88,7 +88,7 @@ class TorchEncoder:
         device = next(self.clip.model.parameters()).device
         with evaluation_mode(self.clip.model), torch.inference_mode():
             embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
-            return embeddings
+            return require_finite(embeddings, self.clip.name)
 
     def _no_embeddings(self) -> Embeddings:
         return np.zeros((0, self.clip.embedding_size), dtype=np.float32)

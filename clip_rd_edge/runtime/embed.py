@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
+from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder, image_batch_size
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
@@ -82,6 +82,7 @@ def embed_images(
     def embed(gathered: Future[_Gathered[P]]) -> EmbeddedBatch[P]:
         return _embed(encoder, gathered.result(), size)
 
+    batch_size = image_batch_size(batch_size, preprocessing)
     remaining = iter(images)
     workers = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
     openers = ThreadPoolExecutor(workers, initializer=_lower_priority)

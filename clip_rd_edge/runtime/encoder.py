@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower, bundle_size_bytes
-from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches
+from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower, bundle_size_bytes
+from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 
 BATCH_SIZE = 32
 
@@ -60,7 +61,19 @@ class BundleEncoder(ABC):
     @cached_property
     def label_bank(self) -> LabelBank | None:
         """The bundle's precomputed labels and their embeddings, or None."""
-        return read_labels(self.folder)
+        bank = read_labels(self.folder)
+        if bank is not None and self.manifest.files and LABELS not in self.manifest.files:
+            raise ConfigError(
+                f"The manifest of {self.folder} has no checksum of {LABELS}.",
+                hint="export the bundle again with --labels",
+            )
+        if bank is not None and bank.embeddings.shape[1] != self.manifest.embedding_size:
+            raise ConfigError(
+                f"{self.folder / LABELS} has embeddings of {bank.embeddings.shape[1]} entries; expected "
+                f"{self.manifest.embedding_size}, the model's.",
+                hint="export the bundle again",
+            )
+        return bank
 
     @cached_property
     def text_key(self) -> str:
@@ -78,7 +91,7 @@ class BundleEncoder(ABC):
             batches = [np.asarray(as_rgb(image))[None] for image in images]
             return self._run_batches(self._image_session, self.manifest.image, batches)
         parts = []
-        for batch in in_batches(len(images), BATCH_SIZE):
+        for batch in in_batches(len(images), image_batch_size(BATCH_SIZE, self.manifest.preprocessing)):
             pixels = np.stack([preprocess(as_rgb(image), self.manifest.preprocessing) for image in images[batch]])
             parts.append(self.encode_pixels(pixels))
         return np.concatenate(parts) if parts else self._no_rows()
@@ -122,9 +135,22 @@ class BundleEncoder(ABC):
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         if tower.one_at_a_time and len(inputs) > 1:
             return self._run_batches(session, tower, [row[None] for row in inputs])
-        (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
-        result: Embeddings = embeddings
-        return result
+        try:
+            (embeddings,) = session.run([tower.output_name], {tower.input_name: inputs})
+        except ClipRdEdgeError:
+            raise
+        except Exception as error:  # each runtime has its own; a bundle whose files do not fit together ends here
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(f"{self.folder / tower.file} does not run on {inputs.shape}: {reason}.") from error
+        return self._require_valid(embeddings, tower, len(inputs))
+
+    def _require_valid(self, embeddings: Any, tower: Tower, count: int) -> Embeddings:
+        """Return what a tower computed; refuse another shape than the manifest's, and entries that are no numbers."""
+        expected = (count, self.manifest.embedding_size)
+        path = self.folder / tower.file
+        if getattr(embeddings, "shape", None) != expected:
+            raise ConfigError(f"{path} returns {getattr(embeddings, 'shape', type(embeddings))}; expected {expected}.")
+        return require_finite(embeddings, str(path))
 
     def _run_batches(self, session: Any, tower: Tower, batches: Sequence[npt.NDArray[Any]]) -> Embeddings:
         parts = [self._run(session, tower, batch) for batch in batches]

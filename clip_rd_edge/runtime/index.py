@@ -24,14 +24,14 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
-from clip_rd_edge.contract.encoder import Embeddings, top_indices
+from clip_rd_edge.contract.encoder import Embeddings, require_finite, top_indices
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb, list_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils.io import looks_like_path, near_files, read_json, sha256_of, write_bytes
+from clip_rd_edge.utils.io import is_plain_name, looks_like_path, near_files, read_json, sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -100,6 +100,8 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
             raise ConfigError(
                 f"{path / _FILE} has version {index.version}; this clip-rd-edge reads up to {INDEX_VERSION}."
             )
+        if not is_plain_name(index.embeddings):
+            raise ConfigError(f"{path / _FILE} names the file {index.embeddings!r}, which is not inside the index.")
         try:
             rows = np.load(path / index.embeddings, mmap_mode="r", allow_pickle=False)
             break
@@ -110,8 +112,12 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
             raise ConfigError(
                 f"The index {path} is damaged: {error}.", hint="delete it and index the folder again"
             ) from error
-    if rows.ndim != 2 or len(rows) != len(index.entries):
-        raise ConfigError(f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape}.")
+    if rows.ndim != 2 or len(rows) != len(index.entries) or rows.dtype != np.float32:
+        raise ConfigError(
+            f"The index {path} has {len(index.entries)} images but embeddings of shape {rows.shape} and type "
+            f"{rows.dtype}.",
+            hint="delete it and index the folder again",
+        )
     return index, rows
 
 
@@ -143,7 +149,13 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> l
     time than reading index.json. A graph index (usearch) answers faster, but building it takes longer than embedding
     the images: `python benchmarks/scripts/search.py 100000 --graph` measures both.
     """
-    similarities = np.asarray(rows @ query.reshape(-1))
+    query = query.reshape(-1)
+    if rows.shape[1] != len(query):
+        raise ConfigError(
+            f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}, the model's.",
+            hint="delete it and index the folder again",
+        )
+    similarities = require_finite(np.asarray(rows @ query), "An image of the index, or the query,")
     best = top_indices(similarities, top).tolist()
     return [Hit(Path(index.folder, index.entries[i].path), float(similarities[i])) for i in best]
 

@@ -9,9 +9,16 @@ import msgspec
 import numpy as np
 from PIL import __version__ as PILLOW
 
-from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER, Manifest, is_bundle, manifest_is_intact, read_manifest
+from clip_rd_edge.contract.bundle import (
+    LABELS,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    is_bundle,
+    manifest_is_intact,
+    read_manifest,
+)
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.label_bank import LABELS
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import open_bundle
@@ -53,7 +60,7 @@ def verify_bundle(folder: Path, *, threads: int | None = None) -> list[Check]:
     checks.append(_check_run("image tower", {manifest.image.file} & broken, lambda: _embed_noise(encoder), manifest))
     needed = {manifest.text.file, TOKENIZER}
     checks.append(_check_run("text tower", needed & broken, lambda: encoder.encode_texts([TEXT]), manifest))
-    if LABELS in manifest.files:
+    if (folder / LABELS).is_file() or LABELS in manifest.files:
         checks.append(_check_run("label bank", {LABELS} & broken, lambda: _label_embeddings(encoder), manifest))
     return [*checks, *_check_pillow(manifest, PILLOW)]
 

@@ -41,6 +41,18 @@ def size_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether `name`, read from a file, is a relative path with / as separator that stays in its folder.
+
+    Backslashes and colons are refused on every system, since they separate folders and drives on some.
+    """
+    return (
+        bool(name)
+        and not any(character in "\\:" or not character.isprintable() for character in name)
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically, creating its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,9 +184,21 @@ def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.ValidationError:
-        return convert(msgspec.json.decode(content), kind, source=str(source))  # raises with the offending key
+        return convert(_json_objects(content, source), kind, source=str(source))  # raises with the offending key
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        _json_objects(content, source)
+        raise
+
+
+def _json_objects(content: bytes, source: Path) -> Any:
+    try:
+        return msgspec.json.decode(content)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{source} is not valid JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8: {error.reason}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not valid JSON for this: its values are nested too deep.") from error
 
 
 def read_versioned_json(

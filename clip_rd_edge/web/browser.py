@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LABELS
+from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import cache_home, new_folder, require_free_output, size_bytes, to_json, write_bytes

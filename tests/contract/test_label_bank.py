@@ -5,7 +5,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from clip_rd_edge.contract.label_bank import LABELS, LabelBank, LabelPrecision, read_labels, write_labels
+from clip_rd_edge.contract.bundle import LABELS
+from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
 from clip_rd_edge.errors import ConfigError
 
 NAMES = ("naïve café", "猫", *map(str, range(48)))

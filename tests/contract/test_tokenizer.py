@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,3 +123,56 @@ def test_a_damaged_tokenizer_file_is_reported(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json could not be read as a tokenizer"):
         Tokenizer(path, TokenizerSpec(context_length=8))
+
+
+def _word_tokenizer(path: Path, normalizer: Any = None) -> Path:
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models
+
+    fast = FastTokenizer(models.WordPiece({"?": 0, "a": 1}, unk_token="?"))
+    if normalizer is not None:
+        fast.normalizer = normalizer
+    fast.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_replacements_that_multiply_a_text_are_refused(tmp_path: Path, nested: bool) -> None:
+    from tokenizers import normalizers
+
+    steps = [normalizers.Replace("a", "a" * 10) for _ in range(9)]  # a letter becomes 10⁹
+    if nested:
+        steps = [normalizers.Sequence(steps[:5]), normalizers.Sequence(steps[5:])]
+    path = _word_tokenizer(tmp_path / "tokenizer.json", normalizers.Sequence(steps))
+    with pytest.raises(ConfigError, match=r"1,000,000,000 times as long; expected at most 64"):
+        Tokenizer(path, TokenizerSpec(context_length=8))
+
+
+def test_the_replacements_of_real_tokenizers_are_accepted(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    steps = [normalizers.NFC(), normalizers.Replace(" ", "▁"), normalizers.Prepend("▁"), normalizers.Lowercase()]
+    path = _word_tokenizer(tmp_path / "tokenizer.json", normalizers.Sequence(steps))
+    assert Tokenizer(path, TokenizerSpec(context_length=8))(["a"]).shape == (1, 8)
+
+
+def test_a_tokenizer_file_is_not_read_if_it_is_larger_than_any(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as file:
+        file.truncate(200_000_000)  # sparse
+    with pytest.raises(ConfigError, match="larger than 128,000,000 bytes"):
+        Tokenizer(path, TokenizerSpec(context_length=8))
+
+
+def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):  # as pyo3 raises it
+        pass
+
+    class Fast:
+        def encode_batch(self, texts: list[str]) -> None:
+            raise PanicException("index out of bounds")
+
+    tokenizer = Tokenizer(_word_tokenizer(tmp_path / "tokenizer.json"), TokenizerSpec(context_length=8))
+    monkeypatch.setattr(tokenizer, "_tokenizer", Fast())
+    with pytest.raises(ConfigError, match="could not be read as a tokenizer: index out of bounds"):
+        tokenizer(["a"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.label_bank import LABELS, read_labels
+from clip_rd_edge.contract.bundle import LABELS, read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.runtime import labels as labels_module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder

@@ -1,0 +1,62 @@
+"""Read NumPy archives of unknown origin: no pickles, and no more memory than a limit, whatever their headers say."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
+
+from clip_rd_edge.errors import ConfigError
+
+MAX_ARRAYS = 16  # of an archive
+
+
+def read_npz(path: Path, *, max_bytes: int, hint: str = "") -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of an .npz file by name.
+
+    Args:
+        max_bytes: limit on the size of each array; checked before it is decompressed.
+        hint: of the error.
+
+    Raises:
+        ConfigError: the file is damaged, is no archive of arrays, holds Python objects, or an array is too large.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if len(archive.infolist()) > MAX_ARRAYS:
+                raise ValueError(f"it has {len(archive.infolist())} arrays; expected at most {MAX_ARRAYS}")
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.filename, max_bytes)
+    except (
+        OSError, ValueError, EOFError, SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise ConfigError(f"{path} could not be read: {reason}.", hint=hint) from error
+    return arrays
+
+
+def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
+    version = npy.read_magic(file)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{name} has version {version} of the .npy format")
+    shape, fortran, dtype = readers[version](file)
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise ValueError(f"{name} has the type {dtype}")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    size = dtype.itemsize * math.prod(shape)
+    if max(size, *shape, 0) > max_bytes:
+        raise ValueError(f"{name} has {size:,} bytes; the limit is {max_bytes:,}")
+    content = file.read(size)
+    if len(content) != size or file.read(1):
+        raise ValueError(f"{name} does not have the {size:,} bytes of its shape {shape}")
+    return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.arrays import read_npz
+
+
+def header(shape: str, dtype: str = "<f4") -> bytes:
+    """The start of an .npy file of any shape, whatever follows."""
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def archive(path: Path, content: bytes, *, members: int = 1, compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for number in range(members):
+            file.writestr(f"a{number}.npy", content)
+    return path
+
+
+def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
+    arrays = {
+        "names": np.asarray(["naïve", "猫"]),
+        "rows": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "columns": np.asfortranarray(np.arange(6, dtype=np.int8).reshape(2, 3)),
+        "empty": np.zeros((0, 4)),
+        "scalar": np.asarray(7),
+    }
+    np.savez_compressed(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    read = read_npz(tmp_path / "a.npz", max_bytes=1000)
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [("(10000000000,)", "<f4"), ("(1,)", "<U4000000000"[:12]), ("(9223372036854775807, 9223372036854775807)", "<f4"),
+     ("(-1,)", "<f4"), ("(0, 99999999999)", "<f4"), ("(1,)", "|O"), ("(1000001,)", "|i1"), ("(1,)", "<U0")],
+)  # fmt: skip
+def test_an_array_of_any_claimed_size_is_refused_before_memory_is_taken(tmp_path: Path, shape: str, dtype: str) -> None:
+    path = archive(tmp_path / "bomb.npz", header(shape, dtype))
+    with pytest.raises(ConfigError, match=r"bomb\.npz could not be read"):
+        read_npz(path, max_bytes=1_000_000)
+
+
+def test_a_compression_bomb_is_refused_by_its_size(tmp_path: Path) -> None:
+    path = archive(tmp_path / "bomb.npz", header("(3000000,)") + bytes(12_000_000))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ConfigError, match="12,000,000 bytes; the limit is 1,000,000"):
+        read_npz(path, max_bytes=1_000_000)
+
+
+@pytest.mark.parametrize("missing", [1, 3, 4000])
+def test_an_array_that_is_cut_or_continues_is_refused(tmp_path: Path, missing: int) -> None:
+    with pytest.raises(ConfigError, match="does not have the 4,000 bytes"):
+        read_npz(archive(tmp_path / "cut.npz", header("(1000,)") + bytes(4000 - missing)), max_bytes=10_000)
+    with pytest.raises(ConfigError, match="does not have the 4,000 bytes"):
+        read_npz(archive(tmp_path / "long.npz", header("(1000,)") + bytes(4000 + missing)), max_bytes=10_000)
+
+
+def test_more_arrays_than_any_archive_has_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "many.npz", header("(1,)") + bytes(4), members=17)
+    with pytest.raises(ConfigError, match="17 arrays; expected at most 16"):
+        read_npz(path, max_bytes=1000)
+
+
+def test_a_flipped_bit_anywhere_ends_with_arrays_or_one_sentence(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, names=np.asarray(["a", "b"]), rows=np.arange(60.0).reshape(2, 30))
+    intact, refused = buffer.getvalue(), 0
+    for position in range(0, len(intact), 3):
+        content = bytearray(intact)
+        content[position] ^= 1 << position % 8
+        (tmp_path / "flipped.npz").write_bytes(content)
+        try:
+            read_npz(tmp_path / "flipped.npz", max_bytes=10_000)
+        except ConfigError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > len(intact) / 3 * 0.6  # some bits, such as those of a date, mean nothing
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive", bytes(100)])
+def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.npz could not be read"):
+        read_npz(tmp_path / "a.npz", max_bytes=1000)
