@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
+from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -216,9 +217,16 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
     if workers < 0:
         workers = min(8, (os.cpu_count() or 1) // 2)
     loader: DataLoader[Any] = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=_collate, pin_memory=torch.cuda.is_available()
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=obey_only_the_parent,
     )
-    for batch in loader:
+    with stop_signals_blocked():  # the workers inherit it
+        batches = iter(loader)
+    for batch in batches:
         if dataset.substitute:
             dataset.bad.add(batch.bad)
         yield batch

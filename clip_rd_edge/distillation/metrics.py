@@ -70,7 +70,24 @@ class MetricsLog:
     def __init__(self, run: Path, *, start: int) -> None:
         self._path = run / METRICS_FILE
         kept = [line for line in read_metrics(run) if line["step"] <= start]
-        write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in kept))
+        self._write_all(kept)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether there are scores of a step."""
+        lines = [line for line in read_metrics(self._path.parent) if line["step"] == step]
+        return any(name.startswith(EVALUATION_PREFIX) for line in lines for name in line)
+
+    def add_evaluation(self, step: int, scores: Mapping[str, float], board: TensorBoardLog | None) -> None:
+        """Add scores to the line of the last logged step if it is `step`, else write a line for them."""
+        evaluation = {f"{EVALUATION_PREFIX}{name}": value for name, value in scores.items()}
+        lines = read_metrics(self._path.parent)
+        logged = lines.pop() if lines and lines[-1]["step"] == step else {"step": step}
+        self._write_all([*lines, {**logged, **evaluation}])
+        if board:
+            board.write({"step": step, **evaluation})
+
+    def _write_all(self, lines: list[dict[str, Any]]) -> None:
+        write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line and flush it to disk."""

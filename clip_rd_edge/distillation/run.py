@@ -21,15 +21,17 @@ import torch
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
+from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
 from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
+from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.train import caption_batch, set_training_mode, step_settings, total_steps, train
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.io import read_yaml, to_yaml, write_text
@@ -59,6 +61,24 @@ def run_distillation(
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
     """
+    with stop_on_signals() as request:
+        try:
+            return _run(config, run, resume=resume, reporter=reporter, evaluate=evaluate)
+        except Stopped:
+            where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
+            raise InterruptedRunError(
+                f"Stopped by {request.signal_name}; {where}.", hint="continue with the same command and --resume"
+            ) from None
+
+
+def _run(
+    config: RunConfig,
+    run: Path,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    evaluate: Callable[[Encoder], dict[str, float]] | None,
+) -> Path:
     with join_processes() as processes:
         if not processes.is_main:
             reporter = SILENT

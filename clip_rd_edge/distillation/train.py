@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
@@ -28,6 +25,7 @@ from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_load
 from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardLog, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.optim import RunOptimizer
 from clip_rd_edge.distillation.quantized.tower import Quantization
+from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size, freeze_all_but_projection
 from clip_rd_edge.errors import InterruptedRunError
@@ -99,22 +97,43 @@ def train(
         rank=processes.rank,
         processes=processes.world_size,
     )
-    started = waiting_since = time.perf_counter()
+    started = time.perf_counter()
     waited = 0.0
 
-    with stop_on_signals() as request:
-        for step, batch in enumerate(step_loader(dataset, sampler, workers=config.workers), start=start):
+    def scores(done: int) -> dict[str, float]:
+        """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
+        due = done == steps or (config.evaluate_every and done % config.evaluate_every == 0)
+        if not (due and evaluate and processes.is_main):
+            return {}
+        try:
+            with request.at_once():
+                evaluation = evaluate(encoder)
+        except Stopped:
+            return {}
+        save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
+        return evaluation
+
+    with stop_on_signals() as request, request.deferred():
+        if log and start and not log.is_evaluated(start) and (evaluation := scores(start)):
+            log.add_evaluation(start, evaluation, board)
+        batches = step_loader(dataset, sampler, workers=config.workers)
+        for step in range(start, steps):
+            waiting_since = time.perf_counter()
+            try:
+                # Several processes stop together, after a step: here they cannot agree.
+                with request.at_once() if processes.world_size == 1 else nullcontext():
+                    batch = next(batches)
+            except Stopped:
+                if step > start:
+                    save_checkpoint(run, step, parts)
+                raise interrupted(request, run, step, steps) from None
             waited += time.perf_counter() - waiting_since
             result = training_step(batch, step, loss_scale=optimizer.loss_scale)
             loss = result.loss.total.item()
             optimizer.apply(step, loss, run=run)
 
-            done, evaluation = step + 1, dict[str, float]()
-            is_last = done == steps
-            evaluation_due = is_last or (config.evaluate_every and done % config.evaluate_every == 0)
-            if evaluation_due and evaluate and processes.is_main:
-                evaluation = evaluate(encoder)
-                save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
+            done = step + 1
+            evaluation = scores(done)
             elapsed = time.perf_counter() - started
             bad = processes.sum(dataset.bad.bad_pairs)
             progress = Progress(
@@ -128,7 +147,7 @@ def train(
                 skipped=optimizer.skipped,
                 memory_bytes=peak_memory_on(processes.device),
             )
-            if log and (is_last or evaluation or done % config.log_every == 0):
+            if log and (done == steps or evaluation or done % config.log_every == 0):
                 extra = {
                     "learning_rate": optimizer.learning_rate,
                     "gradient_norm": optimizer.gradient_norm,
@@ -143,17 +162,23 @@ def train(
                 reporter.say(f"step {done}: {progress.evaluation_message()}")
             dataset.bad.check_total(bad)
             stopping = processes.any(bool(request))
-            if is_last or stopping or done % config.checkpoint_every == 0:
+            if done == steps or stopping or done % config.checkpoint_every == 0:
                 if processes.is_main:
                     save_checkpoint(run, done, parts)
                 processes.barrier()
-            if stopping and not is_last:
-                raise InterruptedRunError(
-                    f"Stopped by {request.signal_name or 'a signal'} after step {done} of {steps}; saved in {run}.",
-                    hint="resume with the same command and --resume",
-                )
-            waiting_since = time.perf_counter()
+            if stopping:
+                raise interrupted(request, run, done, steps)
+        if request:  # during the evaluation of a run whose last step was done before
+            raise interrupted(request, run, steps, steps)
     return saved_student
+
+
+def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> InterruptedRunError:
+    """Return the error that says how far a stopped run came."""
+    after = f"after step {done} of {steps}; saved in {run}" if done else f"before the first of {steps} steps"
+    return InterruptedRunError(
+        f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and --resume"
+    )
 
 
 def caption_batch(config: RunConfig, device: torch.device) -> int:
@@ -216,36 +241,3 @@ def save_if_best(
             return False
     save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
     return True
-
-
-class StopRequest:
-    """Whether a signal requested a stop: true once `signal_name` is set."""
-
-    def __init__(self) -> None:
-        self.signal_name = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.signal_name)
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM sets the request; a second SIGINT interrupts at once."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # Python delivers signals only to the main thread
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal_name = signal.Signals(number).name
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""After `kill -9` at several moments, once while a checkpoint is written, --resume leads to the same weights."""
+"""After `kill -9` or SIGTERM at several moments, --resume leads to the same weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from clip_rd_edge.models.load import load_clip
 STEPS, CHECKPOINT_EVERY = 12, 2
 
 
-def command(data: Path, run: Path, *, processes: int) -> list[str]:
+def command(data: Path, run: Path, *, processes: int = 1, workers: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [
         *(sys.executable, *launcher, "-m", "clip_rd_edge", "distill", "--data", str(data), "--recipe", "clip"),
         *("--student", "test_vit", "--image-size", "160", "--text", "tiny", "--context-length", "8"),
         *("--embedding-size", "16", "--batch-size", "4", "--steps", str(STEPS), "--precision", "fp32"),
-        *("--checkpoint-every", str(CHECKPOINT_EVERY), "--workers", "1", "--resume", "-o", str(run)),
+        *("--checkpoint-every", str(CHECKPOINT_EVERY), "--workers", str(workers), "--resume", "-o", str(run)),
     ]
 
 
@@ -110,3 +110,29 @@ def test_a_run_on_two_processes_can_be_resumed_on_one(pairs_csv: Path, tmp_path:
     difference = np.abs(embeddings - actual.encode_images(images)).max()
     spread = np.abs(embeddings - embeddings.mean(axis=0)).max()
     assert difference < 1e-3 < 0.1 * spread
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to signal in /proc")
+@pytest.mark.parametrize("everyone", [True, False], ids=["to all processes", "to the leader alone"])
+def test_sigterm_saves_the_run_which_resumes_to_the_same_weights(
+    pairs_csv: Path, everyone: bool, tmp_path: Path
+) -> None:
+    """Slurm, systemd and a shell signal all processes of a job, workers included; Docker only the first."""
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    finish(command(pairs_csv, uninterrupted))
+    arguments = command(pairs_csv, stopped, workers=2)
+    process = start(arguments)
+    while process.poll() is None and not any(stopped.glob("checkpoints/step-4")):
+        time.sleep(0.001)
+    tree = process_tree(process.pid)
+    assert len(tree) >= 3
+    for pid in reversed(tree) if everyone else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "Stopped by SIGTERM after step" in error
+    assert not any(Path(f"/proc/{pid}").exists() for pid in tree)
+    finish(arguments)
+    expected, actual = (load_file(run / "student" / "open_clip_model.safetensors") for run in (uninterrupted, stopped))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)

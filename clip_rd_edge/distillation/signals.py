@@ -1,0 +1,107 @@
+"""How a run stops on SIGINT and SIGTERM: between two steps with its state saved, and elsewhere at once.
+
+Job schedulers and service managers send SIGTERM to every process of a job, so the loader's workers get it, too. They
+ignore it: the run still needs them, and stops them itself when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal requested a stop while the run was waiting or evaluating, or outside of its steps."""
+
+
+class StopRequest:
+    """Whether a signal requested a stop: true once `signal_name` is set."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+        self._at_once = True
+
+    def __bool__(self) -> bool:
+        return bool(self.signal_name)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block, a signal only sets the request: the code there must look at it."""
+        with self._raising(False):
+            yield
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block, a signal raises `Stopped`, also one that arrived before."""
+        if self:
+            raise Stopped
+        with self._raising(True):
+            yield
+
+    @contextmanager
+    def _raising(self, at_once: bool) -> Iterator[None]:
+        previous, self._at_once = self._at_once, at_once
+        try:
+            yield
+        finally:
+            # Once raised, never again: what follows is saving the state.
+            self._at_once = previous and not self
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        first, self.signal_name = not self, signal.Signals(number).name
+        if first and self._at_once:
+            self._at_once = False
+            raise Stopped
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block, the first SIGINT or SIGTERM sets the request; a second SIGINT interrupts at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python delivers signals only to the main thread
+        return
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in previous:
+        signal.signal(number, request._handle)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Within the block, this thread receives no SIGINT and SIGTERM; processes started in it never do."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, which has no such signals either
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def obey_only_the_parent(_worker: int = 0) -> None:
+    """End this process on SIGTERM from its parent and ignore others'; for processes started with the signals blocked.
+
+    The parent terminates a worker that does not end by itself, such as one that waits for a file system.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where such a worker ends when its read does
+        threading.Thread(target=_end_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_terminated_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,204 @@
+"""A run that gets SIGTERM at any moment exits with code 75, and resumes to the weights of an uninterrupted one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.distillation import build, train
+from clip_rd_edge.distillation.checkpoint import list_checkpoints
+from clip_rd_edge.distillation.config import RunConfig, resolve
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.metrics import read_metrics
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
+from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.models.student import student_config
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(pairs_csv: Path) -> RunConfig:
+    return resolve(
+        "clip",
+        data=str(pairs_csv),
+        student="test_resnet",
+        image_size=32,
+        text="64x1",
+        context_length=8,
+        embedding_size=8,
+        batch_size=6,
+        steps=STEPS,
+        precision="fp32",
+        workers=0,
+        evaluate_every=2,
+    )
+
+
+def score(_: Encoder) -> dict[str, float]:
+    return {"task": 0.5}
+
+
+def weights(config: RunConfig, run: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+    return load_file(run_distillation(config, run, resume=resume, evaluate=score) / "open_clip_model.safetensors")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_resumed(config: RunConfig, run: Path) -> None:
+    """Resume a stopped run; its weights and the evaluated steps must be those of an uninterrupted one."""
+    expected, actual = weights(config, run.with_name("uninterrupted")), weights(config, run, resume=True)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    logged = {line["step"]: line.get("evaluation/task") for line in read_metrics(run)}
+    assert {step for step, value in logged.items() if value == 0.5} == {2, 4, 6}
+
+
+@pytest.mark.parametrize("stop_at", [1, 3], ids=["in the middle", "after the last step"])
+def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_it(
+    config: RunConfig, tmp_path: Path, stop_at: int
+) -> None:
+    calls, finished = list[int](), list[int]()
+
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        calls.append(len(calls) + 1)
+        if len(calls) == stop_at:
+            terminate()
+            time.sleep(30)
+        finished.append(len(calls))
+        return score(encoder)
+
+    with pytest.raises(InterruptedRunError, match=f"SIGTERM after step {2 * stop_at} of 6; saved in"):
+        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
+    assert len(calls) == stop_at == len(finished) + 1
+    check_resumed(config, tmp_path / "run")
+
+
+def test_a_second_sigterm_during_the_repeated_evaluation_loses_nothing(config: RunConfig, tmp_path: Path) -> None:
+    def evaluate(encoder: Encoder) -> dict[str, float]:
+        terminate()
+        return score(encoder)
+
+    for resume in (False, True):
+        with pytest.raises(InterruptedRunError, match="SIGTERM after step"):
+            run_distillation(config, tmp_path / "run", resume=resume, evaluate=evaluate)
+    check_resumed(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("waiting_for", [0, 3])
+def test_sigterm_while_waiting_for_data_stops_at_once(
+    config: RunConfig, tmp_path: Path, waiting_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(step_loader(*arguments, **options)):
+            if number == waiting_for:
+                terminate()
+                time.sleep(30)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step_loader", stuck)
+        where = f"after step {waiting_for} of 6; saved" if waiting_for else "before the first of 6 steps"
+        with pytest.raises(InterruptedRunError, match=f"SIGTERM {where}"):
+            weights(config, tmp_path / "run")
+    assert len(list_checkpoints(tmp_path / "run")) == (1 if waiting_for else 0)
+    check_resumed(config, tmp_path / "run")
+
+
+def test_sigterm_while_the_data_are_indexed_loses_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_pairs", lambda *_, **__: terminate())
+        with pytest.raises(InterruptedRunError, match="Stopped by SIGTERM; before the first step") as error:
+            weights(config, tmp_path / "run")
+    assert error.value.exit_code == 75
+    check_resumed(config, tmp_path / "run")
+
+
+def test_no_handler_for_bad_images_takes_a_stop_for_one() -> None:
+    def read() -> None:
+        try:
+            terminate()
+        except Exception as error:
+            raise AssertionError from error
+
+    with stop_on_signals() as request, pytest.raises(Stopped):
+        read()
+    assert request.signal_name == "SIGTERM"
+
+
+def test_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as request, request.deferred():
+        terminate()
+        assert request
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def dataset(pairs_csv: Path) -> ViewDataset:
+    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.utils.io import convert
+
+    raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]
+    preprocessing = convert(raw, Preprocessing, source="test")
+    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, None, crop_scale=(0.9, 1.0), seed=0)
+
+
+posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+
+
+@posix
+def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(pairs_csv: Path) -> None:
+    sampler = StepSampler(24, 6, seed=0, start=0, stop=12)
+    batches = step_loader(dataset(pairs_csv), sampler, workers=2)
+    captions = [next(batches).captions]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            from_elsewhere(worker.pid, number)
+    captions += [batch.captions for batch in batches]
+    assert captions == [batch.captions for batch in step_loader(dataset(pairs_csv), sampler, workers=0)]
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@posix
+def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))
+    batches = step_loader(dataset(pairs_csv), StepSampler(24, 6, seed=0, start=0, stop=4), workers=1)
+    interrupt = threading.Timer(1.0, terminate)
+    interrupt.start()
+    with stop_on_signals(), pytest.raises(Stopped):
+        next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()
+
+
+def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
+    """Send a signal from a process that is not the worker's parent."""
+    sender: Callable[[], int] = os.fork
+    child = sender()
+    if child == 0:
+        os.kill(pid or 0, number)
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.2)
