@@ -107,6 +107,20 @@ def distill(
     return run
 
 
+def recipe(name: str | None = None) -> str:
+    """Return a recipe as commented YAML, to start one's own from; without a name, a list of the shipped recipes.
+
+    Args:
+        name: a name such as `clip-rd`, or a YAML file.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is invalid.
+    """
+    from clip_rd_edge.distillation.config import commented_recipe, describe_recipes
+
+    return describe_recipes() if name is None else commented_recipe(name)
+
+
 @dataclass(frozen=True)
 class ExportedBundle(os.PathLike[str]):
     """An exported bundle. It is path-like: pass it wherever the path of a bundle is expected.

@@ -1,7 +1,7 @@
 """Exceptions that clip-rd-edge raises deliberately.
 
     ClipRdEdgeError          base class; exit code 1
-    ├── InterruptedRunError  stopped by a signal after saving its state; the same command resumes; exit code 75
+    ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
         ├── InputError       a file, image, caption or table is missing or invalid
         ├── ConfigError      a recipe, suite, manifest or model configuration is invalid
@@ -37,7 +37,10 @@ class ClipRdEdgeError(Exception):
 
 
 class InterruptedRunError(ClipRdEdgeError):
-    """A long run was stopped by a signal after its state was saved. Exit code 75 is EX_TEMPFAIL: try again."""
+    """A long run was stopped by a signal after its state was saved; its hint says how to resume.
+
+    Exit code 75 is EX_TEMPFAIL: try again.
+    """
 
     exit_code = 75
 

@@ -28,10 +28,11 @@ Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
-    "benchmark": (api.benchmark, {"compared"}),  # --compare is edge.compare
+    "benchmark": (api.benchmark, {"compared", "init"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
     "evidence run": (api.evidence_run, set()),
     "evidence report": (api.evidence_report, set()),
+    "recipe show": (api.recipe, set()),
 }
 
 

@@ -11,6 +11,7 @@ import msgspec
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import read_yaml, shipped_path
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
@@ -41,11 +42,14 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A comparison of models on tasks.
 
     Attributes:
-        tasks: task names as in `data.tasks.load_task`; headline, plot and samples of the report use the first zero-shot
-            task.
-        root: folder that contains models and tasks; None means the current directory.
+        name: as shown in the report.
+        rows: the models, each with a label, a model, a role (teacher, baseline, student, exported or quantised) and, if
+            it is not the usual one, a runtime.
+        tasks: what to evaluate on, as for `clip-rd-edge evaluate --task`; headline, plot and samples of the report use
+            the first zero-shot task.
+        root: folder that contains models and tasks; null means the current directory.
         data_root: folder that contains the tasks, if it is a different one.
-        missing_tasks: what to do if a task's data set is not found.
+        missing_tasks: what to do if a task's data set is not found: `error` or `skip`.
         threads: number of threads of every model. Default 1, because idle thread pools of one runtime take CPU time
             from the next.
         rounds: max number of times each latency is measured.
@@ -181,6 +185,23 @@ def check_suite(suite: Suite, *, source: str) -> None:
     for name in ("threads", "rounds"):
         if getattr(suite, name) < 1:
             raise ConfigError(f"{source}: {name} is {getattr(suite, name)}; at least 1 is required.")
+
+
+EXAMPLE = Suite(
+    name="my-suite",
+    rows=(
+        SuiteRow(label="Teacher", model="local-dir:teacher", role="teacher"),
+        SuiteRow(label="Student", model="runs/first", role="student"),
+        SuiteRow(label="ONNX FP32", model="bundles/fp32", role="exported"),
+        SuiteRow(label="ONNX INT8", model="bundles/int8", role="quantised"),
+    ),
+    tasks=("my-images/",),
+)
+
+
+def commented_suite() -> str:
+    """Return an example of a suite with all its keys as commented YAML."""
+    return f"# Measure it with: clip-rd-edge benchmark COPY.yaml -o RESULTS\n\n{commented_yaml(EXAMPLE)}"
 
 
 def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:

@@ -21,6 +21,7 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
 
 @click.command("benchmark")
 @click.argument("suite", required=False)
+@click.option("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the report.")
 @click.option("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
 @click.option(
@@ -47,6 +48,7 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
 @click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
 def command(
     suite: str | None,
+    init: bool,
     output: Path | None,
     root: str | None,
     models: tuple[str, ...],
@@ -70,10 +72,16 @@ def command(
 
     \b
     clip-rd-edge benchmark quickstart -o report
+    clip-rd-edge benchmark --init > my-suite.yaml
     clip-rd-edge benchmark my-suite.yaml -o report --force
     clip-rd-edge benchmark paper --root data --model student=runs/first --model quantised=bundle -o report
     clip-rd-edge benchmark --compare report-of-last-week report
     """
+    if init:
+        from clip_rd_edge.benchmarking.suite import commented_suite
+
+        click.echo(commented_suite(), nl=False)
+        return
     if compared is not None:
         sys.exit(_compare(*compared, as_json=as_json))
     if suite is None or output is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._options import device_option, threads_option
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import InputError
 
 
 @click.command("index", short_help="Embed a folder of images for searching.")
@@ -38,4 +38,5 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     click.echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
     click.echo(output)
     if update.unreadable:
-        raise ClipRdEdgeError(f"{len(update.unreadable):,} images could not be read; the others are in the index.")
+        count = len(update.unreadable)
+        raise InputError(f"{count:,} image{'s' * (count > 1)} could not be read; the others are in the index.")

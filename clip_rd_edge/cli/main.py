@@ -16,6 +16,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
 COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes on a CPU."),
     "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
+    "recipe": ("recipe", "Show the training recipes, to start your own from."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
@@ -29,6 +30,8 @@ COMMANDS = {
     "devices": ("devices", "List the supported devices, and how to deploy to them."),
     "doctor": ("doctor", "Check this machine, and show what to install."),
 }
+# The extras that a command needs, if it is not only the one of the package that is missing.
+COMMAND_EXTRAS = {"quickstart": "train,emoji", "evidence": "train,emoji"}
 # The packages of each extra, for the hint if one is not installed.
 EXTRA_PACKAGES = {
     "train": ("torch", "torchvision", "open_clip", "timm", "transformers", "safetensors", "onnx", "matplotlib"),
@@ -68,8 +71,8 @@ class LazyGroup(click.Group):
 def cli(debug: bool) -> None:
     """Distil, quantise and run CLIP models on small devices.
 
-    Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage,
-    75 interrupted after saving (run the same command again to resume).
+    Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage or
+    unreadable input, 75 interrupted after saving: run the same command again to resume, distill with --resume.
     """
 
 
@@ -88,7 +91,7 @@ def main() -> None:
         _print_error(error)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        missing = _as_missing_extra(error)
+        missing = _as_missing_extra(error, arguments)
         if debug or missing is None:
             raise
         _print_error(missing)
@@ -122,15 +125,46 @@ def _run(arguments: list[str]) -> Any:
     except click.exceptions.Abort as error:
         raise KeyboardInterrupt from error
     except click.ClickException as error:
-        error.show()
+        _print_error(_from_click(error))
         return error.exit_code
 
 
-def _as_missing_extra(error: ModuleNotFoundError) -> MissingExtraError | None:
+def _from_click(error: click.ClickException) -> ClipRdEdgeError:
+    """Return click's error in the form of the package's own."""
+    context = getattr(error, "ctx", None)
+    if context is None:  # such as an option without its argument
+        return ClipRdEdgeError(error.format_message(), hint="add --help to list the options")
+    message, hint = error.format_message(), f"{context.command_path} --help lists the options"
+    if isinstance(error, click.NoSuchOption):
+        names = [name for parameter in context.command.params for name in parameter.opts if name.startswith("-")]
+        message = f"No option named {error.option_name}.{near_matches(error.option_name, names)}"
+    elif isinstance(error, click.MissingParameter) and (example := _example(context)):
+        hint = f"for example: {example}"
+    elif isinstance(context.command, click.Group):
+        hint = f"{context.command_path} --help lists the commands"
+    return ClipRdEdgeError(message, hint=hint)
+
+
+def _example(context: click.Context) -> str:
+    """Return the first example in the help of a command, or an empty string."""
+    lines = [line.strip() for line in (context.command.help or "").splitlines()]
+    starts = [number for number, line in enumerate(lines) if line.startswith(f"{context.command_path} ")]
+    if not starts:
+        return ""
+    example = lines[starts[0]]
+    for line in lines[starts[0] + 1 :]:
+        if not example.endswith("\\"):
+            break
+        example = f"{example[:-1].rstrip()} {line}"
+    return example
+
+
+def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> MissingExtraError | None:
     package = (error.name or "").split(".")[0]
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
     for extra, packages in EXTRA_PACKAGES.items():
         if package in packages:
-            return MissingExtraError(package, extra=extra, purpose="This command")
+            return MissingExtraError(package, extra=COMMAND_EXTRAS.get(command, extra), purpose=f"`{command}`")
     return None
 
 

@@ -11,6 +11,7 @@ import msgspec
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import convert, read_yaml
 
 if TYPE_CHECKING:
@@ -32,18 +33,21 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How to train.
 
     Attributes:
-        objective: weight of each loss term.
-        scales, scale_start: see `losses.logits.Scales`.
+        objective: weight of each loss term; 0 leaves it out.
+        scales: `bounded` keeps the learned multipliers of VRD and XRD in [1, 100], `raw` learns them as published.
+        scale_start: initial value of these multipliers.
         epochs: passes over the pairs; ignored if `steps` is not 0.
+        steps: number of training steps; 0 follows `epochs`.
         batch_size: pairs per step, over all processes.
-        learning_rate: peak value, after a linear warm-up of `warmup_steps` (at most a tenth of the run); then cosine
-            decay to 0.
+        learning_rate: peak value, after a linear warm-up; then cosine decay to 0.
+        warmup_steps: steps of the warm-up, at most a tenth of the run.
         weight_decay: for matrices and kernels; biases, norms and the student's logit scale are not decayed.
         scales_weight_decay: for the objective's own parameters.
+        betas, epsilon: of AdamW.
         clip_gradient_norm: max norm of the gradients; 0 disables clipping.
         crop_scale: min and max fraction of an image's area that a training crop keeps.
-        ema_decay: max decay of an exponential moving average of the weights, which is then evaluated and saved; see
-            `optim.average_decay_at`. 0 saves the weights themselves.
+        ema_decay: max decay of an exponential moving average of the weights, which is then evaluated and saved; 0 saves
+            the weights themselves.
         precision: `auto` times a few steps in float32 and bfloat16, on a CUDA device also in float16, and takes the
             fastest; `fp16` scales the loss.
     """
@@ -230,6 +234,24 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def describe_recipes() -> str:
+    """Return one line per shipped recipe: its name and its description, the first comment of its file."""
+    lines = [(name, _description(RECIPES / f"{name}.yaml")) for name in recipe_names()]
+    return "".join(f"{name:14} {description}\n" for name, description in lines)
+
+
+def _description(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+def commented_recipe(name: str) -> str:
+    """Return a recipe with all its keys as commented YAML; raises as `load_recipe`."""
+    recipe = load_recipe(name)
+    shipped = RECIPES / f"{name}.yaml"
+    heading = f"# {_description(shipped)}\n" if shipped.is_file() else ""
+    return f"{heading}# Use a copy with: clip-rd-edge distill --recipe COPY.yaml …\n\n{commented_yaml(recipe)}"
+
+
 def load_recipe(name: str) -> Recipe:
     """Load a recipe by name, or from a YAML file of the same form.
 
@@ -240,7 +262,7 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file() and path.parent == RECIPES:
         raise ConfigError(
             f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
-            hint=f"one of {', '.join(recipe_names())}, or the path to a YAML file",
+            hint=f"one of {', '.join(recipe_names())}, or a YAML file: clip-rd-edge recipe show clip-rd > mine.yaml",
         )
     return read_yaml(path, Recipe)
 

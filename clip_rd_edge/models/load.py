@@ -162,16 +162,18 @@ def _quiet_open_clip() -> Iterator[None]:
     """Within the block, nothing below CRITICAL is logged through the root logger.
 
     open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
+    `logging.info` adds a handler to a root logger that has none, which would print what the hub's logger prints, too.
     """
     root = logging.getLogger()
     level, handlers = root.level, [*root.handlers]
     root.setLevel(logging.CRITICAL)
+    root.addHandler(logging.NullHandler())
     try:
         yield
     finally:
         root.setLevel(level)
         for handler in [handler for handler in root.handlers if handler not in handlers]:
-            root.removeHandler(handler)  # `logging.info` adds one to a root logger that has none
+            root.removeHandler(handler)
 
 
 _PORTS = {"http": 80, "https": 443}

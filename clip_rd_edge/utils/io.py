@@ -266,11 +266,21 @@ def to_json(struct: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(struct), indent=2) + b"\n"
 
 
-def to_yaml(struct: Any) -> str:
-    """Encode a struct as YAML, with keys in field order."""
+def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
+    """Encode a struct as YAML, with keys in field order.
+
+    Args:
+        short_lists_inline: write lists and objects that hold no others as `[…]` and `{…}`.
+    """
     import yaml
 
-    text: str = yaml.dump(msgspec.to_builtins(struct), Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(
+        msgspec.to_builtins(struct),
+        Dumper=_yaml_classes()[1],
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None if short_lists_inline else False,
+    )
     return text
 
 

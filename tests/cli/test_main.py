@@ -73,6 +73,52 @@ def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
     assert "Did you mean 'distill'" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (("distil",), "No command named 'distil'. Did you mean 'distill'?", "clip-rd-edge --help lists"),
+        (("evidence", "rum"), "No such command 'rum'.", "evidence --help lists the commands"),
+        (("classify", "b", "--label", "x"), "No option named --label. Did you mean '--labels'?", "--help"),
+        (("classify", "b", "--xyzzy"), "No option named --xyzzy.", "clip-rd-edge classify --help lists the options"),
+        (("classify", "b", "--top", "0"), "Invalid value for '--top': 0 is not in the range", "classify --help"),
+        (("classify", "b", "--top"), "Option '--top' requires an argument.", "add --help to list the options"),
+        (
+            ("classify",),
+            "Missing argument 'BUNDLE'.",
+            'for example: clip-rd-edge classify bundle cat.jpg --labels "a c',
+        ),
+        (
+            ("distill", "--student", "x"),
+            "Missing option '--data'.",
+            "for example: clip-rd-edge distill --data pairs.csv --",
+        ),
+        (
+            ("search", "x", "y", "z"),
+            "Got unexpected extra argument (z)",
+            "clip-rd-edge search --help lists the options",
+        ),
+    ],
+)
+def test_an_error_of_click_looks_like_the_packages_own(
+    command_line: Run, arguments: tuple[str, ...], message: str, hint: str
+) -> None:
+    code, output, error = command_line(*arguments)
+    assert (code, output) == (2, "")
+    first, second = error.splitlines()
+    assert first.startswith(f"error: {message}")
+    assert second.startswith("hint: ")
+    assert hint in second
+
+
+def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "clip_rd_edge.walkthrough.pipeline", raising=False)
+    code, _, error = command_line("quickstart")
+    assert code == 2
+    assert "error: `quickstart` needs the package 'torch'" in error
+    assert "[train,emoji]'" in error
+
+
 def test_a_missing_extra_is_reported_with_its_pip_command(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     code, _, error = command_line("evaluate", "nowhere-model", "--task", "emoji:unseen-style")

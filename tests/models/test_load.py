@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -147,3 +149,17 @@ def test_a_missing_siglip_tokenizer_is_reported_and_a_complete_folder_loads(
     clip = load_clip(str(folder))
     assert clip.tokenizer(["a cat"])[0, :5].tolist() == [2, 6, 5, 3, 0]
     assert clip.context_length == 64
+
+
+def test_a_warning_of_the_hub_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
+    program = """
+import logging
+from huggingface_hub.utils import logging as hub_logging
+from clip_rd_edge.models.load import _quiet_open_clip
+with _quiet_open_clip():
+    logging.info("open_clip says what it does")
+    hub_logging.get_logger("huggingface_hub.http").warning("Retrying in 1s")
+assert not logging.getLogger().handlers
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert capfd.readouterr().err == "Retrying in 1s\n"

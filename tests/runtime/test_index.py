@@ -149,7 +149,7 @@ def test_an_image_that_is_in_no_known_format_is_named(
 ) -> None:
     (colour_images / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
     code, _, error = command_line("index", colour_bundle, colour_images, "-o", index)
-    assert code == 1
+    assert code == 2
     assert f"error: Cannot read the image {colour_images / 'postscript.png'}: it is in none of the formats" in error
     assert len(names(index)) == 4
 
@@ -214,8 +214,8 @@ def test_the_index_and_search_commands(
     assert first == {"image": str(colour_images / "red.png"), "similarity": 1.0}
     (colour_images / "broken.png").write_bytes(b"not an image")
     code, output, error = command_line("index", colour_bundle, colour_images, "-o", index)
-    assert (code, output) == (1, f"{index}\n")
-    assert "1 images could not be read" in error
+    assert (code, output) == (2, f"{index}\n")
+    assert "1 image could not be read" in error
     code, _, error = command_line("search", index, " ")
     assert (code, "The query is empty" in error) == (2, True)
     with (colour_bundle / "image.onnx").open("ab") as file:
@@ -283,7 +283,7 @@ def test_a_name_that_is_not_utf8_is_reported_and_the_others_are_indexed(
     (colour_images / "red.png").rename(os.fsdecode(os.fsencode(colour_images) + b"/caf\xe9.png"))
     for embedded_count in (3, 0):  # the folder that the first run leaves is taken by the second
         code, _, error = command_line("index", colour_bundle, colour_images, "-o", index)
-        assert code == 1
+        assert code == 2
         assert rf"The name of {colour_images}/caf\xe9.png is not UTF-8" in error
         assert f"{embedded_count} embedded" in error
     assert names(index) == ["blue.jpg", "green.png", "more/yellow.webp"]

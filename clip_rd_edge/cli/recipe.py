@@ -1,0 +1,24 @@
+"""`clip-rd-edge recipe`: show training recipes."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group("recipe", short_help="Show the training recipes, to start your own from.")
+def command() -> None:
+    """Show the training recipes of distill."""
+
+
+@command.command("show")
+@click.argument("name", required=False)
+def show(name: str | None) -> None:
+    """Print the recipe NAME as YAML with a comment on each key; without NAME, list the recipes.
+
+    \b
+    clip-rd-edge recipe show clip-rd > mine.yaml
+    clip-rd-edge distill --recipe mine.yaml --data pairs.csv --teacher runs/teacher --student resnet18 -o runs/mine
+    """
+    import clip_rd_edge as edge
+
+    click.echo(edge.recipe(name), nl=False)
