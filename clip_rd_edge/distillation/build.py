@@ -24,7 +24,8 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import build_student, init_image_tower, init_text_tower, student_config
+from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
+from clip_rd_edge.models.text_config import with_text_of
 from clip_rd_edge.utils.io import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -124,6 +125,8 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
         text=config.text,
         context_length=config.context_length,
     )
+    if config.pretrained_text == TEACHER and teacher is not None:
+        model_config = with_text_of(model_config, teacher)
     student = build_student(model_config, name=name)
     if config.pretrained_image:
         reporter.say(init_image_tower(student, config.pretrained_image))

@@ -171,7 +171,7 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
 TIMM, TEACHER = "timm", "teacher"
 _BLOCKS = "transformer.resblocks."
 # These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
-_PROJECTIONS = {"text_projection", "text_projection.weight"}
+_PROJECTIONS = {"text_projection", "text_projection.weight", "text_projection.bias"}
 
 
 def init_image_tower(student: ClipModel, source: str) -> str:

@@ -1,0 +1,129 @@
+"""The configuration of a student's text tower that starts from the teacher's weights: it must compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.student import build_student
+
+# What the student has of its own. Everything else in a text_cfg changes what the weights compute.
+_OWN = ("context_length", "vocab_size", "width", "layers")
+# Captions without, with few, and with many of the tokens that fit into the shortest context length, 4.
+_CAPTIONS = ["", "red", "a cat"]
+_MIN_COSINE = 0.9999
+
+
+def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
+    """Return a student's configuration with the teacher's attention mask, pooling, activation, heads and so on.
+
+    The towers are compared: with all of its layers, the student's must return the teacher's own features.
+
+    Args:
+        config: of `student_config`.
+
+    Raises:
+        ConfigError: the student cannot compute what the teacher's text tower does, or only at another context length.
+    """
+    model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
+    text_cfg = model_cfg["text_cfg"]
+    refusal = _refusal(text_cfg, source, teacher)
+    if refusal:
+        raise ConfigError(
+            f"The student's text tower cannot start from that of {teacher.name}: {refusal}.",
+            hint="omit --pretrained-text",
+        )
+    _check_context_length(text_cfg["context_length"], source, teacher.name)
+    if text_cfg["width"] != source.get("width", 512):
+        return config  # `init_text_tower` names both widths
+    carried = {name: value for name, value in source.items() if name not in _OWN}
+    model_cfg = {**model_cfg, "text_cfg": {**text_cfg, "heads": 8, **carried}}
+    if _has_quick_gelu(teacher.model):
+        model_cfg["quick_gelu"] = True
+    inherited = {**config, "model_cfg": model_cfg}
+    _require_same_features(inherited, teacher)
+    return inherited
+
+
+def _refusal(text_cfg: dict[str, Any], source: dict[str, Any], teacher: ClipModel) -> str:
+    """Return why a student cannot have this text tower, or an empty string."""
+    if "hf_model_name" in source:
+        return f"it is {source['hf_model_name']} of Hugging Face, and the student's is a transformer of open_clip"
+    if source.get("hf_tokenizer_name") or source.get("tokenizer_kwargs"):
+        return f"it reads the tokens of {source.get('hf_tokenizer_name') or source['tokenizer_kwargs']}, not CLIP's"
+    if source.get("vocab_size", text_cfg["vocab_size"]) != text_cfg["vocab_size"]:
+        return f"it has a vocabulary of {source['vocab_size']:,} tokens, not CLIP's {text_cfg['vocab_size']:,}"
+    if source.get("embed_cls") or source.get("output_tokens"):
+        return "it has a class token or also returns token features, as in CoCa"
+    if source.get("proj_type") == "none":
+        return "it has no projection to the embedding's size"
+    return ""
+
+
+def _check_context_length(length: int, source: dict[str, Any], name: str) -> None:
+    teachers = source.get("context_length", 77)
+    # With a causal mask, the tokens after the end of a caption have no influence, so fewer positions are enough.
+    padding_matters = source.get("no_causal_mask", False) or source.get("pool_type") == "last"
+    if length > teachers or (padding_matters and length != teachers):
+        expected = f"{teachers}" if padding_matters else f"at most {teachers}"
+        raise ConfigError(
+            f"The context length is {length}, but the text tower of {name} was trained with {teachers}; "
+            f"expected {expected}.",
+            hint=f"--context-length {teachers}",
+        )
+
+
+def _text_tower(model: nn.Module) -> nn.Module:
+    """Return the module that holds the text transformer: older models have its parts at the top level."""
+    text = getattr(model, "text", model)
+    assert isinstance(text, nn.Module)
+    return text
+
+
+def _has_quick_gelu(model: nn.Module) -> bool:
+    # Not from the configuration: a pretrained tag may set it, too.
+    transformer = _text_tower(model).get_submodule("transformer")
+    return any(type(module).__name__ == "QuickGELU" for module in transformer.modules())
+
+
+@torch.no_grad()
+def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
+    model_cfg = config["model_cfg"]
+    layers = len(_text_tower(teacher.model).get_submodule("transformer.resblocks"))  # type: ignore[arg-type]
+    full_cfg = {
+        **model_cfg,
+        "embed_dim": teacher.embedding_size,
+        "text_cfg": {**model_cfg["text_cfg"], "layers": layers},
+    }
+    with torch.random.fork_rng(devices=[]):  # the student's own initial weights are drawn after this
+        copy = build_student({**config, "model_cfg": full_cfg}, name=teacher.name)
+    text, state = copy.model.get_submodule("text"), _text_tower(teacher.model).state_dict()
+    weights = {name: state[name] for name in text.state_dict() if name in state}
+    positions = text.get_parameter("positional_embedding")
+    weights["positional_embedding"] = weights["positional_embedding"][: len(positions)]
+    try:
+        text.load_state_dict(weights)
+        features = [_features(clip) for clip in (copy, teacher)]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The text tower of {teacher.name} cannot be rebuilt for the student: {str(error).splitlines()[0]}",
+            hint="omit --pretrained-text",
+        ) from error
+    cosine = float((features[0] * features[1]).sum(dim=1).min())
+    if not cosine >= _MIN_COSINE:
+        raise ConfigError(
+            f"The student's text tower with the weights of {teacher.name} returns other features (cosine {cosine:.4f}, "
+            f"expected at least {_MIN_COSINE}).",
+            hint="omit --pretrained-text",
+        )
+
+
+def _features(clip: ClipModel) -> Tensor:
+    model = clip.model.eval()
+    device = next(model.parameters()).device
+    embeddings: Tensor = TextTower(model)(clip.tokenizer(_CAPTIONS).to(device))
+    return embeddings.cpu()

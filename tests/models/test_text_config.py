@@ -1,0 +1,112 @@
+"""Every text tower of open_clip, in small: the student starts with the teacher's own features, or is refused."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.student import build_student, init_text_tower, student_config
+from clip_rd_edge.models.text_config import with_text_of
+
+WIDTH, LAYERS = 64, 2
+SIZES = ("width", "heads", "layers")
+VISION = {"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+
+
+@cache
+def families() -> dict[str, dict[str, Any]]:
+    """One configuration of each kind that open_clip ships: those that differ only in the sizes of towers are one."""
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {}
+    for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json")):
+        config = json.loads(path.read_text())
+        text = {name: value for name, value in config["text_cfg"].items() if name not in SIZES}
+        top = {name: value for name, value in config.items() if name not in ("vision_cfg", "text_cfg", "embed_dim")}
+        kinds.setdefault(json.dumps([text, top], sort_keys=True), (path.stem, config))
+    return dict(kinds.values())
+
+
+def small(config: dict[str, Any], name: str) -> ClipModel:
+    """Build a model of a family with random weights, the biases included."""
+    cfg = {name: value for name, value in config.items() if name not in ("custom_text", "multimodal_cfg")}
+    text = {**config["text_cfg"], "width": WIDTH, "heads": 2, "layers": LAYERS}
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") or "multimodal_cfg" in config else open_clip.CLIP
+    torch.manual_seed(0)
+    model = kind(**{**cfg, "embed_dim": 32, "vision_cfg": VISION, "text_cfg": text}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"])
+    model_cfg = {**config, "embed_dim": 32, "text_cfg": text}
+    preprocessing = build_student(student(77), name="student").preprocessing
+    return ClipModel(name=name, model=model, tokenizer=tokenizer, preprocessing=preprocessing, model_cfg=model_cfg)
+
+
+def student(context_length: int, layers: int = LAYERS) -> dict[str, Any]:
+    return student_config(
+        "test_resnet", embedding_size=32, image_size=32, text=f"{WIDTH}x{layers}", context_length=context_length
+    )
+
+
+REFUSED = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "embed_cls"}
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_the_student_starts_with_the_teachers_features_or_is_refused(name: str) -> None:
+    config = families()[name]
+    text_cfg = config["text_cfg"]
+    if REFUSED & text_cfg.keys():
+        teacher = ClipModel(name=name, model=torch.nn.Identity(), tokenizer=None, preprocessing=None, model_cfg=config)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="cannot start from that of"):
+            with_text_of(student(text_cfg.get("context_length", 77)), teacher)
+        return
+    teacher = small(config, name)
+    clip = build_student(with_text_of(student(text_cfg["context_length"]), teacher), name="student")
+    init_text_tower(clip, "teacher", teacher)
+    captions = ["a cat", "two dogs, a red car and a blue sky", ""]
+    with torch.no_grad():
+        expected = TextTower(teacher.model)(teacher.tokenizer(captions))
+        actual = TextTower(clip.model.eval())(clip.tokenizer(captions))
+    assert (expected * actual).sum(dim=1).min() >= 0.9999
+    # The captions are told apart, so equal features mean something.
+    assert (actual @ actual.T).min() < 0.99
+
+
+def test_every_kind_of_option_occurs() -> None:
+    texts = [config["text_cfg"] for config in families().values()]
+    assert any(text.get("no_causal_mask") and not REFUSED & text.keys() for text in texts)
+    assert {text.get("pool_type") for text in texts} >= {"last", "eos", None}
+    assert any(config.get("quick_gelu") for config in families().values())
+
+
+def teacher_with(**text: Any) -> ClipModel:
+    return small({"custom_text": True, "text_cfg": {"context_length": 16, "vocab_size": 49408, **text}}, "teacher")
+
+
+def test_a_shorter_context_is_enough_where_padding_has_no_influence() -> None:
+    assert with_text_of(student(8), teacher_with())["model_cfg"]["text_cfg"]["context_length"] == 8
+    with pytest.raises(ConfigError, match=r"is 77, but .* trained with 16; expected at most 16") as error:
+        with_text_of(student(77), teacher_with())
+    assert error.value.hint == "--context-length 16"
+    with pytest.raises(ConfigError, match=r"is 8, but .* trained with 16; expected 16"):
+        with_text_of(student(8), teacher_with(no_causal_mask=True))
+
+
+def test_a_tower_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever option a later open_clip adds, the comparison notices that it is not carried."""
+    teacher = teacher_with(act_kwargs={"approximate": "tanh"}, norm_kwargs={"eps": 1e-1})
+    monkeypatch.setattr("clip_rd_edge.models.text_config._OWN", ("context_length", "layers", "norm_kwargs"))
+    with pytest.raises(ConfigError, match="returns other features"):
+        with_text_of(student(16), teacher)
+
+
+def test_heads_other_than_of_width_64_are_carried() -> None:
+    text_cfg = with_text_of(student(16, layers=1), teacher_with())["model_cfg"]["text_cfg"]
+    assert (text_cfg["heads"], text_cfg["layers"]) == (2, 1)
