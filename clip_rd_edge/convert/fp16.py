@@ -1,8 +1,8 @@
 """Convert a float32 ONNX model to float16, strongly typed: Casts in the graph set the type that each node computes in.
 
-ONNX Runtime and TensorRT then use the same types, and no builder flag decides. LayerNorm, Softmax and the final norm
-stay in float32, because their sums of squares and exponentials are the first to exceed float16's range. Never imports
-torch.
+ONNX Runtime and TensorRT then use the same types, and no builder flag decides. LayerNorm, Softmax, sums, norms and the
+final norm stay in float32, because their sums of squares and exponentials are the first to exceed float16's range.
+Never imports torch.
 """
 
 from __future__ import annotations
@@ -43,11 +43,16 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 FP16_MAX = float(np.finfo(np.float16).max)  # 65504
-# From this opset on, QuantizeLinear and DequantizeLinear take float16; its other changes since 18 are additions.
-OPSET = 19
+# From this opset on, QuantizeLinear and DequantizeLinear take float16; its other changes since 18 are additions. Other
+# models keep theirs: ONNX Runtime has no float16 AveragePool of opset 19 on Arm processors with FP16 arithmetic.
+_QDQ_OPSET = 19
+# Sums over an axis, open or inside a normalisation: they may exceed float16's range where input and output do not.
 _FLOAT32_KINDS = frozenset(
-    ("LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization", "LpNormalization")
-)
+    ("LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization", "LpNormalization",
+     "RMSNormalization", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp")
+)  # fmt: skip
+# A mean sums its inputs first; it is kept in float32 where that sum is large.
+_MEANS = frozenset(("ReduceMean", "GlobalAveragePool"))
 # Node types of the L2 norm at the end of a tower.
 _NORM_KINDS = frozenset(("Div", "Expand", "Clip", "Max", "ReduceL2", "ReduceSumSquare", "Sqrt", "LpNormalization"))
 # Nodes whose output type does not follow from their input types.
@@ -81,14 +86,15 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
     del copy.graph.node[:], copy.graph.value_info[:]  # value_info describes the old types
     copy.graph.node.extend(nodes)
     _replace_constants(copy.graph, converter.fp16_constants)
-    for opset in copy.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            opset.version = max(opset.version, OPSET)
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in nodes):
+        for opset in copy.opset_import:
+            if opset.domain in ("", "ai.onnx"):
+                opset.version = max(opset.version, _QDQ_OPSET)
     return copy
 
 
 def overflowing_nodes(model: onnx.ModelProto, samples: Inputs) -> list[str]:
-    """Return the names of nodes that, on some inputs, read or write values near or beyond float16's range.
+    """Return the names of nodes that, on some inputs, read, write or sum values near or beyond float16's range.
 
     The values are those of the float32 model, because a runtime may compute float16 nodes in float32 and hide an
     overflow.
@@ -97,11 +103,22 @@ def overflowing_nodes(model: onnx.ModelProto, samples: Inputs) -> list[str]:
     producers = {name: node.name for node in model.graph.node for name in node.output if name in floats}
     session = open_session(with_outputs(model, list(producers)).SerializeToString())
     large_nodes: set[str] = set()
+    large_sums: set[str] = set()
+    means = [node for node in model.graph.node if node.op_type in _MEANS and node.output[0] in producers]
     for batch in in_batches(len(samples), _BATCH_SIZE):
-        values = session.run(list(producers), {session.get_inputs()[0].name: samples[batch]})
-        large_nodes.update(producers[name] for name, value in zip(producers, values, strict=True) if _is_large(value))
+        inputs = {session.get_inputs()[0].name: samples[batch]}
+        values = {**inputs, **dict(zip(producers, session.run(list(producers), inputs), strict=True))}
+        large_nodes.update(producer for name, producer in producers.items() if _is_large(values[name]))
+        for node in means:
+            mean = values[node.output[0]]
+            if _is_large(mean * (values[node.input[0]].size / max(mean.size, 1))):
+                large_sums.add(node.name)
     large_tensors = {name for name, producer in producers.items() if producer in large_nodes}
-    return [node.name for node in model.graph.node if large_tensors.intersection([*node.input, *node.output])]
+    return [
+        node.name
+        for node in model.graph.node
+        if node.name in large_sums or large_tensors.intersection([*node.input, *node.output])
+    ]
 
 
 def _is_large(value: npt.NDArray[np.float32]) -> bool:

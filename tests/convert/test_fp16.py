@@ -86,6 +86,50 @@ def test_nodes_that_overflow_float16_stay_in_float32(tmp_path: Path) -> None:
     assert overflowing_nodes(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
 
 
+def _tower_with_a_reduction(kind: str) -> onnx.ModelProto:
+    """Return pixels (N, 1, 64, 64) -> embedding (N, 2), normalised, from a reduction of the pixels."""
+    node = helper.make_node
+    nodes = [
+        node(kind, ["x", "axes"], ["reduced"], name="reduce", keepdims=0),
+        node("Gemm", ["reduced", "weight"], ["embedding"], name="project"),
+        node("LpNormalization", ["embedding"], ["y"], name="norm"),
+    ]
+    weight = np.asarray([[1, 0.5]], dtype=np.float32)
+    constants = [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.asarray([2, 3]), "axes")]
+    pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 64, 64])
+    embedding = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2])
+    graph = helper.make_graph(nodes, "tower", [pixels], [embedding], initializer=constants)
+    opset = [helper.make_opsetid("", 18)]
+    return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=opset, ir_version=9))
+
+
+@pytest.mark.parametrize("kind", ["ReduceL2", "ReduceL1", "ReduceSum", "ReduceSumSquare", "ReduceLogSumExp"])
+def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) -> None:
+    model = _tower_with_a_reduction(kind)
+    types = _types(to_fp16(model))
+    assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def test_a_mean_is_in_float32_where_the_sum_behind_it_is_large() -> None:
+    model = _tower_with_a_reduction("ReduceMean")
+    for level, expected in ((20.0, ["reduce"]), (1.0, [])):  # the sums over 4,096 pixels are 81,920 and 4,096
+        assert overflowing_nodes(model, np.full((2, 1, 64, 64), level, dtype=np.float32)) == expected
+    types = _types(to_fp16(model, keep_float32=["reduce"]))
+    assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
+
+
+def test_the_opset_is_raised_only_for_quantised_float16() -> None:
+    model = _tower_with_large_values(1)
+    assert to_fp16(model).opset_import[0].version == 18  # 19 does not load on Arm with FP16 arithmetic
+    zero_point = numpy_helper.from_array(np.int8(0).reshape(()), "zero_point")
+    model.graph.initializer.append(zero_point)
+    model.graph.node[2].input[0] = "dequantized"
+    for kind, source, target in (("Quantize", "small", "quantized"), ("Dequantize", "quantized", "dequantized")):
+        node = helper.make_node(f"{kind}Linear", [source, "scale", "zero_point"], [target], name=kind)
+        model.graph.node.insert(2 if kind == "Quantize" else 3, node)
+    assert to_fp16(model).opset_import[0].version == 19
+
+
 def test_a_finite_mask_stays_finite() -> None:
     model = _tower_with_large_values(-3.4e38)
     constants = {t.name: numpy_helper.to_array(t) for t in to_fp16(model).graph.initializer}

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.convert.fp16 import OPSET
 from clip_rd_edge.convert.int8.ranges import Ranges
 from clip_rd_edge.convert.int8.static import weighted_layers
 
@@ -53,9 +52,6 @@ def quantize_symmetrically(
         add = nodes[name]
         add.input[list(add.input).index(tensor)] = writer.activation(tensor)
     writer.finish()
-    for opset in copy.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            opset.version = max(opset.version, OPSET)
     return copy
 
 
