@@ -7,33 +7,55 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from clip_rd_edge.utils.printable import printable
 from clip_rd_edge.utils.reporting import Reporter
 
 # Under torchrun, only the first process prints.
 first_process = os.environ.get("RANK", "0") == "0"
-stderr = Console(stderr=True, highlight=False, quiet=not first_process)
+
+
+class SafeConsole(Console):
+    """A console for text of unknown origin: strings are no markup, and control characters are escaped.
+
+    Styles are `Text` objects.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            # Control segments move the cursor for the progress bar; their text comes from rich.
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+stderr = SafeConsole(stderr=True, quiet=not first_process)
 _PIPED_WIDTH = 200  # columns; without a terminal, rich would wrap lines at 80
 
 
 def say(message: str) -> None:
     """Print one line to stderr."""
-    stderr.print(f"[dim]·[/dim] {escape(message)}", soft_wrap=True)
+    stderr.print(Text.assemble(("·", "dim"), f" {printable(message)}"), soft_wrap=True)
 
 
 def print_table(table: Table, *, console: Console | None = None) -> None:
     """Print a table to stdout or another console; into a file or a pipe without wrapping lines."""
-    console = console or Console()
+    console = console or SafeConsole()
     if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH, file=console.file, highlight=False)
+        console = SafeConsole(width=_PIPED_WIDTH, file=console.file)
     console.print(table)
 
 
@@ -74,19 +96,19 @@ class ConsoleReporter(Reporter):
     def begin(self, title: str, number: int, count: int) -> None:
         self.end_chapter()
         self._chapter_start = time.perf_counter()
-        self._bar.console.print(f"[bold]{number}/{count}[/bold] {escape(title)}")
+        self._bar.console.print(Text.assemble((f"{number}/{count}", "bold"), f" {printable(title)}"))
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         if stage != self._stage or self._task is None:
             self._clear()
-            self._stage, self._task = stage, self._bar.add_task(escape(stage), total=total, message="")
-        self._bar.update(self._task, completed=step, total=total, message=escape(message))
+            self._stage, self._task = stage, self._bar.add_task(printable(stage), total=total, message="")
+        self._bar.update(self._task, completed=step, total=total, message=printable(message))
 
     def say(self, message: str) -> None:
         if self._chapter_start is None:
             say(message)
         else:
-            self._bar.console.print(f"    [dim]{escape(message)}[/dim]", soft_wrap=True)
+            self._bar.console.print(Text(f"    {printable(message)}", style="dim"), soft_wrap=True)
 
     def end_chapter(self) -> None:
         """Report how long the current chapter took, if there is one."""
@@ -111,12 +133,12 @@ class _StepCount(ProgressColumn):
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Return a reporter for the duration of a command; its progress bar disappears at the end."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         _StepCount(),
         TimeElapsedColumn(),
         RemainingColumn(),
-        TextColumn("{task.fields[message]}"),
+        TextColumn("{task.fields[message]}", markup=False),
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
         yield ConsoleReporter(bar)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def command(
     if init:
         from clip_rd_edge.benchmarking.suite import commented_suite
 
-        click.echo(commented_suite(), nl=False)
+        echo(commented_suite(), nl=False)
         return
     if compared is not None:
         sys.exit(_compare(*compared, as_json=as_json))
@@ -105,7 +106,7 @@ def command(
         )
     print_table(terminal_table(results))
     if advice := recommendation(results):
-        click.echo(advice.replace("**", ""))
+        echo(advice.replace("**", ""))
     for skipped in results.skipped:
         say(f"{skipped.label} was skipped: {skipped.reason}")
     for task in results.missing:
@@ -125,23 +126,23 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
 
     changes = edge.compare(old, new)
     if as_json:
-        click.echo(to_json(changes), nl=False)
+        echo(to_json(changes), nl=False)
         return int(changes.regressions > 0)
     if changes.latencies:
         print_table(_latency_table(changes))
     if changed := [change for change in changes.accuracies if change.verdict != "same"]:
         print_table(_accuracy_table(changed))
     if same := len(changes.accuracies) - len(changed):
-        click.echo(f"{same} of {len(changes.accuracies)} accuracies are identical, question by question.")
+        echo(f"{same} of {len(changes.accuracies)} accuracies are identical, question by question.")
     for label, reason in changes.lost.items():
-        click.echo(f"{label} is missing in the new result: {reason}")
+        echo(f"{label} is missing in the new result: {reason}")
     for remark in changes.remarks:
         say(remark)
     count = changes.regressions
     if count:
-        click.echo(f"{count} regression{'s' if count > 1 else ''}.")
+        echo(f"{count} regression{'s' if count > 1 else ''}.")
     else:
-        click.echo("No regression." if changes.latencies else "No regression in accuracy; latencies were not compared.")
+        echo("No regression." if changes.latencies else "No regression in accuracy; latencies were not compared.")
     return int(count > 0)
 
 

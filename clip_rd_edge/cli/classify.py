@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import ManyOption, device_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 
@@ -114,7 +115,7 @@ def command(
         _warn_of_single_label(classifier.labels[0])
     format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
     if as_csv:
-        click.echo(CSV_HEADER)
+        echo(CSV_HEADER)
     if camera is not None:
         _classify_camera(classifier, camera, top=top, format_result=format_result)
         return
@@ -155,18 +156,18 @@ def _classify_files(
             answers = _answers(classifier, batch.embeddings, top=top)
             lines = [format_result(str(path), answer) for path, answer in zip(batch.images, answers, strict=True)]
             if lines:
-                click.echo("\n".join(lines), file=stdout)  # one call per batch, because each call flushes
+                echo("\n".join(lines), file=stdout)  # one call per batch, because each call flushes
             unreadable += batch.unreadable
             if len(paths) > 1:
                 for error in batch.unreadable:
-                    click.echo(f"error: {error}", err=True)
+                    echo(f"error: {error}", err=True)
             done += len(batch.images) + len(batch.unreadable)
             if reporter:
                 rate = done / (time.perf_counter() - started)
                 reporter.update("classifying", done, len(paths), f"{rate:,.0f} images/s")
     if many:
         seconds = time.perf_counter() - started
-        click.echo(f"{len(paths):,} images in {seconds:.1f} s, {len(paths) / seconds:,.0f} per second", err=True)
+        echo(f"{len(paths):,} images in {seconds:.1f} s, {len(paths) / seconds:,.0f} per second", err=True)
     if len(paths) == 1 and unreadable:
         raise unreadable[0]
     if unreadable:
@@ -180,14 +181,16 @@ def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, f
     try:
         for count, (answer, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
             line = format_result(f"frame {count}", answer)
-            click.echo(f"\r\x1b[2K{line}  ({latency_ms:.0f} ms)" if terminal else line, nl=not terminal)
+            if terminal:
+                click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
+            echo(f"{line}  ({latency_ms:.0f} ms)" if terminal else line, nl=not terminal)
     except KeyboardInterrupt:
         pass  # the normal way to stop
     finally:
         if terminal:
-            click.echo()
+            echo()
     seconds = time.perf_counter() - started
-    click.echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
+    echo(f"{count:,} frames in {seconds:.1f} s, {count / seconds:.1f} per second", err=True)
 
 
 def _camera_results(classifier: ZeroShotClassifier, camera: str, *, top: int) -> Iterator[tuple[Answer, float]]:
@@ -209,7 +212,7 @@ def _answers(classifier: ZeroShotClassifier, embeddings: Embeddings, *, top: int
 
 
 def _warn_of_single_label(label: str) -> None:
-    click.echo(
+    echo(
         f"warning: The only label is {label!r}: the softmax over a single label is 100 % for every image.\n"
         "hint: add what else the images may show, or set a min cosine similarity, such as --none-below 0.25",
         err=True,
@@ -221,7 +224,9 @@ def _as_text(image: str, answer: Answer) -> str:
     labels = "  ".join(f"{label} {probability:.1%}" for label, probability in answer.predictions)
     if answer.cosine is not None:
         labels = f"{labels or NO_LABEL} (cosine {answer.cosine:.3f})"
-    return f"{image}\t{labels or NO_LABEL}"
+    # One line per image, whatever its name; --json has the name as it is.
+    name = image.translate({ord(character): repr(character)[1:-1] for character in "\n\r\t"})
+    return f"{name}\t{labels or NO_LABEL}"
 
 
 def _as_json(image: str, answer: Answer) -> str:
@@ -238,7 +243,12 @@ def _as_csv(image: str, answer: Answer) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for rank, (label, probability) in enumerate(answer.predictions, start=1):
-        writer.writerow((image, rank, label, f"{probability:.6f}"))
+        writer.writerow((_csv_cell(image), rank, _csv_cell(label), f"{probability:.6f}"))
     if not answer.predictions:
-        writer.writerow((image, 1, "", ""))
+        writer.writerow((_csv_cell(image), 1, "", ""))
     return buffer.getvalue().rstrip("\n")
+
+
+def _csv_cell(text: str) -> str:
+    """Return the text, after an apostrophe if a spreadsheet would compute it as a formula (OWASP, CSV injection)."""
+    return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text

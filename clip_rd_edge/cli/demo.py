@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import ManyOption, threads_option
 
 
@@ -42,14 +43,14 @@ def command(
     from clip_rd_edge.web.app import is_loopback
 
     def ready(url: str) -> None:
-        click.echo(url)
+        echo(url)
         if not is_loopback(host):
-            click.echo(
+            echo(
                 "warning: Anyone on this network can use the page and send images to it; there is no password and no "
                 "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
                 err=True,
             )
-        click.echo("Press Ctrl-C to stop.", err=True)
+        echo("Press Ctrl-C to stop.", err=True)
         if open_page:
             click.launch(url)
 

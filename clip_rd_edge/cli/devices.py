@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from clip_rd_edge.cli._echo import echo
+
 
 @click.command("devices", short_help="List the supported devices, and how to deploy to them.")
 @click.argument("name", required=False, metavar="[NAME]")
@@ -21,23 +23,25 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         from clip_rd_edge.utils.io import to_json
 
-        click.echo(to_json(devices), nl=False)
+        echo(to_json(devices), nl=False)
     elif name:
-        from rich.console import Console
         from rich.markdown import Markdown
 
+        from clip_rd_edge.cli._console import SafeConsole
         from clip_rd_edge.convert.targets import device_guide
 
-        console = Console()
+        console = SafeConsole()
         # Print plain Markdown unless stdout is a terminal.
-        console.print(Markdown(device_guide(name))) if console.is_terminal else click.echo(device_guide(name), nl=False)
+        console.print(Markdown(device_guide(name))) if console.is_terminal else echo(device_guide(name), nl=False)
     else:
         from rich.table import Table
+        from rich.text import Text
 
         from clip_rd_edge.cli._console import print_table
 
         table = Table("device", "description", "requirements", "tested", show_lines=True)
         for key, device in devices.items():
-            table.add_row(key, f"{device.title}\n[dim]{device.examples}[/dim]", "\n".join(device.needs), device.runs)
+            title = Text.assemble(f"{device.title}\n", (device.examples, "dim"))
+            table.add_row(key, title, "\n".join(device.needs), device.runs)
         print_table(table)
-        click.echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)
+        echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
 
 _data, _teacher, _student = grouped("Data"), grouped("Teacher"), grouped("Student")
@@ -150,4 +151,4 @@ def command(output: Path, **options: Any) -> None:
         run = edge.distill(output=output, **drop_none(**options), reporter=reporter)
     say(f"next: clip-rd-edge export {run} --precision int8 -o {run}/bundle")
     if first_process:
-        click.echo(run / STUDENT_FOLDER)
+        echo(run / STUDENT_FOLDER)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.errors import ClipRdEdgeError
 
-_STYLES = {"ok": "[green]ok[/green]", "missing": "[yellow]missing[/yellow]", "broken": "[red]broken[/red]"}
+_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
 @click.command("doctor", short_help="Check this machine, and show what to install.")
@@ -22,17 +23,19 @@ def command(as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.encode(findings))
+        echo(msgspec.json.encode(findings))
     else:
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         from clip_rd_edge.cli._console import print_table
 
         table = Table(show_header=False)
         for finding in findings:
-            remedy = f"\n[bold]{escape(finding.remedy)}[/bold]" if finding.remedy else ""
-            table.add_row(escape(finding.what), _STYLES[finding.state], escape(finding.detail) + remedy)
+            detail = Text(finding.detail)
+            if finding.remedy:
+                detail.append(f"\n{finding.remedy}", style="bold")
+            table.add_row(finding.what, Text(finding.state, style=_STYLES[finding.state]), detail)
         print_table(table)
     if broken := [finding for finding in findings if finding.state == "broken"]:
         raise ClipRdEdgeError(f"No bundle can run here: {broken[0].what} {broken[0].detail}.", hint=broken[0].remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import threads_option
 
 
@@ -60,7 +61,7 @@ def command(
     if as_json:
         from clip_rd_edge.utils.io import to_json
 
-        click.echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
+        echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
         return
     from clip_rd_edge.benchmarking.report.text import score_tables
 

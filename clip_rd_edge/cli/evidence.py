@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._echo import echo
+
 
 @click.group("evidence", short_help="Compare training methods over several students and seeds.")
 def command() -> None:
@@ -39,7 +41,7 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
         reporter.end_chapter()
     from clip_rd_edge.evidence.suite import read_evidence
 
-    click.echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"))
+    echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"))
 
 
 @command.command("report")
@@ -60,6 +62,6 @@ def report(results: Path, into: Path | None) -> None:
 
     tables = edge.evidence_report(results, into=into)
     if into is None:
-        click.echo(tables)
+        echo(tables)
     else:
         say(f"written: {into}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, ManyOption, drop_none, grouped
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
         bundle = edge.export(model, output, **options, reporter=reporter)
     for part in bundle.targets or (bundle,):
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
-    click.echo(_as_json(bundle) if as_json else output)
+    echo(_as_json(bundle) if as_json else output)
 
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:

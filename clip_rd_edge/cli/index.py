@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import device_option, threads_option
 from clip_rd_edge.errors import InputError
 
@@ -34,9 +35,9 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     with console_reporter() as reporter:
         update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
     for reason in update.unreadable:
-        click.echo(f"error: {reason}", err=True)
-    click.echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
-    click.echo(output)
+        echo(f"error: {reason}", err=True)
+    echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
+    echo(output)
     if update.unreadable:
         count = len(update.unreadable)
         raise InputError(f"{count:,} image{'s' * (count > 1)} could not be read; the others are in the index.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from clip_rd_edge import __version__
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
@@ -100,15 +101,15 @@ def main() -> None:
         if debug:
             raise
         if isinstance(error, KeyboardInterrupt):
-            click.echo("Interrupted.", err=True)
+            echo("Interrupted.", err=True)
             sys.exit(130)
         from clip_rd_edge.utils.io import disk_full_error
 
         if disk_full := disk_full_error(error):
             _print_error(disk_full)
             sys.exit(disk_full.exit_code)
-        click.echo(f"error: {type(error).__name__}: {error}", err=True)
-        click.echo("hint: run it again with --debug to see the traceback", err=True)
+        echo(f"error: {type(error).__name__}: {error}", err=True)
+        echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
 
 
@@ -169,6 +170,6 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
 
 
 def _print_error(error: ClipRdEdgeError) -> None:
-    click.echo(f"error: {error}", err=True)
+    echo(f"error: {error}", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        echo(f"hint: {error.hint}", err=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import drop_none
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def command(output: Path, **options: Any) -> None:
     print_table(terminal_table(results))
     _classify_example(output)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    click.echo(f"\nDone in {minutes} min {seconds} s. Report: {output / 'report' / 'report.html'}")
-    click.echo(_next_steps(output))
+    echo(f"\nDone in {minutes} min {seconds} s. Report: {output / 'report' / 'report.html'}")
+    echo(_next_steps(output))
 
 
 def _unseen_concepts() -> ZeroShotTask:
@@ -66,9 +67,9 @@ def _classify_example(folder: Path) -> None:
     # The first image of the split, which is in hashed order: not selected for a good result.
     predictions = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
     truth = task.labels[task.targets[0]]
-    click.echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:")
+    echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:")
     for label, probability in predictions:
-        click.echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
+        echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 
 
 def _next_steps(folder: Path) -> str:

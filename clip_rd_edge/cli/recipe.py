@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from clip_rd_edge.cli._echo import echo
+
 
 @click.group("recipe", short_help="Show the training recipes, to start your own from.")
 def command() -> None:
@@ -21,4 +23,4 @@ def show(name: str | None) -> None:
     """
     import clip_rd_edge as edge
 
-    click.echo(edge.recipe(name), nl=False)
+    echo(edge.recipe(name), nl=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import device_option, threads_option
 
 
@@ -34,6 +35,6 @@ def command(
     for hit in edge.search(index, query, top=top, bundle=bundle, threads=threads, device=device):
         if as_json:
             line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
-            click.echo(json_line(line))
+            echo(json_line(line))
         else:
-            click.echo(f"{hit.similarity:.3f}\t{hit.path}")
+            echo(f"{hit.similarity:.3f}\t{hit.path}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from clip_rd_edge.cli._echo import echo
+
 
 @click.command("spread", short_help="Summarise several results of one suite, such as seeds.")
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -19,4 +21,4 @@ def command(results: tuple[Path, ...]) -> None:
     """
     import clip_rd_edge as edge
 
-    click.echo(edge.spread(results))
+    echo(edge.spread(results))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
@@ -29,7 +30,7 @@ def command(bundle: Path, threads: int | None, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.encode(checks))
+        echo(msgspec.json.encode(checks))
     else:
         _print(checks)
     failed = [check for check in checks if not check.passed]
@@ -43,10 +44,12 @@ def command(bundle: Path, threads: int | None, as_json: bool) -> None:
 
 def _print(checks: list[Check]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from clip_rd_edge.cli._console import print_table
 
     table = Table(show_header=False)
     for check in checks:
-        table.add_row(check.what, "[green]ok[/green]" if check.passed else "[red]failed[/red]", check.detail)
+        state = Text("ok", style="green") if check.passed else Text("failed", style="red")
+        table.add_row(check.what, state, check.detail)
     print_table(table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_rd_edge.benchmarking import formatting
-from clip_rd_edge.benchmarking.formatting import interval, markdown_table, percent
+from clip_rd_edge.benchmarking.formatting import inert_markdown, interval, markdown_table, percent
 from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore, Score, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
@@ -60,15 +60,14 @@ def markdown(results: Results, *, plot: bool) -> str:
     Args:
         plot: whether accuracy-latency.png exists beside it.
     """
-    parts = [f"# {results.suite.name}: accuracy, latency, size", "\n\n".join(headline(results))]
-    if plot:
-        parts.append(f"![Top-1 against the latency of the image tower]({PLOT})")
+    parts = [f"# {_line(results.suite.name)}: accuracy, latency, size", "\n\n".join(map(_line, headline(results)))]
     notes = [RELATIVE_NOTE] if results.first("teacher") else []
     parts += ["## Comparison", *notes, _models_table(results, sections(results))]
     if results.skipped:
-        parts.append("\n".join(f"- **{row.label}** was not measured: {row.reason}" for row in results.skipped))
+        skipped = (f"**{row.label}** was not measured: {row.reason}" for row in results.skipped)
+        parts.append(_list(skipped))
     if results.missing:
-        parts.append("\n".join(f"- **{task.name}** is missing: {task.reason}" for task in results.missing))
+        parts.append(_list(f"**{task.name}** is missing: {task.reason}" for task in results.missing))
     if results.samples:
         parts += ["## Sample predictions", samples_note(results), _samples_table(results)]
     if results.worst:
@@ -76,9 +75,19 @@ def markdown(results: Results, *, plot: bool) -> str:
     if results.comparisons:
         parts += ["## Differences in top-1", _differences_table(results)]
     parts += ["## Method", _table(["", ""], [[f"**{name}**", value] for name, value in facts(results)])]
-    parts += ["\n".join(f"- {remark}" for remark in remarks(results))]
+    parts += [_list(remarks(results))]
     parts += ["## All other figures", _models_table(results, details(results))]
+    if plot:
+        parts.insert(2, f"![Top-1 against the latency of the image tower]({PLOT})")
     return "\n\n".join(parts) + "\n"
+
+
+def _line(text: str) -> str:
+    return inert_markdown(" ".join(text.splitlines()))
+
+
+def _list(items: Iterable[str]) -> str:
+    return "\n".join(f"- {_line(item)}" for item in items)
 
 
 def _models_table(results: Results, shown: Sequence[Section]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.printable import printable
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
 AUTO = "auto"
@@ -138,4 +139,4 @@ def session_device(session: Any, requested: str) -> str:
 
 def warn(message: str) -> None:
     """Log a warning for the user: on stderr unless logging is configured otherwise."""
-    logging.getLogger("clip_rd_edge").warning(message)
+    logging.getLogger("clip_rd_edge").warning("%s", printable(message))

@@ -120,13 +120,36 @@ def test_the_page_is_valid_and_loads_no_external_resources(results: Results) -> 
     assert not re.search(r"\$[a-z]", html)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["<script>x</script>", "<img src=http://x>", "![x](http://x/y.png)", "[x](javascript:x)", "![x][y]", "a\n\n# b",
+     "a\r- b", "a\u2028b", "\x1b[2J", "a|b"],
+)  # fmt: skip
+def test_markdown_has_no_html_link_or_image_from_a_name(results: Results, name: str) -> None:
+    def report(name: str) -> str:
+        rows = tuple(msgspec.structs.replace(row, label=name) for row in results.rows)
+        suite = msgspec.structs.replace(results.suite, name=name)
+        skipped = (SkippedRow(label=name, model=name, reason=name),)
+        return markdown(msgspec.structs.replace(results, rows=rows, suite=suite, skipped=skipped), plot=True)
+
+    text, clean = report(name), report("clean")
+    assert "<" not in text
+    assert "\x1b" not in text
+    assert text.count("](") == 1  # the plot
+    assert "][" not in text
+    assert len(text.splitlines()) == len(clean.splitlines())
+    assert sum(line.startswith("# ") for line in text.splitlines()) == 1
+
+
 def test_names_are_escaped(suite: Suite, open_fake: Callable[[str], Any], tmp_path: Path) -> None:
     (tmp_path / "models" / "task" / "red").rename(tmp_path / "models" / "task" / "<b>red|")
     measured = run_suite(msgspec.structs.replace(suite, name="<i>mine</i>"), open_fake)
     html, text = page(measured), markdown(measured, plot=True)
     assert "<i>mine" not in html
     assert "<b>red" not in html
-    rows = [line for line in text.splitlines() if line.startswith("| <b>red")]
+    assert "<" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| &lt;b>red")]
+    assert rows
     assert all(line.count("|") == 4 for line in rows)
 
 

@@ -1,0 +1,21 @@
+"""Plain output of the commands. Every command prints with `echo` and not with `click.echo`, which passes on escapes."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, Any
+
+import click
+
+from clip_rd_edge.utils.printable import printable
+
+
+def echo(message: object = "", *, err: bool = False, nl: bool = True, file: IO[Any] | None = None) -> None:
+    """Print text or UTF-8 bytes; control characters in it are escaped on stderr and on a terminal.
+
+    A pipe or a file gets the names of files as they are.
+    """
+    text = message.decode() if isinstance(message, bytes) else str(message)
+    stream = file or (sys.stderr if err else sys.stdout)
+    # With color=None, click would remove what looks like a colour from the names in a pipe.
+    click.echo(printable(text) if err or stream.isatty() else text, file=stream, nl=nl, color=True)

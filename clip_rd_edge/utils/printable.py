@@ -1,0 +1,14 @@
+"""Text of unknown origin, such as the name of a file or a label, in a form that a terminal shows and never obeys."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters but tab and newline: with ESC, a terminal changes its title, its clipboard or what it has shown.
+# The others reorder or break the text around them.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\udc80-\udc9f]")
+
+
+def printable(text: str) -> str:
+    """Return `text` with each control character as an escape, such as `\\x1b`."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
