@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         quickstart,
         recipe,
         search,
+        serve,
         spread,
         verify,
     )
@@ -88,6 +89,7 @@ __all__ = [
     "quickstart",
     "recipe",
     "search",
+    "serve",
     "spread",
     "verify",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -40,6 +40,25 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.verify import Check
 
 AnyPath = str | os.PathLike[str]
+
+
+class ServeOptions(TypedDict, total=False):
+    """The options of `serve` and the command line.
+
+    Keys:
+        threads: threads of the model. Default: all cores.
+        device: as for `load`.
+        max_batch: max number of images or texts per call of a tower. Default: 16.
+        max_items: max number of images and texts of requests that are not answered yet; what exceeds it is answered
+            with 503 and Retry-After. Default: 1,024.
+        allow_host: further host names by which clients reach the server, if there is no token.
+    """
+
+    threads: int | None
+    device: str
+    max_batch: int
+    max_items: int
+    allow_host: Sequence[str]
 
 
 def load(
@@ -469,6 +488,48 @@ def demo(
         port=port,
         ready=ready,
     )
+
+
+def serve(
+    bundle: AnyPath,
+    index: AnyPath | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8766,
+    token: str = "",
+    ready: Callable[[str], None] = lambda url: None,
+    **options: Unpack[ServeOptions],
+) -> None:
+    """Serve a bundle to other programs over HTTP until SIGINT or SIGTERM: embeddings, classification and search.
+
+    Args:
+        index: an index that the bundle created, for /search.
+        token: the bearer token that requests need; empty for none.
+        ready: called with the server's URL once it accepts connections.
+        options: the other options of `clip-rd-edge serve`, under the same names.
+
+    Raises:
+        InputError: there is no bundle or index, or another bundle created the index.
+        UsageError: listening on the address failed.
+    """
+    from clip_rd_edge import __version__
+    from clip_rd_edge.runtime.load import load as load_bundle
+
+    try:
+        from clip_rd_edge.serving.app import Limits, Service, make_app
+        from clip_rd_edge.web.app import is_loopback, run_server
+    except ModuleNotFoundError as error:
+        from clip_rd_edge.errors import MissingExtraError
+
+        raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
+    encoder = load_bundle(
+        Path(bundle), threads=options.get("threads"), device=options.get("device", "auto"), spin=False
+    )
+    sizes = {name: options[name] for name in ("max_batch", "max_items") if name in options}
+    folder = None if index is None else Path(index)
+    service = Service(encoder, index=folder, limits=Limits(**sizes), version=__version__)
+    app = make_app(service, token=token, loopback=is_loopback(host), names=options.get("allow_host", ()))
+    run_server(app, host=host, port=port, ready=ready, stop_within_s=10)
 
 
 def devices(name: str | None = None) -> dict[str, Device]:

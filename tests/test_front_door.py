@@ -30,6 +30,7 @@ PRINTING = {"as_json", "as_csv"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
+    "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),
     "evidence report": (api.evidence_report, set()),
     "recipe show": (api.recipe, set()),
@@ -52,6 +53,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     if function is api.distill:
         names |= set(get_type_hints(DistillOptions))
+    if function is api.serve:
+        names = (names | set(get_type_hints(api.ServeOptions))) - {"token"}
     if function is api.export:
         names |= set(get_type_hints(ExportOptions))
     return names

@@ -24,6 +24,7 @@ COMMANDS = {
     "classify": ("classify", "Classify images among your own labels."),
     "index": ("index", "Embed a folder of images for searching."),
     "search": ("search", "Search an index by text or image."),
+    "serve": ("serve", "Serve a bundle to other programs over HTTP."),
     "demo": ("demo", "Try bundles on a local web page, with a camera or image files."),
     "benchmark": ("benchmark", "Compare models by accuracy, latency and size."),
     "evidence": ("evidence", "Compare training methods over several students and seeds."),

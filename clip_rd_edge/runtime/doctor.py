@@ -33,6 +33,7 @@ EXTRAS = {
     "train": "distilling, exporting, and evaluating models that are not bundles",
     "emoji": "data set and teacher of the quickstart",
     "demo": "the demo page",
+    "serve": "serving bundles to other programs",
     "camera": "classify --camera",
     "openvino": "export --format openvino, and running its bundles",
     "rtx": "export --format trt for RTX cards, and running the engines on them",

@@ -144,7 +144,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-_STAT, _STATUS = Path("/proc/stat"), Path("/proc/self/status")
+_STAT, _STATUS, _STATM = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/statm")
 
 
 class BackgroundLoad:
@@ -171,6 +171,13 @@ def _cpu_ticks() -> tuple[int, int]:
     user, nice, system, idle, iowait, *others = map(int, _STAT.read_text().split("\n", 1)[0].split()[1:9])
     busy = user + nice + system + sum(others)
     return busy, busy + idle + iowait
+
+
+def resident_memory_bytes() -> int | None:
+    """Return the memory of this process that is in use now, or None if it is unknown."""
+    if not _STATM.is_file():
+        return None
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory_bytes() -> int | None:

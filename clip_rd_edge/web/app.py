@@ -60,7 +60,7 @@ class Demo:
     async def labels(self, request: Request) -> Response:
         """Store a list of labels; return the key by which classify requests refer to it."""
         try:
-            labels = msgspec.json.decode(await _body(request), type=list)
+            labels = msgspec.json.decode(await read_body(request), type=list)
         except msgspec.MsgspecError as error:
             raise InputError(f"The labels are not a JSON list: {error}.") from error
         return _json({"key": self.label_sets.add(labels)})
@@ -76,7 +76,7 @@ class Demo:
             return error_response(429, "Too many images at once; try again in a moment.")
         self.pending += 1
         try:
-            content = await _body(request)
+            content = await read_body(request)
             self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
             result = await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter)
         finally:
@@ -127,7 +127,8 @@ def _report_errors(handler: Handler) -> Handler:
     return handle
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """Return the body of a request; raise TimeoutError if it takes longer than BODY_TIMEOUT_S to arrive."""
     return await asyncio.wait_for(request.body(), BODY_TIMEOUT_S)
 
 
@@ -150,17 +151,28 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
     Raises:
         UsageError: listening on the address failed.
     """
-    loopback = is_loopback(host)
+    run_server(make_app(demo, loopback=is_loopback(host)), host=host, port=port, ready=ready, stop_within_s=2)
+
+
+def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
+    """Run an application until SIGINT or SIGTERM; requests in progress have `stop_within_s` seconds to finish.
+
+    Args:
+        host, port, ready: as for `serve`.
+
+    Raises:
+        UsageError: listening on the address failed.
+    """
     with _listen(host, port) as listener:
         url_host = f"[{host}]" if ":" in host else host
         url = f"http://{url_host}:{listener.getsockname()[1]}/"
         config = uvicorn.Config(
-            make_app(demo, loopback=loopback),
+            app,
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=stop_within_s,
             h11_max_incomplete_event_size=64_000,
         )
         ready(url)

@@ -1,4 +1,4 @@
-"""Access control for the demo's server: which hosts and origins may send requests, and how large they may be.
+"""Access control for a server on this machine: which hosts and origins may send requests, and how large they may be.
 
 Any page on the web can make a browser send requests to this machine. Checking Host prevents DNS rebinding (a foreign
 name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,11 +37,18 @@ class Guard:
     Args:
         app: the application to protect.
         loopback: whether the server listens only on this machine.
+        names: further host names that requests may use.
+        token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
+            no check.
     """
 
-    def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, loopback: bool, names: Collection[str] = (), token_required: bool = False
+    ) -> None:
         self.app = app
         self.loopback = loopback
+        self.names = {name.lower() for name in names}
+        self.token_required = token_required
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -56,12 +64,13 @@ class Guard:
         await self.app(scope, _with_limit(receive), _with_headers(send))
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
-        host = headers.get("host", "")
-        if not allowed_host(host, loopback=self.loopback):
-            return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge demo printed."
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return 403, f"Requests from pages of {origin} are not allowed."
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self.token_required:
+            known = (urlsplit(f"//{host}").hostname or "") in self.names
+            if not known and not allowed_host(host, loopback=self.loopback):
+                return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
+            if origin is not None and urlsplit(origin).netloc != host:
+                return 403, f"Requests from pages of {origin} are not allowed."
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()

@@ -59,7 +59,7 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class _UploadedImage:
+class UploadedImage:
     """An image from a request body, in the form that `open_image` takes."""
 
     content: bytes
@@ -127,7 +127,7 @@ class ServedBundle:
         encoder = self.encoder()
         classifier = self._classifier(encoder, labels)
         started = time.perf_counter()
-        image = open_image(_UploadedImage(content), max_pixels=MAX_PIXELS)
+        image = open_image(UploadedImage(content), max_pixels=MAX_PIXELS)
         pixels = preprocess(image, encoder.manifest.preprocessing)[None]
         opened = time.perf_counter()
         embeddings = encoder.encode_pixels(pixels)

@@ -1,0 +1,75 @@
+"""`clip-rd-edge serve`: embeddings, classification and search over HTTP."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clip_rd_edge.cli._options import GroupedCommand, device_option, drop_none, grouped, threads_option
+from clip_rd_edge.errors import InputError
+
+TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
+_server, _limits = grouped("Server"), grouped("Limits")
+
+
+@click.command("serve", cls=GroupedCommand, short_help="Serve a bundle to other programs over HTTP.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("index", required=False, type=click.Path(path_type=Path))
+@_server("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for the network.")
+@_server(
+    "--port", type=click.IntRange(0, 65535), default=8766, show_default=True,
+    help="Port to listen on; 0 uses any free port.",
+)  # fmt: skip
+@_server(
+    "--token-file", type=click.Path(path_type=Path), metavar="FILE",
+    help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
+)  # fmt: skip
+@_server(
+    "--allow-host", multiple=True, metavar="NAME",
+    help="Host name by which clients reach the server, such as a container's, if there is no token; can be repeated.",
+)  # fmt: skip
+@_limits("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Items per call of the model.")
+@_limits(
+    "--max-items", type=click.IntRange(1), default=1024, show_default=True,
+    help="Items of requests that are not answered yet; more are answered with 503.",
+)  # fmt: skip
+@threads_option
+@device_option
+def command(bundle: Path, index: Path | None, token_file: Path | None, host: str, port: int, **options: Any) -> None:
+    """Serve BUNDLE over HTTP, and search INDEX. Ctrl-C or SIGTERM stops it after the requests in progress.
+
+    POST /embeddings takes texts, and images in base64, as llama.cpp does (Frigate); POST /v1/embeddings takes texts,
+    and images as data URLs, as OpenAI does; POST /classify returns the most likely labels of an image, POST /search the
+    nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
+
+    \b
+    clip-rd-edge serve bundle
+    clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
+    """
+    import clip_rd_edge as edge
+
+    token = _token(token_file)
+
+    def ready(url: str) -> None:
+        click.echo(url)
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
+            click.echo(f"warning: The server {access}; there is no encryption.", err=True)
+        click.echo("Press Ctrl-C to stop.", err=True)
+
+    edge.serve(bundle, index, host=host, port=port, token=token, ready=ready, **drop_none(**options))
+
+
+def _token(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "")
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read the token from {file}: {error}.", hint="check the path") from error
+    if not token:
+        raise InputError(f"The token file {file} is empty.")
+    return token

@@ -1,0 +1,183 @@
+"""What clients send and get: requests in the forms of llama.cpp and OpenAI, and our own for classify and search.
+
+Sources: llama.cpp's server (`tools/server/README.md`, /embeddings and /props) and OpenAI's API reference (embeddings).
+Fields that are not listed here are ignored, as both servers do.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from clip_rd_edge.errors import InputError
+
+MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
+_DATA_URL = "data:image/"
+MAX_ITEMS = 2048  # per request, as OpenAI's
+
+
+class Item(msgspec.Struct, frozen=True):
+    """A text or the bytes of an image file to embed; one of the two is None."""
+
+    text: str | None = None
+    image: bytes | None = None
+
+
+class LlamaItem(msgspec.Struct, frozen=True, kw_only=True):
+    """An element of llama.cpp's `content`: a text, or the marker of an image and the image in base64."""
+
+    prompt_string: str = ""
+    multimodal_data: list[str] = []
+
+
+class LlamaRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /embeddings; `content` and `input` are two names of the same."""
+
+    content: str | LlamaItem | list[str | LlamaItem] | None = None
+    input: str | LlamaItem | list[str | LlamaItem] | None = None
+
+
+class OpenAiRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/embeddings; a data URL of an image is embedded as that image."""
+
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /classify.
+
+    Attributes:
+        image: the image file in base64, or a data URL.
+        labels: the labels; None uses the bundle's own.
+        top: max number of labels to return.
+        none_below: omit labels with a lower probability.
+    """
+
+    image: str
+    labels: list[str] | None = None
+    top: int = 5
+    none_below: float = 0.0
+
+
+class SearchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /search: a text or an image in base64, and how many images to return."""
+
+    query: str = ""
+    image: str = ""
+    top: int = 10
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """Decode a JSON body; raise InputError if it is not JSON or has another form."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise InputError(f"The request is invalid: {str(error).rstrip('.')}.") from error
+
+
+def llama_items(request: LlamaRequest) -> list[Item]:
+    """Return the items of a llama.cpp request.
+
+    Raises:
+        InputError: there are none or too many, or an item has several images, or both an image and a text.
+    """
+    content = request.content if request.content is not None else request.input
+    elements = content if isinstance(content, list) else [] if content is None else [content]
+    return _limited([_llama_item(element, number) for number, element in enumerate(elements)])
+
+
+def _llama_item(element: str | LlamaItem, number: int) -> Item:
+    if isinstance(element, str):
+        return Item(text=element)
+    if not element.multimodal_data:
+        return Item(text=element.prompt_string)
+    if len(element.multimodal_data) > 1 or element.prompt_string.replace(MEDIA_MARKER, "").strip():
+        raise InputError(
+            f"Item {number} has {len(element.multimodal_data)} images and the prompt {element.prompt_string[:80]!r}; "
+            "a CLIP model embeds one image or one text.",
+            hint="send an item for each",
+        )
+    return Item(image=decode_image(element.multimodal_data[0], number))
+
+
+def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
+    """Return the items of an OpenAI request.
+
+    Raises:
+        InputError: there are none or too many, or `dimensions` is not the size of the embeddings.
+    """
+    if request.dimensions not in (None, embedding_size):
+        raise InputError(f"dimensions is {request.dimensions}; this model has {embedding_size}.")
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    return _limited(
+        [
+            Item(image=decode_image(text, number)) if text.startswith(_DATA_URL) else Item(text=text)
+            for number, text in enumerate(texts)
+        ]
+    )
+
+
+def _limited(items: list[Item]) -> list[Item]:
+    if not items:
+        raise InputError("There is nothing to embed: expected at least one text or image.")
+    if len(items) > MAX_ITEMS:
+        raise InputError(f"{len(items):,} items were sent; the limit is {MAX_ITEMS:,}.", hint="send several requests")
+    for number, item in enumerate(items):
+        if item.image is None and not (item.text or "").strip():
+            raise InputError(f"Item {number} is empty.")
+    return items
+
+
+def decode_image(text: str, number: int = 0) -> bytes:
+    """Decode an image file from base64, with or without a data URL's head; raise InputError if it is not base64."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"The image of item {number} is not base64: {error}.") from error
+
+
+def openapi(version: str, *, search: bool) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of the server; without an index there is no /search."""
+    bodies: dict[str, tuple[type[msgspec.Struct], str]] = {
+        "/embeddings": (LlamaRequest, "Embed texts and images, in llama.cpp's form."),
+        "/v1/embeddings": (OpenAiRequest, "Embed texts, or images as data URLs, in OpenAI's form."),
+        "/classify": (ClassifyRequest, "Return the most likely labels of an image."),
+        "/search": (SearchRequest, "Return the images of the index nearest to a text or an image."),
+    }
+    if not search:
+        del bodies["/search"]
+    gets = {
+        "/v1/models": "The model, in OpenAI's form.",
+        "/props": "The model, in llama.cpp's form.",
+        "/health": "Whether the server answers; needs no token.",
+        "/metrics": "Counters for Prometheus.",
+    }
+    schemas, components = msgspec.json.schema_components(
+        [kind for kind, _ in bodies.values()], ref_template="#/components/schemas/{name}"
+    )
+    answers = {
+        "200": {"description": "the answer"},
+        "400": {"description": "the request is invalid"},
+        "503": {"description": "too many requests: try again after Retry-After seconds"},
+    }
+    answer = {"200": answers["200"]}
+    paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": answer}} for path, text in gets.items()}
+    for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
+        sent = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {"summary": text, "requestBody": sent, "responses": answers}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "clip-rd-edge", "version": version},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"token": []}, {}],
+    }

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.index import update_index
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.serving.batching import Batcher
+
+pytest.importorskip("starlette")
+testclient = pytest.importorskip("starlette.testclient")
+
+from clip_rd_edge.serving.app import Limits, Service, make_app  # noqa: E402
+
+BASE_URL = "http://127.0.0.1:8766"
+
+
+def jpeg(colour: tuple[int, int, int] = (250, 5, 5)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+@pytest.fixture
+def client(colour_bundle: Path, colour_images: Path, tmp_path: Path) -> Iterator[Any]:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, tmp_path / "index")
+    app = make_app(Service(encoder, index=tmp_path / "index"))
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        yield client
+
+
+def frigate_request(path: str, payload: object, *, key: str = "") -> bytes:
+    """What Frigate's llama.cpp client sends, which uses `requests`: the bytes of one request."""
+    body = json.dumps(payload, allow_nan=False).encode()
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: {host}",
+        "User-Agent: python-requests/2.32.5",
+        "Accept-Encoding: gzip, deflate",
+        "Accept: */*",
+        "Connection: keep-alive",
+        *([f"Authorization: Bearer {key}"] if key else []),
+        f"Content-Length: {len(body)}",
+        "Content-Type: application/json",
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@pytest.fixture
+def start(colour_bundle: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """Return a function that starts `clip-rd-edge serve` and returns the process and its port."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, token: str = "") -> tuple[subprocess.Popen[str], int]:
+        command = [sys.executable, "-m", "clip_rd_edge", "serve", str(colour_bundle), "--port", "0", *arguments]
+        environment = {**os.environ, "CLIP_RD_EDGE_TOKEN": token}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        processes.append(process)
+        assert process.stdout is not None
+        url = process.stdout.readline()
+        assert url.startswith("http://127.0.0.1:"), process.communicate()[1]
+        return process, int(url.rsplit(":", 1)[1].strip().rstrip("/"))
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def exchange(port: int, request: bytes) -> tuple[int, dict[str, str], Any]:
+    """Send the bytes of a request; return status, headers and JSON of the answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request.replace(b"{host}", f"127.0.0.1:{port}".encode()))
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        head, _, body = received.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        while len(body) < int(headers["content-length"]):
+            body += connection.recv(65536)
+    return int(status.split()[1]), headers, json.loads(body)
+
+
+def test_frigates_requests_get_the_bundles_embeddings(
+    colour_bundle: Path, start: Callable[..., tuple[subprocess.Popen[str], int]]
+) -> None:
+    _, port = start(token="secret")
+    opener = urllib.request.Request(f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": "Bearer secret"})
+    with urllib.request.urlopen(opener) as response:
+        (model,) = json.load(response)["data"]
+    assert {"colours", "clip-rd-edge"} <= {model["id"], *model["aliases"]}  # Frigate refuses a name that is not listed
+    assert "image" in model["architecture"]["input_modalities"]
+    opener.full_url = f"http://127.0.0.1:{port}/props?model=clip-rd-edge"
+    with urllib.request.urlopen(opener) as response:
+        marker = json.load(response)["media_marker"]
+    content = [
+        {"prompt_string": "red"},
+        {"prompt_string": f"{marker}\n", "multimodal_data": [encoded(jpeg((5, 5, 250)))]},
+        {"prompt_string": f"{marker}\n", "multimodal_data": [encoded(jpeg((5, 250, 5)))]},
+    ]
+    request = frigate_request("/embeddings", {"model": "clip-rd-edge", "content": content}, key="secret")
+    status, _, items = exchange(port, request)
+    assert status == 200
+    encoder = load(colour_bundle)
+    images = [Image.open(io.BytesIO(jpeg(colour))).convert("RGB") for colour in ((5, 5, 250), (5, 250, 5))]
+    expected = np.concatenate([encoder.encode_texts(["red"]), encoder.encode_images(images)])
+    # As Frigate reads them: the mean over the rows of an item.
+    rows = np.asarray([np.array(item["embedding"], dtype=np.float32).mean(axis=0) for item in items])
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+    status, headers, answer = exchange(port, frigate_request("/embeddings", {"content": content}))
+    assert (status, headers["www-authenticate"]) == (401, "Bearer")
+    assert "token" in answer["error"]["message"]
+
+
+def test_openais_form_in_numbers_and_in_base64(client: Any, colour_bundle: Path) -> None:
+    texts = ["red", "green blue"]
+    image = f"data:image/jpeg;base64,{encoded(jpeg())}"
+    answer = client.post("/v1/embeddings", json={"model": "any", "input": [*texts, image]}).json()
+    assert (answer["object"], answer["model"]) == ("list", "colours")
+    assert [item["index"] for item in answer["data"]] == [0, 1, 2]
+    assert answer["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    rows = np.asarray([item["embedding"] for item in answer["data"]], dtype=np.float32)
+    np.testing.assert_allclose(rows[:2], load(colour_bundle).encode_texts(texts), atol=1e-6)
+    assert rows[2].argmax() == 0
+    answer = client.post("/v1/embeddings", json={"input": "red", "encoding_format": "base64"}).json()
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4"), rows[0])
+
+
+def test_images_are_classified_and_searched_for(client: Any, colour_images: Path) -> None:
+    body = {"image": encoded(jpeg()), "labels": ["green", "red", "blue"], "top": 2}
+    predictions = client.post("/classify", json=body).json()["predictions"]
+    assert [predictions[0]["label"], len(predictions)] == ["red", 2]
+    for query in ({"query": "blue"}, {"image": encoded(jpeg((5, 5, 250)))}):
+        (hit,) = client.post("/search", json={**query, "top": 1}).json()["hits"]
+        assert hit["path"] == str(colour_images / "blue.jpg")
+
+
+def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path) -> None:
+    (colour_images / "blue.jpg").unlink()
+    update_index(load(colour_bundle), colour_images, tmp_path / "index")
+    (hit,) = client.post("/search", json={"query": "blue", "top": 1}).json()["hits"]
+    assert hit["path"] != str(colour_images / "blue.jpg")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/embeddings", b"{", "The request is invalid"),
+        ("/embeddings", {}, "nothing to embed"),
+        ("/embeddings", {"content": [" "]}, "Item 0 is empty"),
+        ("/embeddings", {"content": [{"prompt_string": "<__media__>", "multimodal_data": ["?"]}]}, "not base64"),
+        (
+            "/embeddings",
+            {"content": [{"prompt_string": "<__media__> red", "multimodal_data": ["AA=="]}]},
+            "one image or",
+        ),
+        ("/embeddings", {"content": [{"prompt_string": "<__media__>", "multimodal_data": ["AA=="]}]}, "Cannot read"),
+        ("/embeddings", {"content": ["red"] * 2049}, "the limit is 2,048"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "The request is invalid"),
+        ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
+        ("/classify", {"image": encoded(jpeg()), "labels": []}, "No labels"),
+        ("/classify", {"image": encoded(jpeg())}, "no label bank"),
+        ("/search", {"query": ""}, "either a query or an image"),
+        ("/search", {"query": "red", "top": 0}, "top is 0"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_one_sentence(client: Any, path: str, body: Any, message: str) -> None:
+    response = client.post(path, content=body if isinstance(body, bytes) else json.dumps(body))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_bundle: Path) -> None:
+    encoder = load(colour_bundle)
+    foreign = {"Host": "evil.example", "Origin": "http://evil.example"}
+    with testclient.TestClient(make_app(Service(encoder)), base_url=BASE_URL) as client:
+        assert client.get("/health", headers=foreign).status_code == 403
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/health", headers={"Origin": "http://evil.example"}).status_code == 403
+    named = make_app(Service(encoder), names=["Clip-Server"], loopback=False)
+    with testclient.TestClient(named, base_url="http://clip-server:8766") as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/health", headers={"Host": "evil.example"}).status_code == 403
+    with testclient.TestClient(make_app(Service(encoder), token="secret"), base_url=BASE_URL) as client:
+        assert client.get("/health", headers=foreign).status_code == 200
+        assert client.get("/v1/models", headers=foreign).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/v1/models", headers={**foreign, "Authorization": "bearer secret"}).status_code == 200
+
+
+def test_prometheus_reads_what_was_counted_and_the_document_names_every_route(client: Any) -> None:
+    client.post("/embeddings", json={"content": ["red", "blue"]})
+    client.post("/embeddings", json={})
+    text = client.get("/metrics").text
+    assert 'clip_rd_edge_requests_total{path="/embeddings",status="200"} 1\n' in text
+    assert 'clip_rd_edge_requests_total{path="/embeddings",status="400"} 1\n' in text
+    assert 'clip_rd_edge_batch_size_bucket{tower="text",le="2.0"} 1\n' in text
+    assert 'clip_rd_edge_request_seconds_count{path="/embeddings"} 2\n' in text
+    assert "clip_rd_edge_pending_items 0\n" in text
+    document = client.get("/openapi.json").json()
+    routes = {route.path for route in client.app.routes}
+    assert routes - set(document["paths"]) == {"/embedding", "/models", "/openapi.json"}  # further names, and itself
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert client.request(method, path, content=b"").status_code in (200, 400)
+
+
+def test_the_items_of_concurrent_requests_share_batches_and_keep_their_rows() -> None:
+    sizes: list[int] = []
+    release = threading.Event()
+
+    def encode(items: list[int]) -> np.ndarray:
+        release.wait(10)
+        return np.asarray(items, dtype=np.float32)[:, None]
+
+    async def run() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(encode, executor, max_batch=4, on_batch=sizes.append)
+            requests = [asyncio.create_task(batcher.embed([i, 10 + i])) for i in range(5)]
+            await asyncio.sleep(0.05)
+            requests[4].cancel()
+            release.set()
+            for i, rows in enumerate(await asyncio.gather(*requests[:4])):
+                assert rows[:, 0].tolist() == [i, 10 + i]
+
+    asyncio.run(run())
+    assert sum(sizes) == 8  # what nobody waits for is not computed
+    assert max(sizes) == 4
+
+
+def test_an_error_of_the_model_reaches_the_requests_of_its_batch_alone() -> None:
+    def encode(items: list[int]) -> np.ndarray:
+        if -1 in items:
+            raise InputError("no such item")
+        return np.asarray(items, dtype=np.float32)[:, None]
+
+    async def run() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            batcher = Batcher(encode, executor, max_batch=1)
+            bad, good = await asyncio.gather(batcher.embed([-1]), batcher.embed([1]), return_exceptions=True)
+        assert isinstance(bad, InputError)
+        assert isinstance(good, np.ndarray)
+
+    asyncio.run(run())
+
+
+def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_bundle: Path) -> None:
+    service = Service(load(colour_bundle), limits=Limits(max_items=4, max_requests=2))
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+        assert client.post("/embeddings", json={"content": ["red"] * 6}).status_code == 200  # nothing else waits
+        service.pending_items = 3
+        response = client.post("/embeddings", json={"content": ["red", "blue"]})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert client.post("/embeddings", json={"content": ["red"]}).status_code == 200
+        service.pending_items, service.active_requests = 0, 2
+        assert client.post("/embeddings", json={"content": ["red"]}).status_code == 503
+        assert client.get("/health").status_code == 200
+
+
+def test_a_slow_client_and_a_killed_one_harm_nobody(
+    start: Callable[..., tuple[subprocess.Popen[str], int]],
+) -> None:
+    process, port = start()
+    request = frigate_request("/embeddings", {"content": ["red"]})
+    slow = socket.create_connection(("127.0.0.1", port))
+    slow.sendall(request.replace(b"{host}", b"127.0.0.1")[:-5])  # the rest never comes
+    for _ in range(20):
+        killed = socket.create_connection(("127.0.0.1", port))
+        killed.sendall(request.replace(b"{host}", b"127.0.0.1"))
+        killed.close()  # before the answer
+    started = time.perf_counter()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda _: exchange(port, request)[0], range(64)))
+    assert answers == [200] * 64
+    assert time.perf_counter() - started < 10
+    slow.close()
+    assert process.poll() is None
+
+
+def test_sigterm_lets_a_request_in_progress_finish(
+    start: Callable[..., tuple[subprocess.Popen[str], int]],
+) -> None:
+    process, port = start()
+    content = frigate_request("/embeddings", {"content": ["red blue"] * 2000})
+    with ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(exchange, port, content)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        status, _, items = answer.result(20)
+    assert (status, len(items)) == (200, 2000)
+    assert process.wait(10) in (0, -signal.SIGTERM)
+    assert "Traceback" not in (process.stderr.read() if process.stderr else "")
