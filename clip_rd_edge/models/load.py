@@ -56,7 +56,8 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     else:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    with _quiet_open_clip(), _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext():
+    hub = _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
+    with _quiet_open_clip(), _without_remote_code(), hub:
         try:
             model = open_clip.create_model(
                 spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
@@ -176,6 +177,30 @@ def _quiet_open_clip() -> Iterator[None]:
             root.removeHandler(handler)
 
 
+class _RemoteCodeError(Exception):
+    """A model wants to run Python code that came with it."""
+
+
+@contextmanager
+def _without_remote_code() -> Iterator[None]:
+    """Within the block, transformers runs no Python code that came with a model, and does not ask whether it may.
+
+    open_clip does not pass `trust_remote_code`, and a model's own `tokenizer_kwargs` can set it. All such code is
+    imported by one function of transformers.
+    """
+    from transformers import dynamic_module_utils as modules
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise _RemoteCodeError
+
+    previous = modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE
+    modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE = refuse, 0  # seconds to wait for an answer on stdin
+    try:
+        yield
+    finally:
+        modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE = previous
+
+
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -212,6 +237,11 @@ def _describe_model(spec: str, pretrained: str | None, model_cfg: dict[str, Any]
 
 def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
     """Convert an error raised by open_clip or the hub client while loading `subject`."""
+    if isinstance(error, _RemoteCodeError) or "trust_remote_code" in str(error):
+        return ConfigError(
+            f"{subject} could not be loaded: it needs Python code that came with it (auto_map), which is never run.",
+            hint="use a model whose architecture transformers itself has",
+        )
     if _needs_network(error):
         return InputError(
             f"{subject} could not be fetched: the hub cannot be reached, and its local cache is incomplete.",

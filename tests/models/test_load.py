@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -163,3 +163,44 @@ assert not logging.getLogger().handlers
 """
     subprocess.run([sys.executable, "-c", program], check=True)
     assert capfd.readouterr().err == "Retrying in 1s\n"
+
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+class Config(PretrainedConfig):
+    model_type = "evil"
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["text tower", "tokenizer", "tokenizer that trusts itself"])
+def test_python_code_in_a_model_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    folder, marker = tmp_path / "teacher", tmp_path / "was run"
+    clip = tiny()
+    save_clip(folder, clip, provenance={})
+    (folder / "evil.py").write_text(CODE.format(marker=str(marker)))
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    text = config["model_cfg"]["text_cfg"]
+    if part == "text tower":
+        text |= {"hf_model_name": str(folder), "hf_model_pretrained": False}
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}})
+        )
+    else:
+        text |= {"hf_tokenizer_name": str(folder)}
+        tokenizer = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        if part != "tokenizer":
+            text["tokenizer_kwargs"] = {"trust_remote_code": True}
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail("asked on stdin"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ConfigError, match=r"Python code that came with it \(auto_map\), which is never run"):
+        load_clip(f"local-dir:{folder}")
+    assert not marker.exists()
