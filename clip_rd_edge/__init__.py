@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         search,
         serve,
         spread,
+        stitch,
         verify,
     )
     from clip_rd_edge.errors import (
@@ -91,6 +92,7 @@ __all__ = [
     "search",
     "serve",
     "spread",
+    "stitch",
     "verify",
 ]
 

@@ -140,6 +140,59 @@ def recipe(name: str | None = None) -> str:
     return describe_recipes() if name is None else commented_recipe(name)
 
 
+def stitch(
+    classifier: str,
+    output: AnyPath,
+    *,
+    names: AnyPath,
+    text: str,
+    pretrained: AnyPath | None = None,
+    image_size: int | None = None,
+    context_length: int = 77,
+    force: bool = False,
+) -> Path:
+    """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
+
+    No image is needed: the projection is computed from the classifier's weights and the embeddings of its class names.
+    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher.
+
+    Args:
+        classifier: a timm architecture (`resnet18`, `resnet18.tv_in1k`), or `torchvision:NAME`.
+        names: a text file with one class per line, in the order of the classifier's outputs, where `;` separates
+            synonyms and descriptions; or `imagenet` for its 1,000 classes.
+        text: `all-MiniLM-L6-v2`, a folder or zip archive in the layout of transformers, a name on the Hugging Face hub,
+            or an open_clip model as `local-dir:PATH`, whose text tower is used.
+        pretrained: a file of the classifier's weights (.safetensors, .pth); None loads those of an installed package
+            for `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
+        image_size: edge of the input images in pixels; None uses the classifier's own.
+        context_length: tokens per text, at most as many as the sentence encoder supports.
+        force: replace an existing `output`.
+
+    Raises:
+        UsageError: `output` is in use.
+        InputError: the classifier, its weights, the names or the sentence encoder do not exist.
+        ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
+            open_clip cannot hold one of the two models.
+    """
+    from clip_rd_edge.utils.io import require_free_output
+
+    folder = Path(output)
+    require_free_output(folder, overwrite=force)
+
+    from clip_rd_edge.models.classifier import load_classifier
+    from clip_rd_edge.models.load import save_clip
+    from clip_rd_edge.models.sentences import load_sentence_encoder
+    from clip_rd_edge.models.stitch import read_class_names, stitch_clip
+
+    class_names = read_class_names(names)
+    image = load_classifier(classifier, pretrained=None if pretrained is None else os.fspath(pretrained))
+    sentences = load_sentence_encoder(text, context_length=context_length)
+    clip = stitch_clip(image, sentences, class_names, image_size=image_size)
+    provenance = {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
+    save_clip(folder, clip, provenance=provenance)
+    return folder
+
+
 @dataclass(frozen=True)
 class ExportedBundle(os.PathLike[str]):
     """An exported bundle. It is path-like: pass it wherever the path of a bundle is expected.

@@ -18,6 +18,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes on a CPU."),
     "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
     "recipe": ("recipe", "Show the training recipes, to start your own from."),
+    "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),

