@@ -11,8 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as RemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -122,6 +121,25 @@ class ConsoleReporter(Reporter):
             self._task = None
 
 
+class _Times(ProgressColumn):
+    """Elapsed and remaining time, named."""
+
+    def render(self, task: Task) -> Text:
+        texts = [f"{duration(task.elapsed or 0)} elapsed"]
+        if task.time_remaining is not None and not task.finished:
+            texts.append(f"{duration(task.time_remaining)} left")
+        return Text(", ".join(texts), style="progress.elapsed")
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, such as `12 s`, `3 min 20 s` or `1 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class _StepCount(ProgressColumn):
     """Completed and total steps; empty for a stage without a known total."""
 
@@ -131,14 +149,18 @@ class _StepCount(ProgressColumn):
 
 @contextmanager
 def console_reporter() -> Iterator[ConsoleReporter]:
-    """Return a reporter for the duration of a command; its progress bar disappears at the end."""
+    """Return a reporter for the duration of a command; its progress bar disappears at the end.
+
+    The bar appears at once: importing PyTorch takes seconds, in which nothing else would be shown.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         _StepCount(),
-        TimeElapsedColumn(),
-        RemainingColumn(),
+        _Times(),
         TextColumn("{task.fields[message]}", markup=False),
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
-        yield ConsoleReporter(bar)
+        reporter = ConsoleReporter(bar)
+        reporter.update("starting")
+        yield reporter

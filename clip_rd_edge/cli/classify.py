@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import ManyOption, device_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.printable import one_line
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
@@ -66,6 +67,10 @@ MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
     help="Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
+@click.option(
+    "-0", "--null", is_flag=True,
+    help="The paths on stdin and the lines printed end with NUL instead of a newline, as from find -print0.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
 def command(
@@ -80,6 +85,7 @@ def command(
     device: str,
     cache: bool,
     quick: bool,
+    null: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -96,8 +102,8 @@ def command(
         raise UsageError(
             "Expected either images or --camera.", hint="pass files, a folder, - for a list, or --camera 0"
         )
-    if as_json and as_csv:
-        raise UsageError("--json and --csv cannot be combined.")
+    if as_csv and (as_json or null):
+        raise UsageError(f"{'--json' if as_json else '--null'} and --csv cannot be combined.", hint="omit one of them")
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -106,14 +112,15 @@ def command(
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
 
-    paths = list(find_images(images, lines=sys.stdin))
+    paths = list(find_images(images, lines=_lines(sys.stdin, null=null)))
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
     classifier = ZeroShotClassifier(
         encoder, parse_labels(labels), templates=templates or None, none_below=none_below, cache=cache
     )
     if len(classifier.labels) == 1 and not none_below:
         _warn_of_single_label(classifier.labels[0])
-    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_text
+    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else _as_text
+    end = "\0" if null else "\n"
     if as_csv:
         echo(CSV_HEADER)
     if camera is not None:
@@ -121,7 +128,15 @@ def command(
         return
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
-    _classify_files(classifier, encoder, paths, top=top, format_result=format_result, quick=quick)
+    _classify_files(classifier, encoder, paths, top=top, format_result=format_result, quick=quick, end=end)
+
+
+def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:
+    """Yield the paths on a stream, one per line or each ended by NUL; nothing is read before the first is asked for."""
+    if null:
+        yield from stream.read().split("\0")
+    else:
+        yield from (line.rstrip("\r\n") for line in stream)
 
 
 def _classify_files(
@@ -132,6 +147,7 @@ def _classify_files(
     top: int,
     format_result: Format,
     quick: bool,
+    end: str,
 ) -> None:
     """Classify image files and print the results; report unreadable images on stderr and continue with the others.
 
@@ -156,11 +172,12 @@ def _classify_files(
             answers = _answers(classifier, batch.embeddings, top=top)
             lines = [format_result(str(path), answer) for path, answer in zip(batch.images, answers, strict=True)]
             if lines:
-                echo("\n".join(lines), file=stdout)  # one call per batch, because each call flushes
+                # One call per batch, because each call flushes.
+                echo(end.join([*lines, ""]), file=stdout, nl=False)
             unreadable += batch.unreadable
             if len(paths) > 1:
                 for error in batch.unreadable:
-                    echo(f"error: {error}", err=True)
+                    echo(f"error: {one_line(error)}", err=True)
             done += len(batch.images) + len(batch.unreadable)
             if reporter:
                 rate = done / (time.perf_counter() - started)
@@ -220,13 +237,17 @@ def _warn_of_single_label(label: str) -> None:
 
 
 def _as_text(image: str, answer: Answer) -> str:
-    """Return one line: the image, a tab, and the labels with their probabilities, most likely first."""
+    """Return one line: the image, a tab, and the labels; line breaks in names are escaped."""
+    name, _, labels = _as_record(image, answer).rpartition("\t")
+    return f"{one_line(name)}\t{one_line(labels)}"
+
+
+def _as_record(image: str, answer: Answer) -> str:
+    """Return the image, a tab, and the labels with their probabilities, most likely first."""
     labels = "  ".join(f"{label} {probability:.1%}" for label, probability in answer.predictions)
     if answer.cosine is not None:
         labels = f"{labels or NO_LABEL} (cosine {answer.cosine:.3f})"
-    # One line per image, whatever its name; --json has the name as it is.
-    name = image.translate({ord(character): repr(character)[1:-1] for character in "\n\r\t"})
-    return f"{name}\t{labels or NO_LABEL}"
+    return f"{image}\t{labels or NO_LABEL}"
 
 
 def _as_json(image: str, answer: Answer) -> str:

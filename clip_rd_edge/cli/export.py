@@ -98,7 +98,8 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export bundle --target browser -o site
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli._console import console_reporter, say
+    from clip_rd_edge.convert.targets import BROWSER
     from clip_rd_edge.runtime.label_list import parse_labels
 
     with console_reporter() as reporter:
@@ -106,27 +107,36 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
         bundle = edge.export(model, output, **options, reporter=reporter)
     for part in bundle.targets or (bundle,):
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
+    if options.get("target") != BROWSER and options.get("layout") == "bundle" and not bundle.targets:
+        labels_option = "" if options.get("labels") else ' --labels "a cat" "a dog"'
+        say(f"next: clip-rd-edge verify {output}; clip-rd-edge classify {output} photo.jpg{labels_option}")
     echo(_as_json(bundle) if as_json else output)
 
 
 def _show(bundle: ExportedBundle, *, name: str) -> None:
     """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
     from clip_rd_edge.cli._console import print_table, say, stderr
+    from clip_rd_edge.utils.io import size_bytes
 
     if bundle.trials:
         print_table(_trial_table(bundle.trials), console=stderr)
+    say(f"{name}precision: {bundle.manifest.precision}, {size_bytes(bundle.folder) / 1e6:,.1f} MB")
     for kind, tower in bundle.manifest.towers.items():
         latency = f", {tower.measured.latency_ms_p50:.2f} ms" if tower.measured else ""
         say(f"{name}{kind} tower: {(tower.note or tower.precision).rstrip('.')}{latency}")
 
 
 def _trial_table(trials: Sequence[Trial]) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table("tower", "INT8", title="INT8 trials, relative to float32", title_justify="left")
-    for heading in ("latency", "centred cosine", "zero-shot", "size"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    # 80 columns: a name or a verdict that is too long wraps, and no figure does.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 trials, relative to float32", title_justify="left")
+    table.add_column("tower", no_wrap=True)
+    table.add_column("INT8", overflow="fold")
+    for heading in ("latency", "centred\ncosine", "zero-shot,\npoints", "size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
     for trial in trials:
         figures = (
             f"× {trial.latency_ratio:.2f}",

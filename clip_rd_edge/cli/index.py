@@ -9,6 +9,7 @@ import click
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import device_option, threads_option
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.printable import one_line
 
 
 @click.command("index", short_help="Embed a folder of images for searching.")
@@ -35,7 +36,7 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     with console_reporter() as reporter:
         update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
     for reason in update.unreadable:
-        echo(f"error: {reason}", err=True)
+        echo(f"error: {one_line(reason)}", err=True)
     echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
     echo(output)
     if update.unreadable:

@@ -12,6 +12,7 @@ import click
 from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
+from clip_rd_edge.utils.printable import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
@@ -172,6 +173,6 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
 
 
 def _print_error(error: ClipRdEdgeError) -> None:
-    echo(f"error: {error}", err=True)
+    echo(f"error: {one_line(error)}", err=True)
     if error.hint:
-        echo(f"hint: {error.hint}", err=True)
+        echo(f"hint: {one_line(error.hint)}", err=True)

@@ -39,7 +39,7 @@ def command(output: Path, **options: Any) -> None:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.benchmarking.report.text import terminal_table
-    from clip_rd_edge.cli._console import console_reporter, print_table
+    from clip_rd_edge.cli._console import console_reporter, duration, print_table
 
     started = time.perf_counter()
     with console_reporter() as reporter:
@@ -47,8 +47,7 @@ def command(output: Path, **options: Any) -> None:
         reporter.end_chapter()
     print_table(terminal_table(results))
     _classify_example(output)
-    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    echo(f"\nDone in {minutes} min {seconds} s. Report: {output / 'report' / 'report.html'}")
+    echo(f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}")
     echo(_next_steps(output))
 
 

@@ -208,7 +208,7 @@ def find_images(names: Iterable[str], *, lines: Iterable[str] = ()) -> Iterator[
     Args:
         names: files, folders (searched recursively), globs such as `photos/**/*.jpg`, which some shells do not expand,
             and `-` for `lines`.
-        lines: paths, one per line, such as sys.stdin.
+        lines: paths without the newline or NUL that ends them; blank ones are skipped.
 
     Raises:
         InputError: a file or folder does not exist, a folder has no images, or a glob matches nothing.
@@ -216,7 +216,7 @@ def find_images(names: Iterable[str], *, lines: Iterable[str] = ()) -> Iterator[
     for name in names:
         path = Path(name)
         if name == STDIN:
-            yield from (Path(line.rstrip("\r\n")) for line in lines if line.strip())
+            yield from (Path(line) for line in lines if line.strip())
         elif path.is_dir():
             yield from _require_any(list_images(path), f"The folder {path} has no images.")
         elif path.exists():

@@ -12,3 +12,13 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u206
 def printable(text: str) -> str:
     """Return `text` with each control character as an escape, such as `\\x1b`."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+_LINE_BREAKS = {
+    ord(character): character.encode("unicode_escape").decode() for character in "\n\r\t\v\f\x85\u2028\u2029"
+}
+
+
+def one_line(text: object) -> str:
+    """Return a text, such as the path of a file, with line breaks and tabs escaped, so that it stays on its line."""
+    return str(text).translate(_LINE_BREAKS)

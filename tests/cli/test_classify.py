@@ -143,3 +143,30 @@ def test_a_mistyped_label_file_is_no_label(command_line: Run, colour_bundle: Pat
     code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", "labelz.txt")
     assert (code, output) == (2, "")
     assert "looks like the path of a file" in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_a_newline_in_a_file_name_breaks_no_line_and_null_passes_it_on(
+    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = colour_images / "a\nred\tone\n"
+    (colour_images / "red.png").rename(odd)
+    labels = ("--labels", "red", "blue", "--top", "1")
+    _, output, _ = command_line("classify", colour_bundle, odd, *labels)
+    assert output.splitlines() == [rf"{colour_images}/a\nred\tone\n" + "\tred 100.0%"]
+    broken = colour_images / "not\nan.png"
+    broken.write_text("x")
+    _, _, error = command_line("classify", colour_bundle, odd, broken, *labels)
+    assert r"not\nan.png" in error
+    _, _, error = command_line("classify", colour_bundle, broken, *labels)
+    assert r"not\nan.png" in error
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{odd}\0{colour_images / 'blue.jpg'}\0"))
+    code, output, _ = command_line("classify", colour_bundle, "-", *labels, "--null")
+    assert code == 0
+    assert [record.rpartition("\t")[0] for record in output.split("\0")[:-1]] == [str(odd), f"{colour_images}/blue.jpg"]
+    renamed = odd.rename(colour_images / "a\nred.png")
+    command_line("index", colour_bundle, colour_images, "-o", tmp_path / "index")
+    _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1")
+    assert output.splitlines() == ["0.982\t" + rf"{colour_images}/a\nred.png"]
+    _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1", "--null")
+    assert output == f"{renamed}\0"

@@ -1,0 +1,96 @@
+"""What the commands print: progress, tables and durations, on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from rich.console import Console
+
+from clip_rd_edge.cli import _console
+from clip_rd_edge.cli._console import console_reporter, duration, print_table
+from clip_rd_edge.cli.export import _trial_table
+from clip_rd_edge.convert.int8.select import Trial
+
+NAME = "static, entropy ranges, in the layers that get no slower, per-channel"
+TRIALS = [
+    Trial(
+        tower="image",
+        name=NAME,
+        latency_ratio=0.456,
+        centred_cosine=0.99123,
+        size_ratio=0.25,
+        loss_points=-0.3,
+        verdict="shipped",
+    ),
+    Trial(
+        tower="text",
+        name="dynamic",
+        latency_ratio=1.1,
+        centred_cosine=0.9,
+        size_ratio=0.25,
+        loss_points=12.3,
+        verdict="agrees less than 0.995",
+    ),
+]
+
+
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """A terminal of 80 columns in place of stderr."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, highlight=False, color_system=None)
+    monkeypatch.setattr(_console, "stderr", console)
+    yield stream
+
+
+def test_a_command_shows_something_at_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as stream:
+        started = time.perf_counter()
+        with console_reporter() as reporter:
+            while "starting" not in stream.getvalue() and time.perf_counter() - started < 1:
+                time.sleep(0.02)
+            assert "starting" in stream.getvalue()
+            reporter.update("training", 5, 20, "loss 1.0")
+            time.sleep(0.2)
+        shown = stream.getvalue()
+        assert "elapsed" in shown
+        assert "5/20" in shown
+        assert "/?" not in shown
+        assert shown.rstrip().endswith("\x1b[2K")  # the line is cleared
+
+
+def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        with console_reporter() as reporter:
+            reporter.update("training", 5, 20)
+            raise KeyboardInterrupt
+
+    with terminal(monkeypatch) as stream, pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert stream.getvalue().rstrip().endswith("\x1b[2K")
+    assert "\x1b[?25h" in stream.getvalue()  # the cursor is visible again
+
+
+def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing() -> None:
+    stream = io.StringIO()
+    print_table(_trial_table(TRIALS), console=Console(file=stream, force_terminal=True, width=80, color_system=None))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = stream.getvalue()
+    assert "…" not in shown
+    for figure in ("× 0.46", "0.9912", "+0.3", "× 0.25", "-12.3", "shipped", "per-channel"):
+        assert figure in shown
+    stream = io.StringIO()
+    print_table(_trial_table(TRIALS), console=Console(file=stream, width=40))
+    assert NAME in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
+)
+def test_durations_have_named_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
