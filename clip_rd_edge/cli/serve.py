@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, device_option, drop_none, grouped, threads_option
 from clip_rd_edge.errors import InputError
 
@@ -54,11 +55,11 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
     token = _token(token_file)
 
     def ready(url: str) -> None:
-        click.echo(url)
+        echo(url)
         if host not in ("127.0.0.1", "localhost", "::1"):
             access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
-            click.echo(f"warning: The server {access}; there is no encryption.", err=True)
-        click.echo("Press Ctrl-C to stop.", err=True)
+            echo(f"warning: The server {access}; there is no encryption.", err=True)
+        echo("Press Ctrl-C to stop.", err=True)
 
     edge.serve(bundle, index, host=host, port=port, token=token, ready=ready, **drop_none(**options))
 

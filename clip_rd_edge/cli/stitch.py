@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import drop_none
 
 
@@ -47,4 +48,4 @@ def command(classifier: str, output: Path, names: str, text: str, force: bool, *
     import clip_rd_edge as edge
 
     folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
-    click.echo(f"local-dir:{folder}")
+    echo(f"local-dir:{folder}")
