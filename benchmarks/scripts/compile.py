@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
-    pixels = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
+    pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size)).byte()
     batch = Batch(pixels, None, [f"image number {i}" for i in range(args.batch_size)])
     processes = Processes(device=default_device())
     objective = Objective(load_recipe("clip").objective).to(processes.device)

@@ -20,7 +20,7 @@ import torchvision
 from torchvision.transforms import RandomResizedCrop
 
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.loader import random_crop
+from clip_rd_edge.distillation.pixels import random_crop
 
 SCALE = load_recipe("clip-rd").crop_scale
 SIZES = (

@@ -6,7 +6,8 @@ using only Pillow and numpy.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -77,10 +78,28 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     return _normalise(_crop_centre(image, preprocessing), preprocessing)
 
 
-def preprocess_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Pixels:
-    """Crop an RGB image to `box` (left, top, right, bottom in pixels) and resize it to the model's input, (3, H, W)."""
+def resize_crop(image: Image.Image, box: Box, preprocessing: Preprocessing) -> Image.Image:
+    """Crop an RGB image to `box` (left, top, right, bottom in pixels) and resize the crop to the size of the input.
+
+    As in torchvision, pixels outside of the box do not contribute, except for those that its edges cut through.
+    """
+    left, top = math.floor(box[0]), math.floor(box[1])
+    crop = image.crop((left, top, math.ceil(box[2]), math.ceil(box[3])))
     height, width = preprocessing.size
-    return _normalise(image.resize((width, height), _resample(preprocessing.interpolation), box=box), preprocessing)
+    box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    return crop.resize((width, height), _resample(preprocessing.interpolation), box=box)
+
+
+def normalise_in_place(levels: Any, *, white: Any, mean: Any, std: Any) -> None:
+    """Normalise grey levels from 0 to `white` (255), each channel by its mean and standard deviation.
+
+    Args:
+        levels: float32, an array of numpy or a tensor of torch; the others are of the same type, and broadcast to it.
+    """
+    # In place: several times faster than a single expression. In this order, as torchvision's ToTensor and Normalize.
+    levels /= white
+    levels -= mean
+    levels /= std
 
 
 def to_uint8(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -159,10 +178,7 @@ def _mean_std(preprocessing: Preprocessing) -> tuple[Pixels, Pixels]:
 
 def _normalise(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
     mean, std = _mean_std(preprocessing)
-    # In place and with contiguous channels: several times faster than a single expression.
     normalised: Pixels = np.empty((3, image.height, image.width), dtype=np.float32)
-    np.copyto(normalised, np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
-    normalised /= np.float32(255)
-    normalised -= mean
-    normalised /= std
+    np.copyto(normalised, np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))  # contiguous channels, for speed
+    normalise_in_place(normalised, white=np.float32(255), mean=mean, std=std)
     return normalised

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clip_rd_edge.contract.preprocess import Box, Preprocessing, preprocess_crop
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
+from clip_rd_edge.distillation.pixels import Levels, crop_levels, random_crop
 from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import InputError
 
@@ -31,7 +31,8 @@ class Batch:
     """A batch of B pairs.
 
     Attributes:
-        student_pixels, teacher_pixels: the same crops, preprocessed for each model, (B, 3, H, W).
+        student_pixels, teacher_pixels: the same crops in each model's size, (B, 3, H, W) uint8 in channels-last
+            format, for `pixels.Normaliser`; one tensor if the sizes are the same.
         captions: B captions.
         bad: pairs that could not be read; other pairs took their places.
         teacher_embeddings: the teacher's image and text embeddings from a cache, (B, D) float16 each; None without one.
@@ -62,10 +63,10 @@ View = tuple[int, int]  # epoch and index of the pair
 
 
 class PairView(NamedTuple):
-    """Pixels for student and teacher, (3, H, W) each; a caption; skipped bad pairs; the teacher's cached embeddings."""
+    """Grey levels for student and teacher, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings."""
 
-    student_pixels: npt.NDArray[np.float32]
-    teacher_pixels: npt.NDArray[np.float32] | None
+    student_pixels: Levels
+    teacher_pixels: Levels | None
     caption: str
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
@@ -122,7 +123,7 @@ class ViewDataset(Dataset[PairView]):
                 pair, bad = None, ((index, str(error)),)
         if pair is None:
             # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
-            pair = PairView(np.zeros((3, *self.student.size), dtype=np.float32), None, "")
+            pair = PairView(np.zeros((*self.student.size, 3), dtype=np.uint8), None, "")
         return pair._replace(bad=bad)
 
     def _read(self, epoch: int, index: int) -> PairView:
@@ -136,11 +137,9 @@ class ViewDataset(Dataset[PairView]):
             raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
         image = self.pairs.open(index)
         box = random_crop(image.size, self.crop_scale, rng)
-        student_pixels, teacher_pixels = preprocess_crop(image, box, self.student), None
-        if self.teacher is not None:
-            same = self.teacher == self.student
-            teacher_pixels = student_pixels if same else preprocess_crop(image, box, self.teacher)
-        return PairView(student_pixels, teacher_pixels, caption, teacher_embeddings=embeddings)
+        models = [self.student] if self.teacher is None else [self.student, self.teacher]
+        levels = crop_levels(image, box, models)
+        return PairView(levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings)
 
 
 class StepSampler(Sampler[list[View]]):
@@ -177,34 +176,6 @@ class StepSampler(Sampler[list[View]]):
         return self.stop - self.start
 
 
-# Max factor by which a crop's aspect ratio differs from its image's, as in torchvision for square images.
-MAX_ASPECT_CHANGE = 4 / 3
-
-
-def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Draw a crop box in an image of any shape.
-
-    The box keeps a fraction of the image's area that is uniform within `scale`. Its aspect ratio is the image's own
-    times a factor whose logarithm is uniform among those with which the box fits, up to MAX_ASPECT_CHANGE; its position
-    is uniform. So every draw fits. torchvision's RandomResizedCrop limits the aspect ratio itself to 3:4 to 4:3: with
-    the default scale, no such box fits into an image of 3:2, and its fallback is always the same centre crop.
-
-    Args:
-        size: width and height of the image in pixels.
-        scale: min and max fraction of the image's area.
-
-    Returns:
-        Left, top, right and bottom in pixels; not rounded, so that boxes differ in a small image, too.
-    """
-    width, height = size
-    area = rng.uniform(*scale)
-    limit = min(math.log(MAX_ASPECT_CHANGE), math.log(1 / area))
-    change = math.exp(rng.uniform(-limit, limit))
-    w, h = min(1.0, math.sqrt(area * change)), min(1.0, math.sqrt(area / change))  # fractions of width and height
-    left, top = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-    return left * width, top * height, min(1.0, left + w) * width, min(1.0, top + h) * height
-
-
 def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers: int = -1) -> Iterator[Batch]:
     """Yield the batches of the sampler's steps in order, prefetched by worker processes.
 
@@ -233,17 +204,21 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
 
 def _collate(views: list[PairView]) -> Batch:
-    student = torch.from_numpy(np.stack([view.student_pixels for view in views]))
-    teacher_pixels = [view.teacher_pixels for view in views if view.teacher_pixels is not None]
-    if not teacher_pixels:
+    student = _stack_levels([view.student_pixels for view in views])
+    teacher_levels = [view.teacher_pixels for view in views if view.teacher_pixels is not None]
+    if not teacher_levels:
         teacher = None
-    elif teacher_pixels[0] is views[0].student_pixels:
+    elif teacher_levels[0] is views[0].student_pixels:
         teacher = student
     else:
-        teacher = torch.from_numpy(np.stack(teacher_pixels))
+        teacher = _stack_levels(teacher_levels)
     captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
     embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
     return Batch(student, teacher, captions, bad, _stack(embeddings))
+
+
+def _stack_levels(levels: list[Levels]) -> Tensor:
+    return torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2)
 
 
 def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -81,6 +82,7 @@ class TrainingStep:
     ) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
         self.processes, self.settings = processes, settings
+        self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
         self._text_tower: nn.Module = TextTower(student.model)
         if settings.compile:
@@ -132,7 +134,7 @@ class TrainingStep:
         # Random draws depend only on the position in the run, so a second pass or a resumed run repeats them.
         sequence = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-        pixels = batch.student_pixels.to(device, memory_format=torch.channels_last, non_blocking=True)
+        pixels = self._normalise(batch.student_pixels)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             image = self._image_tower(pixels)
             if self._frozen_text is not None:

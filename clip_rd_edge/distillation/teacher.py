@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 
 
@@ -58,6 +59,7 @@ class Teacher:
         self.clip = clip
         self.logit_scale = clip.logit_scale
         self._image_tower = ImageTower(to_device(clip.model, device).eval())
+        self._normalise = Normaliser(clip.preprocessing, device)
         self._device, self._autocast = device, autocast
         self.embed_captions = CaptionCache(
             clip.tokenizer, TextTower(clip.model), device, autocast=autocast, batch_size=caption_batch
@@ -71,8 +73,8 @@ class Teacher:
 
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embed pixels, (B, 3, H, W) to (B, D), L2-normalised."""
-        pixels = pixels.to(self._device, memory_format=torch.channels_last, non_blocking=True)
+        """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised."""
+        pixels = self._normalise(pixels)
         with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
             embeddings: Tensor = self._image_tower(pixels)
         return embeddings

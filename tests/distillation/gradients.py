@@ -33,7 +33,7 @@ def main(output: str, chunks: int, block: int, global_logits: int) -> None:
         settings = StepSettings(chunks=chunks, block=block, global_logits=bool(global_logits))
         live_teacher = Teacher(teacher, processes.device, autocast=None)
         step = TrainingStep(student, live_teacher, objective, processes, settings)
-        pixels = torch.rand(PAIRS, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+        pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
         size = PAIRS // processes.world_size
         local = slice(processes.rank * size, (processes.rank + 1) * size)
         result = step(Batch(pixels[local], pixels[local], CAPTIONS[local]), 0)

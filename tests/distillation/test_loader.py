@@ -5,6 +5,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, random_crop, step_loader
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.errors import InputError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
@@ -49,46 +50,18 @@ def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path
     (batch,) = batches(pairs_csv, 0, 1, teacher=TEACHER)
     assert batch.teacher_pixels is not None
     assert batch.teacher_pixels.shape == (5, 3, 16, 16)
-    student, teacher = batch.student_pixels.mean((2, 3)), batch.teacher_pixels.mean((2, 3)) * 0.5 + 0.5
-    torch.testing.assert_close(student, teacher, atol=0.03, rtol=0)
+    student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, batch.teacher_pixels))
+    torch.testing.assert_close(student, teacher, atol=8, rtol=0)
 
 
-def test_identical_preprocessing_is_done_once(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teacher=STUDENT)
+def test_models_that_differ_in_mean_and_deviation_alone_share_their_pixels(pairs_csv: Path) -> None:
+    (batch,) = batches(pairs_csv, 0, 1, teacher=msgspec.structs.replace(TEACHER, size=STUDENT.size))
     assert batch.teacher_pixels is batch.student_pixels
-
-
-SIZES = [(1, 1), (2, 3), (3, 500), (500, 3), (64, 48), (224, 224), (500, 333), (1280, 720), (1080, 1920), (3000, 1000)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0), (0.5, 0.5), (1.0, 1.0)])
-def test_crops_lie_within_the_image_and_keep_the_fraction_of_its_area_that_was_asked_for(
-    size: tuple[int, int], scale: tuple[float, float]
-) -> None:
-    rng = np.random.default_rng(0)
-    areas = []
-    for _ in range(200):
-        left, top, right, bottom = random_crop(size, scale, rng)
-        assert 0 <= left < right <= size[0]
-        assert 0 <= top < bottom <= size[1]
-        areas.append((right - left) * (bottom - top) / (size[0] * size[1]))
-    assert scale[0] - 1e-9 <= min(areas) <= max(areas) <= scale[1] + 1e-9
-    assert np.mean(areas) == pytest.approx(np.mean(scale), abs=0.1 * (scale[1] - scale[0]) + 1e-9)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_crops_of_an_image_of_any_shape_differ_in_aspect_ratio_and_reach_all_its_edges(size: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.asarray([random_crop(size, (0.9, 1.0), rng) for _ in range(500)]) / (*size, *size)
-    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    change = np.log(widths / heights)
-    assert np.abs(change).max() <= -np.log(0.9)
-    assert np.abs(np.mean(change)) < 0.01
-    assert np.std(change) > 0.02
-    assert boxes[:, :2].min(axis=0) == pytest.approx([0, 0], abs=0.001)
-    assert boxes[:, 2:].max(axis=0) == pytest.approx([1, 1], abs=0.001)
-    assert boxes[:, :2].max() > 0.05
+    assert batch.student_pixels.dtype == torch.uint8
+    assert batch.student_pixels.is_contiguous(memory_format=torch.channels_last)
+    (other,) = batches(pairs_csv, 0, 1, teacher=msgspec.structs.replace(STUDENT, interpolation="bilinear"))
+    assert other.teacher_pixels is not None
+    assert not torch.equal(other.teacher_pixels, other.student_pixels)
 
 
 @pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])

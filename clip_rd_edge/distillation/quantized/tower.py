@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.quantized.fake_quant import (
     ActivationRanges,
     FakeQuantizer,
@@ -250,7 +251,9 @@ class Quantization:
         batch_size = min(config.recipe.batch_size, _CALIBRATION_PAIRS)
         steps = min(_CALIBRATION_PAIRS, len(dataset.pairs)) // batch_size
         sampler = StepSampler(len(dataset.pairs), batch_size, seed=config.seed, start=0, stop=steps)
-        self.tower(student).calibrate(batch.student_pixels for batch in step_loader(dataset, sampler, workers=0))
+        normalise = Normaliser(student.preprocessing, _device(student.model))
+        batches = step_loader(dataset, sampler, workers=0)
+        self.tower(student).calibrate(normalise(batch.student_pixels) for batch in batches)
 
     def tower(self, student: ClipModel) -> QuantizedTower:
         """Return the image tower of `student`, or of its moving average, with INT8 rounding."""
