@@ -472,11 +472,15 @@ def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
     return markdown(read_evidence_file(Path(results)))
 
 
-def verify(bundle: AnyPath, *, threads: int | None = None) -> list[Check]:
-    """Check the checksums of a bundle's files and run both towers once, without PyTorch."""
+def verify(bundle: AnyPath, *, threads: int | None = None, device: str = "auto") -> list[Check]:
+    """Check a bundle's files, run both towers, and compare their answers with the exporter's, without PyTorch.
+
+    Args:
+        device: as for `load`. A tower that does not run there fails its check.
+    """
     from clip_rd_edge.runtime.verify import verify_bundle
 
-    return verify_bundle(Path(bundle), threads=threads)
+    return verify_bundle(Path(bundle), threads=threads, device=device)
 
 
 def index(

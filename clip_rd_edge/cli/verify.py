@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import threads_option
+from clip_rd_edge.cli._options import device_option, threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 if TYPE_CHECKING:
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
 
 @click.command("verify", short_help="Verify a bundle's files, and that it runs on this device.")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@device_option
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-def command(bundle: Path, threads: int | None, as_json: bool) -> None:
-    """Check that the files of BUNDLE are unchanged since the export, and run both towers once.
+def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> None:
+    """Check that the files of BUNDLE are unchanged since the export, and that both towers answer as they did there.
 
-    This needs no PyTorch. Exit code 0: all checks passed, 1: a file is damaged or missing, or a tower does not run.
+    Each tower embeds the bundle's reference images or texts on this device; the embeddings must agree with the
+    exporter's, as closely as the tower's precision allows. This needs no PyTorch. Exit code 0: all checks passed, 1: a
+    file is damaged or missing, or a tower does not run, runs elsewhere than it was meant to, or answers wrongly.
     """
     import clip_rd_edge as edge
 
-    checks = edge.verify(bundle, threads=threads)
+    checks = edge.verify(bundle, threads=threads, device=device)
     if as_json:
         import msgspec
 

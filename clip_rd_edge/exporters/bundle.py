@@ -30,6 +30,7 @@ from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest, require_precision, require_via
 from clip_rd_edge.convert.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
+from clip_rd_edge.convert.reference import add_reference
 from clip_rd_edge.convert.targets import require_target
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder, write_engines
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
@@ -255,7 +256,7 @@ def _finish(
     calibration: CalibrationSet | None,
     reporter: Reporter,
 ) -> Manifest:
-    """Add preprocessing to the graph and a label bank to the bundle if requested, and write the manifest."""
+    """Add what was requested and the reference answers to the bundle, and write the manifest."""
     provenance = dict(request.provenance)
     if request.precision == "int8" and calibration is not None:
         provenance["calibration"] = calibration.name
@@ -265,6 +266,8 @@ def _finish(
     if request.labels is not None:
         reporter.update("embedding the labels")
         write_label_bank(folder, manifest, request.labels)
+    reporter.update("computing the reference answers")
+    add_reference(folder, manifest)
     return write_manifest(folder, manifest)
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,6 +22,19 @@ from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 
 BATCH_SIZE = 32
+
+
+class Placement(NamedTuple):
+    """Where a loaded tower runs.
+
+    Attributes:
+        runtime, device: what runs it.
+        fallback: why it does not run where it was meant to, or empty.
+    """
+
+    runtime: str
+    device: str
+    fallback: str = ""
 
 
 class BundleEncoder(ABC):
@@ -42,6 +55,10 @@ class BundleEncoder(ABC):
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:
         """Open a tower's file; return an object with the method `run(names, feed)` of an ONNX Runtime session."""
+
+    def placement(self, tower: Tower) -> Placement:
+        """Return where a tower that has been loaded really runs."""
+        return Placement(self.runtime, "cpu")
 
     def describe(self) -> Description:
         """Describe this encoder; `precision` names both towers' if they differ."""

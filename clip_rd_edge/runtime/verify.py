@@ -1,12 +1,14 @@
-"""Verify that a bundle is intact and runs on this machine, without torch."""
+"""Verify that a bundle is intact, runs on this machine, and gives the exporter's answers here; without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from PIL import Image
 from PIL import __version__ as PILLOW
 
 from clip_rd_edge.contract.bundle import (
@@ -14,19 +16,28 @@ from clip_rd_edge.contract.bundle import (
     MANIFEST,
     TOKENIZER,
     Manifest,
+    Tower,
     is_bundle,
     manifest_is_intact,
     read_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.load import Runtime, open_bundle
 from clip_rd_edge.utils.io import read_json, sha256_of
 
 TEXT = "a photo of a cat"
 # INT8 towers normalise in float32, too, so norms deviate from 1 by rounding only.
 _NORM_TOLERANCE = 1e-3
+# Lowest centred cosine of an answer with its reference, by the precision that a tower is computed in. Kernels of one
+# precision add in different orders: that stays above; saturation, another model or another precision does not.
+MIN_AGREEMENT = {"fp32": 0.9999, "fp16": 0.998, "bf16": 0.99, "int8": 0.99}
+# In float32 on a CPU, no entry may differ by more: the exporter's own limit between the ONNX file and PyTorch.
+MAX_DIFFERENCE = 1e-4
+_NOT_COMPARED = "not compared: the bundle has no reference answers; one exported by this version does"
 # From this major version on, Pillow resizes some tall images by height first and rounds in between.
 _PILLOW_RESIZE_CHANGE = 13
 
@@ -38,31 +49,154 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         what: the file name, tower or package that was checked.
         passed: whether the check passed.
         detail: what was found, in a few words.
+        runtime, device: what ran the tower; empty for other checks.
+        agreement: lowest centred cosine of a tower's answers with the reference, or None.
     """
 
     what: str
     passed: bool
     detail: str
+    runtime: str = ""
+    device: str = ""
+    agreement: float | None = None
 
 
-def verify_bundle(folder: Path, *, threads: int | None = None) -> list[Check]:
-    """Check the SHA-256 of every file of a bundle, then run each intact tower once.
+def verify_bundle(
+    folder: Path, *, threads: int | None = None, runtime: Runtime | None = None, device: str = AUTO
+) -> list[Check]:
+    """Check the SHA-256 of every file of a bundle, then run each intact tower and compare its answers.
+
+    A tower passes if it runs where it was meant to (its engine on the GPU, not its ONNX file on the CPU) and its
+    embeddings of the bundle's reference inputs agree with the reference. A bundle without reference answers is run
+    only, and a check says so.
+
+    Args:
+        folder: the bundle.
+        threads, runtime, device: as for `load`.
 
     Raises:
         InputError: the folder is not a bundle.
         ConfigError: the manifest is damaged or has a newer format.
+        UsageError: the device is not available here.
     """
     manifest = _read_manifest(folder)
     checks = [_check_manifest(folder, manifest)]
     checks += [_check_file(folder, name, digest) for name, digest in sorted(manifest.files.items())]
     broken = {check.what for check in checks if not check.passed}
-    encoder = open_bundle(folder, manifest, threads=threads)
-    checks.append(_check_run("image tower", {manifest.image.file} & broken, lambda: _embed_noise(encoder), manifest))
-    needed = {manifest.text.file, TOKENIZER}
-    checks.append(_check_run("text tower", needed & broken, lambda: encoder.encode_texts([TEXT]), manifest))
+    reference = None if REFERENCE in broken else _reference(folder, manifest)
+    if isinstance(reference, str):
+        checks.append(Check(what=REFERENCE, passed=False, detail=reference))
+        reference = None
+    encoder = open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device)
+    for tower in _trials(encoder, reference):
+        needed = tower.files & broken
+        checks.append(_not_run(tower.what, needed) if needed else _check_tower(encoder, tower))
     if (folder / LABELS).is_file() or LABELS in manifest.files:
-        checks.append(_check_run("label bank", {LABELS} & broken, lambda: _label_embeddings(encoder), manifest))
+        checks.append(_check_labels({LABELS} & broken, encoder))
+    if REFERENCE not in manifest.files:
+        checks.append(Check(what="answers", passed=True, detail=_NOT_COMPARED))
     return [*checks, *_check_pillow(manifest, PILLOW)]
+
+
+def _reference(folder: Path, manifest: Manifest) -> Reference | str | None:
+    """Return the reference answers, None if the bundle lists none, or why they cannot be used."""
+    if REFERENCE not in manifest.files:
+        return None
+    try:
+        reference = read_reference(folder)
+    except ConfigError as error:
+        return str(error)
+    expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length, manifest.embedding_size)
+    if reference is None:
+        return "missing"
+    found = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
+    if found != expected or reference.text_embeddings.shape != reference.image_embeddings.shape:
+        return f"has images, ids and embeddings of sizes {found}; the bundle takes {expected}"
+    return reference
+
+
+class _Trial(NamedTuple):
+    """One tower's run; `answers` are the reference embeddings (N, D), or None."""
+
+    what: str
+    tower: Tower
+    files: set[str]
+    run: Callable[[], Embeddings]
+    answers: Embeddings | None
+
+
+def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]:
+    image, text = encoder.manifest.image, encoder.manifest.text
+    texts = {text.file, TOKENIZER}
+    if reference is None:
+        return [
+            _Trial("image tower", image, {image.file}, lambda: _embed_noise(encoder), None),
+            _Trial("text tower", text, texts, lambda: encoder.encode_texts([TEXT]), None),
+        ]
+    images = [Image.fromarray(array) for array in reference.images]
+
+    def embed_texts() -> Embeddings:
+        ids = encoder.tokenize(reference.texts)
+        if not np.array_equal(ids, reference.ids):
+            text = reference.texts[int((ids != reference.ids).any(axis=1).argmax())]
+            raise ConfigError(f"The tokenizer turns {text[:40]!r} into other ids here than at the export")
+        return encoder.encode_ids(ids)
+
+    return [
+        _Trial("image tower", image, {image.file}, lambda: encoder.encode_images(images), reference.image_embeddings),
+        _Trial("text tower", text, texts, embed_texts, reference.text_embeddings),
+    ]
+
+
+def _not_run(what: str, broken: set[str]) -> Check:
+    return Check(what=what, passed=False, detail=f"not run because of {' and '.join(sorted(broken))}")
+
+
+def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
+    embeddings = _attempt(trial.run)
+    if isinstance(embeddings, str):
+        return Check(what=trial.what, passed=False, detail=embeddings)
+    placement = encoder.placement(trial.tower)
+    problem = _shape_problem(embeddings, encoder.manifest.embedding_size)
+    agreement = None
+    if problem:
+        detail = problem
+    elif trial.answers is None:
+        detail = f"returns shape {embeddings.shape}, norm 1"
+    else:
+        agreement = worst_agreement(trial.answers, embeddings)
+        difference = float(np.abs(embeddings - trial.answers).max())
+        detail, problem = _compare(trial.tower, len(embeddings), agreement, difference, placement)
+    where = f"{placement.runtime} on {placement.device}"
+    if placement.fallback:
+        problem, detail = placement.fallback, f"{placement.fallback}; {detail}"
+    return Check(
+        what=trial.what,
+        passed=not problem,
+        detail=f"{detail}; {where}",
+        runtime=placement.runtime,
+        device=placement.device,
+        agreement=agreement,
+    )
+
+
+def _compare(tower: Tower, count: int, agreement: float, difference: float, placement: Placement) -> tuple[str, str]:
+    """Return what a comparison with the reference found, and the same again if it is a failure, else nothing."""
+    precision = tower.precision.split()[0]
+    # Outside CPUs, float32 is computed in TF32 or float16.
+    computed = "fp16" if precision == "fp32" and placement.device != "cpu" else precision
+    lowest = MIN_AGREEMENT.get(computed, MIN_AGREEMENT["int8"])
+    detail = f"lowest centred cosine of {count} answers with the exporter's {agreement:.5f}, at least {lowest} expected"
+    if computed == "fp32" and not difference <= MAX_DIFFERENCE:
+        found = f"an answer differs from the exporter's by {difference:.1g}, at most {MAX_DIFFERENCE:g} expected"
+        return found, found
+    if not agreement >= lowest:
+        found = f"wrong answers: {detail}"
+        sets = tower.instruction_sets
+        if placement.device == "cpu" and sets and "x86-64" not in sets:
+            found += f" (its INT8 holds for {', '.join(sets)})"
+        return found, found
+    return detail, ""
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -102,28 +236,34 @@ def _major(version: str) -> int:
     return int(version.partition(".")[0])
 
 
-def _check_run(what: str, broken: set[str], run: Callable[[], Embeddings], manifest: Manifest) -> Check:
+def _check_labels(broken: set[str], encoder: BundleEncoder) -> Check:
     if broken:
-        return Check(what=what, passed=False, detail=f"not run because of {' and '.join(sorted(broken))}")
+        return _not_run("label bank", broken)
+    embeddings = _attempt(lambda: _label_embeddings(encoder))
+    if isinstance(embeddings, str):
+        return Check(what="label bank", passed=False, detail=embeddings)
+    problem = _shape_problem(embeddings, encoder.manifest.embedding_size)
+    return Check(what="label bank", passed=not problem, detail=problem or f"has shape {embeddings.shape}, norm 1")
+
+
+def _attempt(run: Callable[[], Embeddings]) -> Embeddings | str:
+    """Return the embeddings, or why there are none."""
     try:
-        embeddings = run()
+        return run()
     except ClipRdEdgeError as error:
-        return Check(what=what, passed=False, detail=str(error))
+        return str(error)
     except Exception as error:  # noqa: BLE001 — any failure of the runtime is the finding
-        return Check(what=what, passed=False, detail=f"{type(error).__name__}: {error}")
-    return _check_embeddings(what, embeddings, manifest.embedding_size)
+        return f"{type(error).__name__}: {error}"
 
 
-def _check_embeddings(what: str, embeddings: Embeddings, size: int) -> Check:
+def _shape_problem(embeddings: Embeddings, size: int) -> str:
+    """Return what is wrong with the shape or the norms of embeddings, or an empty string."""
     if embeddings.ndim != 2 or embeddings.shape[1] != size:
-        return Check(what=what, passed=False, detail=f"returns shape {embeddings.shape}; expected (N, {size})")
-    norms = np.linalg.norm(embeddings, axis=1)
-    deviation = float(np.abs(norms - 1).max())
+        return f"returns shape {embeddings.shape}; expected (N, {size})"
+    deviation = float(np.abs(np.linalg.norm(embeddings, axis=1) - 1).max())
     if not deviation <= _NORM_TOLERANCE:  # also fails for NaN
-        return Check(
-            what=what, passed=False, detail=f"returns embeddings with a norm that differs from 1 by {deviation:.2g}"
-        )
-    return Check(what=what, passed=True, detail=f"returns shape {embeddings.shape}, norm 1")
+        return f"returns embeddings with a norm that differs from 1 by {deviation:.2g}"
+    return ""
 
 
 def _embed_noise(encoder: BundleEncoder) -> Embeddings:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from clip_rd_edge.contract.bundle import Manifest, Tower, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.reference import read_reference, write_reference
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.verify import Check, verify_bundle
+
+if TYPE_CHECKING:
+    from clip_rd_edge.models.clip import ClipModel
 
 SIZE = 3  # embedding size, and ids per text
 CommandLine = Callable[..., tuple[int, str, str]]
@@ -93,9 +99,10 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert [check.what for check in checks] == [
         *("manifest.json", "image.onnx", "labels.npz", "text.onnx", "tokenizer.json"),
-        *("image tower", "text tower", "label bank"),
+        *("image tower", "text tower", "label bank", "answers"),
     ]
     assert not _failed(checks)
+    assert "not compared: the bundle has no reference answers" in checks[-1].detail
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,7 @@ def test_the_command_exits_with_0_if_all_checks_pass(bundle: Path, command_line:
     assert all(check["passed"] for check in json.loads(out))
     code, out, _ = command_line("verify", bundle)
     assert code == 0
-    assert out.count(" ok ") == 8
+    assert out.count(" ok ") == 9
 
 
 def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, command_line: CommandLine) -> None:
@@ -183,7 +190,7 @@ def test_the_command_exits_with_1_and_names_the_failed_checks(bundle: Path, comm
     code, out, err = command_line("verify", bundle)
     assert code == 1
     assert "text.onnx" in out
-    assert "failed 2 of 8 checks: text.onnx, text tower." in err
+    assert "failed 2 of 9 checks: text.onnx, text tower." in err
     assert "hint:" in err
 
 
@@ -191,6 +198,137 @@ def test_the_command_exits_with_2_if_there_is_no_bundle(tmp_path: Path, command_
     code, out, err = command_line("verify", tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert "is not a bundle: it does not exist." in err
+
+
+@pytest.fixture
+def answering(fp32_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with reference answers, to change."""
+    return Path(shutil.copytree(fp32_bundle, tmp_path / "answering"))
+
+
+def _rehash(folder: Path, **changes: object) -> None:
+    """Write the manifest again, as if the changed files had been exported so."""
+    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), **changes))
+
+
+def test_the_answers_are_compared_and_what_gave_them_is_named(answering: Path) -> None:
+    checks = {check.what: check for check in verify_bundle(answering)}
+    assert not _failed(list(checks.values()))
+    assert "answers" not in checks
+    for name in ("image tower", "text tower"):
+        check = checks[name]
+        assert (check.runtime, check.device) == ("onnxruntime", "cpu")
+        assert check.agreement is not None
+        assert check.agreement > 0.99999
+        assert check.detail.endswith("at least 0.9999 expected; onnxruntime on cpu")
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_changed_weight_is_detected_even_if_the_manifest_matches(answering: Path, tower: str) -> None:
+    model = onnx.load(answering / f"{tower}.onnx")
+    weight = max((t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT), key=lambda t: len(t.dims))
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[-1] += 1
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, answering / f"{tower}.onnx")
+    _rehash(answering)
+    failed = _failed(verify_bundle(answering))
+    assert set(failed) == {f"{tower} tower"}
+    assert "an answer differs from the exporter's by" in failed[f"{tower} tower"]
+
+
+def test_towers_of_another_model_are_detected(
+    answering: Path, make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
+    from clip_rd_edge.convert.options import ExportRequest
+    from clip_rd_edge.exporters.bundle import export_bundle
+
+    other = make_student("test_resnet")  # of the same input and embedding sizes, and the same text tower
+    export_bundle(other, tmp_path / "other", ExportRequest())
+    shutil.copy(tmp_path / "other" / "image.onnx", answering / "image.onnx")
+    _rehash(answering)
+    assert set(_failed(verify_bundle(answering))) == {"image tower"}
+
+
+def test_swapped_towers_are_detected(answering: Path) -> None:
+    manifest = read_manifest(answering)
+    _rehash(answering, image=manifest.text, text=manifest.image)
+    assert set(_failed(verify_bundle(answering))) == {"image tower", "text tower"}
+
+
+class _Drifting:
+    """A session whose answers are those of another one, with some noise."""
+
+    def __init__(self, session: Any, noise: float) -> None:
+        self.session, self.noise = session, noise
+
+    def run(self, names: object, feed: object) -> list[np.ndarray]:
+        (rows,) = self.session.run(names, feed)
+        rows = rows + self.noise * np.random.default_rng(0).standard_normal(rows.shape)
+        return [(rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)]
+
+
+@pytest.mark.parametrize(("precision", "tolerated", "wrong"), [("fp32", 1e-6, 1e-3), ("int8 static", 1e-3, 0.05)])
+def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
+    answering: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tolerated: float, wrong: float
+) -> None:
+    text = msgspec.structs.replace(read_manifest(answering).text, precision=precision)
+    _rehash(answering, text=text)
+    from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
+
+    open_tower = OrtEncoder.open_tower
+    for noise, expected in ((tolerated, set()), (wrong, {"text tower"})):
+        monkeypatch.setattr(
+            OrtEncoder,
+            "open_tower",
+            lambda self, tower, noise=noise: _Drifting(open_tower(self, tower), noise * (tower.file == "text.onnx")),
+        )
+        assert set(_failed(verify_bundle(answering))) == expected
+
+
+def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answering: Path) -> None:
+    manifest = read_manifest(answering)
+    (answering / "image.engine").write_bytes(b"garbage")
+    image = msgspec.structs.replace(manifest.image, engine="image.engine")
+    _rehash(answering, target="tensorrt-rtx sm86", image=image)
+    failed = _failed(verify_bundle(answering))
+    assert set(failed) == {"image tower", "text tower"}
+    assert failed["image tower"].startswith("its engine did not run: ")
+    assert failed["image tower"].endswith("; onnxruntime on cpu")
+    assert not _failed(verify_bundle(answering, device="cpu"))  # asked for: the ONNX files are right
+
+
+def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clip_rd_edge.runtime.backends import onnxruntime
+
+    monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
+    monkeypatch.setattr(onnxruntime, "_open_on", lambda *_: (None, "no driver"))
+    failed = _failed(verify_bundle(answering))
+    assert failed["text tower"].startswith("cuda did not start; ")
+    assert failed["text tower"].endswith("; onnxruntime on cpu")
+
+
+def test_a_tokenizer_that_gives_other_ids_is_detected(answering: Path) -> None:
+    path = answering / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["red</w>"], vocabulary["cat</w>"] = vocabulary["cat</w>"], vocabulary["red</w>"]
+    path.write_text(json.dumps(content))
+    _rehash(answering)
+    failed = _failed(verify_bundle(answering))
+    assert set(failed) == {"text tower"}
+    assert "into other ids here than at the export" in failed["text tower"]
+
+
+def test_damaged_or_foreign_reference_answers_fail(answering: Path, tmp_path: Path) -> None:
+    reference = read_reference(answering)
+    assert reference is not None
+    write_reference(answering, msgspec.structs.replace(reference, images=reference.images[:, :-1]))
+    _rehash(answering)
+    assert "the bundle takes" in _failed(verify_bundle(answering))["reference.npz"]
+    (answering / "reference.npz").write_bytes(b"not an archive")
+    _rehash(answering)
+    assert "could not be read" in _failed(verify_bundle(answering))["reference.npz"]
 
 
 def test_a_pillow_that_resizes_differently_is_reported_but_is_no_failure(

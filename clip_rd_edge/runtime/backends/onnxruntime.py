@@ -11,11 +11,18 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, provider_list, session_device, warn
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.utils.io import cache_home
 
 
-def open_session(model: str | bytes, *, threads: int | None = None, device: str = "cpu", spin: bool = True) -> Any:
+def open_session(
+    model: str | bytes,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    spin: bool = True,
+    optimize: bool = True,
+) -> Any:
     """Open an ONNX Runtime session for a model.
 
     If the device's provider is installed but fails to start (no driver, another CUDA version), a warning is logged and
@@ -27,6 +34,7 @@ def open_session(model: str | bytes, *, threads: int | None = None, device: str 
         device: one of `providers.PROVIDERS`.
         spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
             cores for other work, such as opening many images.
+        optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
 
     Raises:
         ConfigError: this ONNX Runtime cannot run the model.
@@ -36,6 +44,8 @@ def open_session(model: str | bytes, *, threads: int | None = None, device: str 
 
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads is {threads}; expected at least 1.")
@@ -108,6 +118,11 @@ class OrtEncoder(BundleEncoder):
         session = open_session(str(self.folder / tower.file), threads=self.threads, device=device, spin=self.spin)
         self._loaded_devices[tower.file] = session_device(session, device)
         return session
+
+    def placement(self, tower: Tower) -> Placement:
+        """Return where a loaded tower runs; it is a fallback if the chosen device did not start."""
+        chosen, device = self._device_for(tower), self._loaded_devices[tower.file]
+        return Placement(self.runtime, device, "" if device == chosen else f"{chosen} did not start")
 
     def _device_for(self, tower: Tower) -> str:
         if self.device == "cpu":

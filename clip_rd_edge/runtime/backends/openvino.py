@@ -16,7 +16,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.utils.io import cache_home
 
 BF16, CPU = "bf16", "CPU"
@@ -163,6 +163,10 @@ class OpenVinoEncoder(BundleEncoder):
     def describe(self) -> Description:
         """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""
         return msgspec.structs.replace(super().describe(), device=self.processor.lower())
+
+    def placement(self, tower: Tower) -> Placement:
+        """Return where the towers run; OpenVINO does not fall back."""
+        return Placement(self.runtime, self.processor.lower())
 
     def open_tower(self, tower: Tower) -> OpenVinoModel:
         """Compile the tower, in bfloat16 if that is its precision; raises as `open_openvino`."""

@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 
 _RTX_TARGET = "tensorrt-rtx"
 _PURPOSE = "Running an engine"
@@ -63,7 +63,7 @@ class TensorRtEncoder(BundleEncoder):
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, required: bool = False) -> None:
         super().__init__(folder, manifest, threads=threads)
         self.required = required
-        self._fell_back: dict[str, bool] = {}  # by file name, of the loaded towers
+        self._fell_back: dict[str, str] = {}  # why, by file name of the loaded towers; empty if the engine runs
 
     def describe(self) -> Description:
         """Describe this encoder; `runtime` and `device` are those of the towers loaded so far."""
@@ -71,6 +71,12 @@ class TensorRtEncoder(BundleEncoder):
         if self._fell_back and all(self._fell_back.values()):
             return msgspec.structs.replace(description, runtime="onnxruntime", device="cpu")
         return msgspec.structs.replace(description, device="cuda + cpu" if any(self._fell_back.values()) else "cuda")
+
+    def placement(self, tower: Tower) -> Placement:
+        """Return where a loaded tower runs; it is a fallback if its engine does not."""
+        if reason := self._fell_back[tower.file]:
+            return Placement("onnxruntime", "cpu", f"its engine did not run: {reason}")
+        return Placement(self.runtime, "cuda")
 
     def open_tower(self, tower: Tower) -> Any:
         """Open the tower's engine, or else its ONNX file; raises as `open_engine` if engines are required."""
@@ -80,12 +86,12 @@ class TensorRtEncoder(BundleEncoder):
         except ClipRdEdgeError as error:
             if self.required:
                 raise
-            self._fell_back[tower.file] = True
+            self._fell_back[tower.file] = str(error)
             warn(f"{tower.file} runs on the CPU instead of its engine. {error}")
             from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
             return open_session(str(self.folder / tower.file), threads=self.threads)
-        self._fell_back[tower.file] = False
+        self._fell_back[tower.file] = ""
         return model
 
 
