@@ -99,7 +99,8 @@ class BundleEncoder(ABC):
         files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
         if not all(files):
             return ""
-        content = msgspec.json.encode((files, manifest.tokenizer, self.runtime, manifest.text.one_at_a_time))
+        where = (self.runtime, self.describe().device, manifest.text.precision)
+        content = msgspec.json.encode((files, manifest.tokenizer, where, manifest.text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:

@@ -131,3 +131,18 @@ def test_classify_uses_the_cache_unless_it_is_disabled(
     assert command_line(*command) == (0, expected, "")
     assert len(list(label_cache.iterdir())) == 1
     assert command_line(*command) == (0, expected, "")
+
+
+def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colour_bundle: Path) -> None:
+    from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
+
+    manifest = read_manifest(colour_bundle)
+    bf16 = msgspec.structs.replace(manifest, text=msgspec.structs.replace(manifest.text, precision="bf16"))
+    encoders = [
+        load(colour_bundle, device="cpu"),
+        OpenVinoEncoder(colour_bundle, manifest),
+        OpenVinoEncoder(colour_bundle, bf16),
+        OpenVinoEncoder(colour_bundle, bf16, processor="GPU"),
+    ]
+    assert len({encoder.text_key for encoder in encoders}) == 4
+    assert load(colour_bundle, device="cpu").text_key == encoders[0].text_key

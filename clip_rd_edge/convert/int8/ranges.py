@@ -20,9 +20,14 @@ _MAX_VALUES = 50_000  # per activation: using all of them takes minutes
 
 
 def subsample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return an evenly spaced subset of an activation's values, flattened, large enough to show their distribution."""
+    """Return a random subset of an activation's values, flattened, large enough to show their distribution.
+
+    Evenly spaced values would miss channels wherever the step and the number of channels have a common factor.
+    """
     flat = values.reshape(-1)
-    return flat[:: -(-flat.size // _MAX_VALUES)]
+    if flat.size <= _MAX_VALUES:
+        return flat
+    return flat[np.random.default_rng(0).integers(0, flat.size, _MAX_VALUES)]
 
 
 def range_without_outliers(values: npt.NDArray[Any]) -> tuple[float, float]:

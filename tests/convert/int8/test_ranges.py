@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_rd_edge.convert.int8.ranges import entropy_ranges
+from clip_rd_edge.convert.int8.ranges import entropy_ranges, subsample
 
 
 def test_a_range_excludes_outliers_and_values_that_are_not_finite() -> None:
@@ -20,3 +20,9 @@ def test_a_range_is_never_wider_than_the_values() -> None:
     assert ranges["relu"][0] >= positive.min()
     assert ranges["relu"][1] <= positive.max()
     assert ranges["constant"] == (0.5, 0.5)
+
+
+def test_a_subset_has_values_of_every_channel() -> None:
+    values = np.tile(np.arange(512), (1, 150, 1))  # channels last; half of them have odd numbers, and a step is 2
+    assert len(np.unique(subsample(values))) == 512
+    assert subsample(np.arange(10)).tolist() == list(range(10))
