@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.errors import InputError
@@ -44,6 +44,18 @@ def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pai
 def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
     dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, None, crop_scale=(0.2, 0.9), seed=0)
     assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
+
+
+def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes = list[Box]()
+
+    def record(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
+        boxes.append(random_crop(size, scale, rng))
+        return boxes[-1]
+
+    monkeypatch.setattr("clip_rd_edge.distillation.loader.random_crop", record)
+    batches(pairs_csv, 0, 4)
+    assert len(boxes) == len(set(boxes)) == 20  # all images are of one size
 
 
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:

@@ -78,7 +78,7 @@ def test_sigterm_during_an_evaluation_saves_at_once_and_the_resumed_run_repeats_
         calls.append(len(calls) + 1)
         if len(calls) == stop_at:
             terminate()
-            time.sleep(30)
+            time.sleep(10)
         finished.append(len(calls))
         return score(encoder)
 

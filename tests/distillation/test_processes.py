@@ -1,0 +1,182 @@
+"""Several processes, here threads that exchange tensors, compute what one does; and what a step does in chunks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
+from clip_rd_edge.distillation.config import load_recipe
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.loader import Batch, StepSampler
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.student import build_student, student_config
+
+CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Exchange:
+    """What the threads of a group share."""
+
+    count: int
+    barrier: threading.Barrier = field(init=False)
+    values: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.barrier, self.values = threading.Barrier(self.count, timeout=60), [None] * self.count
+
+    def all(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+@dataclass(frozen=True)
+class Threads(Processes):
+    """Processes that are threads of this one."""
+
+    exchange: Exchange = field(default_factory=lambda: Exchange(1))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return torch.cat(self.exchange.all(self.rank, rows))
+
+    def all_reduce(self, tensors: Iterable[Tensor | None]) -> None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        everyone = self.exchange.all(self.rank, [tensor.clone() for tensor in present])
+        for tensor, parts in zip(present, zip(*everyone, strict=True), strict=True):
+            tensor.copy_(torch.stack(parts).sum(dim=0))
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """All start from the same buffers."""
+
+
+def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
+    config = student_config(trunk, embedding_size=16, image_size=32, text="64x1", context_length=8)
+    torch.manual_seed(seed)
+    return build_student(config, name=trunk)
+
+
+def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
+    objective = Objective(load_recipe("clip-rd").objective)
+    return TrainingStep(model(0), Teacher(model(1), CPU, autocast=None), objective, processes, settings)
+
+
+def compute(step: TrainingStep, *, loss_scale: float = 1.0) -> dict[str, Tensor]:
+    """Return the loss and all gradients of one step on this process's part of a batch."""
+    processes = step.processes
+    pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    size = len(pixels) // processes.world_size
+    part = slice(processes.rank * size, (processes.rank + 1) * size)
+    result = step(Batch(pixels[part], pixels[part], CAPTIONS[part]), 0, loss_scale=loss_scale)
+    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
+    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    return {"loss": result.loss.total, **gradients}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return compute(make_step(Processes(), StepSettings()))
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], factor: float = 1.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = 1.0 if name == "loss" else factor
+        tolerance = 1e-4 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(actual[name] / scale, value, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [StepSettings(), StepSettings(global_logits=True), StepSettings(chunks=2, block=3)],
+    ids=["local logits", "global logits", "chunks and blocks"],
+)
+def test_two_processes_give_the_loss_and_gradients_of_one(settings: StepSettings, expected: dict[str, Tensor]) -> None:
+    exchange = Exchange(2)
+    # Initial weights are drawn from torch's global generator, so before the threads start.
+    steps = [make_step(Threads(rank=rank, world_size=2, exchange=exchange), settings) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for actual in pool.map(compute, steps):
+            assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("settings", [StepSettings(chunks=4), StepSettings(block=3)], ids=["chunks", "blocks"])
+def test_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
+    settings: StepSettings, expected: dict[str, Tensor]
+) -> None:
+    assert_close(compute(make_step(Processes(), settings)), expected)
+
+
+def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss(expected: dict[str, Tensor]) -> None:
+    assert_close(compute(make_step(Processes(), StepSettings()), loss_scale=8.0), expected, factor=8.0)
+
+
+def test_each_process_loads_its_own_part_of_the_batch() -> None:
+    whole = list(StepSampler(24, 6, seed=0, start=0, stop=9))
+    parts = [list(StepSampler(24, 6, seed=0, start=0, stop=9, rank=rank, processes=3)) for rank in range(3)]
+    assert [[*first, *second, *third] for first, second, third in zip(*parts, strict=True)] == whole
+    gathered = torch.arange(6)
+    local = [Processes(rank=rank, world_size=3).local_part(gathered).tolist() for rank in range(3)]
+    assert local == [[0, 1], [2, 3], [4, 5]]
+
+
+def in_chunks(student: ClipModel) -> None:
+    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), StepSettings(chunks=2))
+    step(Batch(torch.rand(8, 3, 32, 32), None, CAPTIONS), 3)
+
+
+def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:
+    student = model(0)
+    masks = list[Tensor]()
+    dropout = nn.Dropout(0.5)
+    dropout.register_forward_hook(lambda _, __, output: masks.append(output.detach() != 0))
+    student.model.get_submodule("visual").register_forward_hook(lambda _, __, output: dropout(output))
+    in_chunks(student)
+    first, second, *again = masks
+    assert len(again) == 2
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+    assert not torch.equal(first, second)
+
+
+def test_batch_norms_count_each_chunk_once() -> None:
+    student = model(0, "test_resnet")
+    in_chunks(student)
+    counts = [value for name, value in student.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert all(count == 2 for count in counts)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, {})
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-2", "step-10"]
+
+
+def test_the_projection_to_the_teachers_width_returns_unit_vectors() -> None:
+    """FD of unit vectors is 2 (1 − cosine) / D for images and texts each."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        [nn.functional.normalize(torch.randn(5, width, generator=generator), dim=-1) for _ in range(2)]
+        for width in (4, 6)
+    )
+    torch.manual_seed(0)
+    objective = Objective(Weights(fd=1), widths=(4, 6))
+    loss = objective(EmbeddingBatch(*student, *teacher), torch.tensor(1.0), 1.0).total
+    projections = (objective.image_projection, objective.text_projection)
+    cosines = [nn.functional.cosine_similarity(p(s), t) for p, s, t in zip(projections, student, teacher, strict=True)]
+    assert loss.item() == pytest.approx(sum((2 * (1 - c) / 6).mean().item() for c in cosines), rel=1e-5)
