@@ -96,7 +96,7 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
     "--learning-rate",
     "--lr",
     type=click.FloatRange(0, min_open=True),
-    help="Peak learning rate.  [default: the recipe's]",
+    help="Peak learning rate.  [default: the recipe's, times the root of --batch-size over the recipe's]",
 )
 @_training(
     "--ema-decay",

@@ -91,7 +91,10 @@ def _run(
         setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
         steps = total_steps(config, setup.pairs)
         if is_new:
-            reporter.say(f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs")
+            reporter.say(
+                f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs, "
+                f"learning rate {config.recipe.learning_rate:g}"
+            )
             config = _with_measured_precision(config, setup, processes, reporter)
             if processes.is_main:
                 write_text(run / CONFIG_FILE, to_yaml(config))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names
+from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names, resolve
 from clip_rd_edge.distillation.optim import build_optimizer, learning_rate_at
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Objective, Weights
@@ -76,3 +77,19 @@ def test_the_first_difference_is_named() -> None:
     changed = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, batch_size=8), log_every=3)
     assert first_difference(config, config) is None
     assert first_difference(config, changed) == "batch_size: 1024 → 8"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1e-3),
+        ({"batch_size": 256}, 5e-4),
+        ({"batch_size": 4096}, 2e-3),
+        ({"batch_size": 128}, 3.54e-4),
+        ({"batch_size": 256, "learning_rate": 7e-4}, 7e-4),
+        ({"batch_size": 256, "quantize": "int8"}, 1e-4),
+    ],
+)
+def test_the_learning_rate_follows_the_batch_size_unless_it_is_given(options: Any, expected: float) -> None:
+    config = resolve("clip-rd", data="pairs.csv", student="resnet18", **options)
+    assert config.recipe.learning_rate == pytest.approx(expected)
