@@ -15,6 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import random_crop
 from clip_rd_edge.errors import InputError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
