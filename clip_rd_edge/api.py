@@ -393,6 +393,34 @@ def compare(old: AnyPath, new: AnyPath) -> Changes:
     return compare_runs(read_results(Path(old)), read_results(Path(new)))
 
 
+def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy: float | None = None) -> str:
+    """Return a sentence that recommends a model of a finished benchmark; nothing is measured.
+
+    Args:
+        results: a results.json or the folder of one.
+        budget_ms, min_accuracy: max latency from image file to answer (95th percentile) and min top-1 as a fraction;
+            None keeps what the benchmark was run with.
+
+    Raises:
+        UsageError: there is neither a requirement nor a zero-shot task to choose by.
+    """
+    import msgspec
+
+    from clip_rd_edge.benchmarking.report.findings import recommendation
+    from clip_rd_edge.benchmarking.results import read_results
+
+    read = read_results(Path(results))
+    given = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
+    suite = msgspec.structs.replace(read.suite, **{name: value for name, value in given.items() if value is not None})
+    advice = recommendation(msgspec.structs.replace(read, suite=suite))
+    if advice is None:
+        raise UsageError(
+            f"{results} has nothing to choose a model by: no requirement, or no zero-shot task.",
+            hint="give a requirement, such as --budget-ms 10",
+        )
+    return advice.replace("**", "")
+
+
 def spread(results: AnyPath | Sequence[AnyPath]) -> str:
     """Return means and standard deviations over several results of one suite, such as seeds, as a Markdown table.
 

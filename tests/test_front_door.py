@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
-    "benchmark": (api.benchmark, {"compared", "init"}),  # --compare is edge.compare
+    "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
     "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),

@@ -236,6 +236,11 @@ def rename_old_keys(content: bytes) -> bytes:
     return content
 
 
+def is_results(path: Path) -> bool:
+    """Return whether `path` is a results.json, or the folder of one."""
+    return (path / RESULTS).is_file() or (path.suffix == ".json" and path.is_file())
+
+
 def read_results(path: Path) -> Results:
     """Read results.json.
 

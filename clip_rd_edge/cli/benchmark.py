@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.benchmarking.regression import AccuracyChange, Changes, LatencyChange
 
+NOT_COMPARED = 3  # exit code
 _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
 
 
@@ -44,8 +45,10 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
 @click.option("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")
 @click.option(
     "--compare", "compared", nargs=2, metavar="OLD NEW", type=click.Path(path_type=Path),
-    help="Compare two results (files or folders); exit code 1 if there is a regression.",
+    help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
+    "latencies could not be compared.",
 )  # fmt: skip
+@click.option("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
 @click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
 def command(
     suite: str | None,
@@ -57,6 +60,7 @@ def command(
     min_accuracy: float | None,
     force: bool,
     compared: tuple[Path, Path] | None,
+    allow_busy: bool,
     as_json: bool,
 ) -> None:
     """Compare the models of SUITE by accuracy, latency and size.
@@ -68,6 +72,9 @@ def command(
     Each accuracy is saved in FOLDER as soon as it is measured. If the command is interrupted, running it again resumes
     from there, but times all models anew, so that latency ratios always come from one run.
 
+    With --budget-ms or --min-accuracy and without -o, SUITE may be the folder of a finished report: a model is then
+    recommended from its figures, and nothing is measured.
+
     The suite paper has the tasks of the CLIP-RD paper, under CLIP_benchmark's names. It runs those whose data sets are
     in --root and lists the missing ones.
 
@@ -76,6 +83,7 @@ def command(
     clip-rd-edge benchmark --init > my-suite.yaml
     clip-rd-edge benchmark my-suite.yaml -o report --force
     clip-rd-edge benchmark paper --root data --model student=runs/first --model quantised=bundle -o report
+    clip-rd-edge benchmark report --budget-ms 10
     clip-rd-edge benchmark --compare report-of-last-week report
     """
     if init:
@@ -83,12 +91,18 @@ def command(
 
         echo(commented_suite(), nl=False)
         return
+    import clip_rd_edge as edge
+    from clip_rd_edge.benchmarking.results import is_results
+
     if compared is not None:
-        sys.exit(_compare(*compared, as_json=as_json))
+        code = _compare(*compared, as_json=as_json)
+        sys.exit(0 if code == NOT_COMPARED and allow_busy else code)
+    if suite is not None and output is None and (budget_ms or min_accuracy) and is_results(Path(suite)):
+        echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy))
+        return
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    import clip_rd_edge as edge
     from clip_rd_edge.benchmarking.report.findings import recommendation
     from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, print_table, say
@@ -115,7 +129,9 @@ def command(
 
 
 def _compare(old: Path, new: Path, *, as_json: bool) -> int:
-    """Print the comparison of two results; return the exit code, 1 if there is a regression.
+    """Print the comparison of two results; return the exit code.
+
+    It is 1 if there is a regression, else NOT_COMPARED if there is none in accuracy and latencies were not compared.
 
     Raises:
         InputError, ConfigError: a result is missing or damaged, or the two have no model in common.
@@ -127,7 +143,7 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
     changes = edge.compare(old, new)
     if as_json:
         echo(to_json(changes), nl=False)
-        return int(changes.regressions > 0)
+        return _exit_code(changes)
     if changes.latencies:
         print_table(_latency_table(changes))
     if changed := [change for change in changes.accuracies if change.verdict != "same"]:
@@ -143,7 +159,11 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
         echo(f"{count} regression{'s' if count > 1 else ''}.")
     else:
         echo("No regression." if changes.latencies else "No regression in accuracy; latencies were not compared.")
-    return int(count > 0)
+    return _exit_code(changes)
+
+
+def _exit_code(changes: Changes) -> int:
+    return 1 if changes.regressions else 0 if changes.latencies else NOT_COMPARED
 
 
 def _latency_table(changes: Changes) -> Table:

@@ -210,6 +210,13 @@ def test_compare_reports_changes(run: Any, suite: Path, tmp_path: Path, capsys: 
     assert out.endswith("1 regression.\n")
     assert run("benchmark", "--compare", str(path), str(tmp_path / "slow.json"), "--json") == 1
     assert json.loads(capsys.readouterr().out)["regressions"] == 1
+    path.write_text(json.dumps(quiet | {"other_load": 0.9}))
+    assert run("benchmark", "--compare", str(path), str(path)) == 3
+    assert "latencies were not compared" in capsys.readouterr().out
+    assert run("benchmark", "--compare", str(path), str(path), "--allow-busy") == 0
+    capsys.readouterr()
+    assert run("benchmark", str(output), "--budget-ms", "1e6") == 0  # from the finished report
+    assert capsys.readouterr().out.startswith("For at most 1e+06 ms from image file to answer")
 
 
 def test_compare_refuses_a_damaged_result(run: Any, tmp_path: Path, capsys: Any) -> None:
