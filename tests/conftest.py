@@ -35,6 +35,14 @@ def label_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     return folder
 
 
+@pytest.fixture(autouse=True)
+def marks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A separate memory of intact files for each test; its folder does not exist yet."""
+    folder = tmp_path_factory.getbasetemp() / "intact" / uuid.uuid4().hex
+    monkeypatch.setattr("clip_rd_edge.runtime.intact.marks_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture
 def pairs_csv(tmp_path: Path) -> Path:
     """A CSV in open_clip's format: 24 noisy images in four colours, with captions."""

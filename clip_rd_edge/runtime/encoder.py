@@ -20,6 +20,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
+from clip_rd_edge.runtime.intact import require_intact
 
 BATCH_SIZE = 32
 
@@ -78,6 +79,7 @@ class BundleEncoder(ABC):
     @cached_property
     def label_bank(self) -> LabelBank | None:
         """The bundle's precomputed labels and their embeddings, or None."""
+        require_intact(self.folder, self.manifest, LABELS)
         bank = read_labels(self.folder)
         if bank is not None and self.manifest.files and LABELS not in self.manifest.files:
             raise ConfigError(
@@ -140,15 +142,21 @@ class BundleEncoder(ABC):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        require_intact(self.folder, self.manifest, TOKENIZER)
         return Tokenizer(self.folder / TOKENIZER, self.manifest.tokenizer)
 
     @cached_property
     def _image_session(self) -> Any:
-        return self.open_tower(self.manifest.image)
+        return self._open_intact(self.manifest.image)
 
     @cached_property
     def _text_session(self) -> Any:
-        return self.open_tower(self.manifest.text)
+        return self._open_intact(self.manifest.text)
+
+    def _open_intact(self, tower: Tower) -> Any:
+        for name in filter(None, (tower.file, tower.engine)):
+            require_intact(self.folder, self.manifest, name)
+        return self.open_tower(tower)
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         if tower.one_at_a_time and len(inputs) > 1:

@@ -11,6 +11,7 @@ from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.intact import require_intact_manifest
 
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -24,7 +25,7 @@ def load(
     device: str = AUTO,
     spin: bool = True,
 ) -> BundleEncoder:
-    """Open a bundle. Each tower is loaded when it is first used.
+    """Open a bundle. Each tower is loaded when it is first used, and its checksum compared (see `runtime.intact`).
 
     Args:
         bundle: the bundle's folder.
@@ -38,11 +39,13 @@ def load(
         spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
 
     Raises:
-        InputError, ConfigError: the folder is not a bundle, is incomplete, or has a newer format.
+        InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer
+            format.
         UsageError: the runtime is unknown, or the device is not available here.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
+    require_intact_manifest(folder, manifest)
     if runtime is not None and runtime not in RUNTIMES:
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)

@@ -196,6 +196,7 @@ def test_an_engine_that_cannot_run_here_is_reported_and_its_onnx_runs(
 ) -> None:
     cuda.gpus = gpus
     (engines / "image.engine").write_bytes(engine)
+    write_manifest(engines, read_manifest(engines))
     red = [Image.new("RGB", (9, 9), (255, 0, 0))]
     with pytest.raises(ConfigError, match=message):
         load(engines, runtime="tensorrt").encode_images(red)

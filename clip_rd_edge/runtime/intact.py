@@ -1,0 +1,65 @@
+"""Check a bundle's files against the manifest's checksums before they are used, each file once.
+
+Of 72 bundles with one flipped bit, two gave other answers without an error. Hashing costs a second per gigabyte or two,
+so a file that was intact is remembered by path, size, modification time and inode in the user's cache; copying or
+downloading a bundle again changes them. `clip-rd-edge verify` hashes every file each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from clip_rd_edge.contract.bundle import MANIFEST, Manifest, manifest_is_intact
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.io import cache_home, sha256_of
+
+_MAX_MARKS = 1_000  # files that are remembered
+_HINT = "copy or export the bundle again; clip-rd-edge verify checks every file"
+
+
+def marks_folder() -> Path:
+    """Return the folder with one empty file per file that is known to be intact; it may not exist yet."""
+    return cache_home() / "intact"
+
+
+def require_intact_manifest(folder: Path, manifest: Manifest) -> None:
+    """Check a manifest against its own checksum.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if manifest.checksum and not manifest_is_intact(folder, manifest):
+        raise ConfigError(f"{folder / MANIFEST} has changed since the export: its checksum differs.", hint=_HINT)
+
+
+def require_intact(folder: Path, manifest: Manifest, name: str) -> None:
+    """Check a file of a bundle, unless it is remembered or the manifest does not have its checksum yet.
+
+    Raises:
+        ConfigError: its SHA-256 differs from the manifest's.
+    """
+    digest = manifest.files.get(name)
+    path = folder / name
+    if digest is None or not path.is_file():  # whoever reads a missing file reports it
+        return
+    stat = path.stat()
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{digest}"
+    mark = marks_folder() / hashlib.sha256(os.fsencode(identity)).hexdigest()
+    if mark.exists():
+        return
+    if sha256_of(path) != digest:
+        raise ConfigError(f"{path} has changed since the export: its SHA-256 differs from the manifest's.", hint=_HINT)
+    with suppress(OSError):  # a full or read-only cache only costs time
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        _forget_oldest(mark.parent)
+
+
+def _forget_oldest(folder: Path) -> None:
+    marks = list(folder.iterdir())
+    if len(marks) > _MAX_MARKS:
+        for mark in sorted(marks, key=lambda mark: mark.stat().st_mtime_ns)[: len(marks) // 2]:
+            mark.unlink(missing_ok=True)
