@@ -118,7 +118,7 @@ def test_images_are_found_by_file_folder_glob_and_list(colour_images: Path) -> N
     assert find(colour_images) == ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
     assert find(colour_images / "*.png") == ["green.png", "red.png"]
     assert find(colour_images / "**" / "*.webp") == ["more/yellow.webp"]
-    assert find("-", lines=(f"{colour_images}/red.png\n", "\n")) == ["red.png"]
+    assert find("-", lines=(f"{colour_images}/red.png", " ")) == ["red.png"]
     assert find(colour_images / "red.png", colour_images / "more") == ["red.png", "more/yellow.webp"]
 
 
