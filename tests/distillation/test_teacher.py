@@ -31,7 +31,7 @@ def test_accumulate_chunks_the_teacher_as_well() -> None:
     teacher.clip.model.get_submodule("visual").register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     teacher.clip.model.get_submodule("text").register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
     step = TrainingStep(tiny(0), teacher, Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3))
-    pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     result = step(Batch(pixels, pixels, CAPTIONS), 0)
     assert images == texts == [2, 2, 2]
     whole = Teacher(tiny(1), torch.device("cpu"), autocast=None)
@@ -49,7 +49,7 @@ def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
         Processes(),
         StepSettings(chunks=2),
     )
-    pixels = torch.rand(6, 3, 32, 32, generator=generator)
+    pixels = torch.randint(256, (6, 3, 32, 32), generator=generator).byte()
     batch = Batch(pixels, None, CAPTIONS, teacher_embeddings=(image.half(), text.half()))
     embeddings = step(batch, 0).embeddings
     assert embeddings.teacher_image is not None
