@@ -82,7 +82,8 @@ def _top1_hits(row: RowResult) -> Hits | None:
 def headline(results: Results) -> list[str]:
     """Return the headline, one finding per sentence.
 
-    The first sentence compares what is shipped with the teacher. A recommendation follows if the suite has a budget,
+    If a model is no better than chance, that comes first. The next sentence compares what is shipped with the teacher.
+    A recommendation follows if the suite has a budget,
     then the student before export, INT8 against FP32, and the gain from distillation.
     """
     teacher, student, baseline = (results.first(role) for role in ("teacher", "student", "baseline"))
@@ -96,14 +97,42 @@ def headline(results: Results) -> list[str]:
     if exported and quantised:
         sentences.append(_quantised_against_exported(results, quantised, exported))
     if student and baseline and (comparison := _comparison(results, student, baseline)):
+        points = f"{formatting.signed_points(comparison.difference)} points"
         sentences.append(
-            f"Distillation changes top-1 by **{formatting.signed_points(comparison.difference)} points** compared with "
-            f"the same student trained without a teacher "
-            f"(95 % confidence interval {formatting.signed_interval(comparison.interval)})."
+            f"Distillation changes top-1 by {_certain(points, comparison)} compared with the same student trained "
+            f"without a teacher (95 % confidence interval {formatting.signed_interval(comparison.interval)}"
+            f"{_MAY_BE_CHANCE if _may_be_chance(comparison) else ''})."
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
-    return [*sentences[:1], *([advice] if advice else []), *sentences[1:]]
+    return [*_no_better_than_chance(results), *sentences[:1], *([advice] if advice else []), *sentences[1:]]
+
+
+_MAY_BE_CHANCE = ", so this may be chance"
+
+
+def _may_be_chance(comparison: Comparison) -> bool:
+    return comparison.interval.low <= 0 <= comparison.interval.high
+
+
+def _certain(figure: str, comparison: Comparison) -> str:
+    """Return a figure, in bold unless it may be chance."""
+    return figure if _may_be_chance(comparison) else f"**{figure}**"
+
+
+def _no_better_than_chance(results: Results) -> list[str]:
+    """Return a sentence about the models that the headline is about and whose accuracy is no better than chance."""
+    rows = [results.first("teacher"), results.first("student"), shipped_row(results)]
+    rows = rows if any(rows) else list(results.rows)
+    scores = {row.label: score for row in rows if row and (score := headline_score(results, row)) is not None}
+    labels = [label for label, score in scores.items() if not above_chance(score)]
+    if not labels:
+        return []
+    score = scores[labels[0]]
+    return [
+        f"On {score.task}, the top-1 of {', '.join(labels)} is **no better than chance level** "
+        f"({100 / score.classes:.1f} %)."
+    ]
 
 
 def shipped_row(results: Results) -> RowResult | None:
@@ -188,9 +217,10 @@ def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> 
     lost = comparison.difference < 0
     # A loss is stated without its sign, and so is its interval.
     bounds = Interval(-comparison.interval.high, -comparison.interval.low) if lost else comparison.interval
+    points = _certain(f"{100 * abs(comparison.difference):.1f} points", comparison)
     return (
-        f"{'loses' if lost else 'gains'} **{100 * abs(comparison.difference):.1f} points** of top-1 "
-        f"(95 % confidence interval {formatting.interval(bounds)}), "
+        f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {formatting.interval(bounds)}"
+        f"{_MAY_BE_CHANCE if _may_be_chance(comparison) else ''}), "
     )
 
 
