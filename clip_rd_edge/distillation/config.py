@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import msgspec
+from msgspec import Meta
 
+from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
+from clip_rd_edge.contract.preprocess import MAX_EDGE
+from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.utils.checked import (
+    CheckedError,
+    CheckedStruct,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+)
 from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import convert, read_yaml
 
@@ -24,13 +37,16 @@ CHANGEABLE_ON_RESUME = frozenset(
     {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
     | {"processes"}
 )
+MAX_WORKERS = 1_024  # loader processes
+_Decay = Annotated[float, Meta(ge=0, lt=1)]
+_Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 # Defaults that `quantize` puts in place of the recipe's values: a short fine-tuning run, in float32 because only
 # float32 represents INT8's steps exactly.
 QUANTIZE_DEFAULTS: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to train.
 
     Attributes:
@@ -55,31 +71,29 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     objective: Weights
     scales: ScaleKind = "bounded"
-    scale_start: float = PUBLISHED_START
-    epochs: int = 32
-    steps: int = 0
-    batch_size: int = 1024
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10_000
-    weight_decay: float = 0.1
-    scales_weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: float = 1e-6
-    clip_gradient_norm: float = 0.0
+    scale_start: PositiveFloat = PUBLISHED_START
+    epochs: PositiveInt = 32
+    steps: NonNegativeInt = 0
+    batch_size: PositiveInt = 1024
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 10_000
+    weight_decay: NonNegativeFloat = 0.1
+    scales_weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[_Decay, _Decay] = (0.9, 0.98)
+    epsilon: PositiveFloat = 1e-6
+    clip_gradient_norm: NonNegativeFloat = 0.0
     crop_scale: tuple[float, float] = (0.9, 1.0)
-    ema_decay: float = 0.0
+    ema_decay: _Decay = 0.0
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a value above 0")
+        super().__post_init__()
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
+            raise CheckedError(f"crop_scale is [{low}, {high}]; expected 0 < min <= max <= 1")
 
 
-class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Complete configuration of a run, saved as `config.yaml`.
 
     Attributes:
@@ -121,32 +135,32 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     csv_caption_key: str = "title"
     train_data_upsampling_factors: str | None = None
     json_caption_key: str | None = None
-    max_bad: float = 0.01
+    max_bad: Share = 0.01
     teacher: str | None = None
     teacher_pretrained: str | None = None
     student: str
-    image_size: int = 224
+    image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
     text: str = "standard"
-    context_length: int = 77
-    embedding_size: int = 0
+    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] = 77
+    embedding_size: Annotated[int, Meta(ge=0, le=MAX_EMBEDDING_SIZE)] = 0
     pretrained_image: str | None = None
     pretrained_text: str | None = None
     teacher_precision: Precision = "auto"
     teacher_cache: str | None = None
-    views: int = 0
+    views: NonNegativeInt = 0
     freeze_text: bool = False
     quantize: Literal["int8"] | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
-    accumulate: int = 1
-    loss_block: int = 0
+    accumulate: PositiveInt = 1
+    loss_block: NonNegativeInt = 0
     global_logits: bool = False
-    processes: int = 1
-    seed: int = 0
-    workers: int = -1
-    log_every: int = 10
-    checkpoint_every: int = 500
-    evaluate_every: int = 0
+    processes: PositiveInt = 1
+    seed: _Seed = 0
+    workers: Annotated[int, Meta(ge=-1, le=MAX_WORKERS)] = -1
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 500
+    evaluate_every: NonNegativeInt = 0
     tasks: tuple[str, ...] = ()
     report_to: Literal["tensorboard"] | None = None
 

@@ -33,9 +33,10 @@ from clip_rd_edge.losses.terms import (
     relation_divergence,
     symmetric_contrastive,
 )
+from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
 
 
-class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Weights of the terms; a term with weight 0 is not computed. The symbols are explained in `losses.terms`.
 
     Attributes:
@@ -51,15 +52,15 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             A = c t_v·s_t and B = c t_t·s_v
     """
 
-    task: float = 0.0
-    fd: float = 0.0
-    icl: float = 0.0
-    hrd: float = 0.0
-    affinity: float = 0.0
-    vrd_kl: float = 0.0
-    vrd_ce_image: float = 0.0
-    vrd_ce_text: float = 0.0
-    xrd: float = 0.0
+    task: NonNegativeFloat = 0.0
+    fd: NonNegativeFloat = 0.0
+    icl: NonNegativeFloat = 0.0
+    hrd: NonNegativeFloat = 0.0
+    affinity: NonNegativeFloat = 0.0
+    vrd_kl: NonNegativeFloat = 0.0
+    vrd_ce_image: NonNegativeFloat = 0.0
+    vrd_ce_text: NonNegativeFloat = 0.0
+    xrd: NonNegativeFloat = 0.0
 
     def active(self) -> dict[str, float]:
         """Return the nonzero weights by the name of the term."""

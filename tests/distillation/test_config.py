@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_a_misspelt_recipe_name_suggests_similar_ones() -> None:
     [
         ("objective: {task: 1}\nlearning_rat: 1", "unknown field `learning_rat`.*Did you mean 'learning_rate'"),
         ("objective: {task: 1, xdr: 1}", "unknown field `xdr`"),
-        ("objective: {task: 1}\nbatch_size: 0", "batch_size is 0; expected a value above 0"),
+        ("objective: {task: 1}\nbatch_size: 0", r"Expected `int` >= 1 - at `\$\.batch_size`"),
         ("objective: {task: 1}\ncrop_scale: [0.9, 0.5]", "crop_scale"),
     ],
 )
@@ -93,3 +94,33 @@ def test_the_first_difference_is_named() -> None:
 def test_the_learning_rate_follows_the_batch_size_unless_it_is_given(options: Any, expected: float) -> None:
     config = resolve("clip-rd", data="pairs.csv", student="resnet18", **options)
     assert config.recipe.learning_rate == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("ema_decay", math.nan), ("ema_decay", 1.0), ("ema_decay", -0.1), ("steps", -5), ("epochs", 0),
+        ("learning_rate", math.nan), ("learning_rate", math.inf), ("learning_rate", 0.0), ("learning_rate", -1e-3),
+        ("max_bad", math.nan), ("max_bad", 1.5), ("max_bad", -0.1), ("seed", -1), ("seed", 2**32), ("batch_size", 0),
+        ("image_size", 0), ("image_size", 10**9), ("context_length", 0), ("embedding_size", -1), ("views", -1),
+        ("accumulate", 0), ("loss_block", -1), ("workers", -2), ("workers", 10**6), ("evaluate_every", -1),
+        ("checkpoint_every", 0),
+    ],
+)  # fmt: skip
+def test_no_number_out_of_range_starts_a_run(option: Any, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option}|{value}|Expected"):
+        resolve("clip-rd", data="pairs.csv", student="resnet18", **{option: value})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["steps: -5", "learning_rate: .nan", "weight_decay: .inf", "betas: [0.9, .nan]", "betas: [0.9, 1.0]", "epsilon: 0",
+     "clip_gradient_norm: -1", "scale_start: .nan", "warmup_steps: -1", "crop_scale: [.nan, 1.0]",
+     "objective: {task: .nan}", "objective: {task: -1}"],
+)  # fmt: skip
+def test_no_number_out_of_range_is_read_from_a_recipe(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "mine.yaml"
+    objective = "" if line.startswith("objective") else "objective: {task: 1.0}\n"
+    path.write_text(f"{objective}{line}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is invalid"):
+        load_recipe(str(path))
