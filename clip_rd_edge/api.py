@@ -311,6 +311,7 @@ def evaluate(
     pretrained: str | None = None,
     threads: int | None = None,
     templates: str | Sequence[str] | None = None,
+    per_class: bool = False,
     reporter: Reporter = SILENT,
 ) -> list[Score]:
     """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
@@ -320,13 +321,14 @@ def evaluate(
         tasks: names as for `clip-rd-edge evaluate --task`, or task objects.
         templates: prompt templates with one `{}` for zero-shot tasks, a file of them, or `imagenet` for CLIP's 80; None
             uses each data set's own, or else CLIP's.
+        per_class: fill in `per_class` of zero-shot scores: the accuracy of each class, and what it was mistaken for.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.runtime.model import Model
 
     loaded = load_tasks(tasks, templates=templates)
     evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
-    return [score(evaluated.encoder, task, reporter=reporter) for task in loaded]
+    return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
 
 
 def benchmark(

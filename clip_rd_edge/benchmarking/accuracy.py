@@ -14,6 +14,7 @@ from clip_rd_edge.benchmarking.metrics import (
     ZeroShotScore,
     accuracy_interval,
     calibration_error,
+    class_scores,
     mean_per_class,
     positives_by_rank,
     recall_from_ranks,
@@ -106,10 +107,20 @@ def _digest(task: Task) -> str:
 BATCH_SIZE = 64
 
 
-def evaluate(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT, seed: int = 0) -> Score:
-    """Score an encoder on a task of either kind; arguments and errors as in `zero_shot` and `retrieval`."""
+def evaluate(
+    encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT, seed: int = 0
+) -> Score:
+    """Score an encoder on a task of either kind; arguments and errors as in `zero_shot` and `retrieval`.
+
+    Args:
+        per_class: fill in `ZeroShotScore.per_class`.
+    """
     if isinstance(task, ZeroShotTask):
-        return zero_shot(encoder, task, reporter=reporter, seed=seed).score
+        answers = zero_shot(encoder, task, reporter=reporter, seed=seed)
+        if not per_class:
+            return answers.score
+        predicted, targets = np.asarray(answers.answers), np.asarray(task.targets)
+        return msgspec.structs.replace(answers.score, per_class=class_scores(predicted, targets, task.labels))
     return retrieval(encoder, task, reporter=reporter).score
 
 

@@ -7,6 +7,9 @@ are the same on every machine.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +27,25 @@ class Interval(msgspec.Struct, frozen=True):
     high: float
 
 
-class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", tag_field="kind"):
+class ClassScore(msgspec.Struct, frozen=True, kw_only=True):
+    """Zero-shot classification accuracy on the images of one class: one row of a confusion matrix.
+
+    Attributes:
+        label: name of the class.
+        images: number of images of the class.
+        recall: fraction of the class's images that are given its label; None without images.
+        precision: fraction of the images that are given its label that are of the class; None if there are none.
+        predicted: number of the class's images per predicted label, most frequent first.
+    """
+
+    label: str
+    images: int
+    recall: float | None
+    precision: float | None
+    predicted: dict[str, int]
+
+
+class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="zero-shot", tag_field="kind"):
     """Zero-shot classification accuracy on one task.
 
     Attributes:
@@ -35,6 +56,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
         calibration_error: mean gap between the probability of a prediction and how often such predictions are correct;
             None in results of format version 1.
         templates: the prompt templates of the labels, such as `80, ImageNet's, from open_clip`.
+        per_class: one entry per class, in the order of the task's labels; empty unless requested.
     """
 
     task: str
@@ -46,6 +68,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, tag="zero-shot", 
     mean_per_class: float
     templates: str = ""
     calibration_error: float | None = None
+    per_class: tuple[ClassScore, ...] = ()
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +116,33 @@ def mean_per_class(hits: Hits, targets: npt.NDArray[np.int64]) -> float:
     counts = np.bincount(targets)
     present = counts > 0
     return float((np.bincount(targets, weights=hits)[present] / counts[present]).mean())
+
+
+def class_scores(
+    predicted: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], labels: Sequence[str]
+) -> tuple[ClassScore, ...]:
+    """Return the score of each of C classes from the predicted and true classes of N images, as indices into `labels`.
+
+    Classes of the same name are kept apart, except in `ClassScore.predicted`.
+    """
+    given = np.bincount(predicted, minlength=len(labels))
+    scores = []
+    for index, label in enumerate(labels):
+        answers = Counter(predicted[targets == index].tolist())
+        correct, images = answers[index], answers.total()
+        by_label: Counter[str] = Counter()
+        for answer, count in answers.items():
+            by_label[labels[answer]] += count
+        scores.append(
+            ClassScore(
+                label=label,
+                images=images,
+                recall=correct / images if images else None,
+                precision=correct / int(given[index]) if given[index] else None,
+                predicted=dict(sorted(by_label.items(), key=lambda item: (-item[1], item[0]))),
+            )
+        )
+    return tuple(scores)
 
 
 def calibration_error(confidence: npt.NDArray[np.floating], hits: Hits, *, bins: int = 15) -> float:

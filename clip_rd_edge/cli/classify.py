@@ -17,7 +17,7 @@ import click
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import ManyOption, device_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.printable import inert_cell, one_line
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
@@ -264,12 +264,7 @@ def _as_csv(image: str, answer: Answer) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for rank, (label, probability) in enumerate(answer.predictions, start=1):
-        writer.writerow((_csv_cell(image), rank, _csv_cell(label), f"{probability:.6f}"))
+        writer.writerow((inert_cell(image), rank, inert_cell(label), f"{probability:.6f}"))
     if not answer.predictions:
-        writer.writerow((_csv_cell(image), 1, "", ""))
+        writer.writerow((inert_cell(image), 1, "", ""))
     return buffer.getvalue().rstrip("\n")
-
-
-def _csv_cell(text: str) -> str:
-    """Return the text, after an apostrophe if a spreadsheet would compute it as a formula (OWASP, CSV injection)."""
-    return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text

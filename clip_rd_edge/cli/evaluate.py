@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import threads_option
+from clip_rd_edge.utils.printable import inert_cell
+
+if TYPE_CHECKING:
+    from clip_rd_edge.benchmarking.metrics import Score
 
 
 @click.command("evaluate", short_help="Measure zero-shot accuracy and retrieval of a model or bundle.")
@@ -26,6 +36,16 @@ from clip_rd_edge.cli._options import threads_option
     help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
     "CLIP's 80; can be repeated.  [default: the data set's, else imagenet]",
 )  # fmt: skip
+@click.option(
+    "--per-class", is_flag=True,
+    help="Also print the recall and precision of each class, lowest recall first, and the label that it was most "
+    "often mistaken for.",
+)  # fmt: skip
+@click.option(
+    "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
+    "the number of images.",
+)  # fmt: skip
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(
@@ -33,6 +53,8 @@ def command(
     tasks: tuple[str, ...],
     pretrained: str | None,
     templates: tuple[str, ...],
+    per_class: bool,
+    confusion: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -47,6 +69,7 @@ def command(
     \b
     clip-rd-edge evaluate runs/emoji --task emoji:unseen-style --task emoji:unseen-style:retrieval
     clip-rd-edge evaluate bundle --task my-images/ --json
+    clip-rd-edge evaluate bundle --task my-images/ --per-class --confusion confusion.csv
     """
     import clip_rd_edge as edge
     from clip_rd_edge.api import load_tasks
@@ -57,13 +80,38 @@ def command(
     with console_reporter() as reporter:
         reporter.update("loading the model")
         loaded_model = edge.load(model, pretrained=pretrained, threads=threads)
-        scores = edge.evaluate(loaded_model, loaded_tasks, reporter=reporter)
+        needs_classes = per_class or confusion is not None
+        scores = edge.evaluate(loaded_model, loaded_tasks, per_class=needs_classes, reporter=reporter)
+    if confusion is not None:
+        _write_confusion(confusion, scores)
     if as_json:
         from clip_rd_edge.utils.io import to_json
 
         echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
         return
-    from clip_rd_edge.benchmarking.report.text import score_tables
+    from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+    from clip_rd_edge.benchmarking.report.text import class_table, score_tables
 
     for table in score_tables(scores):
         print_table(table)
+    if per_class:
+        for score in scores:
+            if isinstance(score, ZeroShotScore):
+                print_table(class_table(score))
+
+
+def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
+    """Write the confusion matrix of each zero-shot score as rows of one CSV file."""
+    from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+    from clip_rd_edge.utils.io import write_text
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("task", "class", "predicted", "images"))
+    for score in scores:
+        if not isinstance(score, ZeroShotScore):
+            continue
+        for row in score.per_class:
+            for predicted, images in row.predicted.items():
+                writer.writerow((*map(inert_cell, (score.task, row.label, predicted)), images))
+    write_text(path, buffer.getvalue())

@@ -22,3 +22,8 @@ _LINE_BREAKS = {
 def one_line(text: object) -> str:
     """Return a text, such as the path of a file, with line breaks and tabs escaped, so that it stays on its line."""
     return str(text).translate(_LINE_BREAKS)
+
+
+def inert_cell(text: str) -> str:
+    """Return the text, after an apostrophe if a spreadsheet would compute it as a formula (OWASP, CSV injection)."""
+    return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -113,3 +113,28 @@ def test_the_table_shows_which_templates_were_used(
     error = capsys.readouterr().err
     assert "The template 'a square' has no {}" in error
     assert '--template "a square {}"' in error
+
+
+def test_accuracy_per_class_and_the_confusion_matrix(
+    run: Run, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
+    Image.new("RGB", (4, 4), (255,) * 3).save(task / "black" / "3.png")  # taken for white
+    (task / "grey").mkdir()
+    confusion = tmp_path / "new folder" / "confusion.csv"
+    command = ("evaluate", "m", "--task", str(task), "--confusion", str(confusion))
+    assert run(*command, "--per-class") == 0
+    table = capsys.readouterr().out.partition("Recall")[2]
+    black, white = (line.split() for line in table.splitlines() if "00" in line)
+    assert black == ["black", "3", "66.7", "100.0", "white", "(1)"]
+    assert white == ["white", "1", "100.0", "50.0"]
+    assert confusion.read_text() == (
+        "task,class,predicted,images\ntask,black,black,2\ntask,black,white,1\ntask,white,white,1\n"
+    )
+    assert run(*command, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["scores"][0]["per_class"]
+    assert rows[0] == {
+        "label": "black", "images": 3, "recall": 2 / 3, "precision": 1.0, "predicted": {"black": 2, "white": 1},
+    }  # fmt: skip
+    assert run("evaluate", "m", "--task", str(task), "--json") == 0
+    assert '"per_class"' not in capsys.readouterr().out

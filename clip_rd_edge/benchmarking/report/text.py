@@ -164,6 +164,18 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
     return tables
 
 
+def class_table(score: ZeroShotScore) -> Table:
+    """Return a table of the classes of one task, lowest recall first; classes without images come last."""
+    table = _rich_table(score.task, "Images", "Recall, %", "Precision, %")
+    table.add_column("Most often mistaken for")
+    for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
+        mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
+        label, count = next(mistakes, ("", 0))
+        mistake = f"{label} ({count:,})" if count else ""
+        table.add_row(row.label, f"{row.images:,}", percent(row.recall), percent(row.precision), mistake)
+    return table
+
+
 def _rich_table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
