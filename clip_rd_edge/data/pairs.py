@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.errors import InputError, UsageError
@@ -26,13 +28,17 @@ class Pairs(Protocol):
         name: as shown in logs and provenance.
         left_out: parts of the source that are not pairs, such as a sample without a caption; each entry is a message
             that names the location.
+        groups: numbers of consecutive pairs that are stored together, such as the samples of each shard.
     """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def left_out(self) -> tuple[str, ...]: ...
+    def left_out(self) -> Sequence[str]: ...
+
+    @property
+    def groups(self) -> Sequence[int] | npt.NDArray[np.int64]: ...
 
     def __len__(self) -> int: ...
 
@@ -218,7 +224,7 @@ class BadSamples:
     def _read(self, index: int) -> ValidPair:
         return ValidPair(self._pairs.open(index), self._pairs.captions(index))
 
-    def _check(self, latest: tuple[str, ...]) -> None:
+    def _check(self, latest: Sequence[str]) -> None:
         if len(self) > self.allowed and latest:
             self._refuse(len(self), latest[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.errors import InputError, near_matches
 
 _SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
+_GROUP_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class TablePairs:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """Sizes of blocks of rows: image files lie apart, so that any block serves."""
+        return [min(_GROUP_ROWS, len(self) - start) for start in range(0, len(self), _GROUP_ROWS)]
 
     def open(self, index: int) -> Image.Image:
         """Return the image as RGB; raises InputError if it cannot be read."""

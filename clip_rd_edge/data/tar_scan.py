@@ -10,7 +10,7 @@ unreadable, since their content is not contiguous.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ class _Headers:
         """Read on while headers are of the usual kind; nearly all are, so this loop takes nearly all the time."""
         file, start, last = self._file, self._start, self._end - BLOCK_BYTES
         while start <= last and len(starts) < _BATCH:
-            header = _pread(file, BLOCK_BYTES, start)
+            header = read_at(file, BLOCK_BYTES, start)
             if len(header) < BLOCK_BYTES or header[156] != _REGULAR[1] or header[345] or self._name or self._size >= 0:
                 break
             try:
@@ -111,7 +111,7 @@ class _Headers:
     def _read_other(self, starts: list[int], headers: list[bytes], files: list[TarFile | None]) -> None:
         """Read one header of any kind."""
         start = self._start
-        header = _pread(self._file, BLOCK_BYTES, start)
+        header = read_at(self._file, BLOCK_BYTES, start)
         if len(header) < BLOCK_BYTES:
             if start == 0:
                 raise _DamageError("it is shorter than a header" if header else "it is empty")
@@ -148,7 +148,7 @@ class _Headers:
     def _extension(self, offset: int, size: int) -> bytes:
         if size > _MAX_EXTENSION_BYTES:
             raise _DamageError(f"the tar has an extended header of {size:,} bytes at byte {offset:,}")
-        content = _pread(self._file, size, offset)
+        content = read_at(self._file, size, offset)
         if len(content) < size:
             raise _DamageError(f"the tar ends within an extended header at byte {offset:,}")
         return bytes(content)
@@ -176,7 +176,7 @@ class _Headers:
         """Return the offset after the further headers that old GNU tar writes for a file with many holes."""
         is_extended = header[482]
         while is_extended:
-            block = _pread(self._file, BLOCK_BYTES, offset)
+            block = read_at(self._file, BLOCK_BYTES, offset)
             if len(block) < BLOCK_BYTES:
                 raise _DamageError(f"the tar ends within a header at byte {offset:,}")
             is_extended, offset = block[504], offset + BLOCK_BYTES
@@ -188,7 +188,8 @@ def _seek_and_read(file: int, size: int, offset: int) -> bytes:
     return os.read(file, size)
 
 
-_pread = getattr(os, "pread", _seek_and_read)  # Windows has no pread
+read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", _seek_and_read)  # Windows has no pread
+"""Return up to `size` bytes of an open file from `offset` on, as `read_at(file, size, offset)`."""
 
 
 def _size(header: bytes, start: int) -> int:
@@ -232,3 +233,8 @@ def _valid_checksums(headers: list[bytes]) -> list[bool]:
         sums -= 256 * ((blocks >= 128).sum(1) - (blocks[:, _CHECKSUM] >= 128).sum(1))
         valid |= stored == sums
     return list(valid.tolist())
+
+
+def member_name(file: int, offset: int) -> str:
+    """Return the name in the header before the content at `offset`, for messages; a long name may be cut."""
+    return _name(read_at(file, BLOCK_BYTES, offset - BLOCK_BYTES)).decode(errors="replace")

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import re
+import weakref
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.tar_scan import TarScan
+from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
@@ -33,7 +36,10 @@ _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  #
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A file in an uncompressed tar; implements `contract.images.ImageFile`."""
+    """A file in an uncompressed tar; implements `contract.images.ImageFile`.
+
+    Without a name, the tar is asked for it when a message needs it.
+    """
 
     shard: Path
     name: str
@@ -42,16 +48,31 @@ class TarMember:
 
     def read_bytes(self) -> bytes:
         """Return the file's content."""
-        # Opening the tar each time costs 10 µs and leaves no open file that worker processes would share.
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
+        tar = _open_tar(self.shard)
+        content = read_at(tar.file, self.size, self.offset)
         if len(content) < self.size:
             raise OSError(f"expected {self.size:,} bytes, found {len(content):,}")
         return content
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.name}"
+        if self.name:
+            return f"{self.shard}: {self.name}"
+        tar = _open_tar(self.shard)
+        return f"{self.shard}: {member_name(tar.file, self.offset)}"
+
+
+class _OpenTar:
+    """A file that is closed once nobody holds it: after the last read of one that is no longer cached."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.file)
+
+
+# Reads name their offset, so that forked workers and threads can share an open file.
+@lru_cache(maxsize=64)
+def _open_tar(path: Path) -> _OpenTar:
+    return _OpenTar(path)
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,11 @@ class Shard:
         """Return a mask of the samples that have this kind of file, (G,)."""
         mask: npt.NDArray[np.bool_] = self.locations[:, _COLUMNS[kind], 0] >= 0
         return mask
+
+    def locations_of(self, kind: Kind) -> npt.NDArray[np.int64]:
+        """Return offset and size in bytes of each sample's file of this kind, (G, 2)."""
+        locations: npt.NDArray[np.int64] = self.locations[:, _COLUMNS[kind]]
+        return locations
 
     def member(self, index: int, kind: Kind) -> TarMember | None:
         """Return a sample's image, text, JSON or class file, or None if it has none."""

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.data.tars import Shard, TarMember, open_shard
+from clip_rd_edge.data.shard_index import SampleLocation, index_shards
+from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -62,49 +62,39 @@ class ShardPairs:
     ) -> None:
         self.name = name
         self._json_key = json_key
-        self._shards: list[Shard] = []
-        left_out: list[str] = []
-        numbers, samples = [], []
-        count = sum(len(source.shards) for source in sources)
-        for source in sources:
-            first = len(self._shards)
-            for path in source.shards:
-                reporter.update("indexing shards", len(self._shards), count)
-                self._shards.append(open_shard(path))
-            valid = [_valid_samples(shard, json_key, left_out) for shard in self._shards[first:]]
-            shard_of = np.repeat(np.arange(first, len(self._shards), dtype=np.int32), [len(part) for part in valid])
-            numbers.append(np.tile(shard_of, source.weight))
-            samples.append(np.tile(np.concatenate(valid), source.weight))
-        self._shard_of, self._sample_of = np.concatenate(numbers), np.concatenate(samples)
-        self.left_out = tuple(left_out)
+        self._weights = [source.weight for source in sources]
+        self._paths = [path for source in sources for path in source.shards]
+        self._index = index_shards(self._paths, json_key=json_key, reporter=reporter)
+        self.left_out = self._index.left_out
+        # The shard of each group: the shards of a source, as often as its weight says.
+        numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])
+        self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
+        self.groups = self._index.samples[self._shard_of_group]
+        self._ends = np.cumsum(self.groups)
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return int(self._ends[-1])
 
     def open(self, index: int) -> Image.Image:
         """Return the image as RGB; raises InputError with shard and sample if it cannot be read."""
         shard, sample = self._locate(index)
-        image = shard.member(sample, "image")
-        assert image is not None  # samples without an image are left out
-        return open_image(image)
+        return open_image(TarMember(shard, "", sample.image, sample.image_size))
 
     def captions(self, index: int) -> tuple[str, ...]:
         """Return all captions; raises InputError with shard and sample if there are none."""
         shard, sample = self._locate(index)
-        if self._json_key is None and (text := shard.member(sample, "text")):
-            return text_captions(text)
-        json = shard.member(sample, "json")
-        assert json is not None  # samples without a caption are left out
-        return json_captions(json, self._json_key or JSON_KEY)
+        member = TarMember(shard, "", sample.caption, sample.caption_size)
+        return text_captions(member) if sample.kind == "text" else json_captions(member, self._json_key or JSON_KEY)
 
     def identity(self) -> Iterator[bytes]:
-        """Yield bytes that identify these pairs: names, offsets and sizes of all samples. No sample is read."""
-        for shard in self._shards:
-            yield from (shard.path.name.encode(), shard.names.tobytes(), shard.locations.tobytes())
-        yield from (self._shard_of.tobytes(), self._sample_of.tobytes(), repr(self._json_key).encode())
+        """Yield bytes that identify these pairs: digests of names, offsets and sizes of all samples."""
+        yield from self._index.identity()
+        yield repr((self._weights, self._json_key)).encode()
 
-    def _locate(self, index: int) -> tuple[Shard, int]:
-        return self._shards[int(self._shard_of[index])], int(self._sample_of[index])
+    def _locate(self, index: int) -> tuple[Path, SampleLocation]:
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        shard = int(self._shard_of_group[group])
+        return self._paths[shard], self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
 
 
 def parse_sources(source: str, weights: str | None = None) -> list[Source]:
@@ -145,18 +135,6 @@ def _shard_paths(pattern: str) -> tuple[Path, ...]:
             f"The shard {missing[0]} does not exist ({len(missing)} of {len(paths)} in {pattern} missing)."
         )
     return paths
-
-
-def _valid_samples(shard: Shard, json_key: str | None, left_out: list[str]) -> npt.NDArray[np.int64]:
-    """Return the indices of samples with an image and a caption; append messages about the others to `left_out`."""
-    has_caption = shard.has("json") if json_key is not None else shard.has("text") | shard.has("json")
-    has_image = shard.has("image")
-    for index in np.flatnonzero(~(has_caption & has_image)).tolist():
-        missing = "image (.jpg, .png, .webp)" if not has_image[index] else "caption (.txt, .json)"
-        left_out.append(f"{shard.path}: {shard.name(index)} has no {missing}")
-    if shard.damage:
-        left_out.append(f"{shard.path}: {shard.damage}")
-    return np.flatnonzero(has_caption & has_image)
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
 from clip_rd_edge.distillation.pixels import Levels, crop_levels, random_crop
 from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
@@ -145,32 +146,38 @@ class ViewDataset(Dataset[PairView]):
 class StepSampler(Sampler[list[View]]):
     """The views of each step from `start` to `stop`.
 
-    Epochs are shuffled by (seed, epoch); an incomplete last batch is dropped.
+    Epochs are shuffled by (seed, epoch), see `data.order.EpochOrder`; an incomplete last batch is dropped.
 
     Args:
-        count: number of pairs.
+        groups: `Pairs.groups`.
         batch_size: of the global batch, of which each process gets its part.
         start, stop: first step, and the step after the last.
         rank, processes: this process's rank, and the number of processes.
     """
 
     def __init__(
-        self, count: int, batch_size: int, *, seed: int, start: int, stop: int, rank: int = 0, processes: int = 1
+        self,
+        groups: Sequence[int] | npt.NDArray[np.int64],
+        batch_size: int,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.order = EpochOrder(groups, seed=seed)
+        self.batch_size = batch_size
         self.start, self.stop = start, stop
         self.rank, self.processes = rank, processes
 
     def __iter__(self) -> Iterator[list[View]]:
-        steps_per_epoch = self.count // self.batch_size
-        order, shuffled_epoch = np.empty(0, dtype=np.int64), -1
+        steps_per_epoch = len(self.order) // self.batch_size
+        size = self.batch_size // self.processes
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, steps_per_epoch)
-            if epoch != shuffled_epoch:
-                order, shuffled_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.count), epoch
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            size = len(batch) // self.processes
-            yield [(epoch, int(index)) for index in batch[self.rank * size : (self.rank + 1) * size]]
+            first = position * self.batch_size + self.rank * size
+            yield [(epoch, index) for index in self.order.indices(epoch, first, first + size).tolist()]
 
     def __len__(self) -> int:
         return self.stop - self.start

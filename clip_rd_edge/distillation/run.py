@@ -198,7 +198,7 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
     to_device(setup.student.model, single.device)
     set_training_mode(setup.student, config)
     local_size = config.recipe.batch_size // processes.world_size
-    sampler = StepSampler(len(setup.pairs), local_size, seed=config.seed, start=0, stop=1)
+    sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, start=0, stop=1)
     batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 
     def make_teacher(autocast: torch.dtype | None) -> Teacher:

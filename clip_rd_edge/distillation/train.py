@@ -89,7 +89,7 @@ def train(
     log = MetricsLog(run, start=start) if processes.is_main else None
     board = TensorBoardLog(run, start=start) if processes.is_main and config.report_to == "tensorboard" else None
     sampler = StepSampler(
-        len(setup.pairs),
+        setup.pairs.groups,
         recipe.batch_size,
         seed=config.seed,
         start=start,

@@ -100,7 +100,7 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
     cached.cache = open_cache(Path(str(config.teacher_cache)))
     teacher = Teacher(setup.teacher, torch.device("cpu"), autocast=None)
     cached_teacher = CachedTeacher(setup.teacher.logit_scale, torch.device("cpu"))
-    steps = StepSampler(24, 6, seed=0, start=0, stop=12)  # three epochs over two views
+    steps = StepSampler([24], 6, seed=0, start=0, stop=12)  # three epochs over two views
     live_batches, cached_batches = step_loader(live, steps, workers=0), step_loader(cached, steps, workers=0)
     for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
         assert live_batch.captions == cached_batch.captions

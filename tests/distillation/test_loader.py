@@ -25,7 +25,7 @@ TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 def batches(path: Path, start: int, stop: int, *, workers: int = 0, teacher: Preprocessing | None = None):  # type: ignore[no-untyped-def]
     pairs = load_pairs(str(path))
     dataset = ViewDataset(pairs, STUDENT, teacher, crop_scale=(0.5, 1.0), seed=3)
-    return list(step_loader(dataset, StepSampler(24, 5, seed=3, start=start, stop=stop), workers=workers))
+    return list(step_loader(dataset, StepSampler([24], 5, seed=3, start=start, stop=stop), workers=workers))
 
 
 def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: P
 
 
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:
-    views = [view for step in StepSampler(24, 5, seed=0, start=0, stop=8) for view in step]
+    views = [view for step in StepSampler([24], 5, seed=0, start=0, stop=8) for view in step]
     first, second = ([index for epoch, index in views if epoch == number] for number in (0, 1))
     assert len(first) == len(set(first)) == 20
     assert first != second
@@ -109,7 +109,7 @@ def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:
     dataset = ViewDataset(load_pairs(source), STUDENT, TEACHER, crop_scale=(0.5, 1.0), seed=3, max_bad=max_bad)
-    sampler = StepSampler(24, 5, seed=3, start=start, stop=9)
+    sampler = StepSampler([24], 5, seed=3, start=start, stop=9)
     return list(step_loader(dataset, sampler, workers=workers)), dataset
 
 

@@ -1,0 +1,54 @@
+"""The order of an epoch shows every pair once, and reads few groups at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.data.order import EpochOrder
+
+GROUPS = [7, 1, 30, 12, 0, 5, 25, 16, 9, 22]
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 1000])
+def test_an_epoch_shows_every_pair_once(window: int) -> None:
+    order = EpochOrder(GROUPS, seed=3, window=window)
+    for epoch in range(3):
+        assert sorted(order.indices(epoch, 0, len(order))) == list(range(sum(GROUPS)))
+
+
+def test_parts_of_an_epoch_are_those_of_the_whole_in_any_sequence() -> None:
+    order = EpochOrder(GROUPS, seed=3, window=20)
+    whole = {epoch: order.indices(epoch, 0, len(order)) for epoch in (0, 1)}
+    resumed = EpochOrder(GROUPS, seed=3, window=20)
+    for epoch, start, stop in [(1, 100, 127), (0, 90, 101), (0, 0, 0), (1, 3, 64), (1, 0, 1)]:
+        np.testing.assert_array_equal(resumed.indices(epoch, start, stop), whole[epoch][start:stop])
+
+
+def test_a_window_holds_few_groups() -> None:
+    groups, window = [10] * 50, 40
+    order = EpochOrder(groups, seed=0, window=window)
+    indices = order.indices(0, 0, len(order))
+    for start in range(0, len(order) - window, window):
+        assert len(set(indices[start : start + window] // 10)) == 4
+    neighbours = np.diff(indices[:window])
+    assert (neighbours == 1).mean() < 0.2  # shuffled within the window
+
+
+def test_order_differs_by_seed_and_epoch_also_within_a_single_group() -> None:
+    for groups in ([60], GROUPS):
+        orders = [tuple(EpochOrder(groups, seed=s, window=20).indices(e, 0, 50)) for s in (0, 1) for e in (0, 1)]
+        assert len(set(orders)) == 4
+
+
+def test_one_window_gives_a_plain_permutation() -> None:
+    expected = np.random.default_rng((5, 2)).permutation(sum(GROUPS))
+    np.testing.assert_array_equal(EpochOrder(GROUPS, seed=5).indices(2, 0, sum(GROUPS)), expected)
+
+
+def test_fifteen_million_pairs_need_no_list_of_them() -> None:
+    order = EpochOrder([12_500] * 1200, seed=0)
+    indices = order.indices(0, 7_000_000, 7_001_024)
+    assert len(set(indices)) == 1024
+    held = sum(value.nbytes for value in vars(order).values() if isinstance(value, np.ndarray)) + order._order[1].nbytes
+    assert held < 4 << 20
