@@ -1,6 +1,7 @@
 """Exceptions that clip-rd-edge raises deliberately.
 
     ClipRdEdgeError          base class; exit code 1
+    ├── UnreachableError     data on another machine could not be fetched; exit code 1
     ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
         ├── InputError       a file, image, caption or table is missing or invalid
@@ -34,6 +35,10 @@ class ClipRdEdgeError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class UnreachableError(ClipRdEdgeError):
+    """Data on another machine could not be fetched, after trying for a while."""
 
 
 class InterruptedRunError(ClipRdEdgeError):

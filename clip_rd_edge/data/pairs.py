@@ -19,6 +19,11 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 TAR_SUFFIXES = (".tar", ".tar}")
 
 
+def names_shards(source: str) -> bool:
+    """Return whether a source of pairs names WebDataset shards."""
+    return source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
+
+
 class Pairs(Protocol):
     """N images, each with one or more equivalent captions; training picks one per view.
 
@@ -41,6 +46,10 @@ class Pairs(Protocol):
     def groups(self) -> Sequence[int] | npt.NDArray[np.int64]: ...
 
     def __len__(self) -> int: ...
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Begin to fetch what these groups are read from, if that is elsewhere; returns at once."""
+        ...
 
     def open(self, index: int) -> Image.Image:
         """Return the image as RGB; raises InputError if it cannot be read."""
@@ -96,13 +105,13 @@ def load_pairs(
         InputError: a file or column is missing, or there are fewer than two pairs.
         UsageError: the weights are invalid.
     """
-    if weights and not source.endswith(TAR_SUFFIXES):
+    if weights and not names_shards(source):
         raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {source}.")
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 
         pairs: Pairs = training_pairs()
-    elif source.endswith(TAR_SUFFIXES):
+    elif names_shards(source):
         from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)

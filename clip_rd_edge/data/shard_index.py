@@ -28,8 +28,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.data.remote import ShardFile, shard_identity, versions
 from clip_rd_edge.data.tar_scan import read_at
-from clip_rd_edge.data.tars import open_shard
+from clip_rd_edge.data.tars import close_tars, open_shard
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.io import cache_home, new_folder, read_json, to_json
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -117,7 +118,7 @@ class ShardIndex:
         yield from (shard.sha256.encode() for shard in self._index.shards)
 
 
-def index_shards(paths: Sequence[Path], *, json_key: str | None, reporter: Reporter = SILENT) -> ShardIndex:
+def index_shards(paths: Sequence[ShardFile], *, json_key: str | None, reporter: Reporter = SILENT) -> ShardIndex:
     """Return the index of some shards, from the cache if path, size and modification time of all are unchanged.
 
     Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
@@ -129,12 +130,14 @@ def index_shards(paths: Sequence[Path], *, json_key: str | None, reporter: Repor
     Raises:
         InputError: a shard cannot be read or is not an uncompressed tar.
     """
-    stats = [_stat(path) for path in paths]
-    parts = [f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}" for path, stat in zip(paths, stats, strict=True)]
+    close_tars()
+    sizes = [size for size, _ in versions(paths)]
+    parts = [shard_identity(path) for path in paths]
     key = hashlib.sha256("\n".join([_FORMAT, repr(json_key), *parts]).encode(errors="surrogateescape")).hexdigest()[:32]
     folder = cache_home() / "shard-indices" / key
     if not (folder / _INDEX).is_file():
-        total = sum(stat.st_size for stat in stats)
+        # Fetching takes longer than starting processes, whatever the sizes.
+        total = sum(sizes) if all(isinstance(path, Path) for path in paths) else _SERIAL_BYTES
         try:
             _build(folder, paths, total, json_key, reporter)
         except OSError:  # the cache is full or read-only: keep the index for this run alone
@@ -145,14 +148,9 @@ def index_shards(paths: Sequence[Path], *, json_key: str | None, reporter: Repor
     return ShardIndex(folder)
 
 
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
-
-
-def _build(folder: Path, paths: Sequence[Path], total_bytes: int, json_key: str | None, reporter: Reporter) -> None:
+def _build(
+    folder: Path, paths: Sequence[ShardFile], total_bytes: int, json_key: str | None, reporter: Reporter
+) -> None:
     shards: list[_IndexedShard] = []
     left_out = 0
     with (
@@ -190,7 +188,7 @@ def _parallel_map(tasks: int, total_bytes: int) -> Iterator[Callable[..., Iterab
         pool.shutdown(cancel_futures=True)
 
 
-def _index_shard(path: Path, *, json_key: str | None) -> tuple[npt.NDArray[np.void], list[str], str]:
+def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[npt.NDArray[np.void], list[str], str]:
     """Return the rows of a shard's pairs, messages about its other samples, and the digest of its content."""
     shard = open_shard(path)
     has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")

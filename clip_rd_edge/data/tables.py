@@ -39,6 +39,9 @@ class TablePairs:
         """Sizes of blocks of rows: image files lie apart, so that any block serves."""
         return [min(_GROUP_ROWS, len(self) - start) for start in range(0, len(self), _GROUP_ROWS)]
 
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Do nothing: the images are local files."""
+
     def open(self, index: int) -> Image.Image:
         """Return the image as RGB; raises InputError if it cannot be read."""
         return open_image(self.images[index])

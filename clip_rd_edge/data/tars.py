@@ -15,14 +15,14 @@ import weakref
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.data.remote import ShardFile, local_path, open_file, shard_identity
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 Kind = Literal["image", "text", "json", "class"]
@@ -41,7 +41,7 @@ class TarMember:
     Without a name, the tar is asked for it when a message needs it.
     """
 
-    shard: Path
+    shard: ShardFile
     name: str
     offset: int
     size: int
@@ -64,15 +64,18 @@ class TarMember:
 class _OpenTar:
     """A file that is closed once nobody holds it: after the last read of one that is no longer cached."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    def __init__(self, shard: ShardFile) -> None:
+        try:
+            self.file = open_file(shard)
+        except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
+            raise UnreachableError(str(error), hint=error.hint) from error
         weakref.finalize(self, os.close, self.file)
 
 
 # Reads name their offset, so that forked workers and threads can share an open file.
 @lru_cache(maxsize=64)
-def _open_tar(path: Path) -> _OpenTar:
-    return _OpenTar(path)
+def _open_tar(shard: ShardFile) -> _OpenTar:
+    return _OpenTar(shard)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Shard:
         damage: where the tar is damaged and indexing stopped, or empty.
     """
 
-    path: Path
+    path: ShardFile
     names: npt.NDArray[np.bytes_]
     locations: npt.NDArray[np.int64]
     damage: str
@@ -115,21 +118,25 @@ class Shard:
         return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)
 
 
-def open_shard(path: Path) -> Shard:
+def close_tars() -> None:
+    """Close all tars, so that one that was replaced since is opened again."""
+    _open_tar.cache_clear()
+
+
+def open_shard(path: ShardFile) -> Shard:
     """Return a shard's index, from the cache if path, size and modification time of the tar are unchanged.
 
     Raises:
         InputError: the file does not exist or is not an uncompressed tar.
     """
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
-    identity = f"{_INDEX_FORMAT}\n{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
-    cached = cache_home() / "shards" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npz"
+    identity = f"{_INDEX_FORMAT}\n{shard_identity(path)}"
+    cached = (
+        cache_home() / "shards" / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+    )
     # A damaged cached index is built again.
     with contextlib.suppress(*_CACHE_ERRORS), np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index:
         return Shard(path, index["names"], index["places"], str(index["damage"]))
+    close_tars()
     shard = _index_tar(path)
     buffer = io.BytesIO()
     np.savez(buffer, names=shard.names, places=shard.locations, damage=np.asarray(shard.damage))
@@ -138,10 +145,10 @@ def open_shard(path: Path) -> Shard:
     return shard
 
 
-def _index_tar(path: Path) -> Shard:
+def _index_tar(path: ShardFile) -> Shard:
     names: list[bytes] = []
     rows: list[int] = []  # sample, column, offset and size of each file that counts, one after another
-    scan = TarScan(path)
+    scan = TarScan(local_path(path))
     last_sample, suffixes, is_in_sample = b"", set[bytes](), False
     try:
         for name, offset, size in scan:

@@ -11,7 +11,7 @@ from clip_rd_edge.data.clip_benchmark import (
     retrieval_from_shards,
     shard_task,
 )
-from clip_rd_edge.data.pairs import TAR_SUFFIXES
+from clip_rd_edge.data.pairs import names_shards
 from clip_rd_edge.data.tables import TablePairs, read_table
 from clip_rd_edge.data.tars import open_shard
 from clip_rd_edge.data.webdataset import parse_sources
@@ -46,7 +46,7 @@ def load_task(name: str) -> Task:
 
         split: emoji.Split = "unseen style" if "unseen-style" in name else "unseen concepts"
         return emoji.retrieval_task(split) if name.endswith(":retrieval") else emoji.zero_shot_task(split)
-    if name.endswith(TAR_SUFFIXES):
+    if names_shards(name):
         shards = [open_shard(path) for source in parse_sources(name) for path in source.shards]
         return retrieval_from_shards(name, shards)
     path = Path(name)

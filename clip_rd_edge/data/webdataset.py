@@ -1,4 +1,4 @@
-"""Pairs from local WebDataset shards, indexed once for random access.
+"""Pairs from WebDataset shards, indexed once for random access.
 
 open_clip streams shards through a shuffle buffer. Here a batch depends only on the seed and the step, so that a resumed
 run sees the same batches as an uninterrupted one. This needs the location of every sample.
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, prefetch
 from clip_rd_edge.data.shard_index import SampleLocation, index_shards
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
@@ -23,14 +24,13 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
 SEPARATOR = "::"  # between sources and between weights, as in open_clip
-_REMOTE_MARKS = ("://", "pipe:")
 
 
 @dataclass(frozen=True)
 class Source:
     """Shards, and the number of times their samples are shown per epoch."""
 
-    shards: tuple[Path, ...]
+    shards: tuple[ShardFile, ...]
     weight: int = 1
 
 
@@ -91,7 +91,11 @@ class ShardPairs:
         yield from self._index.identity()
         yield repr((self._weights, self._json_key)).encode()
 
-    def _locate(self, index: int) -> tuple[Path, SampleLocation]:
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Begin to fetch the shards of these groups, where they are remote."""
+        prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
+
+    def _locate(self, index: int) -> tuple[ShardFile, SampleLocation]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         shard = int(self._shard_of_group[group])
         return self._paths[shard], self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
@@ -101,7 +105,7 @@ def parse_sources(source: str, weights: str | None = None) -> list[Source]:
     """Parse sources in open_clip's syntax: `a/{00000..00012}.tar::b.tar`, with weights such as `1::2`.
 
     Raises:
-        InputError: a shard does not exist or is not a local file.
+        InputError: a local shard does not exist.
         UsageError: the weights are not positive integers, or there is not exactly one per source.
     """
     patterns = source.split(SEPARATOR)
@@ -125,9 +129,9 @@ def _parse_weights(weights: str | None, sources: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _shard_paths(pattern: str) -> tuple[Path, ...]:
-    if any(mark in pattern for mark in _REMOTE_MARKS):
-        raise InputError(f"{pattern} is remote; shards are read only from local files.", hint="download them first")
+def _shard_paths(pattern: str) -> tuple[ShardFile, ...]:
+    if is_remote(pattern):
+        return tuple(RemoteShard(url) for url in expand_braces(pattern.strip()))
     paths = tuple(Path(name) for name in expand_braces(pattern.strip()))
     missing = [path for path in paths if not path.is_file()]
     if missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
 from clip_rd_edge.distillation.pixels import Levels, crop_levels, random_crop
 from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UnreachableError
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.embedding_store import TeacherCache
@@ -153,6 +153,7 @@ class StepSampler(Sampler[list[View]]):
         batch_size: of the global batch, of which each process gets its part.
         start, stop: first step, and the step after the last.
         rank, processes: this process's rank, and the number of processes.
+        prefetch: called with groups that will soon be read.
     """
 
     def __init__(
@@ -165,7 +166,9 @@ class StepSampler(Sampler[list[View]]):
         stop: int,
         rank: int = 0,
         processes: int = 1,
+        prefetch: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
+        self.prefetch = prefetch
         self.order = EpochOrder(groups, seed=seed)
         self.batch_size = batch_size
         self.start, self.stop = start, stop
@@ -174,8 +177,15 @@ class StepSampler(Sampler[list[View]]):
     def __iter__(self) -> Iterator[list[View]]:
         steps_per_epoch = len(self.order) // self.batch_size
         size = self.batch_size // self.processes
+        upcoming: tuple[int, ...] = ()
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, steps_per_epoch)
+            if (
+                self.prefetch
+                and (groups := self.order.groups(epoch, position * self.batch_size, windows=2)) != upcoming
+            ):
+                upcoming = groups
+                self.prefetch(groups)
             first = position * self.batch_size + self.rank * size
             yield [(epoch, index) for index in self.order.indices(epoch, first, first + size).tolist()]
 
@@ -191,6 +201,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
+        UnreachableError: during iteration, if a shard cannot be fetched.
     """
     if workers < 0:
         workers = min(8, (os.cpu_count() or 1) // 2)
@@ -204,10 +215,18 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
     )
     with stop_signals_blocked():  # the workers inherit it
         batches = iter(loader)
-    for batch in batches:
+    for batch in _one_sentence(batches):
         if dataset.substitute:
             dataset.bad.add(batch.bad)
         yield batch
+
+
+def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Iterate, with torch's traceback of a worker process taken off the message of an error of our own."""
+    try:
+        yield from batches
+    except UnreachableError as error:
+        raise UnreachableError(str(error).strip().splitlines()[-1].rpartition("UnreachableError: ")[2]) from error
 
 
 def _collate(views: list[PairView]) -> Batch:

@@ -96,6 +96,7 @@ def train(
         stop=steps,
         rank=processes.rank,
         processes=processes.world_size,
+        prefetch=setup.pairs.prefetch,
     )
     started = time.perf_counter()
     waited = 0.0

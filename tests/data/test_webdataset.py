@@ -131,11 +131,9 @@ def test_a_file_that_is_not_a_tar_is_refused(tmp_path: Path, content: bytes) -> 
         load_pairs(str(path))
 
 
-def test_missing_and_remote_shards_are_refused(shards: Path) -> None:
+def test_missing_shards_are_refused(shards: Path) -> None:
     with pytest.raises(InputError, match=r"shard .*002\.tar does not exist \(2 of 4 "):
         load_pairs(f"{shards}/{{000..003}}.tar")
-    with pytest.raises(InputError, match="is remote"):
-        load_pairs("https://example.org/{0..9}.tar")
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(
