@@ -26,7 +26,7 @@ from clip_rd_edge.distillation.config import DistillOptions
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
-PRINTING = {"as_json", "as_csv", "null"}
+PRINTING = {"as_json", "as_csv", "null", "confusion"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),

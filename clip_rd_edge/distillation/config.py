@@ -234,8 +234,10 @@ def resolve(
     if fields.get("quantize"):
         overrides = {**QUANTIZE_DEFAULTS, **overrides}
     loaded = load_recipe(recipe)
-    if "batch_size" in overrides and "learning_rate" not in overrides:
-        overrides["learning_rate"] = scaled_learning_rate(loaded, overrides["batch_size"])
+    batch_size = overrides.get("batch_size")
+    # An invalid batch size is reported by `convert`.
+    if isinstance(batch_size, int) and batch_size > 0 and "learning_rate" not in overrides:
+        overrides["learning_rate"] = scaled_learning_rate(loaded, batch_size)
     raw = {
         **fields,
         "recipe_name": recipe,

@@ -124,3 +124,9 @@ def test_no_number_out_of_range_is_read_from_a_recipe(tmp_path: Path, line: str)
     path.write_text(f"{objective}{line}\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml is invalid"):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize("batch_size", ["8", 0, -8, 2.5])
+def test_an_invalid_batch_size_is_named_although_the_learning_rate_depends_on_it(batch_size: Any) -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        resolve("clip-rd", data="pairs.csv", student="resnet18", batch_size=batch_size)
