@@ -2,7 +2,7 @@
 
 manifest.json    describes the bundle, with the SHA-256 of every other file
 image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised;
-                 or picture (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
+                 or image (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
 tokenizer.json   read by the `tokenizers` library

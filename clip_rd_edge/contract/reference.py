@@ -76,7 +76,7 @@ def read_reference(folder: Path) -> Reference | None:
 def reference_images(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     """Return images (N, H, W, 3) of shaded backgrounds with rectangles and ellipses; they compress well.
 
-    They are drawn, not taken from training data, which a bundle must not give away.
+    They are generated, not taken from training data, which a bundle must not give away.
 
     Args:
         size: height and width.

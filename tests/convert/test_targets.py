@@ -18,7 +18,7 @@ def test_every_device_file_is_valid_and_has_a_guide(name: str) -> None:
     device = read_device(name)
     guide = device_guide(name)
     assert guide.startswith(f"# {device.title}\n")
-    assert "**Run by us:**" in guide
+    assert "**Tested:**" in guide
     for text in (guide, device.install, *device.needs):  # not on PyPI yet: from a clone
         assert not re.search(r"pip install.*clip-rd-edge", text)
     assert f"| [{name}]({name}/README.md) |" in (shipped_path("export") / "README.md").read_text()

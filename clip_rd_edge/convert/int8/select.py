@@ -127,7 +127,7 @@ def _objections(
     if latency_ratio > _NOT_SLOWER:
         reasons.append("slower than float32")
     elif latency_ratio > _MAX_LATENCY_RATIO and size_ratio > _MAX_SIZE_RATIO:
-        reasons.append("hardly faster or smaller than float32")
+        reasons.append("not significantly faster or smaller than float32")
     if candidate.agreement.centred_cosine < min_agreement:
         reasons.append(f"below {min_agreement}")
     if candidate.loss_points > max_loss and not _explained_by_chance(candidate.lost, candidate.gained):
