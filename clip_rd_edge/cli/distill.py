@@ -72,12 +72,23 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
     default=0,
     help="Width of the embeddings.  [default: the teacher's, else 512]",
 )
-@_student("--pretrained-image", metavar="timm|FILE", help="Initial weights of the student's image trunk.")
+@_student(
+    "--pretrained-image", metavar="timm|package|FILE",
+    help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0.",
+)  # fmt: skip
 @_student(
     "--pretrained-text", metavar="teacher|FILE",
     help="Initial weights of the student's text tower: evenly spaced layers of the teacher's or of a checkpoint's.",
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")
+@_student(
+    "--freeze-norms", is_flag=True,
+    help="Keep the statistics of the batch norms: a trained model then forgets less of what is not in the data.",
+)  # fmt: skip
+@_student(
+    "--tuned-share", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+    help="Share of the trained weights in the result; the rest are those that a trained model started from.",
+)  # fmt: skip
 @_student(
     "--quantize", type=click.Choice(["int8"]),
     help="Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless --steps or --learning-rate is "

@@ -118,6 +118,12 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
                 hint="omit --pretrained-image and --pretrained-text",
             )
         return load_clip(config.student)
+    if config.tuned_share < 1:
+        raise UsageError(
+            f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
+            "no weights to start from.",
+            hint="omit --tuned-share, or name a trained model with --student",
+        )
     model_config = student_config(
         config.student,
         embedding_size=config.embedding_size or (teacher.embedding_size if teacher else 512),

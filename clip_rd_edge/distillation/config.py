@@ -114,6 +114,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
             every epoch.
         freeze_text: train only the last projection of the text tower.
+        freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
+        tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
+            started from. See `models.interpolate`.
         quantize: fine-tune a trained student for static INT8; see `distillation.quantized`.
         compile: run the student's towers through torch.compile.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
@@ -149,6 +152,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     teacher_cache: str | None = None
     views: NonNegativeInt = 0
     freeze_text: bool = False
+    freeze_norms: bool = False
+    tuned_share: Share = 1.0
     quantize: Literal["int8"] | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -198,6 +203,8 @@ class DistillOptions(TypedDict, total=False):
     loss_block: int
     global_logits: bool
     freeze_text: bool
+    freeze_norms: bool
+    tuned_share: float
     quantize: Literal["int8"] | None
     seed: int
     workers: int

@@ -33,7 +33,8 @@ from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teach
 from clip_rd_edge.distillation.train import caption_batch, set_training_mode, step_settings, total_steps, train
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
-from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.interpolate import interpolate_clip
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.io import read_yaml, to_yaml, write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -111,6 +112,8 @@ def _run(
         )
         if processes.is_main:
             student.model.to("cpu")
+            if config.tuned_share < 1:
+                student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
             setup = dataclasses.replace(setup, student=student)
             plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
             record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}

@@ -206,9 +206,13 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     """Put the student in training mode; with `freeze_text`, freeze its text tower except for the projection.
 
     With `quantize`, put it in evaluation mode: batch norms are folded into convolutions, so their statistics must not
-    change.
+    change. With `freeze_norms`, only the batch norms are in evaluation mode.
     """
     student.model.train(config.quantize is None)
+    if config.freeze_norms:
+        for module in student.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
     if config.gradient_checkpointing:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.freeze_text:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.io import convert
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -168,7 +170,7 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
     }
 
 
-TIMM, TEACHER = "timm", "teacher"
+TIMM, PACKAGE, TEACHER = "timm", "package", "teacher"
 _BLOCKS = "transformer.resblocks."
 # These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
 _PROJECTIONS = {"text_projection", "text_projection.weight", "text_projection.bias"}
@@ -178,8 +180,9 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     """Initialise the student's timm trunk with pretrained weights; the projection stays random.
 
     Args:
-        source: `timm` for the weights that timm publishes for the trunk, or a file with such weights (.safetensors,
-            .pth), with or without the classifier.
+        source: `timm` for the weights that timm publishes for the trunk; `package` for those of an installed package of
+            the extra `emoji`, where there is one; or a file with timm's weights (.safetensors, .pth), with or without
+            the classifier.
 
     Returns:
         A sentence that describes what was done.
@@ -187,6 +190,7 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     Raises:
         ConfigError: the image tower is not a timm trunk, or the weights do not match it.
         InputError: the file does not exist, or the download failed.
+        MissingExtraError: the package is not installed.
     """
     name = student.model_cfg["vision_cfg"].get("timm_model_name")
     if name is None:
@@ -204,7 +208,8 @@ def init_image_tower(student: ClipModel, source: str) -> str:
                 f"The image weights {source} do not match {name}: {key} is missing or has a different shape."
             )
     trunk.load_state_dict({k: published[k] if k not in classifier else v for k, v in state.items()})
-    return f"the image tower is initialised from {f'the timm weights of {name}' if source == TIMM else source}"
+    origin = {TIMM: f"the timm weights of {name}", PACKAGE: f"the packaged weights of {name}"}.get(source, source)
+    return f"the image tower is initialised from {origin}"
 
 
 def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) -> str:
@@ -248,8 +253,16 @@ def evenly_spaced(count: int, *, total: int) -> list[int]:
 def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
     import timm
 
+    if source == PACKAGE:
+        if name not in CLASSIFIERS:
+            raise ConfigError(
+                f"There is no package with weights of {name}; expected one of {', '.join(CLASSIFIERS)}.",
+                hint="--pretrained-image timm, or a file",
+            )
+        CLASSIFIERS[name].verified()
+        return dict(load_classifier(name).model.state_dict())
     if source != TIMM and not Path(source).is_file():
-        raise InputError(f"The image weights file {source} does not exist.", hint="pass a file's path, or: timm")
+        raise InputError(f"The image weights file {source} does not exist.", hint="pass a file, or: timm, package")
     overlay = None if source == TIMM else {"file": source}
     try:
         return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict())

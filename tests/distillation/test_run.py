@@ -163,6 +163,31 @@ def test_only_the_projection_of_a_frozen_text_tower_is_trained(
     assert any(name.startswith("visual.trunk") for name in changed)
 
 
+def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
+    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_norms=True)
+    before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
+    statistics = {name for name in before if name.endswith(("running_mean", "running_var"))}
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+    scales = {name.replace("running_mean", "weight") for name in statistics if name.endswith("running_mean")}
+    assert any(not torch.equal(before[name], after[name]) for name in scales)
+
+
+def test_the_saved_student_is_between_its_start_and_the_trained_weights(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
+    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}")
+    start, end = weights(teacher), weights(distil(tuned, tmp_path / "run"))
+    between = weights(distil(msgspec.structs.replace(tuned, tuned_share=0.25), tmp_path / "between"))
+    for name, tensor in between.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.75 * start[name] + 0.25 * end[name])
+    with pytest.raises(UsageError, match=r"A share of 0\.25 .* but test_vit has no weights to start from"):
+        distil(msgspec.structs.replace(config, tuned_share=0.25), tmp_path / "untrained")
+
+
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
     auto = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, precision="auto"))
     watch = Watch()

@@ -14,6 +14,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.models.student import (
     build_student,
     evenly_spaced,
@@ -184,3 +185,15 @@ def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
 def test_an_invalid_text_size_is_refused(size: str) -> None:
     with pytest.raises(ConfigError, match="expected one of tiny, small, standard, or WIDTHxLAYERS"):
         student_config("test_resnet", embedding_size=8, text=size)
+
+
+def test_an_image_tower_starts_from_packaged_weights() -> None:
+    packaged = CLASSIFIERS["tf_efficientnet_lite0"]
+    if not packaged.is_installed():
+        pytest.skip("the extra emoji is not installed")
+    clip = tiny("efficientnet_lite0")
+    assert init_image_tower(clip, "package").endswith("the packaged weights of tf_efficientnet_lite0")
+    published = torch.load(packaged.verified(), weights_only=True)
+    assert torch.equal(clip.model.get_parameter("visual.trunk.conv_head.weight"), published["_conv_head.weight"])
+    with pytest.raises(ConfigError, match="no package with weights of test_resnet"):
+        init_image_tower(tiny("test_resnet"), "package")
