@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import click
 from rich import box
 from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -43,6 +44,7 @@ class SafeConsole(Console):
 
 stderr = SafeConsole(stderr=True, quiet=not first_process)
 _PIPED_WIDTH = 200  # columns; without a terminal, rich would wrap lines at 80
+_PIPED_INTERVAL_S = 60.0  # min time between two lines of progress in a pipe or a file
 
 
 def say(message: str) -> None:
@@ -78,7 +80,7 @@ def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
 
 
 class ConsoleReporter(Reporter):
-    """Reports progress on stderr: messages always, and a progress bar if stderr is a terminal.
+    """Reports progress on stderr: messages, and a progress bar on a terminal, else a line now and then.
 
     Chapters (`begin`) are numbered lines; messages within them are indented.
 
@@ -91,6 +93,8 @@ class ConsoleReporter(Reporter):
         self._stage = ""
         self._task: TaskID | None = None
         self._chapter_start: float | None = None
+        self._piped = not bar.console.is_terminal
+        self._next_line = 0.0  # when the next line of progress is due in a pipe
 
     def begin(self, title: str, number: int, count: int) -> None:
         self.end_chapter()
@@ -98,6 +102,8 @@ class ConsoleReporter(Reporter):
         self._bar.console.print(Text.assemble((f"{number}/{count}", "bold"), f" {printable(title)}"))
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        if self._piped:
+            self._print_progress(stage, step, total, message)
         if stage != self._stage or self._task is None:
             self._clear()
             self._stage, self._task = stage, self._bar.add_task(printable(stage), total=total, message="")
@@ -114,6 +120,14 @@ class ConsoleReporter(Reporter):
         self._clear()
         if self._chapter_start is not None:
             self.say(f"done in {time.perf_counter() - self._chapter_start:.0f} s")
+
+    def _print_progress(self, stage: str, step: int, total: int | None, message: str) -> None:
+        """Print a line of progress, unless the last one is too recent: the first at once, so that a log shows life."""
+        now = time.monotonic()
+        if now >= self._next_line:
+            self._next_line = now + _PIPED_INTERVAL_S
+            count = f" {step:,}/{total:,}" if total else ""
+            self.say(f"{stage}{count}{f', {message}' if message else ''}")
 
     def _clear(self) -> None:
         if self._task is not None:
@@ -151,7 +165,8 @@ class _StepCount(ProgressColumn):
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Return a reporter for the duration of a command; its progress bar disappears at the end.
 
-    The bar appears at once: importing PyTorch takes seconds, in which nothing else would be shown.
+    The bar, or the first line in a pipe, appears at once: importing PyTorch takes seconds, in which nothing else would
+    be shown.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -162,5 +177,6 @@ def console_reporter() -> Iterator[ConsoleReporter]:
     )
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
         reporter = ConsoleReporter(bar)
-        reporter.update("starting")
+        context = click.get_current_context(silent=True)
+        reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")
         yield reporter

@@ -103,8 +103,6 @@ def command(
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    from clip_rd_edge.benchmarking.report.findings import recommendation
-    from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, print_table, say
 
     with console_reporter() as reporter:
@@ -118,6 +116,9 @@ def command(
             force=force,
             reporter=reporter,
         )
+    from clip_rd_edge.benchmarking.report.findings import recommendation
+    from clip_rd_edge.benchmarking.report.text import terminal_table
+
     print_table(terminal_table(results))
     if advice := recommendation(results):
         echo(advice.replace("**", ""))

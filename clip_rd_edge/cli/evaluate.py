@@ -75,9 +75,9 @@ def command(
     from clip_rd_edge.api import load_tasks
     from clip_rd_edge.cli._console import console_reporter, print_table
 
-    # Before the model, so that a mistyped name is reported at once.
-    loaded_tasks = load_tasks(tasks, templates=templates)
     with console_reporter() as reporter:
+        # Before the model, so that a mistyped name is reported at once.
+        loaded_tasks = load_tasks(tasks, templates=templates)
         reporter.update("loading the model")
         loaded_model = edge.load(model, pretrained=pretrained, threads=threads)
         needs_classes = per_class or confusion is not None

@@ -38,13 +38,14 @@ def command(output: Path, **options: Any) -> None:
     The command can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.benchmarking.report.text import terminal_table
     from clip_rd_edge.cli._console import console_reporter, duration, print_table
 
     started = time.perf_counter()
     with console_reporter() as reporter:
         results = edge.quickstart(output, **drop_none(**options), reporter=reporter)
         reporter.end_chapter()
+    from clip_rd_edge.benchmarking.report.text import terminal_table
+
     print_table(terminal_table(results))
     _classify_example(output)
     echo(f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}")

@@ -51,7 +51,9 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
     clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
     """
     import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import say
 
+    say("starting serve")
     token = _token(token_file)
 
     def ready(url: str) -> None:

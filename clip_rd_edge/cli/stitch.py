@@ -46,6 +46,8 @@ def command(classifier: str, output: Path, names: str, text: str, force: bool, *
     clip-rd-edge stitch resnet18 --pretrained parts.pth --names parts.txt --text all-MiniLM-L6-v2 -o parts
     """
     import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter
 
-    folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
+    with console_reporter():
+        folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
     echo(f"local-dir:{folder}")

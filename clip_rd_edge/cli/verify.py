@@ -28,8 +28,10 @@ def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> No
     file is damaged or missing, or a tower does not run, runs elsewhere than it was meant to, or answers wrongly.
     """
     import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter
 
-    checks = edge.verify(bundle, threads=threads, device=device)
+    with console_reporter():
+        checks = edge.verify(bundle, threads=threads, device=device)
     if as_json:
         import msgspec
 

@@ -132,7 +132,7 @@ def test_an_invalid_suite_is_reported_in_one_line_with_exit_code_2(
     assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
     out, err = capsys.readouterr()
     assert message in err
-    assert err.startswith("error: ")
+    assert err.startswith("· starting benchmark\nerror: ")
     assert "Traceback" not in err
     assert out == ""
     assert run.opened == []
@@ -188,7 +188,7 @@ def test_two_runs_cannot_write_to_one_folder(run: Any, suite: Path, tmp_path: Pa
 def test_a_model_named_on_the_command_line_is_not_skipped(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
     options = ("--model", "student=nowhere", "-o", str(tmp_path / "report"))
     assert run("benchmark", str(suite), *options) == 2
-    assert capsys.readouterr().err == "error: There is no model folder nowhere.\n"
+    assert capsys.readouterr().err == "· starting benchmark\nerror: There is no model folder nowhere.\n"
     assert not (tmp_path / "report").exists()
 
 

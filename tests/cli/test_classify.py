@@ -51,7 +51,7 @@ def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(
     code, output, error = command_line("classify", colour_bundle, "-", *LABELS)
     assert code == 0
     assert output.count("\tred 98.0%") == 60
-    assert error.startswith("60 images in ")
+    assert error.startswith("· starting classify\n60 images in ")
     assert error.endswith(" per second\n")
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from clip_rd_edge.cli import _console
-from clip_rd_edge.cli._console import console_reporter, duration, print_table
+from clip_rd_edge.cli._console import SafeConsole, console_reporter, duration, print_table
 from clip_rd_edge.cli.export import _trial_table
 from clip_rd_edge.convert.int8.select import Trial
 
@@ -73,6 +73,18 @@ def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         interrupted()
     assert stream.getvalue().rstrip().endswith("\x1b[2K")
     assert "\x1b[?25h" in stream.getvalue()  # the cursor is visible again
+
+
+def test_a_pipe_gets_a_line_at_once_and_then_one_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(_console, "stderr", SafeConsole(file=stream, width=80))
+    monkeypatch.setattr("clip_rd_edge.cli._console.time.monotonic", lambda: now[0])
+    with console_reporter() as reporter:
+        assert stream.getvalue() == "· starting\n"
+        for step in range(1, 130):
+            now[0] += 1
+            reporter.update("training", step, 1200, "loss 1.0")
+    assert stream.getvalue().splitlines()[1:] == ["· training 60/1,200, loss 1.0", "· training 120/1,200, loss 1.0"]
 
 
 def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing() -> None:

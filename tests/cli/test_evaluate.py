@@ -67,7 +67,7 @@ def test_the_table_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytes
     assert run("evaluate", "some/model", "--task", str(task), "--threads", "2") == 0
     out, err = capsys.readouterr()
     assert "100.0 to 100.0" in out
-    assert err == ""
+    assert err == "· starting evaluate\n"
     assert opened == [("some/model", {"pretrained": None, "threads": 2, "runtime": None, "device": "auto"})]
 
 

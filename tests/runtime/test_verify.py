@@ -178,7 +178,7 @@ def test_a_model_that_cannot_run_is_detected(bundle: Path) -> None:
 
 def test_the_command_exits_with_0_if_all_checks_pass(bundle: Path, command_line: CommandLine) -> None:
     code, out, err = command_line("verify", bundle, "--json")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "· starting verify\n")
     assert all(check["passed"] for check in json.loads(out))
     code, out, _ = command_line("verify", bundle)
     assert code == 0

@@ -1,0 +1,89 @@
+"""What is seen of a long command while it starts and after Ctrl-C, in real processes: in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "onnxruntime", "open_clip", "matplotlib", "timm")
+# Runs the command line in a process that ends as soon as a heavy package is imported, which takes seconds.
+PROGRAM = f"""
+import os, sys
+
+class NoHeavyPackages:
+    def find_spec(self, name, path=None, target=None):
+        if name in {HEAVY!r}:
+            sys.stderr.flush()
+            os._exit(99)
+
+sys.meta_path.insert(0, NoHeavyPackages())
+sys.argv[0] = "clip-rd-edge"
+from clip_rd_edge.cli.main import main
+main()
+"""
+COMMANDS = {
+    "distill": "--data emoji --student resnet18 --recipe clip -o new/run",
+    "evaluate": "m --task emoji:unseen-style",
+    "export": "m -o new/bundle",
+    "quickstart": "-o new/quickstart",
+    "benchmark": "quickstart -o new/report",
+    "evidence run": "method-evidence -o new/evidence",
+    "index": "bundle . -o new/index",
+    "stitch": "resnet18 --names imagenet --text all-MiniLM-L6-v2 -o new/teacher",
+    "verify": "bundle",
+    "serve": "bundle",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_long_command_prints_a_line_before_its_long_imports(command: str, tmp_path: Path) -> None:
+    arguments = [*command.split(), *COMMANDS[command].split()]
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert process.stderr.splitlines()[0] == f"· starting {command}"
+
+
+def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(1500):
+        Image.new("RGB", (400, 300), (number % 255, 0, 0)).save(folder / f"{number}.png")
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-m", "clip_rd_edge", "index", str(colour_bundle), str(folder), "-o", "photos.index"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    process = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, cwd=tmp_path, env=environment, start_new_session=True
+    )
+    os.close(side)
+    seen, deadline, interrupted = b"", time.monotonic() + 60, False
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                seen += os.read(terminal, 65536)
+            except OSError:  # the other side is closed
+                break
+        if not interrupted and b"embedding" in seen:
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+    os.close(terminal)
+    assert process.wait(10) in (75, 130)
+    shown = seen.decode()
+    assert "elapsed" in shown
+    assert "\x1b[?25h" in shown  # the cursor is visible again
+    assert "Traceback" not in shown
+    # After the bar's line is cleared for the last time, only messages follow.
+    rest = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.rpartition("\x1b[2K")[2])
+    assert [line for line in rest.split("\r\n") if "elapsed" in line or "%" in line] == []
+    assert "Interrupted" in rest
