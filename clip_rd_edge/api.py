@@ -250,6 +250,7 @@ def export(
     plans = plan_exports(options)
     plan = plans[0]
     node_modules = options.get("node_modules")
+    results = _report(options.get("report"))
     bundle = Path(spec) if is_bundle(Path(spec)) else None
     if bundle and options.get("target") != BROWSER:
         raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
@@ -288,6 +289,21 @@ def export(
         exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
         return ExportedBundle(output, exported[0].manifest, exported[0].trials, tuple(exported))
     request = requests[plan.device]
+    if plan.layout == "huggingface":
+        from clip_rd_edge.exporters.huggingface import export_huggingface
+        from clip_rd_edge.models.load import training_facts
+
+        converted = export_huggingface(
+            clip,
+            output,
+            request,
+            calibration=calibration,
+            results=results,
+            training=training_facts(spec),
+            overwrite=force,
+            reporter=reporter,
+        )
+        return ExportedBundle(output, converted.manifest, converted.trials)
     with tempfile.TemporaryDirectory() as scratch:
         folder = output if plan.layout == "bundle" else Path(scratch)
         converted = export_bundle(
@@ -302,6 +318,12 @@ def export(
 
             write_browser(folder, output, node_modules=Path(node_modules) if node_modules else None, overwrite=force)
     return ExportedBundle(output, converted.manifest, converted.trials)
+
+
+def _report(folder: AnyPath | None) -> Results | None:
+    from clip_rd_edge.benchmarking.results import read_results
+
+    return None if folder is None else read_results(Path(folder))
 
 
 def evaluate(

@@ -49,8 +49,13 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
 )
 @_bundle(
-    "--layout", type=click.Choice(["bundle", "immich"]), default="bundle", show_default=True,
-    help="immich writes a model folder for immich; requires --format onnx.",
+    "--layout", type=click.Choice(["bundle", "huggingface", "immich"]), default="bundle", show_default=True,
+    help="huggingface writes a folder that open_clip, transformers.js and fastembed load, with float32, FP16 and, with "
+    "--precision int8, INT8 files and a model card. immich writes a model folder for immich.",
+)  # fmt: skip
+@_bundle(
+    "--report", type=click.Path(path_type=Path), metavar="DIR",
+    help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.",
 )  # fmt: skip
 @_bundle(
     "--via", type=click.Choice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
@@ -95,6 +100,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle
     clip-rd-edge export runs/first --target sm86,sm89,jetson-orin -o bundles
+    clip-rd-edge export runs/first --layout huggingface --precision int8 -o hub
     clip-rd-edge export bundle --target browser -o site
     """
     import clip_rd_edge as edge

@@ -20,6 +20,8 @@ Fallback = Literal["fp32", "fp16", "none"]
 WeightBits = Literal[7, 8]
 # How TensorRT engines are built.
 Via = Literal["onnx", "torch-tensorrt"]
+# What is written: a bundle, or a folder for other programs.
+Layout = Literal["bundle", "huggingface", "immich"]
 PRECISIONS: dict[Format, tuple[Precision, ...]] = {
     "onnx": ("fp32", "fp16", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
@@ -86,7 +88,9 @@ class ExportOptions(TypedDict, total=False):
         target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, separated
             by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on any.
         via: `onnx` or `torch-tensorrt`.
-        layout: `bundle`, or `immich` for a model folder of immich.
+        layout: `bundle`; `huggingface` for a folder that open_clip, transformers.js and fastembed load; or `immich`
+            for a model folder of immich.
+        report: folder of a benchmark's report, whose figures `huggingface` puts into the model card.
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.
         labels: names, or a label file, whose embeddings are stored in the bundle.
         calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: the model's training
@@ -102,7 +106,8 @@ class ExportOptions(TypedDict, total=False):
     precision: Precision | None
     target: str | None
     via: Via
-    layout: Literal["bundle", "immich"]
+    layout: Layout
+    report: str | os.PathLike[str] | None
     preprocess_in_graph: bool
     labels: Labels
     calibration: str | None

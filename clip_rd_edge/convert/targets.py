@@ -13,6 +13,7 @@ from clip_rd_edge.convert.options import (
     ExportOptions,
     ExportRequest,
     Format,
+    Layout,
     Precision,
     WeightBits,
     int8_budget,
@@ -178,13 +179,13 @@ class ExportPlan:
 
     Attributes:
         request: the parameters of the export, without provenance.
-        layout: what is written: a bundle folder, immich's layout, or a page for the browser.
+        layout: what is written: one of the layouts, or a page for the browser.
         device: the target as the user named it, or empty.
         note: how the target was chosen if none was named, in a sentence, or empty.
     """
 
     request: ExportRequest
-    layout: Literal["bundle", "immich", "browser"]
+    layout: Literal[Layout, "browser"]
     device: str = ""
     note: str = ""
 
@@ -229,8 +230,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     via = options.get("via", "onnx")
     require_via(via, format=resolved.format, precision=resolved.precision)
     budget = int8_budget(options, precision=resolved.precision, format=resolved.format)
-    if layout == "immich" and resolved.format != "onnx":
-        raise UsageError(f"immich runs ONNX; expected --format onnx, not {resolved.format}.")
+    _require_layout_options(options, layout, resolved)
     labels = label_names(options.get("labels"))
     request = ExportRequest(
         precision=resolved.precision,
@@ -245,6 +245,20 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         threads=options.get("threads", 1),
     )
     return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "", note=resolved.note)
+
+
+def _require_layout_options(options: ExportOptions, layout: Layout, resolved: ResolvedTarget) -> None:
+    """Raise UsageError if an option cannot be combined with the layout."""
+    if layout != "bundle" and resolved.format != "onnx":
+        raise UsageError(f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.")
+    if layout != "huggingface":
+        if options.get("report") is not None:
+            raise UsageError("--report is for the model card of --layout huggingface.", hint="omit --report")
+        return
+    if options.get("preprocess_in_graph"):
+        raise UsageError("transformers.js and fastembed preprocess images.", hint="omit --preprocess-in-graph")
+    if options.get("labels") is not None:
+        raise UsageError("--layout huggingface stores no labels.", hint="omit --labels")
 
 
 def _require_browser_options(options: ExportOptions) -> None:

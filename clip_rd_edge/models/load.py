@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -150,6 +151,25 @@ class _Templates(msgspec.Struct):
     templates: tuple[str, ...] = ("{}",)
 
 
+_TRAINING_FACTS = ("recipe", "teacher", "data", "pairs", "steps", "seed", "date")
+
+
+def training_facts(spec: str) -> dict[str, str]:
+    """Return what distillation.json in a model's folder says about its training, by name; empty if there is none."""
+    folder = model_folder(spec.removeprefix("open_clip:"))
+    path = folder / DISTILLATION_FILE if folder else None
+    if path is None or not path.is_file():
+        return {}
+    record = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    # Of paths only the last part: the others say where a file was on the machine that trained, and to whom it belonged.
+    facts = {name: record.get(name) for name in _TRAINING_FACTS}
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+        for name, value in facts.items()
+        if value not in (None, "")
+    }
+
+
 def _display_name(spec: str, pretrained: str | None) -> str:
     if spec.startswith(LOCAL_DIR):
         path = Path(spec.removeprefix(LOCAL_DIR)).resolve()
@@ -281,22 +301,27 @@ def save_clip(
         provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json.
         extras: called with the folder to write additional files, such as plots.
     """
-    from safetensors.torch import save_file
-
-    state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     with new_folder(folder) as temporary:
-        model_cfg = dict(clip.model_cfg)
         if _is_hugging_face(clip):
-            model_cfg["text_cfg"] = {**model_cfg["text_cfg"], "hf_model_name": str(folder.resolve())}
+            text_cfg = {**clip.model_cfg["text_cfg"], "hf_model_name": str(folder.resolve())}
             clip.model.text.transformer.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
-        config = {"model_cfg": model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(state, str(temporary / WEIGHTS_FILE), metadata={"format": "pt"})
+            clip = replace(clip, model_cfg={**clip.model_cfg, "text_cfg": text_cfg})
+        save_open_clip(temporary, clip)
         record = {**provenance, "templates": list(clip.templates)}
         (temporary / DISTILLATION_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         if extras is not None:
             extras(temporary)
+
+
+def save_open_clip(folder: Path, clip: ClipModel) -> None:
+    """Write a model's configuration and weights, as open_clip reads them, into an existing folder."""
+    from safetensors.torch import save_file
+
+    config = {"model_cfg": clip.model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
+    save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
 
 def _to_storable(tensor: Tensor) -> Tensor:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from clip_rd_edge.convert.targets import device_guide, device_names, read_device
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, read_device
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.io import shipped_path
 
 Run = Callable[..., tuple[int, str, str]]
@@ -40,3 +41,18 @@ def test_the_devices_command(command_line: Run) -> None:
     code, _, error = command_line("devices", "toaster")
     assert code == 2
     assert "No device is named 'toaster'; expected one of android, browser, cpu-arm" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "huggingface", "format": "openvino"}, "The layout huggingface is ONNX"),
+        ({"layout": "immich", "format": "openvino"}, "The layout immich is ONNX"),
+        ({"layout": "huggingface", "preprocess_in_graph": True}, "preprocess images"),
+        ({"layout": "huggingface", "labels": ["cat"]}, "stores no labels"),
+        ({"report": "results"}, "--report is for the model card"),
+    ],
+)
+def test_an_option_that_a_layout_does_not_take_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_export(options)

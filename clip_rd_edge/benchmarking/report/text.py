@@ -62,7 +62,7 @@ def markdown(results: Results, *, plot: bool) -> str:
     """
     parts = [f"# {_line(results.suite.name)}: accuracy, latency, size", "\n\n".join(map(_line, headline(results)))]
     notes = [RELATIVE_NOTE] if results.first("teacher") else []
-    parts += ["## Comparison", *notes, _models_table(results, sections(results))]
+    parts += ["## Comparison", *notes, figures_table(results)]
     if results.skipped:
         skipped = (f"**{row.label}** was not measured: {row.reason}" for row in results.skipped)
         parts.append(_list(skipped))
@@ -88,6 +88,11 @@ def _line(text: str) -> str:
 
 def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {_line(item)}" for item in items)
+
+
+def figures_table(results: Results) -> str:
+    """Return the report's main table, one column per model, as Markdown."""
+    return _models_table(results, sections(results))
 
 
 def _models_table(results: Results, shown: Sequence[Section]) -> str:

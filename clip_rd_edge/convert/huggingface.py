@@ -1,0 +1,312 @@
+"""Write bundles in the layout of the Hugging Face hub, as transformers.js and fastembed read it. Never imports torch.
+
+config.json, preprocessor_config.json     of model type `clip`
+tokenizer.json, tokenizer_config.json
+onnx/vision_model*.onnx                   pixel_values (N, 3, H, W) float32 -> image_embeds (N, D)
+onnx/text_model*.onnx                     input_ids (N, any length) int64 -> text_embeds (N, D)
+onnx/model*.onnx                          both -> logits_per_image, logits_per_text, text_embeds, image_embeds
+
+`*` is empty for float32, or `_fp16` or `_int8`, which transformers.js selects by `dtype`. Embeddings are L2-normalised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, compose, helper, numpy_helper
+
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.io import write_bytes, write_text
+
+Variant = Literal["fp32", "fp16", "int8"]
+SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
+VISION, TEXT, BOTH = "vision_model", "text_model", "model"
+_END_OF_WORD = "</w>"
+# open_clip's pattern for words, without what JavaScript's regular expressions lack. The text is in lower case before.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}" + "\u0345]+"
+_PUNCTUATION = r"[!-/:-@\[-`{-~]"
+# As ftfy, with which open_clip cleans texts, writes them.
+_LIGATURES = {
+    "\ufb00": "ff",
+    "\ufb01": "fi",
+    "\ufb02": "fl",
+    "\ufb03": "ffi",
+    "\ufb04": "ffl",
+    "\ufb05": "ſt",
+    "\ufb06": "st",
+}
+# Lanczos. With bicubic, 3, transformers.js resizes in Node without a low-pass filter: images that are much larger than
+# the model's input get other embeddings. Its Lanczos has one, as has Pillow's, and is close to Pillow's bicubic.
+_RESAMPLE = 1
+
+
+def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
+    """Write the files of transformers.js and fastembed for bundles of one model into `folder`, which exists.
+
+    Args:
+        bundles: ONNX bundles by precision; `fp32` is required.
+
+    Raises:
+        UsageError: these clients do not support the model's preprocessing.
+    """
+    manifest = read_manifest(bundles["fp32"])
+    require_supported(manifest.preprocessing, manifest.name)
+    for variant, bundle in bundles.items():
+        towers = read_manifest(bundle)
+        image = _renamed(_load_sorted(bundle / towers.image.file), "pixel_values", "image_embeds")
+        text = _renamed(_load_sorted(bundle / towers.text.file), "padded_ids", "text_embeds")
+        _take_any_length(text, manifest.tokenizer)
+        models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.logit_scale)}
+        for name, model in models.items():
+            onnx.checker.check_model(model)
+            write_bytes(folder / "onnx" / f"{name}{SUFFIXES[variant]}.onnx", model.SerializeToString())
+    _write_tokenizer(bundles["fp32"] / TOKENIZER, folder, manifest.tokenizer)
+    _write_json(folder / "config.json", _model_config(manifest))
+    _write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
+
+
+def require_supported(preprocessing: Preprocessing, name: str) -> None:
+    """Raise UsageError if transformers.js and fastembed cannot preprocess images for the model `name`."""
+    height, width = preprocessing.size
+    if preprocessing.resize_mode == "longest" or (preprocessing.resize_mode == "shortest" and height != width):
+        raise UsageError(
+            "transformers.js and fastembed resize the shorter edge and crop a square, or resize to a fixed size; "
+            f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
+            hint="omit --layout",
+        )
+
+
+def _load_sorted(path: Path) -> onnx.ModelProto:
+    """Load a tower with its nodes in the order that ONNX requires; those that ONNX Runtime quantised are in none."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    model = onnx.load(path)
+    ONNXModel(model).topological_sort()
+    return model
+
+
+def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:
+    """Rename a graph's only input and output in place."""
+    graph = model.graph
+    names = {graph.input[0].name: input_name, graph.output[0].name: output_name}
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    graph.input[0].name, graph.output[0].name = input_name, output_name
+    return model
+
+
+def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec) -> None:
+    """Replace the input `padded_ids` (N, T) in place by `input_ids` of any length, truncated and padded in the graph.
+
+    Clients pad a batch to its longest text, with a padding id of their own choice, and some cut off the end token of
+    texts that are too long. Everything after the first end token becomes padding, and a text without one gets it as
+    its last token, as in open_clip.
+    """
+    graph, length = model.graph, spec.context_length
+    constants = {
+        "zero": np.asarray([0]),
+        "one": np.asarray([1]),
+        "context_length": np.asarray([length]),
+        "pad_id": np.asarray(spec.pad_id),
+        "no_padding": np.asarray([0, 0, 0]),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Slice", ["input_ids", "ids.zero", "ids.context_length", "ids.one"], ["ids.cut"]),
+        node("Shape", ["ids.cut"], ["ids.length"], start=1),
+    ]
+    ids = "ids.cut"
+    if spec.end_id is not None:
+        constants |= {"end_id": np.asarray(spec.end_id), "start": np.asarray(0), "step": np.asarray(1)}
+        nodes += [
+            node("Equal", ["ids.cut", "ids.end_id"], ["ids.is_end"]),
+            node("Cast", ["ids.is_end"], ["ids.is_end_int"], to=TensorProto.INT32),
+            node("ReduceMax", ["ids.is_end_int", "ids.one"], ["ids.has_end_int"], keepdims=1),
+            node("Cast", ["ids.has_end_int"], ["ids.has_end"], to=TensorProto.BOOL),
+            node("ArgMax", ["ids.is_end_int"], ["ids.first_end"], axis=1, keepdims=1),
+            node("Sub", ["ids.length", "ids.one"], ["ids.last"]),
+            node("Where", ["ids.has_end", "ids.first_end", "ids.last"], ["ids.end"]),
+            node("Squeeze", ["ids.length"], ["ids.limit"]),
+            node("Range", ["ids.start", "ids.limit", "ids.step"], ["ids.position"]),
+            node("Less", ["ids.position", "ids.end"], ["ids.is_word"]),
+            node("Equal", ["ids.position", "ids.end"], ["ids.is_last"]),
+            node("Where", ["ids.is_word", "ids.cut", "ids.pad_id"], ["ids.words"]),
+            node("Where", ["ids.is_last", "ids.end_id", "ids.words"], ["ids.ended"]),
+        ]
+        ids = "ids.ended"
+    nodes += [
+        node("Sub", ["ids.context_length", "ids.length"], ["ids.missing"]),
+        node("Concat", ["ids.no_padding", "ids.missing"], ["ids.padding"], axis=0),
+        node("Pad", [ids, "ids.padding", "ids.pad_id"], ["padded_ids"]),
+    ]
+    for index, added in enumerate(nodes):
+        added.name = f"ids.{index}.{added.op_type}"
+        graph.node.insert(index, added)
+    graph.initializer.extend(numpy_helper.from_array(value, f"ids.{name}") for name, value in constants.items())
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param or "batch"
+    del graph.input[:]
+    graph.input.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, [batch, "sequence"]))
+
+
+def _joined(image: onnx.ModelProto, text: onnx.ModelProto, logit_scale: float) -> onnx.ModelProto:
+    """Return one model of both towers that also computes the logits of all pairs."""
+    parts = []
+    for tower, prefix in ((image, "image."), (text, "text.")):
+        part = compose.add_prefix(tower, prefix, rename_inputs=False, rename_outputs=False)
+        batch = f"{prefix}batch"  # as many texts as images are not required
+        for value in (*part.graph.input, *part.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = batch
+        del part.graph.value_info[:]  # shapes with names of dimensions that both towers have
+        parts.append(part)
+    node = helper.make_node
+    nodes = [
+        node("Transpose", ["text_embeds"], ["text_embeds_t"], name="logits.Transpose", perm=[1, 0]),
+        node("MatMul", ["image_embeds", "text_embeds_t"], ["cosines"], name="logits.MatMul"),
+        node("Mul", ["cosines", "logit_scale"], ["logits_per_image"], name="logits.Mul"),
+        node("Transpose", ["logits_per_image"], ["logits_per_text"], name="logits.TransposeBack", perm=[1, 0]),
+    ]
+    image_part, text_part = parts
+    info = helper.make_tensor_value_info
+    outputs = [
+        info("logits_per_image", TensorProto.FLOAT, ["image.batch", "text.batch"]),
+        info("logits_per_text", TensorProto.FLOAT, ["text.batch", "image.batch"]),
+        *text_part.graph.output,
+        *image_part.graph.output,
+    ]
+    scale = numpy_helper.from_array(np.asarray(logit_scale, dtype=np.float32), "logit_scale")
+    graph = helper.make_graph(
+        [*image_part.graph.node, *text_part.graph.node, *nodes],
+        "clip",
+        [*text_part.graph.input, *image_part.graph.input],
+        outputs,
+        initializer=[*image_part.graph.initializer, *text_part.graph.initializer, scale],
+    )
+    opsets: dict[str, int] = {}
+    for opset in (*image.opset_import, *text.opset_import):
+        # A newer opset of the other tower only adds to the operators that towers use, as `convert.fp16` relies on, too.
+        opsets[opset.domain] = max(opsets.get(opset.domain, 0), opset.version)
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    return helper.make_model(graph, opset_imports=imports, ir_version=max(image.ir_version, text.ir_version))
+
+
+def _write_tokenizer(path: Path, folder: Path, spec: TokenizerSpec) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if spec.end_id is not None:
+        specials = _to_special_tokens(content, spec.end_id)
+    else:
+        specials = {"pad_token": Tokenizer.from_file(str(path)).id_to_token(spec.pad_id)}
+    existing = content["normalizer"]
+    content["normalizer"] = {"type": "Sequence", "normalizers": [*_cleaning(spec), *([existing] if existing else [])]}
+    content["truncation"] = content["padding"] = None
+    write_text(folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": spec.context_length,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        **specials,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _to_special_tokens(content: dict[str, Any], end_id: int) -> dict[str, Any]:
+    """Turn the start and end tokens of a bundle's CLIP tokenizer in place into the special tokens that clients expect.
+
+    In a bundle, they are words that are merged from pieces, because open_clip does not find them inside a word.
+    """
+    names = content["post_processor"]["special_tokens"]
+    ids = {name: special["ids"][0] for name, special in names.items()}
+    model = content["model"]
+    last_id = max(ids.values())
+    words = {f"{name}{_END_OF_WORD}" for name in ids}
+    # Ids beyond the last one are of parts of the special tokens' names.
+    vocabulary = {token: id_ for token, id_ in model["vocab"].items() if token not in words and id_ <= last_id}
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    model["merges"] = [merge for merge in merges if merge.replace(" ", "", 1) in vocabulary]
+    model["vocab"] = {**vocabulary, **ids}
+    (end,) = (name for name, id_ in ids.items() if id_ == end_id)
+    (start,) = (name for name in ids if name != end)
+    model["unk_token"] = end
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [{"id": id_, "content": name, **flags} for name, id_ in ids.items()]
+    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Removed", "invert": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+
+
+def _cleaning(spec: TokenizerSpec) -> list[dict[str, Any]]:
+    """Return normalizers that clean texts as open_clip does, except what needs code.
+
+    That is HTML entities, full-width letters and text that was decoded with a wrong encoding.
+    """
+    replaced = [("[\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), *_LIGATURES.items()]
+    if spec.clean == "canonicalize":
+        replaced += [("_", " "), (_PUNCTUATION, "")]
+    replaced.append((r"\s+", " "))
+    steps: list[dict[str, Any]] = [{"type": "NFC"}]
+    steps += ({"type": "Replace", "pattern": {"Regex": old}, "content": new} for old, new in replaced)
+    steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+    return steps if spec.clean == "whitespace" else [*steps, {"type": "Lowercase"}]
+
+
+def _model_config(manifest: Manifest) -> dict[str, Any]:
+    spec = manifest.tokenizer
+    pad_id = spec.pad_id if spec.end_id is None else spec.end_id
+    ids = {"pad_token_id": pad_id} | ({} if spec.end_id is None else {"eos_token_id": spec.end_id})
+    size = manifest.embedding_size
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": size,
+        "logit_scale_init_value": math.log(manifest.logit_scale),
+        "pad_token_id": pad_id,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "max_position_embeddings": spec.context_length,
+            "projection_dim": size,
+            **ids,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": manifest.preprocessing.size[0],
+            "projection_dim": size,
+        },
+    }
+
+
+def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    height, width = preprocessing.size
+    size = {"height": height, "width": width}
+    crops = preprocessing.resize_mode == "shortest"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": height} if crops else size,
+        "resample": _RESAMPLE,
+        "do_center_crop": crops,
+        **({"crop_size": size} if crops else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,79 @@
+"""Export a model as a folder for the Hugging Face hub, which open_clip, transformers.js and fastembed load."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from clip_rd_edge.benchmarking.results import Results
+from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.convert.bundle import ConvertedBundle
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.huggingface import Variant, require_supported, write_huggingface
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.model_card import write_model_card
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_open_clip
+from clip_rd_edge.utils.io import new_folder, require_free_output
+from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
+
+
+def export_huggingface(
+    clip: ClipModel,
+    output: Path,
+    request: ExportRequest,
+    *,
+    calibration: CalibrationSet | None = None,
+    results: Results | None = None,
+    training: dict[str, str] | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> ConvertedBundle:
+    """Export a model in float32 and FP16, and in INT8 too if the request says so, with its weights and a model card.
+
+    Args:
+        request: of an ONNX bundle; with `precision` int8, it needs a calibration set. A tower that INT8 does not
+            improve is float32 in the INT8 files, unless `fallback` names another precision.
+        results: a report of the model, whose figures and plot the card shows.
+        training: for the card, facts about the model's training by name.
+        clip, output, calibration, overwrite, reporter: as for `export_bundle`.
+
+    Returns:
+        The manifest of the last variant, and the trials of INT8.
+
+    Raises:
+        UsageError: `output` is in use, or one of the clients does not support the model.
+        ClipRdEdgeError: as `export_bundle`.
+    """
+    require_free_output(output, overwrite=overwrite)
+    require_supported(clip.preprocessing, clip.name)
+    if "hf_model_name" in clip.model_cfg.get("text_cfg", {}):
+        raise UsageError(
+            f"The text tower of {clip.name} is a model of transformers: open_clip reads its config.json where "
+            "transformers.js reads that of CLIP.",
+            hint="omit --layout; a student's text tower is open_clip's own",
+        )
+    variants: list[Variant] = ["fp32", "fp16"]
+    if request.precision == "int8":
+        variants.append("int8")
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:
+        bundles: dict[Variant, Path] = {variant: Path(scratch) / variant for variant in variants}
+        for variant, bundle in bundles.items():
+            converted = export_bundle(
+                clip,
+                bundle,
+                msgspec.structs.replace(request, precision=variant),
+                calibration=calibration if variant == "int8" else None,
+                source=bundles["fp32"] if variant != "fp32" else None,
+                reporter=PrefixedReporter(reporter, f"{variant}: "),
+            )
+        reporter.update("writing the folder")
+        write_huggingface(bundles, folder)
+        save_open_clip(folder, clip)
+        manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
+        write_model_card(folder, manifests, results=results, training=training or {})
+        return converted

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.huggingface import export_huggingface
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+
+CLIENTS = Path(__file__).parent / "clients"
+HARD_TEXTS = [
+    "",
+    "a",
+    "A Photo of a RED house!",
+    "it's the dog's 2nd bone, isn't it?",
+    " many   words\n " * 12,
+    "naïve café 猫 👩‍🚀",
+    "one o’clock, “quoted” ﬁve",
+    "x_y-z; (w) #5",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(student: ClipModel, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student's folder for the hub in all precisions."""
+    output = tmp_path_factory.mktemp("hub") / "student"
+    request = ExportRequest(precision="int8", fallback="fp32")
+    facts = {"recipe": "clip-rd", "teacher": "big", "data": "emoji"}
+    export_huggingface(student, output, request, calibration=calibration, training=facts)
+    return output
+
+
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    """Load the folder with open_clip; return model, preprocessing and tokenizer."""
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+@torch.no_grad()
+def _expected(folder: Path, images: list[Image.Image], texts: list[str]) -> tuple[Any, Any]:
+    model, preprocess, tokenizer = _load(folder)
+    pixels = torch.stack([preprocess(image) for image in images])
+    return (
+        model.encode_image(pixels, normalize=True).numpy(),
+        model.encode_text(tokenizer(texts), normalize=True).numpy(),
+    )
+
+
+def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    models = {f"onnx/{name}{suffix}.onnx" for name in ("vision_model", "text_model", "model")
+              for suffix in ("", "_fp16", "_int8")}  # fmt: skip
+    configs = {"config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names == models | configs | {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("suffix", ["", "_fp16", "_int8"])
+def test_texts_of_any_length_get_open_clips_embeddings_however_they_are_padded(folder: Path, suffix: str) -> None:
+    model, _, tokenize = _load(folder)
+    ids = tokenize(HARD_TEXTS)
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=True).numpy()
+    session = open_session(str(folder / "onnx" / f"text_model{suffix}.onnx"))
+    end = int(ids.max())
+    for row, embedding in zip(ids.numpy(), expected, strict=True):
+        words = row[: int(row.argmax()) + 1].tolist()
+        for padding in (0, 1, 30):
+            for pad_id in (0, 5, end):
+                padded = np.asarray([[*words, *[pad_id] * padding]])
+                (output,) = session.run(["text_embeds"], {"input_ids": padded})
+                assert float(output[0] @ embedding) > 0.99
+
+
+def test_a_text_whose_end_token_a_client_cut_off_gets_it_back(folder: Path) -> None:
+    model, _, tokenize = _load(folder)
+    long = "red cat " * 20
+    with torch.no_grad():
+        expected = model.encode_text(tokenize([long]), normalize=True).numpy()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(long).ids
+    session = open_session(str(folder / "onnx" / "text_model.onnx"))
+    for cut in (ids[:16], ids, [*ids[:15], ids[-1]]):
+        (output,) = session.run(None, {"input_ids": np.asarray([cut])})
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_the_tokenizer_file_gives_open_clips_ids(folder: Path, text: str) -> None:
+    _, _, tokenize = _load(folder)
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    expected = tokenize([text])[0].tolist()
+    length = expected.index(max(expected)) + 1
+    assert ids[: length - 1] == expected[: length - 1]
+    assert ids[-1] == expected[length - 1]
+
+
+def test_a_row_of_a_batch_does_not_depend_on_the_others(folder: Path) -> None:
+    session = open_session(str(folder / "onnx" / "text_model.onnx"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = [tokenizer.encode(text).ids for text in HARD_TEXTS]
+    longest = max(map(len, rows))
+    batch = np.asarray([[*row, *[rows[0][-1]] * (longest - len(row))] for row in rows])
+    (together,) = session.run(None, {"input_ids": batch})
+    alone = [session.run(None, {"input_ids": np.asarray([row])})[0][0] for row in rows]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["", "_fp16", "_int8"])
+def test_the_joined_model_gives_the_logits_of_all_pairs(folder: Path, suffix: str) -> None:
+    onnx.checker.check_model(onnx.load(folder / "onnx" / f"model{suffix}.onnx"), full_check=True)
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((3, 3, 32, 32)).astype(np.float32)
+    ids = np.asarray([[49406, 320, 49407, 0], [49406, 49407, 0, 0]])
+    names = ["logits_per_image", "logits_per_text", "text_embeds", "image_embeds"]
+    session = open_session(str(folder / "onnx" / f"model{suffix}.onnx"))
+    assert [output.name for output in session.get_outputs()] == names
+    per_image, per_text, text, image = session.run(None, {"input_ids": ids, "pixel_values": pixels})
+    scale = float(_load(folder)[0].logit_scale.exp())
+    np.testing.assert_allclose(per_image, scale * image @ text.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(per_text, per_image.T)
+
+
+def test_the_configurations_say_what_the_model_takes(folder: Path, student: ClipModel) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["projection_dim"]) == ("clip", student.embedding_size)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (processor["size"], processor["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
+    assert processor["image_mean"] == list(student.preprocessing.mean)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+def test_the_model_card_names_files_training_and_licences(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: open_clip\n")
+    for words in ("`onnx/model_int8.onnx`", "| **teacher** | big |", "CC BY-SA 4.0", "pipeline_tag: zero-shot"):
+        assert words in card
+    assert "license:" not in card.split("---")[1]  # for the user to decide
+
+
+def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    import msgspec
+
+    padded = msgspec.structs.replace(student.preprocessing, resize_mode="longest")
+    with pytest.raises(UsageError, match="takes 32 × 32 with resize mode longest"):
+        export_huggingface(replace(student, preprocessing=padded), tmp_path / "hub", ExportRequest())
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_text_tower_of_transformers_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    model_cfg = {**student.model_cfg, "text_cfg": {"hf_model_name": "bert"}}
+    with pytest.raises(UsageError, match="is a model of transformers"):
+        export_huggingface(replace(student, model_cfg=model_cfg), tmp_path / "hub", ExportRequest())
+
+
+# What the clients compute, with their own preprocessing.
+
+
+@pytest.fixture(scope="module")
+def request_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 images and 100 texts; the images are smooth like photographs, of many sizes and shapes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    images = []
+    for index in range(100):
+        width, height = (int(edge) for edge in rng.integers(40, 700, 2))
+        levels = np.zeros((height, width, 3))
+        for cells in (2, 4, 8, 16):
+            noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+            levels += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / cells
+        levels = 255 * (levels - levels.min()) / np.ptp(levels)
+        path = folder / f"{index}.png"
+        Image.fromarray(levels.astype(np.uint8)).save(path)
+        images.append(str(path))
+    colours, things = ["red", "green", "blue", "small", "wooden"], ["cat", "dog", "house", "tree", "bicycle", "cup"]
+    texts = [f"a photo of a {colour} {thing}" for colour in colours for thing in things]
+    texts = (HARD_TEXTS + texts + [f"{text}, number {index}" for index, text in enumerate(texts * 3)])[:100]
+    request = folder / "request.json"
+    request.write_text(json.dumps({"images": images, "texts": texts, "dtype": "fp32"}))
+    return request
+
+
+@pytest.fixture(scope="module")
+def clip_folder(make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a student for images of 224 pixels."""
+    output = tmp_path_factory.mktemp("hub") / "large"
+    export_huggingface(make_student(image_size=224), output, ExportRequest())
+    return output
+
+
+def _answers(folder: Path, request: Path, *command: str | Path) -> dict[str, Any]:
+    """Run a client; compare its embeddings with open_clip's, and return what it printed."""
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    answers: dict[str, Any] = json.loads(result.stdout)
+    inputs = json.loads(request.read_text())
+    image, text = _expected(folder, [Image.open(path) for path in inputs["images"]], inputs["texts"])
+    for expected, name in ((image, "image_embeds"), (text, "text_embeds")):
+        cosines = (np.asarray(answers[name]) * expected).sum(axis=1)
+        assert len(cosines) == 100
+        assert cosines.min() >= 0.999, (name, int(cosines.argmin()), float(cosines.min()))
+    return answers
+
+
+def _installed(*command: str | Path, cwd: Path) -> None:
+    """Run an installer; skip the test if it fails, for instance without a network."""
+    try:
+        subprocess.run([*map(str, command)], cwd=cwd, check=True, capture_output=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{command[0]} cannot install the client: {error}")
+
+
+@pytest.mark.slow
+def test_transformers_js_computes_open_clips_embeddings(clip_folder: Path, request_file: Path, tmp_path: Path) -> None:
+    # Without scripts: those of sharp and onnxruntime-node download from elsewhere what npm's packages bring, too.
+    _installed("npm", "install", "--ignore-scripts", "@huggingface/transformers@4", cwd=tmp_path)
+    script = CLIENTS / "transformers_js.mjs"
+    answers = _answers(clip_folder, request_file, "node", script, tmp_path, clip_folder, request_file)
+    image, text = np.asarray(answers["image_embeds"]), np.asarray(answers["text_embeds"])
+    scale = float(_load(clip_folder)[0].logit_scale.exp())
+    np.testing.assert_allclose(answers["logits_per_image"], scale * image[:1] @ text.T, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_fastembed_computes_open_clips_embeddings(clip_folder: Path, request_file: Path, tmp_path: Path) -> None:
+    _installed(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    _installed(python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", cwd=tmp_path)
+    _answers(clip_folder, request_file, python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
