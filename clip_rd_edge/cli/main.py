@@ -22,6 +22,7 @@ COMMANDS = {
     "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),
     "export": ("export", "Export a model as a bundle for a device."),
+    "push": ("push", "Upload a model's folder to the Hugging Face hub."),
     "verify": ("verify", "Verify a bundle's files, and that it runs on this device."),
     "classify": ("classify", "Classify images among your own labels."),
     "index": ("index", "Embed a folder of images for searching."),

@@ -1,0 +1,85 @@
+"""Upload a model's folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clip_rd_edge.contract.bundle import MANIFEST
+from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError
+
+# By name: the hub's client has changed its HTTP library more than once.
+_UNREACHABLE = {"TransportError", "ConnectionError", "OfflineModeIsEnabled"}
+_UNAUTHORISED = (401, 403)
+
+
+def push_folder(
+    folder: Path, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
+) -> str:
+    """Upload a folder as one commit to a model repository, which is created if it does not exist; return its address.
+
+    Files that the repository has already are not uploaded again, and those that the folder lacks stay in it. The token
+    is that of `hf auth login` or HF_TOKEN, the server that of HF_ENDPOINT.
+
+    Args:
+        folder: an export with `--layout huggingface`, a student, the folder of a run, or a bundle.
+        repo: `ORG/NAME`.
+        private: create the repository as private; one that exists keeps its visibility.
+        revision: the branch; None is the main one.
+        message: of the commit.
+
+    Raises:
+        InputError: the folder is none of these.
+        UsageError: the name is invalid, or there is no token that may write there.
+        UnreachableError: the hub cannot be reached.
+        ClipRdEdgeError: the hub refuses the upload.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    source = _model_folder(folder)
+    api = HfApi(library_name="clip-rd-edge")
+    try:
+        created = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=created.repo_id,
+            folder_path=source,
+            revision=revision,
+            commit_message=message or f"Upload {source.name} with clip-rd-edge",
+        )
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo!r} is no name of a repository: {error}.", hint="ORG/NAME, or NAME for your own"
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(repo, error) from error
+    except Exception as error:
+        if _UNREACHABLE.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            raise
+        raise UnreachableError(
+            f"The hub at {api.endpoint} could not be reached to upload {folder}: {error}.",
+            hint="run the same command again; files that arrived are not uploaded again",
+        ) from error
+    return str(created)
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return the folder to upload; raise InputError if there is no model, since a wrong path must publish nothing."""
+    source = model_folder(str(folder)) or folder
+    if not any((source / name).is_file() for name in (CONFIG_FILE, MANIFEST)):
+        raise InputError(
+            f"{folder} holds no model: it has neither {CONFIG_FILE} nor {MANIFEST}.",
+            hint="clip-rd-edge export MODEL --layout huggingface -o FOLDER makes one",
+        )
+    return source
+
+
+def _refusal(repo: str, error: Exception) -> ClipRdEdgeError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if status in _UNAUTHORISED:
+        return UsageError(
+            f"The hub does not let you write to {repo} (status {status}).",
+            hint="hf auth login with a token that may write, or set HF_TOKEN",
+        )
+    return ClipRdEdgeError(f"The hub refused the upload to {repo}: {reason.rstrip('.')}.")
