@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TextIO
+from urllib.parse import urlsplit
 
 import click
 
@@ -33,6 +36,8 @@ def command(
 ) -> None:
     """Serve a web page from this machine: drop an image or start the camera, type labels, and watch the results.
 
+    With --host 0.0.0.0, the addresses for other machines are printed, too, and on a terminal a QR code for a phone.
+
     Pass several BUNDLEs to compare them on the page. Nothing is loaded from the internet. Ctrl-C stops the server.
 
     \b
@@ -40,10 +45,14 @@ def command(
     """
     import clip_rd_edge as edge
     from clip_rd_edge.runtime.label_list import parse_labels
-    from clip_rd_edge.web.app import is_loopback
+    from clip_rd_edge.web.app import is_loopback, network_urls
 
     def ready(url: str) -> None:
-        echo(url)
+        others = network_urls(host, urlsplit(url).port or port)
+        for address in dict.fromkeys([url, *others]):
+            echo(address)
+        if others:
+            _print_qr_code(others[0])
         if not is_loopback(host):
             echo(
                 "warning: Anyone on this network can use the page and send images to it; there is no password and no "
@@ -55,3 +64,18 @@ def command(
             click.launch(url)
 
     edge.demo(bundles, labels=parse_labels(labels), host=host, port=port, threads=threads, ready=ready)
+
+
+def _print_qr_code(url: str) -> None:
+    """Print a QR code of the URL to stderr, if that is a terminal."""
+    if not _is_terminal(sys.stderr):
+        return
+    try:
+        import segno
+    except ModuleNotFoundError:
+        return
+    segno.make(url, error="l").terminal(out=sys.stderr, compact=True)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -57,7 +58,10 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
     token = _token(token_file)
 
     def ready(url: str) -> None:
-        echo(url)
+        from clip_rd_edge.web.app import network_urls
+
+        for address in dict.fromkeys([url, *network_urls(host, urlsplit(url).port or options["port"])]):
+            echo(address)
         if host not in ("127.0.0.1", "localhost", "::1"):
             access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
             echo(f"warning: The server {access}; there is no encryption.", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -61,9 +62,11 @@ class Demo:
         """Store a list of labels; return the key by which classify requests refer to it."""
         try:
             labels = msgspec.json.decode(await read_body(request), type=list)
+            return _json({"key": self.label_sets.add(labels)})
         except msgspec.MsgspecError as error:
-            raise InputError(f"The labels are not a JSON list: {error}.") from error
-        return _json({"key": self.label_sets.add(labels)})
+            return error_response(422, f"The labels are not a JSON list: {error}.")
+        except InputError as error:
+            return error_response(422, str(error), hint=error.hint)
 
     async def classify(self, request: Request) -> Response:
         """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own)."""
@@ -118,13 +121,19 @@ def _report_errors(handler: Handler) -> Handler:
         except BundleRemovedError as error:
             return error_response(410, str(error), hint=error.hint)
         except ConfigError as error:  # the bundle is at fault, not the request
-            return error_response(500, str(error), hint=error.hint)
+            return _failure(error)
         except UsageError as error:
             return error_response(400, str(error), hint=error.hint)
         except ClipRdEdgeError as error:
-            return error_response(500, str(error), hint=error.hint)
+            return _failure(error)
 
     return handle
+
+
+def _failure(error: ClipRdEdgeError) -> Response:
+    """Answer with status 500. The page shows none of the server's messages, so the log has it, too."""
+    logging.getLogger("uvicorn.error").error("%s", error)
+    return error_response(500, str(error), hint=error.hint)
 
 
 async def read_body(request: Request) -> bytes:
@@ -146,7 +155,8 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
         demo: the request handlers.
         host: address to listen on.
         port: port to listen on; 0 uses any free port.
-        ready: called with the page's URL once the page can be opened.
+        ready: called with the page's URL once the page can be opened; for a server on all addresses (0.0.0.0 or ::),
+            with the one on this machine.
 
     Raises:
         UsageError: listening on the address failed.
@@ -164,8 +174,7 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         UsageError: listening on the address failed.
     """
     with _listen(host, port) as listener:
-        url_host = f"[{host}]" if ":" in host else host
-        url = f"http://{url_host}:{listener.getsockname()[1]}/"
+        url = url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1])
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -177,6 +186,39 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         )
         ready(url)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server."""
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def network_urls(host: str, port: int) -> list[str]:
+    """Return the URLs under which other machines reach a server that listens on `host`, most likely first."""
+    if is_loopback(host):
+        return []
+    if host not in ("", "0.0.0.0", "::"):
+        return [url_of(host, port)]
+    addresses = [_source_address(socket.AF_INET, "192.0.2.1")]
+    if host == "::":
+        addresses.append(_source_address(socket.AF_INET6, "2001:db8::1"))
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    addresses += [str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET or host == "::"]
+    usable = (address for address in addresses if address and not is_loopback(address) and "%" not in address)
+    return [url_of(address, port) for address in dict.fromkeys(usable)]
+
+
+def _source_address(family: socket.AddressFamily, destination: str) -> str:
+    """Return this machine's address on the way to `destination`, or an empty string; nothing is sent."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((destination, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def is_loopback(host: str) -> bool:

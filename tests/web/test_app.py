@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.web import app, guard, models
 from clip_rd_edge.web.app import _listen, is_loopback
 
@@ -81,13 +82,13 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/classify", png(), 400, "the bundle has no label bank"),
         ("/api/classify?bundle=7", png(), 400, "Unknown bundle '7'; expected a number from 0 to 1"),
         ("/api/classify?bundle=-1", png(), 400, "Unknown bundle '-1'"),
-        ("/api/labels", b"{", 400, "The labels are not a JSON list"),
-        ("/api/labels", b'{"a": 1}', 400, "The labels are not a JSON list"),
-        ("/api/labels", b"[]", 400, "No labels were sent"),
-        ("/api/labels", b'["a", 1]', 400, "Label 2 of 2 is empty or not text"),
-        ("/api/labels", b'["a", " "]', 400, "Label 2 of 2 is empty or not text"),
-        ("/api/labels", json.dumps(["a" * 301]).encode(), 400, "Label 1 has 301 characters"),
-        ("/api/labels", json.dumps(["a"] * 2001).encode(), 400, "2,001 labels were sent; the limit is 2,000"),
+        ("/api/labels", b"{", 422, "The labels are not a JSON list"),
+        ("/api/labels", b'{"a": 1}', 422, "The labels are not a JSON list"),
+        ("/api/labels", b"[]", 422, "No labels were sent"),
+        ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 is empty or not text"),
+        ("/api/labels", b'["a", " "]', 422, "Label 2 of 2 is empty or not text"),
+        ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 has 301 characters"),
+        ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "2,001 labels were sent; the limit is 2,000"),
     ],
 )
 def test_invalid_requests_get_an_error_message(
@@ -201,7 +202,7 @@ def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: P
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        url = server.stdout.readline().strip().replace("0.0.0.0", "127.0.0.1")
+        url = server.stdout.readline().strip()
         with urllib.request.urlopen(f"{url}api/bundles", timeout=10) as response:
             assert json.load(response)["bundles"][0]["name"] == "colours"
     finally:
@@ -210,6 +211,58 @@ def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: P
     assert server.returncode in (0, 130)
     assert "Traceback" not in error
     assert ("Anyone on this network" in error) is (host == "0.0.0.0")
+
+
+def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, None, 0, "", (address, 0)) for address in ("127.0.1.1", "10.0.0.7", "192.168.1.9")]
+    found.append((socket.AF_INET6, None, 0, "", ("fe80::1%eth0", 0)))
+    found.append((socket.AF_INET6, None, 0, "", ("2001:db8::5", 0)))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: found)
+    monkeypatch.setattr(app, "_source_address", lambda family, to: "192.168.1.9" if family == socket.AF_INET else "")
+    assert app.network_urls("0.0.0.0", 8765) == ["http://192.168.1.9:8765/", "http://10.0.0.7:8765/"]
+    assert app.network_urls("::", 80)[-1] == "http://[2001:db8::5]:80/"
+    assert app.network_urls("192.168.1.9", 1) == ["http://192.168.1.9:1/"]
+    assert app.network_urls("127.0.0.1", 1) == app.network_urls("localhost", 1) == []
+
+
+def test_a_terminal_shows_the_address_for_a_phone_as_a_qr_code(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, command_line: Run
+) -> None:
+    segno = pytest.importorskip("segno")
+    encoded: list[str] = []
+    make = segno.make
+    monkeypatch.setattr(segno, "make", lambda text, **options: encoded.append(text) or make(text, **options))
+    monkeypatch.setattr(app, "network_urls", lambda host, port: ["http://192.168.1.9:8765/"] if host == "::" else [])
+    monkeypatch.setattr(app, "serve", lambda demo, *, ready, **options: ready("http://127.0.0.1:8765/"))
+    code, output, error = command_line("demo", colour_bundle, "--host", "::")
+    assert (code, output.split()) == (0, ["http://127.0.0.1:8765/", "http://192.168.1.9:8765/"])
+    assert encoded == []  # a pipe gets addresses alone
+    monkeypatch.setattr("clip_rd_edge.cli.demo._is_terminal", lambda stream: True)
+    code, _, error = command_line("demo", colour_bundle, "--host", "::")
+    assert encoded == ["http://192.168.1.9:8765/"]
+    assert error.count("█") > 20
+    command_line("demo", colour_bundle)
+    assert len(encoded) == 1  # other machines cannot reach it
+
+
+def test_the_page_shows_none_of_the_servers_words() -> None:
+    script = (app.PAGE / "api.js").read_text(encoding="utf-8")
+    assert "content.error" not in script
+    assert "content.hint" not in script
+    statuses = set(re.findall(r"error_response\((\d+)", Path(app.__file__).read_text(encoding="utf-8")))
+    statuses |= {"403", "413", "500"} - {"409"}
+    assert {status for status in statuses if f"  {status}: " not in script} <= {"409"}  # labels are sent again
+
+
+def test_a_failure_of_the_model_is_logged_where_the_server_runs(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(content: bytes, labels: Any) -> None:
+        raise ConfigError("The bundle is damaged.")
+
+    monkeypatch.setattr(client.demo.served[0], "classify", fail)
+    assert client.post("/api/classify?bundle=0&labels=", content=b"image").status_code == 500
+    assert "The bundle is damaged." in caplog.text
 
 
 def test_a_used_port_and_a_missing_bundle_are_refused(command_line: Run, colour_bundle: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+from clip_rd_edge.web.app import PAGE
 
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.browser
@@ -148,6 +149,8 @@ def test_the_page_can_be_used_by_keyboard(page: Any, tmp_path: Path) -> None:
     press("Enter")
     wait_for_lead(page, "red ")
     press("Tab")
+    assert page.evaluate("document.activeElement.id") == "folder"
+    press("Tab")
     assert page.evaluate("document.activeElement.id") == "camera"
     press("Tab")
     page.keyboard.type("blue")  # replaces the first label, which Tab selects
@@ -168,6 +171,95 @@ def test_the_page_can_be_used_by_keyboard(page: Any, tmp_path: Path) -> None:
         press("Tab")
     press("ArrowDown")
     assert page.evaluate("document.querySelector('.selected').textContent").startswith("second")
+
+
+def test_new_labels_are_visible_and_duplicates_are_one(page: Any) -> None:
+    page.set_viewport_size({"width": 1280, "height": 400})
+    for number in range(20):
+        page.fill("#new", f"label {number}")
+        page.press("#new", "Enter")
+    assert len(rows(page)) == 22
+    shown = """() => {
+        const [list, row] = [document.getElementById("labels"), document.getElementById("labels").lastElementChild];
+        return row.getBoundingClientRect().bottom <= list.getBoundingClientRect().bottom + 1;
+    }"""
+    assert page.evaluate(shown)
+    page.fill("#new", " red ")
+    page.press("#new", "Enter")
+    assert page.locator("#labels li").count() == 22
+    last = page.locator("#labels input").last
+    last.fill("green")
+    last.blur()
+    assert page.locator("#labels li").count() == 21
+
+
+def test_labels_and_choices_survive_a_reload(page: Any) -> None:
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    page.get_by_label("Remove red").click()
+    page.get_by_label("second").check()
+    page.reload()
+    page.wait_for_selector("#bundles tr")
+    assert list(rows(page)) == ["green", "blue"]
+    assert page.get_by_label("second").is_checked()
+    page.check("#bank")
+    page.reload()
+    page.wait_for_selector("#bundles tr")
+    assert page.is_checked("#bank")
+    page.uncheck("#bank")
+    assert list(rows(page)) == ["green", "blue"]
+
+
+def test_times_leave_out_the_first_call(page: Any) -> None:
+    page.evaluate("""() => {
+        const send = window.fetch;
+        let calls = 0;
+        window.fetch = async (path, ...options) => {
+            const response = await send(path, ...options);
+            if (!String(path).startsWith("api/classify")) return response;
+            const result = { ...(await response.json()), model_ms: calls++ ? 2 : 5000 };
+            return new Response(JSON.stringify(result), { status: response.status });
+        };
+    }""")
+    cell = "document.getElementById('bundles').rows[0].cells[3].textContent"
+    send_image(page, RED, "drop")
+    page.wait_for_function(f"() => {cell} === '5000 ms'")
+    send_image(page, BLUE, "drop")
+    page.wait_for_function(f"() => {cell} === '2.0 ms'")
+
+
+def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(RED))
+    (folder / "more" / "2.jpg").write_bytes(jpeg(BLUE))
+    (folder / "notes.txt").write_text("no image")
+    page.set_input_files("#file", [folder / "1.jpg", folder / "more" / "2.jpg"])
+    wait_for_lead(page, "red ")
+    assert page.inner_text("#position") == "1 of 2: 1.jpg"
+    page.click("#next")
+    wait_for_lead(page, "blue ")
+    page.click("#next")
+    wait_for_lead(page, "red ")
+    page.set_input_files("#folder", folder)
+    page.wait_for_function("() => document.getElementById('position').textContent === '1 of 2: photos/1.jpg'")
+    page.click("#previous")
+    wait_for_lead(page, "blue ")
+    assert page.inner_text("#position") == "2 of 2: photos/more/2.jpg"
+    send_image(page, RED, "paste")
+    wait_for_lead(page, "red ")
+    assert not page.is_visible("#several")
+
+
+def test_a_page_opened_as_a_file_says_what_to_do(page: Any) -> None:
+    assert page.locator("#unstarted").count() == 0
+    other = page.context.new_page()
+    other.goto(f"file://{PAGE / 'index.html'}")
+    other.wait_for_function("() => getComputedStyle(document.getElementById('unstarted')).visibility === 'visible'")
+    assert "clip-rd-edge demo BUNDLE" in other.inner_text("#unstarted")
+    other.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

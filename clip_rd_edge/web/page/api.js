@@ -8,6 +8,18 @@ export class RequestError extends Error {
   }
 }
 
+// By status: what visitors of the page can do. The server's own messages are for the person who runs it.
+const MESSAGES = {
+  400: "This image cannot be read. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 50 megapixels.",
+  403: "The server does not accept this address. Open the page under the address that clip-rd-edge demo printed.",
+  408: "The image took too long to arrive. Try it again, or choose a smaller one.",
+  410: "This bundle was removed. Choose another one.",
+  413: "This image is too large. Choose one of at most 25 MB.",
+  422: "These labels cannot be used: at most 2,000 labels of at most 300 characters each.",
+  429: "The server is busy. Try again in a moment.",
+  500: "The model failed. The terminal where clip-rd-edge demo runs shows why.",
+};
+
 async function request(path, body) {
   let response;
   try {
@@ -16,10 +28,7 @@ async function request(path, body) {
     throw new RequestError(0, "The server does not respond. Is clip-rd-edge demo still running?");
   }
   const content = await response.json().catch(() => ({}));
-  if (!response.ok) {
-    const message = content.error ?? `The server responded with status ${response.status}.`;
-    throw new RequestError(response.status, [message, content.hint].filter(Boolean).join(" Hint: "));
-  }
+  if (!response.ok) throw new RequestError(response.status, MESSAGES[response.status] ?? MESSAGES[500]);
   return content;
 }
 

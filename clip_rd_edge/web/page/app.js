@@ -3,6 +3,7 @@
 import { classify, loadChoices } from "./api.js";
 import { ImageSource } from "./images.js";
 import { LabelList, percent } from "./labels.js";
+import { restore, store } from "./memory.js";
 
 const byId = (id) => document.getElementById(id);
 const MEDIAN_COUNT = 30; // number of recent times that the medians cover
@@ -12,9 +13,15 @@ const START_LABELS = ["a person", "a cat", "a dog", "a flower", "food", "a build
 let choices = []; // the bundles, or the backends of a browser-only page
 let selected = 0; // index of the selected choice
 let image = null; // the current image, classified again when the labels or the choice change
+let startLabels = []; // the labels that the page starts with, unless others are remembered
 let lastRequest = 0; // number of the newest request: results of older ones are ignored
 
-const labels = new LabelList(() => debounce(classifyAgain));
+byId("unstarted").remove(); // it says what to do if this script does not start
+
+const labels = new LabelList(() => {
+  remember();
+  debounce(classifyAgain);
+});
 const source = new ImageSource(showImage, showError);
 
 async function showImage(newImage, captureTime) {
@@ -74,9 +81,13 @@ function showError(message) {
 }
 
 function addTime(choice, modelTime, totalTime) {
-  const { times } = choices[choice];
-  times.push({ model: modelTime, total: totalTime, at: performance.now() });
+  // The first call includes loading the model: its times are shown only until there are others.
+  const isFirst = !choices[choice].called;
+  choices[choice].called = true;
+  const times = choices[choice].times.filter((time) => !time.isFirst);
+  times.push({ model: modelTime, total: totalTime, at: performance.now(), isFirst });
   if (times.length > MEDIAN_COUNT) times.shift();
+  choices[choice].times = times;
   const row = byId("bundles").children[choice];
   row.children[3].textContent = milliseconds(median(times.map((time) => time.model)));
   row.children[4].textContent = milliseconds(median(times.map((time) => time.total)));
@@ -100,6 +111,13 @@ function debounce(action) {
   timer = setTimeout(action, 120); // one request per typed word, not per letter
 }
 
+// Keep labels and choices over a reload.
+function remember() {
+  if (!choices.length) return;
+  const bank = byId("bank").checked;
+  store({ start: startLabels, labels: labels.typedLabels, choice: choices[selected].folder, bank });
+}
+
 function select(index) {
   selected = index;
   const { bank } = choices[index];
@@ -107,6 +125,7 @@ function select(index) {
   byId("bank-text").textContent = `use the bundle's own ${bank.toLocaleString("en")} labels`;
   if (!bank) byId("bank").checked = false;
   labels.useBank(byId("bank").checked);
+  remember();
   [...byId("bundles").children].forEach((row, i) => row.classList.toggle("selected", i === index));
   debounce(classifyAgain);
 }
@@ -119,7 +138,7 @@ function createRow(choice, index) {
   const radio = document.createElement("input");
   radio.type = "radio";
   radio.name = "bundle";
-  radio.checked = index === 0;
+  radio.checked = index === selected;
   radio.addEventListener("change", () => select(index));
   label.append(radio, choice.folder);
   label.title = choice.name;
@@ -134,15 +153,18 @@ addEventListener("pagehide", () => source.stop());
 
 try {
   const setup = await loadChoices(showProgress);
+  startLabels = setup.labels;
+  const remembered = restore(startLabels);
+  selected = Math.max(0, setup.choices.findIndex(({ folder }) => folder === remembered?.choice));
+  labels.add(remembered?.labels ?? (startLabels.length ? startLabels : START_LABELS));
   choices = setup.choices.map((choice) => ({ ...choice, times: [] }));
   byId("bundles").replaceChildren(...choices.map(createRow));
   byId("privacy").textContent = setup.privacy;
   byId("choice-heading").textContent = setup.heading ?? "bundle";
   byId("note").textContent = setup.note ?? "";
-  labels.add(setup.labels.length ? setup.labels : START_LABELS);
-  byId("bank").checked = choices[0].bank > 0 && !setup.labels.length;
+  byId("bank").checked = choices[selected].bank > 0 && (remembered?.bank ?? !startLabels.length);
   setLead(QUESTION);
-  select(0);
+  select(selected);
 } catch (error) {
   showError(error.message);
 }

@@ -1,6 +1,7 @@
 // Image sources: files that are chosen, dropped or pasted, and the newest frame of the camera.
 
 import { encodeFrame } from "./api.js";
+import { droppedImages, imagesOnly } from "./files.js";
 
 const stage = document.getElementById("stage");
 const video = document.getElementById("video");
@@ -14,15 +15,21 @@ export class ImageSource {
     this.onImage = onImage;
     this.onError = onError;
     this.stream = null;
+    this.files = [];
+    this.position = 0;
     const file = document.getElementById("file");
     file.addEventListener("change", () => {
-      if (file.files.length) this.#open(file.files[0]);
+      this.#openAll([...file.files]);
       file.value = "";
     });
-    addEventListener("paste", (event) => {
-      const pasted = [...event.clipboardData.files][0];
-      if (pasted) this.#open(pasted);
+    const folder = document.getElementById("folder");
+    folder.addEventListener("change", () => {
+      this.#openFolder(imagesOnly(folder.files));
+      folder.value = "";
     });
+    document.getElementById("previous").addEventListener("click", () => this.#move(-1));
+    document.getElementById("next").addEventListener("click", () => this.#move(1));
+    addEventListener("paste", (event) => this.#openAll([...event.clipboardData.files]));
     let depth = 0; // dragenter and dragleave also fire for every nested element
     addEventListener("dragenter", () => stage.classList.toggle("over", ++depth > 0));
     addEventListener("dragleave", () => stage.classList.toggle("over", --depth > 0));
@@ -31,9 +38,33 @@ export class ImageSource {
       event.preventDefault();
       depth = 0;
       stage.classList.remove("over");
-      if (event.dataTransfer.files.length) this.#open(event.dataTransfer.files[0]);
+      const containsFiles = [...event.dataTransfer.items].some((item) => item.kind === "file");
+      if (containsFiles) droppedImages(event.dataTransfer.items).then((files) => this.#openFolder(files));
     });
     button.addEventListener("click", () => (this.stream ? this.stop() : this.start()));
+  }
+
+  #openFolder(files) {
+    if (files.length) this.#openAll(files);
+    else this.onError("There are no images in this folder.");
+  }
+
+  // Show the first of several files; the others follow with the buttons.
+  #openAll(files) {
+    if (!files.length) return;
+    this.files = files;
+    this.position = 0;
+    this.#move(0);
+  }
+
+  #move(step) {
+    const count = this.files.length;
+    this.position = (this.position + step + count) % count;
+    const file = this.files[this.position];
+    document.getElementById("several").hidden = count < 2;
+    const name = file.webkitRelativePath || file.name;
+    document.getElementById("position").textContent = `${this.position + 1} of ${count}: ${name}`;
+    this.#open(file);
   }
 
   async #open(file) {
@@ -41,6 +72,7 @@ export class ImageSource {
     // The browser only shows the image; the model's side reads the file itself, so formats that the browser cannot
     // show may still be classified.
     const bitmap = await createImageBitmap(file).catch(() => null);
+    if (file !== this.files[this.position]) return; // another one was opened in the meantime
     preview.hidden = bitmap === null;
     stage.classList.toggle("full", bitmap !== null);
     if (bitmap) {
@@ -92,6 +124,7 @@ export class ImageSource {
     video.hidden = !live;
     if (!live) document.getElementById("rate").hidden = true;
     if (live) preview.hidden = true;
+    if (live) document.getElementById("several").hidden = true;
     stage.classList.toggle("live", live);
     if (live) stage.classList.remove("full");
     button.textContent = live ? "Stop the camera" : "Start the camera";

@@ -36,9 +36,26 @@ export class LabelList {
     return [...new Set(typed)];
   }
 
+  // The typed labels, also while the bundle's own are shown.
+  get typedLabels() {
+    return this.bank ? this.typed : this.current;
+  }
+
+  // Append a row for each label that is not in the list yet, and scroll the last of them into view.
   add(labels) {
-    for (const label of labels.map((text) => text.trim()).filter(Boolean)) list.append(this.#createRow(label));
+    let row = null;
+    for (const label of labels.map((text) => text.trim()).filter(Boolean)) {
+      row = this.#find(label);
+      if (!row) list.append((row = this.#createRow(label)));
+    }
+    row?.scrollIntoView({ block: "nearest" });
     this.onChange();
+  }
+
+  // The row of a label, other than the given one; null if there is none.
+  #find(label, other = null) {
+    const rows = [...list.children].filter((row) => row !== other);
+    return rows.find((row) => row.querySelector("input")?.value.trim() === label) ?? null;
   }
 
   // Switch between typed labels and the bundle's own.
@@ -94,9 +111,10 @@ export class LabelList {
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter") document.getElementById("new").focus();
     });
-    // Remove an emptied row when it loses the focus.
+    // Remove an emptied row, or one that now repeats another, when it loses the focus.
     field.addEventListener("change", () => {
-      if (!field.value.trim()) this.#remove(row);
+      const label = field.value.trim();
+      if (!label || this.#find(label, row)) this.#remove(row);
     });
     const remove = createElement("button", "remove");
     remove.type = "button";

@@ -1,0 +1,32 @@
+// Image files from a drop, including those in folders, sorted by path.
+
+// items: the DataTransferItemList of a drop. Must be called in the event's handler, after which the list is empty.
+export async function droppedImages(items) {
+  const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const loose = [...items].map((item) => item.getAsFile()).filter(Boolean);
+  if (!entries.some((entry) => entry.isDirectory)) return loose;
+  const files = [];
+  for (const entry of entries) await collect(entry, files);
+  return imagesOnly(files);
+}
+
+// The images among the files of a folder; files that were chosen one by one are never left out.
+export function imagesOnly(files) {
+  const path = (file) => file.webkitRelativePath || file.name;
+  const shown = [...files].filter((file) => file.type.startsWith("image/") || /\.(heic|avif|tiff?)$/i.test(file.name));
+  return shown.sort((a, b) => path(a).localeCompare(path(b), "en", { numeric: true }));
+}
+
+async function collect(entry, files) {
+  if (entry.name.startsWith(".")) return;
+  if (entry.isFile) {
+    files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+    return;
+  }
+  const reader = entry.createReader();
+  for (;;) {
+    const batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
+    if (!batch.length) return;
+    for (const child of batch) await collect(child, files);
+  }
+}
