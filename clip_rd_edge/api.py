@@ -98,6 +98,7 @@ def distill(
     teacher: str | None = None,
     recipe: str = "clip-rd",
     resume: bool = False,
+    accept_changes: bool = False,
     reporter: Reporter = SILENT,
     **options: Unpack[DistillOptions],
 ) -> Path:
@@ -109,7 +110,8 @@ def distill(
         teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
             without a teacher.
         recipe: a name such as `clip-rd`, or a YAML file.
-        resume: continue from the latest checkpoint in `output`.
+        resume: continue from the latest intact checkpoint in `output`.
+        accept_changes: resume also if data or teacher are no longer those that the run began with.
         options: the other options of `clip-rd-edge distill`, under the same names.
 
     Raises:
@@ -122,7 +124,14 @@ def distill(
 
     config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
     run = Path(output)
-    run_distillation(config, run, resume=resume, reporter=reporter, evaluate=_evaluator(config))
+    run_distillation(
+        config,
+        run,
+        resume=resume,
+        accept_changes=accept_changes,
+        reporter=reporter,
+        evaluate=_evaluator(config),
+    )
     return run
 
 

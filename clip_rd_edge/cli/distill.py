@@ -140,7 +140,8 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
 )
 @_memory("--global-logits", is_flag=True, help="Under torchrun: every process computes the loss of all pairs.")
 @_output("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
-@_output("--resume", is_flag=True, help="Resume from the latest checkpoint in RUN.")
+@_output("--resume", is_flag=True, help="Resume from the latest intact checkpoint in RUN.")
+@_output("--accept-changes", is_flag=True, help="Resume although data or teacher changed since the run began.")
 @_output(
     "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints."
 )

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import new_folder
+from clip_rd_edge.utils.io import new_folder, sha256_of
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 KEPT_CHECKPOINTS = 2  # the second newest is a fallback in case the newest is damaged on disk
+CHECKPOINTS_FOLDER = "checkpoints"
+STATE_FILE, CHECKSUM_FILE = "state.pt", "state.pt.sha256"
 
 
 class Stateful(Protocol):
@@ -38,41 +48,89 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Stateful]) -> Path
         parts: what is saved, by its key in the file.
     """
     state = {"step": step, **{name: part.state_dict() for name, part in parts.items()}}
-    folder = run / "checkpoints" / f"step-{step}"
+    folder = run / CHECKPOINTS_FOLDER / f"step-{step}"
     with new_folder(folder) as temporary:
-        torch.save(state, temporary / "state.pt")
+        with (temporary / STATE_FILE).open("wb") as file:
+            # The digest is of what was to be written, so that it also tells errors of the way to the disk.
+            hashing = _HashingWriter(file)
+            torch.save(state, cast(IO[bytes], hashing))
+            file.flush()
+            os.fsync(file.fileno())
+        # In the format of sha256sum.
+        (temporary / CHECKSUM_FILE).write_text(f"{hashing.digest.hexdigest()}  {STATE_FILE}\n")
     for old in list_checkpoints(run)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
     return folder
 
 
+class _HashingWriter(io.RawIOBase):
+    """Writes to a file and computes the SHA-256 of what it writes."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    folders = [path for path in (run / CHECKPOINTS_FOLDER).glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_checkpoint(run: Path, parts: Mapping[str, Stateful]) -> int:
-    """Restore the newest readable checkpoint; return the number of completed steps, 0 without a checkpoint.
+_NONE_INTACT = -1
+
+
+def load_checkpoint(
+    run: Path, parts: Mapping[str, Stateful], processes: Processes | None = None, *, reporter: Reporter = SILENT
+) -> int:
+    """Restore the newest intact checkpoint; return the number of completed steps, 0 without a checkpoint.
+
+    Args:
+        processes: all of them load the checkpoint that is the newest intact one for the main process.
+        reporter: is told about damaged checkpoints.
 
     Raises:
-        ConfigError: there are checkpoints, but none can be read.
+        ConfigError: there are checkpoints, but none is intact.
     """
-    problems = []
-    for folder in reversed(list_checkpoints(run)):
-        try:
-            state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001  a damaged file can raise anything; the one before may be intact
-            problems.append(f"{folder.name}: {error}")
-            continue
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return int(state["step"])
-    if problems:
-        raise ConfigError(
-            f"No checkpoint in {run / 'checkpoints'} can be read ({problems[0]}).", hint="start a new run"
-        )
-    return 0
+    processes = processes or Processes()
+    step, problems, state = 0, list[str](), dict[str, Any]()
+    if processes.is_main:
+        for folder in reversed(list_checkpoints(run)):
+            try:
+                state = _read_state(folder)
+            except Exception as error:  # noqa: BLE001  a damaged file can raise anything
+                problems.append(f"{folder.name}: {str(error).rstrip('.')}")
+                continue
+            step = int(state["step"])
+            break
+        else:
+            step = _NONE_INTACT if problems else 0
+    step = processes.sum(step)  # of the main process: the others have 0
+    if step == _NONE_INTACT:
+        example = f" ({problems[0]})" if problems else ""
+        raise ConfigError(f"No checkpoint in {run / 'checkpoints'} can be read{example}.", hint="start a new run")
+    for problem in problems:
+        reporter.say(f"the checkpoint {problem}; the run goes on from step {step} instead")
+    if step == 0:
+        return 0
+    state = state or _read_state(run / CHECKPOINTS_FOLDER / f"step-{step}")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return step
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    checksum = folder / CHECKSUM_FILE
+    if checksum.is_file() and sha256_of(folder / STATE_FILE) != checksum.read_text()[:64]:
+        raise ConfigError(f"{STATE_FILE} does not match its checksum")
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    return state
 
 
 def seed_everything(seed: int) -> None:

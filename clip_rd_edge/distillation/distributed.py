@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import default_device
 
 
@@ -81,6 +82,17 @@ class Processes:
         """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Call a function in the main process; if it raises an error of this package, all processes raise one."""
+        error: ClipRdEdgeError | None = None
+        if self.is_main:
+            try:
+                action()
+            except ClipRdEdgeError as caught:
+                error = caught
+        if self.any(error is not None):
+            raise error or ClipRdEdgeError("The main process cannot go on; its message says why.")
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

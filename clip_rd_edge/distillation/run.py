@@ -1,6 +1,7 @@
 """A complete run: from a configuration to a folder with a student that open_clip loads.
 
 config.yaml      the resolved configuration
+inputs.json      fingerprints of data and teacher
 metrics.jsonl    one line per logged step
 checkpoints/     the complete state, for --resume
 student/         the trained model, an open_clip local-dir; written last, so a run without it is unfinished
@@ -12,7 +13,8 @@ tensorboard/     the same metrics for TensorBoard, if requested
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,10 +23,11 @@ import torch
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
-from clip_rd_edge.distillation.checkpoint import list_checkpoints
+from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
 from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
+from clip_rd_edge.distillation.inputs import check_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
@@ -35,7 +38,8 @@ from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.io import read_yaml, to_yaml, write_text
+from clip_rd_edge.utils.io import read_yaml, remove_leftovers, to_yaml, write_text
+from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 CONFIG_FILE, REPORT_FOLDER = "config.yaml", "report"
@@ -46,6 +50,7 @@ def run_distillation(
     run: Path,
     *,
     resume: bool,
+    accept_changes: bool = False,
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
 ) -> Path:
@@ -53,18 +58,28 @@ def run_distillation(
 
     Args:
         resume: continue from the newest checkpoint in `run`, if there is one; a finished run is left unchanged.
+        accept_changes: resume also if data or teacher are no longer those that the run began with.
         reporter: receives the progress of indexing, caching and training, and messages about what was decided.
         evaluate: see `train.train`.
 
     Raises:
-        UsageError: `run` is not empty and `resume` is false, or holds a run with another configuration; or the teacher
-            cache was made with other settings.
+        UsageError: `run` is not empty and `resume` is false, holds a run with another configuration, data or teacher,
+            or is being written by another process; or the teacher cache was made with other settings.
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
     """
     with stop_on_signals() as request:
         try:
-            return _run(config, run, resume=resume, reporter=reporter, evaluate=evaluate)
+            with join_processes() as processes, _sole_writer(run, processes):
+                return _run(
+                    config,
+                    run,
+                    processes,
+                    resume=resume,
+                    accept_changes=accept_changes,
+                    reporter=reporter if processes.is_main else SILENT,
+                    evaluate=evaluate,
+                )
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
             raise InterruptedRunError(
@@ -72,53 +87,67 @@ def run_distillation(
             ) from None
 
 
+@contextmanager
+def _sole_writer(run: Path, processes: Processes) -> Iterator[None]:
+    """Lock the run's folder, for all processes of the run together, and remove what a killed one left unfinished."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(exclusive_writer(run))
+            remove_leftovers(run)
+            remove_leftovers(run / CHECKPOINTS_FOLDER)
+
+        processes.on_main(lock)
+        yield
+
+
 def _run(
     config: RunConfig,
     run: Path,
+    processes: Processes,
     *,
     resume: bool,
+    accept_changes: bool,
     reporter: Reporter,
     evaluate: Callable[[Encoder], dict[str, float]] | None,
 ) -> Path:
-    with join_processes() as processes:
-        if not processes.is_main:
-            reporter = SILENT
-        config = msgspec.structs.replace(config, processes=processes.world_size)
-        config, is_new = _check_folder(config, run, resume=resume, reporter=reporter)
-        processes.barrier()  # before the main process writes: the others must not find the folder in use
-        if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
-            reporter.say(f"{run} is already finished")
-            return run / STUDENT_FOLDER
-        setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
-        steps = total_steps(config, setup.pairs)
-        if is_new:
-            reporter.say(
-                f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs, "
-                f"learning rate {config.recipe.learning_rate:g}"
-            )
-            config = _with_measured_precision(config, setup, processes, reporter)
-            if processes.is_main:
-                write_text(run / CONFIG_FILE, to_yaml(config))
-        teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
-        student = train(
-            config,
-            run,
-            setup,
-            teacher=teacher,
-            dataset=dataset,
-            processes=processes,
-            reporter=reporter,
-            evaluate=evaluate,
-        )
-        if processes.is_main:
-            student.model.to("cpu")
-            if config.tuned_share < 1:
-                student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
-            setup = dataclasses.replace(setup, student=student)
-            plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
-            record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}
-            save_clip(run / STUDENT_FOLDER, student, provenance=record)
+    config = msgspec.structs.replace(config, processes=processes.world_size)
+    config, is_new = _check_folder(config, run, resume=resume, reporter=reporter)
+    processes.barrier()  # before the main process writes: the others must not find the folder in use
+    if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
+        reporter.say(f"{run} is already finished")
         return run / STUDENT_FOLDER
+    setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
+    steps = total_steps(config, setup.pairs)
+    if is_new:
+        reporter.say(
+            f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs, "
+            f"learning rate {config.recipe.learning_rate:g}"
+        )
+        config = _with_measured_precision(config, setup, processes, reporter)
+        if processes.is_main:
+            write_text(run / CONFIG_FILE, to_yaml(config))
+    processes.on_main(lambda: check_inputs(run, setup, accept_changes=accept_changes, reporter=reporter))
+    teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
+    student = train(
+        config,
+        run,
+        setup,
+        teacher=teacher,
+        dataset=dataset,
+        processes=processes,
+        reporter=reporter,
+        evaluate=evaluate,
+    )
+    if processes.is_main:
+        student.model.to("cpu")
+        if config.tuned_share < 1:
+            student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
+        setup = dataclasses.replace(setup, student=student)
+        plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
+        record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}
+        save_clip(run / STUDENT_FOLDER, student, provenance=record)
+    return run / STUDENT_FOLDER
 
 
 def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
@@ -129,7 +158,7 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
             hint="add --views 8, for example: eight crops of each image, over which the epochs cycle",
         )
     path = run / CONFIG_FILE
-    if not (run.exists() and (run.is_file() or any(run.iterdir()))):
+    if not any(path.name != LOCK_FILE for path in run.iterdir()):
         return config, True
     if not resume:
         raise UsageError(

@@ -60,6 +60,7 @@ def train(
             the metrics, and the best student is saved as `RUN/best`.
 
     Raises:
+        ConfigError: there are checkpoints, but all are damaged.
         InterruptedRunError: a signal requested a stop; the state was saved.
         ClipRdEdgeError: the loss was not finite for several steps in a row; the message names the last good checkpoint.
     """
@@ -73,7 +74,7 @@ def train(
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
-    start = load_checkpoint(run, parts)
+    start = load_checkpoint(run, parts, processes, reporter=reporter)
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
         quantization.calibrate(student, dataset, config)

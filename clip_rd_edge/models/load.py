@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -322,6 +323,8 @@ def save_open_clip(folder: Path, clip: ClipModel) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    # safetensors makes it readable for its owner alone, whatever the umask.
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def _to_storable(tensor: Tensor) -> Tensor:

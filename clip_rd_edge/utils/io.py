@@ -112,6 +112,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of unfinished files and folders in `folder`, which nobody else may be writing.
+
+    What `new_folder` had moved aside without having put the new one in its place is moved back.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["kind"] == "old" and not path.with_name(match["name"]).exists():
+            path.rename(path.with_name(match["name"]))
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def disk_full_error(error: BaseException) -> ClipRdEdgeError | None:
     """Return a one-sentence error if `error` or one of its causes is a full disk, else None."""
     cause: BaseException | None = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,33 +13,56 @@ from clip_rd_edge.errors import UsageError
 
 LOCK_FILE = ".lock"
 _POLL_S = 0.1
+_HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_held: set[int] = set()  # file descriptors
+
+
+def _forget_in_child() -> None:
+    """Close the locks that a forked process inherits: they would outlast the process that holds them."""
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextlib.contextmanager
 def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Lock a folder, creating it if it is missing, against other processes that use this lock.
 
-    Afterwards the lock file is removed, and so is the folder if it was created here and is still empty.
+    Afterwards the lock file is removed, and so is the folder if it was created here and is still empty. Nothing is
+    locked on a file system without locks, as some of clusters are.
 
     Args:
         on_wait: if another process holds the lock, called once with a sentence that says so, and the lock is waited
             for; None does not wait.
 
     Raises:
-        UsageError: another process holds the lock and there is no `on_wait`, or `folder` is a file.
+        UsageError: another process holds the lock and there is no `on_wait`, `folder` is a file, or it cannot be
+            written.
     """
     if folder.is_file():
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
     created = not folder.exists()
     path = folder / LOCK_FILE
-    file = _acquire(path, on_wait)
+    try:
+        file = _acquire(path, on_wait)
+    except OSError as error:
+        raise UsageError(
+            f"The output {folder} cannot be written: {error.strerror or error}.", hint="choose another -o"
+        ) from error
+    _held.add(file)
     try:
         yield
     finally:
         # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
-        with contextlib.suppress(OSError):  # Windows cannot remove an open file: there it stays, unlocked
-            path.unlink()
-        os.close(file)
+        if file in _held:  # not in a process that was forked meanwhile
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file: there it stays, unlocked
+                path.unlink()
+            _held.remove(file)
+            os.close(file)
         if created:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
@@ -55,6 +79,8 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
         try:
             _lock(file)
         except OSError as error:
+            if error.errno not in _HELD_ELSEWHERE:
+                return file
             holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
             os.close(file)
             process = f", process {holder}" if holder.isdigit() else ""

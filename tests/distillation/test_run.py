@@ -120,6 +120,135 @@ def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) ->
     assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
+    config: RunConfig, tmp_path: Path, share: float
+) -> None:
+    student = distil(config, tmp_path / "run")
+    shutil.rmtree(student)
+    state = list_checkpoints(tmp_path / "run")[-1] / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[int(share * len(content))] ^= 1
+    state.write_bytes(content)
+    watch = Watch()
+    resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
+    assert any("step-8: state.pt does not match its checksum" in sentence for sentence in watch.said)
+    assert any("goes on from step 6" in sentence for sentence in watch.said)
+    assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_an_error(config: RunConfig, tmp_path: Path) -> None:
+    shutil.rmtree(distil(config, tmp_path / "run"))
+    for checkpoint in list_checkpoints(tmp_path / "run"):
+        (checkpoint / "state.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"No checkpoint in .*checkpoints can be read \(step-8: state\.pt does not"):
+        distil(config, tmp_path / "run", resume=True)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(config: RunConfig, tmp_path: Path) -> None:
+    refused = []
+
+    def start_another(step: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=f"being written by another run, process {os.getpid()}") as error:
+                distil(config, tmp_path / "run", resume=resume)
+            refused.append(error.value)
+
+    student = distil(config, tmp_path / "run", on_step=start_another)
+    assert len(refused) == 2 * STEPS
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert_same_weights(student, distil(config, tmp_path / "alone"))
+
+
+def stop_at(number: int) -> Callable[[int], None]:
+    def stop(step: int) -> None:
+        if step == number:
+            raise MemoryError("like a kill, this saves nothing")
+
+    return stop
+
+
+def other_captions(config: RunConfig) -> str:
+    table = Path(config.data)
+    table.write_text(table.read_text().replace("number", "image"))
+    return "still has 24 pairs, but other names, captions, sizes or another order"
+
+
+def reversed_rows(config: RunConfig) -> str:
+    header, *rows = Path(config.data).read_text().splitlines()
+    Path(config.data).write_text("\n".join([header, *reversed(rows)]) + "\n")
+    return "still has 24 pairs, but other names, captions, sizes or another order"
+
+
+def half_the_rows(config: RunConfig) -> str:
+    rows = Path(config.data).read_text().splitlines()
+    Path(config.data).write_text("\n".join(rows[:13]) + "\n")
+    return "had 24 pairs, and now has 12 pairs"
+
+
+def other_weights(config: RunConfig) -> str:
+    assert config.teacher
+    clip = load_clip(config.teacher)
+    with torch.no_grad():
+        next(iter(clip.model.parameters())).view(-1)[0] += 1e-3
+    save_clip(Path(config.teacher), clip, provenance={})
+    return "the teacher teacher has other weights"
+
+
+@pytest.mark.parametrize("change", [other_captions, reversed_rows, half_the_rows, other_weights])
+def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
+    config: RunConfig, tmp_path: Path, change: Callable[[RunConfig], str]
+) -> None:
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    difference = change(config)
+    with pytest.raises(UsageError, match=difference) as error:
+        distil(config, tmp_path / "run", resume=True)
+    assert "--accept-changes" in error.value.hint
+    watch = Watch(on_step=stop_at(5))
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=watch)
+    assert any(difference in sentence for sentence in watch.said)
+    distil(config, tmp_path / "run", resume=True)  # with the inputs that were accepted
+
+
+def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    assert config.teacher
+    shutil.copytree(config.teacher, tmp_path / "copy")
+    shutil.rmtree(config.teacher)
+    shutil.copytree(tmp_path / "copy", config.teacher)
+    distil(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "student").is_dir()
+
+
+def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    run, number = tmp_path / "run", "0" * 32
+    with pytest.raises(MemoryError):
+        distil(config, run, on_step=stop_at(4))
+    leftovers = [run / "checkpoints" / f".step-4.{number}.tmp", run / f".student.{number}.tmp"]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "state.pt").touch()
+    (run / "checkpoints" / "step-3").rename(run / "checkpoints" / f".step-3.{number}.old")  # between two renames
+    watch = Watch()
+    run_distillation(config, run, resume=True, reporter=watch)
+    assert ("training", 4, STEPS) in watch.updates
+    assert ("training", 1, STEPS) not in watch.updates
+    assert not list(run.rglob(".*"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_all_files_of_a_student_follow_the_umask(teacher: Path, tmp_path: Path, umask: int, mode: int) -> None:
+    previous = os.umask(umask)
+    try:
+        save_clip(tmp_path / "saved", load_clip(str(teacher)), provenance={})
+    finally:
+        os.umask(previous)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {mode}
+
+
 def test_resuming_a_finished_run_changes_nothing(config: RunConfig, tmp_path: Path) -> None:
     student = distil(config, tmp_path / "run")
     written_at = (student / "open_clip_model.safetensors").stat().st_mtime_ns

@@ -164,7 +164,7 @@ posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sig
 
 @posix
 def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(pairs_csv: Path) -> None:
-    sampler = StepSampler(24, 6, seed=0, start=0, stop=12)
+    sampler = StepSampler([24], 6, seed=0, start=0, stop=12)
     batches = step_loader(dataset(pairs_csv), sampler, workers=2)
     captions = [next(batches).captions]
     workers = multiprocessing.active_children()
@@ -181,7 +181,7 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
 def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))
-    batches = step_loader(dataset(pairs_csv), StepSampler(24, 6, seed=0, start=0, stop=4), workers=1)
+    batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=1)
     interrupt = threading.Timer(1.0, terminate)
     interrupt.start()
     with stop_on_signals(), pytest.raises(Stopped):

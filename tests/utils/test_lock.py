@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils import lock
 from clip_rd_edge.utils.lock import exclusive_writer
 
 
@@ -39,6 +42,47 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").exists()
     with exclusive_writer(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time; from pathlib import Path; from clip_rd_edge.utils.lock import exclusive_writer\n"
+        "with exclusive_writer(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: os.close(1); time.sleep(60)\n"
+        "    print(child, flush=True); os._exit(9)"
+    )
+    process = subprocess.run([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, check=False)
+    try:
+        with exclusive_writer(tmp_path):
+            pass
+    finally:
+        os.kill(int(process.stdout), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(UsageError, match="cannot be written: Permission denied"):
+        exclusive_writer(tmp_path).__enter__()
+    tmp_path.chmod(0o755)
+
+
+def test_a_folder_whose_parent_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
+        exclusive_writer(tmp_path / "file" / "folder").__enter__()
+
+
+def test_a_file_system_without_locks_is_written_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", refuse)
+    with exclusive_writer(tmp_path / "folder"):
+        (tmp_path / "folder" / "result").touch()
+    assert (tmp_path / "folder" / "result").exists()
 
 
 def test_a_writer_that_may_wait_says_so_once_and_goes_on_when_the_first_ends(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Fingerprints of what a run reads from outside its folder, so that a resumed run notices when it was replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from clip_rd_edge.data.pairs import fingerprint
+from clip_rd_edge.distillation.build import RunSetup
+from clip_rd_edge.distillation.embedding_store import teacher_fingerprint
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+INPUTS_FILE = "inputs.json"
+_SHOWN_DIGITS = 12
+
+
+class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
+    """Fingerprints of data and teacher, which do not depend on the folders that they lie in.
+
+    Attributes:
+        left_out: number of samples that are not pairs, such as those in the lost part of a shard.
+        pairs_sha256: see `data.pairs.fingerprint`.
+        teacher_sha256: see `embedding_store.teacher_fingerprint`; None without a teacher.
+    """
+
+    pairs: int
+    left_out: int
+    pairs_sha256: str
+    teacher_sha256: str | None
+
+
+def inputs_of(setup: RunSetup) -> RunInputs:
+    """Return the fingerprints of a run's data and teacher."""
+    return RunInputs(
+        pairs=len(setup.pairs),
+        left_out=len(setup.pairs.left_out),
+        pairs_sha256=fingerprint(setup.pairs),
+        teacher_sha256=teacher_fingerprint(setup.teacher) if setup.teacher else None,
+    )
+
+
+def check_inputs(run: Path, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT) -> None:
+    """Write RUN/inputs.json if there is none yet; else check that data and teacher are still those.
+
+    Args:
+        accept_changes: report a difference, and keep the new fingerprints, instead of raising.
+
+    Raises:
+        UsageError: data or teacher changed; the message says from what to what.
+        ConfigError: inputs.json is damaged.
+    """
+    path, inputs = run / INPUTS_FILE, inputs_of(setup)
+    if path.is_file():
+        old = read_json(path, RunInputs)
+        difference = _difference(old, inputs, setup)
+        if difference is None:
+            return
+        if not accept_changes:
+            raise UsageError(
+                f"{run} began with other inputs: {difference}.",
+                hint="restore them, start a new run with another -o, or go on with the new ones: --accept-changes",
+            )
+        reporter.say(f"the run goes on with changed inputs: {difference}")
+    write_bytes(path, to_json(inputs))
+
+
+def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
+    if (old.pairs, old.left_out) != (new.pairs, new.left_out):
+        return f"{setup.pairs.name} had {_counts(old)}, and now has {_counts(new)}"
+    if old.pairs_sha256 != new.pairs_sha256:
+        change = _change(old.pairs_sha256, new.pairs_sha256)
+        return (
+            f"{setup.pairs.name} still has {_counts(new)}, but other names, captions, sizes or another order ({change})"
+        )
+    if old.teacher_sha256 != new.teacher_sha256:
+        name = setup.teacher.name if setup.teacher else "none"
+        change = _change(old.teacher_sha256, new.teacher_sha256)
+        return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
+    return None
+
+
+def _counts(inputs: RunInputs) -> str:
+    left_out = f" and {inputs.left_out:,} samples that are not pairs" if inputs.left_out else ""
+    return f"{inputs.pairs:,} pairs{left_out}"
+
+
+def _change(old: str | None, new: str | None) -> str:
+    return f"SHA-256 {str(old)[:_SHOWN_DIGITS]} → {str(new)[:_SHOWN_DIGITS]}"
