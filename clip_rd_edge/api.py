@@ -284,6 +284,10 @@ def export(
 
     reporter.update("loading the model")
     clip = load_clip(spec, pretrained=pretrained)
+    if plan.layout == "immich":
+        from clip_rd_edge.convert.immich import immich_name, where_it_goes, write_immich
+
+        name = immich_name(options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
     calibration = None
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
@@ -319,9 +323,8 @@ def export(
             clip, folder, request, calibration=calibration, overwrite=force or folder != output, reporter=reporter
         )
         if plan.layout == "immich":
-            from clip_rd_edge.convert.immich import write_immich
-
             write_immich(folder, output, overwrite=force)
+            reporter.say(where_it_goes(output, name))
         elif plan.layout == BROWSER:
             from clip_rd_edge.web.browser import write_browser
 

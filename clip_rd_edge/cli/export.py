@@ -54,6 +54,11 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "--precision int8, INT8 files and a model card. immich writes a model folder for immich.",
 )  # fmt: skip
 @_bundle(
+    "--as", "as_name", metavar="NAME",
+    help="For --layout immich: the model that immich knows by this name and whose place the student takes; its "
+    "embeddings must have the same size.  [default: ViT-B-32__openai for embeddings of 512 numbers]",
+)  # fmt: skip
+@_bundle(
     "--report", type=click.Path(path_type=Path), metavar="DIR",
     help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.",
 )  # fmt: skip
@@ -101,6 +106,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export runs/first --format trt -o bundle
     clip-rd-edge export runs/first --target sm86,sm89,jetson-orin -o bundles
     clip-rd-edge export runs/first --layout huggingface --precision int8 -o hub
+    clip-rd-edge export runs/first --layout immich --as ViT-B-32__openai -o immich
     clip-rd-edge export bundle --target browser -o site
     """
     import clip_rd_edge as edge

@@ -5,6 +5,11 @@ visual/model.onnx                    image (N, 3, H, W) float32 -> embedding
 visual/preprocess_cfg.json           in open_clip's format
 textual/model.onnx                   text (N, T) int32 -> embedding
 textual/tokenizer.json, textual/tokenizer_config.json
+
+immich's server takes models by name, and knows the size of each one's embeddings: a student takes the name of a model
+of the same size. Sources: `CLIP_MODEL_INFO` of the server, `OpenClipVisualEncoder` and `OpenClipTextualEncoder` of the
+machine-learning service. Where the middle of an image lies between two pixels, its crop begins at the lower one, and
+open_clip's at the even one. Every other value of its preprocessing is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -18,8 +23,57 @@ import onnx
 from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes, write_text
+
+# The models of open_clip that immich knows, by the size of their embeddings; the first is the default.
+MODELS = {
+    512: (
+        "ViT-B-32__openai", "ViT-B-32__laion2b-s34b-b79k", "ViT-B-32__laion2b_e16", "ViT-B-32__laion400m_e31",
+        "ViT-B-32__laion400m_e32", "ViT-B-16__openai", "ViT-B-16__laion400m_e31", "ViT-B-16__laion400m_e32",
+        "RN101__openai", "RN101__yfcc15m",
+    ),
+    640: ("RN50x4__openai", "ViT-B-16-plus-240__laion400m_e31", "ViT-B-16-plus-240__laion400m_e32"),
+    768: (
+        "ViT-L-14__openai", "ViT-L-14__laion2b-s32b-b82k", "ViT-L-14__laion400m_e31", "ViT-L-14__laion400m_e32",
+        "ViT-L-14-336__openai", "ViT-L-14-quickgelu__dfn2b", "RN50x16__openai",
+    ),
+    1024: (
+        "RN50__openai", "RN50__yfcc15m", "RN50__cc12m", "RN50x64__openai", "ViT-H-14__laion2b-s32b-b79k",
+        "ViT-H-14-quickgelu__dfn5b", "ViT-H-14-378-quickgelu__dfn5b", "ViT-g-14__laion2b-s12b-b42k",
+    ),
+}  # fmt: skip
+
+
+def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
+    """Return the name under which immich takes a model: `name`, or a default for the size of its embeddings.
+
+    Raises:
+        UsageError: immich does not know the name, or knows no model with embeddings of this size by it.
+    """
+    names = [known for of_size in MODELS.values() for known in of_size]
+    if name is not None and name not in names:
+        raise UsageError(
+            f"immich knows no model of open_clip named {name!r}; expected one of {', '.join(names)}."
+            f"{near_matches(name, names)}"
+        )
+    if name in MODELS.get(embedding_size, ()) or (name is None and embedding_size in MODELS):
+        return name or MODELS[embedding_size][0]
+    expected = next((size for size, of_size in MODELS.items() if name in of_size), None)
+    sizes = f"{expected}, the size of {name}" if expected else f"one of {', '.join(map(str, MODELS))}"
+    raise UsageError(
+        f"{model} has embeddings of {embedding_size} numbers; immich's server expects {sizes}.",
+        hint=f"clip-rd-edge distill --embedding-size {expected or 512} trains such a student",
+    )
+
+
+def where_it_goes(folder: Path, name: str) -> str:
+    """Say in a sentence how immich finds the folder."""
+    return (
+        f"next: copy {folder} to clip/{name} in the model cache of immich's machine-learning service (/cache in its "
+        f"container, the volume model-cache), and choose {name} as the smart search model; run smart search for all "
+        "assets again, because embeddings of two models cannot be compared"
+    )
 
 
 def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None:

@@ -90,6 +90,8 @@ class ExportOptions(TypedDict, total=False):
         via: `onnx` or `torch-tensorrt`.
         layout: `bundle`; `huggingface` for a folder that open_clip, transformers.js and fastembed load; or `immich`
             for a model folder of immich.
+        as_name: for `immich`, the model that immich knows by this name and whose place the student takes. Default:
+            `ViT-B-32__openai` for embeddings of 512 numbers, and others for 640, 768 and 1,024.
         report: folder of a benchmark's report, whose figures `huggingface` puts into the model card.
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.
         labels: names, or a label file, whose embeddings are stored in the bundle.
@@ -107,6 +109,7 @@ class ExportOptions(TypedDict, total=False):
     target: str | None
     via: Via
     layout: Layout
+    as_name: str | None
     report: str | os.PathLike[str] | None
     preprocess_in_graph: bool
     labels: Labels

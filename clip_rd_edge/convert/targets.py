@@ -251,6 +251,8 @@ def _require_layout_options(options: ExportOptions, layout: Layout, resolved: Re
     """Raise UsageError if an option cannot be combined with the layout."""
     if layout != "bundle" and resolved.format != "onnx":
         raise UsageError(f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.")
+    if layout != "immich" and options.get("as_name") is not None:
+        raise UsageError("--as is the name of a model of --layout immich.", hint="omit --as")
     if layout != "huggingface":
         if options.get("report") is not None:
             raise UsageError("--report is for the model card of --layout huggingface.", hint="omit --report")

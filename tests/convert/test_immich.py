@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,9 +11,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.convert.immich import write_immich
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.convert.immich import immich_name, write_immich
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 
@@ -49,4 +52,57 @@ def test_preprocessing_that_immich_does_not_support_is_refused(colour_bundle: Pa
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=padded))
     with pytest.raises(UsageError, match="takes 8 × 8 with resize mode longest"):
         write_immich(colour_bundle, tmp_path / "immich")
+    assert not (tmp_path / "immich").exists()
+
+
+@pytest.mark.parametrize(
+    "size", [(1024, 683), (683, 1024), (640, 480), (4000, 3000), (225, 224), (301, 1207), (50, 90)]
+)
+def test_immichs_preprocessing_differs_by_a_pixel_of_the_crop_at_most(size: tuple[int, int]) -> None:
+    preprocessing = Preprocessing(size=(224, 224), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    image = noise.resize(size, Image.Resampling.BICUBIC)
+    # The steps of immich's OpenClipVisualEncoder.
+    ratio = max(size) / min(size)
+    resized = image.resize(
+        tuple(224 if edge == min(size) else int(ratio * 224) for edge in size), Image.Resampling.BICUBIC
+    )
+    left, top = (int(edge / 2 - 224 / 2) for edge in resized.size)
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), dtype=np.float32) / 255
+    theirs = ((pixels - preprocessing.mean) / preprocessing.std).transpose(2, 0, 1)
+    ours = preprocess(image, preprocessing)
+    remainder = max(resized.size) - 224
+    if remainder % 4 == 3:  # the middle lies between two pixels, of which the upper is even
+        shifted = ours[:, :, :-1], theirs[:, :, 1:]
+        if size[1] > size[0]:
+            shifted = ours[:, :-1], theirs[:, 1:]
+        np.testing.assert_allclose(*shifted, atol=1e-5)
+    else:
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_model_takes_the_place_of_one_with_embeddings_of_the_same_size() -> None:
+    assert immich_name(None, embedding_size=512, model="student") == "ViT-B-32__openai"
+    assert immich_name("RN50x16__openai", embedding_size=768, model="student") == "RN50x16__openai"
+    for name, embedding_size, expected in (
+        ("ViT-B-32__openai", 256, "immich's server expects 512, the size of ViT-B-32__openai"),
+        ("ViT-L-14__openai", 512, "expects 768"),
+        (None, 256, "expects one of 512, 640, 768, 1024"),
+        ("ViT-B-32", 512, "immich knows no model of open_clip named 'ViT-B-32'"),
+    ):
+        with pytest.raises(UsageError, match=expected) as refusal:
+            immich_name(name, embedding_size=embedding_size, model="student")
+        assert name == "ViT-B-32" or "--embedding-size" in refusal.value.hint
+
+
+def test_a_model_of_another_size_is_refused_before_it_is_exported(
+    student: ClipModel, tmp_path: Path, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    save_clip(tmp_path / "student", student, provenance={})
+    code, _, error = command_line(
+        "export", tmp_path / "student", "--layout", "immich", "--as", "ViT-B-32__openai", "-o", tmp_path / "immich"
+    )
+    assert code == 2
+    assert "has embeddings of 32 numbers" in error
+    assert "distill --embedding-size 512" in error
     assert not (tmp_path / "immich").exists()

@@ -50,6 +50,7 @@ def test_the_devices_command(command_line: Run) -> None:
         ({"layout": "immich", "format": "openvino"}, "The layout immich is ONNX"),
         ({"layout": "huggingface", "preprocess_in_graph": True}, "preprocess images"),
         ({"layout": "huggingface", "labels": ["cat"]}, "stores no labels"),
+        ({"as_name": "ViT-B-32__openai"}, "--as is the name of a model of --layout immich"),
         ({"report": "results"}, "--report is for the model card"),
     ],
 )
