@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import sys
 import uuid
@@ -222,3 +223,17 @@ def calibration(student: ClipModel) -> CalibrationSet:
         return Samples(pixels, student.tokenizer(captions).numpy())
 
     return CalibrationSet("noise", calibrate=samples(32), held_out=samples(24))
+
+
+@pytest.fixture
+def without_more(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Images whose subfolder `more` cannot be read, by anybody: permissions do not stop root."""
+    scandir = os.scandir
+
+    def refuse(path: str | os.PathLike[str]) -> object:
+        if Path(path).name == "more":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return colour_images

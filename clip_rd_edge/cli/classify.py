@@ -112,7 +112,10 @@ def command(
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
 
-    paths = list(find_images(images, lines=_lines(sys.stdin, null=null)))
+    folders: list[InputError] = []  # that cannot be read
+    paths = list(find_images(images, lines=_lines(sys.stdin, null=null), on_unreadable=folders.append))
+    for error in folders:
+        echo(f"error: {one_line(error)}", err=True)
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
     classifier = ZeroShotClassifier(
         encoder, parse_labels(labels), templates=templates or None, none_below=none_below, cache=cache
@@ -129,6 +132,9 @@ def command(
     if not paths:
         raise InputError("No images: the list on stdin is empty.", hint="pipe in one path per line")
     _classify_files(classifier, encoder, paths, top=top, format_result=format_result, quick=quick, end=end)
+    if folders:
+        count = len(folders)
+        raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:

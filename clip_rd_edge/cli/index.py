@@ -41,4 +41,7 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     echo(output)
     if update.unreadable:
         count = len(update.unreadable)
-        raise InputError(f"{count:,} image{'s' * (count > 1)} could not be read; the others are in the index.")
+        raise InputError(
+            f"{count:,} image{'s' * (count > 1)} or folder{'s' * (count > 1)} could not be read; the others are in the "
+            "index."
+        )

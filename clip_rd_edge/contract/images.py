@@ -9,7 +9,7 @@ import importlib
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -202,23 +202,34 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 STDIN = "-"
 
 
-def find_images(names: Iterable[str], *, lines: Iterable[str] = ()) -> Iterator[Path]:
+def _raise(error: InputError) -> None:
+    raise error
+
+
+def find_images(
+    names: Iterable[str], *, lines: Iterable[str] = (), on_unreadable: Callable[[InputError], None] = _raise
+) -> Iterator[Path]:
     """Yield the image files for each name, in the order of the names; folders and globs are expanded in sorted order.
 
     Args:
         names: files, folders (searched recursively), globs such as `photos/**/*.jpg`, which some shells do not expand,
             and `-` for `lines`.
         lines: paths without the newline or NUL that ends them; blank ones are skipped.
+        on_unreadable: called for each subfolder that cannot be read; the others are searched if it returns.
 
     Raises:
-        InputError: a file or folder does not exist, a folder has no images, or a glob matches nothing.
+        InputError: a name is empty, a file or folder does not exist, a folder has no images, or a glob matches nothing.
     """
     for name in names:
+        if not name:
+            raise InputError(
+                "The name of an image or folder is empty.", hint="check the variable it came from; . is this folder"
+            )
         path = Path(name)
         if name == STDIN:
             yield from (Path(line) for line in lines if line.strip())
         elif path.is_dir():
-            yield from _require_any(list_images(path), f"The folder {path} has no images.")
+            yield from _require_any(list_images(path, on_unreadable=on_unreadable), f"The folder {path} has no images.")
         elif path.exists():
             yield path
         elif glob.has_magic(name):
@@ -229,15 +240,27 @@ def find_images(names: Iterable[str], *, lines: Iterable[str] = ()) -> Iterator[
             raise InputError(f"The image or folder {name} does not exist.", hint="check the path")
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Return all image files in a folder and its subfolders, sorted; hidden files and folders are excluded."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
+    """Return all image files in a folder and its subfolders, sorted; hidden files and folders are excluded.
+
+    Args:
+        on_unreadable: called for the folder itself and for each subfolder that cannot be read; see `find_images`.
+    """
+
+    def report(error: OSError) -> None:
+        on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
+
+    images = []
+    for path, subfolders, names in os.walk(folder, onerror=report):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        images += [
+            image
+            for name in names
+            if not name.startswith(".")
+            and (image := Path(path, name)).suffix.lower() in IMAGE_SUFFIXES
+            and image.is_file()
+        ]
+    return sorted(images)
 
 
 def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:

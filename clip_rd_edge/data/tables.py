@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from clip_rd_edge.errors import InputError, near_matches
 
 _SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
 _GROUP_ROWS = 4096
+_MAX_HEADER = 100_000  # characters
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,20 @@ def read_table(path: Path, *, image_key: str, caption_key: str, separator: str |
     images: list[Path] = []
     captions: list[tuple[str, ...]] = []
     left_out: list[str] = []
+    last_line = 0  # of the rows that were read
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
+            header = file.readline(_MAX_HEADER)
             file.seek(0)
             separator = separator or _separator_of(path, header, {image_key, caption_key})
-            rows = csv.DictReader(file, delimiter=separator)
+            rows = csv.DictReader(file, delimiter=separator, strict=True)
             for key, option in ((image_key, "--csv-img-key"), (caption_key, "--csv-caption-key")):
                 _require_column(path, list(rows.fieldnames or []), key, option)
+            last_line = rows.line_num
             for row in rows:
+                first_line, last_line = last_line + 1, rows.line_num
+                if last_line > first_line:
+                    _require_no_rows_within(path, row, (image_key, caption_key), separator, first_line)
                 image = _find_image(row[image_key], path.parent)
                 caption = (row[caption_key] or "").strip()
                 if image is None:
@@ -97,7 +104,10 @@ def read_table(path: Path, *, image_key: str, caption_key: str, separator: str |
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}.") from error
+        raise InputError(
+            f"{path}, line {last_line + 1}: {error}.",
+            hint='a quote that begins a field must end it, and is doubled within it: "a 5"" nail"',
+        ) from error
     return TablePairs(str(path), tuple(images), tuple(captions), tuple(left_out))
 
 
@@ -118,8 +128,28 @@ def _require_column(path: Path, columns: list[str], key: str, option: str) -> No
         )
 
 
+def _require_no_rows_within(
+    path: Path, row: dict[str, str | None], keys: tuple[str, str], separator: str, first_line: int
+) -> None:
+    """Check that a row of several lines is one pair, and not several that a stray quote joined.
+
+    A caption may hold newlines, but then none of its lines is a row with an image that exists.
+    """
+    columns = list(row)
+    position = columns.index(keys[0])
+    for value in (row[key] or "" for key in keys):
+        for line in value.splitlines()[1:]:
+            fields = line.split(separator)
+            if position < len(fields) and _find_image(fields[position].strip('"'), path.parent):
+                raise InputError(
+                    f"{path}, line {first_line}: a quoted field holds the row of the image {fields[position]!r}; "
+                    "expected a quote at its end.",
+                    hint="remove the stray quote, or quote the whole field and double each quote within it",
+                )
+
+
 def _find_image(name: str | None, folder: Path) -> Path | None:
     for candidate in (Path(name or ""), folder / (name or "")):
-        if name and candidate.is_file():
+        if name and os.path.isfile(candidate):  # noqa: PTH113  False also for a name that is too long
             return candidate.resolve()
     return None

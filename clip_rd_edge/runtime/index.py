@@ -169,7 +169,7 @@ class Update:
 
     Attributes:
         kept, embedded, removed: numbers of images.
-        unreadable: one message per image that could not be read, or whose name is not UTF-8.
+        unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
     """
 
     kept: int = 0
@@ -228,13 +228,15 @@ def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: 
 
 def _update(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter) -> Update:
     index, rows = _start(encoder, folder.resolve(), path)
-    images = list_images(folder)
+    folders: list[InputError] = []  # that cannot be read
+    images = list_images(folder, on_unreadable=folders.append)
     names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
     if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.")
     kept, new = _compare(index.entries, _sources(folder, names))
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
     update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
+    update.unreadable += map(str, folders)
     update.unreadable += [
         f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
         for image in images

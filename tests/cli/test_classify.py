@@ -30,6 +30,25 @@ def test_a_broken_image_in_a_folder_is_reported_and_skipped(
     assert "1 of 5 images could not be read; the others are classified." in error
 
 
+def test_a_subfolder_that_cannot_be_read_is_reported_by_classify_and_index(
+    command_line: Run, colour_bundle: Path, without_more: Path, tmp_path: Path
+) -> None:
+    code, output, error = command_line("classify", colour_bundle, without_more, *LABELS)
+    assert (code, len(output.splitlines())) == (2, 3)
+    assert f"Cannot read the folder {without_more / 'more'}: Permission denied" in error
+    assert "1 folder could not be read; the others are classified." in error
+    code, _, error = command_line("index", colour_bundle, without_more, "-o", tmp_path / "index")
+    assert code == 2
+    assert f"Cannot read the folder {without_more / 'more'}: Permission denied" in error
+    assert "3 embedded" in error
+
+
+def test_an_empty_name_is_refused(command_line: Run, colour_bundle: Path) -> None:
+    code, output, error = command_line("classify", colour_bundle, "", *LABELS)
+    assert (code, output) == (2, "")
+    assert "The name of an image or folder is empty" in error
+
+
 def test_csv_output_and_images_without_a_likely_label(
     command_line: Run, colour_bundle: Path, colour_images: Path
 ) -> None:

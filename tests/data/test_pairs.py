@@ -65,6 +65,53 @@ def test_a_row_that_is_no_pair_counts_as_bad_and_is_named_by_its_line(pairs_csv:
     assert len(BadSamples(pairs, max_share=0.04)) == 1  # as the hint says
 
 
+@pytest.mark.parametrize("row", range(1, 25))
+@pytest.mark.parametrize("place", ["caption's start", "both captions' starts", "image's start", "after a closed quote"])
+def test_a_stray_quote_never_swallows_rows_without_a_word(pairs_csv: Path, row: int, place: str) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    if place == "image's start":
+        lines[row] = f'"{lines[row]}'
+    elif place == "after a closed quote":
+        lines[row] = lines[row].replace(",", ',"a 5" nail, ')
+    else:
+        lines[row] = lines[row].replace(",", ',"')
+    if place == "both captions' starts" and row + 3 < len(lines):
+        lines[row + 3] += '"'  # closes the quote three rows later, as the end of a valid field
+    pairs_csv.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=rf"pairs\.csv, line {row + 1}: "):
+        load_pairs(str(pairs_csv))
+
+
+def test_a_quoted_caption_may_hold_newlines_and_doubled_quotes(pairs_csv: Path) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    lines[3] = 'pictures/2.png,"a 5"" nail,\nred or green"'
+    pairs_csv.write_text("\n".join(lines) + "\n")
+    pairs = load_pairs(str(pairs_csv))
+    assert len(pairs) == 24
+    assert pairs.captions(2) == ('a 5" nail,\nred or green',)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f"pictures/0.png,{'a' * 131_073}", "line 26: field larger than field limit"),
+        (f"{'a' * 5_000}.png,a cat", "1 of 25 samples .*line 26: the image"),
+        ("pictures/0\0.png,a cat", "line 26: "),
+    ],
+    ids=["long field", "long path", "NUL"],
+)
+def test_absurd_fields_are_named_by_their_line(pairs_csv: Path, line: str, reason: str) -> None:
+    pairs_csv.write_text(f"{pairs_csv.read_text().rstrip()}\n{line}\n")
+    with pytest.raises(InputError, match=reason):
+        BadSamples(load_pairs(str(pairs_csv)))
+
+
+def test_a_header_without_an_end_is_refused(pairs_csv: Path) -> None:
+    pairs_csv.write_text("a" * 300_000)
+    with pytest.raises(InputError, match=r"pairs\.csv, line 1: field larger than field limit"):
+        load_pairs(str(pairs_csv))
+
+
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
 def test_the_separator_is_the_one_that_splits_the_header(pairs_csv: Path, separator: str, name: str) -> None:

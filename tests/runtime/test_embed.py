@@ -130,3 +130,18 @@ def test_names_without_images_are_refused(tmp_path: Path, name: str, message: st
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         list(find_images([str(tmp_path / name)]))
+
+
+def test_an_empty_name_is_not_the_working_folder(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(colour_images)
+    with pytest.raises(InputError, match="name of an image or folder is empty"):
+        list(find_images([""]))
+
+
+def test_a_subfolder_that_cannot_be_read_is_named_and_the_others_are_searched(without_more: Path) -> None:
+    errors = list[InputError]()
+    paths = list(find_images([str(without_more)], on_unreadable=errors.append))
+    assert [path.name for path in paths] == ["blue.jpg", "green.png", "red.png"]
+    assert [str(error) for error in errors] == [f"Cannot read the folder {without_more / 'more'}: Permission denied."]
+    with pytest.raises(InputError, match="Cannot read the folder"):
+        list_images(without_more)

@@ -215,7 +215,7 @@ def test_the_index_and_search_commands(
     (colour_images / "broken.png").write_bytes(b"not an image")
     code, output, error = command_line("index", colour_bundle, colour_images, "-o", index)
     assert (code, output) == (2, f"{index}\n")
-    assert "1 image could not be read" in error
+    assert "1 image or folder could not be read" in error
     code, _, error = command_line("search", index, " ")
     assert (code, "The query is empty" in error) == (2, True)
     with (colour_bundle / "image.onnx").open("ab") as file:
