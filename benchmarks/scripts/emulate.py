@@ -1,6 +1,6 @@
 """What bundles answer on processors that are not here, by user-mode emulation with QEMU.
 
-    python benchmarks/scripts/emulate.py quickstart/bundles/fp32 quickstart/bundles/int8
+    python benchmarks/scripts/emulate.py quickstart/bundles/fp32 quickstart/bundles/int8 --cpu Haswell cortex-a76
     python benchmarks/scripts/emulate.py quickstart/bundles/* -o benchmarks/results/MACHINE/emulated.json \\
         --readme benchmarks/README.md
 
@@ -10,7 +10,7 @@ run this Python. Emulation executes the instructions of the other processor, so 
 it takes there: it shows which answers come out, and tells nothing of speed.
 
 For each bundle and processor: the greatest difference of an embedding to the same bundle's here, the centred cosine to
-FP32's here, and top-1 on images of the quickstart's tasks beside FP32's.
+FP32's here, top-1 on images of the quickstart's tasks, and what `clip-rd-edge verify` finds there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import zero_shot_task
 from clip_rd_edge.utils.io import cache_home, to_json, write_bytes
@@ -54,6 +53,7 @@ PACKAGES = (
     "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML",
 )  # fmt: skip
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
+ARM_CACHE = cache_home() / f"arm64-{SUITE}"
 ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
@@ -64,6 +64,7 @@ import numpy as np
 
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
 
 bundle, images, texts, output = sys.argv[1:]
 encoder = load(bundle, threads=1, runtime="onnxruntime", device="cpu")
@@ -71,7 +72,9 @@ paths = Path(images).read_text().splitlines()
 # One at a time, as a device sees them.
 rows = np.concatenate([encoder.encode_images([open_image(Path(path))]) for path in paths])
 labels = encoder.encode_texts(Path(texts).read_text().splitlines())
-np.savez(output, images=rows, texts=labels)
+checks = verify_bundle(Path(bundle), threads=1, runtime="onnxruntime", device="cpu")
+failed = "; ".join(f"{check.what}: {check.detail}" for check in checks if not check.passed)
+np.savez(output, images=rows, texts=labels, failed=np.array(failed))
 """
 
 
@@ -82,6 +85,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
         max_difference: greatest absolute difference of an embedding entry to the same bundle's on this machine.
         image_cosine, text_cosine: centred cosine with FP32's embeddings on this machine.
         top1: share of the images whose label comes first.
+        failed: which checks of `verify` fail there, and why, or empty.
         problem: why it does not run there, or empty.
     """
 
@@ -91,11 +95,12 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
     image_cosine: float = 0.0
     text_cosine: float = 0.0
     top1: float = 0.0
+    failed: str = ""
     problem: str = ""
 
 
 class Emulated(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a run; images per task, labels in all."""
+    """All of a run; numbers of images and labels in all."""
 
     environment: Environment
     qemu: str
@@ -127,7 +132,10 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> E
         raise SystemExit("error: none of the bundles is in FP32, which the others are compared with")
     tasks = [zero_shot_task(split) for split in ("unseen style", "unseen concepts")]
     labels = sorted({label for task in tasks for label in task.labels})
-    shown = [(task, i) for task in tasks for i in range(min(images, len(task.images)))]
+    rng = np.random.default_rng(0)
+    shown = [
+        (task, int(i)) for task in tasks for i in rng.permutation(len(task.images))[: min(images, len(task.images))]
+    ]
     truth = np.array([labels.index(task.labels[task.targets[i]]) for task, i in shown])
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,8 +160,8 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> E
     )  # fmt: skip
 
 
-def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, Embeddings] | str:
-    """Embeddings of the images and texts listed in `folder`, or why the bundle does not run there."""
+def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, np.ndarray] | str:
+    """Embeddings of the `images` and `texts` listed in `folder` and which checks `failed`, or why it does not run."""
     output = folder / f"{bundle.name}-{processor}.npz"
     arguments = [
         "-c",
@@ -174,7 +182,7 @@ def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, Embeddings
         lines = [line for line in done.stderr.splitlines() if line.strip() and "TCG doesn't support" not in line]
         return lines[-1].strip() if lines else f"it ended with {done.returncode}"
     with np.load(output) as arrays:
-        return {name: arrays[name] for name in ("images", "texts")}
+        return dict(arrays)
 
 
 def interpreter(processor: str) -> list[str]:
@@ -199,7 +207,7 @@ def environment_of(processor: str) -> dict[str, str]:
 
 def arm_root() -> Path:
     """An arm64 Debian with Python and the base dependencies, unpacked without root's rights or a chroot; made once."""
-    root = cache_home() / f"arm64-{SUITE}"
+    root = ARM_CACHE
     if (root / "complete").is_file():
         return root
     shutil.rmtree(root, ignore_errors=True)
@@ -224,9 +232,9 @@ def arm_root() -> Path:
 def compare(
     bundle: Path,
     processor: str,
-    rows: Mapping[str, Embeddings] | str,
-    here: Mapping[str, Embeddings],
-    fp32: Mapping[str, Embeddings],
+    rows: Mapping[str, np.ndarray] | str,
+    here: Mapping[str, np.ndarray],
+    fp32: Mapping[str, np.ndarray],
     truth: np.ndarray,
 ) -> Answers:
     """What came out on a processor, beside what comes out here."""
@@ -235,22 +243,25 @@ def compare(
     return Answers(
         bundle=bundle.name,
         processor=processor,
-        max_difference=max(float(np.abs(rows[name] - here[name]).max()) for name in rows),
+        max_difference=max(float(np.abs(rows[name] - here[name]).max()) for name in ("images", "texts")),
         image_cosine=agreement(fp32["images"], rows["images"]).centred_cosine,
         text_cosine=agreement(fp32["texts"], rows["texts"]).centred_cosine,
         top1=float(np.mean((rows["images"] @ rows["texts"].T).argmax(axis=1) == truth)),
+        failed=str(rows["failed"]),
     )
 
 
 def table(results: Emulated) -> str:
     """A Markdown table: a row per bundle and processor."""
-    lines = [["bundle", "processor", "max. difference to here", "image cosine", "text cosine", "top-1, %"]]
+    lines = [["bundle", "processor", "max. difference to here", "image cosine", "text cosine", "top-1, %", "verify"]]
     for row in results.answers:
         if row.problem:
-            lines.append([row.bundle, row.processor, row.problem, "–", "–", "–"])
+            lines.append([row.bundle, row.processor, row.problem, "–", "–", "–", "–"])
             continue
         figures = [f"{row.max_difference:.1g}", f"{row.image_cosine:.4f}", f"{row.text_cosine:.4f}"]
-        lines.append([row.bundle, row.processor, *figures, f"{100 * row.top1:.1f}"])
+        lines.append(
+            [row.bundle, row.processor, *figures, f"{100 * row.top1:.1f}", "fails" if row.failed else "passes"]
+        )
     return markdown_table(lines, left=(0, 1))
 
 

@@ -23,7 +23,9 @@ from clip_rd_edge.utils.io import write_bytes
 REFERENCE = "reference.npz"
 _MAX_BYTES = 64_000_000  # of an array
 _HINT = "copy or export the bundle again"
-_COUNT = 8
+_COUNT = 8  # reference images, half of them on white
+# Levels of a colour's channels.
+_ALL, _SATURATED, _WHITE = np.arange(256), np.array([0, 255]), np.full(3, 255)
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -74,9 +76,10 @@ def read_reference(folder: Path) -> Reference | None:
 
 
 def reference_images(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Return images (N, H, W, 3) of shaded backgrounds with rectangles and ellipses; they compress well.
+    """Return images (N, H, W, 3) of rectangles and ellipses on white, coloured and shaded backgrounds.
 
-    They are generated, not taken from training data, which a bundle must not give away.
+    They are generated, not taken from training data, which a bundle must not give away. White areas and saturated
+    colours are the inputs on which INT8 kernels that saturate deviate most.
 
     Args:
         size: height and width.
@@ -85,15 +88,16 @@ def reference_images(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width] / np.asarray([max(height - 1, 1), max(width - 1, 1)]).reshape(2, 1, 1)
     images = []
-    for _ in range(_COUNT):
-        start, end = rng.integers(0, 256, (2, 3))
+    for i in range(_COUNT):
+        levels = _SATURATED if i % 2 else _ALL
+        start, end = (_WHITE, _WHITE) if i < _COUNT // 2 else rng.choice(levels, (2, 3))
         shade = (np.round(8 * (x if rng.random() < 0.5 else y)) / 8)[..., None]
         image = start + (end - start) * shade
-        for _ in range(6):
+        for _ in range(2 if i < _COUNT // 2 else 6):
             (top, left), (half_height, half_width) = rng.uniform(0, 1, 2), rng.uniform(0.05, 0.4, 2)
             rows, columns = (y - top) / half_height, (x - left) / half_width
             inside = rows**2 + columns**2 < 1 if rng.random() < 0.5 else np.maximum(abs(rows), abs(columns)) < 1
-            image = np.where(inside[..., None], rng.integers(0, 256, 3), image)
+            image = np.where(inside[..., None], rng.choice(levels, 3), image)
         images.append(image.round().astype(np.uint8))
     return np.stack(images)
 

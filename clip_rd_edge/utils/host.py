@@ -33,6 +33,7 @@ _MACOS_INSTRUCTION_SETS = {
     "FEAT_I8MM": "Arm I8MM",
     "FEAT_BF16": "Arm BF16",
 }
+_VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _JETSON_RELEASE = Path("/etc/nv_tegra_release")
@@ -99,6 +100,17 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
     enabled = {key.strip() for key, _, value in lines if value.strip() == "1"}
     flags = {key.removeprefix("hw.optional.").removeprefix("arm.") for key in enabled}
     return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in flags)
+
+
+def lacks_vnni(features: str | None = None) -> bool:
+    """Return whether this is an x86 processor without VNNI or AMX; False if its flags are unknown.
+
+    Args:
+        features: as for `instruction_sets`.
+    """
+    lines = (_features() if features is None else features).splitlines()
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    return bool(flags) and not flags & _VNNI
 
 
 def jetson_name() -> str:

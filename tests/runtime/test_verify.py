@@ -286,6 +286,26 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
         assert set(_failed(verify_bundle(answering))) == expected
 
 
+@pytest.mark.parametrize(
+    ("sets", "lacking", "failing"),
+    [
+        (("x86-64-vnni", "aarch64"), True, {"image tower"}),
+        (("x86-64-vnni", "aarch64"), False, set()),
+        (("x86-64", "x86-64-vnni", "aarch64", "wasm32"), True, set()),
+        ((), True, set()),
+    ],
+)
+def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
+    answering: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], lacking: bool, failing: set[str]
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.verify.lacks_vnni", lambda: lacking)
+    _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
+    failed = _failed(verify_bundle(answering))
+    assert set(failed) == failing
+    if failing:
+        assert "its INT8 holds for x86-64-vnni and aarch64, and this processor has no VNNI" in failed["image tower"]
+
+
 def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answering: Path) -> None:
     manifest = read_manifest(answering)
     (answering / "image.engine").write_bytes(b"garbage")

@@ -1,28 +1,37 @@
-"""Towers on emulated processors; needs `apt-get install qemu-user-static`."""
+"""Bundles on emulated processors; needs `apt-get install qemu-user-static`, and for Arm `debootstrap`, too."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
-from emulate import environment_of, interpreter
+from emulate import ARM_CACHE, environment_of, interpreter
 from onnx import TensorProto, helper, numpy_helper
 
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
-from clip_rd_edge.convert.options import WeightBits
-from clip_rd_edge.convert.parity import embed
+from clip_rd_edge.convert.options import ExportRequest, Precision, WeightBits
+from clip_rd_edge.convert.parity import embed, hard_pixels
+from clip_rd_edge.convert.reference import add_reference
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.utils.host import lacks_vnni
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="qemu-user-static is not installed"),
-]
+pytestmark = pytest.mark.slow
+x86 = pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="qemu-user-static is not installed")
+arm = pytest.mark.skipif(
+    not shutil.which("qemu-aarch64-static") or not (shutil.which("debootstrap") or (ARM_CACHE / "complete").is_file()),
+    reason="qemu-user-static or debootstrap is not installed",
+)
 
 RUN_TOWER = """
 import sys
@@ -33,11 +42,12 @@ np.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: np.load(sy
 """
 
 
+@x86
 @pytest.mark.parametrize("bits", [7, 8])
 def test_only_8_bit_weights_saturate_on_an_x86_processor_without_vnni(bits: WeightBits, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.uniform(0.5, 1, (8, 16, 8, 8)).astype(np.float32)
-    model = prepare_for_quantization(_tower_of_signs(tmp_path), tmp_path)
+    model = prepare_for_quantization(_tower_of_signs(tmp_path, channels=16), tmp_path)
     quantizer = StaticQuantizer(model, pixels, weight_bits=bits)
     content = quantizer.quantize("min-max", quantizer.layers)
     native = embed(open_session(content), pixels)
@@ -45,17 +55,78 @@ def test_only_8_bit_weights_saturate_on_an_x86_processor_without_vnni(bits: Weig
     assert difference < 0.01 if bits == 7 else difference > 0.1, difference
 
 
-def _tower_of_signs(folder: Path) -> Path:
+@x86
+@pytest.mark.parametrize("bits", [7, 8])
+def test_verify_finds_out_that_8_bits_saturate_on_an_x86_processor_without_vnni(
+    bits: WeightBits, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = _int8_bundle(fp32_bundle, bits, tmp_path)
+    assert _agreement_on("native", bundle)[0] > 0.995 or lacks_vnni()
+    agreement, passed = _agreement_on("Haswell", bundle)
+    assert passed == (bits == 7)
+    assert agreement > 0.995 if bits == 7 else agreement < 0.9, agreement  # the limit is 0.99
+
+
+@arm
+@pytest.mark.parametrize("processor", ["cortex-a53", "cortex-a76"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_bundles_give_the_exporters_answers_on_arm(
+    precision: Precision, processor: str, student: ClipModel, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    if precision == "int8":
+        bundle = _int8_bundle(fp32_bundle, 7, tmp_path)
+    else:
+        bundle = tmp_path / "bundle"
+        export_bundle(student, bundle, ExportRequest(precision=precision), source=fp32_bundle)
+    agreement, passed = _agreement_on(processor, bundle)
+    assert passed
+    assert agreement > {"fp16": 0.9999, "int8": 0.995}[precision]
+
+
+def _int8_bundle(fp32: Path, bits: WeightBits, folder: Path) -> Path:
+    """A copy of a bundle whose image tower is one convolution in INT8."""
+    bundle = Path(shutil.copytree(fp32, folder / "bundle"))
+    manifest = read_manifest(bundle)
+    quantizer = StaticQuantizer(
+        prepare_for_quantization(_tower_of_signs(folder, channels=3), folder),
+        hard_pixels(manifest.preprocessing),
+        weight_bits=bits,
+    )
+    (bundle / "image.onnx").write_bytes(quantizer.quantize("min-max", quantizer.layers))
+    image = msgspec.structs.replace(manifest.image, input_name="x", output_name="y", precision="int8")
+    manifest = msgspec.structs.replace(manifest, image=image, files={})
+    add_reference(bundle, manifest)
+    write_manifest(bundle, manifest)
+    return bundle
+
+
+def _agreement_on(processor: str, bundle: Path) -> tuple[float, bool]:
+    """The lowest agreement of a tower that `verify` finds on a processor, and whether all checks pass."""
+    done = subprocess.run(
+        [*interpreter(processor), "-m", "clip_rd_edge", "verify", str(bundle), "--json"],
+        env=environment_of(processor),
+        check=False,
+        timeout=1200,
+        capture_output=True,
+        text=True,
+    )
+    checks = json.loads(done.stdout)
+    assert done.returncode == any(not check["passed"] for check in checks), done.stderr
+    return min(check["agreement"] for check in checks if check["agreement"] is not None), done.returncode == 0
+
+
+def _tower_of_signs(folder: Path, *, channels: int) -> Path:
     """A convolution whose weights are all 1 or -1, so that many neighbouring products are large and of one sign."""
-    weights = np.random.default_rng(1).choice(np.float32([-1, 1]), (32, 16, 3, 3))
+    weights = np.random.default_rng(1).choice(np.float32([-1, 1]), (32, channels, 3, 3))
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["x", "weights"], ["features"], name="conv"),
             helper.make_node("GlobalAveragePool", ["features"], ["means"], name="pool"),
-            helper.make_node("Flatten", ["means"], ["y"], name="flatten"),
+            helper.make_node("Flatten", ["means"], ["flat"], name="flatten"),
+            helper.make_node("LpNormalization", ["flat"], ["y"], name="normalise"),
         ],
         "tower",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 16, 8, 8])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", channels, "H", "W"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 32])],
         [numpy_helper.from_array(weights, "weights")],
     )
@@ -72,7 +143,7 @@ def _embed_on(processor: str, content: bytes, pixels: np.ndarray, folder: Path) 
         [*interpreter(processor), "-c", RUN_TOWER, *files],
         env=environment_of(processor),
         check=True,
-        timeout=300,
+        timeout=1200,
         capture_output=True,
     )
     embeddings: Embeddings = np.load(folder / "embeddings.npy")
