@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 import torchvision
 from torchvision.transforms import RandomResizedCrop
 
+from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.pixels import random_crop
 
@@ -103,9 +103,7 @@ def main() -> None:
     table = markdown(rows)
     print(table)
     if arguments.readme:
-        text = arguments.readme.read_text(encoding="utf-8")
-        pattern = re.compile(r"(<!-- crops: begin -->\n).*(\n<!-- crops: end -->)", re.DOTALL)
-        arguments.readme.write_text(pattern.sub(rf"\g<1>{table}\g<2>", text), encoding="utf-8")
+        write_between_markers(arguments.readme, "crops", table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import tarfile
 import tempfile
 import time
@@ -36,6 +35,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
+from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, resize_crop
 from clip_rd_edge.data.pairs import load_pairs
@@ -78,7 +78,7 @@ def ours(shard: Path) -> Way:
 
     def load() -> Iterator[tuple[Tensor, ...]]:
         for batch in step_loader(
-            dataset, StepSampler(len(pairs), BATCH, seed=0, start=0, stop=len(pairs) // BATCH), workers=0
+            dataset, StepSampler(pairs.groups, BATCH, seed=0, start=0, stop=len(pairs) // BATCH), workers=0
         ):
             assert batch.teacher_pixels is not None
             yield student(batch.student_pixels), teacher(batch.teacher_pixels)
@@ -188,11 +188,7 @@ def main() -> None:
     }
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if arguments.readme:
-        text = arguments.readme.read_text(encoding="utf-8")
-        pattern = re.compile(r"(<!-- loading: begin -->\n).*(\n?<!-- loading: end -->)", re.DOTALL)
-        arguments.readme.write_text(
-            pattern.sub(rf"\g<1>{markdown(rows)}\n<!-- loading: end -->", text), encoding="utf-8"
-        )
+        write_between_markers(arguments.readme, "loading", markdown(rows))
 
 
 def markdown(rows: list[dict[str, object]]) -> str:

@@ -180,14 +180,14 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
 @posix
 def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(4))  # a batch takes 24 s
     batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=1)
     interrupt = threading.Timer(1.0, terminate)
     interrupt.start()
     with stop_on_signals(), pytest.raises(Stopped):
         next(batches)
     batches.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 10
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not multiprocessing.active_children()

@@ -49,6 +49,12 @@ def small(config: dict[str, Any], name: str) -> ClipModel:
     return ClipModel(name=name, model=model, tokenizer=tokenizer, preprocessing=preprocessing, model_cfg=model_cfg)
 
 
+def activations(clip: ClipModel) -> list[str]:
+    """Return the class names of the text tower's activations, layer by layer."""
+    text = getattr(clip.model, "text", clip.model)
+    return [type(block.mlp.gelu).__name__ for block in text.transformer.resblocks]
+
+
 def student(context_length: int, layers: int = LAYERS) -> dict[str, Any]:
     return student_config(
         "test_resnet", embedding_size=32, image_size=32, text=f"{WIDTH}x{layers}", context_length=context_length
@@ -70,6 +76,8 @@ def test_the_student_starts_with_the_teachers_features_or_is_refused(name: str) 
     teacher = small(config, name)
     clip = build_student(with_text_of(student(text_cfg["context_length"]), teacher), name="student")
     init_text_tower(clip, "teacher", teacher)
+    # Small towers return nearly the same features with GELU and QuickGELU.
+    assert activations(clip) == activations(teacher)
     captions = ["a cat", "two dogs, a red car and a blue sky", ""]
     with torch.no_grad():
         expected = TextTower(teacher.model)(teacher.tokenizer(captions))
