@@ -75,6 +75,8 @@ def load_setup(
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, reporter)
     require_no_logit_bias(student)
+    if config.freeze_text:
+        require_separate_text_tower(student)
     if config.quantize:
         require_convolutional_tower(student)
     objective = Objective(
@@ -152,6 +154,20 @@ def require_no_logit_bias(student: ClipModel) -> None:
             f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
             "consists of softmax losses, which do not train a bias.",
             hint="train another student; the model can be the teacher",
+        )
+
+
+def require_separate_text_tower(student: ClipModel) -> None:
+    """Check that the text tower is a module of its own, which can be frozen.
+
+    Raises:
+        UsageError: its parts lie at the model's top level, as in open_clip's class `CLIP`.
+    """
+    if not hasattr(student.model, "text"):
+        raise UsageError(
+            f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "
+            "OpenAI's; expected a module of its own, which models with custom_text in open_clip's configuration have.",
+            hint="omit --freeze-text",
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_rd_edge.distillation.build import require_no_logit_bias
+from clip_rd_edge.distillation.build import require_no_logit_bias, require_separate_text_tower
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
@@ -84,3 +84,12 @@ def test_a_student_with_a_logit_bias_is_refused() -> None:
     student.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     with pytest.raises(UsageError, match="test_resnet has a logit bias, as SigLIP's models do"):
         require_no_logit_bias(student)
+
+
+def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen() -> None:
+    student = tiny(0)
+    require_separate_text_tower(student)
+    del student.model.text
+    with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
+        require_separate_text_tower(student)
+    assert error.value.hint == "omit --freeze-text"
