@@ -11,6 +11,7 @@ import click
 
 from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
 from clip_rd_edge.utils.printable import one_line
 
@@ -93,13 +94,13 @@ def main() -> None:
     except ClipRdEdgeError as error:
         if debug:
             raise
-        _print_error(error)
+        _print_error(error, arguments)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         missing = _as_missing_extra(error, arguments)
         if debug or missing is None:
             raise
-        _print_error(missing)
+        _print_error(missing, arguments)
         sys.exit(missing.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -110,7 +111,7 @@ def main() -> None:
         from clip_rd_edge.utils.io import disk_full_error
 
         if disk_full := disk_full_error(error):
-            _print_error(disk_full)
+            _print_error(disk_full, arguments)
             sys.exit(disk_full.exit_code)
         echo(f"error: {type(error).__name__}: {error}", err=True)
         echo("hint: run it again with --debug to see the traceback", err=True)
@@ -130,7 +131,7 @@ def _run(arguments: list[str]) -> Any:
     except click.exceptions.Abort as error:
         raise KeyboardInterrupt from error
     except click.ClickException as error:
-        _print_error(_from_click(error))
+        _print_error(_from_click(error), arguments)
         return error.exit_code
 
 
@@ -173,7 +174,7 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
     return None
 
 
-def _print_error(error: ClipRdEdgeError) -> None:
+def _print_error(error: ClipRdEdgeError, arguments: list[str]) -> None:
     echo(f"error: {one_line(error)}", err=True)
-    if error.hint:
-        echo(f"hint: {one_line(error.hint)}", err=True)
+    if hint := fitting_hint(error.hint, cli, arguments):
+        echo(f"hint: {one_line(hint)}", err=True)

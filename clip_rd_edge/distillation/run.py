@@ -83,7 +83,7 @@ def run_distillation(
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
             raise InterruptedRunError(
-                f"Stopped by {request.signal_name}; {where}.", hint="continue with the same command and --resume"
+                f"Stopped by {request.signal_name}; {where}.", hint="resume with the same command and --resume"
             ) from None
 
 
@@ -99,6 +99,15 @@ def _sole_writer(run: Path, processes: Processes) -> Iterator[None]:
 
         processes.on_main(lock)
         yield
+
+
+@contextmanager
+def resumed_by_the_same_call() -> Iterator[None]:
+    """Within the block, an interruption's hint is that of commands that always resume, without --resume."""
+    try:
+        yield
+    except InterruptedRunError as error:
+        raise InterruptedRunError(str(error), hint="run the same command again to resume") from error
 
 
 def _run(

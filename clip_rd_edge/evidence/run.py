@@ -20,8 +20,8 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_d
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.embedding_store import CACHING_STAGE
 from clip_rd_edge.distillation.metrics import mean_similarities, read_metrics
-from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.errors import InterruptedRunError, UsageError
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence.report import write_evidence
 from clip_rd_edge.evidence.results import (
     RESULT,
@@ -95,7 +95,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
     torch.set_num_threads(suite.threads)
-    with exclusive_writer(folder):
+    with exclusive_writer(folder), resumed_by_the_same_call():
         runs = list(suite.runs())
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
@@ -104,10 +104,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         _evaluate_teacher(folder, teacher, tasks)
         for number, run in enumerate(runs, start=2):
             reporter.begin(str(run), number, len(runs) + 1)
-            try:
-                _train_and_evaluate(suite, run, folder, teacher=teacher, tasks=tasks, reporter=reporter)
-            except InterruptedRunError as error:
-                raise InterruptedRunError(str(error), hint="run the same command again to resume") from error
+            _train_and_evaluate(suite, run, folder, teacher=teacher, tasks=tasks, reporter=reporter)
             write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
     return collect(suite, folder)
 

@@ -21,7 +21,7 @@ from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
@@ -133,7 +133,8 @@ def run_quickstart(
     ]
     for number, (title, run_stage) in enumerate(stages, start=1):
         reporter.begin(title, number, len(stages))
-        run_stage(settings, reporter)
+        with resumed_by_the_same_call():
+            run_stage(settings, reporter)
     return read_results(settings.folder / "report" / RESULTS)
 
 
