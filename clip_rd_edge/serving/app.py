@@ -355,6 +355,8 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
     try:
         if request.method == "POST" and service.active_requests > service.limits.max_requests:
             raise BusyError(f"{service.active_requests:,} requests are being answered already.")
+        if request.method == "POST":
+            return await _unless_it_leaves(handler, request)
         return await handler(request)
     except BusyError as error:
         return _error(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
@@ -368,6 +370,27 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
         return _error(400, " ".join(filter(None, (str(error), error.hint))))
     except (UsageError, ClipRdEdgeError) as error:
         return _error(500, str(error))
+
+
+async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
+    """Return the handler's response; cancel it if the client closes the connection, so that nothing is computed for it.
+
+    Raises:
+        ClientDisconnect: the client has closed the connection.
+    """
+    await read_body(request)  # the request keeps it for the handler; what comes next is the end of the connection
+    answer = asyncio.ensure_future(handler(request))
+    end = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({answer, end}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        end.cancel()
+        # So that what the request held is free when it counts as finished. Its error, if any, is raised above.
+        await asyncio.gather(answer, end, return_exceptions=True)
 
 
 def _error(status: int, message: str, *, headers: dict[str, str] | None = None) -> Response:

@@ -304,6 +304,52 @@ def test_a_slow_client_and_a_killed_one_harm_nobody(
     assert process.poll() is None
 
 
+def test_nothing_more_is_computed_for_a_client_that_has_left(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(colour_bundle)
+    computing, goes_on, computed = threading.Event(), threading.Event(), list[int]()
+    encode = encoder.encode_ids
+
+    def encode_ids(ids: Any) -> Any:
+        computed.append(len(ids))
+        if len(computed) > 1:  # the first is that of the start
+            computing.set()
+            assert goes_on.wait(20)
+        return encode(ids)
+
+    monkeypatch.setattr(encoder, "encode_ids", encode_ids)
+    service = Service(encoder, limits=Limits(max_batch=1))
+    app, sent = make_app(service), list[Any]()
+    body = json.dumps({"content": ["red"] * 50}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/embeddings", "query_string": b"", "http_version": "1.1",
+             "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")], "server": ("127.0.0.1", 80),
+             "client": ("127.0.0.1", 1), "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+
+    async def run() -> None:
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            if message := next(messages, None):
+                return message
+            await asyncio.to_thread(computing.wait, 20)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        assert service.pending_items == service.active_requests == 0
+        goes_on.set()
+        (row,) = await service._texts.embed([encoder.tokenize(["red"])[0]])
+        assert row.argmax() == 0
+
+    asyncio.run(run())
+    assert computed == [1, 1, 1]  # at the start, the one that had begun, and the one after it
+    assert 'requests_total{path="/embeddings",status="400"} 1' in service.metrics.render(pending=0, memory_bytes=0)
+    service.close()
+
+
 def test_sigterm_lets_a_request_in_progress_finish(
     start: Callable[..., tuple[subprocess.Popen[str], int]],
 ) -> None:
