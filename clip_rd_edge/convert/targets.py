@@ -39,6 +39,8 @@ RTX_TARGETS = {
     "sm120": "GeForce RTX 50, RTX PRO Blackwell",
     "sm121": "GB10 (DGX Spark)",
 }
+# Those for which its builder computes Q/DQ layers in another type, so that an INT8 engine never passes its check.
+RTX_WITHOUT_INT8 = ("sm75",)
 # Devices that build their engines themselves, and the software they need for it.
 SELF_BUILDING_TARGETS = {
     "nvidia-gpu": "NVIDIA GPU with TensorRT 10 or 11",

@@ -31,7 +31,7 @@ from clip_rd_edge.convert.options import ExportRequest, require_precision, requi
 from clip_rd_edge.convert.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
 from clip_rd_edge.convert.reference import add_reference
-from clip_rd_edge.convert.targets import require_target
+from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder, write_engines
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.onnx import (
@@ -218,6 +218,12 @@ def _require_supported(request: ExportRequest, calibration: CalibrationSet | Non
     """Raise UsageError or InputError if the request cannot be met."""
     require_precision(request.format, request.precision)
     require_via(request.via, format=request.format, precision=request.precision)
+    if request.format == "trt" and request.precision == "int8" and request.target in RTX_WITHOUT_INT8:
+        card = RTX_TARGETS[request.target]
+        raise UsageError(
+            f"TensorRT for RTX does not compute the towers in INT8 on {request.target} ({card}).",
+            hint="use --precision fp16",
+        )
     if request.precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set, to measure the activation ranges on.")
     if request.format == "trt":

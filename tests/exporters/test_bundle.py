@@ -12,7 +12,7 @@ from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.bundle import export_bundle, export_bundles
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.load import load
@@ -93,6 +93,18 @@ def test_an_interrupted_export_leaves_nothing(
             export_bundle(student, output, ExportRequest(precision="fp32"), overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bundle"]
     assert all(check.passed for check in verify_bundle(old))  # the existing bundle is untouched
+
+
+def test_int8_for_a_card_that_never_passes_the_check_of_its_engine_is_refused_before_anything_is_built(
+    student: ClipModel, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("clip_rd_edge.exporters.bundle.write_fp32")  # the first step of an export
+    request = ExportRequest(format="trt", precision="int8", target="sm75")
+    with pytest.raises(UsageError, match=r"does not compute the towers in INT8 on sm75 \(GeForce RTX 20, T4\)"):
+        export_bundle(student, tmp_path / "bundle", request, calibration=calibration)
+    with pytest.raises(UsageError, match="on sm75"):
+        export_bundles(student, tmp_path / "bundles", {"a": request}, calibration=calibration)
+    assert not list(tmp_path.iterdir())
 
 
 def test_requests_that_cannot_be_met_are_refused(
