@@ -35,7 +35,7 @@ from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.web.app import read_body
-from clip_rd_edge.web.guard import Guard, TooLargeError, too_large_message
+from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
 
 RETRY_AFTER_S = 1
@@ -360,6 +360,8 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
         return await handler(request)
     except BusyError as error:
         return _error(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+    except FullError:
+        return _error(503, "Too much is being sent at once.", headers={"Retry-After": str(RETRY_AFTER_S)})
     except TooLargeError:
         return _error(413, too_large_message())
     except (asyncio.TimeoutError, TimeoutError):

@@ -21,13 +21,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.web.guard import Guard, TooLargeError, error_response, too_large_message
+from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
+from clip_rd_edge.web.limits import LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle
 
 PAGE = Path(__file__).with_name("page")
 MAX_PARALLEL = 2  # images classified at the same time
 MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
 BODY_TIMEOUT_S = 20.0  # for a request body to arrive
+_BUSY = "Too many images at once; try again in a moment."
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -75,11 +77,11 @@ class Demo:
         labels = self.label_sets.get(key) if key else None
         if key and labels is None:
             return error_response(409, "These labels are no longer known; send them again.")
+        content = await read_body(request)  # before it counts: an unfinished request takes nobody's turn
         if self.pending >= MAX_PARALLEL + MAX_QUEUED:
-            return error_response(429, "Too many images at once; try again in a moment.")
+            return error_response(429, _BUSY)
         self.pending += 1
         try:
-            content = await read_body(request)
             self._limiter = self._limiter or CapacityLimiter(MAX_PARALLEL)
             result = await anyio.to_thread.run_sync(bundle.classify, content, labels, limiter=self._limiter)
         finally:
@@ -87,9 +89,10 @@ class Demo:
         return _json(result)
 
     def _bundle(self, number: str) -> ServedBundle:
-        if not number.isdigit() or int(number) >= len(self.served):
-            raise InputError(f"Unknown bundle {number!r}; expected a number from 0 to {len(self.served) - 1}.")
-        return self.served[int(number)]
+        bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
+        if bundle is None:
+            raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
+        return bundle
 
 
 def make_app(demo: Demo, *, loopback: bool = True) -> Starlette:
@@ -114,6 +117,8 @@ def _report_errors(handler: Handler) -> Handler:
             return await handler(request)
         except TooLargeError:
             return error_response(413, too_large_message())
+        except FullError:
+            return error_response(429, _BUSY)
         except (asyncio.TimeoutError, TimeoutError):
             return error_response(408, f"The request did not arrive within {BODY_TIMEOUT_S:.0f} s.")
         except ClientDisconnect:
@@ -177,6 +182,7 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         url = url_of({"": LOOPBACK, "0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), listener.getsockname()[1])
         config = uvicorn.Config(
             app,
+            http=LimitedProtocol,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -184,6 +190,9 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
             timeout_graceful_shutdown=stop_within_s,
             h11_max_incomplete_event_size=64_000,
         )
+        log_limit = LogLimit()
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(log_limit)
         ready(url)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 25_000_000
+MAX_BODIES_BYTES = 200_000_000  # of all requests that are received or answered at a time
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -31,8 +32,14 @@ class TooLargeError(Exception):
     """The request body exceeds MAX_BODY_BYTES."""
 
 
+class FullError(Exception):
+    """The bodies of all requests together exceed MAX_BODIES_BYTES."""
+
+
 class Guard:
     """Middleware that rejects foreign hosts, foreign origins and large bodies, and adds security headers.
+
+    Reading a body raises `TooLargeError` or `FullError` if it exceeds a limit.
 
     Args:
         app: the application to protect.
@@ -49,6 +56,7 @@ class Guard:
         self.loopback = loopback
         self.names = {name.lower() for name in names}
         self.token_required = token_required
+        self._held_bytes = 0  # of the bodies of all requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -61,18 +69,39 @@ class Guard:
             status, message = refusal
             await error_response(status, message)(scope, receive, _with_headers(send))
             return
-        await self.app(scope, _with_limit(receive), _with_headers(send))
+        if not scope["path"].isprintable():  # no file and no route; NUL is an error where files are looked for
+            await error_response(404, "Not found.")(scope, receive, _with_headers(send))
+            return
+        received = 0
+
+        async def receive_counted() -> Message:
+            """Count the bytes, for bodies without a Content-Length."""
+            nonlocal received
+            message = await receive()
+            size = len(message.get("body", b""))
+            received += size
+            self._held_bytes += size
+            if received > MAX_BODY_BYTES:
+                raise TooLargeError
+            if self._held_bytes > MAX_BODIES_BYTES:
+                raise FullError
+            return message
+
+        try:
+            await self.app(scope, receive_counted, _with_headers(send))
+        finally:
+            self._held_bytes -= received
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.token_required:
-            known = (urlsplit(f"//{host}").hostname or "") in self.names
+            known = _hostname(host) in self.names
             if not known and not allowed_host(host, loopback=self.loopback):
                 return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
-            if origin is not None and urlsplit(origin).netloc != host:
+            if origin is not None and origin.partition("://")[2] != host:
                 return 403, f"Requests from pages of {origin} are not allowed."
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        if not (length.isdecimal() and len(length) < _MAX_DIGITS) or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()
         return None
 
@@ -83,7 +112,7 @@ def allowed_host(host: str, *, loopback: bool) -> bool:
     Loopback names are always allowed. If the server is open to the network, so are all IP addresses and this machine's
     host name: unlike a foreign name, they cannot be used for DNS rebinding.
     """
-    name = urlsplit(f"//{host}").hostname or ""
+    name = _hostname(host)
     if name == "localhost":
         return True
     try:
@@ -94,6 +123,17 @@ def allowed_host(host: str, *, loopback: bool) -> bool:
     return address.is_loopback or not loopback
 
 
+_MAX_DIGITS = 20
+
+
+def _hostname(host: str) -> str:
+    """Return the name in a Host header without its port, or an empty string if it is not valid."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def error_response(status: int, message: str, *, hint: str = "") -> JSONResponse:
     """Return a JSON response with an error message and a hint."""
     return JSONResponse({"error": message, "hint": hint}, status_code=status)
@@ -102,21 +142,6 @@ def error_response(status: int, message: str, *, hint: str = "") -> JSONResponse
 def too_large_message() -> str:
     """Return the message for TooLargeError."""
     return f"The request is too large; the limit is {MAX_BODY_BYTES // 1_000_000} MB."
-
-
-def _with_limit(receive: Receive) -> Receive:
-    """Count the bytes received, for bodies without a Content-Length."""
-    total = 0
-
-    async def receive_counted() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > MAX_BODY_BYTES:
-            raise TooLargeError
-        return message
-
-    return receive_counted
 
 
 def _with_headers(send: Send) -> Send:

@@ -86,6 +86,7 @@ class ServedBundle:
         self._manifest_stat: tuple[int, int] | None = None  # modification time and size of the manifest last opened
         self._encoder: BundleEncoder
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
+        self._turns: dict[str, threading.Lock] = {}  # by the key of the labels: one thread at a time embeds them
         read_manifest(folder)  # raises a clear error for a folder that is not a bundle
         self._info = self._describe(self.encoder())
 
@@ -154,13 +155,21 @@ class ServedBundle:
     def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
         key = label_key(labels) if labels is not None else ""
         with self._lock:
-            classifier = self._classifiers.get(key)
-            if classifier is None:
-                classifier = self._classifiers[key] = ZeroShotClassifier(encoder, labels, cache=False)
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # only those with the same labels wait while they are embedded
+            with self._lock:
+                classifier = self._classifiers.get(key)
+            if classifier is None or classifier.encoder is not encoder:
+                classifier = ZeroShotClassifier(encoder, labels, cache=False)
+        with self._lock:
+            self._classifiers[key] = classifier
             self._classifiers.move_to_end(key)
             while len(self._classifiers) > _MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
-            return classifier
+            for other in [other for other in self._turns if other not in self._classifiers]:
+                if not self._turns[other].locked():
+                    del self._turns[other]
+        return classifier
 
 
 class LabelSets:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import logging
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +24,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.web import app, guard, models
+from clip_rd_edge.web import app, guard, limits, models
 from clip_rd_edge.web.app import _listen, is_loopback
 
 pytest.importorskip("starlette")
@@ -275,3 +280,129 @@ def test_a_used_port_and_a_missing_bundle_are_refused(command_line: Run, colour_
     assert "hint: choose another port with --port" in error
     code, _, error = command_line("demo", tmp_path / "none")
     assert (code, "is not a bundle" in error) == (2, True)
+
+
+HOSTILE = [
+    "[::1",
+    "[",
+    "]",
+    "[]",
+    "²",
+    "a b",
+    "http://",
+    "@",
+    "//",
+    "%00",
+    "a" * 5_000,
+    "1:x",
+]
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+@pytest.mark.parametrize("value", HOSTILE)
+def test_odd_hosts_and_origins_are_refused_and_no_error(value: str, loopback: bool, colour_bundle: Path) -> None:
+    application = app.make_app(app.Demo([colour_bundle], threads=1), loopback=loopback)
+    with testclient.TestClient(application, base_url="http://127.0.0.1:8765", raise_server_exceptions=False) as client:
+        for headers in ({"Host": value.encode()}, {"Origin": value.encode()}):
+            assert client.get("/", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("value", ["²", "٣", "1e3", "9" * 5_000, "-1", " 1", "%00", "1%0a"])
+@pytest.mark.parametrize("place", ["/api/classify?bundle=", "/api/classify?labels=", "/", "/api/"])
+def test_odd_paths_and_queries_are_answered_with_4xx(client: Any, place: str, value: str) -> None:
+    response = client.post(f"{place}{value}", content=png())
+    assert 400 <= response.status_code < 500
+    assert 400 <= client.get(f"/{value}").status_code < 500
+
+
+@pytest.mark.parametrize("length", ["²", "-1", "+1", "1e3", "9" * 5_000])
+def test_odd_lengths_are_refused(client: Any, length: str) -> None:
+    async def send(headers: list[tuple[bytes, bytes]]) -> int:
+        scope = {"type": "http", "path": "/", "headers": headers, "method": "GET"}
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request"}
+
+        async def collect(message: Any) -> None:
+            sent.append(message)
+
+        await guard.Guard(client.app, loopback=True)(scope, receive, collect)
+        return int(sent[0]["status"])
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-length", length.encode("latin-1"))]
+    assert asyncio.run(send(headers)) == 413
+
+
+def test_all_bodies_together_are_limited_and_forgotten_when_answered(
+    client: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_BODIES_BYTES", 1_000)
+    assert client.post(f"/api/classify?labels={key}", content=b"a" * 1_001).status_code == 429
+    for _ in range(20):
+        assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 200
+
+
+def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = models.ServedBundle(colour_bundle, threads=1)
+    bundle.classify(png(), LABELS)
+    began, finish, embedded = threading.Event(), threading.Event(), list[Any]()
+    make = models.ZeroShotClassifier
+
+    def slow(encoder: Any, labels: Any, **options: Any) -> Any:
+        embedded.append(labels)
+        began.set()
+        assert finish.wait(60)
+        return make(encoder, labels, **options)
+
+    monkeypatch.setattr(models, "ZeroShotClassifier", slow)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(bundle.classify, png(), ["a", "b"]) for _ in range(2)]
+        assert began.wait(60)
+        assert pool.submit(bundle.classify, png(), LABELS).result(30).labels[0] == "red"
+        assert pool.submit(bundle.info).result(30).precision
+        finish.set()
+        assert all(len(future.result(60).labels) == 2 for future in waiting)
+    assert embedded == [["a", "b"]]
+
+
+def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+    limit = limits.LogLimit()
+
+    def record() -> logging.LogRecord:
+        return logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "failed %s", ("so",), None)
+
+    assert [limit.filter(record()) for _ in range(1_000)].count(True) == limits.MAX_LOG_LINES
+    now[0] = limits.LOG_PERIOD_S + 1
+    last = record()
+    assert limit.filter(last)
+    assert last.getMessage() == "failed so (980 lines before were left out)"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"POST /api/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1"]
+)
+def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent: bytes) -> None:
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    held = []
+    try:
+        address = urllib.parse.urlsplit(process.stdout.readline().strip())
+        for _ in range(2 * limits.MAX_CONNECTIONS):
+            held.append(socket.create_connection((address.hostname, address.port), timeout=10))
+            held[-1].sendall(sent)
+        for _ in range(3):
+            started = time.monotonic()
+            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=10) as response:
+                assert response.status == 200
+            assert time.monotonic() - started < 5
+    finally:
+        for connection in held:
+            connection.close()
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=30)
+    assert len(log) < 10_000
