@@ -139,7 +139,8 @@ def find_suite(name: str) -> Path:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise InputError(
-            f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}"
+            f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}",
+            hint="check the path, or write a suite, starting from the output of: clip-rd-edge benchmark --init",
         )
     return folder / f"{name}.yaml"
 
@@ -159,6 +160,8 @@ def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | No
     try:
         suite = read_yaml(path, Suite)
     except ConfigError as error:
+        if "is not valid YAML" in str(error):
+            raise
         hint = "benchmark takes rows of models, and tasks; methods are compared by clip-rd-edge evidence run"
         raise ConfigError(str(error), hint=hint) from error
     data_root = data_root or suite.data_root or suite.root
@@ -217,7 +220,8 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
         if role not in get_args(Role) or not model:
             raise ConfigError(
                 f"The model {role + '=' + model if model else role!r} is not ROLE=MODEL with one of the roles "
-                f"{', '.join(get_args(Role))}.{near_matches(role, get_args(Role))}"
+                f"{', '.join(get_args(Role))}.{near_matches(role, get_args(Role))}",
+                hint="pass --model ROLE=MODEL, such as --model student=runs/first",
             )
         several = roles.count(role) > 1
         label = f"{role.capitalize()} {model.rstrip('/').rpartition('/')[2]}" if several else role.capitalize()

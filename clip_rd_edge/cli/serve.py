@@ -76,7 +76,8 @@ def _token(file: Path | None) -> str:
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Cannot read the token from {file}: {error}.", hint="check the path") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InputError(f"Cannot read the token from {file}: {reason}.", hint="check the path") from error
     if not token:
         raise InputError(f"The token file {file} is empty.")
     return token

@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
             the name of a file leads out of the folder, or the checksum of a file is missing.
     """
     if not is_bundle(folder):
-        reason = "has no manifest.json" if folder.is_dir() else "does not exist"
+        reason = "has no manifest.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         hint = "create one with clip-rd-edge export"
         if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"

@@ -65,7 +65,9 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
     except ClipRdEdgeError:
         raise
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
-        raise InputError(f"Cannot read the image {file}: {_reason(error)}.") from error
+        raise InputError(
+            f"Cannot read the image {file}: {_reason(error)}.", hint="convert it to JPEG or PNG, or leave it out"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -270,4 +272,4 @@ def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:
         empty = False
         yield path
     if empty:
-        raise InputError(message)
+        raise InputError(message, hint=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder of them")

@@ -114,7 +114,10 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
         if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not samples:
-        raise InputError(f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.")
+        raise InputError(
+            f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.",
+            hint="put the images of each class into a subfolder with the name of the class",
+        )
     templates = data_set.templates()
     return ZeroShotTask(
         name=data_set.name,

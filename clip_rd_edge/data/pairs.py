@@ -121,7 +121,11 @@ def load_pairs(
         pairs = read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
     if len(pairs) < 2:
         example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""
-        raise InputError(f"{pairs.name} has {len(pairs)} pairs; a contrastive loss needs at least 2.{example}")
+        raise InputError(
+            f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
+            f"{example}",
+            hint="add pairs, or train on the built-in data set with --data emoji",
+        )
     return pairs
 
 

@@ -55,7 +55,8 @@ def load_task(name: str) -> Task:
     if not path.is_dir():
         raise InputError(
             f"No task named {name!r}: it is neither a folder of images nor one of {', '.join(BUILT_IN_TASKS)}."
-            f"{near_matches(name, BUILT_IN_TASKS)}"
+            f"{near_matches(name, BUILT_IN_TASKS)}",
+            hint="check the path: a task is a folder with one subfolder of images per class, or a table of captions",
         )
     data_set = find_data_set(path)
     return shard_task(data_set) if data_set.is_sharded else image_folder_task(data_set)

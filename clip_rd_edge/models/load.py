@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from clip_rd_edge.contract.checkpoint import (
     model_folder,
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.io import convert, new_folder
 
@@ -117,9 +116,11 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
 
     config: dict[str, Any] | None = open_clip.get_model_config(name)
     if config is None:
-        matches = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(matches)}?" if matches else "open_clip.list_models() lists them"
-        raise InputError(f"No model named {name!r}: it is neither a folder nor an open_clip architecture.", hint=hint)
+        raise InputError(
+            f"No model named {name!r}: it is neither a folder nor an open_clip architecture."
+            f"{near_matches(name, open_clip.list_models())}",
+            hint="check the path; open_clip.list_models() lists the architectures",
+        )
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise InputError(

@@ -217,7 +217,8 @@ def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: 
         UsageError: `path` contains something else, or the index of another folder.
     """
     if not folder.is_dir():
-        raise InputError(f"The folder {folder} does not exist.", hint="check the path")
+        reason = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
         if not _is_utf8(str(location)):
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
@@ -232,7 +233,7 @@ def _update(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter
     images = list_images(folder, on_unreadable=folders.append)
     names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
     if not images and not index.entries:
-        raise InputError(f"The folder {folder} has no images.")
+        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
     kept, new = _compare(index.entries, _sources(folder, names))
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
     update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))

@@ -140,7 +140,10 @@ def read_labels_file(path: Path) -> list[str]:
         lines = (line.strip() for line in text.splitlines())
         labels = [line for line in lines if line and not line.startswith(_COMMENT)]
     if not labels:
-        raise InputError(f"The label file {path} has no labels; expected one label per line.")
+        raise InputError(
+            f"The label file {path} has no labels; expected one label per line.",
+            hint='write labels into it, or pass them directly: --labels "a cat" "a dog"',
+        )
     if len(labels) == 1 and len(_SEPARATOR.split(labels[0])) > 2:
         raise InputError(
             f"The label file {path} has a single line, which looks like a list: {labels[0]!r}.",

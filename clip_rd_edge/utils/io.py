@@ -169,7 +169,10 @@ def parse_yaml(content: bytes | str, *, source: Path) -> Any:
     try:
         return yaml.load(content, Loader=_yaml_classes()[0])
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(
+            f"{source} is not valid YAML: {' '.join(str(error).split())}.",
+            hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
+        ) from error
 
 
 # As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.

@@ -25,6 +25,7 @@ from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distilla
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.io import new_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import build_teacher
@@ -53,6 +54,7 @@ class Settings:
 
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
+EMBEDDING_SIZE = 256
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
@@ -103,7 +105,7 @@ def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, *
         data="emoji",
         image_size=IMAGE_SIZE,
         context_length=16,
-        embedding_size=256,
+        embedding_size=EMBEDDING_SIZE,
         checkpoint_every=100,
         **rest,
     )
@@ -120,8 +122,12 @@ def run_quickstart(
 
     Raises:
         UsageError: the folder holds a quickstart with other settings.
+        InputError, ConfigError: the student or the recipe is unknown.
         InterruptedRunError: a signal requested a stop; the same call resumes.
     """
+    # The student is built minutes later, after the teacher is tuned: report a mistyped name at once.
+    load_recipe(settings.recipe)
+    student_config(settings.student, embedding_size=EMBEDDING_SIZE, image_size=IMAGE_SIZE)
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
         ("Render the data set", _render_pairs),
         ("Tune the teacher", tune_teacher),

@@ -1,0 +1,157 @@
+"""Kinds of wrong input to every command: each gets a sentence and a hint, and who follows the hint succeeds."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+from clip_rd_edge.cli.main import cli
+
+Run = Callable[..., tuple[int, str, str]]
+LABELS = "--labels red green"
+# The command, a part of the message, and the command after following the hint; without one, the hint itself holds a
+# command: `clip-rd-edge … --help` or another that runs anywhere, or an example that must at least be a valid command.
+CASES = [
+    ("classifi B P", "Did you mean 'classify'", f"classify B P {LABELS}"),
+    ("--verison", "Did you mean '--version'", "--version"),
+    ("classify", "Missing argument 'BUNDLE'", ""),
+    ("classify B", "Expected either images or --camera", f"classify B photos {LABELS}"),
+    (f"classify B P --camera 0 {LABELS}", "Expected either images or --camera", f"classify B P {LABELS}"),
+    ("classify B P --lables red", "Did you mean '--labels'", f"classify B P {LABELS}"),
+    ("classify B P --labels labelz.txt", "there is no such file", "classify B P --labels labels.txt"),
+    ("classify B P --labels red,green", "looks like a list", f"classify B P {LABELS}"),
+    ("classify B P --labels empty.txt", "has no labels", f"classify B P {LABELS}"),
+    ("classify B P", "the bundle has no label bank", f"classify B P {LABELS}"),
+    (f"classify B P {LABELS} --top 0", "0 is not in the range", ""),
+    (f"classify B P {LABELS} --top three", "'three' is not a valid integer", ""),
+    (f"classify B P {LABELS} --none-below 1.5", "1.5 is not in the range", ""),
+    (f"classify B P {LABELS} --threads 0", "0 is not in the range", ""),
+    (f"classify B P {LABELS} --device gpu", "'gpu' is not one of", ""),
+    (f"classify B P {LABELS} --json --csv", "cannot be combined", f"classify B P {LABELS} --json"),
+    (f"classify B P {LABELS} --template red", "has no {}", f"classify B P {LABELS} --template 'red {{}}'"),
+    (f"classify B missing.png {LABELS}", "missing.png does not exist", f"classify B P {LABELS}"),
+    (f"classify B empty {LABELS}", "The folder empty has no images", f"classify B photos {LABELS}"),
+    (f"classify B '*.gif' {LABELS}", "No image matches *.gif", f"classify B 'photos/*.png' {LABELS}"),
+    (f"classify B broken.png {LABELS}", "Cannot read the image broken.png", f"classify B P {LABELS}"),
+    (f"classify nothing P {LABELS}", "it does not exist", f"classify B P {LABELS}"),
+    (f"classify empty P {LABELS}", "it has no manifest.json", f"classify B P {LABELS}"),
+    (f"classify P B {LABELS}", "is not a bundle: it is a file|has no images", f"classify B P {LABELS}"),
+    ("verify", "Missing argument 'BUNDLE'", ""),
+    ("verify nothing", "it does not exist", "verify B"),
+    ("verify P", "it is a file", "verify B"),
+    ("verify B --device tpu", "'tpu' is not one of", ""),
+    ("index B photos", "Missing option '-o'", ""),
+    ("index B nothing -o i", "The folder nothing does not exist", "index B photos -o i"),
+    ("index B P -o i", "The folder P is a file", "index B photos -o i"),
+    ("index B empty -o i", "has no images", "index B photos -o i"),
+    ("search I", "Missing argument 'QUERY'", ""),
+    ("search nothing red", "is not an index", "search I red"),
+    ("search B red", "is not an index", "search I red"),
+    ("search I missing.png", "looks like the path of an image", "search I 'a red image'"),
+    ("search I red --top 0", "0 is not in the range", ""),
+    ("evaluate B", "Missing option '--task'", ""),
+    ("evaluate B --task nothing", "No task named 'nothing'", "evaluate B --task tasks"),
+    ("evaluate B --task emoji:unseen-styel", "Did you mean 'emoji:unseen-style'", "evaluate B --task tasks"),
+    ("evaluate B --task empty", "has no images in subfolders", "evaluate B --task tasks"),
+    ("evaluate B --task tasks --template red", "has no {}", "evaluate B --task tasks --template 'red {}'"),
+    ("evaluate nothing --task tasks", "No model named 'nothing'", "evaluate B --task tasks"),
+    ("export B", "Missing option '-o'", ""),
+    ("export B -o o", "is already a bundle", None),
+    ("export nothing -o o", "No model named 'nothing'", None),
+    ("export run -o photos", "already exists and is not empty", None),
+    ("export run -o o --target jetson", "Did you mean 'jetson-thor' or 'jetson-orin'", ""),
+    ("export run -o o --precision int4", "'int4' is not one of", ""),
+    ("export run -o o --format tensorrt", "'tensorrt' is not one of", ""),
+    ("recipe shw", "Did you mean 'show'", "recipe show"),
+    ("recipe show clip-rdd", "Did you mean 'clip-rd'", "recipe show clip-rd"),
+    ("recipe show broken.yaml", "is not valid YAML", "recipe show clip-rd"),
+    ("benchmark", "SUITE is missing", ""),
+    ("benchmark quickstart", "-o FOLDER is missing", ""),
+    ("benchmark nothing -o o", "There is no suite 'nothing'", "benchmark --init"),
+    ("benchmark broken.yaml -o o", "is not valid YAML", "benchmark --init"),
+    ("benchmark quickstart -o o --model studnt=B", "Did you mean 'student'", None),
+    ("benchmark --compare nothing nothing", "Cannot read nothing", None),
+    ("spread", "Missing argument", ""),
+    ("spread nothing", "Cannot read nothing", None),
+    ("devices cpu-x68", "Did you mean 'cpu-x86'", "devices cpu-x86"),
+    ("devices raspberry", "No device is named 'raspberry'", "devices"),
+    ("distill", "Missing option '--data'", ""),
+    ("distill --data nothing.csv --student resnet18 --recipe clip -o o", "does not exist", None),
+    ("distill --data one.csv --student resnet18 --recipe clip -o o", "has 1 pair;", None),
+    ("distill --data columns.csv --student resnet18 --recipe clip -o o", "has no column 'filepath'", None),
+    ("distill --data one.csv --student resnet18 --recipe clp -o o", "Did you mean 'clip'", "recipe show clip"),
+    ("distill --data one.csv --student resnet18 --batch-size 0 -o o", "0 is not in the range", ""),
+    ("distill --data one.csv --student resnet18 -o photos", "already exists and is not empty", None),
+    ("quickstart --student resnet81 -o o", "resnet81", None),
+    ("quickstart --recipe clp -o o", "Did you mean 'clip'", "recipe show clip"),
+    ("quickstart extra", "unexpected extra argument", ""),
+    ("stitch", "Missing argument 'CLASSIFIER'", ""),
+    ("stitch resnet18 --names nothing.txt --text all-MiniLM-L6-v2 -o o", "cannot be read", None),
+    ("demo", "Missing argument", ""),
+    ("demo nothing", "it does not exist", None),
+    ("demo B --port 99999", "99999 is not in the range", ""),
+    ("serve nothing", "it does not exist", None),
+    ("serve B nothing", "is not an index", None),
+    ("serve B --token-file nothing.txt", "nothing.txt: No such file or directory", None),
+    ("evidence rn", "Did you mean 'run'", ""),
+    ("evidence run nothing -o o", "There is no suite 'nothing'", "benchmark --init"),
+    ("evidence report nothing.json", "Cannot read nothing.json", None),
+    ("doctor extra", "unexpected extra argument", ""),
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a bundle B, an image P, a folder of photos and faulty files."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(colour_bundle, "B")
+    shutil.copy(colour_images / "red.png", "P")
+    files = {
+        "broken.png": "no image", "empty.txt": "", "labels.txt": "red\ngreen\n", "broken.yaml": "rows: [",
+        "one.csv": "filepath,title\nphotos/red.png,red\n", "columns.csv": "image,caption\nphotos/red.png,red\n",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "empty").mkdir()
+    for colour in ("red", "green"):
+        (tmp_path / "tasks" / colour).mkdir(parents=True)
+        shutil.copy(colour_images / f"{colour}.png", tmp_path / "tasks" / colour)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "message", "mended"), CASES, ids=[case[0] for case in CASES])
+def test_wrong_input_gets_a_sentence_and_a_hint_that_helps(
+    place: Path, command_line: Run, command: str, message: str, mended: str | None
+) -> None:
+    if " I " in f"{command} {mended or ''} ":
+        assert command_line("index", "B", "photos", "-o", "I")[0] == 0
+    before = sorted(place.rglob("*"))
+    code, output, error = command_line(*shlex.split(command))
+    assert (code, output) == (2, "")
+    sentence, hint = (line.partition(": ") for line in error.strip().splitlines()[-2:])
+    assert (sentence[0], hint[0]) == ("error", "hint")
+    assert any(part in sentence[2] for part in message.split("|"))
+    assert len(error.strip().splitlines()) <= 3  # with the line that a long command starts with
+    assert [path for path in sorted(place.rglob("*")) if path not in before and path.name not in ("I", "i")] == []
+    if mended:
+        assert command_line(*shlex.split(mended))[0] == 0
+    elif mended == "":
+        follow(hint[2], command_line)
+
+
+def follow(hint: str, command_line: Run) -> None:
+    """Run the command in a hint, or parse it where it is an example with names of its own."""
+    found = re.search(r"clip-rd-edge ((?:[a-z]+ )+--help|devices)", hint)
+    if found:
+        assert command_line(*shlex.split(found[1]))[0] == 0
+        return
+    arguments = shlex.split(hint[hint.index("clip-rd-edge ") :])[1:]
+    name, command, rest = cli.resolve_command(click.Context(cli), arguments)
+    assert command is not None
+    command.make_context(name, list(rest))
