@@ -142,7 +142,8 @@ def _shard_paths(pattern: str) -> tuple[ShardFile, ...]:
 
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
+MAX_SHARDS = 1_000_000  # that one pattern stands for
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -151,7 +152,8 @@ def expand_braces(pattern: str) -> list[str]:
     A range keeps leading zeros: `{08..11}` gives 08, 09, 10, 11.
 
     Raises:
-        InputError: a pair of braces contains neither a range of integers nor a list, or a brace is unmatched.
+        InputError: a pair of braces contains neither a range of integers nor a list, a brace is unmatched, or the
+            pattern stands for more than MAX_SHARDS names.
     """
     match = _BRACES.search(pattern)
     if match is None:
@@ -159,7 +161,17 @@ def expand_braces(pattern: str) -> list[str]:
             raise InputError(f"The pattern {pattern!r} has an unmatched brace.")
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
-    return [before + choice + rest for choice in _choices(match[1], pattern) for rest in expand_braces(after)]
+    choices, rests = _choices(match[1], pattern), expand_braces(after)
+    _require_few(len(choices) * len(rests), pattern)
+    return [before + choice + rest for choice in choices for rest in rests]
+
+
+def _require_few(names: int, pattern: str) -> None:
+    if names > MAX_SHARDS:
+        raise InputError(
+            f"The pattern {pattern!r} stands for {names:,} names or more; the limit is {MAX_SHARDS:,}.",
+            hint="check the range in the braces",
+        )
 
 
 def _choices(content: str, pattern: str) -> list[str]:
@@ -172,6 +184,7 @@ def _choices(content: str, pattern: str) -> list[str]:
             )
         return content.split(",")
     first, last = numbers.groups()
+    _require_few(abs(int(last) - int(first)) + 1, pattern)
     # As in a shell, leading zeros on either side set the width of all numbers.
     width = max(len(first), len(last)) if "0" in (first[0], last[0]) and max(len(first), len(last)) > 1 else 0
     step = 1 if int(first) <= int(last) else -1
@@ -197,6 +210,8 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
         content = msgspec.json.decode(read_text(member))
     except msgspec.DecodeError as error:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
     if not isinstance(content, dict) or key not in content:
         known = [str(name) for name in content] if isinstance(content, dict) else []
         raise InputError(

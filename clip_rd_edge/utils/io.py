@@ -173,6 +173,10 @@ def parse_yaml(content: bytes | str, *, source: Path) -> Any:
             f"{source} is not valid YAML: {' '.join(str(error).split())}.",
             hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
         ) from error
+    except ValueError as error:  # of a date or a number that Python cannot represent
+        raise ConfigError(f"{source} has an invalid value: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not valid YAML for this: its values are nested too deep.") from error
 
 
 # As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.

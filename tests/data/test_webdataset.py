@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from clip_rd_edge.data import tars
 from clip_rd_edge.data.pairs import load_pairs
-from clip_rd_edge.data.webdataset import expand_braces
+from clip_rd_edge.data.webdataset import expand_braces, json_captions
 from clip_rd_edge.errors import InputError, UsageError
 
 Factory = Callable[..., Any]
@@ -180,3 +181,27 @@ def test_braces_are_expanded(pattern: str, names: list[str]) -> None:
 def test_an_invalid_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(InputError, match=r"neither a range nor a list|unmatched brace"):
         expand_braces(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{0..99999999999}.tar", "{5000000..0}.tar", "{0..999}{0..999}{0..999}.tar", "{0..999999}/{a,b}.tar"],
+)
+def test_a_pattern_for_more_shards_than_anyone_has_is_refused_at_once(pattern: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"names or more; the limit is 1,000,000"):
+        expand_braces(pattern)
+    assert time.monotonic() - started < 5
+
+
+def test_a_range_of_numbers_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(InputError, match="neither a range nor a list"):
+        expand_braces(f"{{0..{'9' * 5_000}}}.tar")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"caption":'])
+def test_deep_json_in_a_sample_is_a_bad_sample(opening: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = tars.TarMember(tmp_path / "a.tar", "1.json", 0, 0)
+    monkeypatch.setattr(tars.TarMember, "read_bytes", lambda self: (opening * 200_000).encode())
+    with pytest.raises(InputError, match=r"a\.tar: 1\.json is not valid JSON for this: .* nested too deep"):
+        json_captions(member, "caption")

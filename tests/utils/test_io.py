@@ -141,3 +141,13 @@ def test_other_texts_in_yaml_are_no_numbers(tmp_path: Path, text: str) -> None:
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml", Oven)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[" * 5_000, "nested too deep"), ("{a: " * 5_000, "nested too deep"), ("a: 2001-99-99", "invalid value")],
+)
+def test_yaml_that_pyyaml_cannot_hold_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "kitchen.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"kitchen\.yaml .*{message}"):
+        read_yaml(tmp_path / "kitchen.yaml", Kitchen)
