@@ -1,0 +1,14 @@
+"""The guide's menu; `make docs` checks it too, but needs the extra [docs]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_device_has_its_page_in_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    devices = {path.parent.name for path in (ROOT / "export").glob("*/device.yaml")}
+    assert len(devices) > 5
+    assert {name for name in devices if f": devices/{name}.md\n" not in menu} == set()
