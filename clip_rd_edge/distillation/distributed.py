@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import default_device
+
+# Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
+# ends closes its connections, which the others notice at once.
+_LONGEST_WAIT = timedelta(days=7)
+_BUCKET_MB = 64  # of gradients per message
 
 
 @dataclass(frozen=True)
@@ -20,24 +29,35 @@ class Processes:
     """This process's rank, the number of processes, and the device it computes on.
 
     In a single-process run the methods do not communicate.
+
+    Attributes:
+        control: a group over CPUs for waiting and counting, None for a single process. It has a longer timeout than the
+            group that sums gradients, and no message of it waits for a GPU.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all processes in rank order, (b, D) to (world_size · b, D), without gradient."""
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Concatenate the rows of all processes in rank order, without gradient, with one message for all tensors.
+
+        Args:
+            tensors: matrices with b rows each and one dtype; (b, D) becomes (world_size · b, D).
+        """
         if self.world_size == 1:
-            return rows
+            return list(tensors)
+        rows = torch.cat(list(tensors), dim=1).contiguous()
         gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        dist.all_gather(gathered, rows)
+        widths = [tensor.shape[1] for tensor in tensors]
+        return [part.contiguous() for part in torch.split(torch.cat(gathered), widths, dim=1)]
 
     def local_part(self, rows: Tensor) -> Tensor:
         """Return this process's rows of what `gather` returned."""
@@ -46,42 +66,58 @@ class Processes:
 
     def all_reduce(self, tensors: Iterable[Tensor | None]) -> None:
         """Replace each tensor by its sum over processes, with one message per dtype; skips None."""
-        if self.world_size == 1:
-            return
-        present = [tensor for tensor in tensors if tensor is not None]
-        for dtype in dict.fromkeys(tensor.dtype for tensor in present):
-            group = [tensor for tensor in present if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
-            for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        if self.world_size > 1:
+            _as_one_message([tensor for tensor in tensors if tensor is not None], dist.all_reduce)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the main process's; for running statistics of batch norms, as DDP does."""
+        """Replace each tensor by the main process's, with one message per dtype.
+
+        For running statistics of batch norms, as DistributedDataParallel does.
+        """
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            _as_one_message(list(tensors), partial(dist.broadcast, src=0))
+
+    def synchronised(self, module: nn.Module) -> nn.Module:
+        """Return a module whose backward pass sums the gradients over processes while it computes further ones.
+
+        This is torch's DistributedDataParallel, but with sums, since each process has its share of one loss, and not a
+        loss of its own. Parameters that the backward pass does not reach keep their gradients. For a single process,
+        the module is returned.
+        """
+        if self.world_size == 1:
+            return module
+        buffers = [name for name, _ in module.named_buffers(remove_duplicate=False)]  # see `broadcast`
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            module, buffers
+        )
+        # Of convolutions of 1 × 1 pixels, whose layout in memory has two equal descriptions.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # With `find_unused_parameters`, buckets stay as they are after the first step. Their layout decides in which
+        # order several processes' gradients are added up: a resumed run would otherwise differ in the last bits.
+        parallel = DistributedDataParallel(module, find_unused_parameters=True, bucket_cap_mb=_BUCKET_MB)
+        parallel.register_comm_hook(None, _sum_bucket)
+        return parallel
+
+    def accumulate(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the backward pass of a `synchronised` module keeps its gradients to itself."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set in any process."""
-        if self.world_size == 1:
-            return flag
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return self.sum(int(flag))[0] > 0
 
-    def sum(self, local: int) -> int:
-        """Return the sum of a number over processes."""
+    def sum(self, *local: int) -> list[int]:
+        """Return the sum of each number over processes, with one message for all of them."""
         if self.world_size == 1:
-            return local
-        value = torch.tensor(local, device=self.device)
-        dist.all_reduce(value)
-        return int(value.item())
+            return list(local)
+        values = torch.tensor(local)
+        dist.all_reduce(values, group=self.control)
+        return [int(value) for value in values.tolist()]
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
     def on_main(self, action: Callable[[], None]) -> None:
         """Call a function in the main process; if it raises an error of this package, all processes raise one."""
@@ -106,6 +142,21 @@ class Processes:
                 self.barrier()
 
 
+def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        communicate(flat)
+        for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+# torch compares annotations with its own type, which has no public name.
+def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
 @contextmanager
 def join_processes() -> Iterator[Processes]:
     """Join the processes that torchrun started (known by its environment variables), or run as a single process.
@@ -121,6 +172,7 @@ def join_processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+        control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        yield Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, control=control)
     finally:
         dist.destroy_process_group()

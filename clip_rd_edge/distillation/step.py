@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,11 +89,13 @@ class TrainingStep:
         if settings.compile:
             self._image_tower.compile()
             self._text_tower.compile()
-        self._frozen_text: FrozenTextTower | None = None
+        embed_texts: Callable[[list[str]], Tensor] = self._embed_captions
         if settings.freeze_text:
-            self._frozen_text = FrozenTextTower(
+            embed_texts = FrozenTextTower(
                 student, processes.device, autocast=settings.autocast, caption_batch=settings.caption_batch
             )
+        self._towers = _Towers(student.model, self._image_tower, embed_texts)
+        self._synchronised = processes.synchronised(self._towers)
 
     def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
         """Compute one step.
@@ -106,22 +109,24 @@ class TrainingStep:
         processes.broadcast(model.buffers())
         chunks = list(self._chunks(batch))
         if len(chunks) == 1:
-            image, text = self._embed(chunks[0], step, 0)
+            image, text = self._embed(self._synchronised, chunks[0], step, 0)
         else:
             image, text = self._embed_without_graph(chunks, step)
         embeddings = self._gather(chunks, image, text)
-        loss = self._backward_to_embeddings(embeddings, loss_scale)
-        leaves = (embeddings.student_image, embeddings.student_text)
-        processes.all_reduce([leaf.grad for leaf in leaves])
-        gradients = [processes.local_part(_gradient(leaf)) for leaf in leaves]
+        parameter = model.get_parameter("logit_scale")
+        # A leaf of its own: the towers' parameters belong to their backward pass alone.
+        log_scale = parameter.detach().clone().requires_grad_(parameter.requires_grad)
+        loss, gradients = self._backward_to_embeddings(embeddings, log_scale, loss_scale)
         if len(chunks) == 1:
             _backward((image, text), gradients)
         else:
             sizes = [len(chunk.captions) for chunk in chunks]
             parts = zip(*(torch.split(gradient, sizes) for gradient in gradients), strict=True)
             for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
-                _backward(self._embed(chunk, step, number), list(part))
-        processes.all_reduce([parameter.grad for parameter in (*model.parameters(), *self.objective.parameters())])
+                is_last = number == len(chunks) - 1
+                with nullcontext() if is_last else processes.accumulate(self._synchronised):
+                    _backward(self._embed(self._synchronised, chunk, step, number), list(part))
+        parameter.grad = log_scale.grad
         return StepResult(loss, embeddings)
 
     def _chunks(self, batch: Batch) -> Iterator[Batch]:
@@ -129,38 +134,47 @@ class TrainingStep:
         for start in range(0, len(batch.captions), size):
             yield _part(batch, slice(start, start + size))
 
-    def _embed(self, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, towers: nn.Module, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
         # Random draws depend only on the position in the run, so a second pass or a resumed run repeats them.
         sequence = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         pixels = self._normalise(batch.student_pixels)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            image = self._image_tower(pixels)
-            if self._frozen_text is not None:
-                return image, self._frozen_text(batch.captions)
-            return image, self._text_tower(self.student.tokenizer(batch.captions).to(device))
+            image, text = towers(pixels, batch.captions)
+        return image, text
+
+    def _embed_captions(self, captions: list[str]) -> Tensor:
+        ids = self.student.tokenizer(captions).to(self.processes.device)
+        embeddings: Tensor = self._text_tower(ids)
+        return embeddings
 
     @torch.no_grad()
     def _embed_without_graph(self, chunks: list[Batch], step: int) -> tuple[Tensor, Tensor]:
         # A second pass, with a graph, follows: restore the buffers, or batch norms would count the batch twice.
         buffers = [buffer.clone() for buffer in self.student.model.buffers()]
-        images, texts = zip(*(self._embed(chunk, step, i) for i, chunk in enumerate(chunks)), strict=True)
+        images, texts = zip(*(self._embed(self._towers, chunk, step, i) for i, chunk in enumerate(chunks)), strict=True)
         for buffer, saved in zip(self.student.model.buffers(), buffers, strict=True):
             buffer.copy_(saved)
         return torch.cat(images), torch.cat(texts)
 
     def _gather(self, chunks: list[Batch], image: Tensor, text: Tensor) -> EmbeddingBatch:
-        gather = self.processes.gather
-        student_image, student_text = (gather(rows.detach().float()).requires_grad_() for rows in (image, text))
-        if self.teacher is None:
-            return EmbeddingBatch(student_image, student_text)
-        images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
-        teacher_image, teacher_text = (gather(torch.cat(rows).float()) for rows in (images, texts))
-        return EmbeddingBatch(student_image, student_text, teacher_image, teacher_text)
+        local = [image.detach().float(), text.detach().float()]
+        if self.teacher is not None:
+            images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
+            local += [torch.cat(images).float(), torch.cat(texts).float()]
+        student_image, student_text, *teacher = self.processes.gather(local)
+        return EmbeddingBatch(student_image.requires_grad_(), student_text.requires_grad_(), *teacher)
 
-    def _backward_to_embeddings(self, embeddings: EmbeddingBatch, loss_scale: float) -> LossTerms:
-        """Backpropagate this process's share of the loss to the global embeddings; return the global loss."""
+    def _backward_to_embeddings(
+        self, embeddings: EmbeddingBatch, log_scale: Tensor, loss_scale: float
+    ) -> tuple[LossTerms, list[Tensor]]:
+        """Backpropagate this process's share of the loss to the global embeddings.
+
+        Returns:
+            The global loss, and the gradients of this process's image and text embeddings. Those of the scales and of
+            the objective's other parameters are summed over processes in the same message.
+        """
         processes, settings = self.processes, self.settings
         pairs = len(embeddings.student_image)
         local = pairs // processes.world_size
@@ -170,15 +184,29 @@ class TrainingStep:
         total, terms = torch.zeros((), device=processes.device), dict[str, Tensor]()
         for first in range(start, stop, size):
             block = None if size == pairs else slice(first, min(first + size, stop))
-            scale = self.student.model.get_parameter("logit_scale").exp()
             teacher_scale = self.teacher.logit_scale if self.teacher else 0.0
-            loss = self.objective(embeddings, scale, teacher_scale, block=block)
+            loss = self.objective(embeddings, log_scale.exp(), teacher_scale, block=block)
             torch.autograd.backward([loss_scale * share * loss.total])
             total += share * loss.total.detach()
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + share * term.detach()
-        processes.all_reduce([total, *terms.values()])
-        return LossTerms(total, terms)
+        leaves = (embeddings.student_image, embeddings.student_text)
+        summed = [leaf.grad for leaf in (*leaves, log_scale, *self.objective.parameters())]
+        processes.all_reduce([total, *terms.values(), *summed])
+        return LossTerms(total, terms), [processes.local_part(_gradient(leaf)) for leaf in leaves]
+
+
+class _Towers(nn.Module):
+    """Both towers in one forward pass, whose backward pass is synchronised as a whole."""
+
+    def __init__(self, model: nn.Module, image_tower: nn.Module, embed_texts: Callable[[list[str]], Tensor]) -> None:
+        super().__init__()
+        self.model = model  # the parameters of both
+        self.image_tower = image_tower
+        self._embed_texts = embed_texts
+
+    def forward(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        return self.image_tower(pixels), self._embed_texts(captions)
 
 
 def _part(batch: Batch, part: slice) -> Batch:

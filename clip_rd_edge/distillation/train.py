@@ -137,7 +137,7 @@ def train(
             done = step + 1
             evaluation = scores(done)
             elapsed = time.perf_counter() - started
-            bad = processes.sum(dataset.bad.bad_pairs)
+            bad, stop_requests = processes.sum(dataset.bad.bad_pairs, int(bool(request)))
             progress = Progress(
                 step=done,
                 steps=steps,
@@ -163,7 +163,7 @@ def train(
             if evaluation:
                 reporter.say(f"step {done}: {progress.evaluation_message()}")
             dataset.bad.check_total(bad)
-            stopping = processes.any(bool(request))
+            stopping = stop_requests > 0
             if done == steps or stopping or done % config.checkpoint_every == 0:
                 if processes.is_main:
                     save_checkpoint(run, done, parts)

@@ -1,10 +1,14 @@
-"""Not a test: compute loss and gradients of one step, directly or under torchrun, and save them. See test_step.py."""
+"""Not a test: compute loss and gradients of a step twice, directly or under torchrun. See test_step.py."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.distributed import join_processes
@@ -24,11 +28,24 @@ def make_model(seed: int, name: str):  # type: ignore[no-untyped-def]
     return build_student(config, name=name)
 
 
-def main(output: str, chunks: int, block: int, global_logits: int) -> None:
+class Messages:
+    """Counts the collective operations of torch.distributed."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        for name in ("all_reduce", "all_gather", "broadcast", "barrier"):
+            setattr(dist, name, partial(self._count, name, getattr(dist, name)))
+
+    def _count(self, name: str, send: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return send(*args, **kwargs)
+
+
+def main(output: str, name: str, chunks: int, block: int, global_logits: int) -> None:
     torch.set_num_threads(1)
+    messages = Messages()
     with join_processes() as processes:
-        # Models without batch norms, whose statistics would depend on how the batch is split.
-        student, teacher = make_model(0, "test_vit"), make_model(1, "test_vit")
+        student, teacher = make_model(0, name), make_model(1, name)
         objective = Objective(load_recipe("clip-rd").objective)
         settings = StepSettings(chunks=chunks, block=block, global_logits=bool(global_logits))
         live_teacher = Teacher(teacher, processes.device, autocast=None)
@@ -36,12 +53,19 @@ def main(output: str, chunks: int, block: int, global_logits: int) -> None:
         pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
         size = PAIRS // processes.world_size
         local = slice(processes.rank * size, (processes.rank + 1) * size)
-        result = step(Batch(pixels[local], pixels[local], CAPTIONS[local]), 0)
         parameters = [*student.model.named_parameters(), *objective.named_parameters()]
-        gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+        results = []
+        for _ in range(2):
+            for _, parameter in parameters:
+                parameter.grad = None
+            messages.counts.clear()
+            result = step(Batch(pixels[local], pixels[local], CAPTIONS[local]), 0)
+            gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
+            record = {"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}
+            results.append({**record, "messages": dict(messages.counts)})
         if processes.is_main:
-            torch.save({"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}, output)
+            torch.save(results, output)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

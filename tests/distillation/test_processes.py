@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +34,10 @@ class Exchange:
     count: int
     barrier: threading.Barrier = field(init=False)
     values: list[Any] = field(init=False)
+    accumulating: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.accumulating = [False] * self.count
         self.barrier, self.values = threading.Barrier(self.count, timeout=60), [None] * self.count
 
     def all(self, rank: int, value: Any) -> list[Any]:
@@ -51,8 +54,8 @@ class Threads(Processes):
 
     exchange: Exchange = field(default_factory=lambda: Exchange(1))
 
-    def gather(self, rows: Tensor) -> Tensor:
-        return torch.cat(self.exchange.all(self.rank, rows))
+    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*self.exchange.all(self.rank, tensors), strict=True)]
 
     def all_reduce(self, tensors: Iterable[Tensor | None]) -> None:
         present = [tensor for tensor in tensors if tensor is not None]
@@ -62,6 +65,21 @@ class Threads(Processes):
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """All start from the same buffers."""
+
+    def synchronised(self, module: nn.Module) -> nn.Module:
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self._sum)
+        return module
+
+    def _sum(self, parameter: Tensor) -> None:
+        if not self.exchange.accumulating[self.rank]:
+            self.all_reduce([parameter.grad])
+
+    @contextmanager
+    def accumulate(self, module: nn.Module) -> Iterator[None]:
+        self.exchange.accumulating[self.rank] = True
+        yield
+        self.exchange.accumulating[self.rank] = False
 
 
 def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
