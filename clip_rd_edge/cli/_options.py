@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from clip_rd_edge.runtime.backends.providers import AUTO, DEVICES
 
@@ -64,6 +66,29 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
         return click.option(*names, cls=settings.pop("cls", GroupedOption), group=heading, **settings)
 
     return option
+
+
+def completed_by(names: Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
+    """Return a `shell_complete` callback that offers names, such as those of presets, and file names.
+
+    Args:
+        names: called when the shell asks, because listing the names may import packages.
+    """
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        matches = [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+        return matches or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
+    """Return a function that lists the files of a folder of the package, without their suffix; it imports nothing."""
+    return lambda: sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob(f"*{suffix}"))
+
+
+complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
+complete_student = completed_by(packaged_names("models/configs", ".json"))
 
 
 def drop_none(**options: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, complete_recipe, complete_student, drop_none, grouped
 
 _data, _teacher, _student = grouped("Data"), grouped("Teacher"), grouped("Student")
 _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), grouped("Output")
@@ -54,6 +54,7 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
 )
 @_student(
     "--student",
+    shell_complete=complete_student,
     required=True,
     help="The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's folder or "
     "local-dir:PATH.",
@@ -96,6 +97,7 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
 )  # fmt: skip
 @_training(
     "--recipe",
+    shell_complete=complete_recipe,
     default="clip-rd",
     show_default=True,
     help="Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.",

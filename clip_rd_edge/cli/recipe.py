@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import complete_recipe
 
 
 @click.group("recipe", short_help="Show the training recipes, to start your own from.")
@@ -13,7 +14,7 @@ def command() -> None:
 
 
 @command.command("show")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_recipe)
 def show(name: str | None) -> None:
     """Print the recipe NAME as YAML with a comment on each key; without NAME, list the recipes.
 

@@ -1,0 +1,44 @@
+"""Completion in the shell, as the lines in docs/index.md set it up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def completions(line: str) -> list[tuple[str, str]]:
+    """Return type and value of what bash is offered for a line whose last word is incomplete."""
+    environment = {
+        **os.environ, "_CLIP_RD_EDGE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "clip_rd_edge"]
+    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
+    return [(kind, value) for kind, _, value in (row.partition(",") for row in output.splitlines())]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("clip-rd-edge quick", ("plain", "quickstart")),
+        ("clip-rd-edge export run --preci", ("plain", "--precision")),
+        ("clip-rd-edge export run --precision i", ("plain", "int8")),
+        ("clip-rd-edge recipe show clip-k", ("plain", "clip-kd")),
+        ("clip-rd-edge distill --recipe tiny", ("plain", "tinyclip")),
+        ("clip-rd-edge distill --student mobilevit_x", ("plain", "mobilevit_xxs")),
+        ("clip-rd-edge distill --recipe mine", ("file", "mine")),
+        ("clip-rd-edge classify bun", ("file", "bun")),
+    ],
+)
+def test_the_shell_is_offered_commands_options_values_presets_and_files(line: str, expected: tuple[str, str]) -> None:
+    assert expected in completions(line)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_gets_a_script(shell: str) -> None:
+    environment = {**os.environ, "_CLIP_RD_EDGE_COMPLETE": f"{shell}_source"}
+    command = [sys.executable, "-m", "clip_rd_edge"]
+    script = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
+    assert f"_CLIP_RD_EDGE_COMPLETE={shell}_complete" in script
