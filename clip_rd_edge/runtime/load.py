@@ -13,6 +13,7 @@ from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, P
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.intact import require_intact_manifest
 
+MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
@@ -41,7 +42,7 @@ def load(
     Raises:
         InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer
             format.
-        UsageError: the runtime is unknown, or the device is not available here.
+        UsageError: the runtime is unknown, the device is not available here, or `threads` is out of range.
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
@@ -61,6 +62,11 @@ def open_bundle(
     spin: bool = True,
 ) -> BundleEncoder:
     """Like `load`, for a bundle whose manifest has been read already."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(
+            f"The number of threads is {threads:,}; expected 1 to {MAX_THREADS:,}.",
+            hint=f"this machine has {os.cpu_count()} cores",
+        )
     engine = runtime or _runtime_for(device, manifest)
     if engine == "openvino":
         from clip_rd_edge.runtime.backends.openvino import CPU, OpenVinoEncoder

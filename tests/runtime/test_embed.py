@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.images import find_images, list_images, open_image
 from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime import embed
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.load import load
@@ -145,3 +145,9 @@ def test_a_subfolder_that_cannot_be_read_is_named_and_the_others_are_searched(wi
     assert [str(error) for error in errors] == [f"Cannot read the folder {without_more / 'more'}: Permission denied."]
     with pytest.raises(InputError, match="Cannot read the folder"):
         list_images(without_more)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1_025, 100_000, 2**40])
+def test_absurd_numbers_of_threads_are_refused_before_any_starts(colour_bundle: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match=r"number of threads is .* expected 1 to 1,024"):
+        load(colour_bundle, threads=threads)
