@@ -98,7 +98,6 @@ def distill(
     teacher: str | None = None,
     recipe: str = "clip-rd",
     resume: bool = False,
-    accept_changes: bool = False,
     reporter: Reporter = SILENT,
     **options: Unpack[DistillOptions],
 ) -> Path:
@@ -111,7 +110,6 @@ def distill(
             without a teacher.
         recipe: a name such as `clip-rd`, or a YAML file.
         resume: continue from the latest intact checkpoint in `output`.
-        accept_changes: resume also if data or teacher are no longer those that the run began with.
         options: the other options of `clip-rd-edge distill`, under the same names.
 
     Raises:
@@ -122,6 +120,7 @@ def distill(
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
 
+    accept_changes = options.pop("accept_changes", False)
     config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
     run = Path(output)
     run_distillation(

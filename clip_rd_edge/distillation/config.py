@@ -175,6 +175,8 @@ class DistillOptions(TypedDict, total=False):
 
     Most are fields of `RunConfig`; `epochs`, `steps`, `batch_size`, `learning_rate`, `ema_decay` and `precision`
     override the recipe. With `batch_size` alone, the learning rate follows; see `scaled_learning_rate`.
+    `accept_changes` resumes also if data or teacher are no longer those that the run began with; it is no part of the
+    configuration.
     """
 
     csv_img_key: str
@@ -212,6 +214,7 @@ class DistillOptions(TypedDict, total=False):
     evaluate_every: int
     report_to: Literal["tensorboard"] | None
     checkpoint_every: int
+    accept_changes: bool
 
 
 _RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")
