@@ -1,0 +1,163 @@
+"""How an image classifier and a sentence encoder are best stitched, and how well the result sees photographs.
+
+    python benchmarks/scripts/tuxpaint.py photos
+    python benchmarks/scripts/stitched_teacher.py photos -o benchmarks/results/MACHINE/stitched-teacher.json
+
+EfficientNet-Lite0 and MiniLM-L6, from the packages of the extra `emoji`. Names and projection are chosen on the task
+`choose`; the figures of the task `test` are for the choice alone.
+
+With `--before` and `--after`, a stitched model before and after fine-tuning, the weights between the two are evaluated
+on the photographs of `choose` and on the emoji of the test splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_rd_edge.benchmarking.accuracy import evaluate
+from clip_rd_edge.benchmarking.metrics import accuracy_interval
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.interpolate import interpolate_clip
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
+from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
+from clip_rd_edge.utils.host import machine_name
+
+CHOOSE_SIZE = 96
+SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+Score = dict[str, Any]
+
+
+def names_of_imagenet() -> dict[str, Sequence[Sequence[str]]]:
+    info = ImageNetInfo()
+    full = [str(info.index_to_description(index)) for index in range(info.num_classes())]
+    synonyms = [name.split(", ") for name in full]
+    return {
+        "first synonym": [names[:1] for names in synonyms],
+        "synonyms in one text": [[name] for name in full],
+        "mean of synonyms": synonyms,
+        "mean of synonyms and description": read_class_names("imagenet"),
+    }
+
+
+def transposed(weight: Tensor, names: Tensor) -> Tensor:
+    return (names - names.mean(0)).T @ (weight - weight.mean(0))
+
+
+def procrustes(weight: Tensor, names: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(transposed(weight, names), full_matrices=False)
+    return left @ right
+
+
+PROJECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "transposed: Tᵀ W": transposed,
+    "Procrustes": procrustes,
+    **{f"ridge {r:g}": (lambda w, t, r=r: solve_projection(w, t, ridge=r)) for r in (0.03, 0.1, RIDGE, 1.0, 3.0)},
+}
+
+
+@torch.no_grad()
+def features(classifier: ImageClassifier, task: ZeroShotTask, size: int) -> Tensor:
+    preprocessing = Preprocessing(size=(size, size), mean=(0.5,) * 3, std=(0.5,) * 3)
+    batches = []
+    for start in range(0, len(task.images), 32):
+        images = [open_image(path) for path in task.images[start : start + 32]]
+        pixels = np.stack([preprocess(image, preprocessing) for image in images])
+        batches.append(classifier.features(torch.from_numpy(pixels)))
+    return torch.cat(batches)
+
+
+def score(image: Tensor, text: Tensor, targets: Sequence[int]) -> Score:
+    order = (normalize(image, dim=-1) @ text.T).argsort(dim=1, descending=True)[:, :5].numpy()
+    hits = order == np.asarray(targets)[:, None]
+    interval = accuracy_interval(hits[:, 0])
+    return {
+        "top1": float(hits[:, 0].mean()),
+        "low": interval.low,
+        "high": interval.high,
+        "top5": float(hits.any(1).mean()),
+    }
+
+
+def stitched(photos: Path, sentences: SentenceEncoder, sizes: Sequence[int]) -> dict[str, list[Score]]:
+    classifier = load_classifier("tf_efficientnet_lite0")
+    weight = classifier.head.weight.detach()
+    task = load_zero_shot(photos / "tasks" / "choose")
+    image, labels = features(classifier, task, CHOOSE_SIZE), list(task.labels)
+    choices = []
+    for names, texts in names_of_imagenet().items():
+        embeddings = class_embeddings(sentences, texts)
+        for name, solve in PROJECTIONS.items():
+            result = score(image @ solve(weight, embeddings).T, sentences.encode(labels), task.targets)
+            choices.append({"names": names, "projection": name, "size": CHOOSE_SIZE, **result})
+    task = load_zero_shot(photos / "tasks" / "test")
+    projection = solve_projection(weight, class_embeddings(sentences, read_class_names("imagenet")))
+    text = sentences.encode(list(task.labels))
+    tested = [
+        {"size": size, **score(features(classifier, task, size) @ projection.T, text, task.targets)} for size in sizes
+    ]
+    return {"choose": choices, "test": tested}
+
+
+def between(before: Path, after: Path, photos: Path) -> list[Score]:
+    """Evaluate the interpolation of two models by the share of the second."""
+    start, end = load_clip(str(before)), load_clip(str(after))
+    tasks = {"photographs": load_zero_shot(photos / "tasks" / "choose")}
+    tasks |= {name: load_zero_shot(f"emoji:{name}") for name in ("unseen-style", "unseen-concepts")}
+    rows = []
+    for share in SHARES:
+        encoder = TorchEncoder(interpolate_clip(start, end, share=share))
+        rows.append({"share": share, **{name: top(encoder, task) for name, task in tasks.items()}})
+    return rows
+
+
+def top(encoder: TorchEncoder, task: ZeroShotTask) -> Score:
+    result: Any = evaluate(encoder, msgspec.structs.replace(task, templates=("{}",)))
+    interval = result.top1_interval
+    return {"top1": result.top1, "low": interval.low, "high": interval.high, "top5": result.top5}
+
+
+def load_zero_shot(name: str | Path) -> ZeroShotTask:
+    task = load_task(str(name))
+    assert isinstance(task, ZeroShotTask)
+    return task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare ways to stitch a classifier and a sentence encoder.")
+    parser.add_argument("photos", type=Path, help="what tuxpaint.py wrote")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=(64, 96, 128, 160, 224), help="input sizes on the task test"
+    )
+    parser.add_argument("--before", type=Path, help="a stitched model")
+    parser.add_argument("--after", type=Path, help="the same model, fine-tuned on emoji with --freeze-norms")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
+    record["stitched"] = stitched(
+        arguments.photos, load_sentence_encoder("all-MiniLM-L6-v2", context_length=32), arguments.sizes
+    )
+    if arguments.before and arguments.after:
+        record["interpolated"] = between(arguments.before, arguments.after, arguments.photos)
+    arguments.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
