@@ -58,8 +58,10 @@ def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_pa
 
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(1500):
-        Image.new("RGB", (400, 300), (number % 255, 0, 0)).save(folder / f"{number}.png")
+    # Large ones, so that the command is never done before the signal arrives.
+    Image.new("RGB", (4000, 3000), (200, 0, 0)).save(folder / "0.png")
+    for number in range(1, 500):
+        os.link(folder / "0.png", folder / f"{number}.png")
     terminal, side = pty.openpty()
     command = [sys.executable, "-m", "clip_rd_edge", "index", str(colour_bundle), str(folder), "-o", "photos.index"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
