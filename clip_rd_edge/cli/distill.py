@@ -12,6 +12,10 @@ from clip_rd_edge.cli._options import GroupedCommand, complete_recipe, complete_
 
 _data, _teacher, _student = grouped("Data"), grouped("Teacher"), grouped("Student")
 _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), grouped("Output")
+# The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
+OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
+      --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+      --student resnet18 --pretrained-image timm --text 512x6 --pretrained-text teacher"""
 
 
 @click.command(
@@ -154,8 +158,9 @@ def command(output: Path, **options: Any) -> None:
     The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
 
     \b
-    clip-rd-edge distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
-        --student mobilevit_s -o runs/first
+    clip-rd-edge distill --data pairs.csv --batch-size 256 -o runs/first \\
+        --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
+        --student resnet18 --pretrained-image timm --text 512x6 --pretrained-text teacher
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, first_process, say

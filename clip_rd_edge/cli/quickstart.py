@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -13,9 +14,14 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import drop_none
+from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
 
 if TYPE_CHECKING:
+    from clip_rd_edge.contract.images import ImageFile
     from clip_rd_edge.contract.task import ZeroShotTask
+
+# Concepts that are in no training pair, and of which everybody has an image in mind: labels for a first try.
+LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 
 
 @click.command("quickstart", short_help="Run the whole pipeline on the built-in data, in minutes on a CPU.")
@@ -73,14 +79,31 @@ def _classify_example(folder: Path) -> None:
 
 
 def _next_steps(folder: Path) -> str:
-    # The printed commands must work when copied: after `make install`, the program is in .venv and not on PATH.
-    program = "clip-rd-edge" if shutil.which("clip-rd-edge") else os.path.relpath(sys.argv[0])
-    task = _unseen_concepts()
-    labels = [task.labels[task.targets[i]] for i in range(4)]
-    quoted = " ".join(f'"{label}"' for label in labels)
+    """Return commands to go on with, which work when copied."""
+    program = _program()
+    fp32, int8 = (shlex.quote(str(folder / "bundles" / precision)) for precision in ("fp32", "int8"))
+    image, labels = _image_to_try(_unseen_concepts())
     return f"""
 Try next:
-  {program} classify {folder}/bundles/int8 {task.images[0]} --labels {quoted}
-  {program} demo {folder}/bundles/fp32 {folder}/bundles/int8    # web page for camera and images; needs the extra [demo]
-  {program} distill --data pairs.csv --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
-      --student mobilevit_s -o runs/mine      # your own pairs and teacher"""
+  {program} classify {int8} {shlex.quote(str(image))} \\
+      --labels {" ".join(f'"{label}"' for label in labels)}
+  {program} demo {fp32} {int8}    # web page for camera and images; needs the extra [demo]
+  {program} {OWN_DATA_EXAMPLE}    # your own pairs and teacher"""
+
+
+def _program() -> str:
+    """Return how this program is called here: after `make quickstart`, it is in .venv and not on PATH."""
+    if shutil.which("clip-rd-edge"):
+        return "clip-rd-edge"
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m clip_rd_edge"
+    return shlex.quote(os.path.relpath(called))
+
+
+def _image_to_try(task: ZeroShotTask) -> tuple[ImageFile, tuple[str, ...]]:
+    """Return an image of the task, and a few different labels of which one is the image's."""
+    names = task.labels
+    # Releases of the packages differ in their emoji: the first labels of the task serve if these are missing.
+    labels = tuple(name for name in LIVELY_CONCEPTS if name in names) or tuple(dict.fromkeys(names))[:4]
+    return task.images[task.targets.index(names.index(labels[0]))], labels

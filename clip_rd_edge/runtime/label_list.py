@@ -42,6 +42,8 @@ def label_names(labels: Labels) -> list[str] | None:
 def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
 
+    White space around a label is dropped, so that two that differ only there are one to a classifier.
+
     Raises:
         InputError: a word looks like the path of a file that does not exist, or like a list of several labels; or a
             file cannot be read (see `read_labels_file`).
@@ -52,7 +54,7 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
             names += read_labels_file(Path(word).expanduser())
         else:
             _require_single_label(word, alone=len(words) == 1)
-            names.append(word)
+            names.append(word.strip())
     return names or None
 
 

@@ -114,3 +114,9 @@ def test_an_unreadable_label_file_is_refused(tmp_path: Path, name: str, content:
     (tmp_path / "folder").mkdir()
     with pytest.raises((InputError, ConfigError), match=message):
         read_labels_file(tmp_path / name)
+
+
+def test_white_space_around_a_label_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text(" a dog \n")
+    assert parse_labels([" a cat", "a cat ", str(tmp_path / "labels.txt")]) == ["a cat", "a cat", "a dog"]
+    assert parse_labels(["a cat", "  "]) == ["a cat", ""]  # which the classifier refuses
