@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from clip_rd_edge.errors import near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, DEVICES
 
+
+class NameChoice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """One of several names, in any case; a mistyped one is answered with the nearest.
+
+    Args:
+        names: the names.
+        meant: what is meant by other words for them, such as `gpu` for `cuda`.
+    """
+
+    def __init__(self, names: Sequence[str], *, meant: Mapping[str, str] | None = None) -> None:
+        super().__init__(names, case_sensitive=False)
+        self._meant = meant or {}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            name = self._meant.get(str(value).casefold())
+            suggestion = f" Did you mean {name!r}?" if name in self.choices else near_matches(str(value), self.choices)
+            raise click.BadParameter(f"{error.message}{suggestion}", ctx, param) from error
+
+
+# Other words for precisions, for NameChoice.
+PRECISION_WORDS = {
+    **dict.fromkeys(("float32", "float", "f32", "full"), "fp32"),
+    **dict.fromkeys(("float16", "half", "f16"), "fp16"),
+    "bfloat16": "bf16",
+    **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
+}
 device_option = click.option(
     "--device",
-    type=click.Choice(DEVICES),
+    type=NameChoice(DEVICES, meant={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"}),
     default=AUTO,
     show_default=True,
     help="Device of ONNX Runtime or OpenVINO; `clip-rd-edge doctor` lists the available ones.",

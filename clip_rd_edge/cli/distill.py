@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, complete_recipe, complete_student, drop_none, grouped
+from clip_rd_edge.cli._options import (
+    PRECISION_WORDS,
+    GroupedCommand,
+    NameChoice,
+    complete_recipe,
+    complete_student,
+    drop_none,
+    grouped,
+)
 
 _data, _teacher, _student = grouped("Data"), grouped("Teacher"), grouped("Student")
 _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), grouped("Output")
@@ -95,7 +103,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="Share of the trained weights in the result; the rest are those that a trained model started from.",
 )  # fmt: skip
 @_student(
-    "--quantize", type=click.Choice(["int8"]),
+    "--quantize", type=NameChoice(["int8"]),
     help="Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless --steps or --learning-rate is "
     "set.",
 )  # fmt: skip
@@ -132,7 +140,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_memory(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    type=NameChoice(["auto", "fp32", "bf16", "fp16"], meant=PRECISION_WORDS),
     help="auto measures which is faster.  [default: the recipe's]",
 )
 @_memory("--compile", is_flag=True, help="Compile the student with torch.compile.")
@@ -151,7 +159,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_output(
     "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints."
 )
-@_output("--report-to", type=click.Choice(["tensorboard"]), help="Also write the metrics to RUN/tensorboard.")
+@_output("--report-to", type=NameChoice(["tensorboard"]), help="Also write the metrics to RUN/tensorboard.")
 def command(output: Path, **options: Any) -> None:
     """Train a compact student from a teacher and image-caption pairs.
 

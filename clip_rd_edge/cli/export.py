@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, drop_none, grouped
+from clip_rd_edge.cli._options import PRECISION_WORDS, GroupedCommand, ManyOption, NameChoice, drop_none, grouped
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
@@ -30,13 +30,13 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "bundle in the browser; MODEL may then be a bundle.",
 )
 @_bundle(
-    "--format", type=click.Choice(["onnx", "openvino", "trt"]),
+    "--format", type=NameChoice(["onnx", "openvino", "trt"], meant={"tensorrt": "trt", "onnxruntime": "onnx"}),
     help="openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU.  "
     "[default: the target's, else onnx]",
 )  # fmt: skip
 @_bundle(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    type=NameChoice(["fp32", "fp16", "bf16", "int8"], meant=PRECISION_WORDS),
     help="Precision of the towers.  [default: the target's, else fp32]",
 )
 @_bundle(
@@ -49,7 +49,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
 )
 @_bundle(
-    "--layout", type=click.Choice(["bundle", "huggingface", "immich"]), default="bundle", show_default=True,
+    "--layout", type=NameChoice(["bundle", "huggingface", "immich"]), default="bundle", show_default=True,
     help="huggingface writes a folder that open_clip, transformers.js and fastembed load, with float32, FP16 and, with "
     "--precision int8, INT8 files and a model card. immich writes a model folder for immich.",
 )  # fmt: skip
@@ -63,7 +63,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.",
 )  # fmt: skip
 @_bundle(
-    "--via", type=click.Choice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
+    "--via", type=NameChoice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
     help="Build TensorRT engines from ONNX, or from PyTorch on the target GPU.",
 )  # fmt: skip
 @_bundle(
@@ -83,7 +83,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Max loss of zero-shot accuracy by INT8 on held-out pairs, in percentage points.  [default: 0.5]",
 )  # fmt: skip
 @_int8(
-    "--fallback", type=click.Choice(["fp32", "fp16", "none"]),
+    "--fallback", type=NameChoice(["fp32", "fp16", "none"]),
     help="Precision of a tower that INT8 does not improve; none refuses the export.  [default: fp32, but if INT8 "
     "improves neither tower, the export is refused]",
 )  # fmt: skip

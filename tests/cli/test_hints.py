@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import pytest
+from support import commands
 
 import clip_rd_edge
 from clip_rd_edge.cli._hints import fitting_hint
@@ -21,16 +22,6 @@ from clip_rd_edge.errors import InterruptedRunError
 Run = Callable[..., tuple[int, str, str]]
 PACKAGE = Path(clip_rd_edge.__file__).parent
 OTHER_COMMANDS = re.compile(r"^(export|run the export|train|pip) |clip-rd-edge ")
-
-
-def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name in group.list_commands(click.Context(group)):
-        command = group.get_command(click.Context(group), name)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
 
 
 def hints() -> Iterator[str]:
