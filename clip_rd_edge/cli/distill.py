@@ -95,6 +95,11 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")
 @_student(
+    "--freeze-image", type=click.IntRange(0), default=0, metavar="N",
+    help="Do not train the first N groups of layers of the image tower, as timm groups them: steps are faster, and a "
+    "trained model forgets less.",
+)  # fmt: skip
+@_student(
     "--freeze-norms", is_flag=True,
     help="Keep the statistics of the batch norms: a trained model then forgets less of what is not in the data.",
 )  # fmt: skip

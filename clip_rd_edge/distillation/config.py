@@ -114,6 +114,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
             every epoch.
         freeze_text: train only the last projection of the text tower.
+        freeze_image: number of groups of layers of the image tower, from the input, that are not trained; see
+            `distillation.freezing`.
         freeze_norms: keep the statistics of the batch norms; their scales and biases are trained.
         tuned_share: share of the trained weights in the saved student; the rest are those that a student to fine-tune
             started from. See `models.interpolate`.
@@ -152,6 +154,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     teacher_cache: str | None = None
     views: NonNegativeInt = 0
     freeze_text: bool = False
+    freeze_image: NonNegativeInt = 0
     freeze_norms: bool = False
     tuned_share: Share = 1.0
     quantize: Literal["int8"] | None = None
@@ -205,6 +208,7 @@ class DistillOptions(TypedDict, total=False):
     loss_block: int
     global_logits: bool
     freeze_text: bool
+    freeze_image: int
     freeze_norms: bool
     tuned_share: float
     quantize: Literal["int8"] | None

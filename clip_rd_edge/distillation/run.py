@@ -27,13 +27,14 @@ from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkp
 from clip_rd_edge.distillation.config import RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
 from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
+from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
-from clip_rd_edge.distillation.train import caption_batch, set_training_mode, step_settings, total_steps, train
+from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip

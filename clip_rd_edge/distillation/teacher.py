@@ -171,12 +171,3 @@ def projection_name(text: nn.Module) -> str:
     """Return the attribute of an open_clip text tower that holds its last projection, a module or a parameter."""
     # `proj` in towers from Hugging Face, `text_projection` in open_clip's own towers.
     return "proj" if hasattr(text, "proj") else "text_projection"
-
-
-def freeze_all_but_projection(text: nn.Module) -> None:
-    """Freeze a text tower except for its projection, and disable its dropout."""
-    projection = getattr(text, projection_name(text))
-    trained = {id(projection)} if isinstance(projection, nn.Parameter) else {id(p) for p in projection.parameters()}
-    for parameter in text.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    text.eval()

@@ -21,13 +21,14 @@ from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardLog, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.optim import RunOptimizer
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size, freeze_all_but_projection
+from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -201,23 +202,6 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch
         compile=config.compile,
         seed=config.seed,
     )
-
-
-def set_training_mode(student: ClipModel, config: RunConfig) -> None:
-    """Put the student in training mode; with `freeze_text`, freeze its text tower except for the projection.
-
-    With `quantize`, put it in evaluation mode: batch norms are folded into convolutions, so their statistics must not
-    change. With `freeze_norms`, only the batch norms are in evaluation mode.
-    """
-    student.model.train(config.quantize is None)
-    if config.freeze_norms:
-        for module in student.model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-    if config.gradient_checkpointing:
-        student.model.set_grad_checkpointing(True)  # type: ignore[operator]
-    if config.freeze_text:
-        freeze_all_but_projection(student.model.get_submodule("text"))
 
 
 BEST_FOLDER = "best"

@@ -21,7 +21,7 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.errors import ClipRdEdgeError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -290,6 +290,24 @@ def test_only_the_projection_of_a_frozen_text_tower_is_trained(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in changed if name.startswith("text.")} == {"text.text_projection"}
     assert any(name.startswith("visual.trunk") for name in changed)
+
+
+def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
+    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_image=2)
+    before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
+    changed = {name.removeprefix("visual.trunk.") for name in before if not torch.equal(before[name], after[name])}
+    frozen = ("conv1.", "bn1.", "layer1.")
+    assert any(name.startswith(frozen) for name in (n.removeprefix("visual.trunk.") for n in before))
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert {"layer2.0.conv1.weight", "layer2.0.bn1.running_mean"} <= changed
+
+
+def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
+    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_image=9)
+    with pytest.raises(ConfigError, match="9 groups of layers of .* were to be frozen, but its image tower has 5"):
+        distil(tuned, tmp_path / "run")
 
 
 def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(

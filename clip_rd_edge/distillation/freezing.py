@@ -1,0 +1,78 @@
+"""Which parts of the student are trained, and which keep what they know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.teacher import projection_name
+from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.models.clip import ClipModel
+
+
+def set_training_mode(student: ClipModel, config: RunConfig) -> None:
+    """Put the student in training mode; freeze what the configuration says.
+
+    With `freeze_text`, its text tower is frozen except for the projection; with `freeze_image`, the first groups of
+    layers of its image tower. With `quantize`, it is put in evaluation mode: batch norms are folded into convolutions,
+    so their statistics must not change. With `freeze_norms`, only the batch norms are in evaluation mode.
+
+    Raises:
+        UsageError, ConfigError: see `freeze_first_layers`.
+    """
+    student.model.train(config.quantize is None)
+    if config.freeze_norms:
+        for module in student.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    if config.gradient_checkpointing:
+        student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.freeze_text:
+        freeze_all_but_projection(student.model.get_submodule("text"))
+    if config.freeze_image:
+        freeze_first_layers(student, config.freeze_image)
+
+
+def freeze_all_but_projection(text: nn.Module) -> None:
+    """Freeze a text tower except for its projection, and disable its dropout."""
+    projection = getattr(text, projection_name(text))
+    trained = {id(projection)} if isinstance(projection, nn.Parameter) else {id(p) for p in projection.parameters()}
+    for parameter in text.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    text.eval()
+
+
+def freeze_first_layers(student: ClipModel, count: int) -> None:
+    """Freeze the first groups of layers of an image tower, and put them in evaluation mode.
+
+    They are timm's groups, of which the first is the stem; the others are blocks. No gradient is computed for them, and
+    none flows through them to the input.
+
+    Raises:
+        UsageError: the image tower is not a timm trunk.
+        ConfigError: it has no more groups than that.
+    """
+    from timm.models import group_parameters
+
+    if "timm_model_name" not in student.model_cfg["vision_cfg"]:
+        raise UsageError(
+            f"The first layers of {student.name} cannot be frozen: its image tower is not a timm trunk.",
+            hint="omit --freeze-image",
+        )
+    trunk: Any = student.model.get_submodule("visual.trunk")
+    groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())
+    if count >= len(groups):
+        raise ConfigError(
+            f"{count} groups of layers of {student.name} were to be frozen, but its image tower has {len(groups)}.",
+            hint=f"--freeze-image takes 0 to {len(groups) - 1}",
+        )
+    for group in sorted(groups)[:count]:
+        for name in groups[group]:
+            trunk.get_parameter(name).requires_grad_(False)
+    for module in trunk.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
