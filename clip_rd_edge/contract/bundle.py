@@ -5,6 +5,7 @@ image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2
                  or image (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
+image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
 """
@@ -32,6 +33,9 @@ TOKENIZER = "tokenizer.json"
 INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
 LABELS = "labels.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
+# Added to the name of an engine that the device built, which the manifest does not list: what sha256sum prints for its
+# ONNX file and for itself.
+STAMP_SUFFIX = ".sha256"
 
 # Limits, so that a manifest cannot ask for any amount of memory: far above those of any model that open_clip has.
 MAX_EMBEDDING_SIZE = 65_536

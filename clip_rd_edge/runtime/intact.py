@@ -12,7 +12,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import MANIFEST, Manifest, manifest_is_intact
+from clip_rd_edge.contract.bundle import MANIFEST, STAMP_SUFFIX, Manifest, Tower, manifest_is_intact
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.io import cache_home, sha256_of
 
@@ -45,17 +45,54 @@ def require_intact(folder: Path, manifest: Manifest, name: str) -> None:
     path = folder / name
     if digest is None or not path.is_file():  # whoever reads a missing file reports it
         return
+    if not _has_digest(path, digest):
+        raise ConfigError(f"{path} has changed since the export: its SHA-256 differs from the manifest's.", hint=_HINT)
+
+
+def require_current_engine(folder: Path, manifest: Manifest, tower: Tower, engine: str) -> None:
+    """Check that an engine that the device built was built from the bundle's ONNX file.
+
+    A newer bundle that is copied over an older one leaves the older one's engine beside the new ONNX file.
+
+    Args:
+        folder, manifest: the bundle.
+        tower: the tower, whose manifest entry names no engine.
+        engine: name of the engine file; a missing one is reported by whoever opens it.
+
+    Raises:
+        ConfigError: the engine has no stamp, or was built from another ONNX file, or is not the one that was stamped.
+    """
+    path, stamp = folder / engine, folder / f"{engine}{STAMP_SUFFIX}"
+    if not path.is_file():
+        return
+    if not stamp.is_file():
+        raise ConfigError(
+            f"{path} has no {stamp.name}, so it may have been built from another {tower.file}.",
+            hint=f"build it again; if it was built from this one: "
+            f"cd {folder} && sha256sum {tower.file} {engine} > {stamp.name}",
+        )
+    lines = (line.split() for line in stamp.read_text(encoding="utf-8", errors="replace").splitlines())
+    digests = {fields[1].removeprefix("*"): fields[0] for fields in lines if len(fields) == 2}
+    if digests.get(tower.file) != manifest.files.get(tower.file, sha256_of(folder / tower.file)):
+        raise ConfigError(f"{path} was built from another {tower.file} than the bundle's.", hint="build it again")
+    if not _has_digest(path, digests.get(engine, "")):
+        raise ConfigError(f"{path} is not the engine that {stamp.name} was written for.", hint="build it again")
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    """Return whether a file has a SHA-256; one that had is remembered."""
     stat = path.stat()
     identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{digest}"
     mark = marks_folder() / hashlib.sha256(os.fsencode(identity)).hexdigest()
     if mark.exists():
-        return
+        return True
     if sha256_of(path) != digest:
-        raise ConfigError(f"{path} has changed since the export: its SHA-256 differs from the manifest's.", hint=_HINT)
+        return False
     with suppress(OSError):  # a full or read-only cache only costs time
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         _forget_oldest(mark.parent)
+    return True
 
 
 def _forget_oldest(folder: Path) -> None:

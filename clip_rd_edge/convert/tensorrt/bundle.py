@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, TOKENIZER, Manifest
+from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER, Manifest
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
@@ -109,6 +109,7 @@ build() {{  # tower, input name, input shape without the batch
         --minShapes="$2:1x$3" --optShapes="$2:1x$3" --maxShapes="$2:{max_batch}x$3" \\
         --timingCacheFile=timing.cache --profilingVerbosity=detailed
     mv "$1.engine.part" "$1.engine"  # no engine is left half-written
+    sha256sum "$1.onnx" "$1.engine" > "$1.engine{stamp}"  # only these two run together
 }}
 {calls}
 """
@@ -128,10 +129,14 @@ TOWERS = {towers!r}  # tower, input name, input shape without the batch
 MAX_BATCH = {max_batch}
 
 
+def sha256_of(name):
+    return hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+
+
 def check():
     for line in (HERE / "{checksums}").read_text().splitlines():
         digest, name = line.split("  ", 1)
-        if hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
+        if sha256_of(name) != digest:
             sys.exit(f"error: {{name}} differs from the exported file\\nhint: copy the folder again")
 
 
@@ -154,6 +159,9 @@ def build(name, input_name, shape):
     part = HERE / f"{{name}}.engine.part"
     part.write_bytes(bytes(engine))
     os.replace(part, HERE / f"{{name}}.engine")
+    files = (f"{{name}}.onnx", f"{{name}}.engine")
+    stamp = "".join(f"{{sha256_of(file)}}  {{file}}\\n" for file in files)  # only these two run together
+    (HERE / f"{{name}}.engine{stamp}").write_text(stamp)
 
 
 check()
@@ -181,6 +189,7 @@ def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
         "checksums": CHECKSUMS,
         "shell": BUILD_SHELL,
         "python": BUILD_PYTHON,
+        "stamp": STAMP_SUFFIX,
     }
     write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **fields))
     (folder / BUILD_SHELL).chmod(0o755)

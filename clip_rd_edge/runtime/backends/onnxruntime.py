@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ import msgspec
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.runtime.backends.providers import AUTO, choose_device, provider_list, session_device, warn
+from clip_rd_edge.runtime.backends.providers import (
+    AUTO,
+    KEEP_ENGINES,
+    choose_device,
+    provider_list,
+    session_device,
+    warn,
+)
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
-from clip_rd_edge.utils.io import cache_home
+from clip_rd_edge.utils.io import cache_home, sha256_of
 
 
 def open_session(
@@ -66,7 +74,10 @@ def open_session(
 
 def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
     """Return a session that really runs on `device`, or None and the reason why there is none."""
-    providers = provider_list(device, cache=cache_home() / "engines", threads=threads)
+    cache = cache_home() / "engines"
+    if device in KEEP_ENGINES:
+        cache /= (sha256_of(Path(model)) if isinstance(model, str) else hashlib.sha256(model).hexdigest())[:32]
+    providers = provider_list(device, cache=cache, threads=threads)
     try:
         # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)

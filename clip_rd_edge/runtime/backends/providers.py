@@ -86,6 +86,9 @@ PROVIDERS: dict[str, Provider] = {
 # TensorRT takes minutes at first; XNNPACK supports float32 only.
 _PREFERRED = ("cuda", "openvino")
 DEVICES: tuple[str, ...] = (AUTO, *PROVIDERS)
+# Those that keep what they compiled. TensorRT's provider finds an engine again by the model's file name and structure,
+# which two trainings of one student share: each model needs a folder of its own.
+KEEP_ENGINES = ("tensorrt", "openvino-gpu", "openvino-npu")
 
 
 def choose_device(device: str, available: Sequence[str], *, precision: str) -> str:
@@ -119,7 +122,7 @@ def provider_list(device: str, *, cache: Path, threads: int | None) -> list[tupl
     """Return the `providers` argument of InferenceSession; the CPU comes last, for operators that others lack.
 
     Args:
-        cache: folder for engines that are built on this machine.
+        cache: folder for the engines of this model that are built on this machine.
     """
     names = {"cpu": ("cpu",), "tensorrt": ("tensorrt", "cuda", "cpu")}.get(device, (device, "cpu"))
     return [(PROVIDERS[name].name, PROVIDERS[name].options(cache, threads)) for name in names]

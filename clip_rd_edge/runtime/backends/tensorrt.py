@@ -18,6 +18,7 @@ from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.intact import require_current_engine
 
 _RTX_TARGET = "tensorrt-rtx"
 _PURPOSE = "Running an engine"
@@ -79,9 +80,16 @@ class TensorRtEncoder(BundleEncoder):
         return Placement(self.runtime, "cuda")
 
     def open_tower(self, tower: Tower) -> Any:
-        """Open the tower's engine, or else its ONNX file; raises as `open_engine` if engines are required."""
+        """Open the tower's engine, or else its ONNX file.
+
+        Raises:
+            ConfigError, MissingExtraError: engines are required, and this one was built from another ONNX file, or
+                cannot run here (see `open_engine`).
+        """
         name = tower.engine or Path(tower.file).with_suffix(ENGINE_SUFFIX).name
         try:
+            if not tower.engine:
+                require_current_engine(self.folder, self.manifest, tower, name)
             model = open_engine(self.folder / name, rtx=self.manifest.target.startswith(_RTX_TARGET))
         except ClipRdEdgeError as error:
             if self.required:

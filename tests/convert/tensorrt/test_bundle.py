@@ -17,6 +17,7 @@ from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.intact import require_current_engine
 from clip_rd_edge.runtime.verify import verify_bundle
 
 # Accepts trtexec's options and an existing ONNX file; the engine that it writes contains its arguments.
@@ -66,6 +67,7 @@ def test_the_folder_is_complete(folder: Path) -> None:
     assert manifest.target == "tensorrt jetson-orin"
     files = {"build.sh", "build.py", "SHA256SUMS", "image.onnx", "text.onnx", "tokenizer.json", "reference.npz"}
     assert files == set(manifest.files)
+    compile((folder / "build.py").read_text(), "build.py", "exec")  # raises if it is not Python
     assert all(check.passed for check in verify_bundle(folder, device="cpu"))
 
 
@@ -100,8 +102,17 @@ def test_build_sh_calls_trtexec_for_both_engines(folder: Path, trtexec: Path) ->
             "--profilingVerbosity=detailed",
         }
     assert not list(folder.glob("*.part"))
+    _require_current_engines(folder)
     for name in arguments:
         (folder / f"{name}.engine").unlink()
+
+
+def _require_current_engines(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    for name, tower in manifest.towers.items():
+        require_current_engine(folder, manifest, tower, f"{name}.engine")  # raises if the stamp does not fit
+        stamp = (folder / f"{name}.engine.sha256").read_text().splitlines()
+        assert [line.split("  ")[1] for line in stamp] == [f"{name}.onnx", f"{name}.engine"]
 
 
 def test_the_onnx_files_meet_tensorrts_requirements(folder: Path) -> None:
@@ -157,4 +168,6 @@ def test_build_py_builds_both_engines(folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
     for name in ("image", "text"):
         assert (folder / f"{name}.engine").stat().st_size > 100_000
+    _require_current_engines(folder)
+    for name in ("image", "text"):
         (folder / f"{name}.engine").unlink()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.runtime.backends.onnxruntime import _open_on
 from clip_rd_edge.runtime.backends.providers import PROVIDERS, choose_device, provider_list
 from clip_rd_edge.runtime.load import load
 
@@ -114,6 +115,25 @@ def test_a_provider_that_does_not_start_is_reported_once_and_the_cpu_is_used(
     assert "image.onnx runs on the CPU instead" in message
     assert reason in message
     assert "\n" not in message
+
+
+def test_each_model_has_its_own_folder_for_engines_that_tensorrt_finds_by_name_and_structure(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def open_session(model: object, options: object, *, providers: list[Any], **rest: Any) -> Any:
+        folders.append(providers[0][1]["trt_engine_cache_path"])
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(ort, "InferenceSession", open_session)
+    path = str(colour_bundle / "image.onnx")
+    content = (colour_bundle / "image.onnx").read_bytes()
+    _open_on(ort, path, None, "tensorrt", None)
+    _open_on(ort, content, None, "tensorrt", None)
+    (colour_bundle / "image.onnx").write_bytes(content.replace(b"mean", b"Mean"))
+    _open_on(ort, path, None, "tensorrt", None)
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_threads_do_not_spin_while_other_threads_open_many_images(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,14 +15,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.bundle import Manifest, read_manifest, write_manifest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+from clip_rd_edge.utils.io import sha256_of
 
 MAX_BATCH = 2
 
@@ -177,10 +181,74 @@ def test_the_engines_of_a_jetson_are_found_where_its_script_builds_them(cuda: Fa
     with pytest.raises(ConfigError, match=r"engine .*text\.engine does not exist") as raised:
         load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
     assert "build.sh" in raised.value.hint
-    (colour_bundle / "text.engine").write_bytes((colour_bundle / "text.onnx").read_bytes())
+    _build_engines(colour_bundle)
     encoder = load(colour_bundle)
     encoder.encode_texts(["red"])
     assert encoder.describe().runtime == "tensorrt"
+
+
+def _build_engines(bundle: Path) -> None:
+    """Do what the bundle's build.sh does."""
+    for name in ("image", "text"):
+        (bundle / f"{name}.engine").write_bytes((bundle / f"{name}.onnx").read_bytes())
+        files = [bundle / f"{name}.onnx", bundle / f"{name}.engine"]
+        (bundle / f"{name}.engine.sha256").write_text("".join(f"{sha256_of(file)}  {file.name}\n" for file in files))
+
+
+def test_an_engine_of_an_older_bundle_beside_a_newer_onnx_file_does_not_run(
+    cuda: FakeCuda, colour_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
+    _build_engines(colour_bundle)
+    model = onnx.load(colour_bundle / "text.onnx")  # a newer bundle, copied over the older one: green for red
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+    table.CopyFrom(numpy_helper.from_array(np.roll(numpy_helper.to_array(table), 1, axis=1), "table"))
+    onnx.save(model, colour_bundle / "text.onnx")
+    _write_manifest_of_device(colour_bundle, manifest)
+    with pytest.raises(ConfigError, match=r"text\.engine was built from another text\.onnx than the bundle's\.$"):
+        load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
+    encoder = load(colour_bundle)
+    assert encoder.encode_texts(["red"]).argmax() == 1
+    assert encoder.encode_images([Image.new("RGB", (9, 9), (255, 0, 0))]).argmax() == 0
+    assert encoder.describe().device == "cuda + cpu"
+    (record,) = caplog.records
+    assert "text.onnx runs on the CPU instead of its engine" in record.getMessage()
+    failed = {check.what: check.detail for check in verify_bundle(colour_bundle) if not check.passed}
+    assert list(failed) == ["text tower"]
+    assert failed["text tower"].startswith(f"its engine did not run: {colour_bundle / 'text.engine'} was built from")
+    _build_engines(colour_bundle)
+    assert load(colour_bundle, runtime="tensorrt").encode_texts(["red"]).argmax() == 1
+
+
+def _write_manifest_of_device(bundle: Path, manifest: Manifest) -> None:
+    """Write a manifest that lists no engines and stamps, which the device adds."""
+    added = {path: path.read_bytes() for path in bundle.glob("*.engine*")}
+    for path in added:
+        path.unlink()
+    write_manifest(bundle, manifest)
+    for path, content in added.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bundle: (bundle / "text.engine.sha256").unlink(), "has no text.engine.sha256, so it may have been"),
+        (lambda bundle: (bundle / "text.engine.sha256").write_bytes(b"\xff\n"), "was built from another text.onnx"),
+        (lambda bundle: (bundle / "text.engine").write_bytes(b"half"), "is not the engine that text.engine.sha256 was"),
+    ],
+)
+def test_an_engine_without_its_stamp_does_not_run(
+    cuda: FakeCuda, colour_bundle: Path, change: Callable[[Path], object], message: str
+) -> None:
+    _build_engines(colour_bundle)
+    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
+    _write_manifest_of_device(colour_bundle, manifest)
+    load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
+    change(colour_bundle)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load(colour_bundle, runtime="tensorrt").encode_texts(["red"])
+    assert "build it again" in raised.value.hint
 
 
 @pytest.mark.parametrize(
