@@ -104,7 +104,7 @@ def distill(
     """Train a compact student and return the run's folder. open_clip loads its `student/` as `local-dir:PATH`.
 
     Args:
-        data: a CSV or TSV of images and captions, WebDataset shards, or `emoji`.
+        data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`.
         student: a preset, a timm architecture, or the folder of a run to continue training from.
         teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
             without a teacher.

@@ -32,7 +32,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_data(
     "--data",
     required=True,
-    help="CSV or TSV file of images and captions (columns filepath,title), WebDataset shards "
+    help="CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
     "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
 )
 @_data("--csv-img-key", default="filepath", show_default=True, help="Column with the image paths.")

@@ -24,7 +24,7 @@ from typing import Literal
 from PIL import Image
 
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.tables import TablePairs
+from clip_rd_edge.data.tables.load import TablePairs
 from clip_rd_edge.utils.io import cache_home, new_folder
 
 Split = Literal["training", "unseen style", "unseen concepts"]

@@ -92,7 +92,7 @@ def load_pairs(
     """Load pairs for training.
 
     Args:
-        source: `emoji` for the training pairs of the built-in data set; the path of a CSV or TSV file with a header; or
+        source: `emoji` for the training pairs of the built-in data set; the path of a CSV, TSV or Parquet file; or
             WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`; all in open_clip's conventions.
             Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
             the table's folder.
@@ -116,9 +116,11 @@ def load_pairs(
 
         pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
     else:
-        from clip_rd_edge.data.tables import read_table
+        from clip_rd_edge.data.tables.load import table_pairs
 
-        pairs = read_table(Path(source), image_key=image_key, caption_key=caption_key, separator=separator)
+        pairs = table_pairs(
+            Path(source), image_key=image_key, caption_key=caption_key, separator=separator, reporter=reporter
+        )
     if len(pairs) < 2:
         example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""
         raise InputError(

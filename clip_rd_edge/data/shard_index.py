@@ -10,37 +10,30 @@ processes share the pages of the file, and 15 million samples cost as much as 15
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.data.index_files import INDEX, Messages, kept_index, ordered_map
 from clip_rd_edge.data.remote import ShardFile, shard_identity, versions
 from clip_rd_edge.data.tar_scan import read_at
 from clip_rd_edge.data.tars import close_tars, open_shard
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import cache_home, new_folder, read_json, to_json
+from clip_rd_edge.utils.io import read_json, to_json
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEXING_STAGE = "indexing shards"
 _FORMAT = "1"  # increase when the same shards are indexed differently
-_INDEX, _ROWS, _LEFT_OUT = "index.json", "rows.bin", "left-out"
+_ROWS, _LEFT_OUT = "rows.bin", "left-out"
 _ROW = np.dtype([("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1")])
 _KINDS: tuple[Literal["text", "json"], ...] = ("text", "json")
-_MAX_WORKERS = 8
 _SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
 
 
@@ -64,24 +57,6 @@ class _Index(msgspec.Struct, frozen=True):
     left_out: int
 
 
-class Messages(Sequence[str]):
-    """Messages in a file, one JSON string per line, of which any number costs no memory."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        self._path, self._count = path, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return list(self)[index]
-
-    def __iter__(self) -> Iterator[str]:
-        with self._path.open("rb") as file:
-            for line in file:
-                yield msgspec.json.decode(line, type=str)
-
-
 class ShardIndex:
     """Locations of the samples of a list of shards that have an image and a caption.
 
@@ -91,7 +66,7 @@ class ShardIndex:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._index = read_json(folder / _INDEX, _Index)
+        self._index = read_json(folder / INDEX, _Index)
         self._path = folder / _ROWS
         self._file: int | None = None
         self.samples = np.asarray([shard.samples for shard in self._index.shards], np.int64)
@@ -132,60 +107,31 @@ def index_shards(paths: Sequence[ShardFile], *, json_key: str | None, reporter: 
     """
     close_tars()
     sizes = [size for size, _ in versions(paths)]
-    parts = [shard_identity(path) for path in paths]
-    key = hashlib.sha256("\n".join([_FORMAT, repr(json_key), *parts]).encode(errors="surrogateescape")).hexdigest()[:32]
-    folder = cache_home() / "shard-indices" / key
-    if not (folder / _INDEX).is_file():
-        # Fetching takes longer than starting processes, whatever the sizes.
-        total = sum(sizes) if all(isinstance(path, Path) for path in paths) else _SERIAL_BYTES
-        try:
-            _build(folder, paths, total, json_key, reporter)
-        except OSError:  # the cache is full or read-only: keep the index for this run alone
-            temporary = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
-            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-            folder = temporary / key
-            _build(folder, paths, total, json_key, reporter)
-    return ShardIndex(folder)
+    identities = [shard_identity(path) for path in paths]
+    # Fetching takes longer than starting processes, whatever the sizes.
+    is_large = any(not isinstance(path, Path) for path in paths) or sum(sizes) >= _SERIAL_BYTES
+    build = partial(_build, paths=paths, parallel=is_large, json_key=json_key, reporter=reporter)
+    return ShardIndex(kept_index("shard-indices", [_FORMAT, repr(json_key), *identities], build))
 
 
 def _build(
-    folder: Path, paths: Sequence[ShardFile], total_bytes: int, json_key: str | None, reporter: Reporter
+    folder: Path, *, paths: Sequence[ShardFile], parallel: bool, json_key: str | None, reporter: Reporter
 ) -> None:
     shards: list[_IndexedShard] = []
     left_out = 0
     with (
-        new_folder(folder) as new,
-        (new / _ROWS).open("wb") as rows_file,
-        (new / _LEFT_OUT).open("wb") as messages_file,
-        _parallel_map(len(paths), total_bytes) as parallel_map,
+        (folder / _ROWS).open("wb") as rows_file,
+        (folder / _LEFT_OUT).open("wb") as messages_file,
+        ordered_map(parallel=parallel and len(paths) > 1) as shard_map,
     ):
-        for rows, messages, sha256 in parallel_map(partial(_index_shard, json_key=json_key), paths):
+        for rows, messages, sha256 in shard_map(partial(_index_shard, json_key=json_key), paths):
             reporter.update(INDEXING_STAGE, len(shards), len(paths))
             shards.append(_IndexedShard(len(rows), sha256))
             rows_file.write(rows.tobytes())
-            messages_file.writelines(msgspec.json.encode(message) + b"\n" for message in messages)
+            messages_file.write(Messages.encode(messages))
             left_out += len(messages)
-        (new / _INDEX).write_bytes(to_json(_Index(shards, left_out)))
+    (folder / INDEX).write_bytes(to_json(_Index(shards, left_out)))
     reporter.update(INDEXING_STAGE, len(paths), len(paths))
-
-
-@contextmanager
-def _parallel_map(tasks: int, total_bytes: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Yield a map that runs in several processes, or in threads where processes cannot be forked."""
-    workers = min(os.cpu_count() or 1, tasks, _MAX_WORKERS)
-    if workers < 2 or total_bytes < _SERIAL_BYTES:
-        yield map
-        return
-    pool: Executor
-    if "fork" in get_all_start_methods():
-        # Not spawned: that would import the user's script again. A worker leaves Ctrl-C to the main process.
-        pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=signal, initargs=(SIGINT, SIG_IGN))
-    else:
-        pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[npt.NDArray[np.void], list[str], str]:

@@ -12,12 +12,13 @@ from clip_rd_edge.data.clip_benchmark import (
     shard_task,
 )
 from clip_rd_edge.data.pairs import names_shards
-from clip_rd_edge.data.tables import TablePairs, read_table
+from clip_rd_edge.data.tables.load import TablePairs, read_table
+from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
 from clip_rd_edge.data.tars import open_shard
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.errors import InputError, near_matches
 
-TABLE_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (".csv", ".tsv", PARQUET_SUFFIX)
 BUILT_IN_TASKS = (
     "emoji:unseen-style",
     "emoji:unseen-concepts",
@@ -33,8 +34,8 @@ def load_task(name: str) -> Task:
     - A folder with one subfolder of images per class, as in torchvision. The classes are the subfolders in alphabetical
       order, or in numerical order if all names are numbers. Its subfolder `test`, or else `val`, is used if it exists.
     - A folder of WebDataset shards as exported by CLIP_benchmark: `test/nshards.txt`, `test/0.tar`, …
-    - Pairs, for retrieval: a CSV or TSV file, or shards (`val/{000..003}.tar`). An image in several lines of a table
-      has several captions.
+    - Pairs, for retrieval: a table (CSV, TSV or Parquet), or shards (`val/{000..003}.tar`). An image in several lines
+      of a table has several captions.
 
     Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
 
@@ -66,11 +67,10 @@ def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:
     """Return the retrieval task of a table. No row is left out: that would change the evaluation."""
     if pairs.left_out:
         raise InputError(f"{pairs.left_out[0]}.", hint="fix or remove the row: a task is evaluated on all of its rows")
-    images = list(dict.fromkeys(pairs.images))
+    paths = [path.resolve() for path in pairs.images]  # an image may have several paths
+    images = list(dict.fromkeys(paths))
     index_of = {path: index for index, path in enumerate(images)}
-    captions = [
-        (caption, index_of[path]) for path, texts in zip(pairs.images, pairs.texts, strict=True) for caption in texts
-    ]
+    captions = [(caption, index_of[path]) for path, texts in zip(paths, pairs.texts, strict=True) for caption in texts]
     return RetrievalTask(
         name=name,
         images=tuple(images),

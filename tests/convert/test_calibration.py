@@ -10,7 +10,7 @@ from PIL import Image
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.convert.calibration import calibration_set
-from clip_rd_edge.data.tables import TablePairs
+from clip_rd_edge.data.tables.load import TablePairs
 from clip_rd_edge.errors import InputError
 
 PREPROCESSING = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

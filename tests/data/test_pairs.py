@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,17 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, load_pairs, require_batch
+from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.errors import InputError, UsageError
+
+
+@pytest.fixture(autouse=True, params=["in memory", "indexed in blocks of a row"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read tables as small ones are, and as those of millions of rows."""
+    if request.param != "in memory":
+        monkeypatch.setattr(load, "INDEXED_BYTES", 0)
+        monkeypatch.setattr(text, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 def test_a_csv_in_open_clips_conventions(pairs_csv: Path) -> None:

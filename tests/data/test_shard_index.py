@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.data import shard_index
+from clip_rd_edge.data import index_files, shard_index
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.shard_index import INDEXING_STAGE, index_shards
 from clip_rd_edge.errors import InputError
@@ -51,9 +51,9 @@ def test_samples_are_found_in_the_order_of_the_shards(paths: list[Path]) -> None
 def test_several_workers_give_the_same_index(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch, methods: list[str]
 ) -> None:
-    if methods[0] not in shard_index.get_all_start_methods():
+    if methods[0] not in index_files.get_all_start_methods():
         pytest.skip("this system cannot fork")
-    monkeypatch.setattr(shard_index, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(index_files, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(shard_index, "_SERIAL_BYTES", 0)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert contents(paths) == EXPECTED

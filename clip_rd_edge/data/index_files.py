@@ -1,0 +1,152 @@
+"""What the indices of shards and of tables have in common: where they are kept, how they are built, and messages."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.io import cache_home, new_folder
+from clip_rd_edge.utils.lock import exclusive_writer
+
+INDEX = "index.json"
+_MAX_WORKERS = 8
+_WAITING_RESULTS = 2  # per worker
+_UNUSED_S = 30 * 24 * 3600
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Messages(Sequence[str]):
+    """Messages in a file, one JSON string per line, of which any number costs no memory."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        self._path, self._count = path, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        with self._path.open("rb") as file:
+            for line in file:
+                yield msgspec.json.decode(line, type=str)
+
+    @staticmethod
+    def encode(messages: Iterable[str]) -> bytes:
+        """Return the messages as they are stored."""
+        return b"".join(msgspec.json.encode(message) + b"\n" for message in messages)
+
+
+def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:
+    """Return the folder of an index: the one in the cache, or else one that is built now.
+
+    Several processes that need the same index build it once. Indices of this kind that nobody has opened for 30 days
+    are removed. Where the cache is full or read-only, the index lasts as long as this process.
+
+    Args:
+        kind: name of the folder of all such indices.
+        identity: texts of which another one makes another index.
+        build: fills an empty folder; the file INDEX is written last.
+    """
+    key = hashlib.sha256("\n".join(identity).encode(errors="surrogateescape")).hexdigest()[:32]
+    folder = cache_home() / kind / key
+    if _is_complete(folder):
+        return folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_writer(folder.with_suffix(".lock.d"), on_wait=lambda message: None))
+        except UsageError:  # it cannot be written
+            return _temporary_index(build)
+        if not _is_complete(folder):
+            _remove_unused(folder.parent)
+            try:
+                with new_folder(folder) as new:
+                    build(new)
+            except OSError:
+                return _temporary_index(build)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Return whether an index is there, and mark it as used now."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / INDEX)
+    return (folder / INDEX).is_file()
+
+
+def _remove_unused(indices: Path) -> None:
+    for path in indices.glob(f"*/{INDEX}"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - _UNUSED_S:
+                path.unlink()  # first: what is removed in part is no index
+                shutil.rmtree(path.parent)
+
+
+def _temporary_index(build: Callable[[Path], None]) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="clip-rd-edge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    build(folder)
+    return folder
+
+
+class OrderedMap(Protocol):
+    """Maps a function over items, as `map` does."""
+
+    def __call__(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]: ...
+
+
+def _in_turn(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    return map(function, items)
+
+
+@contextmanager
+def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
+    """Yield a map that computes in several processes, or in threads where processes cannot be forked.
+
+    It runs ahead of whoever takes the results by a few items per process, so that memory is bounded.
+
+    Args:
+        parallel: whether the work is worth starting processes.
+    """
+    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
+    if workers < 2 or not parallel:
+        yield _in_turn
+        return
+    pool: Executor
+    if "fork" in get_all_start_methods():
+        # Not spawned: that would import the user's script again. A worker leaves Ctrl-C to the main process.
+        pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=signal, initargs=(SIGINT, SIG_IGN))
+    else:
+        pool = ThreadPoolExecutor(workers)
+
+    def run(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _WAITING_RESULTS * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield run
+    finally:
+        pool.shutdown(cancel_futures=True)

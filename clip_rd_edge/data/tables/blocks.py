@@ -1,0 +1,135 @@
+"""Tables that are read block by block, so that several processes can read one table."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from clip_rd_edge.data.tables.packed import PackedPairs, Pair
+from clip_rd_edge.errors import InputError, near_matches
+
+IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
+
+
+class Fault(NamedTuple):
+    """Why a block cannot be read from some row on."""
+
+    number: int
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """The content of a block. Lines of CSV, and rows of Parquet, are numbered from 1.
+
+    Attributes:
+        pairs: the rows that are pairs.
+        left_out: number and reason of each row that is none.
+        count: how many lines or rows were read.
+        end: byte of a CSV file at which the row after the block's last begins.
+        fault: why the rest cannot be read, or None.
+    """
+
+    pairs: PackedPairs
+    left_out: list[tuple[int, str]]
+    count: int
+    end: int = 0
+    fault: Fault | None = None
+
+
+class Table(Protocol):
+    """A table that is read block by block. Places of blocks can be sent to other processes.
+
+    Attributes:
+        path: of the file.
+        unit: what is numbered: a line or a row.
+        count: number of blocks, which may be an estimate.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def places(self) -> Iterator[Any]:
+        """Yield where each block is."""
+        ...
+
+    def read(self, place: Any) -> Block:
+        """Read the block at a place."""
+        ...
+
+    def in_order(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Yield what `read` returned for all places, in their order, with the numbers of the whole file."""
+        ...
+
+
+def read_blocks(table: Table, blocks: Iterable[Block]) -> Iterator[tuple[Block, list[str]]]:
+    """Yield the blocks of a table with messages about their rows that are no pairs.
+
+    Args:
+        blocks: what `table.read` returned for `table.places()`.
+
+    Raises:
+        InputError: a part of the table cannot be read.
+    """
+    for block in table.in_order(blocks):
+        if block.fault:
+            raise InputError(
+                f"{table.path}, {table.unit} {block.fault.number}: {block.fault.reason}.", hint=block.fault.hint
+            )
+        yield block, [f"{table.path}, {table.unit} {number}: {reason}" for number, reason in block.left_out]
+
+
+class PairFinder:
+    """Makes pairs of rows. Images are in the working directory, as in open_clip, or else in the table's folder."""
+
+    def __init__(self, table: Path, caption_key: str) -> None:
+        self._table, self._caption_key = table, caption_key
+        self._folders = tuple(dict.fromkeys((os.getcwd(), os.path.abspath(table.parent))))  # noqa: PTH100, PTH109
+
+    def pair(self, name: str, caption: str) -> Pair | str:
+        """Return the pair that a row is, or the reason why it is none."""
+        image = self.image(name)
+        if image is None:
+            return f"the image {name!r} exists neither in the working directory nor in {self._table.parent}"
+        caption = caption.strip()
+        return Pair(*image, caption) if caption else f"the caption in column {self._caption_key!r} is empty"
+
+    def image(self, name: str) -> tuple[str, str, int] | None:
+        """Return folder, name and size in bytes of an image file, or None if there is no such file."""
+        for folder in self._folders if name else ():
+            path = os.path.join(folder, name)  # noqa: PTH118  a Path takes ten times as long
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except (OSError, ValueError):  # a ValueError for a name with a NUL
+                continue
+            if stat.S_ISREG(status.st_mode):
+                return *os.path.split(path), status.st_size
+        return None
+
+
+def require_columns(path: Path, columns: list[str], image_key: str, caption_key: str) -> None:
+    for key, option in ((image_key, IMAGE_OPTION), (caption_key, CAPTION_OPTION)):
+        if key not in columns:
+            raise InputError(
+                f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
+                f"{near_matches(key, columns)}",
+                hint=f"name the column with {option}",
+            )
+
+
+def numbered(block: Block, before: int) -> Block:
+    """Return a block with line or row numbers of the whole file, of which `before` come before the block."""
+    left_out = [(before + number, reason) for number, reason in block.left_out]
+    fault = block.fault and block.fault._replace(number=before + block.fault.number)
+    return Block(block.pairs, left_out, block.count, block.end, fault)

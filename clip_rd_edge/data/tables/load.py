@@ -1,0 +1,109 @@
+"""Load the pairs of a table, into memory or through an index; the pairs are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.data.tables.blocks import Table, read_blocks
+from clip_rd_edge.data.tables.index import index_table
+from clip_rd_edge.data.tables.packed import GROUP_ROWS
+from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, open_parquet
+from clip_rd_edge.data.tables.text import open_csv
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.data.pairs import Pairs
+
+
+INDEXED_BYTES = 1 << 24
+"""Tables from this size on are indexed, some 150,000 rows; smaller ones are read into memory at each start."""
+
+
+@dataclass(frozen=True)
+class TablePairs:
+    """Pairs of image paths and captions in memory; implements `data.pairs.Pairs`.
+
+    Attributes:
+        images: N paths.
+        texts: N non-empty tuples of equivalent captions.
+        left_out: messages about rows without an existing image or a caption.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    texts: tuple[tuple[str, ...], ...]
+    left_out: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def groups(self) -> Sequence[int]:
+        """Sizes of blocks of rows."""
+        return [min(GROUP_ROWS, len(self) - start) for start in range(0, len(self), GROUP_ROWS)]
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Do nothing: the images are local files."""
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image as RGB; raises InputError if it cannot be read."""
+        return open_image(self.images[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return all captions."""
+        return self.texts[index]
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield bytes that identify these pairs: the images' names and sizes in bytes, and the captions."""
+        for path, captions in zip(self.images, self.texts, strict=True):
+            size = path.stat().st_size if path.is_file() else -1
+            yield f"{path.name}\0{size}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
+
+
+def table_pairs(
+    path: Path, *, image_key: str, caption_key: str, separator: str | None, reporter: Reporter = SILENT
+) -> Pairs:
+    """Return the pairs of a table, from memory if it is small; arguments and errors as for `data.pairs.load_pairs`."""
+    table = _open_table(path, image_key=image_key, caption_key=caption_key, separator=separator)
+    if path.stat().st_size < INDEXED_BYTES:
+        return _in_memory(table)
+    return index_table(table, key=[image_key, caption_key, str(separator)], reporter=reporter)
+
+
+def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:
+    """Read pairs from a table into memory; arguments and errors as for `data.pairs.load_pairs`.
+
+    A row that is not a pair is left out with a message that names its line.
+    """
+    return _in_memory(_open_table(path, image_key=image_key, caption_key=caption_key, separator=separator))
+
+
+def _open_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> Table:
+    """Open a table and check its columns; arguments and errors as for `data.pairs.load_pairs`."""
+    if not path.is_file():
+        raise InputError(
+            f"The data file {path} does not exist.",
+            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji",
+        )
+    if path.suffix == PARQUET_SUFFIX:
+        return open_parquet(path, image_key, caption_key)
+    return open_csv(path, image_key, caption_key, separator)
+
+
+def _in_memory(table: Table) -> TablePairs:
+    images: list[Path] = []
+    captions: list[tuple[str, ...]] = []
+    left_out: list[str] = []
+    for block, messages in read_blocks(table, map(table.read, table.places())):
+        for pair in block.pairs:
+            images.append(Path(pair.folder, pair.name))
+            captions.append((pair.caption,))
+        left_out += messages
+    return TablePairs(str(table.path), tuple(images), tuple(captions), tuple(left_out))

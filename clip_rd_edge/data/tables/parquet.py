@@ -1,0 +1,90 @@
+"""Tables in Parquet, read through pyarrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_rd_edge.data.tables.blocks import CAPTION_OPTION, IMAGE_OPTION, Block, PairFinder, numbered, require_columns
+from clip_rd_edge.data.tables.packed import Pair, pack
+from clip_rd_edge.errors import InputError, MissingExtraError
+
+PARQUET_SUFFIX = ".parquet"
+_BLOCK_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """A Parquet file; implements `Table`. Its blocks are Arrow record batches, which are read in order."""
+
+    path: Path
+    image_key: str
+    caption_key: str
+    count: int
+    unit: str = "row"
+
+    def places(self) -> Iterator[Any]:
+        """See `Table`."""
+        pyarrow, parquet = _import_pyarrow(self.path)
+        # Neither threads nor reading ahead: memory stays bounded, and processes can be forked.
+        try:
+            with parquet.ParquetFile(self.path, memory_map=True) as file:
+                yield from file.iter_batches(
+                    _BLOCK_ROWS, columns=list({self.image_key, self.caption_key}), use_threads=False
+                )
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{self.path} is damaged: {_first_line(error)}.") from error
+
+    def read(self, place: Any) -> Block:
+        """See `Table`."""
+        finder = PairFinder(self.path, self.caption_key)
+        names, captions = (place.column(key).to_pylist() for key in (self.image_key, self.caption_key))
+        pairs, left_out = list[Pair](), list[tuple[int, str]]()
+        for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
+            pair = finder.pair(name or "", caption or "")
+            if isinstance(pair, str):
+                left_out.append((number, pair))
+            else:
+                pairs.append(pair)
+        return Block(pack(pairs), left_out, len(names))
+
+    def in_order(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """See `Table`."""
+        rows = 0
+        for block in blocks:
+            yield numbered(block, rows)
+            rows += block.count
+
+
+def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:
+    pyarrow, parquet = _import_pyarrow(path)
+    try:
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} is not a Parquet file: {_first_line(error)}.") from error
+    require_columns(path, schema.names, image_key, caption_key)
+    for key, option in ((image_key, IMAGE_OPTION), (caption_key, CAPTION_OPTION)):
+        kind = schema.field(key).type
+        content = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(content) or pyarrow.types.is_large_string(content)):
+            raise InputError(
+                f"{path}: the column {key!r} holds {kind}; expected text, for images the paths of files.",
+                hint=f"name a column of text with {option}",
+            )
+    return ParquetTable(path, image_key, caption_key, -(-rows // _BLOCK_ROWS))
+
+
+def _import_pyarrow(path: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pyarrow", extra="parquet", purpose=f"Reading {path}") from error
+    return pyarrow, pyarrow.parquet
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

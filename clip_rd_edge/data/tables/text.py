@@ -1,0 +1,180 @@
+"""Tables as text: CSV and TSV in open_clip's conventions.
+
+A block is a part of the file between two line ends. Whether the line end before a block also ends a row, or lies within
+a quoted caption, is known only when the block before has been read: see `CsvTable.in_order`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_rd_edge.data.tables.blocks import Block, Fault, PairFinder, numbered, require_columns
+from clip_rd_edge.data.tables.packed import Pair, pack
+from clip_rd_edge.errors import InputError
+
+SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
+_MAX_HEADER = 100_000  # bytes
+_BLOCK_BYTES = 1 << 21  # some 20,000 rows
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """A CSV or TSV file; implements `Table`.
+
+    Attributes:
+        columns: names in the header.
+        start: byte after the header.
+        header_lines: number of lines of the header.
+    """
+
+    path: Path
+    image_key: str
+    caption_key: str
+    separator: str
+    columns: tuple[str, ...]
+    start: int
+    header_lines: int
+    unit: str = "line"
+
+    @property
+    def count(self) -> int:
+        """See `Table`."""
+        return -(-(self.path.stat().st_size - self.start) // _BLOCK_BYTES)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield the first byte of each block and the one after its last; all but the first begin after a line end."""
+        size, start = self.path.stat().st_size, self.start
+        with self.path.open("rb") as file:
+            while start < size:
+                file.seek(start + _BLOCK_BYTES)
+                file.readline()
+                stop = min(file.tell(), size)
+                yield start, stop
+                start = stop
+
+    def read(self, place: tuple[int, int]) -> Block:
+        """See `Table`; reads the rows that begin in the block."""
+        start, stop = place
+        finder = PairFinder(self.path, self.caption_key)
+        image, caption = (
+            len(self.columns) - 1 - self.columns[::-1].index(k) for k in (self.image_key, self.caption_key)
+        )
+        fields, pairs, left_out, last = len(self.columns), list[Pair](), list[tuple[int, str]](), 0
+        with self.path.open("rb") as file:
+            file.seek(start)
+            lines = _Lines(file, start)
+            reader = csv.reader(lines, delimiter=self.separator, strict=True)
+
+            def finish(fault: Fault | None = None) -> Block:
+                return Block(pack(pairs), left_out, last, lines.end, fault)
+
+            try:
+                for row in reader:
+                    first, last = last + 1, reader.line_num
+                    if row:  # no blank line
+                        row += [""] * (fields - len(row))
+                        if last > first and (fault := self._joined_rows(row, (image, caption), finder, first)):
+                            return finish(fault)
+                        pair = finder.pair(row[image], row[caption])
+                        if not isinstance(pair, str) and any(row[fields:]):
+                            pair = f"it has more fields than the header; a caption with {self.separator!r} needs quotes"
+                        if isinstance(pair, str):
+                            left_out.append((last, pair))
+                        else:
+                            pairs.append(pair)
+                    if lines.end >= stop:
+                        break
+            except UnicodeDecodeError as error:
+                reason = f"it is not UTF-8 text: {error.reason} at byte {lines.end + error.start:,} of the file"
+                return finish(Fault(reader.line_num + 1, reason, "save the table as UTF-8"))
+            except csv.Error as error:
+                hint = 'a quote that begins a field must end it, and is doubled within it: "a 5"" nail"'
+                return finish(Fault(last + 1, str(error), hint))
+            return finish()
+
+    def _position(self, key: str) -> int:
+        return len(self.columns) - 1 - self.columns[::-1].index(key)  # the last one of that name
+
+    def in_order(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """See `Table`.
+
+        A block counts if the one before ended where it begins. Otherwise its first line ends a row of the one before,
+        and the block is read again after that row.
+        """
+        end, lines = self.start, self.header_lines
+        for (start, stop), block in zip(self.places(), blocks, strict=True):
+            if end >= stop:
+                continue
+            in_place = block if end == start else self.read((end, stop))
+            yield numbered(in_place, lines)
+            end, lines = in_place.end, lines + in_place.count
+
+    def _joined_rows(self, row: list[str], columns: tuple[int, int], finder: PairFinder, number: int) -> Fault | None:
+        """Check that a row of several lines is one pair, and not several that a stray quote joined.
+
+        A caption may hold line ends, but then none of its lines is a row with an image that exists.
+        """
+        for line in (line for column in columns for line in row[column].splitlines()[1:]):
+            fields = line.split(self.separator)
+            if columns[0] < len(fields) and finder.image(fields[columns[0]].strip('"')):
+                return Fault(
+                    number,
+                    f"a quoted field holds the row of the image {fields[columns[0]]!r}; expected a quote at its end",
+                    "remove the stray quote, or quote the whole field and double each quote within it",
+                )
+        return None
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file as text, with any of the three line ends; `end` is the byte after those already given."""
+
+    def __init__(self, file: io.BufferedReader, start: int) -> None:
+        self.end = start
+        self._lines = self._split(file)
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        text = line.decode()
+        self.end += len(line)
+        return text
+
+    @staticmethod
+    def _split(file: io.BufferedReader) -> Iterator[bytes]:
+        for line in file:
+            if b"\r" in line:
+                yield from line.splitlines(keepends=True)
+            else:
+                yield line
+
+
+def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None) -> CsvTable:
+    with path.open("rb") as file:
+        head = file.read(_MAX_HEADER)
+        start = len(_BOM) if head.startswith(_BOM) else 0
+        first_line = (head[start:].splitlines() or [b""])[0]
+        header = first_line.decode(errors="replace")
+        separator = separator or _separator_of(path, header, {image_key, caption_key})
+        file.seek(start)
+        lines = _Lines(file, start)
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+        try:
+            columns = next(reader, [])
+        except csv.Error as error:
+            raise InputError(f"{path}, line 1: {error}.", hint="check the header: filepath,title") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}, line 1: it is not UTF-8 text: {error.reason}.") from error
+    require_columns(path, columns, image_key, caption_key)
+    return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, reader.line_num)
+
+
+def _separator_of(path: Path, header: str, keys: set[str]) -> str:
+    """Return the separator that splits the header into columns with these names, else the one that seems likeliest."""
+    for separator in SEPARATORS:
+        if keys <= set(next(csv.reader([header], delimiter=separator), ())):
+            return separator
+    return "\t" if path.suffix == ".tsv" else max(SEPARATORS, key=header.count)

@@ -1,0 +1,234 @@
+"""Tables of any size give the same pairs, whether they are read into memory or through an index, by any processes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Watch
+
+from clip_rd_edge.data import index_files
+from clip_rd_edge.data.pairs import Pairs, fingerprint, load_pairs
+from clip_rd_edge.data.tables import load, parquet, text
+from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
+from clip_rd_edge.data.tables.load import TablePairs, read_table
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.errors import InputError
+
+CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nlines\n", "ünïcödé 猫", " a, b ", "\r\n")
+
+
+@pytest.fixture(autouse=True)
+def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "INDEXED_BYTES", 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def in_memory(path: Path) -> TablePairs:
+    return read_table(path, image_key="filepath", caption_key="title", separator=None)
+
+
+def contents(pairs: Pairs) -> list[tuple[str, tuple[str, ...]]]:
+    return [(repr(pairs.open(i).tobytes()), pairs.captions(i)) for i in range(len(pairs))]
+
+
+def write_rows(path: Path, rows: list[tuple[str, str]], **options: Any) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, **options).writerows([("filepath", "title"), *rows])
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
+def test_rows_are_those_of_a_table_in_memory_wherever_blocks_begin(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, block: int, line_end: str
+) -> None:
+    generator = random.Random(block)
+    names = [*(f"pictures/{i}.png" for i in range(24)), "pictures/none.png", ""]
+    rows = [(generator.choice(names), generator.choice(CAPTIONS)) for _ in range(300)]
+    write_rows(pairs_csv, rows, lineterminator=line_end)
+    expected = in_memory(pairs_csv)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", block)
+    pairs = load_pairs(str(pairs_csv))
+    assert isinstance(pairs, IndexedTable)
+    assert 200 < len(pairs) < 290
+    assert [pairs.captions(i) for i in range(len(pairs))] == list(expected.texts)
+    assert [pairs.open(i).tobytes() for i in range(9)] == [expected.open(i).tobytes() for i in range(9)]
+    assert list(pairs.left_out) == list(expected.left_out)
+    assert list(pairs.groups) == list(expected.groups)
+
+
+@pytest.mark.parametrize("methods", [["fork", "spawn"], ["spawn"]], ids=["processes", "threads"])
+def test_any_workers_give_the_same_index(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, methods: list[str]) -> None:
+    if methods[0] not in index_files.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    monkeypatch.setattr(index_files, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 64)
+    assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
+
+
+def test_the_fault_that_is_named_is_the_first_one(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Blocks within a caption of several lines are no rows, and what is wrong with them does not count.
+    rows = [(f"pictures/{i}.png", f'line\n"a" "b\n{i}"' * 3) for i in range(24)]
+    write_rows(pairs_csv, rows)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 8)
+    assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
+    pairs_csv.write_bytes(pairs_csv.read_bytes() + b'pictures/0.png,a cat\npictures/0.png,"b" c\npictures/0.png,\xff\n')
+    with pytest.raises(InputError, match=r"pairs\.csv, line 171: ',' expected after '\"'"):
+        load_pairs(str(pairs_csv))
+
+
+def test_text_that_is_not_utf_8_is_named_by_its_line(pairs_csv: Path) -> None:
+    pairs_csv.write_bytes(pairs_csv.read_bytes() + b"pictures/0.png,caf\xe9\n")
+    with pytest.raises(InputError, match=r"pairs\.csv, line 26: it is not UTF-8 text: .* at byte 1,034 of the file"):
+        load_pairs(str(pairs_csv))
+
+
+def test_a_table_is_read_once(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    first = fingerprint(load_pairs(str(pairs_csv), reporter=watch))
+    assert watch.updates == [(TABLE_STAGE, 0, 1), (TABLE_STAGE, 1, 1)]
+    monkeypatch.setattr(text.CsvTable, "read", lambda *_: pytest.fail("read again"))
+    assert fingerprint(load_pairs(str(pairs_csv))) == first
+
+
+def test_another_time_of_the_table_indexes_it_again(pairs_csv: Path) -> None:
+    first = fingerprint(load_pairs(str(pairs_csv)))
+    (pairs_csv.parent / "pictures" / "0.png").write_bytes((pairs_csv.parent / "pictures" / "1.png").read_bytes())
+    os.utime(pairs_csv, (1, 1))
+    assert fingerprint(load_pairs(str(pairs_csv))) != first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            Path.unlink,
+            r"0\.png of .*pairs\.csv cannot be read: No such file.*; it was there when the table was indexed",
+        ),
+        (
+            lambda path: path.write_bytes(b"new"),
+            r"0\.png of .*pairs\.csv has 3 bytes; it had \d,\d+ when the table was",
+        ),
+    ],
+    ids=["missing, as on one node of several", "replaced"],
+)
+def test_images_that_changed_since_are_told(pairs_csv: Path, change: Callable[[Path], Any], message: str) -> None:
+    load_pairs(str(pairs_csv))
+    change(pairs_csv.parent / "pictures" / "0.png")
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(pairs_csv))
+
+
+def test_relative_paths_depend_on_the_working_directory(
+    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_table = load_pairs(str(pairs_csv)).open(0).tobytes()
+    other = tmp_path / "other"
+    shutil.copytree(pairs_csv.parent / "pictures", other / "pictures")
+    shutil.copy(other / "pictures" / "1.png", other / "pictures" / "0.png")
+    monkeypatch.chdir(other)
+    assert load_pairs(str(pairs_csv)).open(0).tobytes() != from_table
+
+
+def test_a_copy_in_another_process_opens_the_files_itself(pairs_csv: Path) -> None:
+    pairs = load_pairs(str(pairs_csv))
+    assert contents(pickle.loads(pickle.dumps(pairs))) == contents(pairs)
+
+
+def test_an_index_outlives_its_removal_from_the_cache(pairs_csv: Path, tmp_path: Path) -> None:
+    pairs = load_pairs(str(pairs_csv))
+    shutil.rmtree(tmp_path / "cache")
+    assert pairs.captions(23) == ("a yellow picture number 23",)
+
+
+def test_indices_that_nobody_opens_are_removed(pairs_csv: Path, tmp_path: Path) -> None:
+    load_pairs(str(pairs_csv))
+    (index,) = (tmp_path / "cache" / "table-indices").glob("*/index.json")
+    os.utime(pairs_csv, (1, 1))
+    load_pairs(str(pairs_csv))
+    assert index.is_file()
+    os.utime(index, (time.time() - 31 * 24 * 3600,) * 2)
+    os.utime(pairs_csv, (2, 2))
+    load_pairs(str(pairs_csv))
+    assert not index.parent.exists()
+    assert len(list((tmp_path / "cache" / "table-indices").iterdir())) == 2
+
+
+def test_a_read_only_cache_only_costs_time(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(pairs_csv))  # a file, so that no folder can be made in it
+    assert contents(load_pairs(str(pairs_csv))) == contents(in_memory(pairs_csv))
+
+
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return path
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["in memory", "indexed"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_parquet_gives_the_pairs_of_a_csv(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool, dictionary: bool
+) -> None:
+    names = [*(f"pictures/{i % 24}.png" for i in range(100)), "pictures/none.png", None, "pictures/0.png"]
+    captions = [*(CAPTIONS[i % 7] for i in range(100)), "a", "b", None]
+    columns: dict[str, Any] = {"index": list(range(103)), "filepath": names, "title": captions}
+    if dictionary:
+        columns["title"] = pytest.importorskip("pyarrow").array(captions).dictionary_encode()
+    path = write_parquet(pairs_csv.with_suffix(".parquet"), columns, row_group_size=13)
+    write_rows(pairs_csv, [(name or "", caption or "") for name, caption in zip(names, captions, strict=True)])
+    monkeypatch.setattr(parquet, "_BLOCK_ROWS", 10)
+    monkeypatch.setattr(load, "INDEXED_BYTES", 0 if indexed else 1 << 30)
+    pairs = load_pairs(str(path))
+    assert contents(pairs) == contents(in_memory(pairs_csv))
+    reasons = [message.partition(": ")[2] for message in pairs.left_out]
+    assert reasons == [message.partition(": ")[2] for message in in_memory(pairs_csv).left_out]
+    assert pairs.left_out[0].startswith(f"{path}, row 101: the image 'pictures/none.png' exists neither")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"filepath": ["a"], "titel": ["b"]}, "no column 'title'; .* Did you mean 'titel'"),
+        ({"filepath": [b"\xff"], "title": ["b"]}, "column 'filepath' holds binary; expected text"),
+        ({"filepath": ["a"], "title": [["b"]]}, "column 'title' holds list<"),
+    ],
+)
+def test_parquet_with_other_columns_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    path = write_parquet(tmp_path / "pairs.parquet", columns)
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(path))
+
+
+def test_what_is_no_parquet_or_damaged_is_named(pairs_csv: Path) -> None:
+    path = write_parquet(pairs_csv.with_suffix(".parquet"), {"filepath": ["pictures/0.png"] * 99, "title": ["a"] * 99})
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(40) + content[44:])
+    with pytest.raises(InputError, match=r"pairs\.parquet is damaged: "):
+        load_pairs(str(path))
+    path.write_bytes(b"filepath,title\n")
+    with pytest.raises(InputError, match=r"pairs\.parquet is not a Parquet file: "):
+        load_pairs(str(path))
+
+
+def test_a_parquet_table_is_a_retrieval_task(pairs_csv: Path) -> None:
+    path = write_parquet(
+        pairs_csv.with_suffix(".parquet"),
+        {"filepath": ["pictures/0.png", "pictures/../pictures/0.png", "pictures/1.png"], "title": ["a", "b", "c"]},
+    )
+    task = load_task(str(path))
+    assert (len(task.images), task.caption_images) == (2, (0, 0, 1))
+
+
+def test_epochs_shuffle_the_same_groups_of_rows(pairs_csv: Path) -> None:
+    write_rows(pairs_csv, [(f"pictures/{i % 24}.png", f"caption {i}") for i in range(10_000)])
+    assert list(load_pairs(str(pairs_csv)).groups) == list(in_memory(pairs_csv).groups) == [4096, 4096, 1808]
