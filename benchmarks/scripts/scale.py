@@ -1,16 +1,24 @@
-"""Index and read a data set of millions of samples in shards: time, memory, and the time to the first batch.
+"""Index and read data sets of millions of samples: time, memory, and the time to the first batch.
 
-    python benchmarks/scripts/scale.py -o benchmarks/results/<machine>/scale.json     # 1,200 shards of 12,500 samples
+    python benchmarks/scripts/scale.py -o benchmarks/results/MACHINE/scale.json --readme benchmarks/README.md
 
-The shards are hard links to one tar, whose images are holes: it takes some 100 MB of disk. So the figures are those of
-scanning, indexing and reading locations, and the tar's headers come from the page cache. Memory is what the process and
-its workers hold beyond an interpreter that has imported the package, in proportional set size, so that shared pages
-count once.
+Four data sets of 15 million samples, each measured in a process of its own at the first start and at a later one:
+
+shards     1,200 tars of 12,500 samples: hard links to one tar, whose images are holes
+csv        a table of 15 million rows, which name 100,000 image files 150 times each
+parquet    the same rows (needs pyarrow)
+store      a teacher's embeddings of 15 million pairs with captions of their own, whose rows are holes; 10,000 random
+           ones are read
+
+They take some 4 GB of disk, and their content comes from the page cache, so that the figures are those of scanning,
+looking for images, indexing and reading. Memory is what the process and its workers hold beyond an interpreter that has
+imported the package, in proportional set size, so that shared pages count once.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -19,40 +27,83 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-CAPTION = b"a photograph of something"
+CAPTION = "a photograph of something"
+IMAGES = 100_000  # files that a table names
+STARTS = ("first start", "later start")
+Figures = dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure indexing and reading of many shards.")
+    parser = argparse.ArgumentParser(description="Measure indexing and reading of millions of samples.")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    parser.add_argument("--readme", type=Path, help="Markdown file with the markers `scale` for the table")
     parser.add_argument("--shards", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=12_500, help="per shard (default: 12,500)")
+    parser.add_argument("--of", nargs="+", choices=list(MAKERS), default=list(MAKERS), help="which data sets")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
+        measure = measure_store if arguments.of == ["store"] else measure_pairs
         print(json.dumps(measure(arguments.child)))
         return
+    record: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": machine(),
+        "samples": arguments.shards * arguments.samples,
+        "shards": arguments.shards,
+        "data sets": {kind: starts(kind, arguments.shards, arguments.samples) for kind in arguments.of},
+    }
+    text = table(record)
+    print(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    if arguments.readme:
+        from clip_rd_edge.evidence.report import write_between_markers
+
+        write_between_markers(arguments.readme, "scale", text)
+
+
+def machine() -> str:
+    """Return the name of this machine."""
+    from clip_rd_edge.utils.host import machine_name
+
+    return machine_name()
+
+
+def starts(kind: str, shards: int, samples: int) -> dict[str, Figures]:
+    """Make a data set, and return the figures of two processes that open it one after another."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_shards(folder, arguments.shards, arguments.samples)
+        MAKERS[kind](folder, shards, samples)
         environment = {**os.environ, "CLIP_RD_EDGE_CACHE": str(folder / "cache")}
-        command = [sys.executable, __file__, "--child", str(folder), "--shards", str(arguments.shards)]
-        results = {
-            key: json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-            for key in ("first start", "later start")
+        command = [sys.executable, __file__, "--child", name, "--of", kind]
+        return {
+            start: json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+            for start in STARTS
         }
-    for key, figures in results.items():
-        print(key, *(f"{name}: {value:,.2f}" for name, value in figures.items()), sep="\n    ")
-    if arguments.output:
-        from clip_rd_edge.utils.host import machine_name
 
-        record = {"date": date.today().isoformat(), "machine": machine_name(), "shards": arguments.shards}
-        arguments.output.write_text(json.dumps({**record, "samples": arguments.samples, **results}, indent=2) + "\n")
+
+def table(record: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    rows = [
+        "| data set | start | processor time to index | wall time to the first batch | memory |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for kind, figures in record["data sets"].items():
+        rows += [
+            f"| {kind} | {start.removesuffix(' start')} | {f['opening_cpu_seconds']:.3g} s | "
+            f"{f['first_batch_seconds']:.3g} s | {f['memory_mb']:.0f} MB |"
+            for start, f in figures.items()
+        ]
+    return "\n".join([*rows, "", f"{record['samples']:,} samples; {record['machine']}, {record['date']}."])
 
 
 def write_shards(folder: Path, shards: int, samples: int) -> None:
@@ -66,48 +117,145 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
                 file.write(info.tobuf(tarfile.USTAR_FORMAT))
                 start = file.tell()
                 if suffix == "txt":
-                    file.write(CAPTION)
+                    file.write(CAPTION.encode())
                 file.seek(start + -(-content_size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         file.write(bytes(2 * tarfile.BLOCKSIZE))
     for shard in range(1, shards):
         os.link(folder / "00000.tar", folder / f"{shard:05d}.tar")
+    (folder / "source").write_text(f"{folder}/{{00000..{shards - 1:05d}}}.tar")
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Load the pairs of a folder of shards and read the locations and captions of a first batch."""
+def table_rows(folder: Path, count: int) -> Iterator[tuple[str, str]]:
+    """Write empty image files, and yield rows that name them by their paths in the table's folder."""
+    names = [f"images/{i // 1000:03d}/{i:09d}.jpg" for i in range(min(IMAGES, count))]
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for i in range(count):
+        yield names[i % len(names)], CAPTION
+
+
+def write_csv(folder: Path, shards: int, samples: int) -> None:
+    """Write a CSV."""
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title")])
+        csv.writer(file).writerows(table_rows(folder, shards * samples))
+    (folder / "source").write_text(str(folder / "pairs.csv"))
+
+
+def write_parquet(folder: Path, shards: int, samples: int) -> None:
+    """Write a Parquet file, one row group per shard."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = table_rows(folder, shards * samples)
+    schema = pyarrow.schema([("filepath", pyarrow.string()), ("title", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(folder / "pairs.parquet", schema) as writer:
+        for _ in range(shards):
+            names, captions = zip(*(next(rows) for _ in range(samples)), strict=True)
+            writer.write_table(pyarrow.table({"filepath": names, "title": captions}, schema=schema))
+    (folder / "source").write_text(str(folder / "pairs.parquet"))
+
+
+def write_store(folder: Path, shards: int, samples: int) -> None:
+    """Write a complete teacher's store whose rows are holes."""
+    import msgspec
+
+    from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.distillation import embedding_store as store
+
+    pairs = shards * samples
+    manifest = store.CacheManifest(
+        teacher="synthetic",
+        teacher_sha256="",
+        logit_scale=100.0,
+        embedding_size=512,
+        preprocessing=Preprocessing(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        crop_scale=(0.9, 1.0),
+        seed=0,
+        views=1,
+        data="synthetic",
+        pairs=pairs,
+        pairs_sha256="",
+        precision="fp32",
+    )
+    header = 128  # bytes of .npy before the rows
+    for shard in range(store.shard_count(pairs)):
+        rows = min(store.SHARD_SIZE, pairs - shard * store.SHARD_SIZE)
+        for path in (store.image_shard(folder, 0, shard), store.text_shard(folder, shard)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(header + rows * manifest.embedding_size * 2)
+    np.save(folder / "texts" / "keys.npy", np.arange(pairs, dtype=store.KEY) * np.uint64(2**64 // pairs))
+    (folder / store.MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    (folder / store.COMPLETE).write_bytes(msgspec.json.encode({"captions": pairs}))
+
+
+MAKERS: dict[str, Callable[[Path, int, int], None]] = {
+    "shards": write_shards,
+    "csv": write_csv,
+    "parquet": write_parquet,
+    "store": write_store,
+}
+
+
+def measure_pairs(folder: Path) -> Figures:
+    """Load pairs, and read the locations and captions of a first batch."""
     from clip_rd_edge.data.order import EpochOrder
     from clip_rd_edge.data.pairs import fingerprint, load_pairs
     from clip_rd_edge.utils.reporting import Reporter
 
-    last = len(list(folder.glob("*.tar"))) - 1
-    before, peak = proportional_memory(), 0
+    before, peak, next_look = proportional_memory(), 0, 0.0
 
     class Watch(Reporter):
         def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
-            nonlocal peak
-            if step % 100 == 50:
-                peak = max(peak, proportional_memory())
+            nonlocal peak, next_look
+            if time.monotonic() > next_look:
+                peak, next_look = max(peak, proportional_memory()), time.monotonic() + 2
 
     started, cpu = time.perf_counter(), cpu_seconds()
-    pairs = load_pairs(f"{folder}/{{00000..{last:05d}}}.tar", reporter=Watch())
-    indexed = time.perf_counter()
-    indexing_cpu = cpu_seconds() - cpu
+    pairs = load_pairs((folder / "source").read_text(), reporter=Watch())
+    opened, opening_cpu = time.perf_counter(), cpu_seconds() - cpu
     order = EpochOrder(pairs.groups, seed=0)
     batch = order.indices(0, 0, 1024).tolist()
     captions = [pairs.captions(index) for index in batch]
     first_batch = time.perf_counter()
-    assert set(captions) == {(CAPTION.decode(),)}
+    assert set(captions) == {(CAPTION,)}
     for step in range(20):
         order.indices(0, step * len(pairs) // 20, step * len(pairs) // 20 + 1024)
     peak = max(peak, proportional_memory())
     fingerprint(pairs)
     return {
-        "pairs": len(pairs),
-        "indexing_seconds": indexed - started,
-        "indexing_cpu_seconds": indexing_cpu,
+        "samples": len(pairs),
+        "opening_seconds": opened - started,
+        "opening_cpu_seconds": opening_cpu,
         "first_batch_seconds": first_batch - started,
         "fingerprint_seconds": time.perf_counter() - first_batch,
         "memory_mb": (peak - before) / 1e6,
+    }
+
+
+def measure_store(folder: Path) -> Figures:
+    """Open a teacher's store, and read 10,000 random rows of images and texts."""
+    from clip_rd_edge.distillation import embedding_store as store
+
+    generator = np.random.default_rng(0)
+    before = proportional_memory()
+    started, cpu = time.perf_counter(), cpu_seconds()
+    cache = store.open_cache(folder)
+    opened, opening_cpu = time.perf_counter(), cpu_seconds() - cpu
+    for count, index in enumerate(generator.integers(0, cache.manifest.pairs, 10_000).tolist()):
+        cache.lookup(0, index, f"caption {index}")
+        if count == 1023:
+            first_batch = time.perf_counter()
+    return {
+        "samples": cache.manifest.pairs,
+        "opening_seconds": opened - started,
+        "opening_cpu_seconds": opening_cpu,
+        "first_batch_seconds": first_batch - started,
+        "rows_seconds": time.perf_counter() - opened,
+        "memory_mb": (proportional_memory() - before) / 1e6,
     }
 
 

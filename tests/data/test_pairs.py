@@ -19,7 +19,7 @@ from clip_rd_edge.errors import InputError, UsageError
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read tables as small ones are, and as those of millions of rows."""
     if request.param != "in memory":
-        monkeypatch.setattr(load, "INDEXED_BYTES", 0)
+        monkeypatch.setattr(load, "INDEXED_ROWS", -1)
         monkeypatch.setattr(text, "_BLOCK_BYTES", 1)
         monkeypatch.setattr(os, "cpu_count", lambda: 1)
 

@@ -48,6 +48,7 @@ class Table(Protocol):
     Attributes:
         path: of the file.
         unit: what is numbered: a line or a row.
+        rows: number of rows, which may be an estimate.
         count: number of blocks, which may be an estimate.
     """
 
@@ -56,6 +57,9 @@ class Table(Protocol):
 
     @property
     def unit(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
 
     @property
     def count(self) -> int: ...
@@ -95,7 +99,8 @@ class PairFinder:
 
     def __init__(self, table: Path, caption_key: str) -> None:
         self._table, self._caption_key = table, caption_key
-        self._folders = tuple(dict.fromkeys((os.getcwd(), os.path.abspath(table.parent))))  # noqa: PTH100, PTH109
+        # Plain texts: a Path per row would take ten times as long as looking for the file.
+        self._folders = tuple(dict.fromkeys(str(Path(folder).absolute()) + os.sep for folder in (".", table.parent)))
 
     def pair(self, name: str, caption: str) -> Pair | str:
         """Return the pair that a row is, or the reason why it is none."""
@@ -107,8 +112,8 @@ class PairFinder:
 
     def image(self, name: str) -> tuple[str, str, int] | None:
         """Return folder, name and size in bytes of an image file, or None if there is no such file."""
-        for folder in self._folders if name else ():
-            path = os.path.join(folder, name)  # noqa: PTH118  a Path takes ten times as long
+        for folder in ("",) if os.path.isabs(name) else self._folders if name else ():  # noqa: PTH117
+            path = folder + name
             try:
                 status = os.stat(path)  # noqa: PTH116
             except (OSError, ValueError):  # a ValueError for a name with a NUL

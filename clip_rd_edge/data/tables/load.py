@@ -21,9 +21,8 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 if TYPE_CHECKING:
     from clip_rd_edge.data.pairs import Pairs
 
-
-INDEXED_BYTES = 1 << 24
-"""Tables from this size on are indexed, some 150,000 rows; smaller ones are read into memory at each start."""
+INDEXED_ROWS = 1 << 17
+"""Tables of some more rows are indexed; smaller ones are read into memory at each start."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def table_pairs(
 ) -> Pairs:
     """Return the pairs of a table, from memory if it is small; arguments and errors as for `data.pairs.load_pairs`."""
     table = _open_table(path, image_key=image_key, caption_key=caption_key, separator=separator)
-    if path.stat().st_size < INDEXED_BYTES:
+    if table.rows <= INDEXED_ROWS:
         return _in_memory(table)
     return index_table(table, key=[image_key, caption_key, str(separator)], reporter=reporter)
 

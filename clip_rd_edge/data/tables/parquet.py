@@ -22,8 +22,13 @@ class ParquetTable:
     path: Path
     image_key: str
     caption_key: str
-    count: int
+    rows: int
     unit: str = "row"
+
+    @property
+    def count(self) -> int:
+        """See `Table`."""
+        return -(-self.rows // _BLOCK_ROWS)
 
     def places(self) -> Iterator[Any]:
         """See `Table`."""
@@ -74,7 +79,7 @@ def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:
                 f"{path}: the column {key!r} holds {kind}; expected text, for images the paths of files.",
                 hint=f"name a column of text with {option}",
             )
-    return ParquetTable(path, image_key, caption_key, -(-rows // _BLOCK_ROWS))
+    return ParquetTable(path, image_key, caption_key, rows)
 
 
 def _import_pyarrow(path: Path) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nl
 
 @pytest.fixture(autouse=True)
 def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "INDEXED_BYTES", 0)
+    monkeypatch.setattr(load, "INDEXED_ROWS", -1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
 
 
@@ -187,7 +187,7 @@ def test_parquet_gives_the_pairs_of_a_csv(
     path = write_parquet(pairs_csv.with_suffix(".parquet"), columns, row_group_size=13)
     write_rows(pairs_csv, [(name or "", caption or "") for name, caption in zip(names, captions, strict=True)])
     monkeypatch.setattr(parquet, "_BLOCK_ROWS", 10)
-    monkeypatch.setattr(load, "INDEXED_BYTES", 0 if indexed else 1 << 30)
+    monkeypatch.setattr(load, "INDEXED_ROWS", -1 if indexed else 1 << 30)
     pairs = load_pairs(str(path))
     assert contents(pairs) == contents(in_memory(pairs_csv))
     reasons = [message.partition(": ")[2] for message in pairs.left_out]
