@@ -306,7 +306,7 @@ def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
 
 def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
     tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_image=9)
-    with pytest.raises(ConfigError, match="9 groups of layers of .* were to be frozen, but its image tower has 5"):
+    with pytest.raises(ConfigError, match=r"9 groups of layers of .* were to be frozen, but its image tower has 5"):
         distil(tuned, tmp_path / "run")
 
 
