@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,22 +43,38 @@ PRECISION_WORDS = {
     "bfloat16": "bf16",
     **dict.fromkeys(("8", "i8", "w8a8", "quantized", "quantised"), "int8"),
 }
-device_option = click.option(
-    "--device",
-    type=NameChoice(DEVICES, meant={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"}),
-    default=AUTO,
-    show_default=True,
-    help="Device of ONNX Runtime or OpenVINO; `clip-rd-edge doctor` lists the available ones.",
-)
-threads_option = click.option("--threads", type=click.IntRange(1), help="Threads of the model.  [default: all cores]")
+
+
+OTHER_OPTIONS = "Other options"
+_OPTION_COLUMNS = 26  # max width of the options; the description of a longer one begins on the next line
 
 
 class GroupedOption(click.Option):
-    """An option that `--help` lists under the heading of its group."""
+    """An option that `--help` lists under the heading of its group, with its range in words."""
 
     def __init__(self, *args: Any, group: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None or not isinstance(self.type, (click.IntRange, click.FloatRange)):
+            return record
+        names, text = record
+        text = _CLICKS_RANGE.sub(_in_words(self.type), text)
+        return names, text.replace("]  [", "; ")  # a default that is named in the help text has its own brackets
+
+
+_CLICKS_RANGE = re.compile(r"[^\s\[]*x[<>][^\s\]]*(?=\]$)")
+
+
+def _in_words(numbers: click.IntRange | click.FloatRange) -> str:
+    """Return a range as words, such as `at least 1` or `0 to 1`, for click's `x>=1` and `0<=x<=1`."""
+    low = None if numbers.min is None else f"{'above ' if numbers.min_open else ''}{numbers.min}"
+    high = None if numbers.max is None else f"{'below ' if numbers.max_open else ''}{numbers.max}"
+    if low and high:
+        return f"{low} to {high}"
+    return f"at most {high}" if high else f"{'' if numbers.min_open else 'at least '}{low}"
 
 
 class ManyOption(GroupedOption):
@@ -75,7 +93,33 @@ class ManyOption(GroupedOption):
         option.process = take_all  # type: ignore[method-assign]
 
 
-class GroupedCommand(click.Command):
+EXAMPLE_MARK = "\b"  # click's, for paragraphs that are not wrapped
+_UNBROKEN_HYPHEN = "\u2011"
+
+
+class ExampleFirst(click.Command):
+    """A command whose `--help` has the examples, its paragraphs marked with `\\b`, under a heading of their own.
+
+    No line ends within a word with hyphens, such as the name of an option.
+    """
+
+    def get_help(self, ctx: click.Context) -> str:
+        return super().get_help(ctx).replace(_UNBROKEN_HYPHEN, "-")
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for paragraph in inspect.cleandoc(self.help or "").split("\n\n"):
+            if paragraph.startswith(EXAMPLE_MARK):
+                lines = paragraph.removeprefix(EXAMPLE_MARK).strip("\n").splitlines()
+                commands = [line for line in lines if not line.startswith(" ")]
+                with formatter.section("Examples" if len(commands) > 1 else "Example"):
+                    formatter.write("".join(f"{' ' * formatter.current_indent}{line}\n" for line in lines))
+            else:
+                formatter.write_paragraph()
+                with formatter.indentation():
+                    formatter.write_text(_unbroken(paragraph))
+
+
+class GroupedCommand(ExampleFirst):
     """A command whose `--help` lists its options by group, in the order of the groups' first options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -83,10 +127,22 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             # From click 8.5 on, arguments have help records, too; the docstring describes them.
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                groups.setdefault(getattr(parameter, "group", "") or "Other options", []).append(record)
+                heading = getattr(parameter, "group", "") or OTHER_OPTIONS
+                groups.setdefault(heading, []).append((record[0], _unbroken(record[1])))
+        if list(groups) == [OTHER_OPTIONS]:
+            groups = {"Options": groups[OTHER_OPTIONS]}
         for heading, records in groups.items():
             with formatter.section(heading):
-                formatter.write_dl(records)
+                formatter.write_dl(records, col_max=_OPTION_COLUMNS)
+
+
+def _unbroken(text: str) -> str:
+    """Return a text in which click breaks no line after a hyphen."""
+    return text.replace("-", _UNBROKEN_HYPHEN)
+
+
+class CommandGroup(ExampleFirst, click.Group):
+    """A group of commands whose `--help` shows examples as that of the commands does."""
 
 
 def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
@@ -96,6 +152,19 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
         return click.option(*names, cls=settings.pop("cls", GroupedOption), group=heading, **settings)
 
     return option
+
+
+_device = grouped("Device")
+device_option = _device(
+    "--device", metavar="NAME",
+    type=NameChoice(DEVICES, meant={"gpu": "cuda", "nvidia": "cuda", "trt": "tensorrt", "apple": "coreml"}),
+    default=AUTO,
+    show_default=True,
+    help=f"Where ONNX Runtime or OpenVINO computes: {', '.join(DEVICES)}. `clip-rd-edge doctor` lists what is here.",
+)  # fmt: skip
+threads_option = _device(
+    "--threads", metavar="N", type=click.IntRange(1), help="Threads of the model.  [default: all cores]"
+)
 
 
 def completed_by(names: Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:

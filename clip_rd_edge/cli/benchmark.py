@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import GroupedCommand, grouped
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,38 +19,47 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.regression import AccuracyChange, Changes, LatencyChange
 
 NOT_COMPARED = 3  # exit code
+_suite, _recommendation = grouped("Suite"), grouped("Recommendation")
+_comparison, _output = grouped("Comparison"), grouped("Output")
 _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
 
 
-@click.command("benchmark")
+@click.command("benchmark", cls=GroupedCommand)
 @click.argument("suite", required=False)
-@click.option("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
-@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Folder for the report.")
-@click.option("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
-@click.option(
+@_suite("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
+@_suite("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
+@_suite(
     "--model",
     "models",
     metavar="ROLE=MODEL",
     multiple=True,
     help="Use this model instead of the suite's, such as student=runs/first; ROLE is teacher, baseline, student, "
-    "exported or quantised. Can be repeated.",
+    "exported or quantised. Can be repeated.  [default: the suite's]",
 )
-@click.option(
+@_recommendation(
     "--budget-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
-    help="Recommend only models with at most this latency from file to result (95th percentile).",
+    help="Recommend only models with at most this latency from file to result (95th percentile), in ms.  "
+    "[default: no limit]",
 )  # fmt: skip
-@click.option(
+@_recommendation(
     "--min-accuracy", type=click.FloatRange(0, 1), metavar="FRACTION",
-    help="Recommend only models with at least this top-1 accuracy, such as 0.25.",
+    help="Recommend only models with at least this top-1 accuracy, such as 0.25.  [default: none]",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")
-@click.option(
+@_comparison(
     "--compare", "compared", nargs=2, metavar="OLD NEW", type=click.Path(path_type=Path),
     help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
-    "latencies could not be compared.",
+    "latencies could not be compared.  [default: off]",
 )  # fmt: skip
-@click.option("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
-@click.option("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
+@_comparison("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
+@_comparison("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
+@_output(
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder for the report.  [required to measure]",
+)
+@_output("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")
 def command(
     suite: str | None,
     init: bool,
@@ -65,6 +75,15 @@ def command(
 ) -> None:
     """Compare the models of SUITE by accuracy, latency and size.
 
+    \b
+    clip-rd-edge benchmark quickstart -o report
+    clip-rd-edge benchmark --init > my-suite.yaml
+    clip-rd-edge benchmark my-suite.yaml -o report --force
+    clip-rd-edge benchmark paper --root data --model student=runs/first \\
+        --model quantised=bundle -o report
+    clip-rd-edge benchmark report --budget-ms 10
+    clip-rd-edge benchmark --compare report-of-last-week report
+
     SUITE is a YAML file with rows (label, model, role) and tasks, or the name of a built-in suite, such as quickstart.
     The table is printed to stdout; results.json, report.html, report.md and accuracy-latency.png are written to FOLDER.
     Missing models are skipped, and the report says why.
@@ -77,14 +96,6 @@ def command(
 
     The suite paper has the tasks of the CLIP-RD paper, under CLIP_benchmark's names. It runs those whose data sets are
     in --root and lists the missing ones.
-
-    \b
-    clip-rd-edge benchmark quickstart -o report
-    clip-rd-edge benchmark --init > my-suite.yaml
-    clip-rd-edge benchmark my-suite.yaml -o report --force
-    clip-rd-edge benchmark paper --root data --model student=runs/first --model quantised=bundle -o report
-    clip-rd-edge benchmark report --budget-ms 10
-    clip-rd-edge benchmark --compare report-of-last-week report
     """
     if init:
         from clip_rd_edge.benchmarking.suite import commented_suite

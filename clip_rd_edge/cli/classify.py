@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import ManyOption, device_option, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, device_option, grouped, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import inert_cell, one_line
 
@@ -35,44 +35,49 @@ Format = Callable[[str, Answer], str]
 CSV_HEADER = "image,rank,label,probability"
 NO_LABEL = "none of these"
 MANY_IMAGES = 50  # from this number on, a progress bar and a rate are shown
+_labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Output")
 
 
-@click.command("classify", short_help="Classify images among your own labels.")
+@click.command("classify", cls=GroupedCommand, short_help="Classify images among your own labels.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, metavar="IMAGE...")
-@click.option(
-    "--labels", cls=ManyOption, multiple=True,
+@_labels(
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
     help='Labels such as "a cat" "a dog", or a label file: text with one label per line, a CSV with the column label, '
     "or a JSON list.  [default: the bundle's label bank]",
 )  # fmt: skip
-@click.option(
-    "--template", "templates", multiple=True,
+@_labels(
+    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
     help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
     "CLIP's 80; can be repeated.  [default: the model's]",
 )  # fmt: skip
-@click.option(
-    "--top", type=click.IntRange(1), default=3, show_default=True, help="Number of labels to print per image."
-)
-@click.option(
-    "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P",
-    show_default=True,
+@_labels(
+    "--top", type=click.IntRange(1), default=3, show_default=True, metavar="N",
+    help="Number of labels to print per image.",
+)  # fmt: skip
+@_labels(
+    "--none-below", type=click.FloatRange(0, 1), default=0.0, metavar="P", show_default=True,
     help='Omit labels with a probability below P (with a single label: a cosine similarity below P); if none is left, '
     'print "none of these".',
 )  # fmt: skip
-@click.option("--camera", metavar="NUMBER", help="Classify a camera's frames until Ctrl-C; 0 is the first camera.")
-@threads_option
-@device_option
-@click.option(
+@_labels(
     "--cache/--no-cache", default=True, show_default=True,
     help="Cache the labels' embeddings, so that the next run with these labels need not load the text tower.",
 )  # fmt: skip
-@click.option("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
-@click.option(
+@_images(
+    "--camera",
+    metavar="NUMBER",
+    help="Classify a camera's frames until Ctrl-C; 0 is the first camera.  [default: none]",
+)
+@_images("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
+@_images(
     "-0", "--null", is_flag=True,
     help="The paths on stdin and the lines printed end with NUL instead of a newline, as from find -print0.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
+@threads_option
+@device_option
+@_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+@_output("--csv", "as_csv", is_flag=True, help="Print CSV with one row per image and label.")
 def command(
     bundle: Path,
     images: tuple[str, ...],
@@ -91,12 +96,12 @@ def command(
 ) -> None:
     """Classify each IMAGE with BUNDLE. IMAGE is a file, a folder, a glob, or - to read paths from stdin.
 
-    For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
-
     \b
     clip-rd-edge classify bundle cat.jpg --labels "a cat" "a dog"
     clip-rd-edge classify bundle photos/ --labels labels.txt --csv > labels.csv
     clip-rd-edge classify bundle --camera 0 --labels "a cup" "a phone" "a hand"
+
+    For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
     """
     if (camera is None) == (not images):
         raise UsageError(

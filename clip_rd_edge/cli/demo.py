@@ -10,38 +10,42 @@ from urllib.parse import urlsplit
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import ManyOption, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, grouped, threads_option
+
+_page, _server = grouped("Page"), grouped("Server")
 
 
-@click.command("demo", short_help="Try bundles on a local web page, with a camera or image files.")
+@click.command("demo", cls=GroupedCommand, short_help="Try bundles on a local web page, with a camera or image files.")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
-@click.option(
-    "--labels", cls=ManyOption, multiple=True,
-    help='Initial labels such as "a cat" "a dog", or a label file (see classify).',
+@_page(
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
+    help='Initial labels such as "a cat" "a dog", or a label file (see classify).  [default: the page\'s own]',
 )  # fmt: skip
-@click.option(
+@_server(
     "--host",
+    metavar="ADDRESS",
     default="127.0.0.1",
     show_default=True,
     help="Address to listen on; 0.0.0.0 opens the page to the network.",
 )
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True,
+@_server(
+    "--port", metavar="N", type=click.IntRange(0, 65535), default=8765, show_default=True,
     help="Port to listen on; 0 uses any free port.",
 )  # fmt: skip
 @threads_option
-@click.option("--open", "open_page", is_flag=True, help="Open the page in your browser.")
+@_page("--open", "open_page", is_flag=True, help="Open the page in your browser.")
 def command(
     bundles: tuple[Path, ...], labels: tuple[str, ...], host: str, port: int, threads: int | None, open_page: bool
 ) -> None:
     """Serve a web page from this machine: drop an image or start the camera, type labels, and watch the results.
 
+    \b
+    clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
+    clip-rd-edge demo bundle --host 0.0.0.0
+
     With --host 0.0.0.0, the addresses for other machines are printed, too, and on a terminal a QR code for a phone.
 
     Pass several BUNDLEs to compare them on the page. Nothing is loaded from the internet. Ctrl-C stops the server.
-
-    \b
-    clip-rd-edge demo bundles/fp32 bundles/int8 --labels "a cat" "a dog"
     """
     import clip_rd_edge as edge
     from clip_rd_edge.runtime.label_list import parse_labels

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import GroupedCommand, grouped
 
 
-@click.command("devices", short_help="List the supported devices, and how to deploy to them.")
+@click.command("devices", cls=GroupedCommand, short_help="List the supported devices, and how to deploy to them.")
 @click.argument("name", required=False, metavar="[NAME]")
-@click.option("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the supported devices, or show how to deploy to the device NAME.
 

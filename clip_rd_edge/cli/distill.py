@@ -23,7 +23,8 @@ _training, _memory, _output = grouped("Training"), grouped("Memory and speed"), 
 # The first command that a reader of the README, of the guide, of the help and of the quickstart's output is shown.
 OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
       --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
-      --student resnet18 --pretrained-image timm --text 512x6 --pretrained-text teacher"""
+      --student resnet18 --pretrained-image timm \\
+      --text 512x6 --pretrained-text teacher"""
 
 
 @click.command(
@@ -32,70 +33,102 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_data(
     "--data",
     required=True,
+    metavar="SOURCE",
     help="CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
     "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
 )
-@_data("--csv-img-key", default="filepath", show_default=True, help="Column with the image paths.")
-@_data("--csv-caption-key", default="title", show_default=True, help="Column with the captions.")
+@_data("--csv-img-key", metavar="COLUMN", default="filepath", show_default=True, help="Column with the image paths.")
+@_data("--csv-caption-key", metavar="COLUMN", default="title", show_default=True, help="Column with the captions.")
 @_data(
     "--train-data-upsampling-factors", metavar="W::W",
     help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
 )  # fmt: skip
 @_data(
-    "--json-caption-key", help="Key of the captions in the shards' .json files.  [default: captions from .txt files]"
+    "--json-caption-key",
+    metavar="KEY",
+    help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
 )
 @_data(
-    "--max-bad", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
+    "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
     help="Max fraction of damaged samples; these are skipped and counted.",
 )  # fmt: skip
-@_data("--workers", type=click.IntRange(-1), default=-1, help="Loader processes.  [default: half the cores]")
+@_data(
+    "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+    help="Loader processes; -1 uses half the cores, at most 8.",
+)  # fmt: skip
 @_teacher(
-    "--teacher", help="The teacher: an open_clip NAME (with --teacher-pretrained), local-dir:PATH or hf-hub:ORG/REPO."
+    "--teacher",
+    metavar="MODEL",
+    help="The teacher: an open_clip NAME (with --teacher-pretrained), local-dir:PATH or hf-hub:ORG/REPO.  "
+    "[default: none, for recipes without a teacher]",
 )
-@_teacher("--teacher-pretrained", help="Pretrained tag or checkpoint file, for a teacher given by NAME.")
+@_teacher(
+    "--teacher-pretrained",
+    metavar="TAG|FILE",
+    help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",
+)
 @_teacher(
     "--teacher-cache",
     type=click.Path(file_okay=False),
-    help="Folder for caching the teacher's embeddings, which are then computed only once; requires --views.",
+    metavar="FOLDER",
+    help="Folder for caching the teacher's embeddings, which are then computed only once; requires --views.  "
+    "[default: none]",
 )
 @_teacher(
     "--views",
+    metavar="N",
     type=click.IntRange(0),
     default=0,
     help="Number of fixed crops per image.  [default: new crops every epoch]",
 )
 @_student(
     "--student",
+    metavar="NAME|MODEL",
     shell_complete=complete_student,
     required=True,
     help="The student: mobilevit_xxs, resnet18, … or any timm name; or a trained model to fine-tune: a run's folder or "
     "local-dir:PATH.",
 )
 @_student(
-    "--image-size", type=click.IntRange(16), default=224, show_default=True, help="Edge of the input images in pixels."
+    "--image-size",
+    type=click.IntRange(16),
+    metavar="PIXELS",
+    default=224,
+    show_default=True,
+    help="Edge of the input images in pixels.",
 )
 @_student(
-    "--text", default="standard", show_default=True,
+    "--text", default="standard", show_default=True, metavar="SIZE",
     help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6.",
 )  # fmt: skip
-@_student("--context-length", type=click.IntRange(4), default=77, show_default=True, help="Tokens per caption.")
+@_student(
+    "--context-length",
+    metavar="TOKENS",
+    type=click.IntRange(4),
+    default=77,
+    show_default=True,
+    help="Max tokens per caption.",
+)
 @_student(
     "--embedding-size",
+    metavar="N",
     type=click.IntRange(0),
     default=0,
-    help="Width of the embeddings.  [default: the teacher's, else 512]",
+    help="Numbers per embedding.  [default: the teacher's, else 512]",
 )
 @_student(
     "--pretrained-image", metavar="timm|package|FILE",
-    help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0.",
+    help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0.  "
+    "[default: random]",
 )  # fmt: skip
 @_student(
     "--pretrained-text", metavar="teacher|FILE",
-    help="Initial weights of the student's text tower: evenly spaced layers of the teacher's or of a checkpoint's.",
+    help="Initial weights of the student's text tower: evenly spaced layers of the teacher's or of a checkpoint's.  "
+    "[default: random]",
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")
 @_student(
-    "--freeze-image", type=click.IntRange(0), default=0, metavar="N",
+    "--freeze-image", type=click.IntRange(0), default=0, show_default=True, metavar="N",
     help="Do not train the first N groups of layers of the image tower, as timm groups them: steps are faster, and a "
     "trained model forgets less.",
 )  # fmt: skip
@@ -104,55 +137,74 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="Keep the statistics of the batch norms: a trained model then forgets less of what is not in the data.",
 )  # fmt: skip
 @_student(
-    "--tuned-share", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+    "--tuned-share", metavar="FRACTION", type=click.FloatRange(0, 1), default=1.0, show_default=True,
     help="Share of the trained weights in the result; the rest are those that a trained model started from.",
 )  # fmt: skip
 @_student(
     "--quantize", type=NameChoice(["int8"]),
     help="Fine-tune a trained student for INT8: 300 steps at learning rate 1e-4, unless --steps or --learning-rate is "
-    "set.",
+    "set.  [default: off]",
 )  # fmt: skip
 @_training(
     "--recipe",
+    metavar="NAME|FILE",
     shell_complete=complete_recipe,
     default="clip-rd",
     show_default=True,
     help="Training recipe: clip-rd, clip-kd, tinyclip, clip, … or a YAML file.",
 )
-@_training("--epochs", type=click.IntRange(1), help="Passes over the data.  [default: the recipe's]")
-@_training("--steps", type=click.IntRange(1), help="Number of training steps, instead of --epochs.")
-@_training("--batch-size", type=click.IntRange(1), help="Pairs per step.  [default: the recipe's]")
+@_training("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data.  [default: the recipe's]")
+@_training(
+    "--steps", type=click.IntRange(1), metavar="N",
+    help="Number of training steps, instead of --epochs.  [default: as many as the epochs have]",
+)  # fmt: skip
+@_training("--batch-size", type=click.IntRange(1), metavar="PAIRS", help="Pairs per step.  [default: the recipe's]")
 @_training(
     "--learning-rate",
     "--lr",
+    metavar="X",
     type=click.FloatRange(0, min_open=True),
     help="Peak learning rate.  [default: the recipe's, times the root of --batch-size over the recipe's]",
 )
 @_training(
     "--ema-decay",
+    metavar="DECAY",
     type=click.FloatRange(0, 1, max_open=True),
     help="Keep a moving average of the weights with this decay, such as 0.999.  [default: the recipe's]",
 )
-@_training("--seed", type=int, default=0, show_default=True, help="Random seed of weights, batches and crops.")
+@_training(
+    "--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed of weights, batches and crops."
+)
 @_training(
     "--task",
     "tasks",
+    metavar="NAME",
     multiple=True,
-    help="Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be repeated.",
+    help="Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be "
+    "repeated.  [default: none]",
 )
 @_training(
-    "--evaluate-every", type=click.IntRange(0), default=0, help="Steps between evaluations.  [default: only at the end]"
+    "--evaluate-every",
+    type=click.IntRange(0),
+    default=0,
+    metavar="STEPS",
+    help="Steps between evaluations on the tasks.  [default: only at the end]",
 )
 @_memory(
     "--precision",
     type=NameChoice(["auto", "fp32", "bf16", "fp16"], meant=PRECISION_WORDS),
-    help="auto measures which is faster.  [default: the recipe's]",
+    metavar="NAME",
+    help="fp32, bf16, fp16, or auto, which measures which is fastest.  [default: the recipe's]",
 )
 @_memory("--compile", is_flag=True, help="Compile the student with torch.compile.")
 @_memory("--gradient-checkpointing", is_flag=True, help="Recompute activations in the backward pass, to save memory.")
-@_memory("--accumulate", type=click.IntRange(1), default=1, help="Chunks per batch, to save memory.")
+@_memory(
+    "--accumulate", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Chunks per batch, to save memory.",
+)  # fmt: skip
 @_memory(
     "--loss-block",
+    metavar="PAIRS",
     type=click.IntRange(0),
     default=0,
     help="Pairs per block of the loss, to save memory.  [default: all]",
@@ -162,18 +214,24 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_output("--resume", is_flag=True, help="Resume from the latest intact checkpoint in RUN.")
 @_output("--accept-changes", is_flag=True, help="Resume although data or teacher changed since the run began.")
 @_output(
-    "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints."
+    "--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, metavar="STEPS",
+    help="Steps between checkpoints.",
+)  # fmt: skip
+@_output(
+    "--report-to",
+    type=NameChoice(["tensorboard"]),
+    help="Also write the metrics to RUN/tensorboard.  [default: RUN/metrics.jsonl alone]",
 )
-@_output("--report-to", type=NameChoice(["tensorboard"]), help="Also write the metrics to RUN/tensorboard.")
 def command(output: Path, **options: Any) -> None:
     """Train a compact student from a teacher and image-caption pairs.
-
-    The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
 
     \b
     clip-rd-edge distill --data pairs.csv --batch-size 256 -o runs/first \\
         --teacher ViT-B-16 --teacher-pretrained laion400m_e32 \\
-        --student resnet18 --pretrained-image timm --text 512x6 --pretrained-text teacher
+        --student resnet18 --pretrained-image timm \\
+        --text 512x6 --pretrained-text teacher
+
+    The student is written to RUN/student, which open_clip loads as local-dir:RUN/student.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, first_process, say

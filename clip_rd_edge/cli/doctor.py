@@ -5,15 +5,20 @@ from __future__ import annotations
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import GroupedCommand, grouped
 from clip_rd_edge.errors import ClipRdEdgeError
 
 _STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 
-@click.command("doctor", short_help="Check this machine, and show what to install.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.command("doctor", cls=GroupedCommand, short_help="Check this machine, and show what to install.")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(as_json: bool) -> None:
     """Check the processor, threads, ONNX Runtime, GPU and optional packages.
+
+    \b
+    clip-rd-edge doctor
+    clip-rd-edge doctor --json
 
     Missing packages are listed with the command that installs them. Exit code 0: bundles can run here, 1: they cannot.
     """

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import threads_option
+from clip_rd_edge.cli._options import GroupedCommand, grouped, threads_option
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
 
 
-@click.command("evaluate", short_help="Measure zero-shot accuracy and retrieval of a model or bundle.")
+_tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
+
+
+@click.command(
+    "evaluate", cls=GroupedCommand, short_help="Measure zero-shot accuracy and retrieval of a model or bundle."
+)
 @click.argument("model")
-@click.option(
+@_tasks(
     "--task",
     "tasks",
     metavar="NAME",
@@ -30,24 +35,24 @@ if TYPE_CHECKING:
     "shards of images and captions, or a task of the built-in data set, such as emoji:unseen-style or "
     "emoji:unseen-style:retrieval. Can be repeated.",
 )
-@click.option("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.")
-@click.option(
-    "--template", "templates", multiple=True,
+@_model("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
+@_tasks(
+    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
     help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
     "CLIP's 80; can be repeated.  [default: the data set's, else imagenet]",
 )  # fmt: skip
-@click.option(
+@threads_option
+@_output(
     "--per-class", is_flag=True,
     help="Also print the recall and precision of each class, lowest recall first, and the label that it was most "
     "often mistaken for.",
 )  # fmt: skip
-@click.option(
+@_output(
     "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
-    "the number of images.",
+    "the number of images.  [default: none]",
 )  # fmt: skip
-@threads_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@_output("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(
     model: str,
     tasks: tuple[str, ...],
@@ -60,16 +65,17 @@ def command(
 ) -> None:
     """Measure zero-shot accuracy and retrieval of MODEL.
 
+    \b
+    clip-rd-edge evaluate bundle --task my-images/ --json
+    clip-rd-edge evaluate bundle --task my-images/ --per-class --confusion all.csv
+    clip-rd-edge evaluate runs/emoji --task emoji:unseen-style \\
+        --task emoji:unseen-style:retrieval
+
     MODEL is a bundle (which needs no PyTorch), a run's folder, or any model that open_clip loads: local-dir:PATH,
     hf-hub:ORG/REPO, or an architecture with --pretrained.
 
     Labels are put into the data set's own prompt templates; without any, into CLIP's 80 for ImageNet. The table shows
     which were used. Accuracy depends on them: compare models with the same.
-
-    \b
-    clip-rd-edge evaluate runs/emoji --task emoji:unseen-style --task emoji:unseen-style:retrieval
-    clip-rd-edge evaluate bundle --task my-images/ --json
-    clip-rd-edge evaluate bundle --task my-images/ --per-class --confusion confusion.csv
     """
     import clip_rd_edge as edge
     from clip_rd_edge.api import load_tasks

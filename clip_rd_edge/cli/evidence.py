@@ -7,31 +7,39 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import CommandGroup, GroupedCommand, grouped
 
 
-@click.group("evidence", short_help="Compare training methods over several students and seeds.")
+@click.group("evidence", cls=CommandGroup, short_help="Compare training methods over several students and seeds.")
 def command() -> None:
-    """Compare training methods: train students with each method and several seeds, and evaluate them."""
+    """Compare training methods: train students with each method and several seeds, and evaluate them.
+
+    \b
+    clip-rd-edge evidence run method-evidence -o evidence
+    clip-rd-edge evidence report evidence/method-evidence.json
+    """
 
 
-@command.command("run")
+@command.command("run", cls=GroupedCommand)
 @click.argument("suite")
-@click.option(
-    "--teacher", help="local-dir:PATH, hf-hub:ORG/REPO or a run.  [default: the built-in one, fine-tuned first]"
+@grouped("Teacher")(
+    "--teacher",
+    metavar="MODEL",
+    help="local-dir:PATH, hf-hub:ORG/REPO or a run.  [default: the built-in one, fine-tuned first]",
 )
-@click.option(
+@grouped("Output")(
     "-o", "--output", metavar="FOLDER", required=True, type=click.Path(path_type=Path),
     help="Folder for the runs and results; finished runs in it are reused.",
 )  # fmt: skip
 def run(suite: str, output: Path, teacher: str | None) -> None:
     """Train the students of SUITE with each of its methods and seeds, and evaluate them.
 
+    \b
+    clip-rd-edge evidence run method-evidence -o evidence
+
     SUITE is a YAML file, or the name of the built-in suite: method-evidence. All runs of the first seed come before
     those of the second, and `evidence report` can make tables and figures from NAME.json in FOLDER while the command
     runs. It can be interrupted at any time: the same command resumes.
-
-    \b
-    clip-rd-edge evidence run method-evidence -o evidence
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
@@ -44,9 +52,9 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
     echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"))
 
 
-@command.command("report")
+@command.command("report", cls=GroupedCommand)
 @click.argument("results", metavar="JSON", type=click.Path(path_type=Path))
-@click.option(
+@grouped("Output")(
     "--into", metavar="FILE", type=click.Path(path_type=Path),
     help="Write the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, with the suite's "
     "NAME, and the figures beside JSON.  [default: print the tables to stdout]",
@@ -55,7 +63,7 @@ def report(results: Path, into: Path | None) -> None:
     """Make tables and figures from the NAME.json that `evidence run` writes; nothing is trained.
 
     \b
-    clip-rd-edge evidence report benchmarks/results/epyc-zen4-2-cores/method-evidence.json --into benchmarks/README.md
+    clip-rd-edge evidence report evidence/method-evidence.json --into README.md
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import say

@@ -20,28 +20,31 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 
 @click.command("export", cls=GroupedCommand, short_help="Export a model as a bundle for a device.")
 @click.argument("model")
-@_bundle("--pretrained", metavar="TAG|FILE", help="Weights, if MODEL is an architecture of open_clip.")
+@_bundle("--pretrained", metavar="TAG|FILE", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
 @_bundle(
     "--target",
+    metavar="NAME",
     help="Device to export for, which sets format and precision: one of `clip-rd-edge devices`, such as cpu-x86 or "
     "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make one "
-    "bundle per target. Without it, --format trt is for the GPU that is here, or else a folder that builds its engines "
-    "on any. browser writes a static web page that runs the "
-    "bundle in the browser; MODEL may then be a bundle.",
+    "bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then be a "
+    "bundle.  [default: none; --format trt is then for the GPU that is here, or builds its engines where it runs]",
 )
 @_bundle(
-    "--format", type=NameChoice(["onnx", "openvino", "trt"], meant={"tensorrt": "trt", "onnxruntime": "onnx"}),
-    help="openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU.  "
+    "--format", metavar="NAME",
+    type=NameChoice(["onnx", "openvino", "trt"], meant={"tensorrt": "trt", "onnxruntime": "onnx"}),
+    help="onnx. openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU.  "
     "[default: the target's, else onnx]",
 )  # fmt: skip
 @_bundle(
     "--precision",
     type=NameChoice(["fp32", "fp16", "bf16", "int8"], meant=PRECISION_WORDS),
-    help="Precision of the towers.  [default: the target's, else fp32]",
+    metavar="NAME",
+    help="Precision of the towers: fp32, fp16, bf16 or int8.  [default: the target's, else fp32]",
 )
 @_bundle(
-    "--labels", cls=ManyOption, multiple=True,
-    help='Labels such as "a cat" "a dog", or a label file (see classify), whose embeddings are stored in the bundle.',
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
+    help='Labels such as "a cat" "a dog", or a label file (see classify), whose embeddings are stored in the '
+    "bundle.  [default: none]",
 )  # fmt: skip
 @_bundle(
     "--preprocess-in-graph",
@@ -50,8 +53,10 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 )
 @_bundle(
     "--layout", type=NameChoice(["bundle", "huggingface", "immich"]), default="bundle", show_default=True,
-    help="huggingface writes a folder that open_clip, transformers.js and fastembed load, with float32, FP16 and, with "
-    "--precision int8, INT8 files and a model card. immich writes a model folder for immich.",
+    metavar="NAME",
+    help="bundle, huggingface or immich. huggingface writes a folder that open_clip, transformers.js and fastembed "
+    "load, with float32, FP16 and, with --precision int8, INT8 files and a model card. immich writes a model folder "
+    "for immich.",
 )  # fmt: skip
 @_bundle(
     "--as", "as_name", metavar="NAME",
@@ -60,11 +65,13 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 )  # fmt: skip
 @_bundle(
     "--report", type=click.Path(path_type=Path), metavar="DIR",
-    help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.",
+    help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.  "
+    "[default: none]",
 )  # fmt: skip
 @_bundle(
     "--via", type=NameChoice(["onnx", "torch-tensorrt"]), default="onnx", show_default=True,
-    help="Build TensorRT engines from ONNX, or from PyTorch on the target GPU.",
+    metavar="NAME",
+    help="Build TensorRT engines from ONNX (onnx), or from PyTorch on the target GPU (torch-tensorrt).",
 )  # fmt: skip
 @_bundle(
     "--node-modules", type=click.Path(path_type=Path), metavar="DIR",
@@ -75,7 +82,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Pairs for calibrating and evaluating INT8.  [default: MODEL's training pairs]",
 )  # fmt: skip
 @_int8(
-    "--min-agreement", type=click.FloatRange(0, 1),
+    "--min-agreement", type=click.FloatRange(0, 1), metavar="COSINE",
     help="Min centred cosine between INT8 and float32 embeddings.  [default: 0.99; text tower: 0.995]",
 )  # fmt: skip
 @_int8(
@@ -83,24 +90,29 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Max loss of zero-shot accuracy by INT8 on held-out pairs, in percentage points.  [default: 0.5]",
 )  # fmt: skip
 @_int8(
-    "--fallback", type=NameChoice(["fp32", "fp16", "none"]),
-    help="Precision of a tower that INT8 does not improve; none refuses the export.  [default: fp32, but if INT8 "
-    "improves neither tower, the export is refused]",
+    "--fallback", metavar="NAME", type=NameChoice(["fp32", "fp16", "none"]),
+    help="Precision of a tower that INT8 does not improve: fp32 or fp16; none refuses the export.  "
+    "[default: fp32, but if INT8 improves neither tower, the export is refused]",
 )  # fmt: skip
-@_output("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@_output(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder of the bundle."
+)
 @_output("--force", is_flag=True, help="Replace the output if it exists.")
-@_output("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads for measuring latency.")
+@_output(
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Threads for measuring latency.",
+)
 @_output("--json", "as_json", is_flag=True, help="Print the bundle and all INT8 trials as JSON.")
 def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **options: Any) -> None:
     """Export MODEL as a bundle, which runs without PyTorch: two ONNX files, a tokenizer and a manifest.
 
-    MODEL is a run's folder, an open_clip folder, or any model that open_clip loads. For INT8, several quantisation
-    methods are tried and compared with float32; a tower stays in float32 if INT8 costs too much accuracy, or makes it
-    neither faster nor, at the same speed, smaller. FP16 makes bundles smaller and suits GPUs; on a CPU it is no faster.
-    TensorRT engines for RTX cards are built on any machine; a Jetson builds its own with the bundle's build.sh.
-
     \b
-    clip-rd-edge export runs/first --target cpu-x86 --labels labels.txt -o bundle
+    clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
+    clip-rd-edge export runs/first --target cpu-x86 -o bundle
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle
@@ -108,6 +120,11 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export runs/first --layout huggingface --precision int8 -o hub
     clip-rd-edge export runs/first --layout immich --as ViT-B-32__openai -o immich
     clip-rd-edge export bundle --target browser -o site
+
+    MODEL is a run's folder, an open_clip folder, or any model that open_clip loads. For INT8, several quantisation
+    methods are tried and compared with float32; a tower stays in float32 if INT8 costs too much accuracy, or makes it
+    neither faster nor, at the same speed, smaller. FP16 makes bundles smaller and suits GPUs; on a CPU it is no faster.
+    TensorRT engines for RTX cards are built on any machine; a Jetson builds its own with the bundle's build.sh.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, say

@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import device_option, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.printable import one_line
 
 
-@click.command("index", short_help="Embed a folder of images for searching.")
+@click.command("index", cls=GroupedCommand, short_help="Embed a folder of images for searching.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
+@grouped("Output")(
     "-o", "--output", metavar="INDEX", type=click.Path(path_type=Path), required=True, help="Folder for the index."
 )
 @threads_option
@@ -23,12 +23,12 @@ from clip_rd_edge.utils.printable import one_line
 def command(bundle: Path, folder: Path, output: Path, threads: int | None, device: str) -> None:
     """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
 
-    Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
-    time without losing its progress.
-
     \b
     clip-rd-edge index bundle photos/ -o photos.index
     clip-rd-edge search photos.index "a red car"
+
+    Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
+    time without losing its progress.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter

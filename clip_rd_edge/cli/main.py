@@ -12,6 +12,7 @@ import click
 from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import fitting_hint
+from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
 from clip_rd_edge.utils.printable import one_line
 
@@ -46,7 +47,7 @@ EXTRA_PACKAGES = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(CommandGroup):
     """A command group that imports the module of a command on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -76,6 +77,10 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback if an error occurs.")
 def cli(debug: bool) -> None:
     """Distil, quantise and run CLIP models on small devices.
+
+    \b
+    clip-rd-edge quickstart
+    clip-rd-edge classify quickstart/bundles/int8 a.jpg --labels cat dog
 
     Results are printed to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid usage or
     unreadable input, 75 interrupted after saving: run the same command again to resume, distill with --resume.

@@ -7,20 +7,25 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import device_option, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.printable import one_line
 
+_query, _output = grouped("Query"), grouped("Output")
 
-@click.command("search", short_help="Search an index by text or image.")
+
+@click.command("search", cls=GroupedCommand, short_help="Search an index by text or image.")
 @click.argument("index", type=click.Path(path_type=Path))
 @click.argument("query")
-@click.option("--top", type=click.IntRange(1), default=10, show_default=True, help="Number of images to print.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Current path of the bundle, if it was moved.")
+@_query("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N", help="Number of images to print.")
+@_query(
+    "--bundle", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Current path of the bundle, if it was moved.  [default: the path that the index names]",
+)  # fmt: skip
 @threads_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
-@click.option("-0", "--null", is_flag=True, help="Print only the paths, each followed by NUL, as for xargs -0.")
+@_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
+@_output("-0", "--null", is_flag=True, help="Print only the paths, each followed by NUL, as for xargs -0.")
 def command(
     index: Path,
     query: str,
@@ -33,11 +38,11 @@ def command(
 ) -> None:
     """Print the images in INDEX that are nearest to QUERY, which is a text or the path of an image.
 
-    Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped.
-
     \b
     clip-rd-edge search photos.index "a red car"
     clip-rd-edge search photos.index photos/car.jpg --top 5
+
+    Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import json_line

@@ -20,9 +20,12 @@ _server, _limits = grouped("Server"), grouped("Limits")
 @click.command("serve", cls=GroupedCommand, short_help="Serve a bundle to other programs over HTTP.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("index", required=False, type=click.Path(path_type=Path))
-@_server("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for the network.")
 @_server(
-    "--port", type=click.IntRange(0, 65535), default=8766, show_default=True,
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+    help="Address to listen on; 0.0.0.0 for the network.",
+)  # fmt: skip
+@_server(
+    "--port", metavar="N", type=click.IntRange(0, 65535), default=8766, show_default=True,
     help="Port to listen on; 0 uses any free port.",
 )  # fmt: skip
 @_server(
@@ -31,25 +34,29 @@ _server, _limits = grouped("Server"), grouped("Limits")
 )  # fmt: skip
 @_server(
     "--allow-host", multiple=True, metavar="NAME",
-    help="Host name by which clients reach the server, such as a container's, if there is no token; can be repeated.",
+    help="Host name by which clients reach the server, such as a container's, if there is no token; can be "
+    "repeated.  [default: none]",
 )  # fmt: skip
-@_limits("--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Items per call of the model.")
 @_limits(
-    "--max-items", type=click.IntRange(1), default=1024, show_default=True,
-    help="Items of requests that are not answered yet; more are answered with 503.",
+    "--max-batch", type=click.IntRange(1), default=16, show_default=True, metavar="N",
+    help="Max images or texts per call of the model.",
+)  # fmt: skip
+@_limits(
+    "--max-items", metavar="N", type=click.IntRange(1), default=1024, show_default=True,
+    help="Max images and texts that wait for their answer; requests beyond are answered with 503.",
 )  # fmt: skip
 @threads_option
 @device_option
 def command(bundle: Path, index: Path | None, token_file: Path | None, host: str, port: int, **options: Any) -> None:
     """Serve BUNDLE over HTTP, and search INDEX. Ctrl-C or SIGTERM stops it after the requests in progress.
 
-    POST /embeddings takes texts, and images in base64, as llama.cpp does (Frigate); POST /v1/embeddings takes texts,
-    and images as data URLs, as OpenAI does; POST /classify returns the most likely labels of an image, POST /search the
-    nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
-
     \b
     clip-rd-edge serve bundle
     clip-rd-edge serve bundle photos.index --host 0.0.0.0 --token-file token.txt
+
+    POST /embeddings takes texts, and images in base64, as llama.cpp does (Frigate); POST /v1/embeddings takes texts,
+    and images as data URLs, as OpenAI does; POST /classify returns the most likely labels of an image, POST /search the
+    nearest images of INDEX. GET /v1/models, /props, /health, /metrics and /openapi.json describe the server.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import say

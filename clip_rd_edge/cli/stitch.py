@@ -8,42 +8,52 @@ from typing import Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import drop_none
+from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
+
+_classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("Output")
 
 
-@click.command("stitch", short_help="Build a teacher from an image classifier and a sentence encoder.")
+@click.command(
+    "stitch", cls=GroupedCommand, short_help="Build a teacher from an image classifier and a sentence encoder."
+)
 @click.argument("classifier")
-@click.option(
+@_text(
     "--names", required=True, metavar="FILE|imagenet",
     help="The names of the classes: one class per line, in the order of the classifier's outputs; ';' separates "
     "synonyms and descriptions. imagenet: the names of ImageNet's 1,000 classes.",
 )  # fmt: skip
-@click.option(
+@_text(
     "--text", required=True, metavar="MODEL",
     help="The sentence encoder: all-MiniLM-L6-v2, a folder or zip archive in the layout of transformers, a name on the "
     "hub, or an open_clip model as local-dir:PATH, whose text tower is used.",
 )  # fmt: skip
-@click.option(
+@_classifier(
     "--pretrained", metavar="FILE", type=click.Path(),
     help="The classifier's weights (.safetensors, .pth).  [default: from an installed package, else published ones]",
 )  # fmt: skip
-@click.option(
-    "--image-size", type=click.IntRange(16), help="Edge of the input images in pixels.  [default: the classifier's]"
+@_classifier(
+    "--image-size", type=click.IntRange(16), metavar="PIXELS",
+    help="Edge of the input images in pixels.  [default: the classifier's]",
+)  # fmt: skip
+@_text(
+    "--context-length", type=click.IntRange(4), metavar="TOKENS",
+    help="Max tokens per text.  [default: 77, or the encoder's, if fewer]",
+)  # fmt: skip
+@_output(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder for the model."
 )
-@click.option(
-    "--context-length", type=click.IntRange(4), help="Tokens per text.  [default: 77, or the encoder's, if fewer]"
-)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_output("--force", is_flag=True, help="Replace the output if it exists.")
 def command(classifier: str, output: Path, names: str, text: str, force: bool, **options: Any) -> None:
     """Join CLASSIFIER and a sentence encoder through the names of the classes: zero-shot, without training images.
 
+    \b
+    clip-rd-edge stitch tf_efficientnet_lite0 --names imagenet \\
+        --text all-MiniLM-L6-v2 -o teacher
+    clip-rd-edge stitch resnet18 --pretrained parts.pth --names parts.txt \\
+        --text all-MiniLM-L6-v2 -o parts
+
     CLASSIFIER is a timm architecture, or torchvision:NAME. The result is an open_clip model, such as distill takes as
     its --teacher. It knows what its classes look like, and relates other texts to them as far as their meaning does.
-
-    \b
-    clip-rd-edge stitch tf_efficientnet_lite0 --names imagenet --text all-MiniLM-L6-v2 -o teacher
-    clip-rd-edge stitch resnet18 --pretrained parts.pth --names parts.txt --text all-MiniLM-L6-v2 -o parts
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import device_option, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 if TYPE_CHECKING:
     from clip_rd_edge.runtime.verify import Check
 
 
-@click.command("verify", short_help="Verify a bundle's files, and that it runs on this device.")
+@click.command("verify", cls=GroupedCommand, short_help="Verify a bundle's files, and that it runs on this device.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @device_option
 @threads_option
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+@grouped("Output")("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 def command(bundle: Path, device: str, threads: int | None, as_json: bool) -> None:
     """Check that the files of BUNDLE are unchanged since the export, and that both towers answer as they did there.
+
+    \b
+    clip-rd-edge verify bundle
+    clip-rd-edge verify bundle --device cuda --json
 
     Each tower embeds the bundle's reference images or texts on this device; the embeddings must agree with the
     exporter's, as closely as the tower's precision allows. This needs no PyTorch. Exit code 0: all checks passed, 1: a

@@ -6,7 +6,7 @@ import click
 import pytest
 from support import commands
 
-from clip_rd_edge.cli._options import NameChoice
+from clip_rd_edge.cli._options import GroupedCommand, GroupedOption, NameChoice
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,57 @@ def test_every_choice_of_every_command_suggests_names() -> None:
     ]
     assert len(choices) > 5
     assert all(isinstance(choice, NameChoice) for choice in choices)
+
+
+HELP = [pytest.param(path, command, id=" ".join(path)) for path, command in commands()]
+
+
+@pytest.mark.parametrize(("path", "command"), HELP)
+def test_help_has_an_example_before_its_details_and_fits_80_columns(
+    path: tuple[str, ...], command: click.Command
+) -> None:
+    context = click.Context(command, info_name=" ".join(("clip-rd-edge", *path)), terminal_width=80)
+    text = command.get_help(context)
+    assert max(map(len, text.splitlines())) <= 80
+    summary, mark, examples = text.partition("Example")
+    assert mark
+    assert len(summary.strip().split("\n\n")) == 2  # usage and one paragraph
+    assert f"clip-rd-edge {' '.join(path)}" in examples
+
+
+@pytest.mark.parametrize(("path", "command"), HELP)
+def test_help_names_groups_defaults_and_units(path: tuple[str, ...], command: click.Command) -> None:
+    assert isinstance(command, GroupedCommand)
+    context = click.Context(command, info_name=path[-1])
+    for option in command.params:
+        if not isinstance(option, click.Option):
+            continue
+        assert isinstance(option, GroupedOption), option.name
+        assert option.group
+        record = option.get_help_record(context)
+        assert record is not None
+        names, text = record
+        # click's words for types say nothing about what the value is.
+        assert not [word for word in ("TEXT", "INTEGER", "FLOAT", "RANGE", "PATH") if f" {word}" in names], names
+        if not option.is_flag:
+            assert "[default: " in text or "[required" in text, names
+
+
+@pytest.mark.parametrize(
+    ("numbers", "default", "text"),
+    [
+        (click.IntRange(1), 3, "[default: 3; at least 1]"),
+        (click.FloatRange(0, 1), 0.5, "[default: 0.5; 0 to 1]"),
+        (click.FloatRange(0, 1, max_open=True), None, "[0 to below 1]"),
+        (click.FloatRange(0, min_open=True), None, "[above 0]"),
+        (click.IntRange(max=9), None, "[at most 9]"),
+        (click.IntRange(-1), -1, "[default: -1; at least -1]"),
+    ],
+)
+def test_the_range_of_an_option_is_given_in_words(
+    numbers: click.IntRange | click.FloatRange, default: float | None, text: str
+) -> None:
+    option = GroupedOption(["--x"], type=numbers, default=default, show_default=True, help="A number.")
+    record = option.get_help_record(click.Context(click.Command("c")))
+    assert record is not None
+    assert record[1] == f"A number.  {text}"
