@@ -591,6 +591,7 @@ def search(
     *,
     top: int = 10,
     bundle: AnyPath | None = None,
+    folder: AnyPath | None = None,
     threads: int | None = None,
     device: str = "auto",
 ) -> list[Hit]:
@@ -599,10 +600,11 @@ def search(
     Args:
         query: a text, the path of an image file, a PIL image or an array.
         bundle: current path of the bundle that built the index, if it was moved.
+        folder: current path of the image folder, if it was moved.
     """
     from clip_rd_edge.runtime.index import search_index
 
-    return search_index(Path(index), query, top=top, bundle=bundle, threads=threads, device=device)
+    return search_index(Path(index), query, top=top, bundle=bundle, folder=folder, threads=threads, device=device)
 
 
 def demo(

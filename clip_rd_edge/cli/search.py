@@ -22,6 +22,10 @@ _query, _output = grouped("Query"), grouped("Output")
     "--bundle", type=click.Path(path_type=Path), metavar="FOLDER",
     help="Current path of the bundle, if it was moved.  [default: the path that the index names]",
 )  # fmt: skip
+@_query(
+    "--folder", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Current path of the image folder, if it was moved.  [default: the path that the index names]",
+)  # fmt: skip
 @threads_option
 @device_option
 @_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
@@ -31,6 +35,7 @@ def command(
     query: str,
     top: int,
     bundle: Path | None,
+    folder: Path | None,
     threads: int | None,
     device: str,
     as_json: bool,
@@ -41,15 +46,17 @@ def command(
     \b
     clip-rd-edge search photos.index "a red car"
     clip-rd-edge search photos.index photos/car.jpg --top 5
+    clip-rd-edge search photos.index "a red car" --bundle bundle --folder /mnt/photos
 
-    Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped.
+    Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
+    that another machine made is searched with a copy of its bundle.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import json_line
 
     if as_json and null:
         raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
-    for hit in edge.search(index, query, top=top, bundle=bundle, threads=threads, device=device):
+    for hit in edge.search(index, query, top=top, bundle=bundle, folder=folder, threads=threads, device=device):
         if as_json:
             line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
             echo(json_line(line))

@@ -72,7 +72,7 @@ class ZeroShotClassifier:
         self._templates = parse_templates(as_list(templates)).prompts if templates else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
-        self._text_key: str = getattr(encoder, "text_key", "") if cache else ""
+        self._cache = cache
         self._known: dict[str, Embeddings] = {}
         self.labels: tuple[str, ...] = ()
         self._embeddings: Embeddings
@@ -133,15 +133,18 @@ class ZeroShotClassifier:
 
     def _read_cache(self, labels: Sequence[str]) -> dict[str, Embeddings]:
         """Return the labels' embeddings from the cache, or an empty dict."""
-        if not self._text_key:
-            return {}
-        rows = read_label_set(label_set_key(self._text_key, labels, self._templates), count=len(labels))
+        key = self._cache_key(labels)
+        rows = read_label_set(key, count=len(labels)) if key else None
         return {} if rows is None else dict(zip(labels, rows, strict=True))
 
     def _embed_new(self, labels: Sequence[str], new: Sequence[str]) -> dict[str, Embeddings]:
         """Embed the new labels and write the whole set to the cache."""
         embedded = dict(zip(new, label_embeddings(self.encoder, new, self._templates), strict=True))
-        if self._text_key:
+        if key := self._cache_key(labels):  # now of where the text tower really runs
             rows = np.stack([embedded[label] if label in embedded else self._known[label] for label in labels])
-            write_label_set(label_set_key(self._text_key, labels, self._templates), rows)
+            write_label_set(key, rows)
         return embedded
+
+    def _cache_key(self, labels: Sequence[str]) -> str:
+        text_key: str = getattr(self.encoder, "text_key", "") if self._cache else ""
+        return label_set_key(text_key, labels, self._templates) if text_key else ""

@@ -20,7 +20,9 @@ from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
+from clip_rd_edge.runtime.backends.providers import warn
 from clip_rd_edge.runtime.intact import require_intact
+from clip_rd_edge.utils.host import lacks_vnni
 
 BATCH_SIZE = 32
 
@@ -36,6 +38,14 @@ class Placement(NamedTuple):
     runtime: str
     device: str
     fallback: str = ""
+
+
+def saturates(tower: Tower, placement: Placement) -> str:
+    """Return why this processor saturates a tower's INT8, or an empty string."""
+    sets = tower.instruction_sets
+    if placement.device != "cpu" or not sets or "x86-64" in sets or not lacks_vnni():
+        return ""
+    return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 
 
 class BundleEncoder(ABC):
@@ -58,7 +68,7 @@ class BundleEncoder(ABC):
         """Open a tower's file; return an object with the method `run(names, feed)` of an ONNX Runtime session."""
 
     def placement(self, tower: Tower) -> Placement:
-        """Return where a tower that has been loaded really runs."""
+        """Return where a tower really runs, or before it is loaded, where it is meant to."""
         return Placement(self.runtime, "cpu")
 
     def describe(self) -> Description:
@@ -94,14 +104,18 @@ class BundleEncoder(ABC):
             )
         return bank
 
-    @cached_property
+    @property
     def text_key(self) -> str:
-        """A key that changes when text embeddings may change; empty if the manifest lacks the checksums for it."""
+        """A key that changes when text embeddings may change; empty if the manifest lacks the checksums for it.
+
+        It changes when the text tower is loaded and does not run where it was meant to.
+        """
         manifest = self.manifest
         files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
         if not all(files):
             return ""
-        where = (self.runtime, self.describe().device, manifest.text.precision)
+        placement = self.placement(manifest.text)
+        where = (placement.runtime, placement.device, manifest.text.precision)
         content = msgspec.json.encode((files, manifest.tokenizer, where, manifest.text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
 
@@ -156,7 +170,10 @@ class BundleEncoder(ABC):
     def _open_intact(self, tower: Tower) -> Any:
         for name in filter(None, (tower.file, tower.engine)):
             require_intact(self.folder, self.manifest, name)
-        return self.open_tower(tower)
+        session = self.open_tower(tower)
+        if reason := saturates(tower, self.placement(tower)):
+            warn(f"{tower.file} gives wrong answers here: {reason}.")
+        return session
 
     def _run(self, session: Any, tower: Tower, inputs: npt.NDArray[Any]) -> Embeddings:
         if tower.one_at_a_time and len(inputs) > 1:

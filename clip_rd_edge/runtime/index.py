@@ -23,7 +23,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.encoder import Embeddings, require_finite, top_indices
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb, list_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -74,9 +74,15 @@ class Hit(NamedTuple):
 
 
 def model_key(manifest: Manifest) -> str:
-    """Return a key that changes when image embeddings may change: it covers the image tower and the preprocessing."""
+    """Return a key of the model that embeds images: of the image tower, its precision, and the preprocessing.
+
+    It covers neither runtime nor device: the same bundle gives nearly the same embeddings everywhere, within the limits
+    of `verify`, so an index that one machine made is searched, and updated, on another.
+    """
     tower = manifest.files.get(manifest.image.file, "")
-    return hashlib.sha256(tower.encode() + msgspec.json.encode(manifest.preprocessing)).hexdigest()
+    # Only a bundle in bfloat16 computes in another precision than its file says, which is that of the float32 bundle.
+    precision = "bf16" if manifest.image.precision.startswith("bf16") else ""
+    return hashlib.sha256(tower.encode() + precision.encode() + msgspec.json.encode(manifest.preprocessing)).hexdigest()
 
 
 def is_index(path: Path) -> bool:
@@ -340,6 +346,7 @@ def search_index(
     *,
     top: int = 10,
     bundle: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     device: str = AUTO,
 ) -> list[Hit]:
@@ -349,16 +356,25 @@ def search_index(
         query: a text or an image; a string that is the path of a file is opened as an image.
         top: number of images to return.
         bundle: current path of the bundle that created the index; None uses the path in the index.
+        folder: current path of the image folder; None uses the path in the index.
         threads, device: see `runtime.load.load`.
 
     Raises:
-        InputError: the query is empty or the path of no image, there is no index, or another bundle created it.
+        InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, or another
+            bundle created the index.
     """
     if isinstance(query, str) and not query.strip():
         raise InputError("The query is empty.", hint='pass a text, such as "a red car", or the path of an image')
     if isinstance(query, str):
         query = _text_or_image(query)
     index, rows = read_index(path)
+    if folder is not None:
+        index = msgspec.structs.replace(index, folder=os.fspath(folder))
+    if bundle is None and not is_bundle(Path(index.bundle)):
+        raise InputError(
+            f"The bundle that created the index {path} is not at {index.bundle} any more.",
+            hint="name its current path with --bundle",
+        )
     encoder = load(bundle or index.bundle, threads=threads, device=device)
     if model_key(encoder.manifest) != index.model:
         raise InputError(

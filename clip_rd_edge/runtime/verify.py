@@ -25,9 +25,8 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, saturates
 from clip_rd_edge.runtime.load import Runtime, open_bundle
-from clip_rd_edge.utils.host import lacks_vnni
 from clip_rd_edge.utils.io import read_json, sha256_of
 
 TEXT = "a photo of a cat"
@@ -169,8 +168,8 @@ def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
         difference = float(np.abs(embeddings - trial.answers).max())
         detail, problem = _compare(trial.tower, len(embeddings), agreement, difference, placement)
     where = f"{placement.runtime} on {placement.device}"
-    if unsuitable := _unsuitable(trial.tower, placement):
-        problem, detail = unsuitable, f"{detail}; {unsuitable}"
+    if reason := saturates(trial.tower, placement):  # which some inputs alone show
+        problem, detail = reason, f"{detail}; {reason}"
     if placement.fallback:
         problem, detail = placement.fallback, f"{placement.fallback}; {detail}"
     return Check(
@@ -197,14 +196,6 @@ def _compare(tower: Tower, count: int, agreement: float, difference: float, plac
         found = f"wrong answers: {detail}"
         return found, found
     return detail, ""
-
-
-def _unsuitable(tower: Tower, placement: Placement) -> str:
-    """Return why this processor saturates the tower's INT8, which some inputs alone show, or an empty string."""
-    sets = tower.instruction_sets
-    if placement.device != "cpu" or not sets or "x86-64" in sets or not lacks_vnni():
-        return ""
-    return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +23,8 @@ from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import index as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-from clip_rd_edge.runtime.index import nearest, read_index, search_index, update_index
+from clip_rd_edge.runtime.encoder import Placement
+from clip_rd_edge.runtime.index import model_key, nearest, read_index, search_index, update_index
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -160,6 +163,35 @@ def test_another_model_embeds_everything_again(colour_bundle: Path, colour_image
         file.write(b"\x3a\x00")  # an empty graph, which protobuf merges: the same model in a different file
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     assert update_index(load(colour_bundle), colour_images, index).embedded == 4
+
+
+def test_a_bundle_in_bfloat16_is_another_model_than_the_float32_one_with_the_same_file(colour_bundle: Path) -> None:
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, precision="bf16")
+    assert model_key(manifest) != model_key(msgspec.structs.replace(manifest, image=image))
+    text = msgspec.structs.replace(manifest.text, precision="bf16")
+    assert model_key(manifest) == model_key(msgspec.structs.replace(manifest, text=text))
+
+
+def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_bundle(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OrtEncoder, "placement", lambda self, tower: Placement("onnxruntime", "cuda"))
+    update_index(load(colour_bundle), colour_images, index)
+    monkeypatch.undo()
+    there = tmp_path / "device"
+    for path in (colour_bundle, colour_images, index):
+        shutil.move(path, there / path.name)
+    moved = there / index.name
+    with pytest.raises(InputError, match=r"is not at .*/colours any more") as raised:
+        search_index(moved, "red")
+    assert raised.value.hint == "name its current path with --bundle"
+    (hit,) = search_index(moved, "red", top=1, bundle=there / colour_bundle.name, folder=there / colour_images.name)
+    assert hit.path == there / colour_images.name / "red.png"
+    assert hit.path.is_file()
+    shutil.copytree(there / colour_images.name, colour_images)  # the same path here, as on a network drive
+    update = update_index(load(there / colour_bundle.name), colour_images, moved)
+    assert (update.kept, update.embedded) == (4, 0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 50, 90])

@@ -14,7 +14,7 @@ from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.runtime import labels as labels_module
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.labels import write_label_bank
+from clip_rd_edge.runtime.labels import label_set_key, write_label_bank
 from clip_rd_edge.runtime.load import load
 
 
@@ -131,6 +131,19 @@ def test_classify_uses_the_cache_unless_it_is_disabled(
     assert command_line(*command) == (0, expected, "")
     assert len(list(label_cache.iterdir())) == 1
     assert command_line(*command) == (0, expected, "")
+
+
+def test_embeddings_of_a_tower_that_fell_back_are_kept_as_those_of_where_it_ran(
+    colour_bundle: Path, label_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = msgspec.structs.replace(read_manifest(colour_bundle), target="tensorrt jetson-orin")
+    write_manifest(colour_bundle, manifest)  # it has no engine yet
+    encoder = load(colour_bundle)
+    meant = encoder.text_key
+    ZeroShotClassifier(encoder, ["red", "blue"])
+    assert encoder.text_key == load(colour_bundle, device="cpu").text_key != meant
+    (file,) = label_cache.iterdir()
+    assert file.name == label_set_key(encoder.text_key, ["red", "blue"], manifest.templates)
 
 
 def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colour_bundle: Path) -> None:

@@ -21,6 +21,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.reference import read_reference, write_reference
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
 if TYPE_CHECKING:
@@ -298,12 +299,26 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
     answering: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], lacking: bool, failing: set[str]
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.verify.lacks_vnni", lambda: lacking)
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda: lacking)
     _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
     failed = _failed(verify_bundle(answering))
     assert set(failed) == failing
     if failing:
         assert "its INT8 holds for x86-64-vnni and aarch64, and this processor has no VNNI" in failed["image tower"]
+
+
+def test_a_processor_that_saturates_the_towers_int8_is_warned_about_whatever_the_command(
+    answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda: True)
+    sets = ("x86-64-vnni", "aarch64")
+    _rehash(answering, text=msgspec.structs.replace(read_manifest(answering).text, instruction_sets=sets))
+    encoder = load(answering)
+    encoder.encode_texts(["red"])
+    encoder.encode_texts(["blue"])
+    encoder.encode_pixels(np.ones((1, 3, 32, 32), np.float32))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("text.onnx gives wrong answers here: its INT8 holds for x86-64-vnni and")
 
 
 def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answering: Path) -> None:

@@ -131,8 +131,9 @@ class OrtEncoder(BundleEncoder):
         return session
 
     def placement(self, tower: Tower) -> Placement:
-        """Return where a loaded tower runs; it is a fallback if the chosen device did not start."""
-        chosen, device = self._device_for(tower), self._loaded_devices[tower.file]
+        """Return where a tower runs; it is a fallback if it was loaded, and the chosen device did not start."""
+        chosen = self._device_for(tower)
+        device = self._loaded_devices.get(tower.file, chosen)
         return Placement(self.runtime, device, "" if device == chosen else f"{chosen} did not start")
 
     def _device_for(self, tower: Tower) -> str:

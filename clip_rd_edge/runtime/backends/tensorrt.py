@@ -74,8 +74,8 @@ class TensorRtEncoder(BundleEncoder):
         return msgspec.structs.replace(description, device="cuda + cpu" if any(self._fell_back.values()) else "cuda")
 
     def placement(self, tower: Tower) -> Placement:
-        """Return where a loaded tower runs; it is a fallback if its engine does not."""
-        if reason := self._fell_back[tower.file]:
+        """Return where a tower runs; it is a fallback if it was loaded, and its engine does not run."""
+        if reason := self._fell_back.get(tower.file):
             return Placement("onnxruntime", "cpu", f"its engine did not run: {reason}")
         return Placement(self.runtime, "cuda")
 
