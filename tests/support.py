@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from clip_rd_edge.cli.main import cli
+from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.utils.reporting import Reporter
 
 
@@ -35,3 +36,8 @@ class Watch(Reporter):
 
     def say(self, message: str) -> None:
         self.said.append(message)
+
+
+def contents(pairs: Pairs) -> list[tuple[bytes, tuple[str, ...]]]:
+    """Return the pixels and the captions of all pairs."""
+    return [(pairs.open(i).tobytes(), pairs.captions(i)) for i in range(len(pairs))]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -39,17 +38,20 @@ class TarScan:
         damage: where and how the tar is damaged, or empty.
         last_is_incomplete: whether the content of the last file is cut off.
 
+    Args:
+        open_file: returns a new file descriptor of the tar, which is closed in the end.
+
     Raises:
         OSError: the file cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, open_file: Callable[[], int]) -> None:
+        self._open_file = open_file
         self.damage = ""
         self.last_is_incomplete = False
 
     def __iter__(self) -> Iterator[TarFile]:
-        with self.path.open("rb", buffering=0) as file:
+        with open(self._open_file(), "rb", buffering=0) as file:  # noqa: PTH123  no path: it is open already
             headers = _Headers(file.fileno())
             for starts, blocks, files in headers:
                 valid = _valid_checksums(blocks)

@@ -11,16 +11,20 @@ import hashlib
 import io
 import os
 import re
+import threading
 import weakref
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.remote import ShardFile, local_path, open_file, shard_identity
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
+from clip_rd_edge.data.shard_cache import open_file
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.io import cache_home, write_bytes
@@ -30,6 +34,7 @@ _COLUMN_OF_SUFFIX = {b"jpg": 0, b"jpeg": 0, b"png": 0, b"webp": 0, b"txt": 1, b"
 _COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
+_MAX_OPEN = 64
 _INDEX_FORMAT = "2"  # increase when the same tar is indexed differently
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 
@@ -62,20 +67,52 @@ class TarMember:
 
 
 class _OpenTar:
-    """A file that is closed once nobody holds it: after the last read of one that is no longer cached."""
+    """A file that is closed once nobody holds it: after the last read of one that is no longer kept open."""
 
     def __init__(self, shard: ShardFile) -> None:
         try:
             self.file = open_file(shard)
         except InputError as error:  # not a bad sample: other pairs must not take the places of a whole shard's
             raise UnreachableError(str(error), hint=error.hint) from error
+        except OSError as error:
+            if isinstance(shard, Path):
+                raise
+            raise UnreachableError(
+                f"The shard {shard} could not be kept in the cache: {error.strerror or error}.",
+                hint="free some space, or name another folder with CLIP_RD_EDGE_CACHE",
+            ) from error
         weakref.finalize(self, os.close, self.file)
 
 
-# Reads name their offset, so that forked workers and threads can share an open file.
-@lru_cache(maxsize=64)
-def _open_tar(shard: ShardFile) -> _OpenTar:
-    return _OpenTar(shard)
+class _OpenTars:
+    """The tars used most recently. Reads name their offset, so that forked workers and threads can share them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tars = OrderedDict[ShardFile, _OpenTar]()
+
+    def __call__(self, shard: ShardFile) -> _OpenTar:
+        with self._lock:
+            if shard in self._tars:
+                self._tars.move_to_end(shard)
+                return self._tars[shard]
+        tar = _OpenTar(shard)  # may fetch it
+        with self._lock:
+            self._tars[shard] = tar
+            # A file that was removed from the cache of remote shards takes room on the disk until it is closed.
+            for other in [o for o in self._tars if isinstance(o, RemoteShard) and o != shard]:
+                if os.fstat(self._tars[other].file).st_nlink == 0:
+                    del self._tars[other]
+            while len(self._tars) > _MAX_OPEN:
+                self._tars.popitem(last=False)
+        return tar
+
+    def clear(self) -> None:
+        with self._lock:
+            self._tars.clear()
+
+
+_open_tar = _OpenTars()
 
 
 @dataclass(frozen=True)
@@ -120,7 +157,7 @@ class Shard:
 
 def close_tars() -> None:
     """Close all tars, so that one that was replaced since is opened again."""
-    _open_tar.cache_clear()
+    _open_tar.clear()
 
 
 def open_shard(path: ShardFile) -> Shard:
@@ -148,7 +185,7 @@ def open_shard(path: ShardFile) -> Shard:
 def _index_tar(path: ShardFile) -> Shard:
     names: list[bytes] = []
     rows: list[int] = []  # sample, column, offset and size of each file that counts, one after another
-    scan = TarScan(local_path(path))
+    scan = TarScan(partial(open_file, path))
     last_sample, suffixes, is_in_sample = b"", set[bytes](), False
     try:
         for name, offset, size in scan:

@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, prefetch
+from clip_rd_edge.data.order import SHUFFLE_WINDOW
+from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
+from clip_rd_edge.data.shard_cache import LIMIT_VARIABLE, cache_limit, prefetch
 from clip_rd_edge.data.shard_index import SampleLocation, index_shards
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
@@ -71,6 +73,7 @@ class ShardPairs:
         self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
         self.groups = self._index.samples[self._shard_of_group]
         self._ends = np.cumsum(self.groups)
+        self._say_if_the_cache_is_small(reporter)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -94,6 +97,20 @@ class ShardPairs:
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch the shards of these groups, where they are remote."""
         prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
+
+    def _say_if_the_cache_is_small(self, reporter: Reporter) -> None:
+        remote = [path for path in self._paths if isinstance(path, RemoteShard)]
+        if not remote:
+            return
+        total = sum(max(version(path).size, 0) for path in remote)
+        # An epoch reads one window at random while the next one is fetched; each ends within a shard.
+        shards = 2 * (SHUFFLE_WINDOW / max(np.mean(self.groups), 1) + 1)
+        needed = min(total, int(total * shards / len(remote)))
+        if needed > (limit := cache_limit()):
+            reporter.say(
+                f"{needed / 1e9:,.2f} GB of shards are in use at a time, but their cache holds {limit / 1e9:,.2f} GB: "
+                f"they will be fetched again and again; {LIMIT_VARIABLE} sets another limit"
+            )
 
     def _locate(self, index: int) -> tuple[ShardFile, SampleLocation]:
         group = int(np.searchsorted(self._ends, index, side="right"))

@@ -1,15 +1,18 @@
-"""Fixtures for small WebDataset shards, and a separate cache folder per test."""
+"""Fixtures for small WebDataset shards and a server of them, and a separate cache folder per test."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from unreliable_server import UnreliableServer
+
+from clip_rd_edge.data import remote
 
 WriteTar = Callable[[Path, Mapping[str, bytes]], Path]
 EncodeImage = Callable[..., bytes]
@@ -50,3 +53,23 @@ def encode_image() -> EncodeImage:
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture
+def shards(tmp_path: Path, write_tar: WriteTar, encode_image: EncodeImage) -> Path:
+    """Four shards of three samples each."""
+    for shard in range(4):
+        members = {}
+        for i in range(3 * shard, 3 * shard + 3):
+            members |= {f"{i:04d}.png": encode_image(i), f"{i:04d}.txt": f"grey {i}".encode()}
+        write_tar(tmp_path / "data" / f"{shard:03d}.tar", members)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnreliableServer]:
+    monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.01,) * 4)
+    monkeypatch.setattr(remote, "_PART_BYTES", 1000)
+    remote._remote_version.cache_clear()
+    with UnreliableServer(shards).running() as server:
+        yield server

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from unreliable_server import UnreliableServer
 
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -22,7 +23,7 @@ from clip_rd_edge.models.load import load_clip
 STEPS, CHECKPOINT_EVERY = 12, 2
 
 
-def command(data: Path, run: Path, *, processes: int = 1, workers: int = 1) -> list[str]:
+def command(data: str | Path, run: Path, *, processes: int = 1, workers: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return [
         *(sys.executable, *launcher, "-m", "clip_rd_edge", "distill", "--data", str(data), "--recipe", "clip"),
@@ -66,24 +67,29 @@ def kill_when(arguments: list[str], run: Path, pattern: str) -> bool:
     return running
 
 
+@pytest.fixture
+def shards(pairs_csv: Path) -> str:
+    """Three shards of eight samples each."""
+    lines = pairs_csv.read_text().splitlines()[1:]
+    for shard in range(3):
+        with tarfile.open(pairs_csv.with_name(f"{shard}.tar"), "w") as archive:
+            for number, line in list(enumerate(lines))[shard::3]:
+                name, caption = line.split(",")
+                (pairs_csv.parent / "caption.txt").write_text(caption)
+                archive.add(pairs_csv.parent / name, f"{number:04}.png")
+                archive.add(pairs_csv.parent / "caption.txt", f"{number:04}.txt")
+    return f"{pairs_csv.parent}/{{0..2}}.tar"
+
+
 @pytest.fixture(params=["table", "shards"])
-def data(request: pytest.FixtureRequest, pairs_csv: Path) -> Path:
-    if request.param == "table":
-        return pairs_csv
-    shard = pairs_csv.with_suffix(".tar")
-    with tarfile.open(shard, "w") as archive:
-        for number, line in enumerate(pairs_csv.read_text().splitlines()[1:]):
-            name, caption = line.split(",")
-            (pairs_csv.parent / "caption.txt").write_text(caption)
-            archive.add(pairs_csv.parent / name, f"{number:04}.png")
-            archive.add(pairs_csv.parent / "caption.txt", f"{number:04}.txt")
-    return shard
+def data(request: pytest.FixtureRequest, pairs_csv: Path, shards: str) -> str:
+    return str(pairs_csv) if request.param == "table" else shards
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_three_times_ends_with_the_same_weights(data: Path, processes: int, tmp_path: Path) -> None:
+def test_a_run_killed_three_times_ends_with_the_same_weights(data: str, processes: int, tmp_path: Path) -> None:
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     finish(command(data, uninterrupted, processes=processes))
     arguments = command(data, killed, processes=processes)
@@ -92,6 +98,27 @@ def test_a_run_killed_three_times_ends_with_the_same_weights(data: Path, process
     assert not (killed / "student").exists()
     finish(arguments)
     expected, actual = (load_file(run / "student" / "open_clip_model.safetensors") for run in (uninterrupted, killed))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes to kill in /proc")
+def test_a_run_on_remote_shards_survives_kills_and_failing_requests_with_the_weights_of_local_ones(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    finish(command(shards, local))
+    # The cache holds one and a half of three shards, so that each is fetched many times.
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLIP_RD_EDGE_SHARD_CACHE_GB", str(1.5 * (tmp_path / "0.tar").stat().st_size / 1e9))
+    with UnreliableServer(tmp_path, latency_s=0.02, failing_share=0.05).running() as server:
+        arguments = command(f"{server.url}/{{0..2}}.tar", remote, workers=2)
+        moments = ["config.yaml", "checkpoints/.step-*.tmp/state.pt", "checkpoints/step-6"]
+        assert all(kill_when(arguments, remote, moment) for moment in moments)
+        finish(arguments)
+        assert server.failed
+    expected, actual = (load_file(run / "student" / "open_clip_model.safetensors") for run in (local, remote))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Watch
+from support import Watch, contents
 
 from clip_rd_edge.data import index_files
-from clip_rd_edge.data.pairs import Pairs, fingerprint, load_pairs
+from clip_rd_edge.data.pairs import fingerprint, load_pairs
 from clip_rd_edge.data.tables import load, parquet, text
 from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
 from clip_rd_edge.data.tables.load import TablePairs, read_table
@@ -34,10 +34,6 @@ def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_memory(path: Path) -> TablePairs:
     return read_table(path, image_key="filepath", caption_key="title", separator=None)
-
-
-def contents(pairs: Pairs) -> list[tuple[str, tuple[str, ...]]]:
-    return [(repr(pairs.open(i).tobytes()), pairs.captions(i)) for i in range(len(pairs))]
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]], **options: Any) -> None:

@@ -1,0 +1,225 @@
+"""The cache of remote shards keeps its bound, survives what is killed or full, and serves several runs at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Watch, contents
+from unreliable_server import UnreliableServer
+
+from clip_rd_edge.data import remote, shard_cache
+from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.remote import RemoteShard
+from clip_rd_edge.data.tars import close_tars
+from clip_rd_edge.errors import ConfigError, UnreachableError
+
+pytest.importorskip("aiohttp")
+
+
+def cache_folder(server: UnreliableServer) -> Path:
+    return shard_cache._cached(RemoteShard(f"{server.url}/000.tar")).parent
+
+
+def empty_cache(server: UnreliableServer) -> None:
+    for path in cache_folder(server).glob("*.tar"):
+        path.unlink()
+
+
+def test_a_part_that_a_killed_process_left_is_continued(server: UnreliableServer, shards: Path) -> None:
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    path = shard_cache._cached(shard)
+    path.parent.mkdir(parents=True)
+    whole = (shards / "000.tar").read_bytes()
+    path.with_suffix(f".{len(whole)}.part").write_bytes(whole[:-500])
+    server.requests.clear()
+    assert shard_cache.local_path(shard).read_bytes() == whole
+    assert len(server.requests) == 1
+
+
+def test_the_cache_stays_within_its_bound(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (shards / "000.tar").stat().st_size
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
+    expected = contents(load_pairs(f"{shards}/{{000..003}}.tar"))
+    folder = shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
+    for i in np.random.default_rng(0).permutation(len(pairs)).tolist():
+        assert (pairs.open(i).tobytes(), pairs.captions(i)) == expected[i]
+        assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) <= 2.5 * size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten"])
+def test_a_senseless_bound_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, text)
+    with pytest.raises(ConfigError, match="expected a positive number of gigabytes"):
+        shard_cache.cache_limit()
+
+
+def test_processes_that_need_one_shard_fetch_it_once(server: UnreliableServer) -> None:
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    remote.version(shard)
+    server.requests.clear()
+    threads = [threading.Thread(target=shard_cache.local_path, args=(shard,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    parts = -(-(server.folder / "000.tar").stat().st_size // 1000)
+    assert len(server.requests) == parts
+
+
+def test_prefetching_fetches_the_shards_of_the_groups(server: UnreliableServer) -> None:
+    pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
+    folder = shard_cache._cached(remote.RemoteShard(f"{server.url}/000.tar")).parent
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    pairs.prefetch([1, 3])
+    deadline = time.monotonic() + 20
+    while len(list(folder.glob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    expected = {shard_cache._cached(remote.RemoteShard(f"{server.url}/00{i}.tar")) for i in (1, 3)}
+    assert set(folder.glob("*.tar")) == expected
+
+
+def test_parts_being_fetched_count_at_their_final_size(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (shards / "000.tar").stat().st_size
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    contents(load_pairs(f"{server.url}/{{000..001}}.tar"))
+    (cache_folder(server) / f"another.{size}.part").touch()  # fetched by another process
+    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
+    assert len(list(cache_folder(server).glob("*.tar"))) == 1
+
+
+def test_parts_that_nobody_continues_are_removed_after_a_day(server: UnreliableServer) -> None:
+    contents(load_pairs(f"{server.url}/000.tar"))
+    abandoned = cache_folder(server) / "another.99.part"
+    abandoned.touch()
+    shard_cache.local_path(RemoteShard(f"{server.url}/001.tar"))
+    assert abandoned.exists()
+    os.utime(abandoned, (time.time() - 90_000,) * 2)
+    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
+    assert not abandoned.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files in /proc")
+def test_a_removed_shard_takes_no_room_through_an_open_file(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (shards / "000.tar").stat().st_size
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(1.5 * size / 1e9))
+    contents(load_pairs(f"{server.url}/{{000..003}}.tar"))
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_told(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch()
+    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
+    assert watch.said == []
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2 * (shards / "000.tar").stat().st_size / 1e9))
+    load_pairs(f"{server.url}/{{000..003}}.tar", reporter=watch)
+    assert "they will be fetched again and again; CLIP_RD_EDGE_SHARD_CACHE_GB sets another limit" in watch.said[0]
+
+
+def test_no_more_is_prefetched_than_fits(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = load_pairs(f"{server.url}/{{000..003}}.tar")
+    empty_cache(server)
+    size = (shards / "000.tar").stat().st_size
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(2.5 * size / 1e9))
+    requested = list[str]()
+    monkeypatch.setattr(shard_cache._Prefetcher, "request", lambda _, shards: requested.extend(s.name for s in shards))
+    pairs.prefetch([2, 0, 1, 3])
+    assert requested == ["002.tar", "000.tar"]
+
+
+def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
+    code = f"""
+import time
+from clip_rd_edge.data import remote, shard_cache
+shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
+for shard in shards:
+    remote.version(shard)
+print("ready", flush=True)
+input()
+shard_cache.prefetch(shards)
+time.sleep(0.2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    server.down_until = time.monotonic() + 1000
+    process.communicate("\n", timeout=20)
+    assert process.returncode == 0
+
+
+def test_a_full_disk_ends_training_and_replaces_no_pair(
+    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = load_pairs(f"{server.url}/{{000..001}}.tar")
+    empty_cache(server)
+
+    def fetch(shard: RemoteShard, part: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_cache, "fetch", fetch)
+    close_tars()
+    with pytest.raises(UnreachableError, match=r"000\.tar could not be kept in the cache: No space left on device"):
+        pairs.open(0)
+
+
+def test_without_locks_two_fetches_at_once_write_the_same_bytes(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "exclusive_writer", lambda *_, **__: contextlib.nullcontext())
+    shard = RemoteShard(f"{server.url}/000.tar")
+    remote.version(shard)
+    whole = (shards / "000.tar").read_bytes()
+    part = shard_cache._reserve(shard_cache._cached(shard), len(whole))
+    threads = [threading.Thread(target=remote.fetch, args=(shard, part)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert part.read_bytes() == whole
+
+
+def test_two_runs_share_a_cache_whatever_their_bounds(server: UnreliableServer, shards: Path) -> None:
+    code = """
+import hashlib, sys
+import numpy as np
+from clip_rd_edge.data.pairs import load_pairs
+pairs = load_pairs(sys.argv[1])
+digest = hashlib.sha256()
+for epoch in range(4):
+    for i in np.random.default_rng(epoch).permutation(len(pairs)).tolist():
+        digest.update(pairs.open(i).tobytes() + pairs.captions(i)[0].encode())
+print(digest.hexdigest())
+"""
+    size = (shards / "000.tar").stat().st_size
+    local, *remote_runs = (
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"{source}/{{000..003}}.tar"],
+            env={**os.environ, shard_cache.LIMIT_VARIABLE: str(limit * size / 1e9)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for source, limit in ((shards, 9), (server.url, 1.5), (server.url, 2.5), (server.url, 9))
+    )
+    expected = local.communicate(timeout=120)[0]
+    assert len(expected) == 65
+    assert [run.communicate(timeout=120)[0] for run in remote_runs] == [expected] * 3
