@@ -1,6 +1,7 @@
 """Do the tests notice deliberate faults? Each is applied to a copy of the package, one at a time.
 
-    python benchmarks/scripts/mutations.py trainer -o benchmarks/results/MACHINE/mutations-trainer.md   # some minutes
+    python benchmarks/scripts/mutations.py -o benchmarks/results/MACHINE/mutations.md   # all of them: an hour or so
+    python benchmarks/scripts/mutations.py runtime web                                  # those of two packages
 
 The faults are in benchmarks/mutations.yaml. A fault counts as noticed if the named tests pass without it and fail with
 it. Exit code 1 if one goes unnoticed.
@@ -98,19 +99,19 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, help="also write the table into this file")
     options = parser.parse_args()
     areas = read_yaml(ROOT / "benchmarks" / "mutations.yaml", dict[str, list[Mutation]])
-    mutations = [mutation for area in options.areas or areas for mutation in areas[area]]
-    rows, passing = [["fault", "tests", "verdict", "time"]], dict[str, bool]()
+    mutations = [(area, mutation) for area in options.areas or areas for mutation in areas[area]]
+    rows, passing = [["package", "fault", "tests", "verdict", "time"]], dict[str, bool]()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
-        for mutation in mutations:
+        for area, mutation in mutations:
             outcome = check(mutation, copy, passing)
-            rows.append([mutation.fault, f"`{mutation.tests}`", outcome.verdict, f"{outcome.seconds:.0f} s"])
+            rows.append([area, mutation.fault, f"`{mutation.tests}`", outcome.verdict, f"{outcome.seconds:.0f} s"])
             print(f"{outcome.verdict}: {mutation.fault} ({outcome.seconds:.0f} s)", file=sys.stderr, flush=True)
-    noticed = sum(row[2] == "noticed" for row in rows)
+    noticed = sum(row[3] == "noticed" for row in rows)
     heading = f"{noticed} of {len(mutations)} deliberate faults are noticed ({date.today().isoformat()})."
-    text = f"{heading}\n\n{markdown_table(rows, left=(0, 1, 2))}\n"
+    text = f"{heading}\n\n{markdown_table(rows, left=(0, 1, 2, 3))}\n"
     print(text)
     if options.output:
         options.output.write_text(text)

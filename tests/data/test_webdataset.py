@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +112,17 @@ def test_samples_without_image_or_caption_are_left_out_and_reported(
         f"{path}: no-caption has no caption (.txt, .json)",
         f"{path}: no-image has no image (.jpg, .png, .webp)",
     )
+
+
+def test_neighbouring_samples_of_one_name_are_two_samples(tmp_path: Path, encode_image: Factory) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:  # as of concatenated shards, in which each begins with 0000
+        for i in (3, 4):
+            for name, content in (("0000.png", encode_image(i)), ("0000.txt", f"grey {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    assert greys(load_pairs(str(path))) == [(3, "grey 3"), (4, "grey 4")]
 
 
 def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:

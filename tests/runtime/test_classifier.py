@@ -96,10 +96,30 @@ def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path)
     assert classifier.labels == tuple(labels)  # unchanged by a refusal
 
 
-def test_labels_in_the_bank_need_no_text_tower(colour_bundle: Path) -> None:
+@pytest.fixture
+def bundle_with_bank(colour_bundle: Path) -> Path:
     write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
     write_manifest(colour_bundle, read_manifest(colour_bundle))
-    encoder = load(colour_bundle)
+    return colour_bundle
+
+
+def test_labels_of_the_bank_keep_their_own_rows_in_any_order(bundle_with_bank: Path) -> None:
+    for labels in (["red", "blue"], ["blue", "red"]):
+        (predictions,) = ZeroShotClassifier(load(bundle_with_bank), labels).classify([RED])
+        assert predictions[0].label == "red"
+        assert predictions[0].probability > 0.99
+
+
+def test_the_bank_is_for_the_templates_it_was_made_with_alone(bundle_with_bank: Path) -> None:
+    encoder = load(bundle_with_bank)
+    ZeroShotClassifier(encoder, ["red"])
+    assert "_text_session" not in vars(encoder)
+    ZeroShotClassifier(encoder, ["red"], templates="a drawing of {}")
+    assert "_text_session" in vars(encoder)
+
+
+def test_labels_in_the_bank_need_no_text_tower(bundle_with_bank: Path) -> None:
+    encoder = load(bundle_with_bank)
     classifier = ZeroShotClassifier(encoder)
     assert classifier.classify([RED], top=1)[0][0].label == "red"
     classifier.set_labels(["blue"])

@@ -194,6 +194,14 @@ def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_b
     assert (update.kept, update.embedded) == (4, 0)
 
 
+def test_other_preprocessing_embeds_everything_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    manifest = read_manifest(colour_bundle)
+    preprocessing = msgspec.structs.replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=preprocessing))
+    assert update_index(load(colour_bundle), colour_images, index).embedded == 4
+
+
 @pytest.mark.parametrize("count", [1, 3, 50, 90])
 def test_top_indices_match_a_full_sort(count: int) -> None:
     values = np.random.default_rng(0).integers(0, 9, 50).astype(np.float32)  # many ties
