@@ -419,10 +419,11 @@ def benchmark(
     from clip_rd_edge.contract.encoder import as_list
     from clip_rd_edge.utils.io import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+    from clip_rd_edge.utils.paths import is_folder
 
     folder = Path(output)
     # Check everything that can be checked before the long work starts.
-    interrupted = (folder / FOLDER).is_dir()
+    interrupted = is_folder(folder / FOLDER)
     require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
     require_matplotlib()
     loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=root)

@@ -1,6 +1,7 @@
 """Exceptions that clip-rd-edge raises deliberately.
 
     ClipRdEdgeError          base class; exit code 1
+    ├── DiskFullError        there is no space left on a disk; exit code 1
     ├── UnreachableError     data on another machine could not be fetched; exit code 1
     ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
@@ -35,6 +36,10 @@ class ClipRdEdgeError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class DiskFullError(ClipRdEdgeError):
+    """There is no space left on a disk."""
 
 
 class UnreachableError(ClipRdEdgeError):

@@ -20,6 +20,7 @@ from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, system_name
 from clip_rd_edge.utils.io import read_versioned_json, to_json, write_bytes
+from clip_rd_edge.utils.paths import is_file, is_folder
 
 PACKAGES = (
     "clip-rd-edge",
@@ -238,7 +239,7 @@ def rename_old_keys(content: bytes) -> bytes:
 
 def is_results(path: Path) -> bool:
     """Return whether `path` is a results.json, or the folder of one."""
-    return (path / RESULTS).is_file() or (path.suffix == ".json" and path.is_file())
+    return is_file(path / RESULTS) or (path.suffix == ".json" and is_file(path))
 
 
 def read_results(path: Path) -> Results:
@@ -251,7 +252,7 @@ def read_results(path: Path) -> Results:
         InputError: the file does not exist.
         ConfigError: it is damaged, of a newer format, or has no rows.
     """
-    path = path / RESULTS if path.is_dir() else path
+    path = path / RESULTS if is_folder(path) else path
     results = read_versioned_json(path, Results, newest=FORMAT_VERSION, upgrade=rename_old_keys)
     if not results.rows:
         raise ConfigError(f"{path} has no rows; expected one per measured model.", hint="run the benchmark again")

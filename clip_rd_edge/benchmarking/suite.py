@@ -13,6 +13,7 @@ from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import read_yaml, shipped_path
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]
@@ -91,7 +92,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return {
             name: f"{self._data_root} has no folder {name}, under any of the names {', '.join(folder_names(name))}."
             for name in self.tasks
-            if self._resolve_task(name) == name and name not in BUILT_IN_TASKS and not Path(name).exists()
+            if self._resolve_task(name) == name and name not in BUILT_IN_TASKS and not exists(name)
         }
 
     def resolve_model(self, row: SuiteRow) -> str:
@@ -103,7 +104,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if row.model.startswith(_HUB):
             return row.model
         folder = Path(self.root or ".") / row.model.removeprefix("local-dir:")
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise InputError(f"There is no model folder {folder}.")
         return str(folder)
 
@@ -114,7 +115,7 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def _resolve_task(self, name: str) -> str:
         """Return the task's path below the data root if it exists, else its name."""
         candidates = (self._data_root / folder for folder in folder_names(name))
-        return next((str(path) for path in candidates if path.exists()), name)
+        return next((str(path) for path in candidates if exists(path)), name)
 
 
 def folder_names(task: str) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def find_suite(name: str) -> Path:
     Raises:
         InputError: neither exists.
     """
-    if Path(name).is_file():
+    if is_file(name):
         return Path(name)
     folder = shipped_path(_SHIPPED)
     known = sorted(path.stem for path in folder.glob("*.yaml"))

@@ -15,6 +15,18 @@ from clip_rd_edge.errors import near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, DEVICES
 
 
+class PathName(click.Path):
+    """A path. An empty one is refused: pathlib takes it for the working folder, and it comes from an unset variable."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"path_type": Path, **settings})
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty; . is this folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class NameChoice(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2 only
     """One of several names, in any case; a mistyped one is answered with the nearest.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
     help="Recommend only models with at least this top-1 accuracy, such as 0.25.  [default: none]",
 )  # fmt: skip
 @_comparison(
-    "--compare", "compared", nargs=2, metavar="OLD NEW", type=click.Path(path_type=Path),
+    "--compare", "compared", nargs=2, metavar="OLD NEW", type=PathName(),
     help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
     "latencies could not be compared.  [default: off]",
 )  # fmt: skip
@@ -56,7 +56,7 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
     "-o",
     "--output",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=PathName(),
     help="Folder for the report.  [required to measure]",
 )
 @_output("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")

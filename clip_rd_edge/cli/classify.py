@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, device_option, grouped, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import inert_cell, one_line
 
@@ -39,7 +39,7 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
 
 
 @click.command("classify", cls=GroupedCommand, short_help="Classify images among your own labels.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PathName())
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @_labels(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, grouped, threads_option
 
 _page, _server = grouped("Page"), grouped("Server")
 
 
 @click.command("demo", cls=GroupedCommand, short_help="Try bundles on a local web page, with a camera or image files.")
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.argument("bundles", nargs=-1, required=True, type=PathName(), metavar="BUNDLE...")
 @_page(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
     help='Initial labels such as "a cat" "a dog", or a label file (see classify).  [default: the page\'s own]',

@@ -12,6 +12,7 @@ from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
     NameChoice,
+    PathName,
     complete_recipe,
     complete_student,
     drop_none,
@@ -69,7 +70,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_teacher(
     "--teacher-cache",
-    type=click.Path(file_okay=False),
+    type=PathName(file_okay=False, path_type=str),
     metavar="FOLDER",
     help="Folder for caching the teacher's embeddings, which are then computed only once; requires --views.  "
     "[default: none]",
@@ -210,7 +211,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="Pairs per block of the loss, to save memory.  [default: all]",
 )
 @_memory("--global-logits", is_flag=True, help="Under torchrun: every process computes the loss of all pairs.")
-@_output("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@_output("-o", "--output", required=True, type=PathName(), metavar="RUN", help="The run's folder.")
 @_output("--resume", is_flag=True, help="Resume from the latest intact checkpoint in RUN.")
 @_output("--accept-changes", is_flag=True, help="Resume although data or teacher changed since the run began.")
 @_output(

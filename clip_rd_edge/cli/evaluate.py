@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, threads_option
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
     "often mistaken for.",
 )  # fmt: skip
 @_output(
-    "--confusion", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--confusion", type=PathName(dir_okay=False), metavar="FILE",
     help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
     "the number of images.  [default: none]",
 )  # fmt: skip

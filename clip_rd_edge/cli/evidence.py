@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import CommandGroup, GroupedCommand, grouped
+from clip_rd_edge.cli._options import CommandGroup, GroupedCommand, PathName, grouped
 
 
 @click.group("evidence", cls=CommandGroup, short_help="Compare training methods over several students and seeds.")
@@ -28,7 +28,7 @@ def command() -> None:
     help="local-dir:PATH, hf-hub:ORG/REPO or a run.  [default: the built-in one, fine-tuned first]",
 )
 @grouped("Output")(
-    "-o", "--output", metavar="FOLDER", required=True, type=click.Path(path_type=Path),
+    "-o", "--output", metavar="FOLDER", required=True, type=PathName(),
     help="Folder for the runs and results; finished runs in it are reused.",
 )  # fmt: skip
 def run(suite: str, output: Path, teacher: str | None) -> None:
@@ -53,9 +53,9 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
 
 
 @command.command("report", cls=GroupedCommand)
-@click.argument("results", metavar="JSON", type=click.Path(path_type=Path))
+@click.argument("results", metavar="JSON", type=PathName())
 @grouped("Output")(
-    "--into", metavar="FILE", type=click.Path(path_type=Path),
+    "--into", metavar="FILE", type=PathName(),
     help="Write the tables between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of FILE, with the suite's "
     "NAME, and the figures beside JSON.  [default: print the tables to stdout]",
 )  # fmt: skip

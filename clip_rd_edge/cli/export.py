@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import PRECISION_WORDS, GroupedCommand, ManyOption, NameChoice, drop_none, grouped
+from clip_rd_edge.cli._options import (
+    PRECISION_WORDS,
+    GroupedCommand,
+    ManyOption,
+    NameChoice,
+    PathName,
+    drop_none,
+    grouped,
+)
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
@@ -64,7 +72,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "embeddings must have the same size.  [default: ViT-B-32__openai for embeddings of 512 numbers]",
 )  # fmt: skip
 @_bundle(
-    "--report", type=click.Path(path_type=Path), metavar="DIR",
+    "--report", type=PathName(), metavar="DIR",
     help="Report of `clip-rd-edge benchmark` whose figures go into the model card of --layout huggingface.  "
     "[default: none]",
 )  # fmt: skip
@@ -74,7 +82,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Build TensorRT engines from ONNX (onnx), or from PyTorch on the target GPU (torch-tensorrt).",
 )  # fmt: skip
 @_bundle(
-    "--node-modules", type=click.Path(path_type=Path), metavar="DIR",
+    "--node-modules", type=PathName(), metavar="DIR",
     help="Folder where npm installed the packages for --target browser.  [default: download them once]",
 )  # fmt: skip
 @_int8(
@@ -94,9 +102,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Precision of a tower that INT8 does not improve: fp32 or fp16; none refuses the export.  "
     "[default: fp32, but if INT8 improves neither tower, the export is refused]",
 )  # fmt: skip
-@_output(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder of the bundle."
-)
+@_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder of the bundle.")
 @_output("--force", is_flag=True, help="Replace the output if it exists.")
 @_output(
     "--threads",

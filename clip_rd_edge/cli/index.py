@@ -7,17 +7,15 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.printable import one_line
 
 
 @click.command("index", cls=GroupedCommand, short_help="Embed a folder of images for searching.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("folder", type=click.Path(path_type=Path))
-@grouped("Output")(
-    "-o", "--output", metavar="INDEX", type=click.Path(path_type=Path), required=True, help="Folder for the index."
-)
+@click.argument("bundle", type=PathName())
+@click.argument("folder", type=PathName())
+@grouped("Output")("-o", "--output", metavar="INDEX", type=PathName(), required=True, help="Folder for the index.")
 @threads_option
 @device_option
 def command(bundle: Path, folder: Path, output: Path, threads: int | None, device: str) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
 
 _repository = grouped("Repository")
 
 
 @click.command("push", cls=GroupedCommand, short_help="Upload a model's folder to the Hugging Face hub.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PathName())
 @click.argument("repo")
 @_repository("--private", is_flag=True, help="Create the repository as private; one that exists stays as it is.")
 @_repository("--revision", metavar="BRANCH", help="Branch to commit to.  [default: main]")

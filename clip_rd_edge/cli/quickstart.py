@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, complete_recipe, complete_student, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_recipe, complete_student, drop_none, grouped
 from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _training, _output = grouped("Training"), grouped("Output")
     help="Training steps of the teacher, of 64 pairs each.  [default: 600]",
 )  # fmt: skip
 @_output(
-    "-o", "--output", default="quickstart", show_default=True, type=click.Path(path_type=Path), metavar="FOLDER",
+    "-o", "--output", default="quickstart", show_default=True, type=PathName(), metavar="FOLDER",
     help="Folder for all results.",
 )  # fmt: skip
 def command(output: Path, **options: Any) -> None:

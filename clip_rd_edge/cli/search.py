@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.printable import one_line
 
@@ -15,11 +15,11 @@ _query, _output = grouped("Query"), grouped("Output")
 
 
 @click.command("search", cls=GroupedCommand, short_help="Search an index by text or image.")
-@click.argument("index", type=click.Path(path_type=Path))
+@click.argument("index", type=PathName())
 @click.argument("query")
 @_query("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N", help="Number of images to print.")
 @_query(
-    "--bundle", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--bundle", type=PathName(), metavar="FOLDER",
     help="Current path of the bundle, if it was moved.  [default: the path that the index names]",
 )  # fmt: skip
 @_query(

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, device_option, drop_none, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, drop_none, grouped, threads_option
 from clip_rd_edge.errors import InputError
 
 TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
@@ -18,8 +18,8 @@ _server, _limits = grouped("Server"), grouped("Limits")
 
 
 @click.command("serve", cls=GroupedCommand, short_help="Serve a bundle to other programs over HTTP.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("index", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", type=PathName())
+@click.argument("index", required=False, type=PathName())
 @_server(
     "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
     help="Address to listen on; 0.0.0.0 for the network.",
@@ -29,7 +29,7 @@ _server, _limits = grouped("Server"), grouped("Limits")
     help="Port to listen on; 0 uses any free port.",
 )  # fmt: skip
 @_server(
-    "--token-file", type=click.Path(path_type=Path), metavar="FILE",
+    "--token-file", type=PathName(), metavar="FILE",
     help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
 )  # fmt: skip
 @_server(

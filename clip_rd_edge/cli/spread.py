@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand
+from clip_rd_edge.cli._options import GroupedCommand, PathName
 
 
 @click.command("spread", cls=GroupedCommand, short_help="Summarise several results of one suite, such as seeds.")
-@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("results", nargs=-1, required=True, type=PathName())
 def command(results: tuple[Path, ...]) -> None:
     """Print the mean and standard deviation of accuracy over several RESULTS of one suite, as a Markdown table.
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
 
 _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("Output")
 
@@ -28,7 +28,7 @@ _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("O
     "hub, or an open_clip model as local-dir:PATH, whose text tower is used.",
 )  # fmt: skip
 @_classifier(
-    "--pretrained", metavar="FILE", type=click.Path(),
+    "--pretrained", metavar="FILE", type=PathName(path_type=str),
     help="The classifier's weights (.safetensors, .pth).  [default: from an installed package, else published ones]",
 )  # fmt: skip
 @_classifier(
@@ -39,9 +39,7 @@ _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("O
     "--context-length", type=click.IntRange(4), metavar="TOKENS",
     help="Max tokens per text.  [default: 77, or the encoder's, if fewer]",
 )  # fmt: skip
-@_output(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder for the model."
-)
+@_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
 @_output("--force", is_flag=True, help="Replace the output if it exists.")
 def command(classifier: str, output: Path, names: str, text: str, force: bool, **options: Any) -> None:
     """Join CLASSIFIER and a sentence encoder through the names of the classes: zero-shot, without training images.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
 from clip_rd_edge.errors import ClipRdEdgeError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify", cls=GroupedCommand, short_help="Verify a bundle's files, and that it runs on this device.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PathName())
 @device_option
 @threads_option
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print the checks as JSON.")

@@ -25,6 +25,7 @@ from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from clip_rd_edge.utils.io import is_plain_name, read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
@@ -180,7 +181,7 @@ def manifest_is_intact(folder: Path, manifest: Manifest) -> bool:
 
 def is_bundle(folder: Path) -> bool:
     """Return whether the folder has a bundle's manifest."""
-    return (folder / MANIFEST).is_file()
+    return is_file(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -192,7 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
             the name of a file leads out of the folder, or the checksum of a file is missing.
     """
     if not is_bundle(folder):
-        reason = "has no manifest.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
         hint = "create one with clip-rd-edge export"
         if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"

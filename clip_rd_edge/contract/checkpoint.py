@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clip_rd_edge.utils.paths import is_file
+
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 DISTILLATION_FILE = "distillation.json"
@@ -20,8 +22,10 @@ LOCAL_DIR = "local-dir:"
 
 def model_folder(spec: str) -> Path | None:
     """Return the model folder for `spec`: the folder itself, or `student/` in a run; None if `spec` is not a folder."""
+    if not spec:
+        return None  # and not the working folder
     path = Path(spec.removeprefix(LOCAL_DIR))
     for candidate in (path, path / STUDENT_FOLDER):
-        if (candidate / CONFIG_FILE).is_file():
+        if is_file(candidate / CONFIG_FILE):
             return candidate
     return path if spec.startswith(LOCAL_DIR) else None

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.utils.paths import exists, is_folder
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -230,9 +231,9 @@ def find_images(
         path = Path(name)
         if name == STDIN:
             yield from (Path(line) for line in lines if line.strip())
-        elif path.is_dir():
+        elif is_folder(path):
             yield from _require_any(list_images(path, on_unreadable=on_unreadable), f"The folder {path} has no images.")
-        elif path.exists():
+        elif exists(path):
             yield path
         elif glob.has_magic(name):
             # Path.glob does not accept absolute patterns.

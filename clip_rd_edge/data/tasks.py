@@ -17,6 +17,7 @@ from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
 from clip_rd_edge.data.tars import open_shard
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.paths import is_file, is_folder
 
 TABLE_SUFFIXES = (".csv", ".tsv", PARQUET_SUFFIX)
 BUILT_IN_TASKS = (
@@ -42,6 +43,8 @@ def load_task(name: str) -> Task:
     Raises:
         InputError: the task or folder does not exist, is empty, or its content is invalid.
     """
+    if not name:
+        raise InputError("The name of a task is empty.", hint="check the variable it came from; . is this folder")
     if name in BUILT_IN_TASKS:
         from clip_rd_edge.data import emoji
 
@@ -51,9 +54,9 @@ def load_task(name: str) -> Task:
         shards = [open_shard(path) for source in parse_sources(name) for path in source.shards]
         return retrieval_from_shards(name, shards)
     path = Path(name)
-    if name.endswith(TABLE_SUFFIXES) and path.is_file():
+    if name.endswith(TABLE_SUFFIXES) and is_file(path):
         return _from_table(read_table(path, image_key="filepath", caption_key="title", separator=None), path.stem)
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(
             f"No task named {name!r}: it is neither a folder of images nor one of {', '.join(BUILT_IN_TASKS)}."
             f"{near_matches(name, BUILT_IN_TASKS)}",

@@ -22,6 +22,7 @@ from clip_rd_edge.data.shard_cache import LIMIT_VARIABLE, cache_limit, prefetch
 from clip_rd_edge.data.shard_index import SampleLocation, index_shards
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
@@ -150,7 +151,7 @@ def _shard_paths(pattern: str) -> tuple[ShardFile, ...]:
     if is_remote(pattern):
         return tuple(RemoteShard(url) for url in expand_braces(pattern.strip()))
     paths = tuple(Path(name) for name in expand_braces(pattern.strip()))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not is_file(path)]
     if missing:
         raise InputError(
             f"The shard {missing[0]} does not exist ({len(missing)} of {len(paths)} in {pattern} missing)."

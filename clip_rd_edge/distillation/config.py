@@ -27,6 +27,7 @@ from clip_rd_edge.utils.checked import (
 )
 from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import convert, read_yaml
+from clip_rd_edge.utils.paths import is_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -290,7 +291,7 @@ def commented_recipe(name: str) -> str:
     """Return a recipe with all its keys as commented YAML; raises as `load_recipe`."""
     recipe = load_recipe(name)
     shipped = RECIPES / f"{name}.yaml"
-    heading = f"# {_description(shipped)}\n" if shipped.is_file() else ""
+    heading = f"# {_description(shipped)}\n" if is_file(shipped) else ""
     return f"{heading}# Use a copy with: clip-rd-edge distill --recipe COPY.yaml …\n\n{commented_yaml(recipe)}"
 
 
@@ -301,7 +302,7 @@ def load_recipe(name: str) -> Recipe:
         ConfigError: the recipe does not exist (the message suggests similar names), or a key or value is invalid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file() and path.parent == RECIPES:
+    if not is_file(path) and path.parent == RECIPES:
         raise ConfigError(
             f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
             hint=f"one of {', '.join(recipe_names())}, or a YAML file: clip-rd-edge recipe show clip-rd > mine.yaml",

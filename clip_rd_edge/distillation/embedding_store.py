@@ -47,6 +47,7 @@ from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
@@ -193,7 +194,7 @@ def claim_folder(folder: Path, manifest: CacheManifest) -> None:
         UsageError: the folder is a cache with another manifest (the first difference is named), or not a cache.
     """
     path = folder / MANIFEST
-    if path.is_file():
+    if is_file(path):
         try:
             existing = read_json(path, CacheManifest)
         except ConfigError as error:
@@ -208,7 +209,7 @@ def claim_folder(folder: Path, manifest: CacheManifest) -> None:
                     f"The teacher cache {folder} was made with another {name}: {actual}, but this run has {expected}.",
                     hint="choose another --teacher-cache, or use the options that it was made with",
                 )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif is_folder(folder) and any(folder.iterdir()):
         raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
     else:
         write_bytes(path, to_json(manifest))

@@ -35,11 +35,11 @@ from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
-from clip_rd_edge.errors import InterruptedRunError, UsageError
+from clip_rd_edge.errors import DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.io import read_yaml, remove_leftovers, to_yaml, write_text
+from clip_rd_edge.utils.io import disk_full_error, read_yaml, remove_leftovers, to_yaml, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -68,6 +68,7 @@ def run_distillation(
             or is being written by another process; or the teacher cache was made with other settings.
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
+        DiskFullError: there is no space left on the disk; the checkpoints that are complete are kept.
     """
     with stop_on_signals() as request:
         try:
@@ -86,6 +87,21 @@ def run_distillation(
             raise InterruptedRunError(
                 f"Stopped by {request.signal_name}; {where}.", hint="resume with the same command and --resume"
             ) from None
+        except Exception as error:  # torch and safetensors hide the type of what the system reports
+            if (full := disk_full_error(error)) is None:
+                raise
+            raise _without_space(run, full) from error
+
+
+def _without_space(run: Path, error: DiskFullError) -> DiskFullError:
+    """Return the error of a full disk, with what is left of the run."""
+    checkpoints = list_checkpoints(run)
+    kept = f"step {checkpoints[-1].name.removeprefix('step-')}" if checkpoints else "the beginning"
+    where = str(error).partition(";")[0]
+    return DiskFullError(
+        f"{where}; the run {run} goes on from {kept}.",
+        hint="free some space, then resume with the same command and --resume",
+    )
 
 
 @contextmanager
@@ -109,6 +125,8 @@ def resumed_by_the_same_call() -> Iterator[None]:
         yield
     except InterruptedRunError as error:
         raise InterruptedRunError(str(error), hint="run the same command again to resume") from error
+    except DiskFullError as error:
+        raise DiskFullError(str(error), hint="free some space, then run the same command again to resume") from error
 
 
 def _run(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.packaged import CLASSIFIERS
+from clip_rd_edge.utils.paths import is_file
 
 TORCHVISION = "torchvision:"
 # torchvision's architectures that timm has under another name, with the same layers in the same order.
@@ -88,7 +89,7 @@ def load_classifier(spec: str, *, pretrained: str | None = None) -> ImageClassif
         ConfigError: the weights do not match the architecture, the last layer is not linear, or timm has no
             equivalent of torchvision's architecture.
     """
-    if pretrained is not None and not Path(pretrained).is_file():
+    if pretrained is not None and not is_file(pretrained):
         raise InputError(f"The weights file {pretrained} does not exist.", hint="pass a .safetensors or .pth file")
     if spec.startswith(TORCHVISION):
         return _torchvision_classifier(spec.removeprefix(TORCHVISION), pretrained)

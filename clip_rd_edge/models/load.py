@@ -31,6 +31,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.io import convert, new_folder
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
@@ -90,8 +91,8 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
         ConfigError: the configuration is not a JSON object with a `model_cfg`.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        reason = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
+    if not is_file(path):
+        reason = f"has no {CONFIG_FILE}" if is_folder(folder) else "does not exist"
         raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
     try:
         config = json.loads(path.read_text())
@@ -177,7 +178,7 @@ def _display_name(spec: str, pretrained: str | None) -> str:
         path = Path(spec.removeprefix(LOCAL_DIR)).resolve()
         # The student folders of all runs have the same name, so the name of the run is used.
         return path.parent.name if path.name == STUDENT_FOLDER else path.name
-    return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not Path(pretrained).exists() else "")
+    return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not exists(pretrained) else "")
 
 
 @contextmanager
@@ -245,7 +246,7 @@ def _offline_if_unreachable() -> Iterator[None]:
 def _may_need_hub(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> bool:
     """Return whether loading may need more than local files."""
     has_hub_parts = any(key.startswith("hf_") for key in model_cfg.get("text_cfg", {}))
-    is_tag = pretrained is not None and not Path(pretrained).exists()
+    is_tag = pretrained is not None and not exists(pretrained)
     return is_tag or spec.startswith("hf-hub:") or (has_hub_parts and not spec.startswith(LOCAL_DIR))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError
+from clip_rd_edge.utils.paths import is_file
 
 # By name: the hub's client has changed its HTTP library more than once.
 _UNREACHABLE = {"TransportError", "ConnectionError", "OfflineModeIsEnabled"}
@@ -66,7 +67,7 @@ def push_folder(
 def _model_folder(folder: Path) -> Path:
     """Return the folder to upload; raise InputError if there is no model, since a wrong path must publish nothing."""
     source = model_folder(str(folder)) or folder
-    if not any((source / name).is_file() for name in (CONFIG_FILE, MANIFEST)):
+    if not any(is_file(source / name) for name in (CONFIG_FILE, MANIFEST)):
         raise InputError(
             f"{folder} holds no model: it has neither {CONFIG_FILE} nor {MANIFEST}.",
             hint="clip-rd-edge export MODEL --layout huggingface -o FOLDER makes one",

@@ -18,6 +18,7 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
+from clip_rd_edge.utils.paths import is_file, is_folder
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
 _POOLERS = {
@@ -72,10 +73,10 @@ def load_sentence_encoder(spec: str, *, context_length: int) -> SentenceEncoder:
         with _extracted(packaged.verified()) as folder:
             return _hugging_face(folder, context_length=context_length, name=spec, source=str(packaged))
     path = Path(spec)
-    if path.is_file():
+    if is_file(path):
         with _extracted(path) as folder:
             return _hugging_face(folder, context_length=context_length, name=path.stem, source=spec)
-    if not path.is_dir():
+    if not is_folder(path):
         path = _fetched(spec)
     return _hugging_face(path, context_length=context_length, name=Path(spec).name, source=spec)
 

@@ -17,6 +17,7 @@ from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.io import convert
+from clip_rd_edge.utils.paths import is_file
 
 CONFIGS = Path(__file__).parent / "configs"
 _HEAD_WIDTH = 64  # as in CLIP
@@ -135,7 +136,7 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
 
 def _preset(student: str) -> dict[str, Any]:
     path = Path(student) if student.endswith(".json") else CONFIGS / f"{student}.json"
-    if path.is_file():
+    if is_file(path):
         preset: dict[str, Any] = json.loads(path.read_text())
         if not {"vision_cfg", "preprocess_cfg"} <= preset.keys():
             raise ConfigError(f"{path} has no 'vision_cfg' and 'preprocess_cfg'.")
@@ -261,7 +262,7 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
             )
         CLASSIFIERS[name].verified()
         return dict(load_classifier(name).model.state_dict())
-    if source != TIMM and not Path(source).is_file():
+    if source != TIMM and not is_file(source):
         raise InputError(f"The image weights file {source} does not exist.", hint="pass a file, or: timm, package")
     overlay = None if source == TIMM else {"file": source}
     try:
@@ -286,7 +287,7 @@ def _classifier_names(trunk: nn.Module) -> set[str]:
 def _read_checkpoint(source: str) -> Mapping[str, Tensor]:
     import open_clip
 
-    if not Path(source).is_file():
+    if not is_file(source):
         raise InputError(
             f"The text weights file {source} does not exist.",
             hint="pass the path of an open_clip checkpoint, or: teacher",

@@ -33,6 +33,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.io import is_plain_name, looks_like_path, near_files, read_json, sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEX_VERSION = 1
@@ -87,7 +88,7 @@ def model_key(manifest: Manifest) -> str:
 
 def is_index(path: Path) -> bool:
     """Return whether `path` is the folder of an index."""
-    return (path / _FILE).is_file()
+    return is_file(path / _FILE)
 
 
 def read_index(path: Path) -> tuple[Index, Embeddings]:
@@ -222,8 +223,8 @@ def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: 
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
         UsageError: `path` contains something else, or the index of another folder.
     """
-    if not folder.is_dir():
-        reason = "is a file" if folder.exists() else "does not exist"
+    if not is_folder(folder):
+        reason = "is a file" if exists(folder) else "does not exist"
         raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
         if not _is_utf8(str(location)):
@@ -285,7 +286,7 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
     no_rows = np.zeros((0, encoder.manifest.embedding_size), dtype=np.float32)
     if not is_index(path):
         ours = {path / LOCK_FILE, *_leftovers(path)}
-        if path.is_file() or (path.is_dir() and set(path.iterdir()) - ours):
+        if is_file(path) or (is_folder(path) and set(path.iterdir()) - ours):
             raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
         return empty, no_rows
     index, rows = read_index(path)

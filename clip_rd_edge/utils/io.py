@@ -9,15 +9,16 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
+from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError, near_matches
 from clip_rd_edge.installation import install_command
+from clip_rd_edge.utils.paths import is_file, is_folder
 
 if TYPE_CHECKING:
     import yaml
@@ -79,9 +80,13 @@ def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str
         ignoring: names of files in the folder to ignore.
 
     Raises:
-        UsageError: `path` is a file or a non-empty folder, and `overwrite` is false.
+        UsageError: `path` is a file or a non-empty folder, and `overwrite` is false; or it is no path that can be
+            written, such as one that is too long.
     """
-    in_use = path.is_file() or (path.is_dir() and any(child.name not in ignoring for child in path.iterdir()))
+    try:
+        in_use = is_file(path) or (is_folder(path) and any(child.name not in ignoring for child in path.iterdir()))
+    except (InputError, OSError) as error:
+        raise unwritable_output(path, error) from error
     if in_use and not overwrite:
         raise UsageError(
             f"The output {path} already exists and is not empty.",
@@ -89,27 +94,62 @@ def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str
         )
 
 
+def unwritable_output(path: Path, error: Exception) -> UsageError:
+    """Return the error for an output that cannot be written."""
+    cause = error.__cause__ or error
+    reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    return UsageError(f"The output {path} cannot be written: {reason}.", hint="choose another -o")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` if the block succeeds and removed otherwise.
 
-    An existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files.
+    Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
+    existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
+    is moved back if the new one cannot take its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
         yield temporary
+        _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        _remove(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there; what cannot be removed is a leftover, and no reason to fail."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+_MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the files in a folder are on the disk."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if len(files) > _MANY_FILES and hasattr(os, "sync"):
+        os.sync()
+        return
+    for path in files:
+        with path.open("rb" if os.name == "posix" else "rb+") as file:  # a copied file may be read-only
+            os.fsync(file.fileno())
 
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
@@ -134,18 +174,32 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
-def disk_full_error(error: BaseException) -> ClipRdEdgeError | None:
+def disk_full_error(error: BaseException) -> DiskFullError | None:
     """Return a one-sentence error if `error` or one of its causes is a full disk, else None."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
-            where = f" for {cause.filename}" if cause.filename else ""
-            return ClipRdEdgeError(
+        if isinstance(cause, DiskFullError):
+            return cause
+        if _errno(cause) in _DISK_FULL:
+            filename = getattr(cause, "filename", None)
+            where = f" for {filename}" if filename else ""
+            return DiskFullError(
                 f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
                 hint="free some space, or choose another -o; temporary files are written to the folder in TMPDIR",
             )
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+# How libraries in Rust, such as safetensors and tokenizers, report an error of the operating system.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    match = _RUST_ERROR.search(str(error))
+    return int(match[1]) if match else None
 
 
 T = TypeVar("T", bound=msgspec.Struct)

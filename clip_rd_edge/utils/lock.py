@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.io import unwritable_output
+from clip_rd_edge.utils.paths import exists, is_file
 
 LOCK_FILE = ".lock"
 _POLL_S = 0.1
@@ -43,16 +45,14 @@ def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = No
         UsageError: another process holds the lock and there is no `on_wait`, `folder` is a file, or it cannot be
             written.
     """
-    if folder.is_file():
-        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
-    created = not folder.exists()
     path = folder / LOCK_FILE
     try:
+        if is_file(folder):
+            raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
+        created = not exists(folder)
         file = _acquire(path, on_wait)
-    except OSError as error:
-        raise UsageError(
-            f"The output {folder} cannot be written: {error.strerror or error}.", hint="choose another -o"
-        ) from error
+    except (InputError, OSError) as error:
+        raise unwritable_output(folder, error) from error
     _held.add(file)
     try:
         yield

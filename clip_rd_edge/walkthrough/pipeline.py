@@ -26,7 +26,7 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
-from clip_rd_edge.utils.io import new_folder, shipped_path
+from clip_rd_edge.utils.io import new_folder, require_free_output, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import build_teacher
 
@@ -121,10 +121,11 @@ def run_quickstart(
         launch: as `benchmarking.run.run_suite` takes it.
 
     Raises:
-        UsageError: the folder holds a quickstart with other settings.
+        UsageError: the folder holds a quickstart with other settings, or cannot be written.
         InputError, ConfigError: the student or the recipe is unknown.
         InterruptedRunError: a signal requested a stop; the same call resumes.
     """
+    require_free_output(settings.folder, overwrite=True)  # stages that are complete stay
     # The student is built minutes later, after the teacher is tuned: report a mistyped name at once.
     load_recipe(settings.recipe)
     student_config(settings.student, embedding_size=EMBEDDING_SIZE, image_size=IMAGE_SIZE)

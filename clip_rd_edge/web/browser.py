@@ -23,6 +23,7 @@ from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, read_manif
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import cache_home, new_folder, require_free_output, size_bytes, to_json, write_bytes
+from clip_rd_edge.utils.paths import is_file
 
 _TIMEOUT_S = 60
 
@@ -97,7 +98,7 @@ def find_packages(node_modules: Path | None = None) -> dict[str, Path]:
 def _installed(package: Package, node_modules: Path) -> Path:
     source = node_modules / package.name
     for file in package.files.values():
-        if not (source / file).is_file():
+        if not is_file(source / file):
             raise InputError(
                 f"{node_modules} has no {package.name}/{file}.", hint=_manual_install_hint(f"in {node_modules.parent}")
             )

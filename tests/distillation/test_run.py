@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ from safetensors.torch import load_file
 from support import Watch
 
 from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -100,6 +102,40 @@ def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: P
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
+) -> None:
+    run, write = tmp_path / "run", checkpoint._HashingWriter.write
+
+    def fail(self: checkpoint._HashingWriter, data: bytes) -> int:
+        if len(list_checkpoints(run)) == saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint._HashingWriter, "write", fail)
+    with pytest.raises(DiskFullError, match=f"run goes on from {'step 3' if saved else 'the beginning'}") as error:
+        distil(config, run)
+    assert error.value.exit_code == 1
+    assert "--resume" in error.value.hint
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"] * saved  # nothing half-written
+    monkeypatch.undo()
+    monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
+    assert_same_weights(distil(config, run, resume=True), distil(config, tmp_path / "other"))
+
+
+def test_a_full_disk_when_the_student_is_written_leaves_no_student(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(DiskFullError, match="goes on from step 8"):
+        distil(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
+
+
 def test_sigterm_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path) -> None:
     def terminate(step: int) -> None:
         if step == 3:
@@ -139,8 +175,8 @@ def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_an_error(config: RunConfig, tmp_path: Path) -> None:
     shutil.rmtree(distil(config, tmp_path / "run"))
-    for checkpoint in list_checkpoints(tmp_path / "run"):
-        (checkpoint / "state.pt").write_bytes(b"")
+    for folder in list_checkpoints(tmp_path / "run"):
+        (folder / "state.pt").write_bytes(b"")
     with pytest.raises(UsageError, match=r"No checkpoint in .*checkpoints can be read \(step-8: state\.pt does not"):
         distil(config, tmp_path / "run", resume=True)
 

@@ -8,7 +8,15 @@ import msgspec
 import pytest
 
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.utils.io import disk_full_error, new_folder, read_yaml, require_free_output, to_yaml, write_text
+from clip_rd_edge.utils.io import (
+    disk_full_error,
+    new_folder,
+    read_yaml,
+    remove_leftovers,
+    require_free_output,
+    to_yaml,
+    write_text,
+)
 
 
 def test_new_folder_leaves_nothing_behind_when_interrupted(tmp_path: Path) -> None:
@@ -37,6 +45,53 @@ def test_new_folder_replaces_the_old_folder(tmp_path: Path) -> None:
         (folder / "new").write_text("new")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"), new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure would otherwise leave files of that name that are empty."""
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync") or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    monkeypatch.setattr(Path, "replace", lambda path, target: events.append("rename") or replace(path, target))
+    write_text(tmp_path / "file", "content")
+    assert events == ["fsync", "rename"]
+    events.clear()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        for name in ("a", "deep/b"):
+            (folder / name).write_text(name)
+    assert events == ["fsync", "fsync", "rename"]
+
+
+def test_what_a_kill_left_is_removed_or_moved_back(tmp_path: Path) -> None:
+    mark = "0123456789abcdef" * 2
+    for name in ("kept", f".kept.{mark}.old", f".lost.{mark}.old", f".new.{mark}.tmp", ".hidden.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    (tmp_path / f".file.{mark}.tmp").write_text("half")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.old", "kept", "lost"]
+    assert (tmp_path / "kept" / "content").read_text() == "kept"
+    assert (tmp_path / "lost" / "content").read_text() == f".lost.{mark}.old"
 
 
 def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -69,6 +124,9 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     wrapped.__cause__ = OSError(errno.EDQUOT, "Quota exceeded", "/mnt/image.onnx")
     assert "on the disk for /mnt/image.onnx" in str(disk_full_error(wrapped))
     assert disk_full_error(PermissionError(errno.EACCES, "Permission denied")) is None
+    rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")  # of safetensors
+    assert "on the disk" in str(disk_full_error(rust))
+    assert disk_full_error(RuntimeError("Permission denied (os error 13)")) is None
 
 
 class Oven(msgspec.Struct, forbid_unknown_fields=True):

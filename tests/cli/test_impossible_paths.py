@@ -1,0 +1,80 @@
+"""Names that no file can have, wherever a command takes a path: each gets a sentence, and nothing is written."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+NAMES = {"too long": "a" * 5000, "too deep": "a/" * 2500 + "x", "empty": ""}
+# PATH stands for such a name.
+COMMANDS = [
+    "classify PATH P --labels red green",
+    "classify B PATH --labels red green",
+    "classify B P --labels red green --template PATH",
+    "verify PATH",
+    "index PATH photos -o i",
+    "index B PATH -o i",
+    "index B photos -o PATH",
+    "search PATH red",
+    "search B red --bundle PATH",
+    "serve PATH",
+    "serve B PATH",
+    "serve B --token-file PATH",
+    "demo PATH",
+    "evaluate PATH --task tasks",
+    "evaluate B --task PATH",
+    "evaluate B --task tasks --template PATH",
+    "export PATH -o o",
+    "export B -o PATH",
+    "export B -o o --target browser --node-modules PATH",
+    "export student -o o --precision int8 --calibration PATH",
+    "push PATH org/name",
+    "recipe show PATH.yaml",
+    "benchmark PATH -o o",
+    "benchmark quickstart -o PATH",
+    "benchmark quickstart -o o --model student=PATH",
+    "benchmark --compare PATH PATH",
+    "spread PATH PATH",
+    "evidence run PATH -o o",
+    "evidence report PATH",
+    "distill --data PATH --student resnet18 --recipe clip -o o",
+    "distill --data PATH.tar --student resnet18 --recipe clip -o o",
+    "distill --data pairs.csv --student PATH.json --recipe clip -o o",
+    "distill --data pairs.csv --student resnet18 --teacher PATH -o o",
+    "distill --data pairs.csv --student resnet18 --recipe clip -o PATH",
+    "distill --data pairs.csv --student resnet18 --recipe PATH.yaml -o o",
+    "distill --data pairs.csv --student resnet18 --recipe clip --task PATH -o o",
+    "stitch resnet18 --names PATH --text all-MiniLM-L6-v2 -o o",
+    "stitch resnet18 --names labels.txt --text all-MiniLM-L6-v2 -o PATH",
+    "quickstart -o PATH",
+]
+
+
+@pytest.fixture
+def place(colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a bundle B, an image P, a folder of photos, a task and pairs."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(colour_bundle, "B")
+    shutil.copy(colour_images / "red.png", "P")
+    for colour in ("red", "green"):
+        (tmp_path / "tasks" / colour).mkdir(parents=True)
+        shutil.copy(colour_images / f"{colour}.png", tmp_path / "tasks" / colour)
+    (tmp_path / "labels.txt").write_text("red\ngreen\n")
+    (tmp_path / "pairs.csv").write_text("filepath,title\nphotos/red.png,red\nphotos/green.png,green\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line: Run, command: str, name: str) -> None:
+    before = sorted(place.rglob("*"))
+    code, output, error = command_line(*(word.replace("PATH", NAMES[name]) for word in shlex.split(command)))
+    assert (code, output) == (2, "")
+    (sentence,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert "Error:" not in sentence
+    assert sorted(place.rglob("*")) == before
