@@ -59,6 +59,11 @@ class Outcome(msgspec.Struct, frozen=True):
         return "noticed" if self.fails_with else "**unnoticed**"
 
 
+def read_mutations() -> dict[str, list[Mutation]]:
+    """Return the faults of benchmarks/mutations.yaml by area."""
+    return read_yaml(ROOT / "benchmarks" / "mutations.yaml", dict[str, list[Mutation]])
+
+
 def run_tests(copy: Path, tests: str) -> bool:
     """Run fast tests in a copy; return whether there are some and all pass."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -98,7 +103,7 @@ def main() -> int:
     parser.add_argument("areas", nargs="*", help="all by default")
     parser.add_argument("-o", "--output", type=Path, help="also write the table into this file")
     options = parser.parse_args()
-    areas = read_yaml(ROOT / "benchmarks" / "mutations.yaml", dict[str, list[Mutation]])
+    areas = read_mutations()
     mutations = [(area, mutation) for area in options.areas or areas for mutation in areas[area]]
     rows, passing = [["package", "fault", "tests", "verdict", "time"]], dict[str, bool]()
     with tempfile.TemporaryDirectory() as folder:
