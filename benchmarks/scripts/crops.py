@@ -20,9 +20,9 @@ from torchvision.transforms import RandomResizedCrop
 
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.pixels import random_crop
+from clip_rd_edge.distillation.pixels import Crops
 
-SCALE = load_recipe("clip-rd").crop_scale
+CROPS = Crops(scale=load_recipe("clip-rd").crop_scale, aspect_ratio=1.0)
 SIZES = (
     (72, 72), (224, 224), (1000, 1000), (640, 480), (480, 640), (512, 384), (500, 333), (1500, 1000), (1000, 1500),
     (1280, 720), (1920, 1080), (2400, 1000),
@@ -33,13 +33,13 @@ Boxes = npt.NDArray[np.float64]  # left, top, right, bottom in pixels, (N, 4)
 
 def ours(size: tuple[int, int]) -> Boxes:
     rng = np.random.default_rng(0)
-    return np.asarray([random_crop(size, SCALE, rng) for _ in range(DRAWS)])
+    return np.asarray([CROPS.draw(size, rng) for _ in range(DRAWS)])
 
 
 def torchvisions(size: tuple[int, int]) -> Boxes:
     torch.manual_seed(0)
     image = torch.empty(1, size[1], size[0])
-    draws = [RandomResizedCrop.get_params(image, list(SCALE), [3 / 4, 4 / 3]) for _ in range(DRAWS)]
+    draws = [RandomResizedCrop.get_params(image, list(CROPS.scale), [3 / 4, 4 / 3]) for _ in range(DRAWS)]
     return np.asarray([(left, top, left + width, top + height) for top, left, height, width in draws], dtype=np.float64)
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         }
         for width, height in SIZES
     ]
-    result = {"scale": SCALE, "draws": DRAWS, "torchvision": torchvision.__version__, "rows": rows}
+    result = {"scale": CROPS.scale, "draws": DRAWS, "torchvision": torchvision.__version__, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     table = markdown(rows)
     print(table)

@@ -2,8 +2,9 @@
 
     clip-rd-edge quickstart -o q
     python benchmarks/scripts/tuxpaint.py photos
-    python benchmarks/scripts/crops_accuracy.py photos q choose --models student --seeds 1 -o choose.json
-    python benchmarks/scripts/crops_accuracy.py photos q test --models student --crops centre image --steps 50 \
+    python benchmarks/scripts/crops_accuracy.py photos q choose --models student \
+        -o benchmarks/results/MACHINE/crops-accuracy-choose.json
+    python benchmarks/scripts/crops_accuracy.py photos q test --crops centre image input \
         -o benchmarks/results/MACHINE/crops-accuracy.json --readme benchmarks/README.md
 
 Fine-tunes the quickstart's teacher (`clip`, text tower frozen) and its student (`clip-rd`, with the quickstart's
@@ -12,9 +13,11 @@ six of them are not square. The photographs are first reduced to a shorter edge 
 does not take most of the time. Ways to crop:
 
     centre    torchvision's: an aspect ratio of 3:4 to 4:3, and where none fits, the centre crop that is nearest
-    image     the shipped one: the image's own aspect ratio, changed a little; wide images are squeezed into a square
+    image     the image's own aspect ratio, changed a little; wide images are squeezed into a square
     between   an aspect ratio between the image's own and the input's
-    input     the input's aspect ratio, somewhere in the image, so that nothing is squeezed; as in an evaluation
+    input     the shipped one: the input's aspect ratio, changed a little, anywhere in the image; nothing is squeezed
+
+Runs that the output already has are not repeated.
 """
 
 from __future__ import annotations
@@ -42,21 +45,21 @@ from clip_rd_edge.contract.preprocess import Box
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation.pixels import random_crop
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import to_json
+from clip_rd_edge.utils.io import read_json, to_json
 
 EDGE = 128  # twice the quickstart's input
 TEMPLATE = "a {}."  # like the captions
-Scale = tuple[float, float]
-Crop = Callable[[tuple[int, int], Scale, np.random.Generator], Box]
+Crop = Callable[[Crops, tuple[int, int], np.random.Generator], Box]
+shipped = Crops.draw
 
 
-def centre(size: tuple[int, int], scale: Scale, rng: np.random.Generator) -> Box:
+def centre(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
     """torchvision's RandomResizedCrop."""
     width, height = size
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
+        area = width * height * rng.uniform(*crops.scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -67,27 +70,18 @@ def centre(size: tuple[int, int], scale: Scale, rng: np.random.Generator) -> Box
     return left, top, left + w, top + h
 
 
-def between(size: tuple[int, int], scale: Scale, rng: np.random.Generator) -> Box:
-    """The shipped crop of the largest box of an aspect ratio between the image's own and a square's."""
-    return _within(size, rng.uniform(), scale, rng)
+def image_shaped(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """The shipped crop for models whose evaluation shows the whole image."""
+    return shipped(Crops(scale=crops.scale), size, rng)
 
 
-def like_input(size: tuple[int, int], scale: Scale, rng: np.random.Generator) -> Box:
-    """The shipped crop of the largest square."""
-    return _within(size, 0.0, scale, rng)
-
-
-def _within(size: tuple[int, int], share: float, scale: Scale, rng: np.random.Generator) -> Box:
-    """Crop the largest box whose aspect ratio is the image's to the power of `share`, placed at random."""
+def between(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """A crop of an aspect ratio between the image's own and a square's."""
     width, height = size
-    ratio = (width / height) ** share
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    left, top, right, bottom = random_crop((w, h), scale, rng)
-    return left + x, top + y, right + x, bottom + y
+    return shipped(Crops(scale=crops.scale, aspect_ratio=(width / height) ** rng.uniform()), size, rng)
 
 
-CROPS: dict[str, Crop] = {"centre": centre, "image": random_crop, "between": between, "input": like_input}
+CROPS: dict[str, Crop] = {"centre": centre, "image": image_shaped, "between": between, "input": shipped}
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -150,7 +144,7 @@ def train(quickstart: Path, model: str, data: Path, output: Path, *, steps: int,
     """Fine-tune the quickstart's teacher or student."""
     start = f"local-dir:{quickstart / model / 'student'}"
     common = {"data": str(data), "student": start, "output": output, "steps": steps, "seed": seed, "workers": 0}
-    common |= {"batch_size": 32, "precision": "bf16", "checkpoint_every": steps}
+    common |= {"batch_size": 32, "precision": "fp32", "checkpoint_every": steps}
     if model == "teacher":
         edge.distill(**common, recipe="clip", learning_rate=1e-4, freeze_text=True)  # type: ignore[arg-type]
     else:
@@ -236,10 +230,15 @@ def main() -> None:
             start=[evaluate(arguments.quickstart / model, crop="", seed=0) for model in arguments.models],
             runs=[],
         )
+        if arguments.output.is_file():
+            result.runs.extend(read_json(arguments.output, Result).runs)
+        finished = {(run.seed, run.model, run.crop) for run in result.runs}
         ways = itertools.product(range(arguments.seeds), arguments.models, arguments.crops)
         for seed, model, crop in ways:
+            if (seed, model, crop) in finished:
+                continue
             output = scratch / f"{model}-{crop}-{seed}"
-            with mock.patch("clip_rd_edge.distillation.loader.random_crop", CROPS[crop]):
+            with mock.patch.object(Crops, "draw", CROPS[crop]):
                 train(arguments.quickstart, model, data, output, steps=arguments.steps, seed=seed)
             run = evaluate(output, crop=crop, seed=seed)
             result.runs.append(run)

@@ -25,6 +25,7 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
@@ -76,7 +77,14 @@ def main() -> None:
         setup = load_setup(config, name="student", processes=Processes())
         assert setup.teacher is not None
         live = Teacher(setup.teacher, device, autocast=None)
-        manifest = make_manifest(setup.teacher, setup.pairs, crop_scale=(0.9, 1.0), seed=0, views=1, precision="fp32")
+        manifest = make_manifest(
+            setup.teacher,
+            setup.pairs,
+            crops=Crops(scale=(0.9, 1.0), aspect_ratio=1.0),
+            seed=0,
+            views=1,
+            precision="fp32",
+        )
         build_cache(folder / "cache", manifest, live, setup.pairs, Processes(), workers=1, max_bad=0.0)
         cached = make_dataset(config, setup, with_teacher_pixels=False)
         cached.cache = open_cache(folder / "cache")

@@ -40,11 +40,11 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, resize_crop
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Normaliser, crop_levels, random_crop
+from clip_rd_edge.distillation.pixels import Crops, Normaliser, crop_levels
 from clip_rd_edge.utils.host import machine_name
 
 SIZES = ((512, 384), (1536, 1024))
-SCALE = (0.9, 1.0)
+CROPS = Crops(scale=(0.9, 1.0), aspect_ratio=1.0)
 BATCH = 64
 CPU = torch.device("cpu")
 STUDENT = Preprocessing(size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -73,7 +73,7 @@ def write_shard(path: Path, photos: list[Path], size: tuple[int, int]) -> int:
 
 def ours(shard: Path) -> Way:
     pairs = load_pairs(str(shard))
-    dataset = ViewDataset(pairs, STUDENT, TEACHER, crop_scale=SCALE, seed=0)
+    dataset = ViewDataset(pairs, STUDENT, TEACHER, crops=CROPS, seed=0)
     student, teacher = Normaliser(STUDENT, CPU), Normaliser(TEACHER, CPU)
 
     def load() -> Iterator[tuple[Tensor, ...]]:
@@ -89,7 +89,9 @@ def ours(shard: Path) -> Way:
 def webdatasets(shard: Path, models: list[Preprocessing]) -> Way:
     import webdataset
 
-    crop = transforms.RandomResizedCrop(STUDENT.size, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC)
+    crop = transforms.RandomResizedCrop(
+        STUDENT.size, scale=CROPS.scale, interpolation=transforms.InterpolationMode.BICUBIC
+    )
     to_tensor = transforms.ToTensor()
     normalise = [transforms.Normalize(model.mean, model.std) for model in models]
 
@@ -129,7 +131,7 @@ def compare_pixels(shard: Path) -> dict[str, float]:
     pairs, differences = load_pairs(str(shard)), []
     for index in range(len(pairs)):
         image = pairs.open(index)
-        box = random_crop(image.size, SCALE, np.random.default_rng(index))
+        box = CROPS.draw(image.size, np.random.default_rng(index))
         (levels,) = crop_levels(image, box, [STUDENT])
         differences.append(np.abs(levels.astype(int) - np.asarray(resize_crop(image, box, STUDENT)).astype(int)))
     values = np.stack(differences)

@@ -164,6 +164,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
 
     from clip_rd_edge.contract.preprocess import Preprocessing
     from clip_rd_edge.distillation import embedding_store as store
+    from clip_rd_edge.distillation.pixels import Crops
 
     pairs = shards * samples
     manifest = store.CacheManifest(
@@ -172,7 +173,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
         logit_scale=100.0,
         embedding_size=512,
         preprocessing=Preprocessing(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        crop_scale=(0.9, 1.0),
+        crops=Crops(scale=(0.9, 1.0)),
         seed=0,
         views=1,
         data="synthetic",

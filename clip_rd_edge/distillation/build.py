@@ -18,6 +18,7 @@ from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import ViewDataset
+from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective
@@ -94,7 +95,7 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
         setup.pairs,
         setup.student.preprocessing,
         setup.teacher.preprocessing if setup.teacher and with_teacher_pixels else None,
-        crop_scale=config.recipe.crop_scale,
+        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
         seed=config.seed,
         views=config.views,
         max_bad=config.max_bad,

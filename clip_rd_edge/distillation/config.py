@@ -63,7 +63,7 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         scales_weight_decay: for the objective's own parameters.
         betas, epsilon: of AdamW.
         clip_gradient_norm: max norm of the gradients; 0 disables clipping.
-        crop_scale: min and max fraction of an image's area that a training crop keeps.
+        crop_scale: min and max share that a training crop keeps of the largest box of its shape.
         ema_decay: max decay of an exponential moving average of the weights, which is then evaluated and saved; 0 saves
             the weights themselves.
         precision: `auto` times a few steps in float32 and bfloat16, on a CUDA device also in float16, and takes the

@@ -43,6 +43,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
@@ -51,7 +52,7 @@ from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
-FORMAT_VERSION = 2  # increase when the same manifest gives other embeddings, such as by other crops
+FORMAT_VERSION = 3  # increase when the same manifest gives other embeddings, such as by other crops
 SHARD_SIZE = 4096  # rows per shard: 4 MiB at D = 512
 KEY = np.dtype("<u8")
 
@@ -72,7 +73,7 @@ class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     logit_scale: float
     embedding_size: int
     preprocessing: Preprocessing
-    crop_scale: tuple[float, float]
+    crops: Crops
     seed: int
     views: int
     data: str
@@ -206,7 +207,7 @@ def claim_folder(folder: Path, manifest: CacheManifest) -> None:
             actual, expected = getattr(existing, name), getattr(manifest, name)
             if name not in ("teacher", "data") and actual != expected:
                 raise UsageError(
-                    f"The teacher cache {folder} was made with another {name}: {actual}, but this run has {expected}.",
+                    f"The teacher cache {folder} does not fit this run: its {name} is {actual}, expected {expected}.",
                     hint="choose another --teacher-cache, or use the options that it was made with",
                 )
     elif is_folder(folder) and any(folder.iterdir()):
@@ -239,7 +240,7 @@ CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage
 
 
 def make_manifest(
-    teacher: ClipModel, pairs: Pairs, *, crop_scale: tuple[float, float], seed: int, views: int, precision: str
+    teacher: ClipModel, pairs: Pairs, *, crops: Crops, seed: int, views: int, precision: str
 ) -> CacheManifest:
     """Return the manifest of a cache of this teacher over these pairs."""
     return CacheManifest(
@@ -248,7 +249,7 @@ def make_manifest(
         logit_scale=teacher.logit_scale,
         embedding_size=teacher.embedding_size,
         preprocessing=teacher.preprocessing,
-        crop_scale=crop_scale,
+        crops=crops,
         seed=seed,
         views=views,
         data=pairs.name,
@@ -328,7 +329,7 @@ class _Build:
             pairs,
             teacher.clip.preprocessing,
             None,
-            crop_scale=manifest.crop_scale,
+            crops=manifest.crops,
             seed=manifest.seed,
             views=manifest.views,
             max_bad=max_bad,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
-from clip_rd_edge.distillation.pixels import Levels, crop_levels, random_crop
+from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import InputError, UnreachableError
 
@@ -78,7 +78,7 @@ class ViewDataset(Dataset[PairView]):
 
     Args:
         student, teacher: the models' preprocessing; None for a teacher that needs no pixels.
-        crop_scale: min and max fraction of the image's area that a crop keeps.
+        crops: see `distillation.pixels.crops_for`.
         views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
         max_bad: max fraction of the samples that may be unreadable.
         substitute: whether the next valid pair takes the place of one that is bad. Otherwise the place of a bad pair is
@@ -98,7 +98,7 @@ class ViewDataset(Dataset[PairView]):
         student: Preprocessing,
         teacher: Preprocessing | None,
         *,
-        crop_scale: tuple[float, float],
+        crops: Crops,
         seed: int,
         views: int = 0,
         max_bad: float = MAX_BAD_SHARE,
@@ -108,7 +108,7 @@ class ViewDataset(Dataset[PairView]):
         self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
         self.pairs, self.student, self.teacher = pairs, student, teacher
-        self.crop_scale, self.seed, self.substitute = crop_scale, seed, substitute
+        self.crops, self.seed, self.substitute = crops, seed, substitute
 
     def __getitem__(self, view: View) -> PairView:
         epoch, index = view
@@ -137,7 +137,7 @@ class ViewDataset(Dataset[PairView]):
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
             raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
         image = self.pairs.open(index)
-        box = random_crop(image.size, self.crop_scale, rng)
+        box = self.crops.draw(image.size, rng)
         models = [self.student] if self.teacher is None else [self.student, self.teacher]
         levels = crop_levels(image, box, models)
         return PairView(levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings)

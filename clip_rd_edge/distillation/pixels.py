@@ -17,40 +17,63 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing, normalise_in_place, resize_crop
+from clip_rd_edge.utils.checked import CheckedStruct
 
 Levels = npt.NDArray[np.uint8]  # (H, W, 3)
-# Max factor by which a crop's aspect ratio differs from its image's, as in torchvision for square images.
+# Max factor by which the aspect ratio of a crop is changed, as in torchvision for square images.
 MAX_ASPECT_CHANGE = 4 / 3
 # Crops with two edges of at least so many pixels are rounded to whole pixels, and resized by torch.
 LARGE = 256
 
 
-def random_crop(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Draw a crop box in an image of any shape.
+class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How training images are cropped.
 
-    The box keeps a fraction of the image's area that is uniform within `scale`. Its aspect ratio is the image's own
-    times a factor whose logarithm is uniform among those with which the box fits, up to MAX_ASPECT_CHANGE; its position
-    is uniform. So every draw fits. torchvision's RandomResizedCrop limits the aspect ratio itself to 3:4 to 4:3: with
-    the default scale, no such box fits into an image of 3:2, and its fallback is always the same centre crop.
-
-    Args:
-        size: width and height of the image in pixels.
-        scale: min and max fraction of the image's area.
-
-    Returns:
-        Left, top, right and bottom in pixels. They are whole numbers in a LARGE box, and fractions in a smaller one, of
-        which there would be few different ones otherwise.
+    Attributes:
+        scale: min and max share that a crop keeps of the area of the largest box with this aspect ratio.
+        aspect_ratio: width over height, about which crops vary; None for each image's own.
     """
-    width, height = size
-    area = rng.uniform(*scale)
-    limit = min(math.log(MAX_ASPECT_CHANGE), math.log(1 / area))
-    change = math.exp(rng.uniform(-limit, limit))
-    w, h = width * min(1.0, math.sqrt(area * change)), height * min(1.0, math.sqrt(area / change))
-    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-    if min(w, h) >= LARGE:
-        w, h = round(w), round(h)
-        left, top = min(round(left), width - w), min(round(top), height - h)
-    return left, top, min(width, left + w), min(height, top + h)
+
+    scale: tuple[float, float]
+    aspect_ratio: float | None = None
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        """Draw a crop box in an image of any shape.
+
+        Its share of the area is uniform within `scale`. Its aspect ratio is changed by a factor whose logarithm is
+        uniform among those with which the box fits, up to MAX_ASPECT_CHANGE; its position in the image is uniform. So
+        every draw fits. torchvision's RandomResizedCrop limits the aspect ratio itself to 3:4 to 4:3: with the default
+        scale, no such box fits into an image of 3:2, and its fallback is always the same centre crop.
+
+        Args:
+            size: width and height of the image in pixels.
+
+        Returns:
+            Left, top, right and bottom in pixels. They are whole numbers in a LARGE box, and fractions in a smaller
+            one, of which there would be few different ones otherwise.
+        """
+        width, height = size
+        ratio = self.aspect_ratio or width / height
+        area = rng.uniform(*self.scale)
+        limit = min(math.log(MAX_ASPECT_CHANGE), math.log(1 / area))
+        change = math.exp(rng.uniform(-limit, limit))
+        w = min(width, height * ratio) * min(1.0, math.sqrt(area * change))
+        h = min(height, width / ratio) * min(1.0, math.sqrt(area / change))
+        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        if min(w, h) >= LARGE:
+            w, h = round(w), round(h)
+            left, top = min(round(left), width - w), min(round(top), height - h)
+        return left, top, min(width, left + w), min(height, top + h)
+
+
+def crops_for(preprocessing: Preprocessing, scale: tuple[float, float]) -> Crops:
+    """Return the crops to train a model on: boxes of the aspect ratio that its evaluation sees.
+
+    An evaluation with `shortest` crops the centre and squeezes nothing, so crops have the input's aspect ratio, as in
+    the training of CLIP (Radford et al. 2021, section 2.4). The other modes show the whole image.
+    """
+    height, width = preprocessing.size
+    return Crops(scale=scale, aspect_ratio=width / height if preprocessing.resize_mode == "shortest" else None)
 
 
 def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -> list[Levels]:

@@ -31,6 +31,7 @@ from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
+from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
@@ -231,7 +232,7 @@ def _prepare_teacher(
     manifest = make_manifest(
         setup.teacher,
         setup.pairs,
-        crop_scale=config.recipe.crop_scale,
+        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
         seed=config.seed,
         views=config.views,
         precision=config.teacher_precision,

@@ -31,6 +31,7 @@ from clip_rd_edge.distillation.embedding_store import (
     text_shard,
 )
 from clip_rd_edge.distillation.loader import StepSampler, step_loader
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -72,7 +73,12 @@ def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
     teacher = setup.teacher
 
     def run(**changes: object) -> None:
-        arguments = {"crop_scale": config.recipe.crop_scale, "seed": config.seed, "views": VIEWS, "precision": "fp32"}
+        arguments = {
+            "crops": Crops(scale=config.recipe.crop_scale, aspect_ratio=1.0),
+            "seed": config.seed,
+            "views": VIEWS,
+            "precision": "fp32",
+        }
         build_cache(
             Path(str(config.teacher_cache)),
             make_manifest(teacher, setup.pairs, **{**arguments, **changes}),  # type: ignore[arg-type]
@@ -288,9 +294,9 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
     keys.sort()
     embedding_store.write_array(tmp_path / "texts" / "keys.npy", keys)
     manifest = CacheManifest(
-        teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, crop_scale=(0.9, 1.0), seed=0,
+        teacher="t", teacher_sha256="", logit_scale=1.0, embedding_size=width, views=1, seed=0,
         preprocessing=Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)), data="d", pairs=pairs,
-        pairs_sha256="", precision="fp32",
+        crops=Crops(scale=(0.9, 1.0)), pairs_sha256="", precision="fp32",
     )  # fmt: skip
     embedding_store.write_bytes(tmp_path / "manifest.json", embedding_store.to_json(manifest))
     embedding_store.write_bytes(tmp_path / "complete.json", b'{"captions": %d}' % pairs)
@@ -315,13 +321,15 @@ def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without
     assert cache.lookup(0, 0, "no such caption") is None
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"views": 3}, {"crop_scale": (0.5, 1.0)}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"views": 3}, {"crops": Crops(scale=(0.5, 1.0))}, {"precision": "bf16"}]
+)
 def test_a_cache_with_another_setting_is_rejected_by_name(
     build: Callable[..., None], change: dict[str, object]
 ) -> None:
     build()
     (name,) = change
-    with pytest.raises(UsageError, match=f"made with another {name}"):
+    with pytest.raises(UsageError, match=f"its {name} is"):
         build(**change)
 
 
@@ -330,7 +338,7 @@ def test_a_cache_of_other_teacher_weights_is_rejected(setup: RunSetup, build: Ca
     assert setup.teacher is not None
     with torch.no_grad():
         setup.teacher.model.get_parameter("text.text_projection").add_(1e-3)
-    with pytest.raises(UsageError, match="another teacher_sha256"):
+    with pytest.raises(UsageError, match="its teacher_sha256 is"):
         build()
 
 

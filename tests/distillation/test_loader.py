@@ -15,7 +15,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import random_crop
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import InputError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
@@ -24,7 +24,7 @@ TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 
 def batches(path: Path, start: int, stop: int, *, workers: int = 0, teacher: Preprocessing | None = None):  # type: ignore[no-untyped-def]
     pairs = load_pairs(str(path))
-    dataset = ViewDataset(pairs, STUDENT, teacher, crop_scale=(0.5, 1.0), seed=3)
+    dataset = ViewDataset(pairs, STUDENT, teacher, crops=Crops(scale=(0.5, 1.0)), seed=3)
     return list(step_loader(dataset, StepSampler([24], 5, seed=3, start=start, stop=stop), workers=workers))
 
 
@@ -43,18 +43,20 @@ def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pai
 
 
 def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
-    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, None, crop_scale=(0.2, 0.9), seed=0)
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, None, crops=Crops(scale=(0.2, 0.9)), seed=0)
     assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
 
 
 def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = list[Box]()
 
-    def record(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
-        boxes.append(random_crop(size, scale, rng))
+    draw = Crops.draw
+
+    def record(crops: Crops, size: tuple[int, int], rng: np.random.Generator) -> Box:
+        boxes.append(draw(crops, size, rng))
         return boxes[-1]
 
-    monkeypatch.setattr("clip_rd_edge.distillation.loader.random_crop", record)
+    monkeypatch.setattr(Crops, "draw", record)
     batches(pairs_csv, 0, 4)
     assert len(boxes) == len(set(boxes)) == 20  # all images are of one size
 
@@ -84,7 +86,7 @@ def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, i
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
     dataset = ViewDataset(
-        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, None, crop_scale=(0.9, 1.0), seed=0, views=8
+        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, None, crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
     )
     views = [dataset[view, index].student_pixels.tobytes() for view in range(8) for index in range(2)]
     assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
@@ -108,7 +110,7 @@ def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:
-    dataset = ViewDataset(load_pairs(source), STUDENT, TEACHER, crop_scale=(0.5, 1.0), seed=3, max_bad=max_bad)
+    dataset = ViewDataset(load_pairs(source), STUDENT, TEACHER, crops=Crops(scale=(0.5, 1.0)), seed=3, max_bad=max_bad)
     sampler = StepSampler([24], 5, seed=3, start=start, stop=9)
     return list(step_loader(dataset, sampler, workers=workers)), dataset
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess, resize_crop
-from clip_rd_edge.distillation.pixels import LARGE, Normaliser, crop_levels, random_crop
+from clip_rd_edge.distillation.pixels import LARGE, Crops, Normaliser, crop_levels, crops_for
 
 MODEL = Preprocessing(size=(224, 224), mean=(0.48, 0.45, 0.41), std=(0.26, 0.27, 0.28))
 SIZES = [(1, 1), (2, 3), (3, 500), (500, 3), (64, 48), (224, 224), (500, 333), (1280, 720), (1080, 1920), (3000, 1000)]
@@ -21,7 +21,7 @@ def test_crops_lie_within_the_image_and_keep_the_fraction_of_its_area_that_was_a
     rng = np.random.default_rng(0)
     areas = []
     for _ in range(200):
-        left, top, right, bottom = random_crop(size, scale, rng)
+        left, top, right, bottom = Crops(scale=scale).draw(size, rng)
         assert 0 <= left < right <= size[0]
         assert 0 <= top < bottom <= size[1]
         areas.append((right - left) * (bottom - top) / (size[0] * size[1]))
@@ -33,7 +33,7 @@ def test_crops_lie_within_the_image_and_keep_the_fraction_of_its_area_that_was_a
 @pytest.mark.parametrize("size", SIZES)
 def test_crops_of_an_image_of_any_shape_differ_in_aspect_ratio_and_reach_all_its_edges(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    boxes = np.asarray([random_crop(size, (0.9, 1.0), rng) for _ in range(500)]) / (*size, *size)
+    boxes = np.asarray([Crops(scale=(0.9, 1.0)).draw(size, rng) for _ in range(500)]) / (*size, *size)
     widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     change = np.log(widths / heights)
     assert np.abs(change).max() <= -np.log(0.9) + 1 / LARGE
@@ -44,11 +44,31 @@ def test_crops_of_an_image_of_any_shape_differ_in_aspect_ratio_and_reach_all_its
     assert boxes[:, :2].max() > 0.05
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (160, 320)])
+def test_crops_have_the_shape_of_the_input_and_reach_all_edges(size: tuple[int, int], height: int, width: int) -> None:
+    """So that photographs of any shape are trained on as they are evaluated, and not squeezed into the input."""
+    crops = crops_for(msgspec.structs.replace(MODEL, size=(height, width)), (0.9, 1.0))
+    rng = np.random.default_rng(0)
+    boxes = np.asarray([crops.draw(size, rng) for _ in range(500)])
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert np.log(widths / heights * height / width) == pytest.approx(0, abs=-np.log(0.9) + 4 / LARGE)
+    largest = min(size[0], size[1] * width / height) * min(size[1], size[0] * height / width)
+    assert widths * heights / largest == pytest.approx(0.95, abs=0.05 + 4 / LARGE)
+    assert (boxes[:, :2].min(axis=0) / size) == pytest.approx([0, 0], abs=0.01)
+    assert (boxes[:, 2:].max(axis=0) / size) == pytest.approx([1, 1], abs=0.01)
+
+
+def test_a_model_that_sees_the_whole_image_is_trained_on_crops_of_the_image_s_shape() -> None:
+    crops = crops_for(msgspec.structs.replace(MODEL, resize_mode="squash"), (1.0, 1.0))
+    assert crops.draw((300, 100), np.random.default_rng(0)) == (0, 0, 300, 100)
+
+
 @pytest.mark.parametrize("size", [(500, 333), (1920, 1080)])
 def test_large_crops_have_whole_pixels_and_small_ones_fractions(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     for scale, whole in (((0.9, 1.0), True), ((0.01, 0.01), False)):
-        box = random_crop(size, scale, rng)
+        box = Crops(scale=scale).draw(size, rng)
         assert all(edge == int(edge) for edge in box) is whole
 
 
@@ -68,7 +88,7 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 def test_large_crops_are_resized_as_by_pillow_to_a_grey_level(size: tuple[int, int], interpolation: str) -> None:
     model = msgspec.structs.replace(MODEL, interpolation=interpolation)
     image = photograph(*size)
-    box = random_crop(size, (0.9, 1.0), np.random.default_rng(1))
+    box = Crops(scale=(0.9, 1.0)).draw(size, np.random.default_rng(1))
     (levels,) = crop_levels(image, box, [model])
     difference = np.abs(levels.astype(int) - np.asarray(resize_crop(image, box, model)).astype(int))
     assert difference.max() <= 2

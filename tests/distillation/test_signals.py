@@ -22,6 +22,7 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import read_metrics
+from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.errors import InterruptedRunError
@@ -156,7 +157,7 @@ def dataset(pairs_csv: Path) -> ViewDataset:
 
     raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]
     preprocessing = convert(raw, Preprocessing, source="test")
-    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, None, crop_scale=(0.9, 1.0), seed=0)
+    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, None, crops=Crops(scale=(0.9, 1.0)), seed=0)
 
 
 posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
