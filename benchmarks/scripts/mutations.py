@@ -25,7 +25,7 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.utils.io import read_yaml
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("clip_rd_edge", "tests", "benchmarks", "pyproject.toml", "README.md")
+COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "pyproject.toml", "README.md")
 
 
 class Mutation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

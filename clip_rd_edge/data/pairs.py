@@ -33,6 +33,7 @@ class Pairs(Protocol):
         name: as shown in logs and provenance.
         left_out: parts of the source that are not pairs, such as a sample without a caption; each entry is a message
             that names the location.
+        lost: about how many further samples are in damaged parts of the source, of which nothing else is known.
         groups: numbers of consecutive pairs that are stored together, such as the samples of each shard.
     """
 
@@ -41,6 +42,9 @@ class Pairs(Protocol):
 
     @property
     def left_out(self) -> Sequence[str]: ...
+
+    @property
+    def lost(self) -> int: ...
 
     @property
     def groups(self) -> Sequence[int] | npt.NDArray[np.int64]: ...
@@ -174,7 +178,7 @@ class BadSamples:
     def __init__(self, pairs: Pairs, *, max_share: float = MAX_BAD_SHARE) -> None:
         self._pairs, self._max_share = pairs, max_share
         self._reasons: dict[int, str] = {}  # by the index of the bad pair
-        samples = len(pairs) + len(pairs.left_out)
+        samples = len(pairs) + self.left_out
         self.allowed = math.floor(max_share * samples)
         self._check(pairs.left_out)
 
@@ -183,8 +187,8 @@ class BadSamples:
 
     @property
     def left_out(self) -> int:
-        """Number of samples that the source leaves out."""
-        return len(self._pairs.left_out)
+        """Number of samples that the source leaves out, or has lost."""
+        return len(self._pairs.left_out) + self._pairs.lost
 
     @property
     def bad_pairs(self) -> int:
@@ -244,7 +248,7 @@ class BadSamples:
             self._refuse(len(self), latest[0])
 
     def _refuse(self, bad: int, example: str) -> NoReturn:
-        samples = len(self._pairs) + len(self._pairs.left_out)
+        samples = len(self._pairs) + self.left_out
         raise InputError(
             f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
             f"{example.rstrip('.')}.",

@@ -30,7 +30,7 @@ from clip_rd_edge.utils.io import read_json, to_json
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 INDEXING_STAGE = "indexing shards"
-_FORMAT = "1"  # increase when the same shards are indexed differently
+_FORMAT = "2"  # increase when the same shards are indexed differently
 _ROWS, _LEFT_OUT = "rows.bin", "left-out"
 _ROW = np.dtype([("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1")])
 _KINDS: tuple[Literal["text", "json"], ...] = ("text", "json")
@@ -48,8 +48,11 @@ class SampleLocation(NamedTuple):
 
 
 class _IndexedShard(msgspec.Struct, frozen=True):
+    """A shard's number of pairs, the digest of its samples, and if it is damaged, about how many samples are lost."""
+
     samples: int
     sha256: str
+    lost: int | None
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -63,6 +66,8 @@ class ShardIndex:
     Attributes:
         samples: number of such samples per shard, (S,).
         left_out: messages about all other samples, and about damaged shards.
+        lost: about how many samples the damaged shards have lost, beside those of the messages: by the size of what
+            cannot be read, or by what the shards that are not damaged have, whichever is more.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,6 +76,7 @@ class ShardIndex:
         self._file: int | None = None
         self.samples = np.asarray([shard.samples for shard in self._index.shards], np.int64)
         self._first = np.cumsum(self.samples) - self.samples
+        self.lost = _lost(self._index.shards)
         self.left_out: Sequence[str] = (
             Messages(folder / _LEFT_OUT, self._index.left_out) if self._index.left_out else ()
         )
@@ -124,9 +130,9 @@ def _build(
         (folder / _LEFT_OUT).open("wb") as messages_file,
         ordered_map(parallel=parallel and len(paths) > 1) as shard_map,
     ):
-        for rows, messages, sha256 in shard_map(partial(_index_shard, json_key=json_key), paths):
+        for shard, rows, messages in shard_map(partial(_index_shard, json_key=json_key), paths):
             reporter.update(INDEXING_STAGE, len(shards), len(paths))
-            shards.append(_IndexedShard(len(rows), sha256))
+            shards.append(shard)
             rows_file.write(rows.tobytes())
             messages_file.write(Messages.encode(messages))
             left_out += len(messages)
@@ -134,17 +140,22 @@ def _build(
     reporter.update(INDEXING_STAGE, len(paths), len(paths))
 
 
-def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[npt.NDArray[np.void], list[str], str]:
-    """Return the rows of a shard's pairs, messages about its other samples, and the digest of its content."""
+def _lost(shards: Sequence[_IndexedShard]) -> int:
+    whole = [shard.samples for shard in shards if shard.lost is None]
+    usual = int(np.median(whole)) if whole else 0
+    # A shard's message counts as one sample already.
+    return sum(max(shard.lost, usual - shard.samples - 1, 0) for shard in shards if shard.lost is not None)
+
+
+def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[_IndexedShard, npt.NDArray[np.void], list[str]]:
+    """Return a shard's entry, the rows of its pairs, and messages about its damage and its other samples."""
     shard = open_shard(path)
     has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")
     has_caption = has_json if json_key is not None else has_text | has_json
-    messages = []
+    messages = [f"{shard.path}: {shard.damage}"] if shard.damage else []
     for index in np.flatnonzero(~(has_caption & has_image)).tolist():
         missing = "image (.jpg, .png, .webp)" if not has_image[index] else "caption (.txt, .json)"
         messages.append(f"{shard.path}: {shard.name(index)} has no {missing}")
-    if shard.damage:
-        messages.append(f"{shard.path}: {shard.damage}")
     is_json = ~has_text | (json_key is not None)
     caption = np.where(is_json[:, None], shard.locations_of("json"), shard.locations_of("text"))
     rows = np.empty(len(shard), _ROW)
@@ -153,7 +164,8 @@ def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[npt.NDArray[
     rows["kind"] = is_json
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
     digest.update(shard.names.tobytes() + shard.locations.tobytes())
-    return rows[has_caption & has_image], messages, digest.hexdigest()
+    pairs = rows[has_caption & has_image]
+    return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
 
 
 def _columns(locations: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -4,7 +4,7 @@ Shards of millions of samples are scanned once. tarfile builds an object with so
 member costs one read of 512 bytes. The checksums of many headers are verified together in numpy.
 
 Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Sparse members are reported as
-unreadable, since their content is not contiguous.
+unreadable, since their content is not contiguous, and so are those whose extended header is malformed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 BLOCK_BYTES = 512
-UNREADABLE = -1  # offset of a member whose content is not contiguous
+UNREADABLE = -1  # offset of a member whose content is not contiguous, or is not known
 _BATCH = 1024  # headers whose checksums are verified together
 _MAX_EXTENSION_BYTES = 1 << 20  # of an extended header; real ones hold a path
 _CHECKSUM = slice(148, 156)
@@ -37,6 +37,7 @@ class TarScan:
     Attributes, valid after the iteration:
         damage: where and how the tar is damaged, or empty.
         last_is_incomplete: whether the content of the last file is cut off.
+        size_bytes: of the whole tar.
 
     Args:
         open_file: returns a new file descriptor of the tar, which is closed in the end.
@@ -49,10 +50,12 @@ class TarScan:
         self._open_file = open_file
         self.damage = ""
         self.last_is_incomplete = False
+        self.size_bytes = 0
 
     def __iter__(self) -> Iterator[TarFile]:
         with open(self._open_file(), "rb", buffering=0) as file:  # noqa: PTH123  no path: it is open already
             headers = _Headers(file.fileno())
+            self.size_bytes = headers.size_bytes
             for starts, blocks, files in headers:
                 valid = _valid_checksums(blocks)
                 if all(valid):
@@ -70,9 +73,10 @@ class _Headers:
 
     def __init__(self, file: int) -> None:
         self._file, self._end, self._start = file, os.fstat(file).st_size, 0
+        self.size_bytes = self._end
         self._is_done = False
         # What an extended header says about the next file.
-        self._name, self._size, self._is_sparse = b"", -1, False
+        self._name, self._size, self._is_unreadable = b"", -1, False
         self.damage, self.last_is_incomplete = "", False
 
     def __iter__(self) -> Iterator[tuple[list[int], list[bytes], list[TarFile | None]]]:
@@ -91,10 +95,12 @@ class _Headers:
 
     def _read_plain_files(self, starts: list[int], headers: list[bytes], files: list[TarFile | None]) -> None:
         """Read on while headers are of the usual kind; nearly all are, so this loop takes nearly all the time."""
+        if self._name or self._size >= 0 or self._is_unreadable:  # of the next file, by an extended header
+            return
         file, start, last = self._file, self._start, self._end - BLOCK_BYTES
         while start <= last and len(starts) < _BATCH:
             header = read_at(file, BLOCK_BYTES, start)
-            if len(header) < BLOCK_BYTES or header[156] != _REGULAR[1] or header[345] or self._name or self._size >= 0:
+            if len(header) < BLOCK_BYTES or header[156] != _REGULAR[1] or header[345]:
                 break
             try:
                 size = int(header[124:135], 8)
@@ -126,53 +132,58 @@ class _Headers:
         headers.append(header)
         files.append(None)
         if kind in _PAX or kind in _LONG_NAME:
-            extension = self._extension(content, size)
-            if kind in _PAX:
-                self._apply_pax(extension, start)
-            else:
-                self._name = extension.split(b"\0", 1)[0]
+            self._apply_extension(kind, content, size)
         elif kind in _REGULAR or kind in _SPARSE:
             name = self._name or _name(header)
             size = self._size if self._size >= 0 else size
             if kind in _SPARSE:
                 content = self._after_sparse_headers(header, content)
             self.last_is_incomplete = content + size > self._end
-            is_readable = not (kind in _SPARSE or self._is_sparse)
+            is_readable = not (kind in _SPARSE or self._is_unreadable)
             files[-1] = (name, content if is_readable else UNREADABLE, size)
             if self.last_is_incomplete:
                 raise _DamageError(f"the tar ends at byte {self._end:,}, within {name.decode(errors='replace')}")
         elif kind in _WITHOUT_CONTENT:
             size = 0
         if kind in _FILES:
-            self._name, self._size, self._is_sparse = b"", -1, False
+            self._name, self._size, self._is_unreadable = b"", -1, False
         self._start = content + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)
 
-    def _extension(self, offset: int, size: int) -> bytes:
-        if size > _MAX_EXTENSION_BYTES:
-            raise _DamageError(f"the tar has an extended header of {size:,} bytes at byte {offset:,}")
-        content = read_at(self._file, size, offset)
-        if len(content) < size:
-            raise _DamageError(f"the tar ends within an extended header at byte {offset:,}")
-        return bytes(content)
+    def _apply_extension(self, kind: int, offset: int, size: int) -> None:
+        """Keep what an extended header says about the next file.
 
-    def _apply_pax(self, records: bytes, start: int) -> None:
+        That file is unreadable if the content is too large or malformed. Its own header is still where it should be, so
+        the files after it are not lost.
+        """
+        if offset + size > self._end:
+            raise _DamageError(f"the tar ends within an extended header at byte {offset:,}")
+        if size > _MAX_EXTENSION_BYTES:
+            self._is_unreadable = True
+            return
+        content = bytes(read_at(self._file, size, offset))
+        if kind in _PAX:
+            self._apply_pax(content)
+        else:
+            self._name = content.split(b"\0", 1)[0]
+
+    def _apply_pax(self, records: bytes) -> None:
         """Keep the name, size and sparseness that records such as `b"12 path=x/y\n"` give the next file."""
         try:
             while records:
-                length = int(records[: records.index(b" ")])
+                length = _natural(records[: records.index(b" ")])
                 key, separator, value = records[records.index(b" ") + 1 : length - 1].partition(b"=")
                 if not separator or not 0 < length <= len(records):
                     raise ValueError
                 if key == b"path":
                     self._name = value
                 elif key == b"size":
-                    self._size = int(value)
+                    self._size = _natural(value)
                 elif key.startswith(b"GNU.sparse."):
-                    self._is_sparse = True
+                    self._is_unreadable = True
                     self._name = value if key == b"GNU.sparse.name" else self._name
                 records = records[length:]
         except ValueError:
-            raise _DamageError(f"the tar has an invalid extended header at byte {start:,}") from None
+            self._is_unreadable = True
 
     def _after_sparse_headers(self, header: bytes, offset: int) -> int:
         """Return the offset after the further headers that old GNU tar writes for a file with many holes."""
@@ -192,6 +203,13 @@ def _seek_and_read(file: int, size: int, offset: int) -> bytes:
 
 read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", _seek_and_read)  # Windows has no pread
 """Return up to `size` bytes of an open file from `offset` on, as `read_at(file, size, offset)`."""
+
+
+def _natural(text: bytes) -> int:
+    """Return a number of decimal digits; raise ValueError for any other text."""
+    if not text.isdigit():
+        raise ValueError
+    return int(text)
 
 
 def _size(header: bytes, start: int) -> int:

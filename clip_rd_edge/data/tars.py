@@ -35,7 +35,7 @@ _COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
 _MAX_OPEN = 64
-_INDEX_FORMAT = "2"  # increase when the same tar is indexed differently
+_INDEX_FORMAT = "3"  # increase when the same tar is indexed differently
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 
 
@@ -123,12 +123,14 @@ class Shard:
         names: sample names up to the first dot, (G,), UTF-8.
         locations: offset and size in bytes of image, text, JSON and class, (G, 4, 2); an offset of -1 means missing.
         damage: where the tar is damaged and indexing stopped, or empty.
+        lost: about how many samples lie behind the damage, by the size of those before it.
     """
 
     path: ShardFile
     names: npt.NDArray[np.bytes_]
     locations: npt.NDArray[np.int64]
     damage: str
+    lost: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -172,11 +174,11 @@ def open_shard(path: ShardFile) -> Shard:
     )
     # A damaged cached index is built again.
     with contextlib.suppress(*_CACHE_ERRORS), np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index:
-        return Shard(path, index["names"], index["places"], str(index["damage"]))
+        return Shard(path, index["names"], index["places"], str(index["damage"]), int(index["lost"]))
     close_tars()
     shard = _index_tar(path)
     buffer = io.BytesIO()
-    np.savez(buffer, names=shard.names, places=shard.locations, damage=np.asarray(shard.damage))
+    np.savez(buffer, names=shard.names, places=shard.locations, damage=np.asarray(shard.damage), lost=shard.lost)
     with contextlib.suppress(OSError):  # a full or read-only cache only costs time
         write_bytes(cached, buffer.getvalue())
     return shard
@@ -216,4 +218,11 @@ def _index_tar(path: ShardFile) -> Shard:
         sample_of, column_of, offsets, sizes = np.asarray(rows, np.int64).reshape(-1, 4)[::-1].T
         locations[sample_of, column_of] = np.stack([offsets, sizes], axis=1)
     count = len(names) - (scan.last_is_incomplete and is_in_sample)
-    return Shard(path, np.asarray(names[:count], np.bytes_), locations[:count], scan.damage)
+    lost = _samples_in(scan.size_bytes, locations[:count]) if scan.damage else 0
+    return Shard(path, np.asarray(names[:count], np.bytes_), locations[:count], scan.damage, lost)
+
+
+def _samples_in(size_bytes: int, locations: npt.NDArray[np.int64]) -> int:
+    """Return how many samples fit behind the known ones, (G, K, 2), in a tar of this size."""
+    end = int(locations.sum(axis=2).max(initial=0))
+    return round((size_bytes - end) * len(locations) / end) if 0 < end < size_bytes else 0

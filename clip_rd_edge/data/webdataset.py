@@ -50,6 +50,7 @@ class ShardPairs:
 
     Attributes:
         left_out: messages about samples without an image or a caption file, and about damaged shards.
+        lost: about how many samples are in the damaged parts of shards.
 
     Raises:
         InputError: a shard does not exist or is not a tar.
@@ -68,7 +69,7 @@ class ShardPairs:
         self._weights = [source.weight for source in sources]
         self._paths = [path for source in sources for path in source.shards]
         self._index = index_shards(self._paths, json_key=json_key, reporter=reporter)
-        self.left_out = self._index.left_out
+        self.left_out, self.lost = self._index.left_out, self._index.lost
         # The shard of each group: the shards of a source, as often as its weight says.
         numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])
         self._shard_of_group = np.concatenate([np.tile(n, w) for n, w in zip(numbers, self._weights, strict=True)])
@@ -250,8 +251,13 @@ def _require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]
     return non_empty
 
 
+_MAX_TEXT_BYTES = 1 << 24  # of a sample's caption or metadata
+
+
 def read_text(member: TarMember) -> str:
-    """Return a member's content as text; raises InputError if it cannot be read or is not valid UTF-8."""
+    """Return a member's content as text; raises InputError if it cannot be read, is too large or not valid UTF-8."""
+    if member.size > _MAX_TEXT_BYTES:
+        raise InputError(f"{member} has {member.size:,} bytes; the limit for a text is {_MAX_TEXT_BYTES:,}.")
     try:
         return member.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -70,7 +70,10 @@ def load_setup(
         )
     BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
     if pairs.left_out:
-        reporter.say(f"{len(pairs.left_out):,} samples are not pairs and were skipped; the first: {pairs.left_out[0]}")
+        lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""
+        reporter.say(
+            f"{len(pairs.left_out):,} samples are not pairs and were skipped{lost}; the first: {pairs.left_out[0]}"
+        )
     require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
     teacher = _load_teacher(config)
     seed_everything(config.seed)

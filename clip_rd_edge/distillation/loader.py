@@ -136,10 +136,12 @@ class ViewDataset(Dataset[PairView]):
         embeddings = None
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
             raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
-        image = self.pairs.open(index)
-        box = self.crops.draw(image.size, rng)
         models = [self.student] if self.teacher is None else [self.student, self.teacher]
-        levels = crop_levels(image, box, models)
+        try:
+            image = self.pairs.open(index)
+            levels = crop_levels(image, self.crops.draw(image.size, rng), models)
+        except MemoryError as error:
+            raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
         return PairView(levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings)
 
 

@@ -95,6 +95,57 @@ def test_a_sparse_file_is_listed_as_unreadable(tmp_path: Path, tar_format: str) 
     assert files[1] == listed_by_tarfile(path)[-1]
 
 
+def pax_header(records: bytes, *, size: int | None = None) -> bytes:
+    """An extended header of any content, sound or not."""
+    info = tarfile.TarInfo("PaxHeaders/x")
+    info.type, info.size = tarfile.XHDTYPE, len(records) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(-(-len(records) // 512) * 512, b"\0")
+
+
+def plain_file(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pax_header(b"no records"),
+        pax_header(b"12 path"),
+        pax_header(b"-5 path=x\n"),
+        pax_header(b"99 path=x\n"),
+        pax_header(b"0 path=x\n"),
+        pax_header(b"13 size=none\n"),
+        pax_header(b"11 size=-7\n"),
+        pax_header(b"9" * 300 + b" path=x\n"),
+        pax_header(b"30 GNU.sparse.map=0,1,2,3,4,5\n"),
+        pax_header(bytes(2 << 20)),
+    ],
+    ids=["words", "cut", "negative", "long", "zero", "size", "no size", "digits", "sparse", "large"],
+)
+def test_a_malformed_extended_header_makes_the_next_file_unreadable_and_no_other(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "a.tar"
+    before, hit, after = (plain_file(name, name.encode()) for name in ("before.txt", "hit.txt", "after.txt"))
+    path.write_bytes(before + header + hit + after + bytes(1024))
+    scan = scan_of(path)
+    start = len(before) + len(header)
+    assert list(scan) == [
+        (b"before.txt", 512, 10),
+        (b"hit.txt", UNREADABLE, 7),
+        (b"after.txt", start + len(hit) + 512, 9),
+    ]
+    assert scan.damage == ""
+
+
+def test_an_extended_header_that_runs_past_the_end_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(plain_file("before.txt", b"x") + pax_header(b"", size=1 << 30))
+    scan = scan_of(path)
+    assert [name for name, _, _ in scan] == [b"before.txt"]
+    assert "ends within an extended header" in scan.damage
+
+
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
@@ -108,10 +159,14 @@ def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -
         path.write_bytes(damaged)
         scan = scan_of(path)
         found = list(scan)
-        # A flipped bit in the content of an extended header has no checksum: it can only change one name.
+        # A flipped bit in the content of an extended header has no checksum: it can only change one name, or make the
+        # file unreadable.
         if found != files:
             assert scan.damage or len(found) == len(files), position
-            assert [file[1:] for file in found] == [file[1:] for file in files[: len(found)]], position
+            assert all(
+                file[1] in (UNREADABLE, real[1]) and file[2] == real[2]
+                for file, real in zip(found, files, strict=False)
+            ), position
 
 
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from clip_rd_edge.data import tars
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.pairs import BadSamples, load_pairs
 from clip_rd_edge.data.webdataset import expand_braces, json_captions
 from clip_rd_edge.errors import InputError, UsageError
 
@@ -135,6 +135,75 @@ def test_a_truncated_shard_yields_its_complete_samples(shards: Path) -> None:
     assert tuple(pairs.left_out) == (f"{path}: the tar ends at byte {third + 600:,}, within 0002.PNG",)
     path.write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])  # overwrite a header
     assert tuple(load_pairs(str(path)).left_out) == (f"{path}: the tar is damaged at byte {third:,}",)
+
+
+@pytest.fixture
+def long_shards(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> list[Path]:
+    """Four shards of 25 samples each."""
+    image = encode_image(0)
+    return [
+        write_tar(
+            tmp_path / f"{shard}.tar",
+            {f"{i:03d}{suffix}": content for i in range(25) for suffix, content in ((".png", image), (".txt", b"x"))},
+        )
+        for shard in range(4)
+    ]
+
+
+def test_what_lies_behind_damage_counts_as_bad(tmp_path: Path, long_shards: list[Path]) -> None:
+    damaged = bytearray(long_shards[1].read_bytes())
+    damaged[damaged.index(b"005.png") + 150] ^= 1  # in the checksum of a header
+    long_shards[1].write_bytes(damaged)
+    pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
+    assert len(pairs) == 80
+    assert 20 <= len(pairs.left_out) + pairs.lost <= 25  # an estimate: a tar is padded at its end
+    bad = BadSamples(pairs, max_share=0.25)
+    assert bad.left_out == len(pairs.left_out) + pairs.lost
+    with pytest.raises(InputError, match=r"are bad, more than 10\.00 ?%: .*1\.tar: the tar is damaged"):
+        BadSamples(pairs, max_share=0.1)
+
+
+def test_what_a_cut_shard_lacks_of_the_usual_number_counts_as_bad(tmp_path: Path, long_shards: list[Path]) -> None:
+    whole = long_shards[2].read_bytes()
+    long_shards[2].write_bytes(whole[: whole.index(b"010.png")])  # between two members
+    pairs = load_pairs(f"{tmp_path}/{{0..3}}.tar")
+    assert (len(pairs), len(pairs.left_out) + pairs.lost) == (85, 15)
+    with pytest.raises(InputError, match=r"15 of 100 samples .*/2\.tar: the tar ends at byte"):
+        BadSamples(pairs)
+
+
+def test_shards_that_are_merely_shorter_have_lost_nothing(
+    tmp_path: Path, long_shards: list[Path], write_tar: Factory, encode_image: Factory
+) -> None:
+    write_tar(tmp_path / "4.tar", {"000.png": encode_image(0), "000.txt": b"the last one"})
+    assert load_pairs(f"{tmp_path}/{{0..4}}.tar").lost == 0
+
+
+def test_a_sample_with_malformed_headers_is_a_bad_sample_and_no_damage(tmp_path: Path, encode_image: Factory) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(4):
+            if i == 2:
+                broken = tarfile.TarInfo("PaxHeaders/x")
+                broken.type, broken.size = tarfile.XHDTYPE, 10
+                archive.addfile(broken, io.BytesIO(b"no records"))
+            for name, content in ((f"{i}.png", encode_image(i)), (f"{i}.txt", f"grey {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    pairs = load_pairs(str(path))
+    assert greys(pairs) == [(i, f"grey {i}") for i in (0, 1, 3)]
+    assert list(pairs.left_out) == [f"{path}: 2 has no image (.jpg, .png, .webp)"]
+    assert pairs.lost == 0
+
+
+def test_a_text_of_any_size_is_a_bad_sample(tmp_path: Path, write_tar: Factory, encode_image: Factory) -> None:
+    members = {
+        f"{i}.{suffix}": encode_image(i) if suffix == "png" else b"x" for i in (0, 1) for suffix in ("png", "txt")
+    }
+    path = write_tar(tmp_path / "0.tar", {**members, "1.txt": bytes((1 << 24) + 1)})
+    with pytest.raises(InputError, match=r"16,777,217 bytes; the limit for a text is 16,777,216"):
+        load_pairs(str(path)).captions(1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -52,6 +53,8 @@ class IndexedTable:
     Raises:
         InputError: images have another size than they had when the table was indexed.
     """
+
+    lost: ClassVar[int] = 0  # a table is read whole or not at all
 
     def __init__(self, name: str, index: Path) -> None:
         self.name, self._folder = name, index

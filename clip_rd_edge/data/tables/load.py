@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
 
@@ -40,6 +40,7 @@ class TablePairs:
     images: tuple[Path, ...]
     texts: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...] = ()
+    lost: ClassVar[int] = 0  # a table is read whole or not at all
 
     def __len__(self) -> int:
         return len(self.images)
