@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.runtime.load import MAX_THREADS
+from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
 from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.io import read_yaml, shipped_path
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]
+Threads = Annotated[int, Meta(ge=1, le=MAX_THREADS)]
 _HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"
 
@@ -39,7 +43,7 @@ class SuiteRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     runtime: RowRuntime | None = None
 
 
-class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison of models on tasks.
 
     Attributes:
@@ -64,10 +68,10 @@ class Suite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     root: str | None = None
     data_root: str | None = None
     missing_tasks: Literal["error", "skip"] = "error"
-    threads: int = 1
-    rounds: int = 50
-    budget_ms: float | None = None
-    min_accuracy: float | None = None
+    threads: Threads = 1
+    rounds: PositiveInt = 50
+    budget_ms: PositiveFloat | None = None
+    min_accuracy: Share | None = None
 
     def load_tasks(self) -> list[Task]:
         """Load the tasks, except those that `missing` names.
@@ -177,7 +181,7 @@ def check_suite(suite: Suite, *, source: str) -> None:
     """Check that a suite can be run.
 
     Raises:
-        ConfigError: it has no rows or tasks, a duplicate label, or a number below 1.
+        ConfigError: it has no rows or tasks, or a duplicate label.
     """
     for name in ("rows", "tasks"):
         if not getattr(suite, name):
@@ -186,9 +190,6 @@ def check_suite(suite: Suite, *, source: str) -> None:
     labels = [row.label for row in suite.rows]
     if duplicates := {label for label in labels if labels.count(label) > 1}:
         raise ConfigError(f"{source} has the label {min(duplicates)!r} twice; labels must be unique.")
-    for name in ("threads", "rounds"):
-        if getattr(suite, name) < 1:
-            raise ConfigError(f"{source}: {name} is {getattr(suite, name)}; at least 1 is required.")
 
 
 EXAMPLE = Suite(

@@ -40,7 +40,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 )
 MAX_WORKERS = 1_024  # loader processes
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
-_Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 # Defaults that `quantize` puts in place of the recipe's values: a short fine-tuning run, in float32 because only
 # float32 represents INT8's steps exactly.
@@ -165,7 +165,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_block: NonNegativeInt = 0
     global_logits: bool = False
     processes: PositiveInt = 1
-    seed: _Seed = 0
+    seed: Seed = 0
     workers: Annotated[int, Meta(ge=-1, le=MAX_WORKERS)] = -1
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500

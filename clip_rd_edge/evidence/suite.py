@@ -10,17 +10,17 @@ from typing import Annotated
 
 import msgspec
 
-from clip_rd_edge.benchmarking.suite import find_suite
-from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, load_recipe
+from clip_rd_edge.benchmarking.suite import Threads, find_suite
+from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.io import convert, read_yaml
 
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A method to train students with.
 
     Attributes:
@@ -31,16 +31,17 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     name: str
     recipe: str
-    weights: dict[str, float] = {}
+    weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not _SAFE_NAME.fullmatch(self.name):
             raise ValueError(
                 f"the method's name is {self.name!r}; expected lower-case letters, digits, '.', '-' and '_'"
             )
 
 
-class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison of methods.
 
     Attributes:
@@ -59,22 +60,23 @@ class EvidenceSuite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     students: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     methods: Annotated[tuple[Method, ...], msgspec.Meta(min_length=1)]
     compare_with: tuple[str, ...] = ()
-    seeds: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    steps: Count
-    batch_size: Count
-    learning_rate: float
+    seeds: Annotated[tuple[Seed, ...], msgspec.Meta(min_length=1)]
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
     precision: Precision
-    image_size: Count
+    image_size: PositiveInt
     text: str
-    context_length: Count
-    embedding_size: Count
-    views: Count
-    evaluate_every: Count
-    log_every: Count
-    teacher_steps: Count = 600
-    threads: Count = 1
+    context_length: PositiveInt
+    embedding_size: PositiveInt
+    views: PositiveInt
+    evaluate_every: PositiveInt
+    log_every: PositiveInt
+    teacher_steps: PositiveInt = 600
+    threads: Threads = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = [method.name for method in self.methods]
         for field, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
             if len(set(values)) < len(values):

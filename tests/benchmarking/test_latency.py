@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_rd_edge.benchmarking.latency import REFERENCE_MODEL, measure_latencies, reference_call
+from clip_rd_edge.benchmarking.latency import REFERENCE_MODEL, measure_latencies, percentiles, reference_call
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import InputError
@@ -32,6 +32,19 @@ def test_each_tower_and_end_to_end_latency(make_encoder: Callable[..., Any], squ
     assert measured["slow"].text.p50 < 4
     assert measured["slow"].image.p95 >= measured["slow"].image.p50
     assert (measured["fast"].rounds, measured["fast"].threads) == (6, 1)
+
+
+def test_the_interval_of_a_quantile_covers_the_differences_between_timing_blocks() -> None:
+    """The calls of a block resemble each other: ten blocks of alike calls say no more than ten calls."""
+    rng = np.random.default_rng(0)
+    levels = 10 + np.arange(10)  # ms: the machine was slower from block to block
+    alike = percentiles([level + rng.normal(0, 0.01, 50) for level in levels])
+    mixed = percentiles(np.split(rng.permutation(np.repeat(levels, 50)) + rng.normal(0, 0.01, 500), 10))
+    assert alike.p50 == pytest.approx(mixed.p50, abs=0.6)
+    assert alike.p50_interval is not None
+    assert mixed.p50_interval is not None
+    assert alike.p50_interval.high - alike.p50_interval.low > 3
+    assert mixed.p50_interval.high - mixed.p50_interval.low < 2
 
 
 def test_a_missing_image_is_an_error(make_encoder: Callable[..., Any], tmp_path: Path) -> None:

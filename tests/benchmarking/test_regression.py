@@ -144,6 +144,29 @@ def test_accuracy_is_compared_in_pairs(results: Results) -> None:
     assert [change.verdict for change in compare_runs(results, results).accuracies] == ["same"] * 5
 
 
+def test_the_more_accuracies_are_compared_the_larger_a_loss_must_be(results: Results) -> None:
+    def with_misses(misses: int) -> Results:
+        hits = np.ones(200, dtype=np.bool_)
+        rows = []
+        for row in results.rows:
+            hits[:misses] = row.label != "INT8"
+            bits = np.packbits(hits).tobytes()
+            answers = tuple(msgspec.structs.replace(c, count=len(hits), bits=bits) for c in row.correctness[:1])
+            rows.append(msgspec.structs.replace(row, correctness=answers))
+        return msgspec.structs.replace(results, rows=tuple(rows))
+
+    def verdict(old: Results, new: Results) -> str:
+        (change,) = (change for change in compare_runs(old, new).accuracies if change.row == "INT8")
+        return change.verdict
+
+    before, after = with_misses(0), with_misses(4)
+    assert len(compare_runs(before, after).accuracies) == 5
+    assert verdict(before, after) == "noise"
+    assert verdict(before, with_misses(20)) == "regression"
+    alone = [msgspec.structs.replace(run, rows=run.rows[-1:]) for run in (before, after)]
+    assert verdict(*alone) == "regression"
+
+
 def test_answers_to_other_examples_are_not_compared(results: Results) -> None:
     rows = tuple(
         msgspec.structs.replace(

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.metrics import ZeroShotScore
 from clip_rd_edge.benchmarking.results import Results
-from clip_rd_edge.benchmarking.statistics import seeds_table
+from clip_rd_edge.benchmarking.statistics import RELOAD_DEVIATION, change_noise, pooled_deviation, seeds_table
 from clip_rd_edge.errors import InputError
 
 
@@ -36,3 +37,12 @@ def test_seeds_table_has_means_spreads_and_paired_ratios(results: Results) -> No
 def test_a_single_result_has_no_spread(results: Results) -> None:
     with pytest.raises(InputError, match="at least 2"):
         seeds_table([results])
+
+
+def test_blocks_of_one_model_that_agree_by_chance_have_the_noise_of_all_models() -> None:
+    scattered, alike = np.asarray([0.0, 0.1, -0.1, 0.05, -0.05]), np.full(5, 0.02)
+    pooled = pooled_deviation([scattered, alike, scattered, alike])
+    assert pooled == pytest.approx(np.sqrt(2 * (scattered**2).sum() / 16))
+    alone, among_others = change_noise(alike, alike), change_noise(alike, alike, pooled=pooled)
+    assert alone == pytest.approx(np.expm1(3.5 * np.sqrt(2) * RELOAD_DEVIATION))
+    assert among_others > 3 * alone

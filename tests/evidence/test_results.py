@@ -31,6 +31,7 @@ def test_seeds_with_different_signs_are_recorded(make: Make) -> None:
     )
     assert result is not None
     assert not result.same_sign
+    assert result.spread.mean == pytest.approx((10 - 1) / 2 / IMAGES)  # each seed with its own reference
 
 
 def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(make: Make) -> None:

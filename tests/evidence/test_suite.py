@@ -22,7 +22,7 @@ def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:
     settings = {
         (c.recipe.steps, c.recipe.batch_size, c.recipe.learning_rate, c.recipe.precision, c.views) for c in configs
     }
-    assert len(settings) == 1
+    assert settings == {(suite.steps, suite.batch_size, suite.learning_rate, suite.precision, suite.views)}
 
 
 def test_a_method_can_disable_loss_terms(suite: EvidenceSuite) -> None:
@@ -50,6 +50,13 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
         ("- 1\n", "- 0\n", "seeds has duplicates: 0, 0"),
         ("name: none", "name: ../none", "expected lower-case letters"),
         ("precision: fp32", "precision: auto", "precision is auto"),
+        ("learning_rate: 0.001", "learning_rate: .nan", "`float` > 0"),
+        ("learning_rate: 0.001", "learning_rate: .inf", "learning_rate is inf; expected a finite number"),
+        ("learning_rate: 0.001", "learning_rate: 0", "`float` > 0"),
+        ("xrd: 0", "xrd: .inf", r"weights\['xrd'\] is inf; expected a finite number"),
+        ("xrd: 0", "xrd: -1", "`float` >= 0.0"),
+        ("- 1\n", "- -1\n", "`int` >= 0"),
+        ("threads: 1", "threads: 100000", "`int` <= 1024"),
     ],
 )
 def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str) -> None:
