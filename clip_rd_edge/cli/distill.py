@@ -220,8 +220,10 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )  # fmt: skip
 @_output(
     "--report-to",
-    type=NameChoice(["tensorboard"]),
-    help="Also write the metrics to RUN/tensorboard.  [default: RUN/metrics.jsonl alone]",
+    metavar="NAME",
+    type=NameChoice(["tensorboard", "wandb", "mlflow"]),
+    help="Also report the metrics to tensorboard (RUN/tensorboard), wandb or mlflow; a resumed run continues there.  "
+    "[default: RUN/metrics.jsonl alone]",
 )
 def command(output: Path, **options: Any) -> None:
     """Train a compact student from a teacher and image-caption pairs.

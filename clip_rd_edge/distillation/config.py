@@ -42,6 +42,7 @@ MAX_WORKERS = 1_024  # loader processes
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 # Defaults that `quantize` puts in place of the recipe's values: a short fine-tuning run, in float32 because only
 # float32 represents INT8's steps exactly.
 QUANTIZE_DEFAULTS: dict[str, Any] = {"steps": 300, "learning_rate": 1e-4, "precision": "fp32"}
@@ -131,7 +132,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             resumed: batches and loss stay the same, but batch norms and dropout see only each process's part.
         workers: loader processes; -1 uses half of the cores, at most 8.
         evaluate_every: steps between evaluations on `tasks`; 0 evaluates only at the end.
-        report_to: `tensorboard` also writes the metrics there.
+        report_to: where the metrics also go; see `distillation.trackers`.
     """
 
     recipe_name: str
@@ -171,7 +172,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     checkpoint_every: PositiveInt = 500
     evaluate_every: NonNegativeInt = 0
     tasks: tuple[str, ...] = ()
-    report_to: Literal["tensorboard"] | None = None
+    report_to: TrackerName | None = None
 
 
 class DistillOptions(TypedDict, total=False):
@@ -217,7 +218,7 @@ class DistillOptions(TypedDict, total=False):
     workers: int
     tasks: str | Sequence[str]
     evaluate_every: int
-    report_to: Literal["tensorboard"] | None
+    report_to: TrackerName | None
     checkpoint_every: int
     accept_changes: bool
 

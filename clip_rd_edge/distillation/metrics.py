@@ -1,4 +1,4 @@
-"""Logging of a run: metrics.jsonl with one line per logged step, TensorBoard, and plots."""
+"""Logging of a run: metrics.jsonl with one line per logged step, and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.errors import MissingExtraError
 from clip_rd_edge.losses.objective import EmbeddingBatch
 from clip_rd_edge.utils.host import peak_memory_bytes
 from clip_rd_edge.utils.io import write_bytes
@@ -77,14 +76,13 @@ class MetricsLog:
         lines = [line for line in read_metrics(self._path.parent) if line["step"] == step]
         return any(name.startswith(EVALUATION_PREFIX) for line in lines for name in line)
 
-    def add_evaluation(self, step: int, scores: Mapping[str, float], board: TensorBoardLog | None) -> None:
-        """Add scores to the line of the last logged step if it is `step`, else write a line for them."""
+    def add_evaluation(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
+        """Add scores to the line of the last logged step if it is `step`, else write a line for them; return them."""
         evaluation = {f"{EVALUATION_PREFIX}{name}": value for name, value in scores.items()}
         lines = read_metrics(self._path.parent)
         logged = lines.pop() if lines and lines[-1]["step"] == step else {"step": step}
         self._write_all([*lines, {**logged, **evaluation}])
-        if board:
-            board.write({"step": step, **evaluation})
+        return {"step": step, **evaluation}
 
     def _write_all(self, lines: list[dict[str, Any]]) -> None:
         write_bytes(self._path, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
@@ -163,34 +161,6 @@ def mean_similarities(image: Tensor, text: Tensor) -> tuple[float, float]:
     # Σ_ij v_i·t_j = (Σ_i v_i)·(Σ_j t_j): memory grows with B·D rather than with B².
     total = (image.float().sum(dim=0) @ text.float().sum(dim=0)).item()
     return positive / pairs, (total - positive) / (pairs * (pairs - 1)) if pairs > 1 else math.nan
-
-
-TENSORBOARD_FOLDER = "tensorboard"
-
-
-class TensorBoardLog:
-    """Appends to `RUN/tensorboard`. On resume, events after the checkpoint are purged.
-
-    Args:
-        start: number of completed steps.
-
-    Raises:
-        MissingExtraError: tensorboard is not installed.
-    """
-
-    def __init__(self, run: Path, *, start: int) -> None:
-        try:  # takes seconds to import, so only on request
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("tensorboard", extra="train", purpose="--report-to tensorboard") from error
-        self._writer = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
-
-    def write(self, line: Mapping[str, float | None]) -> None:
-        """Write a line of metrics.jsonl as scalars of the same names and flush it to disk; skips None."""
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, line["step"])
-        self._writer.flush()
 
 
 STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"

@@ -7,7 +7,7 @@ checkpoints/     the complete state, for --resume
 student/         the trained model, an open_clip local-dir; written last, so a run without it is unfinished
 best/            the best student by the run's own evaluations, if there were any
 report/          plots
-tensorboard/     the same metrics for TensorBoard, if requested
+tensorboard/     the same metrics for TensorBoard, if requested; see also trackers.py
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
+from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
@@ -140,6 +141,7 @@ def _run(
     reporter: Reporter,
     evaluate: Callable[[Encoder], dict[str, float]] | None,
 ) -> Path:
+    require_tracker(config.report_to)
     config = msgspec.structs.replace(config, processes=processes.world_size)
     config, is_new = _check_folder(config, run, resume=resume, reporter=reporter)
     processes.barrier()  # before the main process writes: the others must not find the folder in use

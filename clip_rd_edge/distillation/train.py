@@ -23,12 +23,13 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import MetricsLog, Progress, TensorBoardLog, metrics_line, peak_memory_on
+from clip_rd_edge.distillation.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.optim import RunOptimizer
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
+from clip_rd_edge.distillation.trackers import Tracker, open_tracker
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -89,7 +90,7 @@ def train(
     )
     encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
     log = MetricsLog(run, start=start) if processes.is_main else None
-    board = TensorBoardLog(run, start=start) if processes.is_main and config.report_to == "tensorboard" else None
+    tracker = open_tracker(config, run, start=start, reporter=reporter) if processes.is_main else Tracker()
     sampler = StepSampler(
         setup.pairs.groups,
         recipe.batch_size,
@@ -116,9 +117,9 @@ def train(
         save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
         return evaluation
 
-    with stop_on_signals() as request, request.deferred():
+    with stop_on_signals() as request, request.deferred(), tracker:
         if log and start and not log.is_evaluated(start) and (evaluation := scores(start)):
-            log.add_evaluation(start, evaluation, board)
+            tracker.add(log.add_evaluation(start, evaluation))
         batches = step_loader(dataset, sampler, workers=config.workers)
         for step in range(start, steps):
             waiting_since = time.perf_counter()
@@ -158,8 +159,7 @@ def train(
                 }
                 line = metrics_line(progress, result.loss.terms, result.embeddings, extra)
                 log.write(line)
-                if board:
-                    board.write(line)
+                tracker.write(line)
             reporter.update("training", done, steps, progress.message())
             if evaluation:
                 reporter.say(f"step {done}: {progress.evaluation_message()}")

@@ -35,6 +35,8 @@ EXTRAS = {
     "demo": "the demo page",
     "serve": "serving bundles to other programs",
     "camera": "classify --camera",
+    "wandb": "distill --report-to wandb",
+    "mlflow": "distill --report-to mlflow",
     "openvino": "export --format openvino, and running its bundles",
     "rtx": "export --format trt for RTX cards, and running the engines on them",
     "tensorrt": "running engines on a Jetson",
