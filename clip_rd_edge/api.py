@@ -42,6 +42,21 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 
 
+class QuickstartOptions(TypedDict, total=False):
+    """Further options of `quickstart` and the command line.
+
+    Keys:
+        with_baseline: also train the same student without a teacher.
+        student_steps, teacher_steps: training steps, of 32 and of 64 pairs. Default: 1,100 and 300.
+        photos: a folder that benchmarks/scripts/tuxpaint.py wrote, on whose photographs the models are compared, too.
+    """
+
+    with_baseline: bool
+    student_steps: int | None
+    teacher_steps: int | None
+    photos: AnyPath | None
+
+
 class ServeOptions(TypedDict, total=False):
     """The options of `serve` and the command line.
 
@@ -498,29 +513,22 @@ def quickstart(
     student: str = "resnet10t",
     recipe: str = "clip-rd",
     seed: int = 0,
-    with_baseline: bool = False,
-    student_steps: int | None = None,
-    teacher_steps: int | None = None,
     reporter: Reporter = SILENT,
+    **options: Unpack[QuickstartOptions],
 ) -> Results:
     """Run the whole pipeline on the built-in emoji data set in minutes on a CPU; an interrupted run is resumed.
 
     Args:
         student: a preset or a timm architecture.
         seed: random seed of the student.
-        with_baseline: also train the same student without a teacher.
+        options: the other options of `clip-rd-edge quickstart`, under the same names.
     """
     from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart
 
-    steps = {"student_steps": student_steps, "teacher_steps": teacher_steps}
-    settings = Settings(
-        folder=Path(output),
-        student=student,
-        recipe=recipe,
-        seed=seed,
-        with_baseline=with_baseline,
-        **{name: count for name, count in steps.items() if count is not None},
-    )
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if "photos" in given:
+        given["photos"] = Path(given["photos"])
+    settings = Settings(folder=Path(output), student=student, recipe=recipe, seed=seed, **given)
     return run_quickstart(settings, reporter, partial(open_encoder, threads=1), first_answer)
 
 

@@ -11,6 +11,8 @@ different sizes, as photographs come from cameras. Written into the output folde
     pairs.csv                  their captions in English, in open_clip's columns: `--data photos/pairs.csv`
     tasks/choose, tasks/test   two zero-shot tasks, one sub-folder per label: make choices on the first, and give the
                                figures of the second; a label is in one of them, by a hash of its name
+    photographs                the task `test` for `clip-rd-edge quickstart --photos photos`
+    photographs-LANGUAGE       the same with the captions in German, French and Spanish as labels
     labels.txt                 all labels, one per line
     translations.json          for each label, its captions by language
 
@@ -37,6 +39,7 @@ from PIL import Image, ImageFilter
 
 PACKAGE = "tuxpaint-stamps-default"
 FRAMES = ((3, 2), (2, 3), (16, 9), (4, 3), (3, 4), (1, 1))  # aspect ratios of the composites, width to height
+LANGUAGES = ("de", "fr", "es")
 EDGES = (384, 512, 768, 1024)  # pixels of a composite's longer edge
 # A photograph has a colour of its own in one of five pixels; drawings repeat theirs.
 MIN_DISTINCT_COLOURS = 0.2
@@ -124,8 +127,24 @@ def write(stamps: list[Stamp], output: Path, *, views: int, seed: int) -> None:
         csv.writer(file).writerows(rows)
     labels = sorted({stamp.label for stamp in stamps})
     (output / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    write_report_tasks(stamps, output)
     translations = {stamp.label: stamp.translations for stamp in stamps}
     (output / "translations.json").write_text(json.dumps(translations, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def write_report_tasks(stamps: list[Stamp], output: Path) -> None:
+    """Write the task `test` in English and other languages, which share its images, for the quickstart's report."""
+    labels = sorted({stamp.label for stamp in stamps if task_of(stamp.label) == "test"})
+    translations = {stamp.label: stamp.translations for stamp in stamps}
+    for language in ("", *LANGUAGES):
+        task = output / "-".join(filter(None, ("photographs", language)))
+        task.mkdir()
+        (task / "test").symlink_to(Path("..", "tasks", "test"))
+        (task / "zeroshot_classification_templates.txt").write_text("{}\n")
+        if language:
+            # The few captions without a translation stay in English.
+            names = [translations[label].get(language, label).rstrip(". ") for label in labels]
+            (task / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 def task_of(label: str) -> str:

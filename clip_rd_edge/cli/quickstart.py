@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 
 
-_training, _output = grouped("Training"), grouped("Output")
+_training, _report, _output = grouped("Training"), grouped("Report"), grouped("Output")
 
 
 @click.command(
@@ -46,7 +46,11 @@ _training, _output = grouped("Training"), grouped("Output")
 )  # fmt: skip
 @_training(
     "--teacher-steps", type=click.IntRange(1), metavar="N",
-    help="Training steps of the teacher, of 64 pairs each.  [default: 600]",
+    help="Training steps of the teacher, of 64 pairs each.  [default: 300]",
+)  # fmt: skip
+@_report(
+    "--photos", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Also compare the models on photographs, which benchmarks/scripts/tuxpaint.py makes.",
 )  # fmt: skip
 @_output(
     "-o", "--output", default="quickstart", show_default=True, type=PathName(), metavar="FOLDER",
@@ -107,7 +111,9 @@ Try next:
   {program} classify {int8} {shlex.quote(str(image))} \\
       --labels {" ".join(f'"{label}"' for label in labels)}
   {program} demo {fp32} {int8}    # web page for camera and images; needs the extra [demo]
-  {program} {OWN_DATA_EXAMPLE}    # your own pairs and teacher"""
+  {program} {OWN_DATA_EXAMPLE}    # your own pairs and teacher
+  python benchmarks/scripts/tuxpaint.py photos && {program} quickstart -o {shlex.quote(str(folder))} --photos photos
+      # photographs in the report as well, from a Debian package"""
 
 
 def _program() -> str:

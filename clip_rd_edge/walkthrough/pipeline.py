@@ -20,15 +20,17 @@ from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
-from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.config import Recipe, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.io import new_folder, require_free_output, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
-from clip_rd_edge.walkthrough.teacher import build_teacher
+from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
+from clip_rd_edge.walkthrough.teacher import IMAGE_SIZE as TEACHER_SIZE
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Settings:
         seed: the student's; the teacher's is always 0.
         with_baseline: also train the same student without a teacher, for as many steps.
         teacher_steps, student_steps: steps of 64 pairs for the teacher and of 32 pairs for the student.
+        photos: a folder with tasks of photographs, which are added to the comparison; see `photo_tasks`.
     """
 
     folder: Path
@@ -49,24 +52,31 @@ class Settings:
     recipe: str = "clip-rd"
     seed: int = 0
     with_baseline: bool = False
-    teacher_steps: int = 600
+    teacher_steps: int = 300
     student_steps: int = 1100
+    photos: Path | None = None
 
 
-IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
-EMBEDDING_SIZE = 256
+IMAGE_SIZE = 64  # pixels, of the student: enough for emoji, and feasible to train on two cores
+VIEWS = 5  # of each pair, which return: the teacher embeds each of them only once
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
-    """Tune the embedded teacher on the training pairs; here, many small batches train better than few large ones."""
-    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
+    """Teach emoji to the embedded teacher so that it still recognises photographs.
+
+    Its first layers and the statistics of its batch norms stay as they were, and of what is trained, a share stays.
+    """
+    start = build_teacher(settings.folder / "teacher-untuned")
+    recipe = _recipe("clip", steps=settings.teacher_steps, batch_size=64, learning_rate=1e-3)
     config = _config(
-        recipe="clip",
-        steps=settings.teacher_steps,
-        batch_size=64,
-        learning_rate=1e-3,
+        "clip",
+        msgspec.structs.replace(recipe, precision="fp32"),  # the same teacher on all machines
         student=f"local-dir:{start}",
+        image_size=TEACHER_SIZE,
         freeze_text=True,
+        freeze_norms=True,
+        freeze_image=6,  # the stem and the first 5 of 16 blocks
+        tuned_share=0.75,
         seed=0,  # the same teacher for all students, so that students of different seeds can be compared
     )
     run_distillation(config, settings.folder / "teacher", resume=True, reporter=reporter)
@@ -83,28 +93,31 @@ def train_baseline(settings: Settings, reporter: Reporter) -> None:
 
 
 def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
+    from_teacher = load_recipe(recipe).objective.needs_teacher
     config = _config(
-        recipe=recipe,
-        steps=settings.student_steps,
-        batch_size=32,
-        learning_rate=2e-3,
+        recipe,
+        _recipe(recipe, steps=settings.student_steps, batch_size=32, learning_rate=2e-3),
         student=settings.student,
-        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.needs_teacher else None,
+        teacher=str(settings.folder / "teacher") if from_teacher else None,
+        teacher_cache=str(settings.folder / "teacher-embeddings") if from_teacher else None,
+        views=VIEWS,
+        image_size=IMAGE_SIZE,
         text="tiny",
         seed=settings.seed,
     )
     run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
+def _recipe(name: str, *, steps: int, batch_size: int, learning_rate: float) -> Recipe:
+    return msgspec.structs.replace(load_recipe(name), steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+
+
+def _config(recipe_name: str, recipe: Recipe, **rest: Any) -> RunConfig:
     return RunConfig(
-        recipe_name=recipe,
-        recipe=msgspec.structs.replace(
-            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
-        ),
+        recipe_name=recipe_name,
+        recipe=recipe,
         data="emoji",
-        image_size=IMAGE_SIZE,
-        context_length=16,
+        context_length=CONTEXT_LENGTH,
         embedding_size=EMBEDDING_SIZE,
         checkpoint_every=100,
         **rest,
@@ -127,6 +140,7 @@ def run_quickstart(
     """
     require_free_output(settings.folder, overwrite=True)  # stages that are complete stay
     # The student is built minutes later, after the teacher is tuned: report a mistyped name at once.
+    photo_tasks(settings.photos)
     load_recipe(settings.recipe)
     student_config(settings.student, embedding_size=EMBEDDING_SIZE, image_size=IMAGE_SIZE)
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
@@ -197,7 +211,7 @@ def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
 
 
 def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
-    report, suite = settings.folder / "report", quickstart_suite(settings.folder)
+    report, suite = settings.folder / "report", quickstart_suite(settings.folder, photos=settings.photos)
     if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
         return
     results = run_suite(suite, open_encoder, reporter, launch=launch)
@@ -205,8 +219,29 @@ def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncode
         write_report(results, folder)
 
 
-def quickstart_suite(folder: Path) -> Suite:
-    """Return the shipped suite for a quickstart folder, without the baseline if it was not trained."""
+def photo_tasks(photos: Path | None) -> tuple[str, ...]:
+    """Return the tasks in a folder of photographs: `photographs`, and `photographs-LANGUAGE` with other labels.
+
+    Raises:
+        InputError: there are none.
+    """
+    if photos is None:
+        return ()
+    tasks = tuple(str(path.resolve()) for path in sorted(photos.glob("photographs*")) if path.is_dir())
+    if not tasks:
+        raise InputError(
+            f"{photos} has no folder named photographs.",
+            hint="write it with: python benchmarks/scripts/tuxpaint.py FOLDER",
+        )
+    return tasks
+
+
+def quickstart_suite(folder: Path, *, photos: Path | None = None) -> Suite:
+    """Return the shipped suite for a quickstart folder, without the baseline if it was not trained.
+
+    Args:
+        photos: as for `photo_tasks`, whose tasks are added.
+    """
     suite = read_suite(shipped_path("benchmarks/suites/quickstart.yaml"))
     rows = tuple(row for row in suite.rows if row.role != "baseline" or (folder / row.model).is_dir())
-    return msgspec.structs.replace(suite, root=str(folder), rows=rows)
+    return msgspec.structs.replace(suite, root=str(folder), rows=rows, tasks=suite.tasks + photo_tasks(photos))

@@ -14,6 +14,7 @@ import tuxpaint
 from PIL import Image
 
 import clip_rd_edge as edge
+from clip_rd_edge.data.tasks import load_task
 
 
 def save_stamp(path: Path, *, colours: int, text: str | None) -> None:
@@ -72,6 +73,23 @@ def test_composites_are_wide_and_tall_and_the_same_every_time(stamps: Path, tmp_
     assert len(rows) == 6
     assert all((first / row["filepath"]).is_file() for row in rows)
     assert {path.parent.name for path in (first / "tasks").rglob("*.jpg")} == {"cat", "van or lorry"}
+
+
+def test_the_reports_tasks_share_images_and_have_labels_in_four_languages(stamps: Path, tmp_path: Path) -> None:
+    photographs = [stamp for stamp in tuxpaint.read_stamps(stamps) if tuxpaint.is_photograph(stamp)]
+    # One label is enough for a task here: both are put into `test`.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuxpaint, "task_of", lambda label: "test")
+        tuxpaint.write(photographs, tmp_path / "photos", views=2, seed=0)
+    moved = (tmp_path / "photos").rename(tmp_path / "moved")
+    tasks = {path.name: load_task(str(path)) for path in sorted(moved.glob("photographs*"))}
+    assert {name: task.labels for name, task in tasks.items()} == {
+        "photographs": ("cat", "van or lorry"),
+        "photographs-de": ("cat", "van or lorry"),
+        "photographs-es": ("cat", "van or lorry"),
+        "photographs-fr": ("Un chat", "van or lorry"),
+    }
+    assert {(len(task.images), task.templates) for task in tasks.values()} == {(4, ("{}",))}
 
 
 @pytest.mark.slow

