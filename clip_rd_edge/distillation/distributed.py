@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clip_rd_edge.distillation.heartbeat import heartbeat
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import default_device
 
 # Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
-# ends closes its connections, which the others notice at once.
+# ends closes its connections, which the others notice at once; see `heartbeat` for one that is stopped.
 _LONGEST_WAIT = timedelta(days=7)
 _BUCKET_MB = 64  # of gradients per message
 
@@ -173,6 +174,8 @@ def join_processes() -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-        yield Processes(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, control=control)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        with heartbeat(rank, world_size):
+            yield Processes(rank=rank, world_size=world_size, device=device, control=control)
     finally:
         dist.destroy_process_group()
