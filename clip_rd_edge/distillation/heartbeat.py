@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined,unused-ignore]
 
 from clip_rd_edge.errors import ClipRdEdgeError
 
@@ -110,7 +110,7 @@ def _key(rank: int) -> str:
 def heartbeat(rank: int, world_size: int) -> Iterator[None]:
     """Within the block, this process ends with exit code 1 if another one of the run is stopped."""
     # Connections of its own: torch's wait for others, and one that waits lets no other thread ask.
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,

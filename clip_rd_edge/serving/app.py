@@ -7,9 +7,9 @@ import base64
 import hmac
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_batch: max number of items per call of a tower.
         max_items: max number of items of all requests that are not answered yet; a larger request is accepted only if
             there is no other. What exceeds it is answered with 503.
-        max_requests: max number of requests that are read and answered at a time; the same holds.
+        max_requests: max number of requests that are answered at a time, once they are complete; the same holds.
     """
 
     max_batch: int = 16
@@ -183,6 +183,21 @@ class Service:
     def searches(self) -> bool:
         """Whether there is an index to search."""
         return self._index_folder is not None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Count a request while it is answered.
+
+        Raises:
+            BusyError: as many as the limit allows are being answered already.
+        """
+        if self.active_requests >= self.limits.max_requests:
+            raise BusyError(f"{self.active_requests:,} requests are being answered already.")
+        self.active_requests += 1
+        try:
+            yield
+        finally:
+            self.active_requests -= 1
 
     def close(self) -> None:
         """Stop the threads."""
@@ -335,11 +350,7 @@ def _answer(path: str, handler: Handler, service: Service, token: str) -> Handle
         if token and path != "/health" and not _authorised(request, token):
             response = _error(401, "The bearer token is missing or wrong.", headers={"WWW-Authenticate": "Bearer"})
         else:
-            service.active_requests += 1
-            try:
-                response = await _result(handler, request, service)
-            finally:
-                service.active_requests -= 1
+            response = await _result(handler, request, service)
         service.metrics.finish(path, response.status_code, time.perf_counter() - started)
         return response
 
@@ -353,11 +364,12 @@ def _authorised(request: Request, token: str) -> bool:
 
 async def _result(handler: Handler, request: Request, service: Service) -> Response:
     try:
-        if request.method == "POST" and service.active_requests > service.limits.max_requests:
-            raise BusyError(f"{service.active_requests:,} requests are being answered already.")
-        if request.method == "POST":
+        if request.method != "POST":
+            return await handler(request)
+        # Before it counts: requests that are never complete take nobody's turn. The handler gets the body from here.
+        await read_body(request)
+        with service.turn():
             return await _unless_it_leaves(handler, request)
-        return await handler(request)
     except BusyError as error:
         return _error(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
     except FullError:
@@ -380,9 +392,8 @@ async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
     Raises:
         ClientDisconnect: the client has closed the connection.
     """
-    await read_body(request)  # the request keeps it for the handler; what comes next is the end of the connection
     answer = asyncio.ensure_future(handler(request))
-    end = asyncio.ensure_future(request.receive())
+    end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end
     try:
         await asyncio.wait({answer, end}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():

@@ -6,9 +6,11 @@ name that resolves to 127.0.0.1); checking Origin blocks requests from other sit
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Collection
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -33,13 +35,23 @@ class TooLargeError(Exception):
 
 
 class FullError(Exception):
-    """The bodies of all requests together exceed MAX_BODIES_BYTES."""
+    """The bodies of all requests together exceed MAX_BODIES_BYTES, and this one had to make room."""
+
+
+class _Body:
+    """What has arrived of a request's body; `given_up` is set when others need the room."""
+
+    def __init__(self) -> None:
+        self.size, self.is_complete = 0, False
+        self.given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class Guard:
     """Middleware that rejects foreign hosts, foreign origins and large bodies, and adds security headers.
 
-    Reading a body raises `TooLargeError` or `FullError` if it exceeds a limit.
+    Reading a body raises `TooLargeError` or `FullError` if it exceeds a limit. When all bodies together exceed theirs,
+    those that began first and are still not complete are given up: clients that send theirs slowly, or never end them,
+    keep nobody out.
 
     Args:
         app: the application to protect.
@@ -56,7 +68,7 @@ class Guard:
         self.loopback = loopback
         self.names = {name.lower() for name in names}
         self.token_required = token_required
-        self._held_bytes = 0  # of the bodies of all requests that are not answered yet
+        self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -72,25 +84,36 @@ class Guard:
         if not scope["path"].isprintable():  # no file and no route; NUL is an error where files are looked for
             await error_response(404, "Not found.")(scope, receive, _with_headers(send))
             return
-        received = 0
+        body = _Body()
 
         async def receive_counted() -> Message:
             """Count the bytes, for bodies without a Content-Length."""
-            nonlocal received
-            message = await receive()
-            size = len(message.get("body", b""))
-            received += size
-            self._held_bytes += size
-            if received > MAX_BODY_BYTES:
+            message = await (receive() if body.is_complete else _unless_given_up(body, receive))
+            body.size += len(message.get("body", b""))
+            body.is_complete = not message.get("more_body", False)
+            if body.size > MAX_BODY_BYTES:
                 raise TooLargeError
-            if self._held_bytes > MAX_BODIES_BYTES:
-                raise FullError
+            self._make_room(body)
             return message
 
+        self._bodies[body] = None
         try:
             await self.app(scope, receive_counted, _with_headers(send))
         finally:
-            self._held_bytes -= received
+            self._bodies.pop(body, None)
+
+    def _make_room(self, body: _Body) -> None:
+        """Give up bodies until all fit; raise FullError if `body` is the one to give up."""
+        total = sum(other.size for other in self._bodies)
+        for other in list(self._bodies):
+            if total <= MAX_BODIES_BYTES:
+                return
+            if not other.is_complete and other is not body:
+                total -= other.size
+                other.given_up.set_result(None)
+                del self._bodies[other]
+        if total > MAX_BODIES_BYTES:
+            raise FullError
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -104,6 +127,19 @@ class Guard:
         if not (length.isdecimal() and len(length) < _MAX_DIGITS) or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()
         return None
+
+
+async def _unless_given_up(body: _Body, receive: Receive) -> Message:
+    """Return the next message; raise FullError if the body is given up before it comes."""
+    message: asyncio.Future[Message] = asyncio.ensure_future(receive())
+    waiting: set[asyncio.Future[Any]] = {message, body.given_up}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if body.given_up.done():
+            raise FullError
+        return message.result()
+    finally:
+        message.cancel()
 
 
 def allowed_host(host: str, *, loopback: bool) -> bool:

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,26 @@ def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_
         service.pending_items, service.active_requests = 0, 2
         assert client.post("/embeddings", json={"content": ["red"]}).status_code == 503
         assert client.get("/health").status_code == 200
+
+
+def test_requests_that_are_never_complete_take_nobodys_turn(
+    start: Callable[..., tuple[subprocess.Popen[str], int]],
+) -> None:
+    process, port = start()
+    request = frigate_request("/embeddings", {"content": ["red"]})
+    unfinished = []
+    for _ in range(300):  # more than connections, and than requests that are answered at a time
+        with suppress(OSError):
+            client = socket.create_connection(("127.0.0.1", port), timeout=10)
+            client.sendall(request.replace(b"{host}", b"127.0.0.1")[:-5])
+            unfinished.append(client)
+    for _ in range(20):
+        started = time.perf_counter()
+        assert exchange(port, request)[0] == 200
+        assert time.perf_counter() - started < 5
+    for client in unfinished:
+        client.close()
+    assert process.poll() is None
 
 
 def test_a_slow_client_and_a_killed_one_harm_nobody(

@@ -343,6 +343,55 @@ def test_all_bodies_together_are_limited_and_forgotten_when_answered(
         assert client.post(f"/api/classify?labels={key}", content=png()).status_code == 200
 
 
+class Upload:
+    """A body that a client sends piece by piece, and what the server answers."""
+
+    def __init__(self, app: Any, path: str = "/api/labels") -> None:
+        self.pieces: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.sent: list[dict[str, Any]] = []
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+
+        async def send(message: dict[str, Any]) -> None:
+            self.sent.append(message)
+
+        self.task = asyncio.ensure_future(app(scope, self.pieces.get, send))
+
+    async def send(self, content: bytes, *, last: bool = False) -> None:
+        self.pieces.put_nowait({"type": "http.request", "body": content, "more_body": not last})
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def status(self) -> int:
+        await asyncio.wait_for(self.task, 20)
+        status: int = self.sent[0]["status"]
+        return status
+
+
+def test_bodies_that_are_never_complete_make_room_for_those_that_are(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_BODIES_BYTES", 1_000)
+    served = app.make_app(app.Demo([colour_bundle], threads=1))
+
+    async def exchange() -> None:
+        slow = [Upload(served) for _ in range(3)]
+        for upload in slow:
+            await upload.send(b"[" + b" " * 300)
+        whole = Upload(served)
+        await whole.send(b'["red",' + b" " * 300)
+        assert await slow[0].status() == 429  # it began first
+        assert not slow[1].task.done()
+        await whole.send(b'"blue"]', last=True)
+        assert await whole.status() == 200
+        await slow[1].send(b'"green"]', last=True)  # slow, but complete in the end
+        assert await slow[1].status() == 200
+        await slow[2].send(b"x" * 1_000)
+        assert await slow[2].status() == 429  # too large for what there is, and none other to give up
+
+    asyncio.run(exchange())
+
+
 def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = models.ServedBundle(colour_bundle, threads=1)
     bundle.classify(png(), LABELS)
