@@ -281,7 +281,7 @@ def table(record: dict[str, Any]) -> str:
     sentences = [
         f"Batches equal bit for bit: {yes(record['batches_are_equal'])}.",
         f"The cache's limit was {limit:.0f} MB, and it held at most {largest:.0f} MB.",
-        f"While the store was away for {outage['seconds']:.0f} s, the longest wait was {outage['longest_wait_s']:.0f} s.",
+        f"In {outage['seconds']:.0f} s without the store a batch took at most {outage['longest_wait_s']:.0f} s.",
         "A run on S3 that was killed three times and resumed ended with the weights of one on disk: "
         f"{yes(record['killed_three_times_and_resumed_equals_disk'])}.",
         f"{record['samples']:,} images of {SIZE[0]} × {SIZE[1]} pixels in {record['shards']} shards; "

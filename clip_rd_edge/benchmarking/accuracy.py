@@ -21,7 +21,14 @@ from clip_rd_edge.benchmarking.metrics import (
     top_k_accuracy,
     top_k_indices,
 )
-from clip_rd_edge.contract.encoder import Embeddings, Encoder, in_batches, label_embeddings, probabilities
+from clip_rd_edge.contract.encoder import (
+    Embeddings,
+    Encoder,
+    embed_batches,
+    in_batches,
+    label_embeddings,
+    probabilities,
+)
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
@@ -194,13 +201,14 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SIL
 def _embed_images(encoder: Encoder, files: tuple[ImageFile, ...], task: str, reporter: Reporter) -> Embeddings:
     if not files:
         raise InputError(f"The task {task!r} has no images.")
-    batches = []
-    for batch in in_batches(len(files), BATCH_SIZE):
+
+    def embed(batch: slice) -> Embeddings:
         images = [open_image(file) for file in files[batch]]
-        inputs = f"the images from {files[batch.start]} on"
-        batches.append(_require_finite(encoder.encode_images(images), encoder, inputs))
+        embeddings = _require_finite(encoder.encode_images(images), encoder, f"the images from {files[batch.start]} on")
         reporter.update(task, batch.stop, len(files))
-    return np.concatenate(batches)
+        return embeddings
+
+    return embed_batches(encoder, in_batches(len(files), BATCH_SIZE), embed)
 
 
 def _require_finite(embeddings: Embeddings, encoder: Encoder, inputs: str) -> Embeddings:

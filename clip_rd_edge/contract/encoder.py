@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import msgspec
@@ -55,6 +55,26 @@ class Encoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Embed texts as given, without templates, shape (N, D)."""
         ...
+
+
+@runtime_checkable
+class SharedEncoder(Encoder, Protocol):
+    """An encoder that several processes run together: all call the same methods in the same order, and get all rows."""
+
+    def share(self, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
+        """Return the rows of all batches, each of which one of the processes computes with `embed`.
+
+        Raises:
+            ClipRdEdgeError: in all processes, if `embed` raises it in one.
+        """
+        ...
+
+
+def embed_batches(encoder: Encoder, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
+    """Return the rows of all batches, computed by this process or, for a `SharedEncoder`, by several."""
+    if isinstance(encoder, SharedEncoder):
+        return encoder.share(batches, embed)
+    return np.concatenate([embed(batch) for batch in batches])
 
 
 def in_batches(count: int, batch_size: int) -> list[slice]:

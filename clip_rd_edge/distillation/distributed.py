@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from clip_rd_edge.models.clip import default_device
 # ends closes its connections, which the others notice at once; see `heartbeat` for one that is stopped.
 _LONGEST_WAIT = timedelta(days=7)
 _BUCKET_MB = 64  # of gradients per message
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,14 @@ class Processes:
         values = torch.tensor(local)
         dist.all_reduce(values, group=self.control)
         return [int(value) for value in values.tolist()]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the value of each process, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -21,6 +21,7 @@ from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
@@ -58,8 +59,8 @@ def train(
     Args:
         config: resolved; its precision is not `auto`.
         teacher: None if the objective does not need one.
-        evaluate: called with the student every `config.evaluate_every` steps and at the end. Its scores are added to
-            the metrics, and the best student is saved as `RUN/best`.
+        evaluate: called with the student every `config.evaluate_every` steps and at the end, in all processes with an
+            encoder that they share. Its scores are added to the metrics, and the best student is saved as `RUN/best`.
 
     Raises:
         ConfigError: there are checkpoints, but all are damaged.
@@ -107,18 +108,22 @@ def train(
     def scores(done: int) -> dict[str, float]:
         """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
         due = done == steps or (config.evaluate_every and done % config.evaluate_every == 0)
-        if not (due and evaluate and processes.is_main):
+        if not (due and evaluate):
             return {}
+        processes.broadcast(saved_student.model.buffers())  # those that are saved
         try:
-            with request.at_once():
-                evaluation = evaluate(encoder)
+            # Several processes stop together, after a round of batches.
+            with request.at_once() if processes.world_size == 1 else nullcontext():
+                evaluation = evaluate(EncoderOfAllProcesses(encoder, processes, request))
         except Stopped:
             return {}
-        save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
+        if processes.is_main:
+            save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
         return evaluation
 
     with stop_on_signals() as request, request.deferred(), tracker:
-        if log and start and not log.is_evaluated(start) and (evaluation := scores(start)):
+        is_evaluated = log is None or log.is_evaluated(start)
+        if start and processes.any(not is_evaluated) and (evaluation := scores(start)) and log:
             tracker.add(log.add_evaluation(start, evaluation))
         batches = step_loader(dataset, sampler, workers=config.workers)
         for step in range(start, steps):

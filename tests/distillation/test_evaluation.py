@@ -1,0 +1,151 @@
+"""An evaluation that several processes, here threads, share gives the scores of one; they fail and stop together."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.benchmarking import accuracy
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.evaluation import EncoderOfAllProcesses
+from clip_rd_edge.distillation.signals import Stopped, StopRequest
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+
+COUNT = 3
+
+
+@dataclass
+class Exchange:
+    """What the threads of a group share."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(COUNT, timeout=60))
+    values: list[Any] = field(default_factory=lambda: [None] * COUNT)
+
+    def all(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+@dataclass(frozen=True)
+class Threads(Processes):
+    """Processes that are threads of this one."""
+
+    exchange: Exchange = field(default_factory=Exchange)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self.exchange.all(self.rank, value)
+
+    def sum(self, *local: int) -> list[int]:
+        return [sum(numbers) for numbers in zip(*self.exchange.all(self.rank, local), strict=True)]
+
+
+def run(action: Callable[[Processes, StopRequest], Any]) -> list[Any]:
+    """Call a function in each process; return its results, or what it raised."""
+    exchange = Exchange()
+
+    def call(rank: int) -> Any:
+        try:
+            return action(Threads(rank=rank, world_size=COUNT, exchange=exchange), StopRequest())
+        except (ClipRdEdgeError, Stopped) as error:
+            return error
+
+    with ThreadPoolExecutor(COUNT) as pool:
+        return list(pool.map(call, range(COUNT)))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[Path, ...]:
+    """Ten images of noise."""
+    paths = tuple(tmp_path / f"{i}.png" for i in range(10))
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture(params=["zero-shot", "retrieval"])
+def task(request: pytest.FixtureRequest, images: tuple[Path, ...]) -> Task:
+    words = tuple(f"a photo of {i}" for i in range(len(images)))
+    if request.param == "zero-shot":
+        return ZeroShotTask(name="t", images=images, targets=tuple(range(10)), labels=words, templates=("{}", "a {}"))
+    return RetrievalTask(name="t", images=images, captions=words, caption_images=tuple(range(10)))
+
+
+class Counting:
+    """An encoder with a copy of a model, which counts what it embeds."""
+
+    def __init__(self, clip: ClipModel) -> None:
+        self._encoder = TorchEncoder(dataclasses.replace(clip, model=copy.deepcopy(clip.model)))
+        self.describe, self.images, self.texts = self._encoder.describe, 0, 0
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
+        self.images += len(images)
+        return self._encoder.encode_images(images)
+
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+        self.texts += len(texts)
+        return self._encoder.encode_texts(texts)
+
+
+@pytest.fixture
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "BATCH_SIZE", 2)
+    monkeypatch.setattr("clip_rd_edge.distillation.evaluation.TEXT_BATCH", 4)
+
+
+@pytest.mark.usefixtures("_small_batches")
+def test_each_process_embeds_its_part_and_all_get_the_score_of_one(student: ClipModel, task: Task) -> None:
+    expected = accuracy.evaluate(TorchEncoder(student), task)
+    encoders = [Counting(student) for _ in range(COUNT)]
+
+    def evaluate(processes: Processes, request: StopRequest) -> Any:
+        return accuracy.evaluate(EncoderOfAllProcesses(encoders[processes.rank], processes, request), task)
+
+    assert run(evaluate) == [expected] * COUNT
+    texts = 20 if isinstance(task, ZeroShotTask) else 10
+    assert sum(encoder.images for encoder in encoders) == 10
+    assert sum(encoder.texts for encoder in encoders) == texts
+    assert all(encoder.images and encoder.texts for encoder in encoders)
+
+
+@pytest.mark.usefixtures("_small_batches")
+def test_what_fails_in_one_process_fails_in_all_and_is_named_by_that_one(student: ClipModel, task: Task) -> None:
+    Path(str(task.images[7])).write_bytes(b"not an image")  # in the fourth batch, of the first process
+
+    def evaluate(processes: Processes, request: StopRequest) -> Any:
+        return accuracy.evaluate(EncoderOfAllProcesses(Counting(student), processes, request), task)
+
+    first, *others = run(evaluate)
+    assert isinstance(first, InputError)
+    assert "7.png" in str(first)
+    assert [str(error) for error in others] == ["Another process cannot go on; its message says why."] * 2
+
+
+@pytest.mark.usefixtures("_small_batches")
+def test_a_stop_in_one_process_stops_all_after_a_round(student: ClipModel, task: Task) -> None:
+    encoders = [Counting(student) for _ in range(COUNT)]
+
+    def evaluate(processes: Processes, request: StopRequest) -> Any:
+        if processes.rank == 1:
+            request.signal_name = "SIGTERM"
+        return accuracy.evaluate(EncoderOfAllProcesses(encoders[processes.rank], processes, request), task)
+
+    assert all(isinstance(result, Stopped) for result in run(evaluate))
+    assert sum(encoder.images for encoder in encoders) == 0
+    assert encoders[1].texts == 0
