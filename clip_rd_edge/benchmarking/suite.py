@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
@@ -19,7 +20,7 @@ from clip_rd_edge.utils.io import read_yaml, shipped_path
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
-RowRuntime = Literal["torch", "torch-compile", "onnxruntime", "openvino", "tensorrt"]
+RowRuntime = Literal["torch", "torch-compile", Runtime]
 Threads = Annotated[int, Meta(ge=1, le=MAX_THREADS)]
 _HUB = "hf-hub:"
 _SHIPPED = "benchmarks/suites"

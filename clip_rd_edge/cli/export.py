@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -18,11 +18,13 @@ from clip_rd_edge.cli._options import (
     drop_none,
     grouped,
 )
+from clip_rd_edge.contract.formats import FORMATS, Precision
 
 if TYPE_CHECKING:
     from clip_rd_edge.api import ExportedBundle
     from clip_rd_edge.convert.int8.select import Trial
 
+_FORMATS = ". ".join(f"{name}: {info.help}" if info.help else name for name, info in FORMATS.items())
 _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 
 
@@ -39,13 +41,12 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 )
 @_bundle(
     "--format", metavar="NAME",
-    type=NameChoice(["onnx", "openvino", "trt"], meant={"tensorrt": "trt", "onnxruntime": "onnx"}),
-    help="onnx. openvino: ONNX files for OpenVINO. trt: TensorRT engines beside their ONNX files; needs no GPU.  "
-    "[default: the target's, else onnx]",
+    type=NameChoice(list(FORMATS), meant={alias: name for name, info in FORMATS.items() for alias in info.aliases}),
+    help=f"{_FORMATS}.  [default: the target's, else onnx]",
 )  # fmt: skip
 @_bundle(
     "--precision",
-    type=NameChoice(["fp32", "fp16", "bf16", "int8"], meant=PRECISION_WORDS),
+    type=NameChoice(list(get_args(Precision)), meant=PRECISION_WORDS),
     metavar="NAME",
     help="Precision of the towers: fp32, fp16, bf16 or int8.  [default: the target's, else fp32]",
 )

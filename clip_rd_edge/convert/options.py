@@ -1,4 +1,4 @@
-"""Formats, precisions and options of an export. Imports nothing heavy, so a command line can check them quickly."""
+"""Options of an export. Imports nothing heavy, so a command line can check them quickly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Literal, TypedDict
 
 import msgspec
 
+from clip_rd_edge.contract.formats import FORMATS, Format, Precision
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.label_list import Labels
 
-Format = Literal["onnx", "openvino", "trt"]
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 # Precision of a tower that INT8 does not improve; `none` refuses the export.
 Fallback = Literal["fp32", "fp16", "none"]
 # Bits of INT8 weights on CPUs. 7 is right on every processor; with 8, x86 processors without VNNI saturate (see
@@ -22,11 +21,6 @@ WeightBits = Literal[7, 8]
 Via = Literal["onnx", "torch-tensorrt"]
 # What is written: a bundle, or a folder for other programs.
 Layout = Literal["bundle", "huggingface", "immich"]
-PRECISIONS: dict[Format, tuple[Precision, ...]] = {
-    "onnx": ("fp32", "fp16", "int8"),
-    "openvino": ("fp32", "bf16", "int8"),
-    "trt": ("fp32", "fp16", "int8"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class ExportOptions(TypedDict, total=False):
     """The options of `clip_rd_edge.export` and the command line, before defaults and the target's profile apply.
 
     Keys:
-        format: `onnx`, `openvino` or `trt`. Default: the target's, else onnx.
+        format: one of `contract.formats.FORMATS`. Default: the target's, else onnx.
         precision: `fp32`, `fp16`, `bf16` or `int8`. Default: the target's, else fp32.
         target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, separated
             by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on any.
@@ -123,8 +117,9 @@ class ExportOptions(TypedDict, total=False):
 
 def require_precision(format: Format, precision: Precision) -> None:
     """Raise UsageError if a format does not support a precision."""
-    if precision not in PRECISIONS[format]:
-        raise UsageError(f"{format} does not support {precision}; expected {', '.join(PRECISIONS[format])}.")
+    precisions = FORMATS[format].precisions
+    if precision not in precisions:
+        raise UsageError(f"{format} does not support {precision}; expected {', '.join(precisions)}.")
 
 
 def require_via(via: Via, *, format: Format, precision: Precision) -> None:

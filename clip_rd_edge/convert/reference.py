@@ -11,10 +11,10 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.reference import Reference, reference_images, write_reference
 from clip_rd_edge.convert.parity import HARD_TEXTS
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 
 
-class _NodeByNode(BundleEncoder):
+class NodeByNode(BundleEncoder):
     """Runs the ONNX files without fusing nodes: Q/DQ layers are computed in float32, as the file says.
 
     INT8 kernels differ by processor, and may saturate on this one; the reference must not depend on it.
@@ -22,19 +22,27 @@ class _NodeByNode(BundleEncoder):
 
     runtime = "onnxruntime"
 
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> NodeByNode:
+        """Open a bundle."""
+        return cls(folder, manifest, threads=options.threads)
+
     def open_tower(self, tower: Tower) -> Any:
         """Open an unoptimised session for the tower's ONNX file."""
         return open_session(str(self.folder / tower.file), threads=self.threads, optimize=False)
 
 
-def add_reference(folder: Path, manifest: Manifest) -> None:
-    """Write reference.npz into the folder of a bundle whose manifest is not yet written.
+def add_reference(folder: Path, encoder: BundleEncoder) -> None:
+    """Write reference.npz into a bundle's folder.
+
+    Args:
+        folder: the bundle's folder; its manifest is not yet written.
+        encoder: computes the answers, such as NodeByNode.
 
     Raises:
-        ConfigError: ONNX Runtime cannot run a tower.
+        ConfigError: a tower does not run.
     """
-    encoder = _NodeByNode(folder, manifest)
-    images = reference_images(manifest.preprocessing.size)
+    images = reference_images(encoder.manifest.preprocessing.size)
     ids = encoder.tokenize(HARD_TEXTS)
     reference = Reference(
         texts=HARD_TEXTS,

@@ -9,12 +9,11 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.contract.formats import Format, Precision
 from clip_rd_edge.convert.options import (
     ExportOptions,
     ExportRequest,
-    Format,
     Layout,
-    Precision,
     WeightBits,
     int8_budget,
     require_precision,
@@ -59,9 +58,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         weight_bits: of INT8 weights. 8 is for targets whose processors all multiply bytes without saturation.
     """
 
-    format: Literal["onnx", "openvino", "trt"]
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...]
-    weight_bits: Literal[7, 8] = 7
+    format: Format
+    precisions: tuple[Precision, ...]
+    weight_bits: WeightBits = 7
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -24,16 +24,12 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import write_fp16
-from clip_rd_edge.convert.int8.bundle import write_int8
-from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest, require_precision, require_via
 from clip_rd_edge.convert.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
 from clip_rd_edge.convert.reference import add_reference
-from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
-from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder, write_engines
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.exporters.converters import Conversion, converter_for
 from clip_rd_edge.exporters.onnx import (
     IMAGE_INPUT,
     IMAGE_OUTPUT,
@@ -44,7 +40,6 @@ from clip_rd_edge.exporters.onnx import (
     export_text_tower,
 )
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
-from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -163,8 +158,6 @@ def export_bundle(
     """
     require_free_output(output, overwrite=overwrite)
     _require_supported(request, calibration)
-    # Check this before any long work.
-    torch_tensorrt = require_torch_tensorrt(request.target) if request.via == "torch-tensorrt" else None
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         if (request.format, request.precision) == ("onnx", "fp32"):
             converted = ConvertedBundle(write_fp32(clip, folder, request, reporter=reporter))
@@ -172,8 +165,8 @@ def export_bundle(
             if source is None:
                 source = Path(scratch)
                 write_manifest(source, write_fp32(clip, source, request, reporter=reporter))
-            build = engine_builder(torch_tensorrt, clip, source) if torch_tensorrt else None
-            converted = _convert(source, folder, request, calibration=calibration, build=build, reporter=reporter)
+            job = Conversion(clip, source, folder, request, calibration, reporter)
+            converted = converter_for(request.format).convert(job)
         return ConvertedBundle(_finish(folder, converted.manifest, request, calibration, reporter), converted.trials)
 
 
@@ -218,41 +211,9 @@ def _require_supported(request: ExportRequest, calibration: CalibrationSet | Non
     """Raise UsageError or InputError if the request cannot be met."""
     require_precision(request.format, request.precision)
     require_via(request.via, format=request.format, precision=request.precision)
-    if request.format == "trt" and request.precision == "int8" and request.target in RTX_WITHOUT_INT8:
-        card = RTX_TARGETS[request.target]
-        raise UsageError(
-            f"TensorRT for RTX does not compute the towers in INT8 on {request.target} ({card}).",
-            hint="use --precision fp16",
-        )
+    converter_for(request.format).check(request)
     if request.precision == "int8" and calibration is None:
         raise UsageError("INT8 needs a calibration set, to measure the activation ranges on.")
-    if request.format == "trt":
-        require_target(request.target)
-        if request.preprocess_in_graph:
-            raise UsageError(
-                "--preprocess-in-graph does not work with TensorRT, which supports neither uint8 images nor images of "
-                "any size."
-            )
-
-
-def _convert(
-    source: Path,
-    folder: Path,
-    request: ExportRequest,
-    *,
-    calibration: CalibrationSet | None,
-    build: EngineBuilder | None,
-    reporter: Reporter,
-) -> ConvertedBundle:
-    """Convert the float32 bundle `source` as requested, into `folder`."""
-    if request.format == "trt":
-        return ConvertedBundle(
-            write_engines(source, folder, request, calibration=calibration, build=build, reporter=reporter)
-        )
-    if request.precision == "int8" and calibration is not None:
-        return write_int8(source, folder, request, calibration=calibration, reporter=reporter)
-    write = write_openvino if request.format == "openvino" else write_fp16
-    return ConvertedBundle(write(source, folder, request, reporter=reporter))
 
 
 def _finish(
@@ -273,7 +234,7 @@ def _finish(
         reporter.update("embedding the labels")
         write_label_bank(folder, manifest, request.labels)
     reporter.update("computing the reference answers")
-    add_reference(folder, manifest)
+    add_reference(folder, converter_for(request.format).reference(folder, manifest))
     return write_manifest(folder, manifest)
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from clip_rd_edge.contract.formats import FORMATS
 from clip_rd_edge.installation import PACKAGE, install_command
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
@@ -37,9 +38,7 @@ EXTRAS = {
     "camera": "classify --camera",
     "wandb": "distill --report-to wandb",
     "mlflow": "distill --report-to mlflow",
-    "openvino": "export --format openvino, and running its bundles",
-    "rtx": "export --format trt for RTX cards, and running the engines on them",
-    "tensorrt": "running engines on a Jetson",
+    **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
 }
 _NOT_LISTED = {"all", "dev", "docs", "torch-tensorrt"}  # torch-tensorrt is a finding of its own
 # JetPack 6 has CUDA 12, whose driver runs no later major version; JetPack 7 has CUDA 13.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,8 +21,11 @@ from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
-from clip_rd_edge.runtime.backends.providers import warn
+from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 from clip_rd_edge.utils.host import lacks_vnni
 
 BATCH_SIZE = 32
@@ -48,8 +52,25 @@ def saturates(tower: Tower, placement: Placement) -> str:
     return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a bundle; each runtime takes what applies to it.
+
+    Attributes:
+        threads: threads per tower; None leaves the choice to the runtime.
+        device: one of `providers.DEVICES`.
+        spin: as for `backends.onnxruntime.open_session`.
+        required: fail, rather than fall back to another runtime.
+    """
+
+    threads: int | None = None
+    device: str = AUTO
+    spin: bool = True
+    required: bool = False
+
+
 class BundleEncoder(ABC):
-    """An `Encoder` for a bundle; each runtime's subclass implements `open_tower`. See `runtime.load`.
+    """An `Encoder` for a bundle; each runtime's subclass implements `open` and `open_tower`. See `runtime.load`.
 
     Args:
         folder, manifest: the bundle.
@@ -62,6 +83,15 @@ class BundleEncoder(ABC):
         self.folder = folder
         self.manifest = manifest
         self.threads = threads
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> Self:
+        """Open a bundle.
+
+        Raises:
+            UsageError: this runtime has no such device here.
+        """
 
     @abstractmethod
     def open_tower(self, tower: Tower) -> Any:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
 
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
+from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
-from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.runtime.intact import require_intact_manifest
 
 MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
-Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
-RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 
 def load(
@@ -68,30 +66,19 @@ def open_bundle(
             hint=f"this machine has {os.cpu_count()} cores",
         )
     engine = runtime or _runtime_for(device, manifest)
-    if engine == "openvino":
-        from clip_rd_edge.runtime.backends.openvino import CPU, OpenVinoEncoder
-
-        if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
-            raise UsageError(
-                f"OpenVINO has no device {device!r}; expected auto, cpu, {', '.join(OPENVINO_PROCESSORS)}."
-            )
-        return OpenVinoEncoder(folder, manifest, threads=threads, processor=OPENVINO_PROCESSORS.get(device, CPU))
-    if engine == "tensorrt" or (engine.startswith("tensorrt") and device == AUTO):
-        from clip_rd_edge.runtime.backends.tensorrt import TensorRtEncoder
-
-        return TensorRtEncoder(folder, manifest, threads=threads, required=runtime is not None)
-    from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-
-    return OrtEncoder(folder, manifest, threads=threads, device=device, spin=spin)
+    options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
+    encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
+    return encoder
 
 
-def _runtime_for(device: str, manifest: Manifest) -> str:
-    """Return the runtime, or the manifest's target, that opens a bundle on a device."""
-    if device in (AUTO, "cpu"):
-        return manifest.target
-    if device in OPENVINO_PROCESSORS and (manifest.target == "openvino" or _only_openvino_itself()):
+def _runtime_for(device: str, manifest: Manifest) -> Runtime:
+    """Return the runtime that opens a bundle on a device."""
+    own = format_of(manifest.target).runtime
+    if device == AUTO or (device == "cpu" and own != "tensorrt"):
+        return own
+    if device in OPENVINO_PROCESSORS and (own == "openvino" or _only_openvino_itself()):
         return "openvino"
-    return "onnxruntime"  # the others are its devices, whatever the bundle was exported for
+    return FORMATS["onnx"].runtime  # the others are its devices, whatever the bundle was exported for
 
 
 def _only_openvino_itself() -> bool:

@@ -22,11 +22,12 @@ from clip_rd_edge.contract.bundle import (
     read_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, saturates
-from clip_rd_edge.runtime.load import Runtime, open_bundle
+from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.io import read_json, sha256_of
 
 TEXT = "a photo of a cat"

@@ -16,11 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.formats import Precision
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
-from clip_rd_edge.convert.options import ExportRequest, Precision, WeightBits
+from clip_rd_edge.convert.options import ExportRequest, WeightBits
 from clip_rd_edge.convert.parity import embed, hard_pixels
-from clip_rd_edge.convert.reference import add_reference
+from clip_rd_edge.convert.reference import NodeByNode, add_reference
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -95,7 +96,7 @@ def _int8_bundle(fp32: Path, bits: WeightBits, folder: Path) -> Path:
     (bundle / "image.onnx").write_bytes(quantizer.quantize("min-max", quantizer.layers))
     image = msgspec.structs.replace(manifest.image, input_name="x", output_name="y", precision="int8")
     manifest = msgspec.structs.replace(manifest, image=image, files={})
-    add_reference(bundle, manifest)
+    add_reference(bundle, NodeByNode(bundle, manifest))
     write_manifest(bundle, manifest)
     return bundle
 

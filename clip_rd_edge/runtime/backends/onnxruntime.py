@@ -19,7 +19,7 @@ from clip_rd_edge.runtime.backends.providers import (
     session_device,
     warn,
 )
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.io import cache_home, sha256_of
 
 
@@ -116,6 +116,11 @@ class OrtEncoder(BundleEncoder):
         self._loaded_devices: dict[str, str] = {}  # by file name
         if device not in (AUTO, "cpu"):
             self._device_for(manifest.image)  # fail now, not at the first image
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> OrtEncoder:
+        """Open a bundle."""
+        return cls(folder, manifest, threads=options.threads, device=options.device, spin=options.spin)
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is the chosen one, or where a loaded tower actually runs."""

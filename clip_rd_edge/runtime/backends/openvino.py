@@ -16,7 +16,8 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.io import cache_home
 
 BF16, CPU = "bf16", "CPU"
@@ -159,6 +160,20 @@ class OpenVinoEncoder(BundleEncoder):
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, processor: str = CPU) -> None:
         super().__init__(folder, manifest, threads=threads)
         self.processor = processor
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> OpenVinoEncoder:
+        """Open a bundle.
+
+        Raises:
+            UsageError: the device is not one of OpenVINO's.
+        """
+        device = options.device
+        if device not in (AUTO, "cpu", *OPENVINO_PROCESSORS):
+            raise UsageError(
+                f"OpenVINO has no device {device!r}; expected auto, cpu, {', '.join(OPENVINO_PROCESSORS)}."
+            )
+        return cls(folder, manifest, threads=options.threads, processor=OPENVINO_PROCESSORS.get(device, CPU))
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is `cpu`, `gpu` or `npu`."""

@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.runtime.intact import require_current_engine
 
 _RTX_TARGET = "tensorrt-rtx"
@@ -65,6 +65,11 @@ class TensorRtEncoder(BundleEncoder):
         super().__init__(folder, manifest, threads=threads)
         self.required = required
         self._fell_back: dict[str, str] = {}  # why, by file name of the loaded towers; empty if the engine runs
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> TensorRtEncoder:
+        """Open a bundle."""
+        return cls(folder, manifest, threads=options.threads, required=options.required)
 
     def describe(self) -> Description:
         """Describe this encoder; `runtime` and `device` are those of the towers loaded so far."""

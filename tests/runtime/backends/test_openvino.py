@@ -15,13 +15,14 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import TowerEncoder
+from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
 from clip_rd_edge.runtime.backends import openvino as openvino_backend
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.load import Runtime, load
+from clip_rd_edge.runtime.load import load
 
 
 def test_a_missing_package_is_reported_with_its_extra(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,135 @@
+"""One converter per format: checks a request before anything long, and writes the bundle. See `contract.formats`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.formats import FORMATS, Format, import_named
+from clip_rd_edge.convert.bundle import ConvertedBundle
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.fp16 import write_fp16
+from clip_rd_edge.convert.int8.bundle import write_int8
+from clip_rd_edge.convert.openvino import write_openvino
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.convert.reference import NodeByNode
+from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
+from clip_rd_edge.convert.tensorrt.bundle import write_engines
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.utils.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converter needs.
+
+    Attributes:
+        clip: the model.
+        source: its float32 bundle, in ONNX.
+        folder: where the files are written.
+        request: precision and the other parameters.
+        calibration: samples for INT8, or None for other precisions.
+        reporter: shows progress.
+    """
+
+    clip: ClipModel
+    source: Path
+    folder: Path
+    request: ExportRequest
+    calibration: CalibrationSet | None
+    reporter: Reporter
+
+    @property
+    def samples(self) -> CalibrationSet:
+        """The calibration set of a request for INT8, which `export_bundle` has checked to be there."""
+        if self.calibration is None:
+            raise ValueError("INT8 without a calibration set")
+        return self.calibration
+
+
+class Converter(ABC):
+    """Converts a model's float32 bundle to a format."""
+
+    def check(self, request: ExportRequest) -> None:
+        """Raise a ClipRdEdgeError if the request cannot be met here: a package is missing, or options do not apply."""
+        return None
+
+    @abstractmethod
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the towers and the tokenizer; return the manifest, not yet written, and the INT8 trials.
+
+        Raises:
+            ClipRdEdgeError: a tower cannot be converted, computes something else, or is not worth shipping in INT8.
+        """
+
+    def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
+        """Return an encoder that computes a bundle's reference answers, as the same on every processor as can be."""
+        return NodeByNode(folder, manifest)
+
+
+def converter_for(format: Format) -> Converter:
+    """Return the converter of a format, imported by its name."""
+    converter: Converter = import_named(FORMATS[format].converter)()
+    return converter
+
+
+class OnnxConverter(Converter):
+    """ONNX for ONNX Runtime, in FP16 or INT8; float32 is the source itself."""
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle."""
+        if job.request.precision == "int8":
+            return _write_int8(job)
+        return ConvertedBundle(write_fp16(job.source, job.folder, job.request, reporter=job.reporter))
+
+
+class OpenVinoConverter(Converter):
+    """ONNX for OpenVINO."""
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle."""
+        if job.request.precision == "int8":
+            return _write_int8(job)
+        return ConvertedBundle(write_openvino(job.source, job.folder, job.request, reporter=job.reporter))
+
+
+def _write_int8(job: Conversion) -> ConvertedBundle:
+    samples = job.samples
+    return write_int8(job.source, job.folder, job.request, calibration=samples, reporter=job.reporter)
+
+
+class TensorRtConverter(Converter):
+    """ONNX with engines beside it, built from it or by torch-tensorrt."""
+
+    def check(self, request: ExportRequest) -> None:
+        """Raise if engines cannot be built for the target as requested."""
+        if request.precision == "int8" and request.target in RTX_WITHOUT_INT8:
+            card = RTX_TARGETS[request.target]
+            raise UsageError(
+                f"TensorRT for RTX does not compute the towers in INT8 on {request.target} ({card}).",
+                hint="use --precision fp16",
+            )
+        require_target(request.target)
+        if request.preprocess_in_graph:
+            raise UsageError(
+                "--preprocess-in-graph does not work with TensorRT, which supports neither uint8 images nor images of "
+                "any size."
+            )
+        if request.via == "torch-tensorrt":
+            require_torch_tensorrt(request.target)
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle."""
+        build = None
+        if job.request.via == "torch-tensorrt":
+            build = engine_builder(require_torch_tensorrt(job.request.target), job.clip, job.source)
+        return ConvertedBundle(
+            write_engines(
+                job.source, job.folder, job.request, calibration=job.calibration, build=build, reporter=job.reporter
+            )
+        )
