@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +17,16 @@ from clip_rd_edge.utils.io import write_text
 
 # The pattern by which open_clip's SimpleTokenizer splits a cleaned text; its special tokens go in front. The original
 # ignores case: U+0345, a mark whose upper case is a letter, then counts neither as a letter nor as another character,
-# and is dropped.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{0345}]+"
+# and is dropped. LETTERS and NUMBERS are those that the library's Unicode tables lack.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}LETTERS]+|[\p{N}NUMBERS]|[^\s\p{L}LETTERS\p{N}NUMBERS\x{0345}]+"
 _END_OF_WORD = "</w>"
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
     """Write tokenizer.json from an open_clip `SimpleTokenizer` or `HFTokenizer`; return the settings it cannot hold.
 
-    Ids are the same for every text, except for letters that only one library's Unicode tables contain.
+    Ids are the same for every text. Letters and numbers that are too new for the library's Unicode tables are written
+    into the file, as far as those of this Python's `regex` have them, which open_clip uses.
 
     Raises:
         ClipRdEdgeError: the tokenizer is of another type, or pads in a way that `TokenizerSpec` cannot express.
@@ -51,7 +54,8 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     for name, token_id in specials.items():
         _add_special_token(name, token_id, vocabulary=vocabulary, merges=merges, free_ids=free_ids)
     fast = FastTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
-    pattern = Regex("|".join([*specials, _WORDS]))
+    words = _WORDS.replace("LETTERS", _newer_than_the_library("L")).replace("NUMBERS", _newer_than_the_library("N"))
+    pattern = Regex("|".join([*specials, words]))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, behavior="removed", invert=True),
@@ -66,6 +70,21 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_name(tokenizer), end_id=specials[end]
     )
+
+
+@cache
+def _newer_than_the_library(category: Literal["L", "N"]) -> str:
+    """Return the ranges, for a character class, of letters or numbers that `regex` knows and `tokenizers` does not."""
+    import regex  # comes with open_clip
+    from tokenizers import Regex, pre_tokenizers
+
+    everything = "".join(map(chr, itertools.chain(range(0xD800), range(0xE000, sys.maxunicode + 1))))
+    characters = "".join(regex.findall(rf"\p{{{category}}}+", everything))
+    split = pre_tokenizers.Split(Regex(rf"\p{{{category}}}+"), behavior="removed")
+    codes = sorted(ord(character) for piece, _ in split.pre_tokenize_str(characters) for character in piece)
+    # Consecutive codes have the same distance from their positions.
+    groups = (list(group) for _, group in itertools.groupby(enumerate(codes), lambda item: item[1] - item[0]))
+    return "".join(f"{chr(group[0][1])}-{chr(group[-1][1])}" for group in groups)
 
 
 def _add_special_token(

@@ -69,6 +69,20 @@ def test_ids_match_open_clip_on_characters_below_u3000(tmp_path: Path) -> None:
     assert mismatches == []
 
 
+def test_ids_match_open_clip_on_letters_and_numbers_of_any_unicode_version(tmp_path: Path) -> None:
+    """Also on those that are newer than the tables of the tokenizers library; whole blocks are sampled."""
+    regex = pytest.importorskip("regex")  # which open_clip uses
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    runs = regex.findall(r"\p{L}+|\p{N}+", everything)
+    characters = [run[i] for run in runs for i in {0, len(run) // 2, len(run) - 1}]
+    assert len(characters) > 1000
+    reference = open_clip.SimpleTokenizer(context_length=16)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", export_tokenizer(reference, tmp_path))
+    texts = [f"a{c}{c}1 !{c}'s" for c in characters]
+    expected, ids = reference(texts).numpy(), tokenizer(texts)
+    assert [hex(ord(c)) for c, a, b in zip(characters, expected, ids, strict=True) if not np.array_equal(a, b)] == []
+
+
 def test_ids_match_open_clip_on_the_built_in_captions(tmp_path: Path) -> None:
     emoji = pytest.importorskip("clip_rd_edge.data.emoji")
     pytest.importorskip("emoji")
