@@ -8,6 +8,12 @@ EfficientNet-Lite0 and MiniLM-L6, from the packages of the extra `emoji`. Names 
 
 With `--before` and `--after`, a stitched model before and after fine-tuning, the weights between the two are evaluated
 on the photographs of `choose` and on the emoji of the test splits.
+
+With `--models`, finished models such as a quickstart's `teacher-untuned`, `teacher` and `student` are evaluated on the
+photographs of `test` and on the emoji, and nothing else is done; their figures are added to those in the output:
+
+    python benchmarks/scripts/stitched_teacher.py photos --models quickstart/teacher-untuned quickstart/teacher \
+        -o benchmarks/results/MACHINE/stitched-teacher.json
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
 from clip_rd_edge.utils.host import machine_name
 
+EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Score = dict[str, Any]
@@ -120,12 +127,21 @@ def between(before: Path, after: Path, photos: Path) -> list[Score]:
     """Evaluate the interpolation of two models by the share of the second."""
     start, end = load_clip(str(before)), load_clip(str(after))
     tasks = {"photographs": load_zero_shot(photos / "tasks" / "choose")}
-    tasks |= {name: load_zero_shot(f"emoji:{name}") for name in ("unseen-style", "unseen-concepts")}
+    tasks |= {name: load_zero_shot(f"emoji:{name}") for name in EMOJI}
     rows = []
     for share in SHARES:
         encoder = TorchEncoder(interpolate_clip(start, end, share=share))
         rows.append({"share": share, **{name: top(encoder, task) for name, task in tasks.items()}})
     return rows
+
+
+def finished(model: Path, photos: Path) -> Score:
+    """Evaluate a finished model on the photographs of `test` and on the emoji."""
+    encoder = TorchEncoder(load_clip(str(model)))
+    tasks = {"photographs": load_zero_shot(photos / "tasks" / "test")}
+    tasks |= {name: load_zero_shot(f"emoji:{name}") for name in EMOJI}
+    edge = encoder.describe().preprocessing.size[0]
+    return {"model": model.name, "size": edge, **{name: top(encoder, task) for name, task in tasks.items()}}
 
 
 def top(encoder: TorchEncoder, task: ZeroShotTask) -> Score:
@@ -148,15 +164,26 @@ def main() -> None:
     )
     parser.add_argument("--before", type=Path, help="a stitched model")
     parser.add_argument("--after", type=Path, help="the same model, fine-tuned on emoji with --freeze-norms")
+    parser.add_argument("--models", type=Path, nargs="+", help="finished models, which are evaluated alone")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
+    if arguments.models:
+        if arguments.output.is_file():
+            record = {**json.loads(arguments.output.read_text(encoding="utf-8")), **record}
+        record["finished"] = [finished(model, arguments.photos) for model in arguments.models]
+        write(arguments.output, record)
+        return
     record["stitched"] = stitched(
         arguments.photos, load_sentence_encoder("all-MiniLM-L6-v2", context_length=32), arguments.sizes
     )
     if arguments.before and arguments.after:
         record["interpolated"] = between(arguments.before, arguments.after, arguments.photos)
-    arguments.output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(arguments.output, record)
+
+
+def write(output: Path, record: dict[str, Any]) -> None:
+    output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
