@@ -110,9 +110,11 @@ def _require_bounded(normalizer: Any, path: Path) -> None:
 
 def clean_text(text: str, mode: str) -> str:
     """Clean a text before tokenisation, as open_clip does (`open_clip.tokenizer.get_clean_fn`)."""
-    import ftfy  # takes 30 ms, and bundles may run without tokenising any text
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # of others, nothing is broken or escaped
+        import ftfy  # takes 30 ms, and most texts do without it
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = text.strip()
     if mode == "canonicalize":
         text = _remove_punctuation(text)
     text = " ".join(text.split())

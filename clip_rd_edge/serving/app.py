@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
@@ -105,13 +106,13 @@ class Service:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
-        items = protocol.llama_items(protocol.decode(await read_body(request), protocol.LlamaRequest))
+        items = protocol.llama_items(protocol.decode(await request.body(), protocol.LlamaRequest))
         rows, _ = await self._embed(items)
         return _json([{"index": number, "embedding": [row.tolist()]} for number, row in enumerate(rows)])
 
     async def openai_embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: OpenAI's form."""
-        body = protocol.decode(await read_body(request), protocol.OpenAiRequest)
+        body = protocol.decode(await request.body(), protocol.OpenAiRequest)
         items = protocol.openai_items(body, embedding_size=self.description.embedding_size)
         rows, tokens = await self._embed(items)
         encoded = [_base64(row) if body.encoding_format == "base64" else row.tolist() for row in rows]
@@ -161,7 +162,7 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """POST /classify."""
-        body = protocol.decode(await read_body(request), protocol.ClassifyRequest)
+        body = protocol.decode(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
         classifier = await self._run(self._classifier, body.labels, body.none_below)
@@ -171,7 +172,7 @@ class Service:
 
     async def search(self, request: Request) -> Response:
         """POST /search."""
-        body = protocol.decode(await read_body(request), protocol.SearchRequest)
+        body = protocol.decode(await request.body(), protocol.SearchRequest)
         if bool(body.query.strip()) == bool(body.image):
             raise InputError("Expected either a query or an image.")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
@@ -392,18 +393,29 @@ async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
     Raises:
         ClientDisconnect: the client has closed the connection.
     """
-    answer = asyncio.ensure_future(handler(request))
+    task = asyncio.current_task()
+    assert task is not None
     end = asyncio.ensure_future(request.receive())  # the body is complete: what comes next is the connection's end
+    left = False
+
+    def leave(end: asyncio.Future[Any]) -> None:
+        nonlocal left
+        if not end.cancelled():
+            left = True
+            task.cancel()
+
+    end.add_done_callback(leave)
     try:
-        await asyncio.wait({answer, end}, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
+        return await handler(request)
+    except asyncio.CancelledError:
+        if not left:
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()
+        raise ClientDisconnect from None
     finally:
-        answer.cancel()
+        end.remove_done_callback(leave)
         end.cancel()
-        # So that what the request held is free when it counts as finished. Its error, if any, is raised above.
-        await asyncio.gather(answer, end, return_exceptions=True)
 
 
 def _error(status: int, message: str, *, headers: dict[str, str] | None = None) -> Response:

@@ -55,6 +55,8 @@ class Batcher:
             starts, self._runs = not self._runs, True
         if starts:
             self._executor.submit(self._run, loop)
+        if len(futures) == 1:
+            return (await futures[0])[None]
         return np.stack(await asyncio.gather(*futures))
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:

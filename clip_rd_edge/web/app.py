@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
-from clip_rd_edge.web.limits import LimitedProtocol, LogLimit
+from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle
 
 PAGE = Path(__file__).with_name("page")
@@ -183,12 +183,14 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
         config = uvicorn.Config(
             app,
             http=LimitedProtocol,
+            ws="none",
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing asks who the client is
             timeout_keep_alive=30,
             timeout_graceful_shutdown=stop_within_s,
-            h11_max_incomplete_event_size=64_000,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         log_limit = LogLimit()
         for name in ("uvicorn.error", "asyncio"):

@@ -13,13 +13,13 @@ from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 25_000_000
 MAX_BODIES_BYTES = 200_000_000  # of all requests that are received or answered at a time
-_HEADERS = {
+_HEADERS = {  # of every response
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -28,6 +28,8 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+_RAW_NAMES = {name for name, _ in _RAW_HEADERS}
 
 
 class TooLargeError(Exception):
@@ -69,6 +71,7 @@ class Guard:
         self.names = {name.lower() for name in names}
         self.token_required = token_required
         self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
+        self._last_allowed: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -118,8 +121,7 @@ class Guard:
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self.token_required:
-            known = _hostname(host) in self.names
-            if not known and not allowed_host(host, loopback=self.loopback):
+            if not self._allows(host):
                 return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
             if origin is not None and origin.partition("://")[2] != host:
                 return 403, f"Requests from pages of {origin} are not allowed."
@@ -127,6 +129,14 @@ class Guard:
         if not (length.isdecimal() and len(length) < _MAX_DIGITS) or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()
         return None
+
+    def _allows(self, host: str) -> bool:
+        """Return whether requests may name a host; the last one is remembered, for most name the same."""
+        if host != self._last_allowed:
+            if _hostname(host) not in self.names and not allowed_host(host, loopback=self.loopback):
+                return False
+            self._last_allowed = host
+        return True
 
 
 async def _unless_given_up(body: _Body, receive: Receive) -> Message:
@@ -183,9 +193,8 @@ def too_large_message() -> str:
 def _with_headers(send: Send) -> Send:
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in _HEADERS.items():
-                headers[name] = value
+            own = [header for header in message.get("headers", ()) if header[0].lower() not in _RAW_NAMES]
+            message["headers"] = [*own, *_RAW_HEADERS]
         await send(message)
 
     return send_with_headers

@@ -11,14 +11,20 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 MAX_CONNECTIONS = 256  # well below the usual limit of 1,024 open files
 REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
+MAX_HEAD_BYTES = 64_000  # of a request
 MAX_LOG_LINES, LOG_PERIOD_S = 20, 60.0
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-ignore]
     """One HTTP connection. One too many ends the oldest that waits for its client, never one that is being answered.
 
-    So clients that hold connections open, or send their requests slowly, keep nobody out.
+    So clients that hold connections open, or send their requests slowly, keep nobody out. Requests are parsed by
+    httptools if it is installed, and by h11 otherwise, whose limit of a request's head is uvicorn's setting; httptools
+    has none, and calls the methods that begin with `on_`.
     """
+
+    in_head = False  # whether a request has begun whose head is not complete
+    head_bytes = 0  # received of it since
 
     def connection_made(self, transport: Any) -> None:
         """Count the connection, and start to wait for its first request."""
@@ -30,6 +36,23 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
             self.connections.discard(oldest)
             oldest.transport.abort()
         asyncio.get_running_loop().call_later(REQUEST_TIMEOUT_S, self._end_without_request)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self.in_head, self.head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its head is complete."""
+        self.in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrives; refuse a head without an end."""
+        self.head_bytes += len(data) if self.in_head else 0
+        super().data_received(data)
+        if self.in_head and self.head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("The head of the request is too large.")
 
     @property
     def waits_for_client(self) -> bool:

@@ -36,8 +36,9 @@ def _difficult_strings() -> list[str]:
         for separator, _ in itertools.product(("", " ", "  ", "'", "!"), range(60))
     ]
     characters = ["".join(chr(rng.choice([*range(0xD800), *range(0xE000, 0x2FA20)])) for _ in range(8))]
+    ascii_only = ["".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(12))) for _ in range(500)]
     long = ["word " * 2000, "x" * 10_000, "!" * 10_000, "猫" * 10_000, " " * 10_000]
-    return ["", " ", *PIECES, *joined, *characters, *long]
+    return ["", " ", *PIECES, *joined, *characters, *ascii_only, *long]
 
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])

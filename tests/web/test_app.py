@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import json
 import logging
@@ -16,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +457,27 @@ def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent
         process.send_signal(signal.SIGINT)
         _, log = process.communicate(timeout=30)
     assert len(log) < 10_000
+
+
+def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
+    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        address = urllib.parse.urlsplit(process.stdout.readline().strip())
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=10)
+        for _ in range(2):
+            connection.request("GET", "/api/bundles", headers={"X-Long": "x" * 20_000})
+            response = connection.getresponse()
+            assert (response.status, bool(response.read())) == (200, True)
+        connection.send(b"GET / HTTP/1.1\r\n")  # a later request of the same connection
+        lines = 0
+        with suppress(OSError):
+            while lines < 2_000:
+                connection.send(b"X-Long: " + b"x" * 10_000 + b"\r\n")
+                lines += 1
+        connection.close()
+        assert lines < 2_000  # what fits into the buffers of the system is less
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
