@@ -35,7 +35,12 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
             oldest = min(waiting, key=lambda connection: connection.opened_at)
             self.connections.discard(oldest)
             oldest.transport.abort()
-        asyncio.get_running_loop().call_later(REQUEST_TIMEOUT_S, self._end_without_request)
+        self.timer = asyncio.get_running_loop().call_later(REQUEST_TIMEOUT_S, self._end_without_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection; its timer would keep it in memory."""
+        self.timer.cancel()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         """A request begins."""
