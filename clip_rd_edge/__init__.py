@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         spread,
         stitch,
         verify,
+        watch,
     )
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
@@ -98,6 +99,7 @@ __all__ = [
     "spread",
     "stitch",
     "verify",
+    "watch",
 ]
 
 

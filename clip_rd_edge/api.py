@@ -643,6 +643,60 @@ def demo(
     )
 
 
+def watch(
+    run: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    task: str | None = None,
+    answers: bool = True,
+    threads: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8767,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a page that shows how a run goes, until Ctrl-C; the run needs no option for it.
+
+    Args:
+        run: the folder that `distill` writes to.
+        output: write the page as it is now into this file, and serve nothing.
+        task: whose images the student is asked about; None takes the run's first task, else its training pairs.
+        answers: compute what the student of the newest checkpoint answers; without PyTorch, the page says what to
+            install.
+        threads: for the answers.
+        ready: called with the page's URL once the server accepts connections.
+
+    Raises:
+        InputError: the folder is not that of a run, or there is no such task.
+        UsageError: listening on the address failed.
+    """
+    from clip_rd_edge.installation import install_command
+    from clip_rd_edge.utils.io import write_text
+    from clip_rd_edge.web.watch.page import render
+    from clip_rd_edge.web.watch.state import Answers, read_run
+
+    folder = Path(run)
+    state = read_run(folder)
+    if task is not None:
+        load_tasks([task])
+    now: Callable[[], Answers] = Answers
+    in_background: Callable[[], Answers] = Answers
+    if answers:
+        try:
+            from clip_rd_edge.distillation.answers import StudentAnswers
+        except ModuleNotFoundError:
+            missing = Answers(problem=f"Sample answers need PyTorch: {install_command('train')}")
+            now = in_background = lambda: missing
+        else:
+            in_background = StudentAnswers(folder, task=task, threads=threads)
+            now = in_background.compute
+    if output is not None:
+        write_text(Path(output), render(state, now(), served=False))
+        return
+    from clip_rd_edge.web.watch.app import serve
+
+    serve(folder, in_background, host=host, port=port, ready=ready)
+
+
 def serve(
     bundle: AnyPath,
     index: AnyPath | None = None,

@@ -30,6 +30,7 @@ PRINTING = {"as_json", "as_csv", "null", "confusion"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
+    "watch": (api.watch, {"open_page"}),
     "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),
     "evidence report": (api.evidence_report, set()),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
 from clip_rd_edge.benchmarking.accuracy import ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Answer, RowResult, Sample, WorstClass
@@ -56,8 +57,13 @@ def _sample(task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], index: i
 
 
 def thumbnail(file: ImageFile) -> bytes:
+    """Return a small PNG of an image file."""
+    return thumbnail_of(open_image(file))
+
+
+def thumbnail_of(image: Image.Image) -> bytes:
     """Return a small PNG of an image."""
-    image = open_image(file)
+    image = image.copy()
     image.thumbnail((THUMBNAIL_EDGE, THUMBNAIL_EDGE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)

@@ -20,6 +20,7 @@ from clip_rd_edge.utils.printable import one_line
 COMMANDS = {
     "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes on a CPU."),
     "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
+    "watch": ("watch", "Watch a run on a page: curves, time left, sample answers."),
     "recipe": ("recipe", "Show the training recipes, to start your own from."),
     "stitch": ("stitch", "Build a teacher from an image classifier and a sentence encoder."),
     "evaluate": ("evaluate", "Measure zero-shot accuracy and retrieval of a model or bundle."),

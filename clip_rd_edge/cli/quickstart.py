@@ -50,7 +50,7 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
 )  # fmt: skip
 @_report(
     "--photos", type=click.Path(path_type=Path), metavar="FOLDER",
-    help="Also compare the models on photographs, which benchmarks/scripts/tuxpaint.py makes.",
+    help="Also compare the models on photographs, which benchmarks/scripts/tuxpaint.py makes.  [default: none]",
 )  # fmt: skip
 @_output(
     "-o", "--output", default="quickstart", show_default=True, type=PathName(), metavar="FOLDER",

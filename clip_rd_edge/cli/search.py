@@ -46,7 +46,7 @@ def command(
     \b
     clip-rd-edge search photos.index "a red car"
     clip-rd-edge search photos.index photos/car.jpg --top 5
-    clip-rd-edge search photos.index "a red car" --bundle bundle --folder /mnt/photos
+    clip-rd-edge search photos.index "a car" --bundle bundle --folder /mnt/pics
 
     Each line has the cosine similarity, a tab, and the image's path, in which control characters are escaped. An index
     that another machine made is searched with a copy of its bundle.

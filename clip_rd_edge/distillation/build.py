@@ -130,7 +130,17 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
             "no weights to start from.",
             hint="omit --tuned-share, or name a trained model with --student",
         )
-    model_config = student_config(
+    student = build_student(_student_architecture(config, teacher), name=name)
+    if config.pretrained_image:
+        reporter.say(init_image_tower(student, config.pretrained_image))
+    if config.pretrained_text:
+        reporter.say(init_text_tower(student, config.pretrained_text, teacher))
+    return student
+
+
+def _student_architecture(config: RunConfig, teacher: ClipModel | None) -> dict[str, Any]:
+    """Return the open_clip configuration of a new student, which may depend on the teacher's."""
+    architecture = student_config(
         config.student,
         embedding_size=config.embedding_size or (teacher.embedding_size if teacher else 512),
         image_size=config.image_size,
@@ -138,13 +148,20 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
         context_length=config.context_length,
     )
     if config.pretrained_text == TEACHER and teacher is not None:
-        model_config = with_text_of(model_config, teacher)
-    student = build_student(model_config, name=name)
-    if config.pretrained_image:
-        reporter.say(init_image_tower(student, config.pretrained_image))
-    if config.pretrained_text:
-        reporter.say(init_text_tower(student, config.pretrained_text, teacher))
-    return student
+        return with_text_of(architecture, teacher)
+    return architecture
+
+
+def empty_student(config: RunConfig, *, name: str) -> ClipModel:
+    """Return the student of a run for a checkpoint's weights; the teacher is loaded if the architecture depends on it.
+
+    Raises:
+        UsageError, InputError, ConfigError: as `load_setup`.
+    """
+    if model_folder(config.student) is not None:
+        return load_clip(config.student)
+    depends = config.embedding_size == 0 or config.pretrained_text == TEACHER
+    return build_student(_student_architecture(config, _load_teacher(config) if depends else None), name=name)
 
 
 def require_no_logit_bias(student: ClipModel) -> None:

@@ -133,6 +133,19 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def read_weights(checkpoint: Path) -> dict[str, Any]:
+    """Return the student's weights in a checkpoint: the moving average if there is one, else those in training.
+
+    The optimiser's state, most of the file, is not read.
+    """
+    state: dict[str, Any] = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
+    average: dict[str, Any] | None = state["update"]["average"]
+    if average is None:
+        return dict(state["model"])
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and PyTorch, which initial weights among others are drawn from."""
     random.seed(seed)

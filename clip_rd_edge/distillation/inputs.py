@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.embedding_store import teacher_fingerprint
@@ -13,7 +14,6 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-INPUTS_FILE = "inputs.json"
 _SHOWN_DIGITS = 12
 
 

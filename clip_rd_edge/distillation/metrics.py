@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.losses.objective import EmbeddingBatch
 from clip_rd_edge.utils.host import peak_memory_bytes
 from clip_rd_edge.utils.io import write_bytes
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATION_PREFIX = "evaluation/"
 
 
 @dataclass(frozen=True)
@@ -93,18 +91,6 @@ class MetricsLog:
             file.write(msgspec.json.encode(line) + b"\n")
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return all lines of a run's metrics.jsonl, without a truncated last line."""
-    path = run / METRICS_FILE
-    lines = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            lines.append(msgspec.json.decode(line))
-        except msgspec.DecodeError:
-            break
-    return lines
-
-
 def last_evaluation(run: Path) -> dict[str, float]:
     """Return the scores of a run's last evaluation by task; empty if there was none."""
     lines = [line for line in read_metrics(run) if any(name.startswith(EVALUATION_PREFIX) for name in line)]
@@ -120,7 +106,7 @@ def metrics_line(
     return {
         "step": progress.step,
         "loss": progress.loss if math.isfinite(progress.loss) else None,
-        **{f"loss/{name}": term.item() for name, term in terms.items()},
+        **{f"{TERM_PREFIX}{name}": term.item() for name, term in terms.items()},
         **embedding_geometry(embeddings),
         **extra,
         "samples_per_second": round(progress.samples_per_second, 2),
@@ -182,14 +168,14 @@ def plot_run(run: Path, folder: Path, embeddings: dict[str, tuple[Embeddings, Em
 
 
 def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith("loss/")})
+    names = sorted({key for line in lines for key in line if key.startswith(TERM_PREFIX)})
     if not names:
         return
     figure, axes = _figure(len(names), "Unweighted loss terms over training steps")
     for axis, name in zip(axes, names, strict=False):
         steps, values = _series(lines, name)
         axis.plot(steps, values, color=STUDENT_COLOUR, linewidth=1.4)
-        axis.set_title(name.removeprefix("loss/"), fontsize=10)
+        axis.set_title(name.removeprefix(TERM_PREFIX), fontsize=10)
         if values.size and values.min() > 0 and values.max() / values.min() > 30:
             axis.set_yscale("log")
     figure.savefig(path, dpi=120)

@@ -22,6 +22,7 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, first_difference
@@ -45,7 +46,7 @@ from clip_rd_edge.utils.io import disk_full_error, read_yaml, remove_leftovers, 
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-CONFIG_FILE, REPORT_FOLDER = "config.yaml", "report"
+REPORT_FOLDER = "report"
 
 
 def run_distillation(
@@ -157,7 +158,7 @@ def _run(
         )
         config = _with_measured_precision(config, setup, processes, reporter)
         if processes.is_main:
-            write_text(run / CONFIG_FILE, to_yaml(config))
+            write_text(run / RUN_CONFIG_FILE, to_yaml(config))
     processes.on_main(lambda: check_inputs(run, setup, accept_changes=accept_changes, reporter=reporter))
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
     student = train(
@@ -188,7 +189,7 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
             "A teacher cache holds a fixed number of views of each pair, but no number was given.",
             hint="add --views 8, for example: eight crops of each image, over which the epochs cycle",
         )
-    path = run / CONFIG_FILE
+    path = run / RUN_CONFIG_FILE
     if not any(path.name != LOCK_FILE for path in run.iterdir()):
         return config, True
     if not resume:

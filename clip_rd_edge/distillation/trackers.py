@@ -25,8 +25,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
-from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.errors import MissingExtraError, UsageError
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.printable import one_line

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from support import Watch
 
 from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip

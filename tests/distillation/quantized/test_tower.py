@@ -17,10 +17,10 @@ from support import Watch
 from torch import nn
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
+from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
-from clip_rd_edge.distillation.metrics import read_metrics
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer
 from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower
 from clip_rd_edge.distillation.run import run_distillation

@@ -1,0 +1,178 @@
+"""What the current student of a run answers about sample images, while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_rd_edge.benchmarking.samples import thumbnail_of
+from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.contract.encoder import label_embeddings, probabilities
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.distillation.build import empty_student
+from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.io import read_yaml
+from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.web.watch.state import Answers, SampleAnswer
+
+SAMPLES = 12  # images
+MAX_LABELS = 64  # of a task with more; embedding a thousand would take the time of many training steps
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """N images, the C texts to choose from, and for each image the index of its own."""
+
+    images: Sequence[Image.Image]
+    texts: Sequence[str]
+    targets: Sequence[int]
+    templates: tuple[str, ...]
+    among: str
+
+
+class StudentAnswers:
+    """The answers of a run's newest student, computed in the background when there is a newer one.
+
+    Args:
+        run: folder of the run.
+        task: where the images come from; None takes the run's first task, else its training pairs.
+        threads: for computing.
+    """
+
+    def __init__(self, run: Path, *, task: str | None = None, threads: int = 1) -> None:
+        self._run, self._task, self._threads = run, task, threads
+        self._samples: _Samples | None = None
+        self._student: ClipModel | None = None
+        self._answered: Path | None = None  # the checkpoint or student that the answers are of
+        self._answers = Answers()
+        self._worker: threading.Thread | None = None
+
+    def __call__(self) -> Answers:
+        """Return the last answers at once; if there is a newer student, begin to compute its answers."""
+        newest = self._newest()
+        if newest is not None and newest != self._answered and not (self._worker and self._worker.is_alive()):
+            self._worker = threading.Thread(target=self._update, args=(newest,), daemon=True)
+            self._worker.start()
+        return self._answers
+
+    def compute(self) -> Answers:
+        """Return the answers of the newest student; empty if there is none yet."""
+        newest = self._newest()
+        if newest is not None:
+            self._update(newest)
+        return self._answers
+
+    def _newest(self) -> Path | None:
+        student = self._run / STUDENT_FOLDER
+        if (student / WEIGHTS_FILE).is_file():
+            return student
+        checkpoints = list_checkpoints(self._run)
+        return checkpoints[-1] if checkpoints else None
+
+    def _update(self, source: Path) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            config = read_yaml(self._run / RUN_CONFIG_FILE, RunConfig)
+            self._samples = self._samples or _choose_samples(config, self._task)
+            self._answers = self._answer(config, self._samples, source)
+        except (ClipRdEdgeError, OSError, RuntimeError) as error:
+            if not source.exists():
+                return  # the run has replaced this checkpoint by a newer one, which is next
+            self._answers = Answers(problem=f"There are no sample answers: {one_line(error)}")
+        self._answered = source
+
+    def _answer(self, config: RunConfig, samples: _Samples, source: Path) -> Answers:
+        if source.name == STUDENT_FOLDER:
+            student, step = load_clip(str(source)), None
+        else:
+            step = int(source.name.removeprefix("step-"))
+            if self._student is None:
+                self._student = empty_student(config, name=self._run.resolve().name)
+            student = self._student
+            student.model.load_state_dict(read_weights(source))
+        encoder = TorchEncoder(student)
+        images = encoder.encode_images(samples.images)
+        texts = label_embeddings(encoder, samples.texts, samples.templates)
+        rows = probabilities(images, texts, student.logit_scale)
+        return Answers(
+            step=step,
+            among=samples.among,
+            samples=tuple(
+                SampleAnswer(
+                    png=thumbnail_of(image),
+                    truth=samples.texts[target],
+                    answer=samples.texts[int(row.argmax())],
+                    probability=float(row.max()),
+                    right=int(row.argmax()) == target,
+                )
+                for image, target, row in zip(samples.images, samples.targets, rows, strict=True)
+            ),
+        )
+
+
+def _choose_samples(config: RunConfig, task: str | None) -> _Samples:
+    """Choose sample images at random, always the same for the same run."""
+    name = task or (config.tasks[0] if config.tasks else None)
+    rng = np.random.default_rng(config.seed)
+    if name is None:
+        return _from_pairs(config, rng)
+    loaded = load_task(name)
+    count = min(SAMPLES, len(loaded.images))
+    chosen = sorted(rng.permutation(len(loaded.images))[:count].tolist())
+    images = [open_image(loaded.images[index]) for index in chosen]
+    if isinstance(loaded, RetrievalTask):
+        first_captions = {image: i for i, image in reversed(list(enumerate(loaded.caption_images)))}
+        texts = [loaded.captions[first_captions[index]] for index in chosen]
+        return _Samples(images, texts, range(count), ("{}",), f"among the captions of these {count} of {loaded.name}")
+    own = [loaded.targets[index] for index in chosen]
+    others = [int(label) for label in rng.permutation(len(loaded.labels)) if label not in own]
+    labels = sorted([*dict.fromkeys(own), *others[: max(MAX_LABELS - len(set(own)), 0)]])
+    return _Samples(
+        images,
+        [loaded.labels[label] for label in labels],
+        [labels.index(label) for label in own],
+        loaded.templates[:1],
+        f"among {len(labels):,} of the {len(loaded.labels):,} labels of {loaded.name}"
+        if len(labels) < len(loaded.labels)
+        else f"among the {len(labels):,} labels of {loaded.name}",
+    )
+
+
+def _from_pairs(config: RunConfig, rng: np.random.Generator) -> _Samples:
+    pairs = load_pairs(
+        config.data,
+        image_key=config.csv_img_key,
+        caption_key=config.csv_caption_key,
+        weights=config.train_data_upsampling_factors,
+        json_key=config.json_caption_key,
+    )
+    images: list[Image.Image] = []
+    texts: list[str] = []
+    for index in rng.permutation(len(pairs)):
+        try:
+            image, text = pairs.open(int(index)), pairs.captions(int(index))[0]
+        except ClipRdEdgeError:  # a bad sample, which the run skips, too
+            continue
+        if text not in texts:
+            images.append(image)
+            texts.append(text)
+        if len(images) == SAMPLES:
+            break
+    return _Samples(
+        images, texts, range(len(images)), ("{}",), f"among the captions of these {len(images)} training pairs"
+    )

@@ -1,0 +1,57 @@
+"""The server of `clip-rd-edge watch`: the page of a run, made anew for every request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.routing import Route
+
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.web.app import PAGE, is_loopback, run_server
+from clip_rd_edge.web.guard import Guard
+from clip_rd_edge.web.watch.page import FOLDER, render
+from clip_rd_edge.web.watch.state import Answers, read_run
+
+_FILES = {"style.css": FOLDER / "style.css", "watch.js": FOLDER / "watch.js", "icon.svg": PAGE / "icon.svg"}
+
+
+def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True) -> Starlette:
+    """Return the ASGI application of a run's page.
+
+    Args:
+        answers: returns at once what is known of the current student's answers.
+    """
+
+    def page() -> Response:
+        try:
+            return HTMLResponse(render(read_run(run), answers(), served=True))
+        except ClipRdEdgeError as error:  # such as a run's folder that was removed meanwhile
+            logging.getLogger("uvicorn.error").error("%s", error)
+            return HTMLResponse(f"<!doctype html><title>clip-rd-edge watch</title><p>{escape(str(error))}", 500)
+
+    async def serve_page(request: Request) -> Response:
+        return await anyio.to_thread.run_sync(page)
+
+    def serve_file(path: Path) -> Callable[[Request], Response]:
+        return lambda request: FileResponse(path)
+
+    return Starlette(
+        routes=[
+            Route("/", serve_page),
+            *(Route(f"/{name}", serve_file(path)) for name, path in _FILES.items()),
+        ],
+        middleware=[Middleware(Guard, loopback=loopback)],
+    )
+
+
+def serve(run: Path, answers: Callable[[], Answers], *, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the page of a run until it is interrupted; arguments as for `web.app.serve` and `make_app`."""
+    run_server(make_app(run, answers, loopback=is_loopback(host)), host=host, port=port, ready=ready, stop_within_s=2)

@@ -1,0 +1,186 @@
+"""How far a run is, from the files in its folder alone: the run knows nothing of who watches it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.io import read_json, read_yaml
+from clip_rd_edge.utils.lock import LOCK_FILE
+from clip_rd_edge.utils.paths import is_file, is_folder
+
+Phase = Literal["starting", "running", "stopped", "finished"]
+_QUIET_S = 600.0  # a locked run that has written nothing for so long, by a process that is not here, counts as stopped
+
+
+class _Recipe(msgspec.Struct):
+    steps: int
+    epochs: int
+    batch_size: int
+
+
+class _Config(msgspec.Struct):
+    """What is shown of `distillation.config.RunConfig`, which cannot be read without PyTorch."""
+
+    recipe_name: str
+    recipe: _Recipe
+    data: str
+    student: str
+    teacher: str | None = None
+    tasks: tuple[str, ...] = ()
+
+
+class _Inputs(msgspec.Struct):
+    pairs: int
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        name: of the run's folder.
+        phase: `starting` before its first step, `stopped` if no process works on it.
+        config: None before the run has written it.
+        lines: of metrics.jsonl.
+        steps: in total; None if not known yet.
+        quiet_s: seconds since the last line; None if there is none.
+    """
+
+    name: str
+    phase: Phase
+    config: _Config | None
+    lines: list[dict[str, Any]]
+    steps: int | None
+    quiet_s: float | None
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last line with a loss; empty if there is none."""
+        return next((line for line in reversed(self.lines) if "loss" in line), {})
+
+    @property
+    def step(self) -> int:
+        """Completed steps, as far as they are logged."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected seconds until the last step, at the rate since the start or the last resume; None if unknown."""
+        rate = self.last.get("samples_per_second")
+        if self.phase != "running" or not rate or self.steps is None or self.config is None:
+            return None
+        # The run has gone on since its last line.
+        left = (self.steps - self.step) * self.config.recipe.batch_size / float(rate)
+        return max(left - (self.quiet_s or 0.0), 0.0)
+
+
+def read_run(run: Path) -> RunState:
+    """Return the state of a run.
+
+    Raises:
+        InputError: the folder does not exist, or holds no run.
+        ConfigError: a file of the run is damaged.
+    """
+    _require_run(run)
+    config = read_yaml(run / RUN_CONFIG_FILE, _Config) if is_file(run / RUN_CONFIG_FILE) else None
+    lines = read_metrics(run)
+    quiet_s = max(time.time() - (run / METRICS_FILE).stat().st_mtime, 0.0) if lines else None
+    return RunState(
+        name=run.resolve().name,
+        phase=_phase(run, logged=bool(lines), quiet_s=quiet_s),
+        config=config,
+        lines=lines,
+        steps=_total_steps(run, config),
+        quiet_s=quiet_s,
+    )
+
+
+def _require_run(run: Path) -> None:
+    if not is_folder(run):
+        raise InputError(f"The run {run} does not exist.", hint="pass the folder that distill writes to with -o")
+    if is_file(run / RUN_CONFIG_FILE) or is_file(run / LOCK_FILE):
+        return
+    runs = sorted(path.parent for path in run.glob(f"*/{RUN_CONFIG_FILE}"))
+    hint = f"one of the runs in it: {', '.join(map(str, runs))}" if runs else "pass the folder that distill writes to"
+    raise InputError(f"{run} is not the folder of a run: it has no {RUN_CONFIG_FILE}.", hint=hint)
+
+
+def _total_steps(run: Path, config: _Config | None) -> int | None:
+    if config is None:
+        return None
+    if config.recipe.steps:
+        return config.recipe.steps
+    if not is_file(run / INPUTS_FILE):
+        return None
+    return config.recipe.epochs * (read_json(run / INPUTS_FILE, _Inputs).pairs // config.recipe.batch_size)
+
+
+def _phase(run: Path, *, logged: bool, quiet_s: float | None) -> Phase:
+    if is_file(run / STUDENT_FOLDER / WEIGHTS_FILE):
+        return "finished"
+    if not _is_worked_on(run / LOCK_FILE, quiet_s=quiet_s):
+        return "stopped"
+    return "running" if logged else "starting"
+
+
+def _is_worked_on(lock: Path, *, quiet_s: float | None) -> bool:
+    """Return whether a process works on the run.
+
+    Its lock is only looked at: locking it, even for a moment, could refuse a run that starts just then.
+    """
+    try:
+        holder = lock.read_text()
+    except OSError:
+        return False
+    if holder.isdecimal() and _runs_here(int(holder)):
+        return True
+    # The process was killed and left the lock, or works on another machine, whose processes are not known here.
+    return quiet_s is not None and quiet_s < _QUIET_S
+
+
+def _runs_here(process: int) -> bool:
+    if os.name == "nt":  # where os.kill would send a signal
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class SampleAnswer(msgspec.Struct, frozen=True):
+    """The student's answer for one image: the most likely label or caption, and whether it is the image's own."""
+
+    png: bytes
+    truth: str
+    answer: str
+    probability: float
+    right: bool
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What the current student answers.
+
+    Attributes:
+        step: after how many steps the student was saved; None if it is the finished one or there is none yet.
+        among: what the answers were chosen from, such as `among 10 labels of my-images/`.
+        samples: one per image.
+        problem: why there are no answers, in a sentence; else empty.
+    """
+
+    step: int | None = None
+    among: str = ""
+    samples: tuple[SampleAnswer, ...] = ()
+    problem: str = ""
