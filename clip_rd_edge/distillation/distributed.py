@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.distillation.heartbeat import heartbeat
+from clip_rd_edge.distillation.roll_call import Member, this_member
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import default_device
 
@@ -36,12 +37,14 @@ class Processes:
     Attributes:
         control: a group over CPUs for waiting and counting, None for a single process. It has a longer timeout than the
             group that sums gradients, and no message of it waits for a GPU.
+        members: machine and number of each process, by rank; empty for a single process.
     """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None
+    members: tuple[Member, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -138,19 +141,37 @@ class Processes:
                 action()
             except ClipRdEdgeError as caught:
                 error = caught
-        if self.any(error is not None):
-            raise error or ClipRdEdgeError("The main process cannot go on; its message says why.")
+        self.agree(error)
+
+    def agree(self, error: ClipRdEdgeError | None) -> None:
+        """Raise an error in all processes if one has one: its own there, one that quotes it in the others."""
+        messages = self.gather_objects(None if error is None else str(error))
+        for rank, message in enumerate(messages):
+            if message is not None:
+                where = f", on {self.members[rank].host}," if self.members else ""
+                raise error or ClipRdEdgeError(f"Process {rank} of the run{where} cannot go on: {message}")
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body in the main process first, then in the others, which find on disk what it wrote."""
-        if not self.is_main:
+        """Run the body in the main process first, then in one process of each further machine, then in the others.
+
+        The later ones find on disk what was written, whether or not the machines share their files. An error of this
+        package in one process is raised in all.
+        """
+        hosts = [member.host for member in self.members]
+        is_first_here = not hosts or hosts.index(hosts[self.rank]) == self.rank
+        turn = 0 if self.is_main else 1 if is_first_here else 2
+        for _ in range(turn):
             self.barrier()
+        error: ClipRdEdgeError | None = None
         try:
             yield
-        finally:  # on failure too: the others then fail with the same message instead of waiting forever
-            if self.is_main:
+        except ClipRdEdgeError as caught:
+            error = caught
+        finally:  # whatever happened: the others must not wait forever
+            for _ in range(2 - turn):
                 self.barrier()
+        self.agree(error)
 
 
 def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
@@ -185,7 +206,9 @@ def join_processes() -> Iterator[Processes]:
     try:
         control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        members: list[Member] = [this_member()] * world_size
+        dist.all_gather_object(members, this_member(), group=control)
         with heartbeat(rank, world_size):
-            yield Processes(rank=rank, world_size=world_size, device=device, control=control)
+            yield Processes(rank, world_size, device, control, tuple(members))
     finally:
         dist.destroy_process_group()

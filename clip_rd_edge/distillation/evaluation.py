@@ -57,10 +57,8 @@ class EncoderOfAllProcesses:
                 embeddings = [] if self._request else [embed(batch) for batch in own]
             except ClipRdEdgeError as caught:
                 error = caught
-            failed, stopped = processes.sum(int(error is not None), int(bool(self._request)))
-            if failed:
-                raise error or ClipRdEdgeError("Another process cannot go on; its message says why.")
-            if stopped:
+            processes.agree(error)
+            if processes.any(bool(self._request)):
                 raise Stopped
             rows += [part for parts in processes.gather_objects(embeddings) for part in parts]
         return np.concatenate(rows)

@@ -33,7 +33,8 @@ from clip_rd_edge.distillation.inputs import check_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.pixels import crops_for
-from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
+from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
+from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.trackers import require_tracker
@@ -75,7 +76,7 @@ def run_distillation(
     """
     with stop_on_signals() as request:
         try:
-            with join_processes() as processes, _sole_writer(run, processes):
+            with join_processes() as processes, _named_losses(processes, request), _sole_writer(run, processes):
                 return _run(
                     config,
                     run,
@@ -105,6 +106,19 @@ def _without_space(run: Path, error: DiskFullError) -> DiskFullError:
         f"{where}; the run {run} goes on from {kept}.",
         hint="free some space, then resume with the same command and --resume",
     )
+
+
+@contextmanager
+def _named_losses(processes: Processes, request: StopRequest) -> Iterator[None]:
+    """Within the block, a message that fails because another process has ended is a sentence that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.world_size == 1 or not is_lost_connection(error):
+            raise
+        with request.deferred():  # the launcher signals all that are left
+            lost = lost_error(error, processes.rank, processes.members)
+        raise lost from error
 
 
 @contextmanager

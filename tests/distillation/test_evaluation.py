@@ -134,7 +134,7 @@ def test_what_fails_in_one_process_fails_in_all_and_is_named_by_that_one(student
     first, *others = run(evaluate)
     assert isinstance(first, InputError)
     assert "7.png" in str(first)
-    assert [str(error) for error in others] == ["Another process cannot go on; its message says why."] * 2
+    assert [str(error) for error in others] == [f"Process 0 of the run cannot go on: {first}"] * 2
 
 
 @pytest.mark.usefixtures("_small_batches")

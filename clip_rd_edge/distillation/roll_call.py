@@ -1,0 +1,125 @@
+"""Find out which process of a run is lost, when a message to it fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch.distributed as dist
+
+from clip_rd_edge.errors import ClipRdEdgeError
+
+_POLL_S = 0.2
+LOCAL_WAIT_S = 2.0  # until the launcher has noticed that a process ended
+REMOTE_WAIT_S = 10.0
+RESUME_HINT = "its own output says why; resume with the same command and --resume"
+
+
+class Member(NamedTuple):
+    """A process of a run, by its machine and its number there."""
+
+    host: str
+    pid: int
+
+
+class Store(Protocol):
+    """Numbers that all processes share."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, which is 0 at first; return the sum."""
+        ...
+
+
+def this_member() -> Member:
+    """Return this process."""
+    return Member(socket.gethostname(), os.getpid())
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error is that of a message between processes, rather than of a computation."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list[int]:
+    """Return the ranks of the processes that have ended, empty if that cannot be told.
+
+    Those on this machine are looked for by their numbers. Those on others had a message fail, too, and answer a roll
+    call unless they are lost themselves.
+
+    Args:
+        members: all processes, by rank.
+        store: None if it is gone.
+    """
+    key = f"clip-rd-edge/roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = store if store is not None and _answer(store, f"{key}/{rank}") else None
+    here = [other for other, member in enumerate(members) if member.host == members[rank].host]
+    deadline = time.monotonic() + LOCAL_WAIT_S
+    while time.monotonic() < deadline:
+        if ended := [other for other in here if not _is_running(members[other].pid)]:
+            return ended
+        time.sleep(_POLL_S)
+    elsewhere = [other for other in range(len(members)) if other not in here]
+    deadline = time.monotonic() + REMOTE_WAIT_S
+    while store and elsewhere and time.monotonic() < deadline:
+        try:
+            elsewhere = [other for other in elsewhere if not store.add(f"{key}/{other}", 0)]
+        except RuntimeError:  # it ended with its machine
+            return []
+        time.sleep(_POLL_S)
+    return elsewhere if store else []
+
+
+def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> ClipRdEdgeError:
+    """Return the error that names the processes that are lost."""
+    lost = find_lost(rank, members, _connect())
+    if not lost:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        return ClipRdEdgeError(
+            f"The connection to another process of the run failed: {reason}.",
+            hint="see the output of the other machines; resume with the same command and --resume",
+        )
+    names = " and ".join(f"{other} (on {members[other].host})" for other in lost)
+    verb = "has" if len(lost) == 1 else "have"
+    return ClipRdEdgeError(f"Process {names} of the run {verb} ended.", hint=RESUME_HINT)
+
+
+def _connect() -> Store | None:
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined,no-any-return,unused-ignore]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=REMOTE_WAIT_S),
+        )
+    except (RuntimeError, KeyError):
+        return None
+
+
+def _answer(store: Store, key: str) -> bool:
+    try:
+        store.add(key, 1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _is_running(pid: int) -> bool:
+    """Return whether a process of this machine runs; one that has ended may still be listed until its parent looks."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").is_file():
+            return False
+    else:
+        return state not in "ZX"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
