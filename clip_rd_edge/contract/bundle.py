@@ -4,6 +4,7 @@ manifest.json    describes the bundle, with the SHA-256 of every other file
 image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised;
                  or image (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
+image.onnx.data, …          the weights of a tower above 2 GB, which a protobuf file cannot hold
 image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
 image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
 tokenizer.json   read by the `tokenizers` library
@@ -22,7 +23,7 @@ from msgspec import Meta
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from clip_rd_edge.utils.io import is_plain_name, read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
@@ -34,6 +35,7 @@ TOKENIZER = "tokenizer.json"
 INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
 LABELS = "labels.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
+EXTERNAL_DATA_SUFFIX = ".data"  # added to the name of an ONNX file whose weights are in a file of their own
 # Added to the name of an engine that the device built, which the manifest does not list: what sha256sum prints for its
 # ONNX file and for itself.
 STAMP_SUFFIX = ".sha256"
@@ -137,6 +139,11 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Both towers by name, `image` and `text`."""
         return {"image": self.image, "text": self.text}
 
+    def files_of(self, tower: Tower) -> tuple[str, ...]:
+        """The names of the files that a tower is loaded from, without an engine that the device built."""
+        data = f"{tower.file}{EXTERNAL_DATA_SUFFIX}"
+        return tuple(name for name in (tower.file, data if data in self.files else "", tower.engine) if name)
+
     def with_towers(self, towers: Mapping[str, Tower], *, target: str | None = None) -> Manifest:
         """Return a manifest with these towers and no file hashes; its precision combines those of the towers.
 
@@ -213,6 +220,23 @@ def read_manifest(folder: Path) -> Manifest:
                 f"The bundle {folder} is incomplete: {name} is missing.", hint="copy or export the bundle again"
             )
     return manifest
+
+
+def require_whole_towers(folder: Path, manifest: Manifest, *, purpose: str) -> None:
+    """Raise UsageError if a tower's weights are in a file of their own.
+
+    Args:
+        folder, manifest: the bundle.
+        purpose: what needs them to be in the ONNX file, as the subject of a sentence.
+    """
+    for tower in manifest.towers.values():
+        data = f"{tower.file}{EXTERNAL_DATA_SUFFIX}"
+        if data in manifest.files:
+            size_gb = (folder / data).stat().st_size / 1e9
+            raise UsageError(
+                f"{folder / tower.file} has {size_gb:.1f} GB of weights, and {purpose} takes towers of up to 2 GB.",
+                hint="run the float32 bundle itself (--format onnx --precision fp32), or distil a smaller student",
+            )
 
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.errors import UsageError
@@ -25,10 +25,12 @@ def start_conversion(source: Path, folder: Path, *, calibration: CalibrationSet 
 
     Raises:
         InputError, ConfigError: `source` is not a bundle.
-        UsageError: it is not in float32, is damaged, or the calibration set was made for another model.
+        UsageError: it is not in float32, is damaged, has a tower above 2 GB, or the calibration set was made for
+            another model.
     """
     manifest = read_manifest(source)
     _require_fp32(source, manifest)
+    require_whole_towers(source, manifest, purpose="every conversion of float32 ONNX")
     if calibration is not None:
         _require_matching_shapes(manifest, calibration)
     shutil.copy2(source / TOKENIZER, folder / TOKENIZER)

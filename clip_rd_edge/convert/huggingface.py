@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
@@ -62,6 +62,7 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
     require_supported(manifest.preprocessing, manifest.name)
     for variant, bundle in bundles.items():
         towers = read_manifest(bundle)
+        require_whole_towers(bundle, towers, purpose="the Hugging Face layout")
         image = _renamed(_load_sorted(bundle / towers.image.file), "pixel_values", "image_embeds")
         text = _renamed(_load_sorted(bundle / towers.text.file), "padded_ids", "text_embeds")
         _take_any_length(text, manifest.tokenizer)

@@ -22,7 +22,7 @@ import msgspec
 import onnx
 from onnx import TensorProto, helper
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes, write_text
 
@@ -84,6 +84,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
     """
     require_free_output(output, overwrite=overwrite)
     manifest = read_manifest(bundle)
+    require_whole_towers(bundle, manifest, purpose="a model folder for immich")
     preprocessing = manifest.preprocessing
     height, width = preprocessing.size
     if manifest.image.preprocesses or preprocessing.resize_mode == "longest" or height != width:

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from clip_rd_edge.contract.bundle import (
+    EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
     IMAGE_MODEL,
     TEXT_MODEL,
@@ -240,6 +241,10 @@ def _finish(
 
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
     path = folder / manifest.image.file
+    if (folder / f"{path.name}{EXTERNAL_DATA_SUFFIX}").is_file():
+        raise UsageError(
+            "--preprocess-in-graph takes image towers of up to 2 GB, and this one is larger.", hint="omit it"
+        )
     write_bytes(path, with_preprocessing(onnx.load(path), manifest.preprocessing).SerializeToString())
     image = msgspec.structs.replace(manifest.image, input_name=IMAGE, preprocesses=True)
     return msgspec.structs.replace(manifest, image=image)

@@ -21,6 +21,9 @@ OPSET = 18  # the exporter's default; it writes others by conversion, and LayerN
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
 # Not `embedding`: the text tower has a node of that name for its token embeddings.
 TEXT_INPUT, TEXT_OUTPUT = "input_ids", "text_embedding"
+# Of the weights in an ONNX file; a protobuf file ends at 2 GiB. Those of a larger tower are written to a file of their
+# own, which torch names image.onnx.data or text.onnx.data.
+MAX_FILE_BYTES = 2_000_000_000
 # With a batch of 1, the exporter would treat the batch size as a constant.
 _EXAMPLE_BATCH = 2
 
@@ -59,6 +62,7 @@ class _Int32TextTower(TextTower):
 
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
     example = example.to(next(tower.parameters()).device)
+    is_large = sum(tensor.nbytes for tensor in tower.state_dict().values()) > MAX_FILE_BYTES
     try:
         with evaluating(tower), without_fast_path(), silently(), torch.no_grad():
             torch.onnx.export(
@@ -70,13 +74,13 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                external_data=False,
+                external_data=is_large,
                 verbose=False,
             )
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
         clean_up(model)
-        onnx.checker.check_model(model)
         onnx.save(model, path)
+        onnx.checker.check_model(path)
     except Exception as error:  # the exporter raises many types, with reports that are pages long
         if full := disk_full_error(error):
             raise full from error

@@ -141,7 +141,7 @@ class BundleEncoder(ABC):
         It changes when the text tower is loaded and does not run where it was meant to.
         """
         manifest = self.manifest
-        files = [manifest.files.get(name, "") for name in (manifest.text.file, TOKENIZER)]
+        files = [manifest.files.get(name, "") for name in (*manifest.files_of(manifest.text), TOKENIZER)]
         if not all(files):
             return ""
         placement = self.placement(manifest.text)
@@ -198,7 +198,7 @@ class BundleEncoder(ABC):
         return self._open_intact(self.manifest.text)
 
     def _open_intact(self, tower: Tower) -> Any:
-        for name in filter(None, (tower.file, tower.engine)):
+        for name in self.manifest.files_of(tower):
             require_intact(self.folder, self.manifest, name)
         session = self.open_tower(tower)
         if reason := saturates(tower, self.placement(tower)):

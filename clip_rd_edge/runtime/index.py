@@ -80,7 +80,7 @@ def model_key(manifest: Manifest) -> str:
     It covers neither runtime nor device: the same bundle gives nearly the same embeddings everywhere, within the limits
     of `verify`, so an index that one machine made is searched, and updated, on another.
     """
-    tower = manifest.files.get(manifest.image.file, "")
+    tower = "".join(manifest.files.get(name, "") for name in manifest.files_of(manifest.image))
     # Only a bundle in bfloat16 computes in another precision than its file says, which is that of the float32 bundle.
     precision = "bf16" if manifest.image.precision.startswith("bf16") else ""
     return hashlib.sha256(tower.encode() + precision.encode() + msgspec.json.encode(manifest.preprocessing)).hexdigest()

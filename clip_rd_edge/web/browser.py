@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, read_manifest, write_manifest
+from clip_rd_edge.contract.bundle import (
+    LABELS,
+    TOKENIZER,
+    Manifest,
+    read_manifest,
+    require_whole_towers,
+    write_manifest,
+)
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.io import cache_home, new_folder, require_free_output, size_bytes, to_json, write_bytes
@@ -201,6 +208,7 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
             f"The bundle {bundle} preprocesses images in its graph; the browser page preprocesses them itself.",
             hint="export it without --preprocess-in-graph",
         )
+    require_whole_towers(bundle, manifest, purpose="a browser")
     tokenizer_type = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
     if tokenizer_type not in _TOKENIZERS:
         raise UsageError(

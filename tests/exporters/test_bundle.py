@@ -11,10 +11,11 @@ from PIL import Image
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle, export_bundles
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.runtime.index import model_key
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
@@ -42,6 +43,33 @@ def test_the_manifest_records_what_was_exported_and_measured(student: ClipModel,
         assert tower.measured.latency_ms_p95 >= tower.measured.latency_ms_p50 > 0
         assert tower.measured.max_difference <= 1e-4
     assert all(check.passed for check in verify_bundle(fp32_bundle))
+
+
+def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
+    student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.exporters.onnx.MAX_FILE_BYTES", 10_000)
+    bundle = tmp_path / "large"
+    export_bundle(student, bundle, ExportRequest())
+    manifest = read_manifest(bundle)
+    assert {"image.onnx.data", "text.onnx.data"} < set(manifest.files)
+    assert (bundle / "text.onnx").stat().st_size < (bundle / "text.onnx.data").stat().st_size
+    assert all(check.passed for check in verify_bundle(bundle))
+    whole, pixels = load(fp32_bundle), np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    np.testing.assert_array_equal(load(bundle).encode_pixels(pixels), whole.encode_pixels(pixels))
+    assert load(bundle).text_key != whole.text_key
+    assert model_key(manifest) != model_key(
+        msgspec.structs.replace(manifest, files={**manifest.files, "image.onnx.data": "0"})
+    )
+    with pytest.raises(UsageError, match="GB of weights, and every conversion of float32 ONNX takes towers"):
+        export_bundle(student, tmp_path / "fp16", ExportRequest(precision="fp16"), source=bundle)
+    with pytest.raises(UsageError, match="--preprocess-in-graph takes image towers of up to 2 GB"):
+        export_bundle(student, tmp_path / "in-graph", ExportRequest(preprocess_in_graph=True))
+    assert sorted(tmp_path.iterdir()) == [bundle]
+    with (bundle / "image.onnx.data").open("r+b") as file:
+        file.write(b"damage")
+    with pytest.raises(ConfigError, match=r"image\.onnx\.data has changed since the export"):
+        load(bundle).encode_pixels(pixels)
 
 
 def test_the_label_bank_holds_the_text_towers_embeddings(fp32_bundle: Path) -> None:
