@@ -46,7 +46,7 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
 )  # fmt: skip
 @_training(
     "--teacher-steps", type=click.IntRange(1), metavar="N",
-    help="Training steps of the teacher, of 64 pairs each.  [default: 300]",
+    help="Training steps of the teacher, of 64 pairs each.  [default: 600]",
 )  # fmt: skip
 @_report(
     "--photos", type=click.Path(path_type=Path), metavar="FOLDER",

