@@ -1,0 +1,98 @@
+"""After a write, fsync, rename, read or open that fails, nothing half-written counts, and the next run recovers."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from faults import (
+    MODES,
+    OPERATIONS,
+    BenchmarkScenario,
+    BundleScenario,
+    CheckpointScenario,
+    Faults,
+    IndexScenario,
+    Killed,
+    Scenario,
+    ShardScenario,
+    until_untouched,
+)
+
+
+def test_the_n_th_operation_fails_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with Faults(tmp_path, "write", 2)() as faults:
+        path.write_bytes(b"first")
+        with pytest.raises(OSError, match="No space left") as error:
+            path.write_bytes(b"second")
+        path.write_bytes(b"third")
+        assert path.read_text() == "third"
+    assert error.value.errno == errno.ENOSPC
+    assert faults.happened
+    assert (faults.counts["write"], faults.counts["open"]) == (3, 4)
+
+
+def test_after_a_kill_no_operation_succeeds(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    with Faults(tmp_path, "rename", 1, "kill")():
+        with pytest.raises(Killed):
+            (tmp_path / "old").rename(tmp_path / "new")
+        with pytest.raises(Killed):
+            (tmp_path / "old").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_is_outside_of_the_folder_does_not_fail(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    with Faults(tmp_path / "inside", "write", 1)() as faults:
+        (tmp_path / "outside").write_bytes(b"x")
+    assert not faults.happened
+
+
+class InPlace:
+    """Writes over a file in place, as nothing here may."""
+
+    name = "in place"
+
+    def prepare(self, folder: Path) -> None:
+        (folder / "file").write_text("old")
+
+    def run(self, folder: Path) -> None:
+        (folder / "file").write_text("new")
+
+    def check(self, folder: Path) -> None:
+        assert (folder / "file").read_text() in ("old", "new")
+
+    def check_complete(self, folder: Path) -> None:
+        assert (folder / "file").read_text() == "new"
+
+
+def test_a_file_that_is_written_in_place_is_found_out(tmp_path: Path) -> None:
+    outcome = until_untouched(InPlace(), "write", "kill", tmp_path)
+    assert (outcome.faults, outcome.reported) == (1, 1)
+    assert outcome.problems[0].startswith("write 1, after the fault: AssertionError")
+
+
+@pytest.fixture
+def scenario(request: pytest.FixtureRequest, colour_bundle: Path) -> Scenario:
+    kind = request.param
+    return kind(colour_bundle) if kind in (BundleScenario, IndexScenario) else kind()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "scenario",
+    [BundleScenario, CheckpointScenario, IndexScenario, ShardScenario, BenchmarkScenario],
+    ids=["bundle", "checkpoint", "index", "shards", "benchmark"],
+    indirect=True,
+)
+def test_nothing_is_lost_whichever_operation_fails(
+    scenario: Scenario, operation: str, mode: str, tmp_path: Path
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    outcome = until_untouched(scenario, operation, mode, tmp_path / "scratch")
+    assert outcome.problems == ()
+    assert outcome.faults or operation in ("read", "fsync", "rename")
