@@ -112,7 +112,8 @@ def test_an_error_of_click_looks_like_the_packages_own(
 
 def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "clip_rd_edge.walkthrough.pipeline", raising=False)
+    for module in ("pipeline", "teacher"):  # loaded by other tests, perhaps
+        monkeypatch.delitem(sys.modules, f"clip_rd_edge.walkthrough.{module}", raising=False)
     code, _, error = command_line("quickstart")
     assert code == 2
     assert "error: `quickstart` needs the package 'torch'" in error
