@@ -1,0 +1,26 @@
+"""What the guide promises has a test, and the test exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROMISES = re.findall(r"^\| (.+?) \| `(tests/\S+?)::(test_\w+)` \|$", (ROOT / "docs" / "rely.md").read_text(), re.M)
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    assert len(PROMISES) > 30
+    missing = []
+    for promise, file, name in PROMISES:
+        module = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        if name not in {node.name for node in module.body if isinstance(node, ast.FunctionDef)}:
+            missing.append(f"{promise} {file}::{name}")
+    assert missing == []
+
+
+def test_every_row_of_the_page_is_a_promise_with_a_test() -> None:
+    lines = [line for line in (ROOT / "docs" / "rely.md").read_text().splitlines() if line.startswith("| ")]
+    rules = [line for line in lines if set(line) <= set("| -")]
+    assert len(lines) - 2 * len(rules) == len(PROMISES)
