@@ -27,9 +27,9 @@ test-fast: $(STAMP)
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest
 
-dist: $(STAMP)  ## the wheel and the source archive, and beside them what they bring, as a bill of materials (CycloneDX)
-	$(BIN)/python -m pip install --quiet build
-	$(BIN)/python -m build --outdir dist
+dist: $(STAMP)  ## a release: both archives, each checked in clean environments, and their bill of materials (CycloneDX)
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python packaging/release.py -o dist
 	$(BIN)/python benchmarks/scripts/licences.py --sbom dist/clip-rd-edge.cdx.json
 
 # pip and not uv: uv would fetch the CUDA build of torch, gigabytes that a CPU has no use for.
