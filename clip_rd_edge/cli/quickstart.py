@@ -49,7 +49,7 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
     help="Training steps of the teacher, of 64 pairs each.  [default: 600]",
 )  # fmt: skip
 @_report(
-    "--photos", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--photos", type=PathName(), metavar="FOLDER",
     help="Also compare the models on photographs, which benchmarks/scripts/tuxpaint.py makes.  [default: none]",
 )  # fmt: skip
 @_output(

@@ -23,7 +23,7 @@ _query, _output = grouped("Query"), grouped("Output")
     help="Current path of the bundle, if it was moved.  [default: the path that the index names]",
 )  # fmt: skip
 @_query(
-    "--folder", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--folder", type=PathName(), metavar="FOLDER",
     help="Current path of the image folder, if it was moved.  [default: the path that the index names]",
 )  # fmt: skip
 @threads_option

@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
 
 _page, _server = grouped("Page"), grouped("Server")
 
 
 @click.command("watch", cls=GroupedCommand, short_help="Watch a run on a page: curves, time left, sample answers.")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PathName())
 @_page(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "-o", "--output", type=PathName(dir_okay=False), metavar="FILE",
     help="Write the page as it is now into one HTML file, and serve nothing.  [default: serve it]",
 )  # fmt: skip
 @_page(

@@ -28,6 +28,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.io import new_folder, require_free_output, shipped_path
+from clip_rd_edge.utils.paths import is_folder
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
 
@@ -216,7 +217,8 @@ def photo_tasks(photos: Path | None) -> tuple[str, ...]:
     """
     if photos is None:
         return ()
-    tasks = tuple(str(path.resolve()) for path in sorted(photos.glob("photographs*")) if path.is_dir())
+    folders = sorted(photos.glob("photographs*")) if is_folder(photos) else []
+    tasks = tuple(str(path.resolve()) for path in folders if path.is_dir())
     if not tasks:
         raise InputError(
             f"{photos} has no folder named photographs.",
