@@ -172,7 +172,8 @@ def _differences(results: Results) -> str:
     if not rows:
         return ""
     headings = '<th scope="col">Models</th><th scope="col" class="text">Task</th><th scope="col">Points</th>'
-    head = f'<thead><tr>{headings}<th scope="col">95 % interval</th><th></th></tr></thead>'
+    headings += '<th scope="col">95 % interval</th><th scope="col" class="text">Verdict</th>'
+    head = f"<thead><tr>{headings}</tr></thead>"
     return (
         f'<section aria-labelledby="differences"><h2 id="differences">Differences in top-1</h2>'
         f'<div class="scroll" tabindex="0"><table class="differences">{head}<tbody>{rows}</tbody></table></div>'
