@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from thread_processes import Exchange, Threads
 
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.contract.encoder import Embeddings
@@ -28,37 +27,9 @@ from clip_rd_edge.models.encoder import TorchEncoder
 COUNT = 3
 
 
-@dataclass
-class Exchange:
-    """What the threads of a group share."""
-
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(COUNT, timeout=60))
-    values: list[Any] = field(default_factory=lambda: [None] * COUNT)
-
-    def all(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-
-@dataclass(frozen=True)
-class Threads(Processes):
-    """Processes that are threads of this one."""
-
-    exchange: Exchange = field(default_factory=Exchange)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return self.exchange.all(self.rank, value)
-
-    def sum(self, *local: int) -> list[int]:
-        return [sum(numbers) for numbers in zip(*self.exchange.all(self.rank, local), strict=True)]
-
-
 def run(action: Callable[[Processes, StopRequest], Any]) -> list[Any]:
     """Call a function in each process; return its results, or what it raised."""
-    exchange = Exchange()
+    exchange = Exchange(COUNT)
 
     def call(rank: int) -> Any:
         try:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
+from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
@@ -25,61 +21,6 @@ from clip_rd_edge.models.student import build_student, student_config
 
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Exchange:
-    """What the threads of a group share."""
-
-    count: int
-    barrier: threading.Barrier = field(init=False)
-    values: list[Any] = field(init=False)
-    accumulating: list[bool] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.accumulating = [False] * self.count
-        self.barrier, self.values = threading.Barrier(self.count, timeout=60), [None] * self.count
-
-    def all(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-
-@dataclass(frozen=True)
-class Threads(Processes):
-    """Processes that are threads of this one."""
-
-    exchange: Exchange = field(default_factory=lambda: Exchange(1))
-
-    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(parts) for parts in zip(*self.exchange.all(self.rank, tensors), strict=True)]
-
-    def all_reduce(self, tensors: Iterable[Tensor | None]) -> None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        everyone = self.exchange.all(self.rank, [tensor.clone() for tensor in present])
-        for tensor, parts in zip(present, zip(*everyone, strict=True), strict=True):
-            tensor.copy_(torch.stack(parts).sum(dim=0))
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """All start from the same buffers."""
-
-    def synchronised(self, module: nn.Module) -> nn.Module:
-        for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(self._sum)
-        return module
-
-    def _sum(self, parameter: Tensor) -> None:
-        if not self.exchange.accumulating[self.rank]:
-            self.all_reduce([parameter.grad])
-
-    @contextmanager
-    def accumulate(self, module: nn.Module) -> Iterator[None]:
-        self.exchange.accumulating[self.rank] = True
-        yield
-        self.exchange.accumulating[self.rank] = False
 
 
 def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
