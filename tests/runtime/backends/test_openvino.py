@@ -82,6 +82,7 @@ signal.raise_signal(signal.SIGUSR1)"""
 def test_a_damaged_file_is_reported_in_one_line(colour_bundle: Path) -> None:
     pytest.importorskip("openvino", reason="needs the extra openvino")
     (colour_bundle / "image.onnx").write_bytes(b"no onnx")
+    write_manifest(colour_bundle, read_manifest(colour_bundle))  # else its checksum is the first to refuse it
     with pytest.raises(ConfigError, match=r"^OpenVINO .* cannot run .*image\.onnx") as raised:
         load(colour_bundle, runtime="openvino").encode_images([Image.new("RGB", (8, 8))])
     assert "\n" not in str(raised.value)
