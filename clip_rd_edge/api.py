@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.label_list import Labels
     from clip_rd_edge.runtime.model import Model
     from clip_rd_edge.runtime.verify import Check
-
-AnyPath = str | os.PathLike[str]
 
 
 class QuickstartOptions(TypedDict, total=False):

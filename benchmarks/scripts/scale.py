@@ -66,7 +66,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     if arguments.readme:
-        from clip_rd_edge.evidence.report import write_between_markers
+        from clip_rd_edge.benchmarking.report.text import write_between_markers
 
         write_between_markers(arguments.readme, "scale", text)
 

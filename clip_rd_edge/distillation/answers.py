@@ -17,9 +17,8 @@ from clip_rd_edge.contract.encoder import label_embeddings, probabilities
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.contract.task import RetrievalTask
-from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation.build import empty_student
+from clip_rd_edge.distillation.build import empty_student, training_pairs
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.errors import ClipRdEdgeError
@@ -154,13 +153,7 @@ def _choose_samples(config: RunConfig, task: str | None) -> _Samples:
 
 
 def _from_pairs(config: RunConfig, rng: np.random.Generator) -> _Samples:
-    pairs = load_pairs(
-        config.data,
-        image_key=config.csv_img_key,
-        caption_key=config.csv_caption_key,
-        weights=config.train_data_upsampling_factors,
-        json_key=config.json_caption_key,
-    )
+    pairs = training_pairs(config)
     images: list[Image.Image] = []
     texts: list[str] = []
     for index in rng.permutation(len(pairs)):

@@ -60,14 +60,7 @@ def load_setup(
     """
     require_quantizable(config)
     with processes.main_first():
-        pairs = load_pairs(
-            config.data,
-            image_key=config.csv_img_key,
-            caption_key=config.csv_caption_key,
-            weights=config.train_data_upsampling_factors,
-            json_key=config.json_caption_key,
-            reporter=reporter,
-        )
+        pairs = training_pairs(config, reporter=reporter)
     BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
     if pairs.left_out:
         lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""
@@ -90,6 +83,18 @@ def load_setup(
         widths=(student.embedding_size, teacher.embedding_size) if teacher else None,
     )
     return RunSetup(pairs, teacher, student, objective)
+
+
+def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
+    """Return the pairs that a run trains on; raises as `data.pairs.load_pairs`."""
+    return load_pairs(
+        config.data,
+        image_key=config.csv_img_key,
+        caption_key=config.csv_caption_key,
+        weights=config.train_data_upsampling_factors,
+        json_key=config.json_caption_key,
+        reporter=reporter,
+    )
 
 
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:

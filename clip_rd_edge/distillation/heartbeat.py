@@ -34,6 +34,29 @@ class Store(Protocol):
         ...
 
 
+def open_store(timeout_s: float) -> Store:
+    """Connect to the store that torchrun provides.
+
+    The connection is one of our own: torch's wait for others, and one that waits lets no other thread ask.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    store: Store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return store
+
+
+def store_key(purpose: str, rank: int) -> str:
+    """Return the key of a process's number, another one after each restart by torchrun."""
+    return f"clip-rd-edge/{purpose}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
 class Heartbeat:
     """Beats for one process, and watches the one after it.
 
@@ -103,20 +126,13 @@ class Heartbeat:
 
 
 def _key(rank: int) -> str:
-    return f"clip-rd-edge/beats/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    return store_key("beats", rank)
 
 
 @contextmanager
 def heartbeat(rank: int, world_size: int) -> Iterator[None]:
     """Within the block, this process ends with exit code 1 if another one of the run is stopped."""
-    # Connections of its own: torch's wait for others, and one that waits lets no other thread ask.
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=INTERVAL_S * MAX_MISSED),
-    )
+    store = open_store(INTERVAL_S * MAX_MISSED)
     holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
     beats = Heartbeat(rank, world_size, store, holder=holder, on_silence=_end)
     beats.start()

@@ -6,13 +6,13 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch.distributed as dist
 
+from clip_rd_edge.distillation.heartbeat import Store, open_store, store_key
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.utils.host import is_running
 
 _POLL_S = 0.2
 LOCAL_WAIT_S = 2.0  # until the launcher has noticed that a process ended
@@ -25,14 +25,6 @@ class Member(NamedTuple):
 
     host: str
     pid: int
-
-
-class Store(Protocol):
-    """Numbers that all processes share."""
-
-    def add(self, key: str, amount: int) -> int:
-        """Add to a number, which is 0 at first; return the sum."""
-        ...
 
 
 def this_member() -> Member:
@@ -55,19 +47,18 @@ def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list
         members: all processes, by rank.
         store: None if it is gone.
     """
-    key = f"clip-rd-edge/roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = store if store is not None and _answer(store, f"{key}/{rank}") else None
+    store = store if store is not None and _answer(store, _key(rank)) else None
     here = [other for other, member in enumerate(members) if member.host == members[rank].host]
     deadline = time.monotonic() + LOCAL_WAIT_S
     while time.monotonic() < deadline:
-        if ended := [other for other in here if not _is_running(members[other].pid)]:
+        if ended := [other for other in here if is_running(members[other].pid) is False]:
             return ended
         time.sleep(_POLL_S)
     elsewhere = [other for other in range(len(members)) if other not in here]
     deadline = time.monotonic() + REMOTE_WAIT_S
     while store and elsewhere and time.monotonic() < deadline:
         try:
-            elsewhere = [other for other in elsewhere if not store.add(f"{key}/{other}", 0)]
+            elsewhere = [other for other in elsewhere if not store.add(_key(other), 0)]
         except RuntimeError:  # it ended with its machine
             return []
         time.sleep(_POLL_S)
@@ -90,13 +81,7 @@ def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> Cli
 
 def _connect() -> Store | None:
     try:
-        return dist.TCPStore(  # type: ignore[attr-defined,no-any-return,unused-ignore]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=REMOTE_WAIT_S),
-        )
+        return open_store(REMOTE_WAIT_S)
     except (RuntimeError, KeyError):
         return None
 
@@ -109,17 +94,5 @@ def _answer(store: Store, key: str) -> bool:
     return True
 
 
-def _is_running(pid: int) -> bool:
-    """Return whether a process of this machine runs; one that has ended may still be listed until its parent looks."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").is_file():
-            return False
-    else:
-        return state not in "ZX"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _key(rank: int) -> str:
+    return store_key("roll-call", rank)

@@ -32,7 +32,6 @@ from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
-from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
@@ -245,11 +244,11 @@ def _prepare_teacher(
     )
     if config.teacher_cache is None:
         return teacher, make_dataset(config, setup)
-    folder = Path(config.teacher_cache)
+    folder, dataset = Path(config.teacher_cache), make_dataset(config, setup, with_teacher_pixels=False)
     manifest = make_manifest(
         setup.teacher,
         setup.pairs,
-        crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
+        crops=dataset.crops,
         seed=config.seed,
         views=config.views,
         precision=config.teacher_precision,
@@ -265,7 +264,6 @@ def _prepare_teacher(
         reporter=reporter,
     )
     setup.teacher.model.to("cpu")
-    dataset = make_dataset(config, setup, with_teacher_pixels=False)
     dataset.cache = open_cache(folder)
     return CachedTeacher(manifest.logit_scale, processes.device), dataset
 

@@ -27,7 +27,7 @@ import msgspec
 
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
-from clip_rd_edge.errors import MissingExtraError, UsageError
+from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.reporting import Reporter
@@ -58,8 +58,6 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        from clip_rd_edge.errors import InterruptedRunError
-
         stopped = isinstance(error, (InterruptedRunError, KeyboardInterrupt))
         self.close("finished" if error is None else "stopped" if stopped else "failed")
 

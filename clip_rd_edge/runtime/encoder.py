@@ -23,10 +23,10 @@ from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact
+from clip_rd_edge.utils.host import lacks_vnni
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-from clip_rd_edge.utils.host import lacks_vnni
 
 BATCH_SIZE = 32
 

@@ -113,6 +113,29 @@ def lacks_vnni(features: str | None = None) -> bool:
     return bool(flags) and not flags & _VNNI
 
 
+def is_running(process: int) -> bool | None:
+    """Return whether a process of this machine runs; None on Windows, where asking would send it a signal.
+
+    One that has ended does not run, although it is listed until its parent has looked for it.
+    """
+    if os.name == "nt":
+        return None
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").is_file():
+            return False
+    else:
+        return state not in "ZX"
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def jetson_name() -> str:
     """Return `jetson-orin` or `jetson-thor`, or an empty string on another machine.
 

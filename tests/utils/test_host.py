@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from clip_rd_edge.utils.host import (
     BackgroundLoad,
     cpu_quota,
     instruction_sets,
+    is_running,
     lacks_vnni,
     machine_name,
     peak_memory_bytes,
@@ -102,3 +106,13 @@ def test_the_compute_capability_is_the_first_gpus_as_the_driver_reports_it(
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert host.cuda_capability() == capability
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for a process without looking for it")
+def test_a_process_that_has_ended_does_not_run_though_it_is_still_listed() -> None:
+    assert is_running(os.getpid()) is True
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert is_running(process.pid) is False
+    process.wait()
+    assert is_running(process.pid) is False

@@ -25,9 +25,9 @@ def render(state: RunState, answers: Answers, *, served: bool) -> str:
     """
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
-    percent = f"{state.step / state.steps:.0%}, " if state.steps and state.phase == "running" else ""
+    done = f"{state.step / state.steps:.0%}, " if state.steps and state.phase == "running" else ""
     return template.substitute(
-        title=escape(f"{percent}{state.name}: clip-rd-edge watch"),
+        title=escape(f"{done}{state.name}: clip-rd-edge watch"),
         head=_LINKS if served else f"<style>\n{style}</style>",
         name=escape(state.name),
         lead=_lead(state),

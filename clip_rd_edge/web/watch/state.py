@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.host import is_running
 from clip_rd_edge.utils.io import read_json, read_yaml
 from clip_rd_edge.utils.lock import LOCK_FILE
 from clip_rd_edge.utils.paths import is_file, is_folder
@@ -142,22 +142,10 @@ def _is_worked_on(lock: Path, *, quiet_s: float | None) -> bool:
         holder = lock.read_text()
     except OSError:
         return False
-    if holder.isdecimal() and _runs_here(int(holder)):
+    if holder.isdecimal() and is_running(int(holder)):
         return True
     # The process was killed and left the lock, or works on another machine, whose processes are not known here.
     return quiet_s is not None and quiet_s < _QUIET_S
-
-
-def _runs_here(process: int) -> bool:
-    if os.name == "nt":  # where os.kill would send a signal
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class SampleAnswer(msgspec.Struct, frozen=True):
