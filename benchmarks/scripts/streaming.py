@@ -157,13 +157,14 @@ def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str,
     from clip_rd_edge.data.pairs import load_pairs
     from clip_rd_edge.data.tars import close_tars
     from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+    from clip_rd_edge.distillation.pixels import crops_for
     from clip_rd_edge.utils.io import cache_home
 
     pairs = load_pairs(source)
     shutil.rmtree(cache_home() / "remote-shards", ignore_errors=True)
     close_tars()
     preprocessing = Preprocessing(size=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
-    dataset = ViewDataset(pairs, preprocessing, None, crop_scale=(0.9, 1.0), seed=0)
+    dataset = ViewDataset(pairs, preprocessing, None, crops=crops_for(preprocessing, (0.9, 1.0)), seed=0)
     steps = len(pairs) // BATCH
     sampler = StepSampler(pairs.groups, BATCH, seed=0, start=0, stop=steps, prefetch=pairs.prefetch)
     sampler.order = EpochOrder(pairs.groups, seed=0, window=WINDOW_SHARDS * int(pairs.groups[0]))

@@ -30,7 +30,7 @@ from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import prepare_for_quantization, silently
 from clip_rd_edge.convert.int8.candidates import ORT
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, choose
-from clip_rd_edge.convert.options import Budget
+from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, latencies
 from clip_rd_edge.data.emoji import training_pairs
 from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
@@ -168,6 +168,7 @@ TOWERS = {
 }
 CALIBRATION_SAMPLES, HELD_OUT_SAMPLES = 48, 32
 THREADS, REPEATS = 1, 5
+WEIGHT_BITS = ExportRequest().weight_bits
 STATIC = "static, percentile"
 
 
@@ -217,6 +218,7 @@ def prepare(tower: str, folder: Path) -> None:
         prepare_for_quantization(model, folder),
         calibrate,
         max_error=1 - min_agreement(tower),
+        weight_bits=WEIGHT_BITS,
         threads=THREADS,
         reporter=SILENT,
     )
@@ -231,7 +233,7 @@ def prepare(tower: str, folder: Path) -> None:
     if static is None:  # the exporter has no static candidate for towers of matrix products
         from clip_rd_edge.convert.int8.static import StaticQuantizer
 
-        quantizer = StaticQuantizer(folder / f"preprocessed-{model.name}", calibrate)
+        quantizer = StaticQuantizer(folder / f"preprocessed-{model.name}", calibrate, weight_bits=WEIGHT_BITS)
         (folder / "static.onnx").write_bytes(quantizer.quantize("percentile", quantizer.layers))
     else:
         shutil.copy2(folder / static, folder / "static.onnx")
