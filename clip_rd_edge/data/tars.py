@@ -27,6 +27,7 @@ from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
 from clip_rd_edge.data.shard_cache import open_file
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
+from clip_rd_edge.utils.arrays import HEADERS
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 Kind = Literal["image", "text", "json", "class"]
@@ -173,7 +174,11 @@ def open_shard(path: ShardFile) -> Shard:
         cache_home() / "shards" / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
     )
     # A damaged cached index is built again.
-    with contextlib.suppress(*_CACHE_ERRORS), np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index:
+    with (
+        contextlib.suppress(*_CACHE_ERRORS),
+        HEADERS,
+        np.load(io.BytesIO(cached.read_bytes()), allow_pickle=False) as index,
+    ):
         return Shard(path, index["names"], index["places"], str(index["damage"]), int(index["lost"]))
     close_tars()
     shard = _index_tar(path)

@@ -47,6 +47,7 @@ from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -295,7 +296,7 @@ def build_cache(
     if processes.is_main and not keys.is_file():
         build.merge_captions(keys)
     processes.barrier()
-    captions = len(np.load(keys, mmap_mode="r"))
+    captions = len(load_array(keys, memory_mapped=True))
     _compute({text_shard(folder, s): build.texts for s in range(shard_count(captions))}, processes, reporter)
     views = range(manifest.views)
     _compute({image_shard(folder, v, s): build.images for v in views for s in shards}, processes, reporter)
@@ -348,15 +349,15 @@ class _Build:
     def merge_captions(self, path: Path) -> None:
         """Write the keys of all different captions, sorted, and beside them a pair that has each."""
         shards = range(shard_count(len(self._pairs)))
-        entries = np.concatenate([np.load(caption_shard(self._folder, shard)) for shard in shards])
+        entries = np.concatenate([load_array(caption_shard(self._folder, shard)) for shard in shards])
         keys, first = np.unique(entries["key"], return_index=True)
         write_array(path.with_name("pairs.npy"), entries["pair"][first])
         write_array(path, keys)
 
     def texts(self, path: Path) -> HalfArray:
         """Embed the captions of a shard of keys; rows of zeros for those that cannot be read."""
-        keys = np.load(path.with_name("keys.npy"), mmap_mode="r")
-        pairs = np.load(path.with_name("pairs.npy"), mmap_mode="r")
+        keys = load_array(path.with_name("keys.npy"), memory_mapped=True)
+        pairs = load_array(path.with_name("pairs.npy"), memory_mapped=True)
         rows = _shard_rows(_shard_number(path), len(keys))
         part = slice(rows.start, rows.stop)
         captions: dict[int, str] = {}  # by row in the shard

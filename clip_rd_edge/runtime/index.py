@@ -31,6 +31,7 @@ from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import is_plain_name, looks_like_path, near_files, read_json, sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
@@ -110,7 +111,7 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
         if not is_plain_name(index.embeddings):
             raise ConfigError(f"{path / _FILE} names the file {index.embeddings!r}, which is not inside the index.")
         try:
-            rows = np.load(path / index.embeddings, mmap_mode="r", allow_pickle=False)
+            rows = load_array(path / index.embeddings, memory_mapped=True)
             break
         except (OSError, ValueError, EOFError) as error:
             if isinstance(error, FileNotFoundError) and index.embeddings != missing:

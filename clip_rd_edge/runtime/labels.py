@@ -16,6 +16,7 @@ from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
 from clip_rd_edge.runtime.load import open_bundle
+from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 
@@ -62,7 +63,7 @@ def read_label_set(key: str, *, count: int) -> Embeddings | None:
         digest, rows = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(rows).digest() != digest:
             return None
-        embeddings: Embeddings = np.load(io.BytesIO(rows), allow_pickle=False)
+        embeddings: Embeddings = load_array(io.BytesIO(rows))
     except (OSError, ValueError, EOFError):
         return None
     if embeddings.ndim != 2 or len(embeddings) != count or embeddings.dtype != np.float32:

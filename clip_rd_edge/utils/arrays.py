@@ -1,12 +1,13 @@
-"""Read NumPy archives of unknown origin: no pickles, and no more memory than a limit, whatever their headers say."""
+"""Read NumPy files from any thread, and archives of unknown origin: no pickles, no more memory than a limit."""
 
 from __future__ import annotations
 
 import math
+import threading
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,21 @@ from numpy.lib import format as npy
 from clip_rd_edge.errors import ConfigError
 
 MAX_ARRAYS = 16  # of an archive
+
+# NumPy reads a header by ast.parse, whose depth Python 3.11 counts for all threads together: two that read at once can
+# end with a SystemError (https://github.com/python/cpython/issues/106905).
+HEADERS = threading.Lock()
+
+
+def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.NDArray[Any]:
+    """Return the array of an .npy file of our own, or map it into memory; any number of threads may do so at once.
+
+    Raises:
+        OSError, ValueError, EOFError: as `numpy.load`, which reads it; Python objects are refused.
+    """
+    with HEADERS:
+        array: npt.NDArray[Any] = np.load(source, mmap_mode="r" if memory_mapped else None, allow_pickle=False)
+    return array
 
 
 def read_npz(path: Path, *, max_bytes: int, hint: str = "") -> dict[str, npt.NDArray[Any]]:
@@ -48,7 +64,8 @@ def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"{name} has version {version} of the .npy format")
-    shape, fortran, dtype = readers[version](file)
+    with HEADERS:
+        shape, fortran, dtype = readers[version](file)
     if dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"{name} has the type {dtype}")
     if any(length < 0 for length in shape):

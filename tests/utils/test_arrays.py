@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import gc
 import io
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.arrays import read_npz
+from clip_rd_edge.utils.arrays import load_array, read_npz
 
 
 def header(shape: str, dtype: str = "<f4") -> bytes:
@@ -93,3 +96,34 @@ def test_what_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.npz could not be read"):
         read_npz(tmp_path / "a.npz", max_bytes=1000)
+
+
+class Garbage:
+    """Is freed by the collector alone, wherever that runs, and lets another thread run then."""
+
+    def __init__(self) -> None:
+        self.cycle = self
+
+    def __del__(self) -> None:
+        time.sleep(0)
+
+
+def test_any_number_of_threads_may_read_headers_at_once(tmp_path: Path) -> None:
+    """Python 3.11 ends a thread with SystemError where another one runs in the middle of its ast.parse."""
+    np.save(tmp_path / "a.npy", np.arange(3))
+    np.savez(tmp_path / "a.npz", a=np.arange(3))
+
+    def read_often() -> None:
+        for _ in range(50):
+            Garbage()
+            assert load_array(tmp_path / "a.npy", memory_mapped=True).tolist() == [0, 1, 2]
+            assert read_npz(tmp_path / "a.npz", max_bytes=100)["a"].tolist() == [0, 1, 2]
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for reader in [threads.submit(read_often) for _ in range(8)]:
+                reader.result()
+    finally:
+        gc.set_threshold(*thresholds)
