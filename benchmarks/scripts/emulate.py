@@ -11,6 +11,8 @@ it takes there: it shows which answers come out, and tells nothing of speed.
 
 For each bundle and processor: the greatest difference of an embedding to the same bundle's here, the centred cosine to
 FP32's here, top-1 on images of the quickstart's tasks, and what `clip-rd-edge verify` finds there.
+
+A processor takes minutes to hours: each answer is written to -o as it comes, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ import numpy as np
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
-from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import zero_shot_task
-from clip_rd_edge.utils.io import cache_home, to_json, write_bytes
+from clip_rd_edge.utils.io import cache_home, read_json, sha256_of, to_json, write_bytes
 
 # QEMU's names by architecture. Haswell and EPYC (Zen 1) have AVX2 without VNNI, Nehalem has SSE alone; the Cortex-A53
 # and A72 (Raspberry Pi 3 and 4) have neither dot products nor FP16 arithmetic, the A76 (Raspberry Pi 5) has both.
@@ -82,6 +84,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle answered on a processor.
 
     Attributes:
+        bundle_sha256: of the bundle's manifest, which has the checksums of its files.
         max_difference: greatest absolute difference of an embedding entry to the same bundle's on this machine.
         image_cosine, text_cosine: centred cosine with FP32's embeddings on this machine.
         top1: share of the images whose label comes first.
@@ -91,6 +94,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
 
     bundle: str
     processor: str
+    bundle_sha256: str = ""
     max_difference: float = 0.0
     image_cosine: float = 0.0
     text_cosine: float = 0.0
@@ -117,16 +121,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
     parser.add_argument("--readme", type=Path, help="where the table goes, between its marks")
     arguments = parser.parse_args()
-    results = run(arguments.bundles, arguments.cpu, images=arguments.images)
-    if arguments.output:
-        write_bytes(arguments.output, to_json(results))
+    results = run(arguments.bundles, arguments.cpu, images=arguments.images, output=arguments.output)
     print(table(results))
     if arguments.readme:
         write_between_markers(arguments.readme, "emulated", table(results))
 
 
-def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> Emulated:
-    """Embed images and labels by every bundle on every processor, and on this machine."""
+def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, output: Path | None) -> Emulated:
+    """Embed images and labels by every bundle on every processor, and on this machine; `output` gets each answer."""
     reference = next((path for path in bundles if read_manifest(path).precision == "fp32"), None)
     if reference is None:
         raise SystemExit("error: none of the bundles is in FP32, which the others are compared with")
@@ -137,7 +139,16 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> E
         (task, int(i)) for task in tasks for i in rng.permutation(len(task.images))[: min(images, len(task.images))]
     ]
     truth = np.array([labels.index(task.labels[task.targets[i]]) for task, i in shown])
-    answers = []
+    qemu = subprocess.run(["qemu-aarch64-static", "--version"], capture_output=True, text=True, check=True)
+    results = Emulated(
+        environment=this_environment(),
+        qemu=qemu.stdout.splitlines()[0],
+        images=len(shown),
+        labels=len(labels),
+        answers=(),
+    )
+    digests = {bundle: sha256_of(bundle / MANIFEST) for bundle in bundles}
+    answers = {key: row for key, row in answers_of(output, results).items() if key[2] in digests.values()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "images.txt").write_text("\n".join(str(task.images[i]) for task, i in shown), encoding="utf-8")
@@ -145,19 +156,30 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int) -> E
         here = {bundle: embed(bundle, NATIVE, folder) for bundle in bundles}
         if problems := [rows for rows in here.values() if isinstance(rows, str)]:
             raise SystemExit(f"error: a bundle does not run on this machine: {problems[0]}")
-        for bundle in bundles:
+        for bundle, digest in digests.items():
             for processor in (NATIVE, *processors):
-                rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
                 print(f"{bundle.name} on {processor}", file=sys.stderr, flush=True)
-                answers.append(compare(bundle, processor, rows, here[bundle], here[reference], truth))
-    return Emulated(
-        environment=this_environment(),
-        qemu=subprocess.run(["qemu-aarch64-static", "--version"], capture_output=True, text=True, check=True)
-        .stdout.splitlines()[0],
-        images=len(shown),
-        labels=len(labels),
-        answers=tuple(answers),
-    )  # fmt: skip
+                key = (bundle.name, processor, digest)
+                if key not in answers:
+                    rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
+                    answer = compare(bundle, processor, rows, here[bundle], here[reference], truth)
+                    answers[key] = msgspec.structs.replace(answer, bundle_sha256=digest)
+                results = msgspec.structs.replace(results, answers=tuple(answers.values()))
+                if output:
+                    write_bytes(output, to_json(results))
+    return results
+
+
+def answers_of(output: Path | None, expected: Emulated) -> dict[tuple[str, str, str], Answers]:
+    """What an interrupted run of the same machine and images has written, by bundle, processor and checksum."""
+    if output is None or not output.is_file():
+        return {}
+    before = read_json(output, Emulated)
+    if (before.images, before.labels, before.qemu) != (expected.images, expected.labels, expected.qemu):
+        return {}
+    if before.environment.machine != expected.environment.machine:
+        return {}
+    return {(row.bundle, row.processor, row.bundle_sha256): row for row in before.answers}
 
 
 def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, np.ndarray] | str:
