@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -135,7 +136,9 @@ def distill(
     from clip_rd_edge.distillation.run import run_distillation
 
     accept_changes = options.pop("accept_changes", False)
-    config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
+    with _told_to_all_processes():
+        config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
+        evaluate_student = _evaluator(config)
     run = Path(output)
     run_distillation(
         config,
@@ -143,7 +146,7 @@ def distill(
         resume=resume,
         accept_changes=accept_changes,
         reporter=reporter,
-        evaluate=_evaluator(config),
+        evaluate=evaluate_student,
     )
     return run
 
@@ -811,6 +814,19 @@ def load_tasks(tasks: str | Task | Sequence[str | Task], *, templates: str | Seq
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:
     """Return the command of a process that classifies one image, to time a cold start; append the image's path."""
     return [sys.executable, "-m", "clip_rd_edge.cli._first_answer", spec, runtime or "", str(threads)]
+
+
+@contextmanager
+def _told_to_all_processes() -> Iterator[None]:
+    """Within the block, an error also ends the other processes of the run, which would wait for this one to join."""
+    try:
+        yield
+    except (ClipRdEdgeError, ModuleNotFoundError) as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from clip_rd_edge.distillation.distributed import tell_failure
+
+            tell_failure(error if isinstance(error, ClipRdEdgeError) else UsageError(f"{error}."))
+        raise
 
 
 def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.roll_call import Member
+from clip_rd_edge.distillation.signals import Stopped
+from clip_rd_edge.errors import ClipRdEdgeError
 
 
 @dataclass
@@ -44,6 +48,12 @@ class Threads(Processes):
     def gather_objects(self, value: Any) -> list[Any]:
         return self.exchange.all(self.rank, value)
 
+    def from_main(self, value: Any) -> Any:
+        return self.exchange.all(self.rank, value)[0]
+
+    def barrier(self) -> None:
+        self.exchange.barrier.wait()
+
     def sum(self, *local: int) -> list[int]:
         return [sum(numbers) for numbers in zip(*self.exchange.all(self.rank, local), strict=True)]
 
@@ -73,3 +83,22 @@ class Threads(Processes):
         self.exchange.accumulating[self.rank] = True
         yield
         self.exchange.accumulating[self.rank] = False
+
+
+def call_in_threads(count: int, action: Callable[[Threads], Any], *, hosts: str = "") -> list[Any]:
+    """Call a function in each process; return its results, or what it raised.
+
+    Args:
+        hosts: one letter per process, the name of its machine; empty if that is not known.
+    """
+    exchange = Exchange(count)
+    members = tuple(Member(host, 1) for host in hosts)
+
+    def call(rank: int) -> Any:
+        try:
+            return action(Threads(rank=rank, world_size=count, members=members, exchange=exchange))
+        except (ClipRdEdgeError, Stopped) as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))

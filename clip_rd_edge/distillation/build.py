@@ -56,11 +56,17 @@ def load_setup(
 
     Raises:
         UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised.
-        InputError, ConfigError: data, teacher or student cannot be used.
+        InputError, ConfigError: data, teacher or student cannot be used, in any of the processes.
     """
     require_quantizable(config)
     with processes.main_first():
         pairs = training_pairs(config, reporter=reporter)
+    with processes.together():  # a machine may lack a file that the others have
+        setup = _load_models(config, pairs, name=name, processes=processes, reporter=reporter)
+    return setup
+
+
+def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Processes, reporter: Reporter) -> RunSetup:
     BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
     if pairs.left_out:
         lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""

@@ -119,7 +119,10 @@ def load_checkpoint(
         reporter.say(f"the checkpoint {problem}; the run goes on from step {step} instead")
     if step == 0:
         return 0
-    state = state or _read_state(run / CHECKPOINTS_FOLDER / f"step-{step}")
+    if processes.world_size > 1:  # machines need not share their files
+        path = run / CHECKPOINTS_FOLDER / f"step-{step}" / STATE_FILE
+        content = processes.from_main(path.read_bytes() if processes.is_main else b"")
+        state = state or _decode(io.BytesIO(content))
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return step
@@ -129,7 +132,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
     checksum = folder / CHECKSUM_FILE
     if checksum.is_file() and sha256_of(folder / STATE_FILE) != checksum.read_text()[:64]:
         raise ConfigError(f"{STATE_FILE} does not match its checksum")
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    return _decode(folder / STATE_FILE)
+
+
+def _decode(file: Path | io.BytesIO) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 

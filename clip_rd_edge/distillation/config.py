@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
@@ -37,6 +37,10 @@ RECIPES = Path(__file__).parent / "recipes"
 CHANGEABLE_ON_RESUME = frozenset(
     {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
     | {"processes"}
+)
+# Fields that say where something lies, which may differ between machines; their content is compared instead.
+LOCATIONS = frozenset({"recipe_name", "data", "teacher", "teacher_pretrained", "student"}) | frozenset(
+    {"pretrained_image", "pretrained_text", "teacher_cache", "tasks"}
 )
 MAX_WORKERS = 1_024  # loader processes
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -311,11 +315,11 @@ def load_recipe(name: str) -> Recipe:
     return read_yaml(path, Recipe)
 
 
-def first_difference(old: RunConfig, new: RunConfig) -> str | None:
-    """Return the first difference as `key: old → new`, or None; ignores the fields in CHANGEABLE_ON_RESUME."""
+def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str] = CHANGEABLE_ON_RESUME) -> str | None:
+    """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME."""
     old_fields = _flatten(old)
     for key, value in _flatten(new).items():
-        if key not in CHANGEABLE_ON_RESUME and old_fields.get(key) != value:
+        if key not in ignored and old_fields.get(key) != value:
             return f"{key}: {old_fields.get(key)} → {value}"
     return None
 

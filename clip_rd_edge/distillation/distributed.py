@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.distillation.heartbeat import heartbeat
 from clip_rd_edge.distillation.roll_call import Member, this_member
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.models.clip import default_device
 
 # Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
@@ -133,23 +133,48 @@ class Processes:
         if self.world_size > 1:
             dist.barrier(group=self.control)
 
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Call a function in the main process; if it raises an error of this package, all processes raise one."""
+    def from_main(self, value: T) -> T:
+        """Return the main process's value in all processes."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Call a function in the main process, and return its result in all; an error is raised as by `agree`."""
         error: ClipRdEdgeError | None = None
+        value: T | None = None
         if self.is_main:
             try:
-                action()
+                value = action()
             except ClipRdEdgeError as caught:
                 error = caught
         self.agree(error)
+        return self.from_main(cast(T, value))
 
     def agree(self, error: ClipRdEdgeError | None) -> None:
         """Raise an error in all processes if one has one: its own there, one that quotes it in the others."""
-        messages = self.gather_objects(None if error is None else str(error))
-        for rank, message in enumerate(messages):
-            if message is not None:
-                where = f", on {self.members[rank].host}," if self.members else ""
-                raise error or ClipRdEdgeError(f"Process {rank} of the run{where} cannot go on: {message}")
+        failures = self.gather_objects(None if error is None else (str(error), error.hint, error.exit_code))
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                message, hint, exit_code = failure
+                kind = UsageError if exit_code == UsageError.exit_code else ClipRdEdgeError
+                raise error or kind(f"Process {rank} of the run{self.where(rank)} cannot go on: {message}", hint=hint)
+
+    def where(self, rank: int) -> str:
+        """Return `, on HOST,` for a message about a process, or nothing if that is not known."""
+        return f", on {self.members[rank].host}," if self.members else ""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise an error of this package in the body as `agree` does; the body sends no messages."""
+        error: ClipRdEdgeError | None = None
+        try:
+            yield
+        except ClipRdEdgeError as caught:
+            error = caught
+        self.agree(error)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -163,15 +188,12 @@ class Processes:
         turn = 0 if self.is_main else 1 if is_first_here else 2
         for _ in range(turn):
             self.barrier()
-        error: ClipRdEdgeError | None = None
-        try:
-            yield
-        except ClipRdEdgeError as caught:
-            error = caught
-        finally:  # whatever happened: the others must not wait forever
-            for _ in range(2 - turn):
-                self.barrier()
-        self.agree(error)
+        with self.together():
+            try:
+                yield
+            finally:  # whatever happened: the others must not wait forever
+                for _ in range(2 - turn):
+                    self.barrier()
 
 
 def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], object]) -> None:
@@ -212,3 +234,12 @@ def join_processes() -> Iterator[Processes]:
             yield Processes(rank, world_size, device, control, tuple(members))
     finally:
         dist.destroy_process_group()
+
+
+def tell_failure(error: ClipRdEdgeError) -> None:
+    """Tell the other processes of the run that this one ends with an error before it joined them.
+
+    They meet the error in `run_distillation`, where they would wait for this process.
+    """
+    with suppress(ClipRdEdgeError), join_processes() as processes:
+        processes.agree(error)

@@ -282,12 +282,10 @@ def build_cache(
         UsageError: `folder` is a cache with another manifest, or not a cache.
         InputError: too many pairs cannot be read.
     """
-    if processes.is_main:
-        claim_folder(folder, manifest)
-    processes.barrier()
-    complete = (folder / COMPLETE).is_file()
-    processes.barrier()  # before it is written: all processes must take the same way
-    if complete:
+    processes.on_main(lambda: claim_folder(folder, manifest))
+    with processes.together():
+        complete = _is_complete(folder, manifest, processes)
+    if processes.sum(int(complete))[0] == processes.world_size:
         return
     build = _Build(folder, manifest, teacher, pairs, workers=workers, max_bad=max_bad)
     shards = range(shard_count(len(pairs)))
@@ -303,6 +301,17 @@ def build_cache(
     if processes.is_main:
         write_bytes(folder / COMPLETE, to_json(_Complete(captions)))
     processes.barrier()
+
+
+def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:
+    """Return whether a cache is complete, for a process that sees what the main one has claimed."""
+    if not processes.is_main and not is_file(folder / MANIFEST):
+        raise UsageError(
+            f"The teacher cache {folder} is not on a file system that the machines share.",
+            hint="choose another --teacher-cache, or copy a complete one to each machine",
+        )
+    claim_folder(folder, manifest)
+    return is_file(folder / COMPLETE)
 
 
 def _compute(tasks: dict[Path, Callable[[Path], npt.NDArray[Any]]], processes: Processes, reporter: Reporter) -> None:

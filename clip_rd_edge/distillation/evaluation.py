@@ -10,7 +10,7 @@ from PIL import Image
 from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder, as_list, in_batches
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.signals import Stopped, StopRequest
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
 TEXT_BATCH = 64
 
@@ -46,9 +46,16 @@ class EncoderOfAllProcesses:
         """See `SharedEncoder`.
 
         Raises:
+            InputError: the processes have different numbers of batches.
             Stopped: a signal requested a stop in one of the processes.
         """
         processes = self._processes
+        counts = processes.gather_objects(len(batches))
+        if len(set(counts)) > 1:
+            raise InputError(
+                f"The processes of the run have different evaluation data: {counts} batches.",
+                hint="give all machines the same files",
+            )
         rows = []
         for first in range(0, len(batches), processes.world_size):
             own, error = batches[first : first + processes.world_size][processes.rank : processes.rank + 1], None

@@ -9,8 +9,9 @@ import msgspec
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.distillation.build import RunSetup
+from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.embedding_store import teacher_fingerprint
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -42,17 +43,43 @@ def inputs_of(setup: RunSetup) -> RunInputs:
     )
 
 
-def check_inputs(run: Path, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT) -> None:
+def common_inputs(setup: RunSetup, processes: Processes) -> RunInputs:
+    """Return the fingerprints of data and teacher, which must be the same in all processes.
+
+    Machines that do not share their files may hold different ones under the same names.
+
+    Raises:
+        InputError: those of a process differ from the main one's.
+    """
+    with processes.together():
+        inputs = inputs_of(setup)
+    first, *others = processes.gather_objects(inputs)
+    for rank, other in enumerate(others, start=1):
+        if other != first:
+            describe = _teacher if other.teacher_sha256 != first.teacher_sha256 else _pairs
+            actual, expected = describe(other), describe(first)
+            raise InputError(
+                f"Process {rank} of the run{processes.where(rank)} reads {actual}, but process 0 {expected}.",
+                hint="give all machines the same data and the same teacher",
+            )
+    return first
+
+
+def check_inputs(
+    run: Path, inputs: RunInputs, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT
+) -> None:
     """Write RUN/inputs.json if there is none yet; else check that data and teacher are still those.
 
     Args:
+        inputs: fingerprints of data and teacher.
+        setup: names them.
         accept_changes: report a difference, and keep the new fingerprints, instead of raising.
 
     Raises:
         UsageError: data or teacher changed; the message says from what to what.
         ConfigError: inputs.json is damaged.
     """
-    path, inputs = run / INPUTS_FILE, inputs_of(setup)
+    path = run / INPUTS_FILE
     if path.is_file():
         old = read_json(path, RunInputs)
         difference = _difference(old, inputs, setup)
@@ -85,6 +112,18 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
 def _counts(inputs: RunInputs) -> str:
     left_out = f" and {inputs.left_out:,} samples that are not pairs" if inputs.left_out else ""
     return f"{inputs.pairs:,} pairs{left_out}"
+
+
+def _teacher(inputs: RunInputs) -> str:
+    return f"a teacher with the {_digest(inputs.teacher_sha256)}"
+
+
+def _pairs(inputs: RunInputs) -> str:
+    return f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}"
+
+
+def _digest(sha256: str | None) -> str:
+    return f"SHA-256 {str(sha256)[:_SHOWN_DIGITS]}"
 
 
 def _change(old: str | None, new: str | None) -> str:

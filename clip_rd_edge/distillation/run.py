@@ -25,11 +25,11 @@ from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
-from clip_rd_edge.distillation.config import RunConfig, first_difference
+from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
 from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.inputs import check_inputs
+from clip_rd_edge.distillation.inputs import check_inputs, common_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
@@ -38,7 +38,7 @@ from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precis
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
-from clip_rd_edge.errors import DiskFullError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -75,16 +75,18 @@ def run_distillation(
     """
     with stop_on_signals() as request:
         try:
-            with join_processes() as processes, _named_losses(processes, request), _sole_writer(run, processes):
-                return _run(
-                    config,
-                    run,
-                    processes,
-                    resume=resume,
-                    accept_changes=accept_changes,
-                    reporter=reporter if processes.is_main else SILENT,
-                    evaluate=evaluate,
-                )
+            with join_processes() as processes, _named_losses(processes, request):
+                processes.agree(None)  # one that failed before it joined says so here
+                with _sole_writer(run, processes):
+                    return _run(
+                        config,
+                        run,
+                        processes,
+                        resume=resume,
+                        accept_changes=accept_changes,
+                        reporter=reporter if processes.is_main else SILENT,
+                        evaluate=evaluate,
+                    )
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
             raise InterruptedRunError(
@@ -112,6 +114,10 @@ def _named_losses(processes: Processes, request: StopRequest) -> Iterator[None]:
     """Within the block, a message that fails because another process has ended is a sentence that names it."""
     try:
         yield
+    except ClipRdEdgeError:
+        if processes.world_size > 1:
+            request.obey_no_more()  # the launcher signals the others as soon as one of those that fail has ended
+        raise
     except RuntimeError as error:
         if processes.world_size == 1 or not is_lost_connection(error):
             raise
@@ -155,11 +161,15 @@ def _run(
     reporter: Reporter,
     evaluate: Callable[[Encoder], dict[str, float]] | None,
 ) -> Path:
-    require_tracker(config.report_to)
+    processes.on_main(lambda: require_tracker(config.report_to))
     config = msgspec.structs.replace(config, processes=processes.world_size)
-    config, is_new = _check_folder(config, run, resume=resume, reporter=reporter)
-    processes.barrier()  # before the main process writes: the others must not find the folder in use
-    if (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file():
+    main_config = processes.from_main(config)
+    with processes.together():
+        _require_same_options(main_config, config)
+    # Only the main process needs to see the run's folder: machines need not share their files.
+    main_config, is_new = processes.on_main(lambda: _check_folder(config, run, resume=resume, reporter=reporter))
+    config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
+    if processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()):
         reporter.say(f"{run} is already finished")
         return run / STUDENT_FOLDER
     setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
@@ -172,7 +182,8 @@ def _run(
         config = _with_measured_precision(config, setup, processes, reporter)
         if processes.is_main:
             write_text(run / RUN_CONFIG_FILE, to_yaml(config))
-    processes.on_main(lambda: check_inputs(run, setup, accept_changes=accept_changes, reporter=reporter))
+    inputs = common_inputs(setup, processes)
+    processes.on_main(lambda: check_inputs(run, inputs, setup, accept_changes=accept_changes, reporter=reporter))
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
     student = train(
         config,
@@ -230,6 +241,16 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
     return config, False
 
 
+def _require_same_options(main: RunConfig, config: RunConfig) -> None:
+    difference = first_difference(main, config, ignored={*LOCATIONS, "workers"})
+    if len(main.tasks) != len(config.tasks):
+        difference = f"tasks: {len(main.tasks)} → {len(config.tasks)}"
+    if difference:
+        raise UsageError(
+            f"The processes of the run have different options: {difference}.", hint="start all with the same ones"
+        )
+
+
 def _prepare_teacher(
     config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
 ) -> tuple[BatchTeacher | None, ViewDataset]:
@@ -275,7 +296,8 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
     set_training_mode(setup.student, config)
     local_size = config.recipe.batch_size // processes.world_size
     sampler = StepSampler(setup.pairs.groups, local_size, seed=config.seed, start=0, stop=1)
-    batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
+    with processes.together():
+        batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 
     def make_teacher(autocast: torch.dtype | None) -> Teacher:
         # A new one each time, so that no cached caption embeddings remain.

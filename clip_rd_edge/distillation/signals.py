@@ -36,6 +36,10 @@ class StopRequest:
         with self._raising(False):
             yield
 
+    def obey_no_more(self) -> None:
+        """From now on, a signal only sets the request: the code ends for another reason, which it has yet to tell."""
+        self._at_once = False
+
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Within the block, a signal raises `Stopped`, also one that arrived before."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from thread_processes import Exchange, Threads
+from thread_processes import call_in_threads
 
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.contract.encoder import Embeddings
@@ -20,7 +19,7 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.signals import Stopped, StopRequest
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 
@@ -29,16 +28,7 @@ COUNT = 3
 
 def run(action: Callable[[Processes, StopRequest], Any]) -> list[Any]:
     """Call a function in each process; return its results, or what it raised."""
-    exchange = Exchange(COUNT)
-
-    def call(rank: int) -> Any:
-        try:
-            return action(Threads(rank=rank, world_size=COUNT, exchange=exchange), StopRequest())
-        except (ClipRdEdgeError, Stopped) as error:
-            return error
-
-    with ThreadPoolExecutor(COUNT) as pool:
-        return list(pool.map(call, range(COUNT)))
+    return call_in_threads(COUNT, lambda processes: action(processes, StopRequest()))
 
 
 @pytest.fixture
@@ -120,3 +110,17 @@ def test_a_stop_in_one_process_stops_all_after_a_round(student: ClipModel, task:
     assert all(isinstance(result, Stopped) for result in run(evaluate))
     assert sum(encoder.images for encoder in encoders) == 0
     assert encoders[1].texts == 0
+
+
+@pytest.mark.usefixtures("_small_batches")
+def test_a_process_with_fewer_images_ends_all_rather_than_leave_them_waiting(
+    student: ClipModel, images: tuple[Path, ...]
+) -> None:
+    def evaluate(processes: Processes, request: StopRequest) -> Any:
+        own = images[:6] if processes.rank == 1 else images
+        task = ZeroShotTask(name="t", images=own, targets=(0,) * len(own), labels=("a", "b"), templates=("{}",))
+        return accuracy.evaluate(EncoderOfAllProcesses(Counting(student), processes, request), task)
+
+    for error in run(evaluate):
+        assert isinstance(error, InputError)
+        assert "different evaluation data: [5, 3, 5] batches" in str(error)
