@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import click
+import pytest
 
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.pairs import Pairs
@@ -41,3 +44,15 @@ class Watch(Reporter):
 def contents(pairs: Pairs) -> list[tuple[bytes, tuple[str, ...]]]:
     """Return the pixels and the captions of all pairs."""
     return [(pairs.open(i).tobytes(), pairs.captions(i)) for i in range(len(pairs))]
+
+
+def other_clock(offset: str) -> dict[str, str]:
+    """Return the environment variables of a process whose clock differs, by such as `+40d` or `-3h`.
+
+    Skips the test where libfaketime is missing: `apt install faketime`, or the path of the library in LIBFAKETIME.
+    """
+    paths = [os.environ.get("LIBFAKETIME", ""), *map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))]
+    library = next((path for path in paths if Path(path).is_file()), None)
+    if library is None:
+        pytest.skip("needs libfaketime")
+    return {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}

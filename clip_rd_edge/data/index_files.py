@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils.io import cache_home, new_folder
+from clip_rd_edge.utils.io import cache_home, new_folder, now_in
 from clip_rd_edge.utils.lock import exclusive_writer
 
 INDEX = "index.json"
@@ -76,8 +75,8 @@ def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]
         except UsageError:  # it cannot be written
             return _temporary_index(build)
         if not _is_complete(folder):
-            _remove_unused(folder.parent)
             try:
+                _remove_unused(folder.parent)
                 with new_folder(folder) as new:
                     build(new)
             except OSError:
@@ -93,9 +92,10 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _remove_unused(indices: Path) -> None:
+    now = now_in(indices)
     for path in indices.glob(f"*/{INDEX}"):
         with contextlib.suppress(OSError):
-            if path.stat().st_mtime < time.time() - _UNUSED_S:
+            if path.stat().st_mtime < now - _UNUSED_S:
                 path.unlink()  # first: what is removed in part is no index
                 shutil.rmtree(path.parent)
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, fetch, shard_identity, version
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.io import cache_home
+from clip_rd_edge.utils.io import cache_home, now_in
 from clip_rd_edge.utils.lock import exclusive_writer
 
 LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
@@ -106,10 +105,10 @@ def _make_room(folder: Path, *, keep: Path) -> None:
     """Remove the shards used least recently until the rest fits; an open one stays readable until it is closed."""
     with exclusive_writer(folder / "making-room.lock.d", on_wait=lambda message: None):
         room = cache_limit()
-        files = list(_files(folder))
+        files, now = list(_files(folder)), now_in(folder)
         for used, size, path in files:
             if path.suffix == ".part":
-                if path != keep and used < time.time() - _ABANDONED_S:
+                if path != keep and used < now - _ABANDONED_S:
                     path.unlink(missing_ok=True)
                 else:
                     room -= size

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -409,6 +410,18 @@ def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
         return predicate(path)
     except (OSError, ValueError):
         return False
+
+
+def now_in(folder: Path) -> float:
+    """Return the time by the clock that gives the files in a folder their times, in seconds as `time.time`.
+
+    That of a shared folder is its server's, from which this machine's may differ by any amount.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def cache_home() -> Path:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Watch, contents
+from support import Watch, contents, other_clock
 from unreliable_server import UnreliableServer
 
-from clip_rd_edge.data import remote, shard_cache
+from clip_rd_edge.data import index_files, remote, shard_cache
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
 from clip_rd_edge.data.tars import close_tars
@@ -150,7 +150,7 @@ def test_no_more_is_prefetched_than_fits(
 def test_what_waits_to_be_prefetched_does_not_keep_a_process_from_ending(server: UnreliableServer) -> None:
     code = f"""
 import time
-from clip_rd_edge.data import remote, shard_cache
+from clip_rd_edge.data import index_files, remote, shard_cache
 shards = [remote.RemoteShard("{server.url}/%03d.tar" % i) for i in range(4)]
 for shard in shards:
     remote.version(shard)
@@ -198,7 +198,31 @@ def test_without_locks_two_fetches_at_once_write_the_same_bytes(
     assert part.read_bytes() == whole
 
 
-def test_two_runs_share_a_cache_whatever_their_bounds(server: UnreliableServer, shards: Path) -> None:
+def test_a_clock_that_is_ahead_removes_nothing_that_others_use(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RemoteShard(f"{server.url}/000.tar")
+    index = index_files.kept_index("shard-indices", ["a"], lambda folder: (folder / index_files.INDEX).touch())
+    part = shard_cache._reserve(shard_cache._cached(first), 9)  # another machine fetches it
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 50 * 24 * 3600)
+    shard_cache.local_path(RemoteShard(f"{server.url}/001.tar"))
+    index_files.kept_index("shard-indices", ["b"], lambda folder: (folder / index_files.INDEX).touch())
+    assert part.is_file()
+    assert index.is_dir()
+    for path in (part, index / index_files.INDEX):
+        os.utime(path, (now - 50 * 24 * 3600,) * 2)
+    shard_cache.local_path(RemoteShard(f"{server.url}/002.tar"))
+    index_files.kept_index("shard-indices", ["c"], lambda folder: (folder / index_files.INDEX).touch())
+    assert not part.exists()
+    assert not index.exists()
+
+
+@pytest.mark.parametrize("clock", ["the same", "+40d"])
+def test_runs_share_a_cache_whatever_their_bounds_and_clocks(
+    server: UnreliableServer, shards: Path, clock: str
+) -> None:
+    clocks = [{}, {}, {} if clock == "the same" else other_clock(clock), {}]
     code = """
 import hashlib, sys
 import numpy as np
@@ -214,11 +238,13 @@ print(digest.hexdigest())
     local, *remote_runs = (
         subprocess.Popen(
             [sys.executable, "-c", code, f"{source}/{{000..003}}.tar"],
-            env={**os.environ, shard_cache.LIMIT_VARIABLE: str(limit * size / 1e9)},
+            env={**os.environ, shard_cache.LIMIT_VARIABLE: str(limit * size / 1e9), **variables},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for source, limit in ((shards, 9), (server.url, 1.5), (server.url, 2.5), (server.url, 9))
+        for (source, limit), variables in zip(
+            ((shards, 9), (server.url, 1.5), (server.url, 2.5), (server.url, 9)), clocks, strict=True
+        )
     )
     expected = local.communicate(timeout=120)[0]
     assert len(expected) == 65
