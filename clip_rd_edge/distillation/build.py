@@ -87,6 +87,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
         widths=(student.embedding_size, teacher.embedding_size) if teacher else None,
+        bank_temperature=config.recipe.bank_temperature,
     )
     return RunSetup(pairs, teacher, student, objective)
 

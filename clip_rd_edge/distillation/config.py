@@ -43,6 +43,7 @@ LOCATIONS = frozenset({"recipe_name", "data", "teacher", "teacher_pretrained", "
     {"pretrained_image", "pretrained_text", "teacher_cache", "tasks"}
 )
 MAX_WORKERS = 1_024  # loader processes
+MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy accepts
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -59,6 +60,9 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         objective: weight of each loss term; 0 leaves it out.
         scales: `bounded` keeps the learned multipliers of VRD and XRD in [1, 100], `raw` learns them as published.
         scale_start: initial value of these multipliers.
+        bank_size: max number of the teacher's image embeddings, and of its caption embeddings, in the bank of the term
+            `bank`; see `distillation.bank`.
+        bank_temperature: divides the teacher's logit scale in that term; higher values bring more distant entries in.
         epochs: passes over the pairs; ignored if `steps` is not 0.
         steps: number of training steps; 0 follows `epochs`.
         batch_size: pairs per step, over all processes.
@@ -78,6 +82,8 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     objective: Weights
     scales: ScaleKind = "bounded"
     scale_start: PositiveFloat = PUBLISHED_START
+    bank_size: Annotated[int, Meta(ge=1, le=MAX_BANK_SIZE)] = 65_536
+    bank_temperature: PositiveFloat = 1.0
     epochs: PositiveInt = 32
     steps: NonNegativeInt = 0
     batch_size: PositiveInt = 1024

@@ -23,6 +23,7 @@ import torch
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
@@ -314,7 +315,10 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
         teacher = make_teacher(AUTOCAST[config.teacher_precision]) if setup.teacher else None
         objective = setup.objective.to(single.device)
-        return TrainingStep(setup.student, teacher, objective, single, step_settings(config, autocast, single.device))
+        settings = step_settings(config, autocast, single.device)
+        # An empty bank serves: its products have the same precision in every case.
+        bank = make_bank(config, len(setup.pairs), None, single.device)
+        return TrainingStep(setup.student, teacher, objective, single, settings, bank=bank)
 
     precision, reason = choose_precision(config.recipe.precision, make_step, batch, single.device)
     reporter.say(f"precision: {reason}")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.distillation.bank import TeacherBank
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
@@ -69,6 +70,7 @@ class TrainingStep:
         teacher: None if the objective does not need one.
         image_tower: a module that computes the student's image embeddings in another way from the same parameters, such
             as with INT8 rounding; None for the plain tower.
+        bank: None if the objective does not need one.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class TrainingStep:
         settings: StepSettings,
         *,
         image_tower: nn.Module | None = None,
+        bank: TeacherBank | None = None,
     ) -> None:
-        self.student, self.teacher, self.objective = student, teacher, objective
+        self.student, self.teacher, self.objective, self.bank = student, teacher, objective, bank
         self.processes, self.settings = processes, settings
         self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
@@ -164,7 +167,12 @@ class TrainingStep:
             images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
             local += [torch.cat(images).float(), torch.cat(texts).float()]
         student_image, student_text, *teacher = self.processes.gather(local)
-        return EmbeddingBatch(student_image.requires_grad_(), student_text.requires_grad_(), *teacher)
+        student = student_image.requires_grad_(), student_text.requires_grad_()
+        if not teacher:
+            return EmbeddingBatch(*student)
+        teacher_image, teacher_text = teacher
+        bank = self.bank.with_batch(teacher_image, teacher_text) if self.bank is not None else None
+        return EmbeddingBatch(*student, teacher_image, teacher_text, bank)
 
     def _backward_to_embeddings(
         self, embeddings: EmbeddingBatch, log_scale: Tensor, loss_scale: float

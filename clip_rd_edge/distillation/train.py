@@ -17,6 +17,7 @@ import torch
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.config import RunConfig
@@ -77,6 +78,9 @@ def train(
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
+    bank = make_bank(config, len(setup.pairs), dataset.cache, processes.device)
+    if bank:
+        parts["bank"] = bank
     start = load_checkpoint(run, parts, processes, reporter=reporter)
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
@@ -88,6 +92,7 @@ def train(
         processes,
         step_settings(config, AUTOCAST[recipe.precision], processes.device),
         image_tower=quantization.tower(student) if quantization else None,
+        bank=bank,
     )
     encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
     log = MetricsLog(run, start=start) if processes.is_main else None

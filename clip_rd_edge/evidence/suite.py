@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
 from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.io import convert, read_yaml
 
+_SHARED = ("objective", "steps", "batch_size", "learning_rate", "precision")  # not a method's own settings
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -27,14 +27,21 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         name: its name in tables and folders.
         recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
+        settings: further keys that differ from the recipe's, such as `bank_temperature`.
     """
 
     name: str
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if shared := sorted(set(self.settings) & set(_SHARED)):
+            raise ValueError(
+                f"the settings of the method {self.name} have {shared[0]!r}; expected keys of a recipe other than "
+                f"{', '.join(_SHARED)}, which are weights or the suite's"
+            )
         if not _SAFE_NAME.fullmatch(self.name):
             raise ValueError(
                 f"the method's name is {self.name!r}; expected lower-case letters, digits, '.', '-' and '_'"
@@ -98,13 +105,12 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return a method's recipe with this suite's settings.
 
         Raises:
-            ConfigError: the recipe or a weight does not exist.
+            ConfigError: the recipe, a weight or a setting does not exist, or has an invalid value.
         """
-        recipe = load_recipe(method.recipe)
-        weights = {**msgspec.to_builtins(recipe.objective), **method.weights}
+        raw = msgspec.to_builtins(load_recipe(method.recipe))
+        raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
         return msgspec.structs.replace(
-            recipe,
-            objective=convert(weights, Weights, source=f"The method {method.name}"),
+            convert(raw, Recipe, source=f"The method {method.name}"),
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,

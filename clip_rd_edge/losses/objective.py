@@ -8,7 +8,8 @@
     image_to_image   t_v·s_v       VRD
     text_to_text     t_t·s_t       VRD
 
-CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these.
+CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these. The relations to a bank
+have B×K products of their own, see `losses.bank`.
 
 For a whole batch, the six matrices are kept for the backward pass. In blocks of pairs, the rows and columns of each
 block are computed separately and then freed: twice the products, but memory grows with B instead of B².
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.losses.bank import Bank, bank_divergence
 from clip_rd_edge.losses.logits import PUBLISHED_START, Logits, ScaleKind, Scales, compute_logits
 from clip_rd_edge.losses.terms import (
     affinity_mimicking,
@@ -50,6 +52,9 @@ class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         vrd_ce_text: contrastive part of VRD for texts, ½ [CE(b t_t·s_t) + CE(b s_t·t_t)]
         xrd: cross relational distillation, ¼ [KL(sg B ‖ A) + KL(sg A ‖ B) + KL(sg Bᵀ ‖ Aᵀ) + KL(sg Aᵀ ‖ Bᵀ)] with
             A = c t_v·s_t and B = c t_t·s_v
+        bank: relations to a bank, ¼ [KL(γ t_v·V ‖ γ s_v·V) + KL(γ t_v·T ‖ γ s_v·T) + KL(γ t_t·V ‖ γ s_t·V) +
+            KL(γ t_t·T ‖ γ s_t·T)] with γ = γ_t / τ and the teacher's embeddings V and T of other images and captions;
+            see `losses.bank`
     """
 
     task: NonNegativeFloat = 0.0
@@ -61,6 +66,7 @@ class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vrd_ce_image: NonNegativeFloat = 0.0
     vrd_ce_text: NonNegativeFloat = 0.0
     xrd: NonNegativeFloat = 0.0
+    bank: NonNegativeFloat = 0.0
 
     def active(self) -> dict[str, float]:
         """Return the nonzero weights by the name of the term."""
@@ -87,12 +93,17 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class EmbeddingBatch:
-    """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher."""
+    """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher.
+
+    Attributes:
+        bank: what the `bank` term compares with; None without this term.
+    """
 
     student_image: Tensor
     student_text: Tensor
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
+    bank: Bank | None = None
 
 
 class Objective(nn.Module):
@@ -106,6 +117,7 @@ class Objective(nn.Module):
         scales, scale_start: see `losses.logits.Scales`.
         widths: embedding sizes of the student and the teacher, None without a teacher. If they differ, terms that
             compare the two use learned linear projections of the student's image and text embeddings.
+        bank_temperature: τ of the `bank` term.
 
     Raises:
         ConfigError: all weights are 0.
@@ -118,11 +130,12 @@ class Objective(nn.Module):
         scales: ScaleKind = "bounded",
         scale_start: float = PUBLISHED_START,
         widths: tuple[int, int] | None = None,
+        bank_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if not weights.active():
             raise ConfigError("All weights of the objective are 0; expected at least one term, such as task: 1.")
-        self.weights = weights
+        self.weights, self.bank_temperature = weights, bank_temperature
         self.scales = Scales(scales, start=scale_start)
         differ = widths is not None and widths[0] != widths[1]
         self.image_projection = nn.Linear(*widths, bias=False) if widths and differ else nn.Identity()
@@ -169,6 +182,7 @@ class _Products:
             self.p_v = _projected(objective.image_projection, self.s_v)
             self.p_t = _projected(objective.text_projection, self.s_t)
         self._scales, self._student_scale, self._teacher_scale = objective.scales, student_scale, teacher_scale
+        self._bank, self._bank_scale = batch.bank, teacher_scale / objective.bank_temperature
         self._block = block
         self._computed: dict[str, Logits] = {}
 
@@ -176,6 +190,17 @@ class _Products:
         block = self._block or slice(None)
         image = feature_distillation(self.p_v[block], self.t_v[block], pairs=len(self.s_v))
         return image + feature_distillation(self.p_t[block], self.t_t[block], pairs=len(self.s_v))
+
+    def bank_divergence(self) -> Tensor:
+        if self._bank is None:
+            raise ValueError("The batch has no bank to compare with.")
+        block = self._block or slice(None)
+        with torch.autocast(self.s_v.device.type, enabled=False):
+            student = torch.cat([self.p_v[block], self.p_t[block]])
+            teacher = torch.cat([self.t_v[block], self.t_t[block]])
+            image = bank_divergence(student, teacher, self._bank.image, scale=self._bank_scale)
+            text = bank_divergence(student, teacher, self._bank.text, scale=self._bank_scale)
+        return (image + text) / (4 * len(self.s_v))
 
     def student(self) -> Logits:
         return self._cached("student", lambda: (self._student_scale, self.s_v, self.s_t))
@@ -217,6 +242,7 @@ _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "vrd_ce_image": lambda p: symmetric_contrastive(p.image_to_image()),
     "vrd_ce_text": lambda p: symmetric_contrastive(p.text_to_text()),
     "xrd": lambda p: cross_relation_divergence(p.image_to_text(), p.text_to_image()),
+    "bank": lambda p: p.bank_divergence(),
 }
 
 

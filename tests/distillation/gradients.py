@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.distributed import join_processes
 from clip_rd_edge.distillation.loader import Batch
@@ -46,10 +47,11 @@ def main(output: str, name: str, chunks: int, block: int, global_logits: int) ->
     messages = Messages()
     with join_processes() as processes:
         student, teacher = make_model(0, name), make_model(1, name)
-        objective = Objective(load_recipe("clip-rd").objective)
+        objective = Objective(load_recipe("clip-rd-bank").objective)
         settings = StepSettings(chunks=chunks, block=block, global_logits=bool(global_logits))
         live_teacher = Teacher(teacher, processes.device, autocast=None)
-        step = TrainingStep(student, live_teacher, objective, processes, settings)
+        bank = QueueBank(PAIRS, processes.device)  # the same in both steps
+        step = TrainingStep(student, live_teacher, objective, processes, settings, bank=bank)
         pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
         size = PAIRS // processes.world_size
         local = slice(processes.rank * size, (processes.rank + 1) * size)

@@ -14,13 +14,15 @@ from clip_rd_edge.losses.objective import Objective, Weights
 
 
 def test_every_recipe_has_the_terms_of_its_method() -> None:
-    assert recipe_names() == ["clip", "clip-kd", "clip-rd", "clip-rd-paper", "tinyclip"]
+    assert recipe_names() == ["clip", "clip-kd", "clip-rd", "clip-rd-bank", "clip-rd-paper", "tinyclip"]
     assert set(load_recipe("clip").objective.active()) == {"task"}
     assert set(load_recipe("clip-kd").objective.active()) == {"task", "fd", "icl", "hrd"}
     rd = load_recipe("clip-rd")
     assert rd.objective == load_recipe("clip-rd-paper").objective
     assert (rd.scales, load_recipe("clip-rd-paper").scales) == ("bounded", "raw")
     assert rd.objective.fd == 2000
+    bank = load_recipe("clip-rd-bank").objective
+    assert set(bank.active()) == {*rd.objective.active(), "bank"}
     assert set(load_recipe("tinyclip").objective.active()) == {"task", "affinity"}
 
 
@@ -36,6 +38,10 @@ def test_a_misspelt_recipe_name_suggests_similar_ones() -> None:
         ("objective: {task: 1, xdr: 1}", "unknown field `xdr`"),
         ("objective: {task: 1}\nbatch_size: 0", r"Expected `int` >= 1 - at `\$\.batch_size`"),
         ("objective: {task: 1}\ncrop_scale: [0.9, 0.5]", "crop_scale"),
+        ("objective: {bank: 1}\nbank_size: 0", r"Expected `int` >= 1 - at `\$\.bank_size`"),
+        ("objective: {bank: 1}\nbank_size: 1e9", "bank_size"),
+        ("objective: {bank: 1}\nbank_temperature: 0", r"Expected `float` > 0.0 - at `\$\.bank_temperature`"),
+        ("objective: {bank: .inf}", "bank is inf; expected a finite number"),
     ],
 )
 def test_an_invalid_recipe_is_rejected(tmp_path: Path, text: str, message: str) -> None:

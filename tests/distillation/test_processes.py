@@ -9,6 +9,7 @@ import torch
 from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
+from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.distributed import Processes
@@ -30,8 +31,9 @@ def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
 
 
 def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
-    objective = Objective(load_recipe("clip-rd").objective)
-    return TrainingStep(model(0), Teacher(model(1), CPU, autocast=None), objective, processes, settings)
+    objective = Objective(load_recipe("clip-rd-bank").objective)
+    teacher = Teacher(model(1), CPU, autocast=None)
+    return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
 
 
 def compute(step: TrainingStep, *, loss_scale: float = 1.0) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.evidence.suite import EvidenceSuite, read_evidence, run_config
+from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
 from clip_rd_edge.utils.io import to_yaml
 
 
@@ -29,6 +29,13 @@ def test_a_method_can_disable_loss_terms(suite: EvidenceSuite) -> None:
     none, full, without = (suite.recipe(method).objective.active() for method in suite.methods)
     assert list(none) == ["task"]
     assert full.keys() - without.keys() == {"xrd"}
+
+
+def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> None:
+    method = Method(name="small-bank", recipe="clip-rd-bank", weights={"bank": 4}, settings={"bank_size": 100})
+    recipe = suite.recipe(method)
+    assert (recipe.bank_size, recipe.objective.bank, recipe.objective.fd) == (100, 4, 2000)
+    assert recipe.steps == suite.steps
 
 
 def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
@@ -57,6 +64,13 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
         ("xrd: 0", "xrd: -1", "`float` >= 0.0"),
         ("- 1\n", "- -1\n", "`int` >= 0"),
         ("threads: 1", "threads: 100000", "`int` <= 1024"),
+        (
+            "settings: {}",
+            "settings: {bank_sise: 1}",
+            "The method none is invalid.*`bank_sise`.*Did you mean 'bank_size'",
+        ),
+        ("settings: {}", "settings: {bank_size: 0}", r"`int` >= 1 - at `\$\.bank_size`"),
+        ("settings: {}", "settings: {steps: 5}", "settings of the method .* have 'steps'"),
     ],
 )
 def test_an_invalid_suite_is_an_error(suite: EvidenceSuite, tmp_path: Path, old: str, new: str, message: str) -> None:

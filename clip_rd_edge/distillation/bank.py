@@ -1,0 +1,158 @@
+"""The teacher's embeddings that the term `bank` compares with: from a teacher cache, or those of the last pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.embedding_store import SHARD_SIZE, RowFile, TeacherCache, image_shard, text_shard
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.losses.bank import Bank
+
+
+class TeacherBank(Protocol):
+    """A bank during training. All processes have the same one, whatever their number."""
+
+    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
+        """Return the bank of a step whose global batch has these embeddings of the teacher, (B, D) each."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state that `state_dict` returned.
+
+        Raises:
+            UsageError: it is the state of a bank of another kind.
+        """
+        ...
+
+
+def make_bank(config: RunConfig, pairs: int, cache: TeacherCache | None, device: torch.device) -> TeacherBank | None:
+    """Return the bank of a run, None if its objective does not need one.
+
+    Args:
+        pairs: number of pairs that the run trains on. Without a cache, the bank holds no more: further entries would be
+            those of the same pairs in earlier epochs.
+        cache: the run's teacher cache, None without one.
+
+    Raises:
+        ConfigError, InputError: the cache is damaged, or too little of it can be used.
+    """
+    if not config.recipe.objective.bank:
+        return None
+    size = config.recipe.bank_size
+    if cache is None:
+        return QueueBank(min(size, pairs), device)
+    return StoredBank(cache, size=size, seed=config.seed, device=device)
+
+
+class StoredBank:
+    """Embeddings from a teacher cache, the same in every step: all of view 0, or a random part of them.
+
+    Args:
+        size: max number of images, and of captions.
+        seed: of the choice.
+
+    Raises:
+        ConfigError: the cache is damaged.
+        InputError: none of the chosen images or captions could be read when the cache was built.
+    """
+
+    def __init__(self, cache: TeacherCache, *, size: int, seed: int, device: torch.device) -> None:
+        rng = np.random.default_rng(seed)
+        rows = []
+        for total, path in (
+            (cache.manifest.pairs, lambda shard: image_shard(cache.folder, 0, shard)),
+            (cache.captions, lambda shard: text_shard(cache.folder, shard)),
+        ):
+            chosen = np.sort(rng.choice(total, min(size, total), replace=False, shuffle=False))
+            rows.append(_read_rows(path, chosen, total=total, width=cache.manifest.embedding_size))
+        image, text = (torch.from_numpy(part).to(device).float() for part in rows)
+        self._bank = Bank(image, text)
+
+    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
+        """See `TeacherBank`."""
+        return self._bank
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the kind alone: the embeddings are in the cache."""
+        return {"kind": "stored"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TeacherBank`."""
+        if state["kind"] != "stored":
+            raise UsageError(
+                "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
+                hint="omit --teacher-cache, or start a new run",
+            )
+
+
+def _read_rows(
+    path: Callable[[int], Path], chosen: npt.NDArray[np.int64], *, total: int, width: int
+) -> npt.NDArray[np.float16]:
+    """Read rows of shards of together `total` rows, without rows of zeros, which could not be embedded; (K, width)."""
+    shards, rows = chosen // SHARD_SIZE, []
+    for shard in np.unique(shards).tolist():
+        count = min(SHARD_SIZE, total - shard * SHARD_SIZE)
+        with RowFile(path(shard), count=count, dtype="<f2", shape=(width,)) as file:
+            rows += [file[row] for row in (chosen[shards == shard] % SHARD_SIZE).tolist()]
+    stacked = np.stack(rows)
+    readable: npt.NDArray[np.float16] = stacked[stacked.any(axis=1)]
+    if not len(readable):
+        raise InputError(
+            f"None of the {len(stacked):,} embeddings chosen for the bank from {path(0).parent} could be computed.",
+            hint="increase the recipe's bank_size, or repair the data and build the cache again",
+        )
+    return readable
+
+
+class QueueBank:
+    """The teacher's embeddings of the last pairs, those of the step included, in a ring buffer.
+
+    Args:
+        size: max number of pairs.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size, self._device = size, device
+        self._rows = torch.empty(2, 0, 0)  # (2, size, D): images and texts; the embedding size is that of the batches
+        self._seen = 0
+
+    def with_batch(self, image: Tensor, text: Tensor) -> Bank:
+        """See `TeacherBank`."""
+        if not self._seen:
+            self._rows = image.new_empty(2, self._size, image.shape[1])
+        newest = torch.stack([image, text])[:, -self._size :]
+        positions = torch.arange(self._seen, self._seen + newest.shape[1], device=image.device) % self._size
+        self._rows[:, positions] = newest
+        self._seen += newest.shape[1]
+        return Bank(*self._filled())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the embeddings."""
+        return {"kind": "queue", "seen": self._seen, "rows": self._filled().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TeacherBank`."""
+        if state["kind"] != "queue":
+            raise UsageError(
+                "The run began with a bank from a teacher cache; expected to go on with this cache.",
+                hint="add the --teacher-cache and --views of the run, or start a new run",
+            )
+        rows = state["rows"][:, : self._size].to(self._device)  # longer, if the data have become fewer pairs
+        self._rows = rows.new_empty(2, self._size, rows.shape[2])
+        self._rows[:, : rows.shape[1]] = rows
+        self._seen = state["seen"]
+
+    def _filled(self) -> Tensor:
+        return self._rows[:, : min(self._seen, self._size)]

@@ -1,0 +1,78 @@
+"""Relations to a bank of the teacher's embeddings, which a batch alone does not show.
+
+The other terms compare B pairs with each other. This one compares how student and teacher relate each pair to K images
+V and K' captions T that the teacher has embedded, (K, D) and (K', D), such as all of the data set:
+
+    ¼ [KL(γ t_v·V ‖ γ s_v·V) + KL(γ t_v·T ‖ γ s_v·T) + KL(γ t_t·V ‖ γ s_t·V) + KL(γ t_t·T ‖ γ s_t·T)],  γ = γ_t / τ
+
+with the notation of `losses.terms` and a temperature τ. The terms of images to V and of texts to T are the similarity
+distillation of SEED (Fang et al. 2021) and CompRess (Abbasi Koohpayegani et al. 2020), where one bank of the teacher's
+embeddings serves both models, for each modality. Those of images to T and of texts to V are the relations that
+MobileCLIP (Vasu et al. 2024) distils within a batch. CLIP-PING (Thwal et al. 2024) also has a bank for each modality,
+but learns from the nearest neighbours in it as further positives.
+
+The student's rows take part at the teacher's scale, not at a learned one: equal embeddings give a loss of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Entries of an n×K product that are computed at once, 16 MiB; of which four are in use; one row of a longer bank.
+BLOCK_ENTRIES = 2**22
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The teacher's embeddings of K images and of K' captions, (K, D) and (K', D), L2-normalised."""
+
+    image: Tensor
+    text: Tensor
+
+
+def bank_divergence(student: Tensor, teacher: Tensor, bank: Tensor, *, scale: float | Tensor) -> Tensor:
+    """Σ_i KL(scale · t_i·bank ‖ scale · s_i·bank), a scalar: the sum over rows, with a gradient for the student alone.
+
+    Time grows with n·K; memory does not, see BLOCK_ENTRIES.
+
+    Args:
+        student, teacher: n rows, (n, D) each.
+        bank: (K, D).
+        scale: a multiplier without gradient.
+    """
+    apply: Any = _BankDivergence.apply  # only some versions of torch have types for it
+    result: Tensor = apply(student, teacher, bank, scale)
+    return result
+
+
+class _BankDivergence(torch.autograd.Function):
+    """Computes the gradient scale · (Q − P) @ bank together with the loss, as P and Q are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, bank: Tensor, scale: float | Tensor) -> Tensor:
+        total, gradient = student.new_zeros(()), torch.empty_like(student)
+        for rows in _row_blocks(len(student), len(bank)):
+            target, logits = (scale * teacher[rows]) @ bank.T, (scale * student[rows]) @ bank.T
+            target_logsumexp, logsumexp = target.logsumexp(1, keepdim=True), logits.logsumexp(1, keepdim=True)
+            weights = (target - target_logsumexp).exp_()
+            # As in `terms.relation_divergence`: Σ P (log P − log Q), where each row of P sums to 1.
+            total += target.sub_(logits).mul_(weights).sum() + (logsumexp - target_logsumexp).sum()
+            gradient[rows] = logits.sub_(logsumexp).exp_().sub_(weights) @ bank
+        ctx.save_for_backward(gradient.mul_(scale))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradients[0] * gradient, None, None, None
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    size = max(1, BLOCK_ENTRIES // columns)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)

@@ -1,0 +1,180 @@
+"""The teacher's bank: read from a cache, or filled by a run; and runs with either, in chunks and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import Watch
+
+from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.embedding_store import TeacherCache, image_shard, open_cache, text_shard
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.arrays import load_array
+
+STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    torch.manual_seed(1)
+    teacher = student_config("test_resnet", embedding_size=WIDTH, image_size=48, text="tiny", context_length=12)
+    save_clip(tmp_path / "teacher", build_student(teacher, name="teacher"), provenance={})
+    recipe = msgspec.structs.replace(
+        load_recipe("clip-rd-bank"), steps=STEPS, batch_size=BATCH_SIZE, precision="fp32", bank_size=16
+    )
+    return RunConfig(
+        recipe_name="clip-rd-bank",
+        recipe=recipe,
+        data=str(pairs_csv),
+        teacher=str(tmp_path / "teacher"),
+        teacher_precision="fp32",
+        student="test_resnet",
+        image_size=48,
+        text="tiny",
+        context_length=12,
+        views=2,
+        checkpoint_every=3,
+        log_every=1,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
+    return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cache(cached: RunConfig, tmp_path: Path) -> TeacherCache:
+    run_distillation(cached, tmp_path / "filling", resume=False)
+    return open_cache(Path(str(cached.teacher_cache)))
+
+
+def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tensor]:
+    bank = StoredBank(cache, size=size, seed=seed, device=CPU).with_batch(torch.empty(0), torch.empty(0))
+    return [bank.image, bank.text]
+
+
+def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCache) -> None:
+    paths = [image_shard(cache.folder, 0, 0), text_shard(cache.folder, 0)]
+    everything = [torch.from_numpy(load_array(path)).float() for path in paths]
+    for actual, expected in zip(stored(cache, 1_000), everything, strict=True):
+        assert actual.shape == (24, WIDTH)
+        assert torch.equal(actual, expected)
+    for part, again, other, rows in zip(
+        stored(cache, 10), stored(cache, 10), stored(cache, 10, seed=1), everything, strict=True
+    ):
+        assert torch.equal(part, again)
+        assert not torch.equal(part, other)
+        places = [(rows == row).all(dim=1).nonzero().item() for row in part]
+        assert len(set(places)) == 10
+
+
+def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_rd_edge.distillation.bank.SHARD_SIZE", 10)
+    for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
+        rows = load_array(path_of(0))
+        for shard in range(3):
+            np.save(path_of(shard), rows[10 * shard : 10 * (shard + 1)])
+    paths = [image_shard(cache.folder, 0, 2), text_shard(cache.folder, 2)]
+    for actual, path in zip(stored(cache, 24), paths, strict=True):
+        assert torch.equal(actual[20:], torch.from_numpy(load_array(path)).float())
+
+
+def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache) -> None:
+    path = image_shard(cache.folder, 0, 0)
+    rows = load_array(path)
+    rows[3] = 0
+    np.save(path, rows)
+    image, text = stored(cache, 1_000)
+    assert (len(image), len(text)) == (23, 24)
+    rows[:] = 0
+    np.save(path, rows)
+    with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
+        stored(cache, 1_000)
+
+
+def test_a_damaged_cache_is_named(cache: TeacherCache) -> None:
+    path = text_shard(cache.folder, 0)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"shard-00000\.npy is damaged"):
+        stored(cache, 1_000)
+
+
+def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
+    queue = QueueBank(8, CPU)
+    batches = [torch.full((3, 2), float(number)) for number in range(1, 6)]
+    for batch in batches:
+        bank = queue.with_batch(batch, -batch)
+    assert sorted(bank.image[:, 0].tolist()) == [3, 3, 4, 4, 4, 5, 5, 5]
+    assert torch.equal(bank.text, -bank.image)
+    assert QueueBank(2, CPU).with_batch(batches[0], batches[0]).image.shape == (2, 2)
+    assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
+
+
+def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs_it(config: RunConfig) -> None:
+    bank = make_bank(config, 5, None, CPU)
+    assert bank is not None
+    assert len(bank.with_batch(torch.ones(6, 2), torch.ones(6, 2)).image) == 5
+    other = msgspec.structs.replace(config, recipe=load_recipe("clip-rd"))
+    assert make_bank(other, 5, None, CPU) is None
+
+
+def weights(student: Path) -> dict[str, torch.Tensor]:
+    return load_file(student / "open_clip_model.safetensors")
+
+
+def stop_at(number: int) -> Callable[[int], None]:
+    def stop(step: int) -> None:
+        if step == number:
+            raise MemoryError("like a kill, this saves nothing")
+
+    return stop
+
+
+@pytest.mark.parametrize("kind", ["config", "cached"])
+@pytest.mark.parametrize("stop_after", [2, 5, 7])
+def test_a_killed_run_resumes_to_the_same_weights(
+    kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    config = request.getfixturevalue(kind)
+    expected = weights(run_distillation(config, tmp_path / "uninterrupted", resume=False))
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(stop_after)))
+    actual = weights(run_distillation(config, tmp_path / "run", resume=True))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["loss/bank"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("config", "cached", "The run began without a teacher cache"),
+        ("cached", "config", "The run began with a bank from a teacher cache"),
+    ],
+)
+def test_a_run_does_not_change_its_kind_of_bank(
+    first: str, second: str, message: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(
+            request.getfixturevalue(first), tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4))
+        )
+    with pytest.raises(UsageError, match=message) as error:
+        run_distillation(request.getfixturevalue(second), tmp_path / "run", resume=True)
+    assert "teacher-cache" in error.value.hint
