@@ -26,6 +26,7 @@ PACKAGES = (
     "clip-rd-edge",
     "onnxruntime",
     "openvino",
+    "ai-edge-litert",
     "nncf",
     "torch",
     "open_clip_torch",

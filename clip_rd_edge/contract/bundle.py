@@ -4,6 +4,7 @@ manifest.json    describes the bundle, with the SHA-256 of every other file
 image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2-normalised;
                  or image (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
+image.tflite, text.tflite   LiteRT only, in place of the ONNX files: for one input at a time; the ids are int32
 image.onnx.data, …          the weights of a tower above 2 GB, which a protobuf file cannot hold
 image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
 image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
@@ -76,8 +77,9 @@ class Tower(CheckedStruct, frozen=True, kw_only=True):
         precision: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
         note: why its precision differs from the requested one, or empty.
         preprocesses: the graph includes preprocessing: it takes one (1, H, W, 3) uint8 RGB image of any size at a time.
-        one_at_a_time: run it with one input at a time. Dynamic INT8 scales activations over the whole batch, so an
-            embedding would depend on the other inputs of its batch and be less accurate; batches are not faster either.
+        one_at_a_time: run it with one input at a time. Dynamic INT8 in ONNX Runtime scales activations over the whole
+            batch, so an embedding would depend on the other inputs of its batch and be less accurate; batches are not
+            faster either. LiteRT's files are for a batch of one.
         engine: the TensorRT engine built from `file`, or empty.
         instruction_sets: those on which a CPU computes its INT8 as the file says, of `INSTRUCTION_SETS`; empty for a
             tower without INT8 products, and for engines. x86 processors without VNNI add pairs of products in 16 bits:

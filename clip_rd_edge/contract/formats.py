@@ -11,9 +11,9 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Format = Literal["onnx", "openvino", "trt"]
+Format = Literal["onnx", "openvino", "trt", "litert"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,26 @@ FORMATS: dict[Format, FormatInfo] = {
         },
         aliases=("tensorrt",),
     ),
+    "litert": FormatInfo(
+        title="LiteRT",
+        help="LiteRT (TensorFlow Lite) files for phones",
+        precisions=("fp32", "fp16", "int8"),
+        runtime="litert",
+        converter="clip_rd_edge.exporters.converters:LiteRtConverter",
+        extras={
+            "litert": "running bundles of export --format litert",
+            "litert-torch": "export --format litert",
+        },
+        aliases=("tflite",),
+        is_onnx=False,
+    ),
 }
 # The encoder of each runtime. A target `tensorrt-rtx sm89` is TensorRT's, too.
 RUNTIMES: dict[Runtime, str] = {
     "onnxruntime": "clip_rd_edge.runtime.backends.onnxruntime:OrtEncoder",
     "openvino": "clip_rd_edge.runtime.backends.openvino:OpenVinoEncoder",
     "tensorrt": "clip_rd_edge.runtime.backends.tensorrt:TensorRtEncoder",
+    "litert": "clip_rd_edge.runtime.backends.litert:LiteRtEncoder",
 }
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.bundle import Manifest, write_manifest
 from clip_rd_edge.contract.formats import FORMATS, Format, import_named
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import write_fp16
 from clip_rd_edge.convert.int8.bundle import write_int8
+from clip_rd_edge.convert.litert import write_litert_fp16
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.reference import NodeByNode
 from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
 from clip_rd_edge.convert.tensorrt.bundle import write_engines
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.litert import require_litert_torch, write_litert
 from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.backends.litert import LiteRtEncoder
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -101,6 +105,33 @@ class OpenVinoConverter(Converter):
 def _write_int8(job: Conversion) -> ConvertedBundle:
     samples = job.samples
     return write_int8(job.source, job.folder, job.request, calibration=samples, reporter=job.reporter)
+
+
+class LiteRtConverter(Converter):
+    """LiteRT files, converted from PyTorch."""
+
+    def check(self, request: ExportRequest) -> None:
+        """Raise if the converter is missing, or preprocessing is to be in the graph."""
+        if request.preprocess_in_graph:
+            raise UsageError("--preprocess-in-graph does not work with LiteRT, whose files take images of one size.")
+        require_litert_torch()
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle; float16 and INT8 are made from LiteRT's own float32."""
+        if job.request.precision == "fp32":
+            return ConvertedBundle(write_litert(job.clip, job.source, job.folder, job.request, reporter=job.reporter))
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch)
+            manifest = write_litert(job.clip, job.source, source, job.request, reporter=job.reporter)
+            write_manifest(source, manifest)
+            job = replace(job, source=source)
+            if job.request.precision == "int8":
+                return _write_int8(job)
+            return ConvertedBundle(write_litert_fp16(source, job.folder, job.request, reporter=job.reporter))
+
+    def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
+        """Return an encoder without XNNPACK, whose kernels differ by processor."""
+        return LiteRtEncoder(folder, manifest, xnnpack=False)
 
 
 class TensorRtConverter(Converter):

@@ -66,15 +66,28 @@ def open_bundle(
             hint=f"this machine has {os.cpu_count()} cores",
         )
     engine = runtime or _runtime_for(device, manifest)
+    _require_readable(manifest, engine)
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
     encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
     return encoder
 
 
+def _require_readable(manifest: Manifest, engine: Runtime) -> None:
+    """Raise UsageError if a runtime does not read the files of a bundle."""
+    own = format_of(manifest.target)
+    reads_onnx = any(info.runtime == engine and info.is_onnx for info in FORMATS.values())
+    if engine != own.runtime and not (own.is_onnx and reads_onnx):
+        raise UsageError(
+            f"The runtime {engine} does not run this bundle, whose files are {'ONNX' if own.is_onnx else own.title}.",
+            hint=f"omit the runtime: {own.runtime} runs it",
+        )
+
+
 def _runtime_for(device: str, manifest: Manifest) -> Runtime:
     """Return the runtime that opens a bundle on a device."""
-    own = format_of(manifest.target).runtime
-    if device == AUTO or (device == "cpu" and own != "tensorrt"):
+    info = format_of(manifest.target)
+    own = info.runtime
+    if device == AUTO or not info.is_onnx or (device == "cpu" and own != "tensorrt"):
         return own
     if device in OPENVINO_PROCESSORS and (own == "openvino" or _only_openvino_itself()):
         return "openvino"

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.bundle import Manifest, Tower, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.formats import Format
 from clip_rd_edge.convert.bundle import ConvertedBundle, start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import hard_inputs, write_fp16_tower
 from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.select import nearest
+from clip_rd_edge.convert.litert import LITERT_BACKEND, write_litert_fp16_tower
 from clip_rd_edge.convert.options import ExportRequest, Fallback
 from clip_rd_edge.convert.parity import Inputs, Matches, embed, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.io import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+_BACKENDS: dict[Format, Backend] = {"openvino": OPENVINO, "litert": LITERT_BACKEND}
 
 
 def write_int8(
@@ -50,7 +54,7 @@ def write_int8(
         ClipRdEdgeError: a tower would fall back although the request does not allow it; the hint names alternatives.
     """
     manifest = start_conversion(source, folder, calibration=calibration)
-    backend = OPENVINO if request.format == "openvino" else ORT
+    backend = _BACKENDS.get(request.format, ORT)
     quantized = {
         samples.tower: quantize_tower(
             source / manifest.towers[samples.tower].file,
@@ -66,7 +70,7 @@ def write_int8(
     fallback = request.fallback
     _require_fallback(manifest.name, quantized, fallback)
     towers = {
-        name: _write_fp16_fallback(quantized[name], tower, source, folder, hard_inputs(source, manifest)[name])
+        name: _write_fp16_fallback(quantized[name], tower, source, folder, request.format)
         if fallback == "fp16" and quantized[name].model is None
         else _write_tower(quantized[name], tower, source, folder)
         for name, tower in manifest.towers.items()
@@ -134,12 +138,15 @@ def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: 
         precision=quantized.precision,
         note=quantized.note,
         measured=quantized.measured,
-        one_at_a_time=quantized.one_at_a_time,
+        one_at_a_time=quantized.one_at_a_time or tower.one_at_a_time,
         instruction_sets=quantized.instruction_sets,
     )
 
 
-def _write_fp16_fallback(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path, inputs: Inputs) -> Tower:
-    written = write_fp16_tower(source, folder, tower, inputs, threads=quantized.measured.threads)
+def _write_fp16_fallback(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path, format: Format) -> Tower:
+    write = write_litert_fp16_tower if format == "litert" else write_fp16_tower
+    manifest = read_manifest(source)
+    inputs = hard_inputs(source, manifest)["image" if tower == manifest.image else "text"]
+    written = write(source, folder, tower, inputs, threads=quantized.measured.threads)
     reason = quantized.note.removeprefix("float32: ")
     return msgspec.structs.replace(written, note=f"{written.precision}: {reason} {written.note}".rstrip())

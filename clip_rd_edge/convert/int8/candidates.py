@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import onnx
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import silently
-from clip_rd_edge.convert.int8.dynamic import quantize_dynamically
+from clip_rd_edge.convert.graph import prepare_for_quantization, silently
+from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
-from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
 from clip_rd_edge.convert.int8.sensitivity import GroupError, group_errors, layers_no_slower, layers_within
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
@@ -228,11 +228,21 @@ class CandidateGenerator(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A runtime that towers are quantised for and measured in; `name` is the target in the manifest."""
+    """A runtime that towers are quantised for and measured in.
+
+    Attributes:
+        name: the target in the manifest.
+        open, candidates: open a tower's file, and yield its INT8 candidates.
+        prepare: writes a copy of a tower's file that candidates are made from into a folder; returns its path.
+        one_at_a_time, instruction_sets: of the content of a candidate's file, as in `contract.bundle.Tower`.
+    """
 
     name: str
     open: Opener
     candidates: CandidateGenerator
+    prepare: Callable[[Path, Path], Path] = prepare_for_quantization
+    one_at_a_time: Callable[[bytes], bool] = scales_per_batch
+    instruction_sets: Callable[[bytes], tuple[str, ...]] = instruction_sets
 
 
 def openvino_candidates(

@@ -12,10 +12,7 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate
-from clip_rd_edge.convert.int8.dynamic import scales_per_batch
-from clip_rd_edge.convert.int8.saturation import instruction_sets
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
@@ -82,7 +79,7 @@ def quantize_tower(
     """Build and measure every INT8 candidate of a tower, and choose by the measurements on this machine.
 
     Args:
-        model: the float32 ONNX file.
+        model: the float32 file.
         samples: calibration and held-out inputs of the tower.
         budget: the accuracy that INT8 may cost.
         threads: number of threads when measuring latency.
@@ -98,7 +95,7 @@ def quantize_tower(
     failed: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
         candidates = backend.candidates(
-            prepare_for_quantization(model, Path(folder)),
+            backend.prepare(model, Path(folder)),
             samples.calibrate,
             max_error=1 - budget.min_agreement(tower),
             weight_bits=weight_bits,
@@ -118,7 +115,7 @@ def quantize_tower(
     reference = embed(sessions[_FP32], inputs) if samples.reference is None else samples.reference
     reference_correct = samples.correct(reference)
     fp32 = MeasuredCandidate(_FP32, latencies_ms[_FP32], agreement(reference, reference), model.stat().st_size)
-    one_at_a_time = {name for name, content in contents.items() if scales_per_batch(content)}
+    one_at_a_time = {name for name, content in contents.items() if backend.one_at_a_time(content)}
     measured = {}
     for name, content in contents.items():
         embeddings = embed(sessions[name], inputs, batch_size=1 if name in one_at_a_time else BATCH_SIZE)
@@ -140,7 +137,7 @@ def quantize_tower(
         measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
         trials=(*choice.trials, *failed),
         one_at_a_time=choice.name in one_at_a_time,
-        instruction_sets=instruction_sets(contents[choice.name]) if choice.name else (),
+        instruction_sets=backend.instruction_sets(contents[choice.name]) if choice.name else (),
     )
 
 

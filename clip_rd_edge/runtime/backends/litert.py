@@ -1,0 +1,119 @@
+"""Run a bundle's towers in LiteRT, formerly TensorFlow Lite. Its files take one input at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
+from clip_rd_edge.utils.host import usable_cores
+
+
+class _Input(NamedTuple):
+    name: str
+
+
+class LiteRtModel:
+    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+
+    Args:
+        interpreter: of a model with one input and one output, for a batch of one.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
+        self._lock = threading.Lock()  # an interpreter owns its input and output buffers
+        self._interpreter = interpreter
+        (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
+        (signature,) = interpreter.get_signature_list().values()
+        self._inputs = [_Input(name) for name in signature["inputs"]]
+
+    def get_inputs(self) -> list[_Input]:
+        """Return the inputs with their names."""
+        return self._inputs
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model on each row of its input, cast to the type that the file takes; return its output."""
+        (rows,) = feed.values()
+        rows = rows.astype(self._input["dtype"], copy=False)
+        with self._lock:
+            return [np.concatenate([self._run(row[None]) for row in rows])]
+
+    def _run(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        self._interpreter.set_tensor(self._input["index"], row)
+        self._interpreter.invoke()
+        output: npt.NDArray[Any] = self._interpreter.get_tensor(self._output["index"])  # a copy
+        return output
+
+
+def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool = True) -> LiteRtModel:
+    """Open a model.
+
+    Args:
+        model: path of a .tflite file, or its bytes.
+        threads: threads to run on; None uses every core.
+        xnnpack: False runs LiteRT's own kernels, which are slower and the same on all processors of a kind.
+
+    Raises:
+        MissingExtraError: LiteRT is not installed.
+        ConfigError: LiteRT cannot run the model.
+        UsageError: `threads` is less than 1.
+    """
+    try:
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("ai-edge-litert", extra="litert", purpose="Running a bundle in LiteRT") from error
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected at least 1.")
+    kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    try:
+        interpreter = Interpreter(
+            **{"model_path" if isinstance(model, str) else "model_content": model},
+            num_threads=threads or usable_cores(),
+            experimental_op_resolver_type=kernels,
+        )
+        interpreter.allocate_tensors()
+        return LiteRtModel(interpreter)
+    except Exception as error:
+        name = model if isinstance(model, str) else "the model"
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"LiteRT cannot run {name}: {reason}.") from error
+
+
+class LiteRtEncoder(BundleEncoder):
+    """A bundle in LiteRT, on the CPU.
+
+    Args:
+        xnnpack: as for `open_litert`.
+    """
+
+    runtime = "litert"
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, xnnpack: bool = True) -> None:
+        super().__init__(folder, manifest, threads=threads)
+        self.xnnpack = xnnpack
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> LiteRtEncoder:
+        """Open a bundle.
+
+        Raises:
+            UsageError: the device is not the CPU.
+        """
+        if options.device not in (AUTO, "cpu"):
+            raise UsageError(
+                f"LiteRT has no device {options.device!r} here; expected auto or cpu.",
+                hint="in an app, LiteRT also runs its files on the GPU and the NPU",
+            )
+        return cls(folder, manifest, threads=options.threads)
+
+    def open_tower(self, tower: Tower) -> LiteRtModel:
+        """Open the tower's file; raises as `open_litert`."""
+        return open_litert(str(self.folder / tower.file), threads=self.threads, xnnpack=self.xnnpack)

@@ -1,0 +1,149 @@
+"""LiteRT bundles: made by the real converter where it is installed, in an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_rd_edge.contract.bundle import Manifest, read_manifest
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.int8.select import Trial
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.litert import convert_tower
+from clip_rd_edge.installation import install_command
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
+
+
+def test_an_export_without_the_converter_says_what_to_install(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.exporters.litert.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="Exporting for LiteRT needs the package 'litert-torch'") as raised:
+        export_bundle(student, tmp_path / "bundle", ExportRequest(format="litert"))
+    assert raised.value.hint == install_command("litert-torch")
+
+
+def test_preprocessing_in_the_graph_is_refused(student: ClipModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--preprocess-in-graph does not work with LiteRT"):
+        export_bundle(student, tmp_path / "bundle", ExportRequest(format="litert", preprocess_in_graph=True))
+
+
+@pytest.fixture(scope="module")
+def litert_bundle(
+    student: ClipModel, fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return a function that exports the student for LiteRT in fp32 or fp16."""
+    pytest.importorskip("litert_torch", reason="needs the extra litert-torch")
+    folder = tmp_path_factory.mktemp("litert")
+
+    def export(precision: str) -> Path:
+        bundle = folder / precision
+        if not bundle.exists():
+            request = ExportRequest(format="litert", precision=precision, labels=("cat", "dog"))  # type: ignore[arg-type]
+            export_bundle(student, bundle, request, source=fp32_bundle)
+        return bundle
+
+    return export
+
+
+def test_a_float32_bundle_gives_the_models_answers(
+    student: ClipModel, fp32_bundle: Path, litert_bundle: Callable[[str], Path]
+) -> None:
+    bundle = litert_bundle("fp32")
+    manifest = read_manifest(bundle)
+    assert (manifest.target, manifest.precision, manifest.image.file) == ("litert", "fp32", "image.tflite")
+    for tower in manifest.towers.values():
+        assert tower.measured is not None
+        assert 0 < tower.measured.max_difference < 1e-5  # another runtime rounds differently
+        assert tower.one_at_a_time
+    encoder, reference = load(bundle, threads=1), load(fp32_bundle)
+    assert encoder.describe().runtime == "litert"
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    np.testing.assert_allclose(encoder.encode_images(images), reference.encode_images(images), atol=1e-5)
+    first = encoder.encode_texts(["red", "a cat"])
+    encoder.encode_texts(["blue", "a dog"])  # must not overwrite the first result
+    np.testing.assert_allclose(first, reference.encode_texts(["red", "a cat"]), atol=1e-5)
+    checks = verify_bundle(bundle)
+    assert all(check.passed for check in checks), checks
+    assert {check.runtime for check in checks if check.runtime} == {"litert"}
+
+
+def test_float16_halves_the_files_and_keeps_the_answers(litert_bundle: Callable[[str], Path]) -> None:
+    fp32, fp16 = (litert_bundle(precision) for precision in ("fp32", "fp16"))
+    manifest = read_manifest(fp16)
+    assert (manifest.precision, manifest.target) == ("fp16", "litert")
+    for tower in manifest.towers.values():
+        assert (fp16 / tower.file).stat().st_size < 0.65 * (fp32 / tower.file).stat().st_size
+        assert tower.measured is not None
+        assert 0.999 < tower.measured.centred_cosine < 1
+    assert all(check.passed for check in verify_bundle(fp16))
+
+
+def test_classify_runs_a_bundle_for_litert(
+    command_line: Callable[..., tuple[int, str, str]], litert_bundle: Callable[[str], Path], colour_images: Path
+) -> None:
+    code, output, error = command_line("classify", litert_bundle("fp32"), colour_images / "red.png")
+    assert (code, error) == (0, "")
+    assert "\tcat " in output
+    code, _, error = command_line("classify", litert_bundle("fp32"), colour_images / "red.png", "--device", "cuda")
+    assert code == 2
+    assert "LiteRT has no device 'cuda' here; expected auto or cpu." in error
+
+
+def test_other_runtimes_refuse_files_that_they_cannot_read(
+    litert_bundle: Callable[[str], Path], fp32_bundle: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"The runtime onnxruntime does not run this bundle, whose files are LiteRT\."):
+        load(litert_bundle("fp32"), runtime="onnxruntime")
+
+
+@pytest.mark.slow
+def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    pytest.importorskip("litert_torch", reason="needs the extra litert-torch")
+    bundle = tmp_path / "bundle"
+    converted = export_bundle(
+        student,
+        bundle,
+        ExportRequest(precision="int8", format="litert", fallback="fp32"),
+        source=fp32_bundle,
+        calibration=calibration,
+    )
+    trials: dict[str, Trial] = {f"{trial.tower} {trial.name}": trial for trial in converted.trials}
+    assert {"image static", "image static in convolutions", "text dynamic", "text weights only"} <= set(trials)
+    static = trials["image static in convolutions"]
+    assert static.centred_cosine > 0.99, static.verdict
+    assert static.size_ratio < 0.4
+    assert trials["text dynamic"].centred_cosine > 0.99
+    manifest: Manifest = converted.manifest
+    assert manifest.target == "litert"
+    for tower in manifest.towers.values():
+        assert tower.one_at_a_time
+        assert not tower.precision.startswith("int8") or "x86-64" in tower.instruction_sets
+    assert all(check.passed for check in verify_bundle(bundle))
+
+
+def test_a_tower_that_cannot_be_converted_is_reported_in_one_line(
+    student: ClipModel, fp32_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    litert_torch = pytest.importorskip("litert_torch", reason="needs the extra litert-torch")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no lowering of aten.foo\nand the whole graph")
+
+    monkeypatch.setattr(litert_torch, "convert", fail)
+    pixels = np.zeros((1, 3, 32, 32), dtype=np.float32)
+    with pytest.raises(ClipRdEdgeError, match="cannot convert the image tower") as raised:
+        convert_tower(student, "image", read_manifest(fp32_bundle).image, pixels)
+    assert "no lowering of aten.foo." in str(raised.value)
+    assert "\n" not in str(raised.value)
