@@ -4,14 +4,18 @@
     python benchmarks/scripts/mutations.py runtime web                                  # those of two packages
 
 The faults are in benchmarks/mutations.yaml. A fault counts as noticed if the named tests pass without it and fail with
-it. Exit code 1 if one goes unnoticed.
+it, or take more than five minutes. Beside the table, a file with the suffix .json has each verdict as soon as it is
+known: the same command goes on after an interruption, and repeats only the faults that went unnoticed or that were
+changed since. Exit code 1 if one goes unnoticed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,10 +26,12 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.utils.io import read_yaml
+from clip_rd_edge.utils.host import machine_name
+from clip_rd_edge.utils.io import read_json, read_yaml, to_json, write_bytes, write_text
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "pyproject.toml", "README.md")
+COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "docs", "pyproject.toml", "README.md")
+TIMEOUT_S = 300.0  # of one run of pytest; a fault can make a loop endless
 
 
 class Mutation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +49,11 @@ class Mutation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     new: str
     tests: str
 
+    @property
+    def key(self) -> str:
+        """What a verdict belongs to: another text or other tests need a verdict of their own."""
+        return hashlib.sha256("\0".join((self.file, self.old, self.new, self.tests)).encode()).hexdigest()[:16]
+
 
 class Outcome(msgspec.Struct, frozen=True):
     """Whether the tests pass without the fault and fail with it, and how long the latter took in seconds."""
@@ -59,19 +70,35 @@ class Outcome(msgspec.Struct, frozen=True):
         return "noticed" if self.fails_with else "**unnoticed**"
 
 
+class Verdicts(msgspec.Struct, frozen=True):
+    """What is known so far, by the key of each fault."""
+
+    machine: str
+    outcomes: dict[str, Outcome]
+
+
 def read_mutations() -> dict[str, list[Mutation]]:
     """Return the faults of benchmarks/mutations.yaml by area."""
     return read_yaml(ROOT / "benchmarks" / "mutations.yaml", dict[str, list[Mutation]])
 
 
 def run_tests(copy: Path, tests: str) -> bool:
-    """Run fast tests in a copy; return whether there are some and all pass."""
+    """Run fast tests in a copy; return whether there are some and all pass in time."""
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests.split()]
-    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    if result.returncode not in (0, 1):
-        raise SystemExit(f"pytest {tests} ended with exit code {result.returncode}:\n{result.stdout[-2000:]}")
-    return result.returncode == 0
+    # A group of its own, so that the processes that a test starts end with it.
+    with subprocess.Popen(
+        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return False
+    if process.returncode not in (0, 1):
+        text = output.decode(errors="replace")
+        raise SystemExit(f"pytest {tests} ended with exit code {process.returncode}:\n{text[-2000:]}")
+    return process.returncode == 0
 
 
 def apply(mutation: Mutation, copy: Path) -> None:
@@ -98,28 +125,54 @@ def check(mutation: Mutation, copy: Path, passing: dict[str, bool]) -> Outcome:
     return Outcome(passing[mutation.tests], fails, time.perf_counter() - started)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("areas", nargs="*", help="all by default")
-    parser.add_argument("-o", "--output", type=Path, help="also write the table into this file")
-    options = parser.parse_args()
-    areas = read_mutations()
-    mutations = [(area, mutation) for area in options.areas or areas for mutation in areas[area]]
-    rows, passing = [["package", "fault", "tests", "verdict", "time"]], dict[str, bool]()
+def read_verdicts(path: Path | None) -> dict[str, Outcome]:
+    """Return the verdicts of an earlier run that need not be repeated, by key."""
+    if path is None or not path.exists():
+        return {}
+    outcomes = read_json(path, Verdicts).outcomes
+    return {key: outcome for key, outcome in outcomes.items() if outcome.verdict == "noticed"}
+
+
+def check_all(mutations: list[Mutation], saved: Path | None) -> dict[str, Outcome]:
+    """Return a verdict for each mutation, those of an earlier run included; save each one as soon as it is known."""
+    outcomes, passing = read_verdicts(saved), dict[str, bool]()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
             (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
-        for area, mutation in mutations:
-            outcome = check(mutation, copy, passing)
-            rows.append([area, mutation.fault, f"`{mutation.tests}`", outcome.verdict, f"{outcome.seconds:.0f} s"])
+        for mutation in mutations:
+            if mutation.key in outcomes:
+                continue
+            outcome = outcomes[mutation.key] = check(mutation, copy, passing)
             print(f"{outcome.verdict}: {mutation.fault} ({outcome.seconds:.0f} s)", file=sys.stderr, flush=True)
+            if saved is not None:
+                write_bytes(saved, to_json(Verdicts(machine_name(), outcomes)))
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("areas", nargs="*", help="all by default")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="also write the table into this file, and the verdicts beside it"
+    )
+    options = parser.parse_args()
+    areas = read_mutations()
+    mutations = [(area, mutation) for area in options.areas or areas for mutation in areas[area]]
+    saved = options.output.with_suffix(".json") if options.output else None
+    outcomes = check_all([mutation for _, mutation in mutations], saved)
+    rows = [["package", "fault", "tests", "verdict", "time"]]
+    for area, mutation in mutations:
+        outcome = outcomes[mutation.key]
+        rows.append([area, mutation.fault, f"`{mutation.tests}`", outcome.verdict, f"{outcome.seconds:.0f} s"])
     noticed = sum(row[3] == "noticed" for row in rows)
-    heading = f"{noticed} of {len(mutations)} deliberate faults are noticed ({date.today().isoformat()})."
+    heading = (
+        f"{noticed} of {len(mutations)} deliberate faults are noticed ({date.today().isoformat()}, {machine_name()})."
+    )
     text = f"{heading}\n\n{markdown_table(rows, left=(0, 1, 2, 3))}\n"
     print(text)
     if options.output:
-        options.output.write_text(text)
+        write_text(options.output, text)
     return int(noticed < len(mutations))
 
 

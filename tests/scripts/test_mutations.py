@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import mutations as script
 import pytest
-from mutations import ROOT, Mutation, apply, read_mutations
+from mutations import ROOT, Mutation, Outcome, apply, check_all, read_mutations, run_tests
 
 MUTATIONS = [(area, mutation) for area, mutations in read_mutations().items() for mutation in mutations]
 
@@ -35,3 +36,31 @@ def test_a_fault_replaces_its_text_alone(tmp_path: Path) -> None:
     assert (tmp_path / "module.py").read_text() == "if a > b:\n    pass\n"
     with pytest.raises(SystemExit, match="occurs 0 times"):
         apply(mutation, tmp_path)
+
+
+def test_an_interrupted_run_repeats_only_what_was_not_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def check(mutation: Mutation, copy: Path, passing: dict[str, bool]) -> Outcome:
+        if mutation.fault == "interrupted" and len(checked) < 3:
+            raise KeyboardInterrupt
+        checked.append(mutation.fault)
+        return Outcome(True, mutation.fault != "unnoticed", 1.0)
+
+    monkeypatch.setattr(script, "check", check)
+    monkeypatch.setattr(script, "COPIED", ())
+    faults = [
+        Mutation(fault=name, file=name, old="", new="", tests="") for name in ("noticed", "unnoticed", "interrupted")
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        check_all(faults, tmp_path / "verdicts.json")
+    checked.append("again")
+    outcomes = check_all(faults, tmp_path / "verdicts.json")
+    assert checked == ["noticed", "unnoticed", "again", "unnoticed", "interrupted"]
+    assert [outcomes[fault.key].verdict for fault in faults] == ["noticed", "**unnoticed**", "noticed"]
+
+
+def test_tests_that_do_not_end_count_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_loop.py").write_text("def test_loop():\n    while True:\n        pass\n")
+    monkeypatch.setattr(script, "TIMEOUT_S", 3.0)
+    assert not run_tests(tmp_path, "test_loop.py -c /dev/null")
