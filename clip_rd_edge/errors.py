@@ -21,6 +21,7 @@ from clip_rd_edge.installation import install_command
 
 _CLOSE = 0.65  # difflib's ratio
 _MIN_PREFIX = 3  # characters
+_MAX_MESSAGE = 2_000  # characters: a value in a file, or the path of one, can be of any length
 
 
 class ClipRdEdgeError(Exception):
@@ -34,8 +35,14 @@ class ClipRdEdgeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(_shortened(message))
+        self.hint = _shortened(hint)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_MESSAGE:
+        return text
+    return f"{text[: _MAX_MESSAGE // 2]} … {text[-_MAX_MESSAGE // 4 :]}"
 
 
 class DiskFullError(ClipRdEdgeError):

@@ -114,6 +114,9 @@ def main() -> None:
         if isinstance(error, KeyboardInterrupt):
             echo("Interrupted.", err=True)
             sys.exit(130)
+        if isinstance(error, MemoryError):
+            _print_error(_NO_MEMORY, arguments)
+            sys.exit(_NO_MEMORY.exit_code)
         from clip_rd_edge.utils.io import disk_full_error
 
         if disk_full := disk_full_error(error):
@@ -122,6 +125,11 @@ def main() -> None:
         echo(f"error: {type(error).__name__}: {error}", err=True)
         echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
+
+
+_NO_MEMORY = ClipRdEdgeError(
+    "There is not enough memory for this.", hint="end other programs, or use smaller images, batches or models"
+)
 
 
 def _pass_on_any_path() -> None:

@@ -45,6 +45,7 @@ STAMP_SUFFIX = ".sha256"
 MAX_EMBEDDING_SIZE = 65_536
 MAX_LOGIT_SCALE = 1e6
 MAX_TEMPLATES = 1_000
+MAX_MANIFEST_BYTES = 1 << 24
 
 
 class Measurement(CheckedStruct, frozen=True, kw_only=True):
@@ -207,7 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
         if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
         raise InputError(f"{folder} is not a bundle: it {reason}.", hint=hint)
-    manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION)
+    manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION, max_bytes=MAX_MANIFEST_BYTES)
     read = [manifest.image.file, manifest.text.file, TOKENIZER]
     read += [name for name in (manifest.image.engine, manifest.text.engine) if name]
     for name in read:

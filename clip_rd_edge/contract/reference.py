@@ -66,6 +66,9 @@ def read_reference(folder: Path) -> Reference | None:
     if missing := set(Reference.__struct_fields__) - set(arrays):
         raise ConfigError(f"{path} has no array {sorted(missing)[0]!r}.", hint=_HINT)
     texts, ids, images = arrays["texts"], arrays["ids"], arrays["images"]
+    kinds = "".join(arrays[name].dtype.kind for name in Reference.__struct_fields__)
+    if not set(kinds) <= set("Uiuf"):
+        raise ConfigError(f"{path} has arrays of unexpected types.", hint=_HINT)
     embeddings = [arrays[name].astype(np.float32) for name in ("text_embeddings", "image_embeddings")]
     shapes = (ids.ndim, images.ndim, *(rows.ndim for rows in embeddings))
     if shapes != (2, 4, 2, 2) or len({len(rows) for rows in (texts, ids, *embeddings, images)}) != 1 or len(texts) < 2:

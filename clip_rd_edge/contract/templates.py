@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.io import near_files
+from clip_rd_edge.utils.io import near_files, read_text_limited
 
 PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line
@@ -58,8 +58,8 @@ def _is_template(text: str) -> bool:
 def _read_file(word: str) -> list[str]:
     path = Path(word).expanduser()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError, and so is a NUL in the name
+        lines = [line.strip() for line in read_text_limited(path).splitlines() if line.strip()]
+    except InputError as error:
         suggestion = near_matches(word, [IMAGENET]) or near_files(path)
         raise InputError(
             f"The template {word!r} has no {{}} for the label's name, and is no readable file.{suggestion}",

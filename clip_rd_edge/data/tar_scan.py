@@ -18,6 +18,8 @@ BLOCK_BYTES = 512
 UNREADABLE = -1  # offset of a member whose content is not contiguous, or is not known
 _BATCH = 1024  # headers whose checksums are verified together
 _MAX_EXTENSION_BYTES = 1 << 20  # of an extended header; real ones hold a path
+_MAX_DIGITS = 20  # of the length of a record
+_MAX_NAME_BYTES = 1024  # of a file: an index holds all names in as many bytes as the longest has
 _CHECKSUM = slice(148, 156)
 _REGULAR, _PAX, _LONG_NAME, _SPARSE = b"\x0007", b"xX", b"L", b"S"
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and pipes: their size field, if any, counts no content
@@ -135,6 +137,8 @@ class _Headers:
             self._apply_extension(kind, content, size)
         elif kind in _REGULAR or kind in _SPARSE:
             name = self._name or _name(header)
+            if len(name) > _MAX_NAME_BYTES:
+                name, self._is_unreadable = name[:_MAX_NAME_BYTES], True
             size = self._size if self._size >= 0 else size
             if kind in _SPARSE:
                 content = self._after_sparse_headers(header, content)
@@ -169,10 +173,12 @@ class _Headers:
     def _apply_pax(self, records: bytes) -> None:
         """Keep the name, size and sparseness that records such as `b"12 path=x/y\n"` give the next file."""
         try:
-            while records:
-                length = _natural(records[: records.index(b" ")])
-                key, separator, value = records[records.index(b" ") + 1 : length - 1].partition(b"=")
-                if not separator or not 0 < length <= len(records):
+            start = 0
+            while start < len(records):
+                space = records.index(b" ", start, start + _MAX_DIGITS)
+                end = start + _natural(records[start:space])
+                key, separator, value = records[space + 1 : end - 1].partition(b"=")
+                if not separator or not space < end <= len(records):
                     raise ValueError
                 if key == b"path":
                     self._name = value
@@ -181,7 +187,7 @@ class _Headers:
                 elif key.startswith(b"GNU.sparse."):
                     self._is_unreadable = True
                     self._name = value if key == b"GNU.sparse.name" else self._name
-                records = records[length:]
+                start = end
         except ValueError:
             self._is_unreadable = True
 

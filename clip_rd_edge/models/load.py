@@ -30,7 +30,7 @@ from clip_rd_edge.contract.checkpoint import (
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.io import convert, new_folder
+from clip_rd_edge.utils.io import convert, new_folder, read_json, read_json_objects
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 
@@ -94,12 +94,9 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
     if not is_file(path):
         reason = f"has no {CONFIG_FILE}" if is_folder(folder) else "does not exist"
         raise InputError(f"The model folder {folder} {reason}.", hint="name a folder that open_clip can load")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise ConfigError(f"{path} has no 'model_cfg'.")
+    config = read_json_objects(path)
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ConfigError(f"{path} has no 'model_cfg' that is an object.")
     return config
 
 
@@ -147,7 +144,7 @@ def _templates(folder: Path | None) -> tuple[str, ...]:
     path = folder / DISTILLATION_FILE if folder else None
     if path is None or not path.is_file():
         return ("{}",)
-    return msgspec.json.decode(path.read_bytes(), type=_Templates).templates
+    return read_json(path, _Templates).templates
 
 
 class _Templates(msgspec.Struct):
@@ -163,7 +160,9 @@ def training_facts(spec: str) -> dict[str, str]:
     path = folder / DISTILLATION_FILE if folder else None
     if path is None or not path.is_file():
         return {}
-    record = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    record = read_json_objects(path)
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} is no JSON object.")
     # Of paths only the last part: the others say where a file was on the machine that trained, and to whom it belonged.
     facts = {name: record.get(name) for name in _TRAINING_FACTS}
     return {

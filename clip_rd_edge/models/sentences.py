@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
+from clip_rd_edge.utils.io import read_json_objects
 from clip_rd_edge.utils.paths import is_file, is_folder
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
@@ -150,7 +150,7 @@ def _pooler(folder: Path, source: str) -> str:
     """Return open_clip's name of the pooling that sentence-transformers records; the mean where it records none."""
     modules = folder / "modules.json"
     if modules.is_file():
-        kinds = [str(module["type"]).rpartition(".")[2] for module in json.loads(modules.read_text())]
+        kinds = [str(module["type"]).rpartition(".")[2] for module in read_json_objects(modules)]
         if unsupported := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
             raise ConfigError(
                 f"open_clip cannot hold the layer {unsupported[0]} of the sentence encoder {source}; expected a "
@@ -159,7 +159,7 @@ def _pooler(folder: Path, source: str) -> str:
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return "mean_pooler"
-    modes = [name for name, value in json.loads(pooling.read_text()).items() if value is True]
+    modes = [name for name, value in read_json_objects(pooling).items() if value is True]
     modes = [name for name in modes if name.startswith("pooling_mode_")]
     if len(modes) != 1 or modes[0] not in _POOLERS:
         raise ConfigError(

@@ -28,6 +28,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.sentences import SentenceEncoder
 from clip_rd_edge.models.student import student_config
+from clip_rd_edge.utils.io import read_text_limited
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/scripts/stitched_teacher.py.
@@ -48,11 +49,10 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     if str(names) == IMAGENET:
         return _imagenet()
     try:
-        lines = Path(names).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        lines = read_text_limited(Path(names)).rstrip().splitlines()
+    except InputError as error:
         raise InputError(
-            f"The class names {names} cannot be read: {reason}.",
+            f"The class names {names} cannot be read: {error}",
             hint=f"pass a text file with one class per line, or: {IMAGENET}",
         ) from error
     classes = [tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines]

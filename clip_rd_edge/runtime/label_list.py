@@ -12,7 +12,9 @@ from typing import Any
 
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.io import looks_like_path, near_files, parse_yaml
+from clip_rd_edge.utils.io import looks_like_path, near_files, read_limited
+from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.yaml_text import parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 STRUCTURED_SUFFIXES = (".json", ".yaml", ".yml")
@@ -21,7 +23,9 @@ LABEL_FILE_SUFFIXES = (".txt", ".names", ".list", *TABLE_SUFFIXES, *STRUCTURED_S
 HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name", "classname", "classnames", "id2label")
 # Labels in Python: a list of them as they are; a text, which is one label or the path of a label file; a path; or None.
 Labels = Sequence[str] | str | os.PathLike[str] | None
+MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 _COMMENT = "#"
+_MAX_DIGITS = 10  # of a class's number
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
 
@@ -67,27 +71,27 @@ def _is_label_file(word: str, *, alone: bool) -> bool:
     path = Path(word).expanduser()
     path_like = looks_like_path(word, suffixes=(*LABEL_FILE_SUFFIXES, *IMAGE_SUFFIXES))
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
+        names_file, names_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError):  # too long for a path, or with a NUL
         return False
-    if is_file and path.suffix.lower() in IMAGE_SUFFIXES:
+    if names_file and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"The label {word!r} is an image.", hint="name the images before --labels")
-    if is_file and not alone and not path_like:
+    if names_file and not alone and not path_like:
         raise InputError(
             f"{word!r} may be a label or the file of that name.",
             hint=f"pass --labels ./{word} for the file, or write the labels into a file, one per line",
         )
-    if is_folder and path_like:
+    if names_folder and path_like:
         raise InputError(
             f"The label {word!r} is a folder; expected a label or a label file.",
             hint="name a text file with one label per line",
         )
-    if path_like and not is_file:
+    if path_like and not names_file:
         raise InputError(
             f"The label {word!r} looks like the path of a file, but there is no such file.{near_files(path)}",
             hint="check the path; a label that really has this form can be a line of a label file",
         )
-    return is_file
+    return names_file
 
 
 def _require_single_label(word: str, *, alone: bool) -> None:
@@ -120,14 +124,10 @@ def read_labels_file(path: Path) -> list[str]:
     Raises:
         InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels.
     """
+    if is_folder(path):
+        raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except IsADirectoryError as error:
-        raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line") from error
-    except OSError as error:
-        raise InputError(
-            f"Cannot read the label file {path}: {error.strerror or error}.{near_files(path)}", hint="check the path"
-        ) from error
+        text = read_limited(path, MAX_FILE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
@@ -157,7 +157,19 @@ def read_labels_file(path: Path) -> list[str]:
 def _from_table(text: str, path: Path) -> list[str]:
     first = text.partition("\n")[0]
     separator = ";" if ";" in first and "," not in first else TABLE_SUFFIXES[path.suffix.lower()]
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if any(cell.strip() for cell in row)]
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            if any("\n" in cell or "\r" in cell for cell in row):
+                raise csv.Error("a quoted field holds several lines")
+            if any(cell.strip() for cell in row):
+                rows.append(row)
+    except csv.Error as error:
+        raise InputError(
+            f"The label file {path}, line {reader.line_num}: {error}.",
+            hint='a quote that begins a field must end it, and is doubled within it: "a 5"" nail"',
+        ) from error
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
@@ -180,6 +192,8 @@ def _parse(text: str, path: Path) -> Any:
             return json.loads(text)
         except ValueError as error:
             raise InputError(f"The label file {path} is not valid JSON: {error}.") from error
+        except RecursionError as error:
+            raise InputError(f"The label file {path} is not a list of labels: it is nested too deep.") from error
     return parse_yaml(text, source=path)
 
 
@@ -189,13 +203,17 @@ def _from_structure(content: Any, path: Path) -> list[str]:
         nested = next((keys[heading] for heading in HEADINGS if heading in keys), None)
         if nested is not None:
             content = nested
-    if isinstance(content, dict) and content and all(str(key).isdecimal() for key in content):
+    if isinstance(content, dict) and content and all(_is_class_number(str(key)) for key in content):
         content = [content[key] for key in sorted(content, key=int)]
     if not isinstance(content, list):
         raise InputError(
             f"The label file {path} has no list of labels.", hint='write a list of names, such as ["a cat", "a dog"]'
         )
     return [_name(item, number, path) for number, item in enumerate(content, start=1)]
+
+
+def _is_class_number(key: str) -> bool:
+    return key.isdecimal() and len(key) < _MAX_DIGITS
 
 
 def _name(item: Any, number: int, path: Path) -> str:
@@ -206,4 +224,10 @@ def _name(item: Any, number: int, path: Path) -> str:
         item = item[-1]
     if not isinstance(item, str) or not item.strip():
         raise InputError(f"The label file {path}: entry {number} is {item!r}; expected a name.")
+    try:
+        item.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The label file {path}: entry {number} is {item!r}, half of which is no character."
+        ) from error
     return item.strip()

@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from clip_rd_edge.errors import ConfigError
 
 MAX_ARRAYS = 16  # of an archive
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 # NumPy reads a header by ast.parse, whose depth Python 3.11 counts for all threads together: two that read at once can
 # end with a SystemError (https://github.com/python/cpython/issues/106905).
@@ -49,6 +50,8 @@ def read_npz(path: Path, *, max_bytes: int, hint: str = "") -> dict[str, npt.NDA
             if len(archive.infolist()) > MAX_ARRAYS:
                 raise ValueError(f"it has {len(archive.infolist())} arrays; expected at most {MAX_ARRAYS}")
             for member in archive.infolist():
+                if member.compress_type not in _COMPRESSIONS:  # NumPy writes no other
+                    raise ValueError(f"{member.filename} is compressed in another way than NumPy does")
                 with archive.open(member) as file:
                     arrays[member.filename.removesuffix(".npy")] = _read_array(file, member.filename, max_bytes)
     except (
@@ -64,11 +67,14 @@ def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"{name} has version {version} of the .npy format")
-    with HEADERS:
-        shape, fortran, dtype = readers[version](file)
+    try:
+        with HEADERS:
+            shape, fortran, dtype = readers[version](file)
+    except Exception as error:  # NumPy evaluates it as Python, and ends with whatever that raises
+        raise ValueError(f"{name} has no valid header ({type(error).__name__})") from error
     if dtype.hasobject or dtype.itemsize == 0:
         raise ValueError(f"{name} has the type {dtype}")
-    if any(length < 0 for length in shape):
+    if any(type(length) is not int or length < 0 for length in shape):  # True is an int to NumPy's check
         raise ValueError(f"{name} has the shape {shape}")
     size = dtype.itemsize * math.prod(shape)
     if max(size, *shape, 0) > max_bytes:
@@ -76,4 +82,14 @@ def _read_array(file: Any, name: str, max_bytes: int) -> npt.NDArray[Any]:
     content = file.read(size)
     if len(content) != size or file.read(1):
         raise ValueError(f"{name} does not have the {size:,} bytes of its shape {shape}")
-    return np.frombuffer(content, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+    array = np.frombuffer(content, dtype=dtype)
+    if dtype.kind == "U" and not _are_characters(array):
+        raise ValueError(f"{name} has a text with a code that is no character")
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def _are_characters(texts: npt.NDArray[Any]) -> bool:
+    """Return whether all texts are of Unicode characters: NumPy keeps any 32 bits, and Python refuses some."""
+    codes = np.frombuffer(texts.astype(texts.dtype.newbyteorder("=")).tobytes(), np.uint32)
+    is_surrogate = (codes >= 0xD800) & (codes <= 0xDFFF)
+    return not bool((is_surrogate | (codes > 0x10FFFF)).any())

@@ -7,23 +7,24 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError, near_matches
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
 
-if TYPE_CHECKING:
-    import yaml
-
+# Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
+MAX_JSON_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -213,55 +214,18 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         InputError: the file cannot be read.
         ConfigError: it is not valid YAML, or does not match `kind`.
     """
-    raw = parse_yaml(_read(path), source=path)
+    raw = parse_yaml(read_limited(path, MAX_YAML_BYTES), source=path)
     return convert(raw if raw is not None else {}, kind, source=str(path))
-
-
-def parse_yaml(content: bytes | str, *, source: Path) -> Any:
-    """Return the content of a YAML file as plain Python objects; raise ConfigError if it is not valid."""
-    import yaml
-
-    try:
-        return yaml.load(content, Loader=_yaml_classes()[0])
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{source} is not valid YAML: {' '.join(str(error).split())}.",
-            hint="compare it with a valid file: clip-rd-edge recipe show clip-rd, or clip-rd-edge benchmark --init",
-        ) from error
-    except ValueError as error:  # of a date or a number that Python cannot represent
-        raise ConfigError(f"{source} has an invalid value: {error}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source} is not valid YAML for this: its values are nested too deep.") from error
-
-
-# As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.
-_FLOAT = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)$")
-
-
-@cache
-def _yaml_classes() -> tuple[type[yaml.SafeLoader], type[yaml.SafeDumper]]:
-    """Return PyYAML's safe loader and dumper with numbers such as 1e-3."""
-    import yaml  # takes 20 ms to import, and running a bundle does not need it
-
-    class Loader(yaml.SafeLoader):
-        def construct_yaml_float(self, node: Any) -> float:
-            number: float = super().construct_yaml_float(node)
-            # 1e4 may stand where an integer is expected; an integer is accepted wherever a float is.
-            return int(number) if "e" in node.value.lower() and number.is_integer() else number
-
-    Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    for kind in (Loader, Dumper):  # the dumper quotes texts that would be read as numbers
-        kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-    return Loader, Dumper
 
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file into a struct; raises the same errors as `read_yaml`."""
-    return _decode_json(_read(path), kind, source=path)
+    return _decode_json(read_limited(path, MAX_JSON_BYTES), kind, source=path)
+
+
+def read_json_objects(path: Path) -> Any:
+    """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
+    return _json_objects(read_limited(path, MAX_JSON_BYTES), path)
 
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
@@ -286,19 +250,25 @@ def _json_objects(content: bytes, source: Path) -> Any:
 
 
 def read_versioned_json(
-    path: Path, kind: type[T], *, newest: int, upgrade: Callable[[bytes], bytes] | None = None
+    path: Path,
+    kind: type[T],
+    *,
+    newest: int,
+    upgrade: Callable[[bytes], bytes] | None = None,
+    max_bytes: int = MAX_JSON_BYTES,
 ) -> T:
     """Read a JSON file with a `format_version` into a struct.
 
     Args:
         newest: latest supported format version.
         upgrade: rewrites the content of an older version to the newest one's keys.
+        max_bytes: limit on the size of the file.
 
     Raises:
         InputError: the file cannot be read.
         ConfigError: it is damaged, or its format is newer. The version is checked before anything else.
     """
-    content = _read(path)
+    content = read_limited(path, max_bytes)
     version = _decode_json(content, _Version, source=path).format_version
     if version > newest:
         raise ConfigError(
@@ -360,7 +330,7 @@ def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
 
     text: str = yaml.dump(
         msgspec.to_builtins(struct),
-        Dumper=_yaml_classes()[1],
+        Dumper=yaml_classes()[1],
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None if short_lists_inline else False,
@@ -368,11 +338,33 @@ def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
     return text
 
 
-def _read(path: Path) -> bytes:
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a file, or raise InputError if it cannot be read or is larger than a limit.
+
+    The size of a regular file is checked before it is read; a device or a pipe is read up to the limit.
+    """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror or error}.", hint="check the path") from error
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            is_regular = stat.S_ISREG(status.st_mode)
+            too_large = is_regular and status.st_size > max_bytes
+            content = b"" if too_large else file.read() if is_regular else file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # a ValueError for a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"Cannot read {path}: {reason}.{near_files(path)}", hint="check the path") from error
+    if too_large or len(content) > max_bytes:
+        raise InputError(f"{path} is larger than the {max_bytes:,} bytes that such a file may have.")
+    return content
+
+
+def read_text_limited(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Return the content of a UTF-8 text file; raise InputError as `read_limited`, or if it is not UTF-8."""
+    try:
+        return read_limited(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.", hint="save it as UTF-8"
+        ) from error
 
 
 # /data, ./data, ../data, ~/data, C:\data and \\server\data; not a/b, which may be words.

@@ -104,7 +104,7 @@ def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
         ("number.json", "[1, 2]", "entry 1 is 1; expected a name"),
         ("object.json", '{"a": 1}', "has no list of labels"),
         ("broken.yaml", "names: [", "is not valid YAML"),
-        ("missing.txt", None, "Cannot read the label file .*missing.txt: No such file"),
+        ("missing.txt", None, "Cannot read .*missing.txt: No such file"),
         ("folder", None, "is a folder"),
     ],
 )

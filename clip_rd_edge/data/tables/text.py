@@ -19,6 +19,7 @@ from clip_rd_edge.errors import InputError
 SEPARATORS = (",", "\t", ";", "|")  # Excel writes semicolons where the comma is the decimal sign
 _MAX_HEADER = 100_000  # bytes
 _BLOCK_BYTES = 1 << 21  # some 20,000 rows
+_MAX_LINE_BYTES = 1 << 24
 _ROW_BYTES = 100  # about: a path and a caption
 _BOM = b"\xef\xbb\xbf"
 
@@ -58,7 +59,7 @@ class CsvTable:
         with self.path.open("rb") as file:
             while start < size:
                 file.seek(start + _BLOCK_BYTES)
-                file.readline()
+                file.readline(_MAX_LINE_BYTES)  # reading the block refuses a line that is longer
                 stop = min(file.tell(), size)
                 yield start, stop
                 start = stop
@@ -151,7 +152,9 @@ class _Lines(Iterator[str]):
 
     @staticmethod
     def _split(file: io.BufferedReader) -> Iterator[bytes]:
-        for line in file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            if len(line) == _MAX_LINE_BYTES:
+                raise csv.Error(f"it has {_MAX_LINE_BYTES:,} bytes or more")
             if b"\r" in line:
                 yield from line.splitlines(keepends=True)
             else:
