@@ -13,17 +13,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
+import pytest
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.utils.host import machine_name
@@ -83,22 +88,77 @@ def read_mutations() -> dict[str, list[Mutation]]:
 
 
 def run_tests(copy: Path, tests: str) -> bool:
-    """Run fast tests in a copy; return whether there are some and all pass in time."""
-    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests.split()]
-    # A group of its own, so that the processes that a test starts end with it.
-    with subprocess.Popen(
-        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False
-    if process.returncode not in (0, 1):
-        text = output.decode(errors="replace")
-        raise SystemExit(f"pytest {tests} ended with exit code {process.returncode}:\n{text[-2000:]}")
-    return process.returncode == 0
+    """Run fast tests in a copy; return whether there are some and all pass in time.
+
+    They run in a fork of this process, which has imported what takes seconds to import.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = os.fork()
+        if process == 0:
+            _run_in_fork(copy, tests, output.fileno())
+        code = _wait(process)
+        if code not in (0, 1, None):
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+            raise SystemExit(f"pytest {tests} ended with exit code {code}:\n{text[-2000:]}")
+    return code == 0
+
+
+def _run_in_fork(copy: Path, tests: str, output: int) -> NoReturn:
+    code = 70
+    try:
+        os.setsid()  # a group of its own, so that the processes that a test starts end with it
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        for name in [name for name in sys.modules if name.partition(".")[0] == "clip_rd_edge"]:
+            del sys.modules[name]
+        sys.path[:] = [str(copy), *(path for path in sys.path if path != str(ROOT))]
+        importlib.invalidate_caches()
+        code = int(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *shlex.split(tests)]))
+    except BaseException:  # noqa: BLE001  the fork must end here, whatever happens
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(process: int) -> int | None:
+    """Return the exit code of a fork, or None if it is ended because it takes too long, or ended by a signal."""
+    end = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            with suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)  # what its tests have left
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+        time.sleep(0.05)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def import_what_tests_need() -> None:
+    """Import other packages than this one once, rather than for each run of the tests."""
+    for name in (
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "PIL.Image",
+        "torch",
+        "torchvision",
+        "open_clip",
+        "timm",
+        "transformers",
+    ):
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def apply(mutation: Mutation, copy: Path) -> None:
@@ -160,6 +220,8 @@ def main() -> int:
     areas = read_mutations()
     mutations = [(area, mutation) for area in options.areas or areas for mutation in areas[area]]
     saved = options.output.with_suffix(".json") if options.output else None
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+    import_what_tests_need()
     outcomes = check_all([mutation for _, mutation in mutations], saved)
     rows = [["package", "fault", "tests", "verdict", "time"]]
     for area, mutation in mutations:
