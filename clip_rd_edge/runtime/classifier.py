@@ -23,6 +23,7 @@ from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
+from clip_rd_edge.utils.printable import is_unicode
 
 Similarities = npt.NDArray[np.float32]
 
@@ -90,6 +91,8 @@ class ZeroShotClassifier:
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return
         unique = tuple(dict.fromkeys(names))
+        if others := [name for name in unique if not is_unicode(name)]:
+            raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")
         rows = {name: i for i, name in enumerate(self._bank.names)} if self._bank else {}
         if self._bank and unique and all(label in rows for label in unique):
             self._embeddings = self._bank.embeddings[[rows[label] for label in unique]]

@@ -14,6 +14,7 @@ from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.io import looks_like_path, near_files, read_limited
 from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -224,10 +225,6 @@ def _name(item: Any, number: int, path: Path) -> str:
         item = item[-1]
     if not isinstance(item, str) or not item.strip():
         raise InputError(f"The label file {path}: entry {number} is {item!r}; expected a name.")
-    try:
-        item.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"The label file {path}: entry {number} is {item!r}, half of which is no character."
-        ) from error
+    if not is_unicode(item):
+        raise InputError(f"The label file {path}: entry {number} is {item!r}, which is no Unicode.")
     return item.strip()

@@ -35,6 +35,7 @@ from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.utils.host import resident_memory_bytes
+from clip_rd_edge.utils.io import decode_request
 from clip_rd_edge.web.app import read_body
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
@@ -106,13 +107,13 @@ class Service:
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
-        items = protocol.llama_items(protocol.decode(await request.body(), protocol.LlamaRequest))
+        items = protocol.llama_items(decode_request(await request.body(), protocol.LlamaRequest))
         rows, _ = await self._embed(items)
         return _json([{"index": number, "embedding": [row.tolist()]} for number, row in enumerate(rows)])
 
     async def openai_embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings: OpenAI's form."""
-        body = protocol.decode(await request.body(), protocol.OpenAiRequest)
+        body = decode_request(await request.body(), protocol.OpenAiRequest)
         items = protocol.openai_items(body, embedding_size=self.description.embedding_size)
         rows, tokens = await self._embed(items)
         encoded = [_base64(row) if body.encoding_format == "base64" else row.tolist() for row in rows]
@@ -162,7 +163,7 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """POST /classify."""
-        body = protocol.decode(await request.body(), protocol.ClassifyRequest)
+        body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
         classifier = await self._run(self._classifier, body.labels, body.none_below)
@@ -172,7 +173,7 @@ class Service:
 
     async def search(self, request: Request) -> Response:
         """POST /search."""
-        body = protocol.decode(await request.body(), protocol.SearchRequest)
+        body = decode_request(await request.body(), protocol.SearchRequest)
         if bool(body.query.strip()) == bool(body.image):
             raise InputError("Expected either a query or an image.")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
@@ -70,17 +70,6 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True):
     query: str = ""
     image: str = ""
     top: int = 10
-
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-def decode(body: bytes, kind: type[T]) -> T:
-    """Decode a JSON body; raise InputError if it is not JSON or has another form."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        raise InputError(f"The request is invalid: {str(error).rstrip('.')}.") from error
 
 
 def llama_items(request: LlamaRequest) -> list[Item]:

@@ -249,6 +249,22 @@ def _json_objects(content: bytes, source: Path) -> Any:
         raise ConfigError(f"{source} is not valid JSON for this: its values are nested too deep.") from error
 
 
+V = TypeVar("V")
+
+
+def decode_request(body: bytes, kind: type[V]) -> V:
+    """Decode JSON that a client sent; raise InputError, without a place, if it is not JSON or of another form."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        reason = str(error).rstrip(".")
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8: {error.reason} at byte {error.start:,}"
+    except RecursionError:
+        reason = "its values are nested too deep"
+    raise InputError(f"The request is invalid: {reason}.")
+
+
 def read_versioned_json(
     path: Path,
     kind: type[T],

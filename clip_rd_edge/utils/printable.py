@@ -14,6 +14,15 @@ def printable(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text is of characters alone: Python also keeps halves of surrogate pairs, as of file names."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _LINE_BREAKS = {
     ord(character): character.encode("unicode_escape").decode() for character in "\n\r\t\v\f\x85\u2028\u2029"
 }

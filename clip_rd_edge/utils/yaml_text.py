@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.printable import is_unicode
 
 if TYPE_CHECKING:
     import yaml
@@ -79,7 +80,8 @@ def _require_few_values(root: yaml.Node, source: Path) -> None:
             return known
         counts[id(node)] = 0
         if isinstance(node, yaml.ScalarNode):
-            _require_characters(node.value, source)
+            if not is_unicode(node.value):
+                raise ConfigError(f"{source} has the value {node.value!r}, which is no Unicode.")
             children: Any = ()
         elif isinstance(node, yaml.MappingNode):
             children = (part for pair in node.value for part in pair)
@@ -92,13 +94,6 @@ def _require_few_values(root: yaml.Node, source: Path) -> None:
         raise ConfigError(
             f"{source} stands for {total:,} values; the limit is {MAX_VALUES:,}.", hint="use fewer aliases (*name)"
         )
-
-
-def _require_characters(text: str, source: Path) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{source} has the value {text!r}, half of which is no character.") from error
 
 
 # As in YAML 1.2 and JSON. PyYAML follows YAML 1.1, where 1e-3 is a text: it has neither a point nor a signed exponent.

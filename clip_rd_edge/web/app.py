@@ -21,6 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
+from clip_rd_edge.utils.io import decode_request
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
 from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle
@@ -63,10 +64,8 @@ class Demo:
     async def labels(self, request: Request) -> Response:
         """Store a list of labels; return the key by which classify requests refer to it."""
         try:
-            labels = msgspec.json.decode(await read_body(request), type=list)
+            labels = decode_request(await read_body(request), list)
             return _json({"key": self.label_sets.add(labels)})
-        except msgspec.MsgspecError as error:
-            return error_response(422, f"The labels are not a JSON list: {error}.")
         except InputError as error:
             return error_response(422, str(error), hint=error.hint)
 
