@@ -78,6 +78,7 @@ OTHERS = {
     "mkdocs-material": "MIT",
     "mkdocstrings": "ISC",
     "mkdocstrings-python": "ISC",
+    "hypothesis": "MPL-2.0",
     "mlflow": "Apache-2.0",
     "mpmath": "BSD-3-Clause",
     "opencv-python-headless": "Apache-2.0",
