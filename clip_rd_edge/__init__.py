@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         stitch,
         verify,
         watch,
+        watch_index,
     )
     from clip_rd_edge.errors import (
         ClipRdEdgeError,
@@ -100,6 +101,7 @@ __all__ = [
     "stitch",
     "verify",
     "watch",
+    "watch_index",
 ]
 
 

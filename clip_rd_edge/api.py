@@ -20,6 +20,8 @@ from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
+    import threading
+
     from typing_extensions import Unpack
 
     from clip_rd_edge.benchmarking.metrics import Score
@@ -594,6 +596,31 @@ def index(
 
     encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)
     return update_index(encoder, Path(folder), Path(output), reporter=reporter)
+
+
+def watch_index(
+    bundle: AnyPath,
+    folder: AnyPath,
+    output: AnyPath,
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+) -> Iterator[Update]:
+    """Build or update a search index as `index` does, and keep it up to date while images come, change and go.
+
+    Args:
+        stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
+
+    Yields:
+        What each update has done.
+    """
+    from clip_rd_edge.runtime.index_watch import watch_index as watch
+    from clip_rd_edge.runtime.load import load as load_bundle
+
+    encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)
+    return watch(encoder, Path(folder), Path(output), stop=stop, reporter=reporter)
 
 
 def search(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -16,9 +21,10 @@ from clip_rd_edge.utils.printable import one_line
 @click.argument("bundle", type=PathName())
 @click.argument("folder", type=PathName())
 @grouped("Output")("-o", "--output", metavar="INDEX", type=PathName(), required=True, help="Folder for the index.")
+@click.option("--watch", is_flag=True, help="Go on: keep the index up to date while images come and go.")
 @threads_option
 @device_option
-def command(bundle: Path, folder: Path, output: Path, threads: int | None, device: str) -> None:
+def command(bundle: Path, folder: Path, output: Path, watch: bool, threads: int | None, device: str) -> None:
     """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
 
     \b
@@ -26,11 +32,15 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
     clip-rd-edge search photos.index "a red car"
 
     Run the command again to update the index: only new and changed images are embedded. It can be interrupted at any
-    time without losing its progress.
+    time without losing its progress. With --watch, it goes on until Ctrl-C, and an image is in the index some seconds
+    after it was written.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
 
+    if watch:
+        _watch(bundle, folder, output, threads=threads, device=device)
+        return
     with console_reporter() as reporter:
         update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
     for reason in update.unreadable:
@@ -43,3 +53,36 @@ def command(bundle: Path, folder: Path, output: Path, threads: int | None, devic
             f"{count:,} image{'s' * (count > 1)} or folder{'s' * (count > 1)} could not be read; the others are in the "
             "index."
         )
+
+
+def _watch(bundle: Path, folder: Path, output: Path, *, threads: int | None, device: str) -> None:
+    """Keep the index up to date until SIGINT or SIGTERM; a second SIGINT ends at once."""
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter
+
+    with console_reporter() as reporter, stop_event() as stop:
+        updates = edge.watch_index(bundle, folder, output, threads=threads, device=device, stop=stop, reporter=reporter)
+        for update in updates:
+            for reason in update.unreadable:
+                echo(f"error: {one_line(reason)}", err=True)
+            count = update.kept + update.embedded
+            reporter.say(f"{update.embedded:,} embedded, {update.removed:,} removed: {count:,} images in the index")
+    echo(output)
+
+
+@contextmanager
+def stop_event() -> Iterator[threading.Event]:
+    """Within the block, SIGINT and SIGTERM set the event; a second SIGINT interrupts."""
+    stop = threading.Event()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

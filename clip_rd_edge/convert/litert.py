@@ -70,7 +70,7 @@ def write_litert_fp16_tower(
 ) -> Tower:
     """Write one tower of the float32 LiteRT bundle `source` with float16 weights; return its manifest entry."""
     file = source / tower.file
-    content = quantize(file.read_bytes(), _fp16_recipe())
+    content = quantize(file.read_bytes(), fp16_recipe())
     sessions = {
         "fp32": open_litert(str(file), threads=threads),
         "fp16": open_litert(content, threads=threads),
@@ -174,7 +174,8 @@ def weights_recipe(operators: tuple[str, ...]) -> Recipe:
     return _recipe(lambda manager, name: manager.add_weight_only_config(_INSIDE, name, num_bits=8), operators)
 
 
-def _fp16_recipe() -> Recipe:
+def fp16_recipe() -> Recipe:
+    """Return a recipe for weights that are stored in float16."""
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
 
     def add(manager: Any, name: Any) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import time
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,12 +180,14 @@ class Update:
     Attributes:
         kept, embedded, removed: numbers of images.
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
+        unreadable_images: those of images that could not be read, by their path in the folder.
     """
 
     kept: int = 0
     embedded: int = 0
     removed: int = 0
     unreadable: list[str] = field(default_factory=list)
+    unreadable_images: dict[str, str] = field(default_factory=dict)
 
 
 class _Source:
@@ -212,13 +216,25 @@ class _Source:
         return str(self.path)
 
 
-def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: Reporter = SILENT) -> Update:
+def update_index(
+    encoder: BundleEncoder,
+    folder: Path,
+    path: Path,
+    *,
+    settled: Collection[str] | None = None,
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+) -> Update:
     """Create or update the index at `path` for the images in `folder`.
 
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
     new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. If another process is writing to the
     index, the update waits for it.
+
+    Args:
+        settled: paths in the folder of the images to take; others keep the entry that they have. None takes all.
+        stop: ends the update after the batch in which it is set, with everything saved that is embedded.
 
     Raises:
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
@@ -232,17 +248,29 @@ def update_index(encoder: BundleEncoder, folder: Path, path: Path, *, reporter: 
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     with exclusive_writer(path, on_wait=reporter.say):
-        return _update(encoder, folder, path, reporter)
+        return _update(encoder, folder, path, settled=settled, stop=stop, reporter=reporter)
 
 
-def _update(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter) -> Update:
+def _update(
+    encoder: BundleEncoder,
+    folder: Path,
+    path: Path,
+    *,
+    settled: Collection[str] | None,
+    stop: threading.Event | None,
+    reporter: Reporter,
+) -> Update:
     index, rows = _start(encoder, folder.resolve(), path)
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
+    if not images and settled is not None:  # the folder was unmounted since it was listed
+        return Update(kept=len(index.entries))
     if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
-    kept, new = _compare(index.entries, _sources(folder, names))
+    unsettled = set() if settled is None else set(names) - set(settled)
+    kept, new = _compare(index.entries, _sources(folder, [name for name in names if name not in unsettled]))
+    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
     update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
     update.unreadable += map(str, folders)
@@ -264,8 +292,14 @@ def _update(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter
             entries += [source.entry() for source in batch.images]
             update.embedded += len(batch.images)
             update.unreadable += map(str, batch.unreadable)
-            done += len(batch.images) + len(batch.unreadable)
+            chunk = new[done : done + len(batch.images) + len(batch.unreadable)]
+            read = {source.name for source in batch.images}
+            failed = [source.name for source in chunk if source.name not in read]
+            update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
+            done += len(chunk)
             reporter.update("embedding", done, len(new))
+            if stop is not None and stop.is_set():
+                break
             if time.monotonic() - last_saved > SAVE_EVERY_S:
                 save()
                 last_saved = time.monotonic()

@@ -1,0 +1,153 @@
+"""Keep an index up to date while images come and go.
+
+The folder is listed again and again: that needs no package, and works on network shares, which send no events for what
+other machines write. The pause grows with the time that a listing or an update takes, so that watching costs at most a
+few percent of a core.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index import Update, update_index
+from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+POLL_S = 2.0
+_REST = 20  # a pause is at least this many times as long as the work before it
+SETTLE_S = 2.0  # a file that has not changed for this long counts as written
+BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
+
+Stamp = tuple[int, int]  # size in bytes, and modification time in nanoseconds
+
+
+class _Seen(NamedTuple):
+    """A file as it was last listed, and since when it has been like that."""
+
+    stamp: Stamp
+    since: float
+
+
+class _Images:
+    """The images of a folder, told apart by whether they are still being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[str, _Seen] | None = None
+        self._indexed: dict[str, Stamp] = {}  # as of the last update, whether they could be read or not
+        self._unreadable: dict[str, str] = {}  # messages that are not yet reported
+        self._said: set[str] = set()  # of folders that cannot be read, and names that are not UTF-8
+
+    def look(self, now: float) -> bool:
+        """List the folder; return whether it has images. An unmounted folder has none, and removes none."""
+        listed = _stamps(self._folder)
+        if not listed:
+            return False
+        old = self._seen
+        self._seen = {}
+        for name, stamp in listed.items():
+            if old is None:  # those that were there before the start, unless somebody is writing just now
+                age_s = time.time() - stamp[1] / 1e9
+                self._seen[name] = _Seen(stamp, now - SETTLE_S if age_s > SETTLE_S else now)
+            else:
+                unchanged = name in old and old[name].stamp == stamp
+                self._seen[name] = old[name] if unchanged else _Seen(stamp, now)
+        return True
+
+    def settled(self, now: float) -> dict[str, Stamp]:
+        """Return the files that nobody is writing to."""
+        return {name: seen.stamp for name, seen in (self._seen or {}).items() if now - seen.since >= SETTLE_S}
+
+    def differ(self, settled: dict[str, Stamp]) -> bool:
+        """Return whether an update has anything to do."""
+        changed = any(self._indexed.get(name) != stamp for name, stamp in settled.items())
+        return changed or bool(self._indexed.keys() - (self._seen or {}).keys())
+
+    def take(self, settled: dict[str, Stamp], update: Update) -> None:
+        """Note what an update has seen, and take those messages from it that may be about unfinished files."""
+        self._indexed = {
+            **{name: stamp for name, stamp in self._indexed.items() if name in (self._seen or {})},
+            **settled,
+        }
+        known = self._said | set(update.unreadable_images.values())
+        update.unreadable = [message for message in update.unreadable if message not in known]
+        self._said.update(update.unreadable)
+        retried = update.unreadable_images
+        self._unreadable = {**{name: text for name, text in self._unreadable.items() if name not in settled}, **retried}
+
+    def broken(self, now: float) -> list[str]:
+        """Return the messages about files that cannot be read and have not changed since, each once."""
+        names = [
+            name
+            for name in self._unreadable
+            if (seen := (self._seen or {}).get(name)) is not None and now - seen.since >= BROKEN_S
+        ]
+        return [self._unreadable.pop(name) for name in names]
+
+
+def _stamps(folder: Path) -> dict[str, Stamp]:
+    """Return the stamps of the images in a folder, without those that cannot be read or are gone already."""
+    stamps = {}
+    for path in list_images(folder, on_unreadable=lambda error: None):
+        try:
+            stat = path.stat()
+        except OSError:
+            continue
+        stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+    return stamps
+
+
+def watch_index(
+    encoder: BundleEncoder,
+    folder: Path,
+    path: Path,
+    *,
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+    wait: Callable[[float], object] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Update]:
+    """Create or update the index at `path` as `update_index` does, and again whenever images come, change or go.
+
+    A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, and
+    reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
+
+    Args:
+        stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
+        reporter: shows progress.
+        wait, clock: pause for some seconds, and tell the time in seconds.
+
+    Yields:
+        What each update has done; the first as soon as the images that are there are in the index.
+
+    Raises:
+        InputError, UsageError: as `update_index`, at the start.
+    """
+    if not is_folder(folder):
+        raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
+    stop = stop or threading.Event()
+    wait = wait or stop.wait
+    images, waiting = _Images(folder), False
+    while not stop.is_set():
+        started = clock()
+        there = images.look(started)
+        if not there and not waiting:
+            reporter.say(f"{folder} has no images: waiting for some")
+        waiting = not there
+        settled = images.settled(started) if there else {}
+        messages = images.broken(started) if there else []
+        if there and images.differ(settled):
+            update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
+            images.take(settled, update)
+            update.unreadable += messages
+            yield update
+        elif messages:
+            yield Update(unreadable=messages)
+        wait(max(POLL_S, _REST * (clock() - started)))

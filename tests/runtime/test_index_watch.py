@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime import index_watch
+from clip_rd_edge.runtime.index import Update, read_index, update_index
+from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
+from clip_rd_edge.runtime.load import load
+
+
+class Folder:
+    """A watched folder under a clock of its own: `steps` happen during the pauses, one per pause; then it ends."""
+
+    def __init__(self, bundle: Path, folder: Path, index: Path) -> None:
+        self.folder, self.index = folder, index
+        self.encoder = load(bundle, threads=1)
+        self.now, self.pauses = 1000.0, list[float]()
+
+    def watch(self, *steps: Callable[[], object]) -> list[Update]:
+        """Return what each update has done."""
+        stop, left = threading.Event(), list(steps)
+
+        def wait(seconds: float) -> None:
+            self.pauses.append(seconds)
+            self.now += seconds
+            if not left:
+                stop.set()
+            else:
+                left.pop(0)()
+
+        clock = lambda: self.now  # noqa: E731
+        return list(watch_index(self.encoder, self.folder, self.index, stop=stop, wait=wait, clock=clock))
+
+    def skip(self, seconds: float) -> Callable[[], None]:
+        def pass_time() -> None:
+            self.now += seconds
+
+        return pass_time
+
+    def names(self) -> list[str]:
+        return sorted(entry.path for entry in read_index(self.index)[0].entries)
+
+
+@pytest.fixture
+def watched(colour_bundle: Path, colour_images: Path, tmp_path: Path) -> Folder:
+    for path in colour_images.rglob("*.*"):
+        os.utime(path, (1, 1))  # nobody is writing to them
+    return Folder(colour_bundle, colour_images, tmp_path / "photos.index")
+
+
+def nothing() -> None:
+    pass
+
+
+def paint(path: Path, colour: tuple[int, int, int] = (0, 0, 250)) -> Callable[[], None]:
+    return lambda: Image.new("RGB", (9, 9), colour).save(path)
+
+
+ALL = ["blue.jpg", "green.png", "more/yellow.webp", "red.png"]
+
+
+def test_images_that_come_change_and_go_are_followed(watched: Folder) -> None:
+    folder = watched.folder
+    updates = watched.watch(
+        paint(folder / "new.png"),
+        nothing,
+        paint(folder / "red.png", (0, 200, 0)),
+        nothing,
+        (folder / "green.png").unlink,
+        nothing,
+    )
+    done = [(update.embedded, update.kept, update.removed) for update in updates]
+    assert done == [(4, 0, 0), (1, 4, 0), (1, 4, 0), (0, 4, 1)]
+    assert watched.names() == sorted({*ALL, "new.png"} - {"green.png"})
+    assert set(watched.pauses) == {POLL_S}
+
+
+def test_nothing_is_written_while_nothing_changes(watched: Folder) -> None:
+    watched.watch()
+    before = {path: path.stat().st_mtime_ns for path in watched.index.iterdir()}
+    (update,) = watched.watch(nothing, nothing, nothing)
+    assert (update.embedded, update.kept) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in watched.index.iterdir()} == before
+
+
+def test_a_file_that_is_still_being_written_is_not_taken_as_broken(watched: Folder) -> None:
+    path = watched.folder / "upload.png"
+    Image.effect_noise((64, 64), 80).save(path)
+    content = path.read_bytes()
+    path.unlink()
+
+    def write(share: float) -> Callable[[], None]:
+        return lambda: path.write_bytes(content[: int(share * len(content))]) and None
+
+    # It grows at each look, then pauses for longer than SETTLE_S in the middle, and is complete at last.
+    steps = [write(0.1), write(0.2), write(0.4), nothing, nothing, nothing, write(1), nothing]
+    updates = watched.watch(*steps)
+    assert [message for update in updates for message in update.unreadable] == []
+    assert watched.names() == sorted([*ALL, "upload.png"])
+
+
+def test_a_file_that_stays_broken_is_reported_once(watched: Folder) -> None:
+    broken = watched.folder / "broken.png"
+    steps = [
+        lambda: broken.write_bytes(b"no image") and None,
+        nothing,
+        nothing,
+        watched.skip(BROKEN_S),
+        nothing,
+        nothing,
+    ]
+    updates = watched.watch(*steps)
+    (message,) = [message for update in updates for message in update.unreadable]
+    assert str(broken) in message
+    assert watched.names() == ALL
+    steps = [paint(broken), nothing, nothing]
+    assert watched.watch(*steps)[-1].embedded == 1
+    assert watched.names() == sorted([*ALL, "broken.png"])
+
+
+def test_a_file_that_is_written_when_the_watch_starts_is_waited_for(watched: Folder) -> None:
+    late = watched.folder / "late.png"
+    late.write_bytes(b"only the beg")  # written just now
+    updates = watched.watch(paint(late), nothing)
+    assert [(update.embedded, update.unreadable) for update in updates] == [(4, []), (1, [])]
+
+
+def test_an_image_that_is_overwritten_keeps_its_entry_until_it_is_complete(watched: Folder) -> None:
+    red = watched.folder / "red.png"
+    counts = list[int]()
+
+    def look() -> None:
+        counts.append(len(read_index(watched.index)[0].entries))
+
+    steps = [lambda: red.write_bytes(b"half") and None, paint(red, (250, 250, 0)), look, look]
+    paint(watched.folder / "new.png")()
+    assert [update.embedded for update in watched.watch(*steps)] == [4, 1, 1]
+    assert counts == [5, 5]
+
+
+def test_an_unmounted_folder_empties_no_index(watched: Folder) -> None:
+    away = watched.folder.with_name("away")
+    updates = watched.watch(
+        lambda: watched.folder.rename(away) and None, nothing, watched.folder.mkdir, nothing, watched.folder.rmdir,
+        lambda: away.rename(watched.folder) and None, nothing,
+    )  # fmt: skip
+    assert watched.names() == ALL
+    assert sum(update.removed for update in updates) == 0
+    with pytest.raises(InputError, match="does not exist"):
+        next(iter(watch_index(watched.encoder, away, watched.index)))
+
+
+def test_an_empty_folder_is_waited_for(colour_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "camera").mkdir()
+    watched = Folder(colour_bundle, tmp_path / "camera", tmp_path / "index")
+    updates = watched.watch(paint(tmp_path / "camera" / "1.png"), nothing, nothing)
+    assert [update.embedded for update in updates] == [1]
+
+
+def test_the_pause_grows_with_the_time_that_the_work_takes(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: object, **options: object) -> Update:
+        watched.now += 3
+        return update_index(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(index_watch, "update_index", slow)
+    watched.watch()
+    assert watched.pauses == [60]
+
+
+def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
+    for i in range(100):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(watched.folder / f"{i:03}.png")
+        os.utime(watched.folder / f"{i:03}.png", (1, 1))
+    stop = threading.Event()
+    stop.set()
+    names = {path.relative_to(watched.folder).as_posix() for path in watched.folder.rglob("*.*")}
+    update = update_index(watched.encoder, watched.folder, watched.index, settled=names, stop=stop)
+    assert update.embedded == len(watched.names()) == 32
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_command_with_everything_saved(
+    number: signal.Signals, colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    for path in colour_images.rglob("*.*"):
+        os.utime(path, (1, 1))
+    command = [sys.executable, "-m", "clip_rd_edge", "index", colour_bundle, colour_images, "-o", index, "--watch"]
+    process = subprocess.Popen([*map(str, command)], stdout=-1, stderr=-1, text=True)
+    end = time.monotonic() + 120
+    while not (index / "index.json").is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, f"{index}\n"), error
+    assert "4 embedded, 0 removed: 4 images in the index" in error
+    assert len(read_index(index)[0].entries) == 4
