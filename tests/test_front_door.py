@@ -31,6 +31,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
     "watch": (api.watch, {"open_page"}),
+    "index": (api.index, {"watch"}),  # --watch is edge.watch_index
     "serve": (api.serve, {"token_file"}),  # a file, or a variable: a token in a command line is seen by others
     "evidence run": (api.evidence_run, set()),
     "evidence report": (api.evidence_report, set()),
