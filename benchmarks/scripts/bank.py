@@ -1,10 +1,12 @@
 """Compare training steps of CLIP-RD with and without relations to a bank of the teacher's embeddings, in turn.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/scripts/bank.py resnet10t@64 resnet18@224 \\
+    OMP_NUM_THREADS=1 python benchmarks/scripts/bank.py resnet10t@64 -o benchmarks/results/MACHINE/bank.json
+    OMP_NUM_THREADS=1 python benchmarks/scripts/bank.py vit_tiny_16@224 --accumulate 2 \\
         -o benchmarks/results/MACHINE/bank.json --readme benchmarks/README.md
 
-The teacher's embeddings come from memory, as from a teacher cache. Images and embeddings are random. The additional
-memory is the bank itself and by how much the process's peak grows when steps with the bank begin.
+Times are of the processor, without those of the loader, the optimiser and a live teacher: the teacher's embeddings come
+from memory, as from a teacher cache. Images and embeddings are random. The additional memory is by how much the peak of
+the process grows when steps with the bank begin, the bank included.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import time
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,6 @@ from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.timing import time_in_turn
 
 CPU = torch.device("cpu")
 TEACHER_SCALE = 100.0
@@ -80,35 +82,39 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
 
     step("clip-rd", None)
     before = peak_mib()
-    bank = FixedBank(arguments.entries, width)
-    bank_mib = 2 * arguments.entries * width * 4 / 2**20
-    with_bank = partial(step, "clip-rd-bank", bank)
-    with_bank()
+    calls = {
+        "clip-rd": partial(step, "clip-rd", None),
+        "clip-rd-bank": partial(step, "clip-rd-bank", FixedBank(arguments.entries, width)),
+    }
+    calls["clip-rd-bank"]()
     grown = peak_mib() - before
-    calls = {"clip-rd": partial(step, "clip-rd", None), "clip-rd-bank": with_bank}
-    times = time_in_turn(calls, rounds=arguments.rounds, warmup=0, max_seconds=float("inf"))
-    ratios = times["clip-rd-bank"] / times["clip-rd"]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(arguments.rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            samples[name].append(time.process_time() - start)
+    ratios = np.asarray(samples["clip-rd-bank"]) / np.asarray(samples["clip-rd"])
     return {
         "student": f"{student_name}, {image_size} pixels",
         "precision": arguments.precision,
         "text": arguments.text,
         "accumulate": arguments.accumulate,
-        "seconds": {name: round(float(np.median(values)) / 1e3, 2) for name, values in times.items()},
+        "seconds": {name: round(float(np.median(values)), 2) for name, values in samples.items()},
         "ratio": [round(float(value), 3) for value in (np.median(ratios), ratios.min(), ratios.max())],
-        "bank_mib": bank_mib,
         "peak_growth_mib": round(grown),
     }
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
     lines = [
-        "| student | precision | CLIP-RD, s per step | with the bank, s | ratio | peak memory |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| student | precision | chunks | CLIP-RD, s per step | with the bank, s | ratio | peak memory |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         seconds, (middle, low, high) = row["seconds"], row["ratio"]  # type: ignore[misc]
         lines.append(
-            f"| {row['student']} | {row['precision']} | {seconds['clip-rd']:.2f} | "  # type: ignore[index]
+            f"| {row['student']} | {row['precision']} | {row['accumulate']} | {seconds['clip-rd']:.2f} | "  # type: ignore[index]
             f"{seconds['clip-rd-bank']:.2f} | {middle:.2f} ({low:.2f} to {high:.2f}) | "  # type: ignore[index,has-type]
             f"+{row['peak_growth_mib']} MiB |"
         )

@@ -100,7 +100,8 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_student(
     "--text", default="standard", show_default=True, metavar="SIZE",
-    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6.",
+    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or teacher, for the teacher's "
+    "own, of which only the projection is trained.",
 )  # fmt: skip
 @_student(
     "--context-length",

@@ -15,7 +15,7 @@ from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs, require_batch
 from clip_rd_edge.distillation.checkpoint import seed_everything
-from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
@@ -26,7 +26,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
-from clip_rd_edge.models.text_config import with_text_of
+from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.utils.io import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -142,12 +142,25 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
             "no weights to start from.",
             hint="omit --tuned-share, or name a trained model with --student",
         )
-    student = build_student(_student_architecture(config, teacher), name=name)
+    student = _build_student(config, teacher, name)
     if config.pretrained_image:
         reporter.say(init_image_tower(student, config.pretrained_image))
     if config.pretrained_text:
         reporter.say(init_text_tower(student, config.pretrained_text, teacher))
     return student
+
+
+def _build_student(config: RunConfig, teacher: ClipModel | None, name: str) -> ClipModel:
+    """Return a new student, whose weights are random unless its text tower is the teacher's."""
+    architecture = _student_architecture(config, teacher)
+    if config.text != TEACHER_TEXT:
+        return build_student(architecture, name=name)
+    if teacher is None:
+        raise UsageError(
+            f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
+            hint="choose another --text, or another --recipe",
+        )
+    return build_with_text_tower_of(teacher, architecture, name=name)
 
 
 def _student_architecture(config: RunConfig, teacher: ClipModel | None) -> dict[str, Any]:
@@ -156,7 +169,7 @@ def _student_architecture(config: RunConfig, teacher: ClipModel | None) -> dict[
         config.student,
         embedding_size=config.embedding_size or (teacher.embedding_size if teacher else 512),
         image_size=config.image_size,
-        text=config.text,
+        text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
     )
     if config.pretrained_text == TEACHER and teacher is not None:
@@ -172,8 +185,8 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     """
     if model_folder(config.student) is not None:
         return load_clip(config.student)
-    depends = config.embedding_size == 0 or config.pretrained_text == TEACHER
-    return build_student(_student_architecture(config, _load_teacher(config) if depends else None), name=name)
+    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or config.pretrained_text == TEACHER
+    return _build_student(config, _load_teacher(config) if depends else None, name)
 
 
 def require_no_logit_bias(student: ClipModel) -> None:

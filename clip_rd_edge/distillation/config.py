@@ -42,6 +42,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 LOCATIONS = frozenset({"recipe_name", "data", "teacher", "teacher_pretrained", "student"}) | frozenset(
     {"pretrained_image", "pretrained_text", "teacher_cache", "tasks"}
 )
+TEACHER_TEXT = "teacher"  # the `text` of a student that has its teacher's text tower
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -116,8 +117,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         teacher: as `models.load.load_clip` takes it; None if the objective does not need a teacher.
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels.
-        text: see `models.student.text_size`.
-        context_length: tokens per caption.
+        text: see `models.student.text_size`; or `teacher` for the teacher's own text tower, which then needs
+            `freeze_text`: its features are computed once per caption.
+        context_length: tokens per caption; the teacher's with its text tower.
         embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. If it differs from the
             teacher's, the objective learns projections between the two, which are not part of the student.
         pretrained_image, pretrained_text: initial weights of the towers; see `models.student`.
@@ -183,6 +185,15 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     evaluate_every: NonNegativeInt = 0
     tasks: tuple[str, ...] = ()
     report_to: TrackerName | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text == TEACHER_TEXT and not self.freeze_text:
+            raise CheckedError("text is teacher, but freeze_text is false; expected true: this tower is kept as it is")
+        if self.text == TEACHER_TEXT and self.pretrained_text:
+            raise CheckedError(
+                f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
+            )
 
 
 class DistillOptions(TypedDict, total=False):
@@ -257,6 +268,8 @@ def resolve(
         overrides["steps"] = 0
     if "precision" in overrides:
         fields["teacher_precision"] = overrides["precision"]
+    if fields.get("text") == TEACHER_TEXT:
+        fields["freeze_text"] = True
     if fields.get("quantize"):
         overrides = {**QUANTIZE_DEFAULTS, **overrides}
     loaded = load_recipe(recipe)

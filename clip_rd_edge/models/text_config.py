@@ -1,7 +1,9 @@
-"""The configuration of a student's text tower that starts from the teacher's weights: it must compute the same."""
+"""A student's text tower that is the teacher's, or starts from layers of it: it must compute the same."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +49,51 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     inherited = {**config, "model_cfg": model_cfg}
     _require_same_features(inherited, teacher)
     return inherited
+
+
+def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name: str) -> ClipModel:
+    """Build a student with the teacher's whole text tower and tokenizer, whatever kind they are, and a new image tower.
+
+    Args:
+        config: of `student_config`; its own text tower is replaced.
+
+    Raises:
+        ConfigError: the embedding sizes differ, the teacher's text tower cannot be separated from it, or the student
+            cannot be built.
+    """
+    import open_clip
+
+    model_cfg = config["model_cfg"]
+    if model_cfg["embed_dim"] != teacher.embedding_size:
+        raise ConfigError(
+            f"The student's embedding size is {model_cfg['embed_dim']}, but the text tower of {teacher.name} returns "
+            f"{teacher.embedding_size}; expected the same.",
+            hint="omit --embedding-size, or choose another --text",
+        )
+    if hasattr(teacher.model, "text_decoder"):
+        raise ConfigError(
+            f"The text tower of {teacher.name} also returns token features, as in CoCa; expected one that returns "
+            "embeddings alone.",
+            hint="choose another --text",
+        )
+    source = teacher.model_cfg["text_cfg"]
+    if source.get("proj_type") == "none":
+        raise ConfigError(
+            f"The text tower of {teacher.name} has no projection to the embedding's size, which a student trains.",
+            hint="choose another --text",
+        )
+    quick_gelu = {"quick_gelu": True} if _has_quick_gelu(teacher.model) else {}
+    if hasattr(teacher.model, "text"):
+        student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu}}, name=name)
+        text: Any = copy.deepcopy(teacher.model.get_submodule("text"))
+        model: Any = student.model
+        model.text, model.context_length, model.vocab_size = text.train(), text.context_length, text.vocab_size
+    else:
+        student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu, "text_cfg": source}}, name=name)
+        state = open_clip.model.convert_to_custom_text_state_dict(teacher.model.state_dict())
+        text = student.model.get_submodule("text")
+        text.load_state_dict({key: state[f"text.{key}"] for key in text.state_dict()})
+    return replace(student, tokenizer=teacher.tokenizer, model_cfg={**student.model_cfg, "text_cfg": source})
 
 
 def _refusal(text_cfg: dict[str, Any], source: dict[str, Any], teacher: ClipModel) -> str:

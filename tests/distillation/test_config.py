@@ -136,3 +136,12 @@ def test_no_number_out_of_range_is_read_from_a_recipe(tmp_path: Path, line: str)
 def test_an_invalid_batch_size_is_named_although_the_learning_rate_depends_on_it(batch_size: Any) -> None:
     with pytest.raises(ConfigError, match="batch_size"):
         resolve("clip-rd", data="pairs.csv", student="resnet18", batch_size=batch_size)
+
+
+def test_the_teachers_text_tower_is_frozen() -> None:
+    assert resolve("clip-rd", data="d", student="s", teacher="t", text="teacher").freeze_text
+    assert not resolve("clip-rd", data="d", student="s", teacher="t").freeze_text
+    with pytest.raises(ConfigError, match="text is teacher, but freeze_text is false"):
+        RunConfig(recipe_name="clip-rd", recipe=load_recipe("clip-rd"), data="d", student="s", text="teacher")
+    with pytest.raises(ConfigError, match="but pretrained_text is teacher; expected none"):
+        resolve("clip-rd", data="d", student="s", teacher="t", text="teacher", pretrained_text="teacher")

@@ -328,6 +328,32 @@ def test_only_the_projection_of_a_frozen_text_tower_is_trained(
     assert any(name.startswith("visual.trunk") for name in changed)
 
 
+def test_a_student_with_its_teachers_text_tower_trains_its_projection_and_resumes(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
+    kept = msgspec.structs.replace(config, text="teacher", freeze_text=True)
+    uninterrupted = distil(kept, tmp_path / "uninterrupted")
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise MemoryError("like a kill, this saves nothing")
+
+    with pytest.raises(MemoryError):
+        distil(kept, tmp_path / "run", on_step=kill)
+    assert_same_weights(distil(kept, tmp_path / "run", resume=True), uninterrupted)
+    load_clip(str(uninterrupted))
+    before, after = weights(teacher), weights(uninterrupted)
+    names = {name for name in before if name.startswith("text.")}
+    assert {name for name in names if not torch.equal(before[name], after[name])} == {"text.text_projection"}
+
+
+def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
+    alone = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", text="teacher", freeze_text=True)
+    with pytest.raises(UsageError, match="its teacher's text tower, but the recipe clip has no teacher"):
+        distil(alone, tmp_path / "run")
+
+
 def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:

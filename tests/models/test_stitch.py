@@ -18,9 +18,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifier import load_classifier
-from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import solve_projection
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.text_config import build_with_text_tower_of
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
 NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]
@@ -80,6 +82,19 @@ def test_open_clip_alone_gives_the_same_embeddings(encoder: Path, names: Path, t
     projected = classifier.features(pixels) @ solve_projection(weight, _class_embeddings(loaded)).T
     expected = torch.nn.functional.normalize(projected, dim=-1)[0].numpy()
     np.testing.assert_allclose(image_embedding, expected, atol=1e-4)
+
+
+def test_a_student_can_keep_a_text_tower_of_hugging_face(encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    folder = edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights)
+    teacher = load_clip(str(folder))
+    config = student_config("test_vit", embedding_size=teacher.embedding_size, image_size=160, text="tiny")
+    student = build_with_text_tower_of(teacher, config, name="student")
+    save_clip(tmp_path / "student", student, provenance={})
+    shutil.rmtree(folder)  # the student has all that it needs
+    kept = edge.load(tmp_path / "student")
+    expected = TorchEncoder(teacher).encode_texts(["a red cat", "a blue nut"])
+    np.testing.assert_allclose(kept.encode_texts(["a red cat", "a blue nut"]), expected, atol=1e-5)
 
 
 def _class_embeddings(model: edge.Model) -> torch.Tensor:

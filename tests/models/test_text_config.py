@@ -13,8 +13,9 @@ import torch
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, init_text_tower, student_config
-from clip_rd_edge.models.text_config import with_text_of
+from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 
 WIDTH, LAYERS = 64, 2
 SIZES = ("width", "heads", "layers")
@@ -118,3 +119,32 @@ def test_a_tower_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
 def test_heads_other_than_of_width_64_are_carried() -> None:
     text_cfg = with_text_of(student(16, layers=1), teacher_with())["model_cfg"]["text_cfg"]
     assert (text_cfg["heads"], text_cfg["layers"]) == (2, 1)
+
+
+BUILT = sorted(name for name, config in families().items() if not REFUSED & config["text_cfg"].keys())
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_student_can_keep_its_teachers_text_tower_and_is_saved_with_it(name: str, tmp_path: Path) -> None:
+    teacher = small(families()[name], name)
+    clip = build_with_text_tower_of(teacher, student(77), name="student")
+    assert activations(clip) == activations(teacher)
+    save_clip(tmp_path / "student", clip, provenance={})
+    captions = ["a cat", "two dogs, a red car and a blue sky", ""]
+    with torch.no_grad():
+        expected = TextTower(teacher.model)(teacher.tokenizer(captions))
+        for kept in (clip, load_clip(str(tmp_path / "student"))):
+            ids = kept.tokenizer(captions)
+            torch.testing.assert_close(TextTower(kept.model.eval())(ids), expected)
+    assert (kept.context_length, clip.embedding_size) == (teacher.context_length, 32)
+
+
+def test_a_text_tower_that_does_not_fit_is_not_kept() -> None:
+    teacher = teacher_with()
+    config = student_config("test_resnet", embedding_size=64, image_size=32)
+    with pytest.raises(ConfigError, match="embedding size is 64, but the text tower of teacher returns 32") as error:
+        build_with_text_tower_of(teacher, config, name="student")
+    assert "--embedding-size" in error.value.hint
+    teacher.model.text_decoder = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="as in CoCa"):
+        build_with_text_tower_of(teacher, student(16), name="student")
