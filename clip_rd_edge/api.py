@@ -630,6 +630,7 @@ def search(
     top: int = 10,
     bundle: AnyPath | None = None,
     folder: AnyPath | None = None,
+    exact: bool = False,
     threads: int | None = None,
     device: str = "auto",
 ) -> list[Hit]:
@@ -639,10 +640,13 @@ def search(
         query: a text, the path of an image file, a PIL image or an array.
         bundle: current path of the bundle that built the index, if it was moved.
         folder: current path of the image folder, if it was moved.
+        exact: compare all images, even if the index has a graph for approximate search.
     """
     from clip_rd_edge.runtime.index import search_index
 
-    return search_index(Path(index), query, top=top, bundle=bundle, folder=folder, threads=threads, device=device)
+    return search_index(
+        Path(index), query, top=top, bundle=bundle, folder=folder, exact=exact, threads=threads, device=device
+    )
 
 
 def demo(

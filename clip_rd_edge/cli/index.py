@@ -45,7 +45,8 @@ def command(bundle: Path, folder: Path, output: Path, watch: bool, threads: int 
         update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
     for reason in update.unreadable:
         echo(f"error: {one_line(reason)}", err=True)
-    echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed", err=True)
+    how = "; search is approximate" if update.approximate else ""
+    echo(f"{update.embedded:,} embedded, {update.kept:,} kept, {update.removed:,} removed{how}", err=True)
     echo(output)
     if update.unreadable:
         count = len(update.unreadable)

@@ -26,6 +26,7 @@ _query, _output = grouped("Query"), grouped("Output")
     "--folder", type=PathName(), metavar="FOLDER",
     help="Current path of the image folder, if it was moved.  [default: the path that the index names]",
 )  # fmt: skip
+@_query("--exact", is_flag=True, help="Compare all images, even if the index has a graph for approximate search.")
 @threads_option
 @device_option
 @_output("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
@@ -36,6 +37,7 @@ def command(
     top: int,
     bundle: Path | None,
     folder: Path | None,
+    exact: bool,
     threads: int | None,
     device: str,
     as_json: bool,
@@ -56,7 +58,8 @@ def command(
 
     if as_json and null:
         raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
-    for hit in edge.search(index, query, top=top, bundle=bundle, folder=folder, threads=threads, device=device):
+    hits = edge.search(index, query, top=top, bundle=bundle, folder=folder, exact=exact, threads=threads, device=device)
+    for hit in hits:
         if as_json:
             line = {"image": str(hit.path), "similarity": round(hit.similarity, 6)}
             echo(json_line(line))

@@ -36,6 +36,7 @@ EXTRAS = {
     "demo": "the demo page",
     "serve": "serving bundles to other programs",
     "camera": "classify --camera",
+    "usearch": "searching a million images and more",
     "wandb": "distill --report-to wandb",
     "mlflow": "distill --report-to mlflow",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},

@@ -2,6 +2,7 @@
 
     index.json           image folder, bundle, and per image its path, size, modification time and SHA-256
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry
+    graph-KEY.…          from a million images on: for approximate search, see `runtime.index_graph`
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
 holds a valid, older index. Writers wait for each other (`utils.lock`). Readers take no lock, so that a folder that they
@@ -29,9 +30,25 @@ from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.encoder import Embeddings, require_finite, top_indices
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb, list_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index_graph import (
+    GRAPH_FILES,
+    GRAPH_FROM,
+    MAX_TOP,
+    Graph,
+    GraphFiles,
+    build_graph,
+    is_worn,
+    moved_rows,
+    open_graph,
+    read_rows,
+    usearch_is_installed,
+    write_graph,
+    write_rows,
+)
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import is_plain_name, looks_like_path, near_files, read_json, sha256_of, write_bytes
@@ -60,6 +77,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         bundle: absolute path of the bundle that embedded the images.
         model: `model_key` of that bundle.
         embeddings: name of the embeddings file, which has one row per entry.
+        graph: the files of approximate search; None if search is exact.
     """
 
     version: int
@@ -68,6 +86,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     embeddings: str
     entries: list[Entry]
+    graph: GraphFiles | None = None
 
 
 class Hit(NamedTuple):
@@ -110,8 +129,9 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
             raise ConfigError(
                 f"{path / _FILE} has version {index.version}; this clip-rd-edge reads up to {INDEX_VERSION}."
             )
-        if not is_plain_name(index.embeddings):
-            raise ConfigError(f"{path / _FILE} names the file {index.embeddings!r}, which is not inside the index.")
+        for name in (index.embeddings, *((index.graph.file, index.graph.rows) if index.graph else ())):
+            if not is_plain_name(name):
+                raise ConfigError(f"{path / _FILE} names the file {name!r}, which is not inside the index.")
         try:
             rows = load_array(path / index.embeddings, memory_mapped=True)
             break
@@ -131,33 +151,41 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
     return index, rows
 
 
-def write_index(path: Path, index: Index, rows: Embeddings) -> None:
-    """Write an index, replacing the one at `path`; `index.embeddings` is ignored: the file gets a new name.
+def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
+    """Write an index, replacing the one at `path`; return it with the new name of its embeddings file.
 
     Call this with the folder locked: it deletes what older writers have left.
     """
-    old_files = _leftovers(path)
+    old_files = _leftovers(path, index.graph)
     buffer = io.BytesIO()
     np.save(buffer, rows.astype(np.float32, copy=False))
     name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
     write_bytes(path / name, buffer.getvalue())
-    write_bytes(path / _FILE, msgspec.json.encode(msgspec.structs.replace(index, embeddings=name)))
-    for file in old_files:
+    index = msgspec.structs.replace(index, embeddings=name)
+    write_bytes(path / _FILE, msgspec.json.encode(index))
+    _delete(old_files)
+    return index
+
+
+def _delete(files: set[Path]) -> None:
+    for file in files:
         with suppress(OSError):  # Windows cannot delete a file that a search has open: the next update deletes it
             file.unlink()
 
 
-def _leftovers(path: Path) -> set[Path]:
-    """Return the files of a writer other than index.json: embeddings, and what a kill left half written."""
-    return {file for pattern in (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{_FILE}.*.tmp") for file in path.glob(pattern)}
+def _leftovers(path: Path, graph: GraphFiles | None = None) -> set[Path]:
+    """Return the files of a writer other than index.json and `graph`: also what a kill left half written."""
+    patterns = (f"{_ROWS}*.npy", f".{_ROWS}*.tmp", f".{_FILE}.*.tmp", GRAPH_FILES)
+    files = {file for pattern in patterns for file in path.glob(pattern)}
+    return files - ({path / graph.file, path / graph.rows} if graph else set())
 
 
-def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> list[Hit]:
+def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, graph: Graph | None = None) -> list[Hit]:
     """Return the images nearest to a query embedding, (D,) or (1, D), nearest first; ties keep the index's order.
 
-    The search is exact: one matrix product over all rows, limited by memory bandwidth. For 100,000 images it takes less
-    time than reading index.json. A graph index (usearch) answers faster, but building it takes longer than embedding
-    the images: `python benchmarks/scripts/search.py 100000 --graph` measures both.
+    Without a graph, or for more than MAX_TOP results, the search is exact: one matrix product over all rows, limited by
+    memory bandwidth. For 100,000 images it takes less time than reading index.json. With a graph, only the rows that it
+    proposes are compared: `python benchmarks/scripts/search.py 100000 --graph` measures both.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
@@ -165,9 +193,20 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int) -> l
             f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}, the model's.",
             hint="delete it and index the folder again",
         )
-    similarities = require_finite(np.asarray(rows @ query), "An image of the index, or the query,")
-    best = top_indices(similarities, top).tolist()
-    return [Hit(Path(index.folder, index.entries[i].path), float(similarities[i])) for i in best]
+    candidates = np.sort(graph.candidates(query, top)) if graph is not None and top <= MAX_TOP else None
+    compared = rows if candidates is None else rows[candidates]
+    similarities = require_finite(np.asarray(compared @ query), "An image of the index, or the query,")
+    best = top_indices(similarities, top)
+    numbers = best if candidates is None else candidates[best]
+    return [
+        Hit(Path(index.folder, index.entries[number].path), float(similarities[i]))
+        for i, number in zip(best.tolist(), numbers.tolist(), strict=True)
+    ]
+
+
+def read_graph(path: Path, index: Index) -> Graph | None:
+    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact."""
+    return open_graph(path, index.graph, len(index.entries)) if index.graph else None
 
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
@@ -181,6 +220,7 @@ class Update:
         kept, embedded, removed: numbers of images.
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
         unreadable_images: those of images that could not be read, by their path in the folder.
+        approximate: whether search is approximate, because the index has a graph.
     """
 
     kept: int = 0
@@ -188,6 +228,7 @@ class Update:
     removed: int = 0
     unreadable: list[str] = field(default_factory=list)
     unreadable_images: dict[str, str] = field(default_factory=dict)
+    approximate: bool = False
 
 
 class _Source:
@@ -280,10 +321,16 @@ def _update(
         if not _is_utf8(str(image.relative_to(folder)))
     ]
     if entries == index.entries and not new and is_index(path):
+        update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
+    graph = None
+    if index.graph and (keys := read_rows(path, index.graph)) is not None and len(kept) + len(new) >= GRAPH_FROM:
+        moved = moved_rows(keys, np.array([row for _, row in kept], dtype=np.int64), len(index.entries))
+        graph = write_rows(path, index.graph, moved)
 
-    def save() -> None:
-        write_index(path, msgspec.structs.replace(index, entries=entries), np.concatenate(parts))
+    def save() -> tuple[Index, Embeddings]:
+        merged = np.concatenate(parts)
+        return write_index(path, msgspec.structs.replace(index, entries=entries, graph=graph), merged), merged
 
     last_saved, done = time.monotonic(), 0
     try:
@@ -304,8 +351,36 @@ def _update(
                 save()
                 last_saved = time.monotonic()
     finally:
-        save()
+        saved, merged = save()
+    update.approximate = _keep_graph(path, saved, merged, encoder.threads, stop, reporter)
     return update
+
+
+def _keep_graph(
+    path: Path,
+    index: Index,
+    rows: Embeddings,
+    threads: int | None,
+    stop: threading.Event | None,
+    reporter: Reporter,
+) -> bool:
+    """Build the graph of a large index if it has none, or a worn one; return whether it has one."""
+    if len(rows) < GRAPH_FROM:
+        return False
+    keys = read_rows(path, index.graph) if index.graph else None
+    if keys is not None and not is_worn(keys, len(rows)):
+        return True
+    if not usearch_is_installed():
+        hint = install_command("usearch")
+        reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
+        return index.graph is not None
+    graph = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
+    if graph is None:
+        return index.graph is not None
+    index = msgspec.structs.replace(index, graph=write_graph(path, graph))
+    write_bytes(path / _FILE, msgspec.json.encode(index))
+    _delete(_leftovers(path, index.graph) - {path / index.embeddings})
+    return True
 
 
 def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
@@ -383,6 +458,7 @@ def search_index(
     top: int = 10,
     bundle: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
+    exact: bool = False,
     threads: int | None = None,
     device: str = AUTO,
 ) -> list[Hit]:
@@ -393,6 +469,7 @@ def search_index(
         top: number of images to return.
         bundle: current path of the bundle that created the index; None uses the path in the index.
         folder: current path of the image folder; None uses the path in the index.
+        exact: compare all images, even if the index has a graph.
         threads, device: see `runtime.load.load`.
 
     Raises:
@@ -417,9 +494,8 @@ def search_index(
             f"The bundle {encoder.folder} is not the one that created the index {path}.",
             hint=f"create it again: clip-rd-edge index {encoder.folder} {index.folder} -o {path}",
         )
-    if isinstance(query, str):
-        return nearest(index, rows, encoder.encode_texts([query]), top=top)
-    return nearest(index, rows, encoder.encode_images([as_rgb(query)]), top=top)
+    embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
+    return nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index))
 
 
 def _text_or_image(query: str) -> str | Path:

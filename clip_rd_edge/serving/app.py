@@ -29,7 +29,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import Index, model_key, nearest, read_index
+from clip_rd_edge.runtime.index import Index, model_key, nearest, read_graph, read_index
+from clip_rd_edge.runtime.index_graph import Graph
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
@@ -99,7 +100,7 @@ class Service:
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
         self._classifiers: OrderedDict[tuple[str, float], ZeroShotClassifier] = OrderedDict()
         self._index_folder, self._index_stat = index, (0, 0)
-        self._index: tuple[Index, Embeddings] | None = None
+        self._index: tuple[Index, Embeddings, Graph | None] | None = None
         if index is not None:
             self._read_index()
         open_image_tower(encoder)
@@ -263,10 +264,10 @@ class Service:
         return self._classifiers[key]
 
     def _nearest(self, row: Embeddings, top: int) -> Any:
-        index, rows = self._read_index()
-        return nearest(index, rows, row, top=top)
+        index, rows, graph = self._read_index()
+        return nearest(index, rows, row, top=top, graph=graph)
 
-    def _read_index(self) -> tuple[Index, Embeddings]:
+    def _read_index(self) -> tuple[Index, Embeddings, Graph | None]:
         """Return the index, read again if it was updated."""
         folder = self._index_folder
         assert folder is not None  # /search has no route without an index
@@ -282,7 +283,7 @@ class Service:
                     f"The bundle {self.encoder.folder} is not the one that created the index {folder}.",
                     hint=f"create it again: clip-rd-edge index {self.encoder.folder} {index.folder} -o {folder}",
                 )
-            self._index, self._index_stat = (index, rows), current
+            self._index, self._index_stat = (index, rows, read_graph(folder, index)), current
         return self._index
 
 

@@ -1,0 +1,162 @@
+"""Approximate search past a million images: usearch's graph (HNSW) of an index's embeddings, in float16.
+
+    graph-KEY.usearch   the graph; its keys are the rows of the index at the time that it was built
+    graph-rows-KEY.npy  the present row of each key, (keys,) int64, -1 for an image that is gone
+
+A graph outlives updates: rows that it does not have are compared one by one, until they or the lost keys are more than
+REBUILD_SHARE of it. What it finds is ranked by the float32 embeddings, so similarities are exact, and only whether an
+image is found is approximate. Without usearch, or if a file is missing, search is exact.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.utils.arrays import load_array
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+GRAPH_FROM = 1_000_000  # images: below, comparing all rows takes less than 60 ms
+MAX_TOP = 1_000  # results; more are searched exactly
+REBUILD_SHARE = 0.1
+# Of usearch: links per node, and nodes visited when building and when searching. Higher is more accurate, and slower.
+_LINKS, _VISITED_BUILDING, _VISITED_SEARCHING = 16, 64, 256
+_CANDIDATES = 128  # ranked exactly, or 4 per result
+_CHUNK = 10_000  # rows between two reports of progress
+GRAPH_FILES = "graph-*"  # names of the files
+
+Rows = npt.NDArray[np.int64]
+
+
+class GraphFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """The graph of an index, as index.json names it.
+
+    Attributes:
+        file, rows: names of the two files.
+        keys: number of images that it was built from.
+    """
+
+    file: str
+    rows: str
+    keys: int
+
+
+class Graph(NamedTuple):
+    """An opened graph.
+
+    Attributes:
+        index: usearch's index.
+        rows: the present row of each key, or -1.
+        others: rows that it does not have.
+    """
+
+    index: Any
+    rows: Rows
+    others: Rows
+
+    def candidates(self, query: Embeddings, top: int) -> Rows:
+        """Return the rows that may be among the `top` nearest to a query (D,)."""
+        keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
+        found = self.rows[keys]
+        return np.concatenate([found[found >= 0], self.others])
+
+
+def usearch_is_installed() -> bool:
+    """Return whether usearch is installed."""
+    return find_spec("usearch") is not None
+
+
+def build_graph(
+    rows: Embeddings,
+    *,
+    threads: int | None = None,
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+) -> Any:
+    """Return usearch's index of embeddings (N, D), by row, or None if `stop` is set; it takes minutes for a million."""
+    from usearch.index import Index
+
+    graph = Index(
+        ndim=rows.shape[1],
+        metric="ip",
+        dtype="f16",
+        connectivity=_LINKS,
+        expansion_add=_VISITED_BUILDING,
+        expansion_search=_VISITED_SEARCHING,
+    )
+    for start in range(0, len(rows), _CHUNK):
+        if stop is not None and stop.is_set():
+            return None
+        part = np.asarray(rows[start : start + _CHUNK])
+        graph.add(np.arange(start, start + len(part)), part, threads=threads or 0)
+        reporter.update("building the search graph", start + len(part), len(rows))
+    return graph
+
+
+def write_graph(path: Path, graph: Any) -> GraphFiles:
+    """Write a graph of all rows into the folder of an index."""
+    name = f"graph-{uuid.uuid4().hex[:12]}.usearch"
+    graph.save(str(path / name))
+    return write_rows(path, GraphFiles(file=name, rows="", keys=len(graph)), np.arange(len(graph)))
+
+
+def write_rows(path: Path, files: GraphFiles, rows: Rows) -> GraphFiles:
+    """Write the present row of each key to a new file; return the graph that names it."""
+    name = f"graph-rows-{uuid.uuid4().hex[:12]}.npy"
+    np.save(path / name, rows.astype(np.int64))
+    return msgspec.structs.replace(files, rows=name)
+
+
+def read_rows(path: Path, files: GraphFiles) -> Rows | None:
+    """Return the row of each key, or None if the file is missing or damaged."""
+    try:
+        rows = load_array(path / files.rows)
+    except (OSError, ValueError, EOFError):
+        return None
+    return rows.astype(np.int64) if rows.shape == (files.keys,) and rows.dtype.kind == "i" else None
+
+
+def moved_rows(rows: Rows, kept: Rows, count: int) -> Rows:
+    """Return the row of each key after an update.
+
+    Args:
+        rows: of each key before it.
+        kept: rows before the update that are kept, in their new order.
+        count: rows before the update.
+    """
+    new = np.full(count + 1, -1, dtype=np.int64)  # the last entry is that of the key -1
+    new[kept] = np.arange(len(kept))
+    return new[rows]
+
+
+def is_worn(rows: Rows, count: int) -> bool:
+    """Return whether a graph has lost, or lacks, so many of `count` images that it should be built again."""
+    present = int((rows >= 0).sum())
+    return max(len(rows) - present, count - present) > REBUILD_SHARE * max(len(rows), 1)
+
+
+def open_graph(path: Path, files: GraphFiles, count: int) -> Graph | None:
+    """Open the graph of an index with `count` images; None if usearch or a file is missing, or damaged."""
+    rows = read_rows(path, files)
+    if rows is None or not usearch_is_installed() or not (path / files.file).is_file():
+        return None
+    from usearch.index import Index
+
+    try:
+        graph = Index.restore(str(path / files.file), view=True)
+    except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
+        return None
+    if graph is None or len(graph) != files.keys or (rows >= count).any():
+        return None
+    graph.expansion_search = _VISITED_SEARCHING
+    missing = np.ones(count, dtype=bool)
+    missing[rows[rows >= 0]] = False
+    return Graph(graph, rows, np.flatnonzero(missing))

@@ -1,0 +1,223 @@
+"""Approximate search, with usearch where it is installed, and else with a stand-in that compares all rows."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from support import Watch
+
+from clip_rd_edge.contract.encoder import normalise
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.runtime import index as indexing
+from clip_rd_edge.runtime.index import (
+    INDEX_VERSION,
+    Entry,
+    Index,
+    nearest,
+    read_graph,
+    read_index,
+    search_index,
+    update_index,
+    write_index,
+)
+from clip_rd_edge.runtime.index_graph import (
+    MAX_TOP,
+    build_graph,
+    is_worn,
+    moved_rows,
+    open_graph,
+    usearch_is_installed,
+    write_graph,
+)
+from clip_rd_edge.runtime.load import load
+
+SIZE = 32
+
+
+class StandIn:
+    """The parts of usearch's index that are used; `searches` counts them."""
+
+    searches = 0
+
+    def __init__(self, *, ndim: int, metric: str, dtype: str, **settings: int) -> None:
+        assert (metric, dtype) == ("ip", "f16")
+        self.rows = np.zeros((0, ndim), dtype=np.float16)
+
+    def add(self, keys: Any, rows: Any, *, threads: int) -> None:
+        assert keys[0] == len(self.rows)
+        self.rows = np.concatenate([self.rows, rows.astype(np.float16)])
+
+    def search(self, query: Any, count: int) -> Any:
+        StandIn.searches += 1
+        found = ModuleType("matches")
+        found.keys = np.argsort(-(self.rows.astype(np.float32) @ query))[:count].astype(np.uint64)  # type: ignore[attr-defined]
+        return found
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def save(self, path: str) -> None:
+        with Path(path).open("wb") as file:
+            np.save(file, self.rows)
+
+    @classmethod
+    def restore(cls, path: str, *, view: bool) -> StandIn:
+        graph = cls(ndim=SIZE, metric="ip", dtype="f16")
+        with Path(path).open("rb") as file:
+            graph.rows = np.load(file)
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def usearch(monkeypatch: pytest.MonkeyPatch) -> None:
+    if usearch_is_installed():
+        return
+    module = ModuleType("usearch.index")
+    module.Index = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "usearch", ModuleType("usearch"))
+    monkeypatch.setitem(sys.modules, "usearch.index", module)
+    for name in ("index", "index_graph"):
+        monkeypatch.setattr(f"clip_rd_edge.runtime.{name}.usearch_is_installed", lambda: True)
+
+
+def embeddings(count: int, seed: int = 0) -> Any:
+    return normalise(np.random.default_rng(seed).standard_normal((count, SIZE)).astype(np.float32))
+
+
+def written(path: Path, rows: Any) -> Index:
+    entries = [Entry(path=f"{i}.jpg", size_bytes=i, modified_ns=i, sha256=str(i)) for i in range(len(rows))]
+    empty = Index(version=INDEX_VERSION, folder="/photos", bundle="/b", model="", embeddings="", entries=entries)
+    return write_index(path, empty, rows)
+
+
+def test_what_the_graph_finds_is_ranked_by_exact_similarity(tmp_path: Path) -> None:
+    rows = embeddings(2000)
+    index = written(tmp_path, rows)
+    graph = open_graph(tmp_path, write_graph(tmp_path, build_graph(rows, threads=1)), len(rows))
+    assert graph is not None
+    recalls = []
+    for query in embeddings(20, seed=1):
+        exact = nearest(index, rows, query, top=10)
+        found = nearest(index, rows, query, top=10, graph=graph)
+        assert [hit.similarity for hit in found] == sorted((hit.similarity for hit in found), reverse=True)
+        similarities = {hit.path: hit.similarity for hit in exact}
+        shared = [hit for hit in found if hit.path in similarities]
+        assert all(hit.similarity == pytest.approx(similarities[hit.path], abs=1e-6) for hit in shared)
+        recalls.append(len(shared) / 10)
+    assert np.mean(recalls) > 0.95
+    assert len(nearest(index, rows, rows[0], top=MAX_TOP + 1, graph=graph)) == MAX_TOP + 1  # exact
+    assert len(nearest(index, rows, rows[0], top=500, graph=graph)) == 500
+
+
+def test_rows_that_a_graph_does_not_have_are_found_and_lost_ones_are_not(tmp_path: Path) -> None:
+    rows = embeddings(300)
+    index = written(tmp_path, rows)
+    files = write_graph(tmp_path, build_graph(rows[:200], threads=1))
+    graph = open_graph(tmp_path, files, 300)
+    assert graph is not None
+    assert graph.others.tolist() == list(range(200, 300))
+    for row in (5, 250):
+        assert nearest(index, rows, rows[row], top=1, graph=graph)[0].path.name == f"{row}.jpg"
+    kept = np.array([7, 3, 299])  # the others were deleted
+    moved = moved_rows(graph.rows, kept, 300)
+    assert (moved[7], moved[3], moved[5]) == (0, 1, -1)
+    assert moved_rows(moved, np.array([1]), 3)[[3, 7, 5]].tolist() == [0, -1, -1]
+
+
+def test_a_worn_graph_is_one_that_lost_or_lacks_a_tenth() -> None:
+    rows = np.arange(100)
+    assert not is_worn(rows, 110)
+    assert is_worn(rows, 111)
+    assert is_worn(np.where(rows < 11, -1, rows), 89)
+    assert not is_worn(np.where(rows < 10, -1, rows), 90)
+
+
+def test_a_graph_that_cannot_be_used_leaves_search_exact(tmp_path: Path) -> None:
+    rows = embeddings(50)
+    files = write_graph(tmp_path, build_graph(rows, threads=1))
+    assert open_graph(tmp_path, files, 50) is not None
+    assert open_graph(tmp_path, files, 40) is None  # rows beyond the index
+    assert open_graph(tmp_path, msgspec.structs.replace(files, keys=49), 50) is None
+    (tmp_path / files.file).write_bytes(b"no graph")
+    assert open_graph(tmp_path, files, 50) is None
+    (tmp_path / files.file).unlink()
+    assert open_graph(tmp_path, files, 50) is None
+
+
+@pytest.fixture
+def many_images(colour_images: Path) -> Path:
+    for i in range(40):
+        Image.new("RGB", (9, 9), (5 * i, 50, 250 - 5 * i)).save(colour_images / f"{i:03}.png")
+    return colour_images
+
+
+def test_an_index_above_the_threshold_gets_a_graph_that_updates_keep(
+    colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
+    encoder, path = load(colour_bundle), tmp_path / "index"
+    assert update_index(encoder, many_images, path).approximate
+    built = read_index(path)[0].graph
+    assert built is not None
+    assert built.keys == 44
+    Image.new("RGB", (9, 9), (0, 255, 3)).save(many_images / "new.png")
+    (many_images / "003.png").unlink()
+    assert update_index(encoder, many_images, path).approximate
+    index, _ = read_index(path)
+    assert index.graph is not None
+    assert (index.graph.file, index.graph.keys) == (built.file, 44)
+    assert {file.name for file in path.iterdir()} == {
+        "index.json", index.embeddings, index.graph.file, index.graph.rows
+    }  # fmt: skip
+    graph = read_graph(path, index)
+    assert graph is not None
+    assert [index.entries[row].path for row in graph.others] == ["new.png"]
+    for query in ("green", "blue", "red"):
+        approximate = search_index(path, query, top=5)
+        assert approximate == search_index(path, query, top=5, exact=True)
+    for i in range(10):
+        Image.new("RGB", (9, 9), (7, 11 * i, 200)).save(many_images / f"more{i}.png")
+    update_index(encoder, many_images, path)
+    rebuilt = read_index(path)[0].graph
+    assert rebuilt is not None
+    assert (rebuilt.keys, rebuilt.file == built.file) == (54, False)
+    for file in list(many_images.glob("0*.png")):
+        file.unlink()
+    assert not update_index(encoder, many_images, path).approximate
+    assert {file.name.partition("-")[0] for file in path.iterdir()} == {"index.json", "embeddings"}
+
+
+def test_without_usearch_search_stays_exact_and_says_so(
+    colour_bundle: Path, many_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
+    encoder, path = load(colour_bundle), tmp_path / "index"
+    with monkeypatch.context() as missing:
+        missing.setattr("clip_rd_edge.runtime.index.usearch_is_installed", lambda: False)
+        reporter = Watch()
+        assert not update_index(encoder, many_images, path, reporter=reporter).approximate
+        assert "search stays exact" in reporter.said[0]
+        assert "usearch" in reporter.said[0]
+    assert update_index(encoder, many_images, path).approximate  # nothing new but the package
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    monkeypatch.setattr("clip_rd_edge.runtime.index_graph.usearch_is_installed", lambda: False)
+    assert read_graph(copy, read_index(copy)[0]) is None
+    assert len(search_index(copy, "blue", top=3)) == 3
+
+
+def test_an_index_names_no_file_outside_of_it(tmp_path: Path) -> None:
+    rows = embeddings(3)
+    index = written(tmp_path, rows)
+    files = msgspec.structs.replace(write_graph(tmp_path, build_graph(rows, threads=1)), rows="../rows.npy")
+    (tmp_path / "index.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(index, graph=files)))
+    with pytest.raises(ConfigError, match=r"names the file '\.\./rows\.npy', which is not inside the index"):
+        read_index(tmp_path)
