@@ -16,7 +16,6 @@ import numpy as np
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
-CORPUS = Path(__file__).with_name("corpus")
 MAX_SECONDS, MAX_BYTES, MAX_MESSAGE = 10, 800_000_000, 4_000
 _PAIRS = 40  # of a file that are read
 TEXTS = ["a photo of a red dog", "", "ünï &amp; " * 40, "\ud800", "a" * 5_000, "\x00\u202e🦄"]

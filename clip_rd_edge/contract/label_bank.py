@@ -70,6 +70,8 @@ def read_labels(folder: Path) -> LabelBank | None:
         raise _damaged(path, f"names have the type {names.dtype}, embeddings {embeddings.dtype}")
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise ConfigError(f"{path} has {len(names)} names for embeddings of shape {embeddings.shape}.")
+    if not len(names):
+        raise _damaged(path, "it has no labels")
     if not np.isfinite(embeddings).all():
         raise _damaged(path, "an embedding has an entry that is not a finite number")
     return LabelBank(tuple(str(name) for name in names), embeddings.astype(np.float32))

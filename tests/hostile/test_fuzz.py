@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from readers import CORPUS, TEXTS, answer_or_sentence, readers
+from hostile_input import CORPUS
+from readers import TEXTS, answer_or_sentence, readers
 
 hypothesis = pytest.importorskip("hypothesis")
 

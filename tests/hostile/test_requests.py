@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from readers import CORPUS, answer_or_sentence
+from hostile_input import CORPUS
+from readers import answer_or_sentence
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
