@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from clip_rd_edge.distillation.config import DistillOptions, RunConfig
     from clip_rd_edge.evidence.results import Evidence
     from clip_rd_edge.runtime.doctor import Finding
-    from clip_rd_edge.runtime.index import Hit, Update
+    from clip_rd_edge.runtime.index import Hit
+    from clip_rd_edge.runtime.index_update import Update
     from clip_rd_edge.runtime.label_list import Labels
     from clip_rd_edge.runtime.model import Model
     from clip_rd_edge.runtime.verify import Check
@@ -591,7 +592,7 @@ def index(
     reporter: Reporter = SILENT,
 ) -> Update:
     """Build or update a search index of the images under a folder; only new and changed images are embedded."""
-    from clip_rd_edge.runtime.index import update_index
+    from clip_rd_edge.runtime.index_update import update_index
     from clip_rd_edge.runtime.load import load as load_bundle
 
     encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)

@@ -337,7 +337,7 @@ class IndexScenario:
         self._draw(folder, range(2, 4))
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.runtime.index import update_index
+        from clip_rd_edge.runtime.index_update import update_index
 
         update_index(self._encoder, folder / "images", folder / "index")
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -119,7 +121,7 @@ def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None)
 def quantize(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
     """Return a float32 LiteRT file quantised by a recipe of ai-edge-quantizer; static ones need `ranges`."""
     quantizer = _quantizer(content, recipe)
-    with silently():
+    with silently(), contextlib.redirect_stderr(io.StringIO()):  # where its progress bars are
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
 

@@ -90,8 +90,9 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
     Raises:
         ClipRdEdgeError: litert-torch cannot convert the tower.
     """
-    import litert_torch
-    from litert_torch import progress
+    with silently():  # it logs which of its optional parts are missing
+        import litert_torch
+        from litert_torch import progress
 
     example = torch.from_numpy(inputs[:1])
     if not example.is_floating_point():

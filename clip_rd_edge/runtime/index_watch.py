@@ -16,7 +16,7 @@ from typing import NamedTuple
 from clip_rd_edge.contract.images import list_images
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import Update, update_index
+from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.utils.paths import is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
@@ -97,6 +100,18 @@ def test_classify_runs_a_bundle_for_litert(
     code, _, error = command_line("classify", litert_bundle("fp32"), colour_images / "red.png", "--device", "cuda")
     assert code == 2
     assert "LiteRT has no device 'cuda' here; expected auto or cpu." in error
+
+
+def test_the_example_that_needs_no_clip_rd_edge_gives_the_same_answers(
+    litert_bundle: Callable[[str], Path], colour_images: Path
+) -> None:
+    bundle, image = litert_bundle("fp32"), colour_images / "red.png"
+    script = Path(__file__).parents[2] / "export" / "litert" / "classify.py"
+    result = subprocess.run([sys.executable, script, bundle, image], capture_output=True, text=True, check=True)
+    answers = {name: float(share) for share, name in (line.split("\t") for line in result.stdout.splitlines())}
+    expected = edge.load(bundle).classify(image)[0]
+    assert answers.keys() == {"cat", "dog"}
+    assert answers[expected.label] == pytest.approx(expected.probability, abs=2e-3)
 
 
 def test_other_runtimes_refuse_files_that_they_cannot_read(

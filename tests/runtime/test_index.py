@@ -21,10 +21,11 @@ from clip_rd_edge.contract.encoder import top_indices
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.runtime import index as indexing
+from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
-from clip_rd_edge.runtime.index import model_key, nearest, read_index, search_index, update_index
+from clip_rd_edge.runtime.index import is_index, model_key, nearest, read_index, search_index
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -127,7 +128,7 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
 
 
 def _count(path: Path) -> int:
-    return len(names(path)) if indexing.is_index(path) else 0
+    return len(names(path)) if is_index(path) else 0
 
 
 def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
@@ -271,9 +272,10 @@ def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothin
     for i in range(320):
         Image.new("RGB", (9, 9), (i % 256, i // 4, 50)).save(colour_images / f"{i:03}.png")
     program = (
-        "import sys; from pathlib import Path; from clip_rd_edge.runtime import index; from clip_rd_edge import load\n"
-        "index.SAVE_EVERY_S = -1\n"
-        "print(index.update_index(load(sys.argv[1]).encoder, Path(sys.argv[2]), Path(sys.argv[3])).embedded)"
+        "import sys; from pathlib import Path; from clip_rd_edge import load\n"
+        "from clip_rd_edge.runtime import index_update\n"
+        "index_update.SAVE_EVERY_S = -1\n"
+        "print(index_update.update_index(load(sys.argv[1]).encoder, Path(sys.argv[2]), Path(sys.argv[3])).embedded)"
     )
     command = [sys.executable, "-c", program, str(colour_bundle), str(colour_images), str(index)]
     indexers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -282,7 +284,7 @@ def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothin
     def search_until_done() -> int:
         count = 0
         while any(indexer.poll() is None for indexer in indexers):
-            if indexing.is_index(index):
+            if is_index(index):
                 hits = nearest(*read_index(index), query, top=1000)
                 assert len({hit.path for hit in hits}) == len(hits) >= 32
                 count += 1

@@ -16,7 +16,7 @@ from support import Watch
 
 from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.runtime import index as indexing
+from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.index import (
     INDEX_VERSION,
     Entry,
@@ -25,7 +25,6 @@ from clip_rd_edge.runtime.index import (
     read_graph,
     read_index,
     search_index,
-    update_index,
     write_index,
 )
 from clip_rd_edge.runtime.index_graph import (
@@ -37,6 +36,7 @@ from clip_rd_edge.runtime.index_graph import (
     usearch_is_installed,
     write_graph,
 )
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 
 SIZE = 32
@@ -84,7 +84,7 @@ def usearch(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Index = StandIn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "usearch", ModuleType("usearch"))
     monkeypatch.setitem(sys.modules, "usearch.index", module)
-    for name in ("index", "index_graph"):
+    for name in ("index_update", "index_graph"):
         monkeypatch.setattr(f"clip_rd_edge.runtime.{name}.usearch_is_installed", lambda: True)
 
 
@@ -201,7 +201,7 @@ def test_without_usearch_search_stays_exact_and_says_so(
     monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
     encoder, path = load(colour_bundle), tmp_path / "index"
     with monkeypatch.context() as missing:
-        missing.setattr("clip_rd_edge.runtime.index.usearch_is_installed", lambda: False)
+        missing.setattr("clip_rd_edge.runtime.index_update.usearch_is_installed", lambda: False)
         reporter = Watch()
         assert not update_index(encoder, many_images, path, reporter=reporter).approximate
         assert "search stays exact" in reporter.said[0]

@@ -14,7 +14,8 @@ from PIL import Image
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime import index_watch
-from clip_rd_edge.runtime.index import Update, read_index, update_index
+from clip_rd_edge.runtime.index import read_index
+from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
 

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime.index import update_index
+from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.batching import Batcher
 

@@ -1,0 +1,289 @@
+"""Create and update an index: compare the image folder with it, embed what is new, and save as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.installation import install_command
+from clip_rd_edge.runtime.embed import embed_images
+from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index import (
+    INDEX_FILE,
+    INDEX_VERSION,
+    Entry,
+    Index,
+    delete,
+    is_index,
+    leftovers,
+    model_key,
+    read_index,
+    write_index,
+)
+from clip_rd_edge.runtime.index_graph import (
+    GRAPH_FROM,
+    build_graph,
+    is_worn,
+    moved_rows,
+    read_rows,
+    usearch_is_installed,
+    write_graph,
+    write_rows,
+)
+from clip_rd_edge.utils.io import sha256_of, write_bytes
+from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
+
+
+@dataclass(kw_only=True)
+class Update:
+    """The result of an update.
+
+    Attributes:
+        kept, embedded, removed: numbers of images.
+        unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
+        unreadable_images: those of images that could not be read, by their path in the folder.
+        approximate: whether search is approximate, because the index has a graph.
+    """
+
+    kept: int = 0
+    embedded: int = 0
+    removed: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    unreadable_images: dict[str, str] = field(default_factory=dict)
+    approximate: bool = False
+
+
+class _Source:
+    """An image file whose SHA-256 is computed when its content is read, so that it is read only once."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.name = folder / name, name
+        stat = self.path.stat()  # before reading: a change in between is noticed by the next update
+        self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
+        self.sha256 = ""
+
+    def read_bytes(self) -> bytes:
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        return content
+
+    def entry(self, sha256: str = "") -> Entry:
+        return Entry(
+            path=self.name,
+            size_bytes=self.size_bytes,
+            modified_ns=self.modified_ns,
+            sha256=sha256 or self.sha256,
+        )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def update_index(
+    encoder: BundleEncoder,
+    folder: Path,
+    path: Path,
+    *,
+    settled: Collection[str] | None = None,
+    stop: threading.Event | None = None,
+    reporter: Reporter = SILENT,
+) -> Update:
+    """Create or update the index at `path` for the images in `folder`.
+
+    An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
+    the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
+    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. If another process is writing to the
+    index, the update waits for it.
+
+    Args:
+        settled: paths in the folder of the images to take; others keep the entry that they have. None takes all.
+        stop: ends the update after the batch in which it is set, with everything saved that is embedded.
+
+    Raises:
+        InputError: the folder does not exist, or has no images, or its path is not UTF-8.
+        UsageError: `path` contains something else, or the index of another folder.
+    """
+    if not is_folder(folder):
+        reason = "is a file" if exists(folder) else "does not exist"
+        raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
+    for location in (folder.resolve(), encoder.folder.resolve()):
+        if not _is_utf8(str(location)):
+            raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
+    _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
+    with exclusive_writer(path, on_wait=reporter.say):
+        return _update(encoder, folder, path, settled=settled, stop=stop, reporter=reporter)
+
+
+def _update(
+    encoder: BundleEncoder,
+    folder: Path,
+    path: Path,
+    *,
+    settled: Collection[str] | None,
+    stop: threading.Event | None,
+    reporter: Reporter,
+) -> Update:
+    index, rows = _start(encoder, folder.resolve(), path)
+    folders: list[InputError] = []  # that cannot be read
+    images = list_images(folder, on_unreadable=folders.append)
+    names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
+    if not images and settled is not None:  # the folder was unmounted since it was listed
+        return Update(kept=len(index.entries))
+    if not images and not index.entries:
+        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
+    unsettled = set() if settled is None else set(names) - set(settled)
+    kept, new = _compare(index.entries, _sources(folder, [name for name in names if name not in unsettled]))
+    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
+    entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
+    update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
+    update.unreadable += map(str, folders)
+    update.unreadable += [
+        f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
+        for image in images
+        if not _is_utf8(str(image.relative_to(folder)))
+    ]
+    if entries == index.entries and not new and is_index(path):
+        update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
+        return update
+    graph = None
+    if index.graph and (keys := read_rows(path, index.graph)) is not None and len(kept) + len(new) >= GRAPH_FROM:
+        moved = moved_rows(keys, np.array([row for _, row in kept], dtype=np.int64), len(index.entries))
+        graph = write_rows(path, index.graph, moved)
+
+    def save() -> tuple[Index, Embeddings]:
+        merged = np.concatenate(parts)
+        return write_index(path, msgspec.structs.replace(index, entries=entries, graph=graph), merged), merged
+
+    last_saved, done = time.monotonic(), 0
+    try:
+        for batch in embed_images(encoder, new):
+            parts.append(batch.embeddings)
+            entries += [source.entry() for source in batch.images]
+            update.embedded += len(batch.images)
+            update.unreadable += map(str, batch.unreadable)
+            chunk = new[done : done + len(batch.images) + len(batch.unreadable)]
+            read = {source.name for source in batch.images}
+            failed = [source.name for source in chunk if source.name not in read]
+            update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
+            done += len(chunk)
+            reporter.update("embedding", done, len(new))
+            if stop is not None and stop.is_set():
+                break
+            if time.monotonic() - last_saved > SAVE_EVERY_S:
+                save()
+                last_saved = time.monotonic()
+    finally:
+        saved, merged = save()
+    update.approximate = _keep_graph(path, saved, merged, encoder.threads, stop, reporter)
+    return update
+
+
+def _keep_graph(
+    path: Path,
+    index: Index,
+    rows: Embeddings,
+    threads: int | None,
+    stop: threading.Event | None,
+    reporter: Reporter,
+) -> bool:
+    """Build the graph of a large index if it has none, or a worn one; return whether it has one."""
+    if len(rows) < GRAPH_FROM:
+        return False
+    keys = read_rows(path, index.graph) if index.graph else None
+    if keys is not None and not is_worn(keys, len(rows)):
+        return True
+    if not usearch_is_installed():
+        hint = install_command("usearch")
+        reporter.say(f"search stays exact; with usearch it takes less time from {GRAPH_FROM:,} images on: {hint}")
+        return index.graph is not None
+    graph = build_graph(rows, threads=threads, stop=stop, reporter=reporter)
+    if graph is None:
+        return index.graph is not None
+    index = msgspec.structs.replace(index, graph=write_graph(path, graph))
+    write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
+    delete(leftovers(path, index.graph) - {path / index.embeddings})
+    return True
+
+
+def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
+    """Return the index at `path`, or an empty one if there is none or another model created it."""
+    empty = Index(
+        version=INDEX_VERSION,
+        folder=str(folder),
+        bundle=str(encoder.folder.resolve()),
+        model=model_key(encoder.manifest),
+        embeddings="",
+        entries=[],
+    )
+    no_rows = np.zeros((0, encoder.manifest.embedding_size), dtype=np.float32)
+    if not is_index(path):
+        ours = {path / LOCK_FILE, *leftovers(path)}
+        if is_file(path) or (is_folder(path) and set(path.iterdir()) - ours):
+            raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
+        return empty, no_rows
+    index, rows = read_index(path)
+    if index.folder != empty.folder:
+        raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
+    if index.model != empty.model:
+        return empty, no_rows
+    return msgspec.structs.replace(index, bundle=empty.bundle), rows
+
+
+def _sources(folder: Path, names: list[str]) -> list[_Source]:
+    """Return the files, without those that were deleted since they were listed."""
+    sources = []
+    for name in names:
+        with suppress(FileNotFoundError):
+            sources.append(_Source(folder, name))
+    return sources
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
+        return False
+    return True
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Entry, int]], list[_Source]]:
+    """Split the files into those already in the index, with their rows, and those to embed."""
+    rows = {entry.path: row for row, entry in enumerate(known)}
+    sizes = {entry.size_bytes for entry in known}
+    contents = {entry.sha256: row for row, entry in enumerate(known)}
+    kept: list[tuple[Entry, int]] = []
+    new: list[_Source] = []
+    for source in sources:
+        row = rows.get(source.name)
+        if row is not None and source.entry(known[row].sha256) == known[row]:
+            kept.append((known[row], row))
+            continue
+        digest = ""
+        if source.size_bytes in sizes:
+            with suppress(OSError):  # reported when it is opened
+                digest = sha256_of(source.path)
+        if digest in contents:
+            kept.append((source.entry(digest), contents[digest]))
+        else:
+            new.append(source)
+    return kept, new
