@@ -1,8 +1,9 @@
 """Compare training steps of CLIP-RD with and without relations to a bank of the teacher's embeddings, in turn.
 
-    OMP_NUM_THREADS=1 python benchmarks/scripts/bank.py resnet10t@64 -o benchmarks/results/MACHINE/bank.json
-    OMP_NUM_THREADS=1 python benchmarks/scripts/bank.py vit_tiny_16@224 --accumulate 2 \\
-        -o benchmarks/results/MACHINE/bank.json --readme benchmarks/README.md
+    export OMP_NUM_THREADS=1
+    python benchmarks/scripts/bank.py resnet10t@64 --text tiny -o benchmarks/results/MACHINE/bank-cost.json
+    python benchmarks/scripts/bank.py vit_tiny_16@224 resnet18@224 --batch-size 32 \\
+        -o benchmarks/results/MACHINE/bank-cost.json --readme benchmarks/README.md
 
 Times are of the processor, without those of the loader, the optimiser and a live teacher: the teacher's embeddings come
 from memory, as from a teacher cache. Images and embeddings are random. The additional memory is by how much the peak of
@@ -99,6 +100,7 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
         "student": f"{student_name}, {image_size} pixels",
         "precision": arguments.precision,
         "text": arguments.text,
+        "batch_size": size,
         "accumulate": arguments.accumulate,
         "seconds": {name: round(float(np.median(values)), 2) for name, values in samples.items()},
         "ratio": [round(float(value), 3) for value in (np.median(ratios), ratios.min(), ratios.max())],
@@ -108,13 +110,13 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
 
 def markdown(rows: list[dict[str, object]]) -> str:
     lines = [
-        "| student | precision | chunks | CLIP-RD, s per step | with the bank, s | ratio | peak memory |",
+        "| student | text tower | pairs | CLIP-RD, s per step | with the bank, s | ratio | peak memory |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         seconds, (middle, low, high) = row["seconds"], row["ratio"]  # type: ignore[misc]
         lines.append(
-            f"| {row['student']} | {row['precision']} | {row['accumulate']} | {seconds['clip-rd']:.2f} | "  # type: ignore[index]
+            f"| {row['student']} | {row['text']} | {row['batch_size']} | {seconds['clip-rd']:.2f} | "  # type: ignore[index]
             f"{seconds['clip-rd-bank']:.2f} | {middle:.2f} ({low:.2f} to {high:.2f}) | "  # type: ignore[index,has-type]
             f"+{row['peak_growth_mib']} MiB |"
         )
@@ -132,18 +134,18 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, required=True, help="a row that it has already is kept")
-    parser.add_argument("--readme", type=Path, help="replace the table between <!-- bank: begin --> and its end")
+    parser.add_argument("--readme", type=Path, help="replace the table between <!-- bank-cost: begin --> and its end")
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"] if arguments.output.is_file() else []
     for name in arguments.students:
         student, _, pixels = name.partition("@")
         rows.append(measure(student, int(pixels), arguments))
-        sizes = {key: getattr(arguments, key) for key in ("entries", "width", "batch_size")}
+        sizes = {key: getattr(arguments, key) for key in ("entries", "width")}
         result = {**sizes, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(markdown(rows))
     if arguments.readme:
-        write_between_markers(arguments.readme, "bank", markdown(rows))
+        write_between_markers(arguments.readme, "bank-cost", markdown(rows))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
     parts = [_settings(evidence), _score_table(evidence), _DIFFERENCES_NOTE]
     parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
-    return "\n\n".join([*parts, _GEOMETRY_NOTE, _geometry_table(evidence)])
+    if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
+        parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
+    return "\n\n".join(parts)
 
 
 def _settings(evidence: Evidence) -> str:

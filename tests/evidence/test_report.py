@@ -10,6 +10,7 @@ import pytest
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
+from clip_rd_edge.evidence.results import ModelResult
 
 from .conftest import Make
 
@@ -23,6 +24,27 @@ def test_an_unfinished_suite_gives_tables(make: Make) -> None:
     assert "| test_vit | `clip-rd` | 1 | **+40.0 (+" in text
     assert "without-xrd" not in text
     assert "| 0.500 ± 0.000 | −0.125 ± 0.000 | 0.625 ± 0.000 |" in text
+
+
+def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) -> None:
+    def zero_shot_alone(result: ModelResult) -> ModelResult:
+        return msgspec.structs.replace(result, tasks=result.tasks[:1])
+
+    evidence = make(CORRECT)
+    runs = tuple(msgspec.structs.replace(run, result=zero_shot_alone(run.result)) for run in evidence.runs)
+    text = markdown(msgspec.structs.replace(evidence, teacher=zero_shot_alone(evidence.teacher), runs=runs))
+    assert "top-1" in text
+    assert "Geometry" not in text
+
+
+def test_the_published_comparisons_of_the_bank_match_their_results() -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    page = _without_intervals((benchmarks / "README.md").read_text(encoding="utf-8"))
+    sources = sorted(benchmarks.glob("results/*/bank*.json"))
+    published = [source for source in sources if source.name in ("bank.json", "bank-choice.json")]
+    assert published
+    for source in published:
+        assert _without_intervals(markdown(read_evidence_file(source))) in page
 
 
 def test_evidence_is_read_as_it_was_written(make: Make, tmp_path: Path) -> None:
