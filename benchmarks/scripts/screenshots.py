@@ -38,8 +38,10 @@ def demo(bundles: Sequence[Path]) -> Iterator[str]:
     command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
     with subprocess.Popen([*command, "--labels", *LABELS], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().strip()
-        server.terminate()
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.terminate()
 
 
 @contextmanager
@@ -50,8 +52,10 @@ def site(bundle: Path) -> Iterator[str]:
         handler = functools.partial(QuietHandler, directory=str(Path(name) / "site"))
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_address[1]}/"
-            server.shutdown()
+            try:
+                yield f"http://127.0.0.1:{server.server_address[1]}/"
+            finally:
+                server.shutdown()
 
 
 def render_drawing(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from clip_rd_edge.cli._fold import fold
 from clip_rd_edge.utils.printable import printable
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -48,8 +49,14 @@ _PIPED_INTERVAL_S = 60.0  # min time between two lines of progress in a pipe or 
 
 
 def say(message: str) -> None:
-    """Print one line to stderr."""
-    stderr.print(Text.assemble(("·", "dim"), f" {printable(message)}"), soft_wrap=True)
+    """Print a message to stderr, in one line unless the terminal is narrower."""
+    bullet, space, rest = _folded(f"· {printable(message)}", stderr).partition(" ")
+    stderr.print(Text.assemble((bullet, "dim"), space, rest), soft_wrap=True)
+
+
+def _folded(text: str, console: Console) -> str:
+    """Return a text with lines that fit the console's terminal."""
+    return fold(text, console.width if console.is_terminal else 0)
 
 
 def print_table(table: Table, *, console: Console | None = None) -> None:
@@ -99,7 +106,8 @@ class ConsoleReporter(Reporter):
     def begin(self, title: str, number: int, count: int) -> None:
         self.end_chapter()
         self._chapter_start = time.perf_counter()
-        self._bar.console.print(Text.assemble((f"{number}/{count}", "bold"), f" {printable(title)}"))
+        place, space, rest = _folded(f"{number}/{count} {printable(title)}", self._bar.console).partition(" ")
+        self._bar.console.print(Text.assemble((place, "bold"), space, rest), soft_wrap=True)
 
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         if self._piped:
@@ -113,7 +121,8 @@ class ConsoleReporter(Reporter):
         if self._chapter_start is None:
             say(message)
         else:
-            self._bar.console.print(Text(f"    {printable(message)}", style="dim"), soft_wrap=True)
+            console = self._bar.console
+            console.print(Text(_folded(f"    {printable(message)}", console), style="dim"), soft_wrap=True)
 
     def end_chapter(self) -> None:
         """Report how long the current chapter took, if there is one."""

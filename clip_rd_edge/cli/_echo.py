@@ -7,15 +7,18 @@ from typing import IO, Any
 
 import click
 
+from clip_rd_edge.cli._fold import fold, terminal_width
 from clip_rd_edge.utils.printable import printable
 
 
 def echo(message: object = "", *, err: bool = False, nl: bool = True, file: IO[Any] | None = None) -> None:
     """Print text or UTF-8 bytes; control characters in it are escaped on stderr and on a terminal.
 
-    A pipe or a file gets the names of files as they are.
+    A pipe or a file gets the names of files as they are. On stderr, which is for people, long lines fit the terminal.
     """
     text = message.decode() if isinstance(message, bytes) else str(message)
     stream = file or (sys.stderr if err else sys.stdout)
+    if err or stream.isatty():
+        text = printable(text)
     # With color=None, click would remove what looks like a colour from the names in a pipe.
-    click.echo(printable(text) if err or stream.isatty() else text, file=stream, nl=nl, color=True)
+    click.echo(fold(text, terminal_width(stream)) if err else text, file=stream, nl=nl, color=True)

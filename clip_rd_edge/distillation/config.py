@@ -25,7 +25,7 @@ from clip_rd_edge.utils.checked import (
     PositiveInt,
     Share,
 )
-from clip_rd_edge.utils.commented_yaml import commented_yaml
+from clip_rd_edge.utils.commented_yaml import comment_lines, commented_yaml
 from clip_rd_edge.utils.io import convert, read_yaml
 from clip_rd_edge.utils.paths import is_file
 
@@ -315,8 +315,9 @@ def commented_recipe(name: str) -> str:
     """Return a recipe with all its keys as commented YAML; raises as `load_recipe`."""
     recipe = load_recipe(name)
     shipped = RECIPES / f"{name}.yaml"
-    heading = f"# {_description(shipped)}\n" if is_file(shipped) else ""
-    return f"{heading}# Use a copy with: clip-rd-edge distill --recipe COPY.yaml …\n\n{commented_yaml(recipe)}"
+    heading = comment_lines(_description(shipped)) if is_file(shipped) else []
+    usage = "# Use a copy with: clip-rd-edge distill --recipe COPY.yaml …"
+    return "\n".join([*heading, usage, "", commented_yaml(recipe)])
 
 
 def load_recipe(name: str) -> Recipe:

@@ -11,7 +11,7 @@ import msgspec
 
 from clip_rd_edge.utils.io import to_yaml
 
-_WIDTH = 100  # columns of a comment
+_WIDTH = 80  # columns of a comment, as many as a terminal has at least
 _ENTRY = re.compile(r"( *)(\w+(?:, \w+)*): (.+)")
 
 
@@ -29,13 +29,20 @@ def _lines(struct: msgspec.Struct, *, indent: str) -> list[str]:
     for field in msgspec.structs.fields(struct):
         value = getattr(struct, field.name)
         if comment := comments.pop(field.name, ""):
-            lines += textwrap.wrap(comment, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            lines += comment_lines(comment, indent=indent)
         if isinstance(value, msgspec.Struct):
             lines += [f"{indent}{field.encode_name}:", *_lines(value, indent=indent + "  ")]
         else:
             entry = to_yaml({field.encode_name: value}, short_lists_inline=isinstance(value, list | tuple))
             lines += [indent + line for line in entry.rstrip("\n").split("\n")]
     return lines
+
+
+def comment_lines(text: str, *, indent: str = "") -> list[str]:
+    """Return a text as the lines of a comment."""
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ", break_on_hyphens=False
+    )
 
 
 def attribute_comments(kind: type[Any]) -> dict[str, str]:

@@ -21,6 +21,9 @@ from clip_rd_edge.web.watch.page import FOLDER, render
 from clip_rd_edge.web.watch.state import Answers, read_run
 
 _FILES = {"style.css": FOLDER / "style.css", "watch.js": FOLDER / "watch.js", "icon.svg": PAGE / "icon.svg"}
+_PROBLEM = """<!doctype html>
+<html lang="en"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<title>clip-rd-edge watch</title><main><h1>clip-rd-edge watch</h1><p>{}</p></main></html>"""
 
 
 def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True) -> Starlette:
@@ -35,7 +38,7 @@ def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True
             return HTMLResponse(render(read_run(run), answers(), served=True))
         except ClipRdEdgeError as error:  # such as a run's folder that was removed meanwhile
             logging.getLogger("uvicorn.error").error("%s", error)
-            return HTMLResponse(f"<!doctype html><title>clip-rd-edge watch</title><p>{escape(str(error))}", 500)
+            return HTMLResponse(_PROBLEM.format(escape(str(error))), 500)
 
     async def serve_page(request: Request) -> Response:
         return await anyio.to_thread.run_sync(page)

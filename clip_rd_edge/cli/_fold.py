@@ -1,0 +1,61 @@
+"""Lines of prose that fit a terminal: broken at spaces, and commands so that they can still be copied."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from typing import IO, Any
+
+_PROGRAMS = "clip-rd-edge|pip|python3?|npm|make|apt-get"
+# A command runs to the end of the line or of its clause. A quoted word of it is never broken.
+_COMMAND = re.compile(rf"(?:^|(?<=: ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?=, or |; |$)")
+_WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")
+_INDENT = "  "  # of the lines after the first
+_CONTINUED = " \\"
+
+
+def terminal_width(stream: IO[Any]) -> int:
+    """Return the number of columns of a stream's terminal, 0 if it is none."""
+    if not stream.isatty():
+        return 0
+    if (columns := os.environ.get("COLUMNS", "")).isdigit():
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def fold(text: str, width: int) -> str:
+    """Break the lines of a text that are longer than `width` columns; 0 leaves them as they are.
+
+    A terminal would break them in the middle of a word. A command that is broken gets a backslash at the end of the
+    line, so that a shell takes it as it is. What has no space stays on one line, such as a long path.
+    """
+    return "\n".join(_fold(line, width) for line in text.split("\n")) if width else text
+
+
+def _fold(line: str, width: int) -> str:
+    if _cells(line) <= width:
+        return line
+    indent = re.match(r" *", line)[0] + _INDENT  # type: ignore[index]  # it always matches
+    command = _COMMAND.search(line)
+    start, end = command.span() if command else (len(line), len(line))
+    lines, current = [], line[: len(indent) - len(_INDENT)]
+    for word in _WORD.finditer(line):
+        continues = start < word.start() < end
+        last = continues and word.end() >= end
+        room = width - (len(_CONTINUED) if start <= word.start() < end and not last else 0)
+        joined = f"{current} {word[0]}" if current.strip() else f"{current}{word[0]}"
+        if current.strip() and _cells(joined) > room:
+            lines.append(current + _CONTINUED if continues else current)
+            current = f"{indent}{word[0]}"
+        else:
+            current = joined
+    return "\n".join([*lines, current])
+
+
+def _cells(text: str) -> int:
+    """Return the number of columns that a terminal needs for a text."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

@@ -1,0 +1,63 @@
+"""Messages on a narrow terminal: broken at spaces, and commands in them can be copied."""
+
+from __future__ import annotations
+
+import io
+import shlex
+
+import pytest
+
+from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._fold import fold
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_is_broken_at_spaces_and_what_follows_is_indented() -> None:
+    text = "error: The output runs/first already exists and is not empty."
+    folded = fold(text, 30)
+    assert folded == "error: The output runs/first\n  already exists and is not\n  empty."
+    assert fold(text, 0) == fold(text, len(text)) == text
+
+
+def test_what_has_no_space_stays_whole() -> None:
+    path = "a" * 50
+    assert fold(f"error: {path} does not exist.", 30) == f"error:\n  {path}\n  does not exist."
+
+
+def test_an_indented_line_stays_indented() -> None:
+    assert fold("    image tower, static: faster", 20) == "    image tower,\n      static: faster"
+
+
+def test_wide_characters_take_two_columns() -> None:
+    assert fold("猫猫猫 猫猫猫", 12) == "猫猫猫\n  猫猫猫"
+    assert fold("猫猫猫 猫猫猫", 13) == "猫猫猫 猫猫猫"
+
+
+@pytest.mark.parametrize("width", range(12, 60))
+def test_a_command_in_a_hint_is_the_same_for_a_shell(width: int) -> None:
+    command = "clip-rd-edge classify bundle a.jpg --labels \"a red cat\" 'a dog' --top 3 --threads 1"
+    folded = fold(f"hint: for example: {command}, or ask for help with all of it", width)
+    start = folded.index("clip-rd-edge")
+    copied = folded[start : folded.index(", or") if ", or" in folded else folded.index(",\n")]
+    assert shlex.split(copied.replace("\\\n", "")) == shlex.split(command)
+    assert all(line.endswith("\\") for line in copied.split("\n")[:-1])
+    assert "\\" not in folded[: start - 1] + folded[start + len(copied) :]
+
+
+def test_only_a_terminal_gets_folded_messages_and_only_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "word " * 20
+    terminal, pipe = Terminal(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    echo(text, err=True)
+    assert max(map(len, terminal.getvalue().splitlines())) <= 20
+    monkeypatch.setattr("sys.stderr", pipe)
+    echo(text, err=True)
+    assert pipe.getvalue() == f"{text}\n"
+    data = Terminal()
+    echo(text, file=data)
+    assert data.getvalue() == f"{text}\n"
