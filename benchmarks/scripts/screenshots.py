@@ -32,6 +32,13 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         """Log nothing."""
 
 
+class QuietServer(http.server.ThreadingHTTPServer):
+    """A web server that says nothing of a page that was closed while it was loading."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing."""
+
+
 @contextmanager
 def demo(bundles: Sequence[Path]) -> Iterator[str]:
     """Run the demo and yield its address."""
@@ -50,7 +57,7 @@ def site(bundle: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         write_browser(bundle, Path(name) / "site")
         handler = functools.partial(QuietHandler, directory=str(Path(name) / "site"))
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        with QuietServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             try:
                 yield f"http://127.0.0.1:{server.server_address[1]}/"

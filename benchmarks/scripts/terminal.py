@@ -81,7 +81,8 @@ from clip_rd_edge.cli.main import main
 main()
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-8]|4[0-8]|9[0-7]|10[0-7])(;[0-9;]*)?m")
-PROGRESS = re.compile(r"━|╸|╺|\belapsed\b")
+# A progress bar, and not the border of a table.
+PROGRESS = re.compile(r"^[^┏┡┗└]*(━{3}|╸|╺|\belapsed\b)[^┓┩┛┘]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,7 @@ def record(step: Step, terminal: Terminal, cwd: Path, programs: Path) -> Recordi
         code, out, err = run_in_pipes(step, cwd, variables)
         recording = Recording(step, code, f"{out}--- stderr ---\n{err}")
         recording.problems += ["a pipe gets escape sequences"] if "\x1b" in out + err else []
-        recording.problems += ["a pipe gets a progress bar"] if "━" in out + err else []
+        recording.problems += ["a pipe gets a progress bar"] if PROGRESS.search(out + err) else []
     else:
         code, written = run_in_terminal(step, terminal, cwd, variables)
         screen = Screen(terminal.columns, terminal.lines)
