@@ -145,7 +145,11 @@ def _run(arguments: list[str]) -> Any:
     except click.exceptions.Abort as error:
         raise KeyboardInterrupt from error
     except click.ClickException as error:
-        _print_error(_from_click(error), arguments)
+        # Without arguments, click's message is the whole help; before version 8.2, it printed the help itself.
+        if type(error).__name__ == "NoArgsIsHelpError":
+            echo(error.format_message(), err=True)
+        else:
+            _print_error(_from_click(error), arguments)
         return error.exit_code
 
 

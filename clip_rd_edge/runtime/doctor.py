@@ -36,6 +36,8 @@ EXTRAS = {
     "demo": "the demo page",
     "serve": "serving bundles to other programs",
     "camera": "classify --camera",
+    "remote": "shards in object stores and on web servers",
+    "parquet": "tables of pairs in Parquet",
     "usearch": "searching a million images and more",
     "wandb": "distill --report-to wandb",
     "mlflow": "distill --report-to mlflow",

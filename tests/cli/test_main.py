@@ -67,6 +67,16 @@ def test_every_command_has_help(command_line: Run, name: str) -> None:
     assert output.startswith(f"Usage: clip-rd-edge {name}")
 
 
+@pytest.mark.parametrize("group", ["", "evidence", "recipe"])
+def test_a_group_without_a_command_shows_its_help(command_line: Run, group: str) -> None:
+    code, output, error = command_line(*group.split())
+    assert code in (0, 2)  # click before 8.2: 0
+    shown = (output + error).splitlines()
+    assert shown[0] == f"Usage: clip-rd-edge {group and group + ' '}[OPTIONS] COMMAND [ARGS]..."
+    assert "Commands:" in shown
+    assert not [line for line in shown if "\\n" in line or line.startswith(("error", "hint"))]
+
+
 def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
     code, _, error = command_line("distil")
     assert code == 2

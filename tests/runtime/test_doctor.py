@@ -42,6 +42,7 @@ def test_every_extra_except_the_combined_ones_is_checked() -> None:
     assert {"train", "emoji"} <= doctor.extras().keys()
     assert not {"all", "dev", "torch-tensorrt"} & doctor.extras().keys()
     assert "onnxscript" in doctor.extras()["train"]
+    assert [extra for extra in doctor.extras() if not doctor.EXTRAS.get(extra)] == []  # each says what it is for
 
 
 def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
