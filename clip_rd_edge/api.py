@@ -137,12 +137,14 @@ def distill(
     """
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
+    from clip_rd_edge.utils.io import require_utf8_path
 
     accept_changes = options.pop("accept_changes", False)
     with _told_to_all_processes():
         config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
         evaluate_student = _evaluator(config)
     run = Path(output)
+    require_utf8_path(run)
     run_distillation(
         config,
         run,
@@ -202,9 +204,10 @@ def stitch(
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
-    from clip_rd_edge.utils.io import require_free_output
+    from clip_rd_edge.utils.io import require_free_output, require_utf8_path
 
     folder = Path(output)
+    require_utf8_path(folder)
     require_free_output(folder, overwrite=force)
 
     from clip_rd_edge.models.classifier import load_classifier
@@ -528,6 +531,10 @@ def quickstart(
         seed: random seed of the student.
         options: the other options of `clip-rd-edge quickstart`, under the same names.
     """
+    from clip_rd_edge.utils.io import require_utf8_path
+
+    require_utf8_path(Path(output))
+
     from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart
 
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -550,7 +557,9 @@ def evidence_run(
     from clip_rd_edge.evidence.report import write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
+    from clip_rd_edge.utils.io import require_utf8_path
 
+    require_utf8_path(Path(output))
     require_matplotlib()
     evidence = run_evidence(read_evidence(os.fspath(suite)), Path(output), reporter, teacher=teacher)
     for path in write_report(evidence, Path(output)):

@@ -31,6 +31,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import pyte
 from PIL import Image
@@ -311,7 +312,7 @@ def run_in_pipes(step: Step, cwd: Path, variables: dict[str, str]) -> tuple[int,
             stdout=out, stderr=err, cwd=cwd, env=variables, start_new_session=True,
         )  # fmt: skip
 
-        def read(file: object) -> str:
+        def read(file: IO[bytes]) -> str:
             return os.pread(file.fileno(), 1 << 30, 0).decode(errors="replace")
 
         deadline, pressed = time.monotonic() + TIME_LIMIT_S, False

@@ -96,6 +96,22 @@ def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str
         )
 
 
+def require_utf8_path(path: Path) -> None:
+    """Refuse a path for a model that is not UTF-8: safetensors could write its weights there, but not read them.
+
+    Raises:
+        UsageError: the path, with all folders above it, is not UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UsageError(
+            f"The output {shown} cannot be written: its path is not UTF-8, as weights need.",
+            hint="choose another -o, or rename the folder",
+        ) from None
+
+
 def unwritable_output(path: Path, error: Exception) -> UsageError:
     """Return the error for an output that cannot be written."""
     cause = error.__cause__ or error

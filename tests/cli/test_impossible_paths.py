@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -81,4 +82,23 @@ def test_a_name_that_no_file_can_have_gets_a_sentence(place: Path, command_line:
     assert (code, output) == (2, "")
     (sentence,) = (line for line in error.splitlines() if line.startswith("error: "))
     assert "Error:" not in sentence
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "distill --data pairs.csv --student resnet18 --recipe clip -o PATH",
+        "stitch resnet18 --names labels.txt --text all-MiniLM-L6-v2 -o PATH",
+        "quickstart -o PATH",
+        "evidence run method-evidence -o PATH",
+    ],
+)
+def test_a_model_is_written_only_where_its_weights_can_be_read(place: Path, command_line: Run, command: str) -> None:
+    name = os.fsdecode(b"caf\xe9/run")
+    before = sorted(place.rglob("*"))
+    code, output, error = command_line(*(word.replace("PATH", name) for word in shlex.split(command)))
+    assert (code, output) == (2, "")
+    assert "error: The output caf\\xe9/run cannot be written: its path is not UTF-8" in error
+    assert "hint: choose another -o" in error
     assert sorted(place.rglob("*")) == before
