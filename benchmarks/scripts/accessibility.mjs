@@ -88,10 +88,19 @@ async function walk(page) {
 async function operate(page, { image }) {
   const problems = [];
   const expect = (truth, complaint) => truth || problems.push(complaint);
+  // By Tab, or Shift+Tab to what lies before: past the end of the page, Firefox would go on in its own window.
   const focus = async (selector) => {
     for (let i = 0; i < 80; i++) {
-      if (await page.evaluate((wanted) => Boolean(document.activeElement?.matches(wanted)), selector)) return;
+      const way = await page.evaluate((wanted) => {
+        const focused = document.activeElement ?? document.body;
+        if (focused.matches(wanted)) return "here";
+        const target = document.querySelector(wanted);
+        return focused.compareDocumentPosition(target) & Node.DOCUMENT_POSITION_PRECEDING ? "before" : "after";
+      }, selector);
+      if (way === "here") return;
+      if (way === "before") await page.keyboard.down("Shift");
       await page.keyboard.press("Tab");
+      if (way === "before") await page.keyboard.up("Shift");
     }
     throw new Error(`Tab does not reach ${selector}`);
   };
