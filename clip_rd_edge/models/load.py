@@ -30,6 +30,7 @@ from clip_rd_edge.contract.checkpoint import (
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.io import convert, new_folder, read_json, read_json_objects
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
@@ -88,7 +89,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the folder or its configuration does not exist.
-        ConfigError: the configuration is not a JSON object with a `model_cfg`.
+        ConfigError: the configuration is not a JSON object with a `model_cfg`, or a number in it is absurd.
     """
     path = folder / CONFIG_FILE
     if not is_file(path):
@@ -97,6 +98,7 @@ def read_open_clip_config(folder: Path) -> dict[str, Any]:
     config = read_json_objects(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ConfigError(f"{path} has no 'model_cfg' that is an object.")
+    require_bounded(config["model_cfg"], path)
     return config
 
 

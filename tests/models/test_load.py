@@ -204,3 +204,11 @@ def test_python_code_in_a_model_is_neither_run_nor_asked_about(
     with pytest.raises(ConfigError, match=r"Python code that came with it \(auto_map\), which is never run"):
         load_clip(f"local-dir:{folder}")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["layers", "many-wide", "width", "vocabulary", "text-number"])
+def test_a_configuration_of_a_model_that_nobody_has_takes_no_memory(name: str, tmp_path: Path) -> None:
+    """`layers` once built layers until the memory was full."""
+    shutil.copy(Path(__file__).parents[1] / "corpus" / "teachers" / f"{name}.json", tmp_path / "open_clip_config.json")
+    with pytest.raises(ConfigError, match=r"no such model exists|expected at most|is no object"):
+        load_clip(f"local-dir:{tmp_path}")
