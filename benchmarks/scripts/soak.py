@@ -1,0 +1,343 @@
+"""Keep servers and a training run busy for long, with clients and faults as bad as they come, and see what gives.
+
+    python benchmarks/scripts/soak.py servers --seconds 600 -o benchmarks/results/MACHINE/soak-servers.json
+    python benchmarks/scripts/soak.py training --seconds 3600 -o benchmarks/results/MACHINE/soak-training.json
+
+`servers` starts `serve` and `demo` side by side. Two good clients each ask for the light answers and for embeddings
+(or classifications) in turn; beside them, slow clients never finish their requests, others close the connection before
+the answer, and others send what is in tests/corpus/requests. Memory is that of the servers after a tenth of the time
+and at the end. A task that sleeps for a tenth of a second in turn says how long the clients' own process makes them wait.
+
+`training` runs distill on 240 images, injects a fault each minute, resumes, and compares the weights with those of a
+run that was left alone. Faults are, in turn: kill -9, SIGTERM, a full disk for files (a limit on their size), one
+flipped bit in the newest checkpoint, and a checkpoint cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from faults import make_bundle
+from serve_load import leaving_client, requests_of, slow_client
+
+from clip_rd_edge.utils.host import machine_name
+from clip_rd_edge.utils.io import write_text
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = ROOT / "tests" / "corpus" / "requests"
+SLOW, HOSTILE_CLIENTS = 20, 4
+WARM_UP = 0.1  # of the time, before memory is measured first
+
+
+class Waits:
+    """Answers of one kind: how many of each status, and how long they took in seconds."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.seconds: list[float] = []
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures to publish."""
+        ordered = sorted(self.seconds) or [0.0]
+        return {
+            "answers": {str(status): count for status, count in sorted(self.statuses.items())},
+            "wait_ms_p50": round(1e3 * ordered[len(ordered) // 2], 1),
+            "wait_ms_p99": round(1e3 * ordered[int(len(ordered) * 0.99)], 1),
+            "wait_ms_max": round(1e3 * ordered[-1], 1),
+        }
+
+
+async def ask(port: int, request: bytes, waits: Waits) -> None:
+    """Send one request on a connection of its own and read the whole answer."""
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+        length = next(
+            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+        )
+        await asyncio.wait_for(reader.readexactly(length), 60)
+        waits.statuses[int(head.split(b" ", 2)[1])] += 1
+    except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+        waits.statuses[0] += 1
+    finally:
+        writer.close()
+    waits.seconds.append(time.perf_counter() - started)
+
+
+async def good_client(port: int, requests: Sequence[bytes], waits: Waits, until: float, pause: float) -> None:
+    """Ask one thing after the other."""
+    number = 0
+    while time.perf_counter() < until:
+        await ask(port, requests[number % len(requests)], waits)
+        number += 1
+        await asyncio.sleep(pause)
+
+
+async def hostile_client(port: int, contents: Sequence[bytes], until: float, seed: int) -> None:
+    """Send what no client should, and do not read on."""
+    choose = random.Random(seed)
+    while time.perf_counter() < until:
+        with suppress(OSError, asyncio.TimeoutError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(choose.choice(contents).replace(b"{port}", str(port).encode()))
+            await asyncio.wait_for(reader.read(200), choose.choice((0.05, 1.0)))
+            writer.close()
+        await asyncio.sleep(0.2)
+
+
+async def sleeper(delays: list[float], until: float) -> None:
+    """Note by how much a sleep of a tenth of a second is too long: what this machine's other work costs anybody."""
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        await asyncio.sleep(0.1)
+        delays.append(time.perf_counter() - started - 0.1)
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+def post(path: str, body: bytes) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+async def load_both(ports: dict[str, int], seconds: float, memory: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Load both servers; return the waits of good clients, and the memory after the warm-up and at the end."""
+    until = time.perf_counter() + seconds
+    images = requests_of("image", 96)
+    picture = (ROOT / "tests" / "corpus" / "good" / "red.png").read_bytes()
+    labels = json.dumps(["a cat", "a dog", "a house"]).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", ports["demo"])
+    writer.write(post("/api/labels", labels))
+    key = json.loads((await reader.readuntil(b"}")).partition(b"\r\n\r\n")[2])["key"]
+    writer.close()
+    requests = {
+        "serve, light": ("serve", [get("/health"), get("/props")]),
+        "serve, embeddings": ("serve", [*images, *requests_of("text", 96)]),
+        "demo, light": ("demo", [get("/"), get("/api/bundles")]),
+        "demo, classify": ("demo", [post(f"/api/classify?labels={key}", picture)]),
+    }
+    waits = {name: Waits() for name in requests}
+    hostile = [path.read_bytes() for path in sorted(HOSTILE.iterdir())]
+    delays: list[float] = []
+    memories: list[dict[str, float]] = []
+
+    async def watch() -> None:
+        await asyncio.sleep(WARM_UP * seconds)
+        while time.perf_counter() < until:
+            memories.append(memory())
+            await asyncio.sleep(min(10.0, seconds / 10))
+
+    tasks: list[Any] = [watch(), sleeper(delays, until)]
+    for name, (server, contents) in requests.items():
+        tasks += [good_client(ports[server], contents, waits[name], until, 0.2) for _ in range(2)]
+    for server, port in ports.items():
+        request = images[0] if server == "serve" else requests["demo, classify"][1][0]
+        tasks += [slow_client(port, request, until) for _ in range(SLOW)]
+        tasks += [leaving_client(port, request, until)]
+        tasks += [hostile_client(port, hostile, until, seed) for seed in range(HOSTILE_CLIENTS)]
+    await asyncio.gather(*tasks)
+    first, last = memories[0], memory()
+    return {
+        "good_clients": {name: wait.figures() for name, wait in waits.items()},
+        "machine_delay_ms_max": round(1e3 * max(delays), 1),
+        "memory_mb_first": first,
+        "memory_mb_last": last,
+        "memory_growth": {name: round(last[name] / first[name] - 1, 4) for name in first},
+    }
+
+
+def soak_servers(seconds: float, scratch: Path) -> dict[str, Any]:
+    """Return the figures of `serve` and `demo` under load."""
+    bundle = make_bundle(scratch)
+    servers: dict[str, subprocess.Popen[str]] = {}
+    ports: dict[str, int] = {}
+    try:
+        for name in ("serve", "demo"):
+            command = [sys.executable, "-m", "clip_rd_edge", name, str(bundle), "--port", "0", "--threads", "1"]
+            log = (scratch / f"{name}.log").open("w")
+            servers[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            log.close()
+            stdout = servers[name].stdout
+            assert stdout is not None
+            ports[name] = int(stdout.readline().strip().rstrip("/").rsplit(":", 1)[1])
+
+        def memory() -> dict[str, float]:
+            pages = {name: int(Path(f"/proc/{s.pid}/statm").read_text().split()[1]) for name, s in servers.items()}
+            return {name: round(count * os.sysconf("SC_PAGE_SIZE") / 1e6, 1) for name, count in pages.items()}
+
+        figures = asyncio.run(load_both(ports, seconds, memory))
+        figures["log_bytes"] = {name: (scratch / f"{name}.log").stat().st_size for name in servers}
+    finally:
+        for server in servers.values():
+            server.terminate()
+    figures["exit_codes"] = {name: server.wait(60) for name, server in servers.items()}
+    return figures
+
+
+def distill_command(folder: Path, run: Path, steps: int) -> list[str]:
+    """Return the command of a run, which is resumed if it is there."""
+    options = f"--steps {steps} --batch-size 8 --checkpoint-every 20 --log-every 50 --workers 1 --seed 0 --resume"
+    model = "--student resnet10t --image-size 32 --text 64x1 --context-length 8 --embedding-size 8 --recipe clip"
+    command = [sys.executable, "-m", "clip_rd_edge", "distill", "--data", str(folder / "pairs.csv"), "-o", str(run)]
+    return [*command, *options.split(), *model.split()]
+
+
+def write_pairs(folder: Path, count: int = 240) -> None:
+    """Write images of noise and a table of captions."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    lines = ["filepath,title"]
+    for number in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(folder / f"{number}.png")
+        lines.append(f"{folder / f'{number}.png'},noise number {number}")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the state of the newest checkpoint of a run."""
+    steps = [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return max(steps, key=lambda path: int(path.name[5:])) / "state.pt" if steps else None
+
+
+def flip(run: Path) -> None:
+    """Flip one bit in the middle of the newest checkpoint."""
+    path = newest_checkpoint(run)
+    if path is not None and path.is_file():
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 16]))
+
+
+def cut(run: Path) -> None:
+    """Cut the newest checkpoint off, as a file system may after a power failure."""
+    path = newest_checkpoint(run)
+    if path is not None and path.is_file():
+        os.truncate(path, path.stat().st_size // 3)
+
+
+FAULTS: dict[str, Callable[[Path], None] | None] = {
+    "kill -9": None, "SIGTERM": None, "full disk": None, "flipped bit": flip, "cut checkpoint": cut,
+}  # fmt: skip
+
+
+def soak_training(seconds: float, scratch: Path, *, every: float, steps_per_second: float) -> dict[str, Any]:
+    """Return the figures of a run that meets a fault every `every` seconds, and of the same one without.
+
+    Args:
+        steps_per_second: how long the run is; it may take longer or shorter.
+    """
+    write_pairs(scratch)
+    steps = max(60, int(seconds * steps_per_second) // 20 * 20)
+    faults: Counter[str] = Counter()
+    codes: Counter[str] = Counter()
+    lost: list[str] = []
+    run, started = scratch / "run", time.monotonic()
+    names = list(FAULTS)
+    while True:
+        number = sum(faults.values())
+        name = names[number % len(names)]
+        if time.monotonic() - started > seconds:
+            name = ""
+        limit = 20_000 if name == "full disk" else resource.RLIM_INFINITY  # bytes of a file
+
+        def limited(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, as on a full disk
+
+        process = subprocess.Popen(
+            distill_command(scratch, run, steps), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=limited, start_new_session=True,
+        )  # fmt: skip
+        try:
+            _, said = process.communicate(timeout=every if name else None)
+        except subprocess.TimeoutExpired:
+            if name == "SIGTERM":
+                process.terminate()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            _, said = process.communicate()
+        codes[str(process.returncode)] += 1
+        if "--debug to see the traceback" in said or "Traceback" in said:
+            lost.append(said.strip().splitlines()[-2])
+        if process.returncode == 0:
+            break
+        if not name:
+            lost.append(f"the last run ended with {process.returncode}: {said.strip().splitlines()[-1:]}")
+            break
+        faults[name] += 1
+        if damage := FAULTS[name]:
+            damage(run)
+    with_faults = time.monotonic() - started
+    subprocess.run(distill_command(scratch, scratch / "alone", steps), check=True, capture_output=True)
+    weights = [(scratch / name / "student" / "open_clip_model.safetensors") for name in ("run", "alone")]
+    same = all(path.is_file() for path in weights) and weights[0].read_bytes() == weights[1].read_bytes()
+    return {
+        "steps": steps,
+        "seconds_with_faults": round(with_faults),
+        "faults": dict(faults),
+        "exit_codes": dict(codes),
+        "errors": lost,
+        "same_weights_as_without_faults": same,
+        "left_over": sorted(path.name for path in run.rglob(".*") if path.name.endswith((".tmp", ".old"))),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["servers", "training"])
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between the faults of training")
+    parser.add_argument("--steps-per-second", type=float, default=10.0, help="of the training run, to set its length")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        if options.what == "servers":
+            figures = soak_servers(options.seconds, scratch)
+        else:
+            rate = options.steps_per_second
+            figures = soak_training(options.seconds, scratch, every=options.every, steps_per_second=rate)
+        shutil.rmtree(scratch / "run", ignore_errors=True)
+    about = {"machine": machine_name(), "date": date.today().isoformat(), "seconds": options.seconds}
+    loads = {"load_average": [round(load, 1), round(os.getloadavg()[0], 1)]}  # of the machine, before and after
+    text = json.dumps({**about, **loads, **figures}, indent=2)
+    print(text)
+    if options.output:
+        write_text(options.output, text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
