@@ -5,8 +5,9 @@
 
 `servers` starts `serve` and `demo` side by side. Two good clients each ask for the light answers and for embeddings
 (or classifications) in turn; beside them, slow clients never finish their requests, others close the connection before
-the answer, and others send what is in tests/corpus/requests. Memory is that of the servers after a tenth of the time
-and at the end. A task that sleeps for a tenth of a second in turn says how long the clients' own process makes them wait.
+the answer, and others send what is in tests/corpus/requests. Memory is that of the servers after a tenth of the time,
+and at the end. A task that sleeps for a tenth of a second in turn says how long the clients' own process makes them
+wait.
 
 `training` runs distill on 240 images, injects a fault each minute, resumes, and compares the weights with those of a
 run that was left alone. Faults are, in turn: kill -9, SIGTERM, a full disk for files (a limit on their size), one
