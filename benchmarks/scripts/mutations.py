@@ -37,6 +37,7 @@ from clip_rd_edge.utils.io import read_json, read_yaml, to_json, write_bytes, wr
 ROOT = Path(__file__).parents[2]
 COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "docs", "pyproject.toml", "README.md")
 TIMEOUT_S = 900.0  # of one run of pytest; a fault can make a loop endless
+_TOO_SLOW = -1_000
 
 
 class Mutation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,17 +91,21 @@ def read_mutations() -> dict[str, list[Mutation]]:
 def run_tests(copy: Path, tests: str) -> bool:
     """Run fast tests in a copy; return whether there are some and all pass in time.
 
-    They run in a fork of this process, which has imported what takes seconds to import.
+    They run in a fork of this process, which has imported what takes seconds to import. One that a signal ends, as when
+    memory is short, is run again.
     """
-    with tempfile.TemporaryFile() as output:
-        process = os.fork()
-        if process == 0:
-            _run_in_fork(copy, tests, output.fileno())
-        code = _wait(process)
-        if code not in (0, 1, None):
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-            raise SystemExit(f"pytest {tests} ended with exit code {code}:\n{text[-2000:]}")
+    for _ in range(2):
+        with tempfile.TemporaryFile() as output:
+            process = os.fork()
+            if process == 0:
+                _run_in_fork(copy, tests, output.fileno())
+            code = _wait(process)
+            if code > 1:
+                output.seek(0)
+                text = output.read().decode(errors="replace")
+                raise SystemExit(f"pytest {tests} ended with exit code {code}:\n{text[-2000:]}")
+        if code >= 0 or code == _TOO_SLOW:
+            break
     return code == 0
 
 
@@ -119,7 +124,9 @@ def _run_in_fork(copy: Path, tests: str, output: int) -> NoReturn:
             del sys.modules[name]
         sys.path[:] = [str(copy), *(path for path in sys.path if path != str(ROOT))]
         importlib.invalidate_caches()
-        code = int(pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *shlex.split(tests)]))
+        # Folders of its own: those that pytest takes otherwise are removed by other runs of pytest on this machine.
+        options = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--basetemp", str(copy / "pytest")]
+        code = int(pytest.main([*options, *shlex.split(tests)]))
     except BaseException:  # noqa: BLE001  the fork must end here, whatever happens
         traceback.print_exc()
     finally:
@@ -129,19 +136,19 @@ def _run_in_fork(copy: Path, tests: str, output: int) -> NoReturn:
         os._exit(code)
 
 
-def _wait(process: int) -> int | None:
-    """Return the exit code of a fork, or None if it is ended because it takes too long, or ended by a signal."""
+def _wait(process: int) -> int:
+    """Return the exit code of a fork, minus the signal that ended it, or _TOO_SLOW after ending it."""
     end = time.monotonic() + TIMEOUT_S
     while time.monotonic() < end:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             with suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)  # what its tests have left
-            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.05)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return None
+    return _TOO_SLOW
 
 
 def import_what_tests_need() -> None:
