@@ -1,0 +1,42 @@
+"""Short forms of the soak: servers among bad clients, and training that meets faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette")
+soak = pytest.importorskip("soak")
+
+
+@pytest.mark.slow
+def test_good_clients_are_answered_among_bad_ones(tmp_path: Path) -> None:
+    figures = soak.soak_servers(30, tmp_path)
+    assert max(figures["memory_growth"].values()) < 0.15  # in the first half minute; 5 % later
+    for kind, clients in figures["good_clients"].items():
+        assert clients["answers"].keys() == {"200"}, kind
+        assert clients["answers"]["200"] > 20, kind
+    assert max(figures["log_bytes"].values()) < 100_000
+
+
+@pytest.mark.slow
+def test_training_that_meets_faults_ends_with_the_same_weights(tmp_path: Path) -> None:
+    figures = soak.soak_training(80, tmp_path, every=20, steps_per_second=2)
+    assert sum(figures["faults"].values()) >= 2
+    assert figures["errors"] == []
+    assert figures["left_over"] == []
+    assert figures["same_weights_as_without_faults"]
+
+
+def test_a_flipped_bit_and_a_cut_change_the_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (9, 10):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(bytes(90))
+    soak.flip(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-10" / "state.pt"
+    assert sum(newest.read_bytes()) == 16
+    soak.cut(tmp_path)
+    assert newest.stat().st_size == 30
+    assert (tmp_path / "checkpoints" / "step-9" / "state.pt").read_bytes() == bytes(90)
