@@ -158,11 +158,10 @@ async function resize(page, width) {
   await page.setViewport({ width, height: HEIGHT }).catch((error) => {
     if (!error.stack.includes("ScreenOrientation")) throw error;
   });
-  const shown = await page.evaluate(() => innerWidth);
-  if (shown !== width) throw new Error(`the window is ${shown} px wide; expected ${width}`);
+  await until(page, `innerWidth === ${width}`);
 }
 
-async function open(browser, { url, image, controls }, width, scheme, name) {
+async function open(browser, { url, image, controls, width, scheme, name }) {
   const page = await browser.newPage();
   page.setDefaultTimeout(60_000);
   await resize(page, width);
@@ -181,28 +180,34 @@ async function open(browser, { url, image, controls }, width, scheme, name) {
   return page;
 }
 
+async function check(browser, view) {
+  const page = await open(browser, view);
+  const problems = [...(await violations(page)), ...(await page.evaluate(LAYOUT))];
+  const walked = await walk(page);
+  problems.push(...walked.problems);
+  await page.close();
+  if (view.controls) {
+    const fresh = await open(browser, { ...view, controls: false });
+    await until(fresh, LOADED);
+    problems.push(...(await operate(fresh, view).catch((error) => [String(error)])));
+    await fresh.close();
+  }
+  return { stops: walked.stops, problems };
+}
+
 const results = [];
 for (const [name, executablePath] of Object.entries(job.browsers)) {
   for (const scheme of job.schemes) {
     const options = name === "firefox"
-      ? { browser: "firefox", extraPrefsFirefox: { [FIREFOX_SCHEME]: scheme === "dark" ? 0 : 1 } }
+      ? { browser: "firefox", args: ["--width=1600", "--height=1000"], extraPrefsFirefox: { [FIREFOX_SCHEME]: scheme === "dark" ? 0 : 1 } }
       : { browser: "chrome", args: ["--no-sandbox", "--disable-gpu"] };
     const browser = await puppeteer.launch({ ...options, executablePath, headless: true, defaultViewport: null });
     const version = await browser.version();
     try {
       for (const described of job.pages) {
         for (const width of job.widths) {
-          const page = await open(browser, described, width, scheme, name);
-          const problems = [...(await violations(page)), ...(await page.evaluate(LAYOUT))];
-          const { stops, problems: unreached } = await walk(page);
-          problems.push(...unreached);
-          await page.close();
-          if (described.controls) {
-            const fresh = await open(browser, { ...described, controls: false }, width, scheme, name);
-            await until(fresh, LOADED);
-            problems.push(...(await operate(fresh, described).catch((error) => [String(error)])));
-            await fresh.close();
-          }
+          const view = { ...described, width, scheme, name }; // name: of the browser
+          const { stops, problems } = await check(browser, view).catch((error) => ({ stops: [], problems: [String(error)] }));
           results.push({ page: described.name, browser: name, version, width, scheme, stops, problems });
           const place = `${described.name}, ${version}, ${width} px, ${scheme}`;
           process.stderr.write(`${place}: ${problems.map((problem) => `\n  ${problem}`).join("") || "no problem"}\n`);

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 from rich import box
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from clip_rd_edge.cli._fold import fold
@@ -163,6 +164,26 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+class _Message(ProgressColumn):
+    """The figures beside the bar: what of them fits after all the rest, in one line."""
+
+    def get_table_column(self) -> Column:
+        return Column()  # the one column that a narrow terminal makes narrower
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["message"], no_wrap=True, overflow="ellipsis")
+
+
+class _Bar(Progress):
+    """A progress bar that leaves room for the ^C that a terminal shows when it is pressed.
+
+    Behind a bar as wide as the terminal, ^C would begin a new line, and only that one would be cleared.
+    """
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield Constrain(self.make_tasks_table(self.tasks), max(1, stderr.width - len("^C") - 1))
+
+
 class _StepCount(ProgressColumn):
     """Completed and total steps; empty for a stage without a known total."""
 
@@ -180,11 +201,11 @@ def console_reporter() -> Iterator[ConsoleReporter]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        _StepCount(),
-        _Times(),
-        TextColumn("{task.fields[message]}", markup=False),
+        _StepCount(Column(no_wrap=True)),
+        _Times(Column(no_wrap=True)),
+        _Message(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+    with _Bar(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
         reporter = ConsoleReporter(bar)
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")
