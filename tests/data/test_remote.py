@@ -49,6 +49,13 @@ def test_each_shard_is_fetched_once(server: UnreliableServer) -> None:
     assert sorted(server.requests) == [f"/{i:03d}.tar" for i in range(SHARDS)]  # only to ask for their versions
 
 
+def test_what_an_ended_process_has_fetched_is_continued(server: UnreliableServer, shards: Path, tmp_path: Path) -> None:
+    part, content = tmp_path / "000.part", (shards / "000.tar").read_bytes()
+    part.write_bytes(b"x" * 1000)
+    remote.fetch(remote.RemoteShard(f"{server.url}/000.tar"), part)
+    assert part.read_bytes() == b"x" * 1000 + content[1000:]
+
+
 def test_a_shard_that_changed_is_fetched_again(
     server: UnreliableServer, write_tar: Factory, encode_image: Factory
 ) -> None:

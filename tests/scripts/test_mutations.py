@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,14 @@ from mutations import ROOT, Mutation, Outcome, apply, check_all, read_mutations,
 MUTATIONS = [(area, mutation) for area, mutations in read_mutations().items() for mutation in mutations]
 
 
+def _selected(tests: str) -> list[str]:
+    """Return the words by which -k selects tests; without it, a word that every file of tests has."""
+    words = shlex.split(tests)
+    if "-k" not in words:
+        return ["def test_"]
+    return [word for word in words[words.index("-k") + 1].split() if word not in ("and", "or", "not")]
+
+
 def test_every_fault_can_be_applied_and_its_tests_are_there() -> None:
     problems = []
     for _, mutation in MUTATIONS:
@@ -19,6 +28,8 @@ def test_every_fault_can_be_applied_and_its_tests_are_there() -> None:
         files = [word for word in mutation.tests.split() if word.startswith("tests/")]
         if count != 1 or not files or not all((ROOT / file).exists() for file in files):
             problems.append(f"{mutation.fault}: its text occurs {count} times in {mutation.file}")
+        elif not any(word in (ROOT / file).read_text() for file in files for word in _selected(mutation.tests)):
+            problems.append(f"{mutation.fault}: no test is selected by {mutation.tests}")
     assert not problems, "update benchmarks/mutations.yaml"
 
 
