@@ -56,3 +56,11 @@ def other_clock(offset: str) -> dict[str, str]:
     if library is None:
         pytest.skip("needs libfaketime")
     return {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and all its descendants; torchrun puts its workers into separate process groups."""
+    children = [
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return [pid, *(descendant for child in children for descendant in process_tree(child))]

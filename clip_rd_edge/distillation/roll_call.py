@@ -41,7 +41,8 @@ def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list
     """Return the ranks of the processes that have ended, empty if that cannot be told.
 
     Those on this machine are looked for by their numbers. Those on others had a message fail, too, and answer a roll
-    call unless they are lost themselves.
+    call unless they are lost themselves. Without a store to answer in, the only one on another machine is lost: the
+    launcher that had the store ends with its processes.
 
     Args:
         members: all processes, by rank.
@@ -60,23 +61,27 @@ def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list
         try:
             elsewhere = [other for other in elsewhere if not store.add(_key(other), 0)]
         except RuntimeError:  # it ended with its machine
-            return []
+            store = None
         time.sleep(_POLL_S)
-    return elsewhere if store else []
+    return elsewhere if store or len(elsewhere) == 1 else []
 
 
 def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> ClipRdEdgeError:
     """Return the error that names the processes that are lost."""
     lost = find_lost(rank, members, _connect())
+    own = members[rank].host
     if not lost:
         reason = str(error).strip().splitlines()[0].rstrip(".")
+        hosts = dict.fromkeys(member.host for member in members if member.host != own)
         return ClipRdEdgeError(
             f"The connection to another process of the run failed: {reason}.",
-            hint="see the output of the other machines; resume with the same command and --resume",
+            hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and --resume",
         )
     names = " and ".join(f"{other} (on {members[other].host})" for other in lost)
-    verb = "has" if len(lost) == 1 else "have"
-    return ClipRdEdgeError(f"Process {names} of the run {verb} ended.", hint=RESUME_HINT)
+    verb = "has ended" if len(lost) == 1 else "have ended"
+    if any(members[other].host != own for other in lost):
+        verb += " or cannot be reached"
+    return ClipRdEdgeError(f"Process {names} of the run {verb}.", hint=RESUME_HINT)
 
 
 def _connect() -> Store | None:

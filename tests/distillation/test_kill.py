@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import process_tree
 from unreliable_server import UnreliableServer
 
 from clip_rd_edge.contract.images import open_image
@@ -45,14 +46,6 @@ def finish(arguments: list[str]) -> None:
     process = start(arguments)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-3000:]
-
-
-def process_tree(pid: int) -> list[int]:
-    """A process and all its descendants; torchrun puts its workers into separate process groups."""
-    children = [
-        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
-    ]
-    return [pid, *(descendant for child in children for descendant in process_tree(child))]
 
 
 def kill_when(arguments: list[str], run: Path, pattern: str) -> bool:

@@ -56,8 +56,19 @@ def test_on_other_machines_those_are_lost_that_do_not_answer() -> None:
     assert store.numbers["clip-rd-edge/roll-call/0/0"] == 1  # this one has answered
 
 
-def test_without_a_store_nobody_elsewhere_is_accused() -> None:
-    assert find_lost(0, [this_member(), Member("b", 1)], None) == []
+class LostStore(FakeStore):
+    """A store that ends with its machine, after the first call."""
+
+    def add(self, key: str, amount: int) -> int:
+        if self.numbers:
+            raise RuntimeError("Connection reset by peer")
+        return super().add(key, amount)
+
+
+@pytest.mark.parametrize("store", [None, LostStore()])
+def test_without_a_store_the_only_process_elsewhere_is_lost_and_no_other_is_accused(store: FakeStore | None) -> None:
+    assert find_lost(0, [this_member(), Member("b", 1)], store) == [1]
+    assert find_lost(0, [this_member(), Member("b", 1), Member("b", 2)], store) == []
 
 
 def test_the_error_names_the_process_and_its_machine(ended: Member, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +76,11 @@ def test_the_error_names_the_process_and_its_machine(ended: Member, monkeypatch:
     error = lost_error(CONNECTION, 0, [this_member(), ended])
     assert str(error) == f"Process 1 (on {ended.host}) of the run has ended."
     assert "--resume" in error.hint
-    unknown = lost_error(CONNECTION, 0, [this_member(), Member("b", 1)])
+    elsewhere = lost_error(CONNECTION, 0, [this_member(), Member("b", 1)])
+    assert str(elsewhere) == "Process 1 (on b) of the run has ended or cannot be reached."
+    unknown = lost_error(CONNECTION, 0, [this_member(), Member("b", 1), Member("c", 1)])
     assert str(unknown).startswith("The connection to another process of the run failed: [gloo/transport")
+    assert "see the output on b and c;" in unknown.hint
 
 
 def test_errors_of_computations_are_no_lost_connections() -> None:
