@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.utils.paths import AnyPath
@@ -58,6 +58,28 @@ class QuickstartOptions(TypedDict, total=False):
     student_steps: int | None
     teacher_steps: int | None
     photos: AnyPath | None
+
+
+class EmbedOptions(TypedDict, total=False):
+    """The options of `embed` and the command line.
+
+    Keys:
+        student: a trained student to fine-tune with the embeddings; crops then have its input's shape. Default: square.
+        precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
+
+    All others are as for `distill`.
+    """
+
+    teacher_pretrained: str | None
+    student: str | None
+    precision: Literal["fp32", "bf16", "fp16"] | None
+    seed: int
+    workers: int
+    max_bad: float
+    csv_img_key: str
+    csv_caption_key: str
+    json_caption_key: str | None
+    train_data_upsampling_factors: str | None
 
 
 class ServeOptions(TypedDict, total=False):
@@ -154,6 +176,47 @@ def distill(
         evaluate=evaluate_student,
     )
     return run
+
+
+def embed(
+    *,
+    data: str,
+    teacher: str,
+    output: AnyPath,
+    views: int = 1,
+    recipe: str = "clip-rd",
+    ray: str | None = None,
+    reporter: Reporter = SILENT,
+    **options: Unpack[EmbedOptions],
+) -> Path:
+    """Compute a teacher's embeddings for `distill(teacher_cache=output)`, and return the folder.
+
+    What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
+    share the work.
+
+    Args:
+        data, teacher: as for `distill`.
+        views: number of fixed crops per image.
+        recipe: its range of crops is used.
+        ray: address of a Ray cluster that does the work (`auto`, HOST:PORT), with a worker per GPU or machine. Its
+            machines need the same data and teacher, but not the output.
+        options: the other options of `clip-rd-edge embed`, under the same names; those of `distill` must be the same.
+
+    Raises:
+        UsageError: `output` holds something else, or there is no cluster.
+        InputError, ConfigError: the data, teacher or recipe is missing or invalid.
+    """
+    from clip_rd_edge.distillation.config import resolve
+    from clip_rd_edge.distillation.embed import embed_teacher
+
+    folder = Path(output)
+    told: dict[str, Any] = {**options, "views": views}
+    told["precision"] = told.get("precision") or "fp32"
+    told["student"] = told.get("student") or "resnet18"
+    with _told_to_all_processes():
+        config = resolve(recipe, data=data, teacher=teacher, **told)
+    embed_teacher(config, folder, cluster=ray, reporter=reporter)
+    return folder
 
 
 def recipe(name: str | None = None) -> str:
@@ -598,14 +661,20 @@ def index(
     *,
     threads: int | None = None,
     device: str = "auto",
+    ray: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Update:
-    """Build or update a search index of the images under a folder; only new and changed images are embedded."""
+    """Build or update a search index of the images under a folder; only new and changed images are embedded.
+
+    Args:
+        ray: address of a Ray cluster that embeds them (`auto`, HOST:PORT); its machines need the same bundle and
+            images.
+    """
     from clip_rd_edge.runtime.index_update import update_index
     from clip_rd_edge.runtime.load import load as load_bundle
 
     encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)
-    return update_index(encoder, Path(folder), Path(output), reporter=reporter)
+    return update_index(encoder, Path(folder), Path(output), cluster=ray, reporter=reporter)
 
 
 def watch_index(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -64,3 +66,10 @@ def process_tree(pid: int) -> list[int]:
         int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
     ]
     return [pid, *(descendant for child in children for descendant in process_tree(child))]
+
+
+def one_worker(address: str, make: Callable[[], Callable[[Any], Any]], items: Iterable[Any]) -> Iterator[Any]:
+    """A cluster with one worker, in this process, for `utils.cluster.map_on_cluster`."""
+    call = pickle.loads(pickle.dumps(make))()
+    for item in items:
+        yield pickle.loads(pickle.dumps(call(pickle.loads(pickle.dumps(item)))))

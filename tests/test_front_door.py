@@ -55,6 +55,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     if function is api.distill:
         names |= set(get_type_hints(DistillOptions))
+    if function is api.embed:
+        names |= set(get_type_hints(api.EmbedOptions))
     if function is api.quickstart:
         names |= set(get_type_hints(api.QuickstartOptions))
     if function is api.serve:

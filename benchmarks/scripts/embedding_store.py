@@ -23,10 +23,11 @@ from PIL import Image
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
+from clip_rd_edge.distillation.embedding_store import open_cache
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 
@@ -85,7 +86,7 @@ def main() -> None:
             views=1,
             precision="fp32",
         )
-        build_cache(folder / "cache", manifest, live, setup.pairs, Processes(), workers=1, max_bad=0.0)
+        build_cache(folder / "cache", ShardMaker(manifest, live, setup.pairs, workers=1, max_bad=0.0), Processes())
         cached = make_dataset(config, setup, with_teacher_pixels=False)
         cached.cache = open_cache(folder / "cache")
         to_device(setup.student.model, device).train()

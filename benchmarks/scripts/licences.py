@@ -88,6 +88,7 @@ OTHERS = {
     "pyarrow": "Apache-2.0",
     "pycocoevalcap": "BSD-2-Clause",
     "pycocotools": "BSD-2-Clause",
+    "ray": "Apache-2.0",
     "resvg-py": "MIT",
     "s3fs": "BSD-3-Clause",
     "scipy": "BSD-3-Clause",

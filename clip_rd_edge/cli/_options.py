@@ -174,6 +174,10 @@ device_option = _device(
     show_default=True,
     help=f"Where ONNX Runtime or OpenVINO computes: {', '.join(DEVICES)}. `clip-rd-edge doctor` lists what is here.",
 )  # fmt: skip
+ray_option = grouped("Cluster")(
+    "--ray", metavar="ADDRESS",
+    help="Spread the work over a Ray cluster: auto for the one of this machine, or HOST:PORT.  [default: this machine]",
+)  # fmt: skip
 threads_option = _device(
     "--threads", metavar="N", type=click.IntRange(1), help="Threads of the model.  [default: all cores]"
 )

@@ -12,7 +12,7 @@ from types import FrameType
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.printable import one_line
 
@@ -21,10 +21,13 @@ from clip_rd_edge.utils.printable import one_line
 @click.argument("bundle", type=PathName())
 @click.argument("folder", type=PathName())
 @grouped("Output")("-o", "--output", metavar="INDEX", type=PathName(), required=True, help="Folder for the index.")
-@click.option("--watch", is_flag=True, help="Go on: keep the index up to date while images come and go.")
+@grouped("Output")("--watch", is_flag=True, help="Go on: keep the index up to date while images come and go.")
 @threads_option
 @device_option
-def command(bundle: Path, folder: Path, output: Path, watch: bool, threads: int | None, device: str) -> None:
+@ray_option
+def command(
+    bundle: Path, folder: Path, output: Path, watch: bool, threads: int | None, device: str, ray: str | None
+) -> None:
     """Embed the images in FOLDER and its subfolders with BUNDLE, for clip-rd-edge search.
 
     \b
@@ -42,7 +45,7 @@ def command(bundle: Path, folder: Path, output: Path, watch: bool, threads: int 
         _watch(bundle, folder, output, threads=threads, device=device)
         return
     with console_reporter() as reporter:
-        update = edge.index(bundle, folder, output, threads=threads, device=device, reporter=reporter)
+        update = edge.index(bundle, folder, output, threads=threads, device=device, ray=ray, reporter=reporter)
     for reason in update.unreadable:
         echo(f"error: {one_line(reason)}", err=True)
     how = "; search is approximate" if update.approximate else ""

@@ -74,7 +74,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
             f"{len(pairs.left_out):,} samples are not pairs and were skipped{lost}; the first: {pairs.left_out[0]}"
         )
     require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
-    teacher = _load_teacher(config)
+    teacher = load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, reporter)
     require_no_logit_bias(student)
@@ -117,7 +117,13 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     )
 
 
-def _load_teacher(config: RunConfig) -> ClipModel | None:
+def load_teacher(config: RunConfig) -> ClipModel | None:
+    """Return the teacher of a run, None if its objective does not need one.
+
+    Raises:
+        UsageError: one is needed but not named.
+        InputError, ConfigError: it cannot be loaded.
+    """
     if not config.recipe.objective.needs_teacher:
         return None
     if config.teacher is None:
@@ -186,7 +192,7 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     if model_folder(config.student) is not None:
         return load_clip(config.student)
     depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or config.pretrained_text == TEACHER
-    return _build_student(config, _load_teacher(config) if depends else None, name)
+    return _build_student(config, load_teacher(config) if depends else None, name)
 
 
 def require_no_logit_bias(student: ClipModel) -> None:

@@ -22,12 +22,11 @@ that grows with its size, and worker processes share the operating system's cach
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +35,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import Pairs, fingerprint
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
-from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 FORMAT_VERSION = 3  # increase when the same manifest gives other embeddings, such as by other crops
@@ -83,7 +75,7 @@ class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     precision: str
 
 
-class _Complete(msgspec.Struct, frozen=True):
+class CompleteCache(msgspec.Struct, frozen=True):
     """Content of complete.json: the number of different captions."""
 
     captions: int
@@ -155,7 +147,7 @@ class TeacherCache:
 
     def _row(self, path: Path, index: int, *, of: int) -> HalfArray:
         shape = (self.manifest.embedding_size,)
-        with RowFile(path, count=len(_shard_rows(index // SHARD_SIZE, of)), dtype="<f2", shape=shape) as rows:
+        with RowFile(path, count=len(shard_rows(index // SHARD_SIZE, of)), dtype="<f2", shape=shape) as rows:
             row: HalfArray = rows[index % SHARD_SIZE]
         return row
 
@@ -170,7 +162,8 @@ def shard_count(rows: int) -> int:
     return -(-rows // SHARD_SIZE)
 
 
-def _shard_rows(shard: int, total: int) -> range:
+def shard_rows(shard: int, total: int) -> range:
+    """Return the rows of a shard."""
     return range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, total))
 
 
@@ -233,198 +226,7 @@ def open_cache(folder: Path) -> TeacherCache:
     manifest = read_json(folder / MANIFEST, CacheManifest)
     if not (folder / COMPLETE).is_file():
         raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")
-    return TeacherCache(folder, manifest, read_json(folder / COMPLETE, _Complete).captions)
-
-
-BATCH_SIZE = 64
-CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage in progress reports
-
-
-def make_manifest(
-    teacher: ClipModel, pairs: Pairs, *, crops: Crops, seed: int, views: int, precision: str
-) -> CacheManifest:
-    """Return the manifest of a cache of this teacher over these pairs."""
-    return CacheManifest(
-        teacher=teacher.name,
-        teacher_sha256=teacher_fingerprint(teacher),
-        logit_scale=teacher.logit_scale,
-        embedding_size=teacher.embedding_size,
-        preprocessing=teacher.preprocessing,
-        crops=crops,
-        seed=seed,
-        views=views,
-        data=pairs.name,
-        pairs=len(pairs),
-        pairs_sha256=fingerprint(pairs),
-        precision=precision,
-    )
-
-
-def build_cache(
-    folder: Path,
-    manifest: CacheManifest,
-    teacher: Teacher,
-    pairs: Pairs,
-    processes: Processes,
-    *,
-    workers: int,
-    max_bad: float,
-    reporter: Reporter = SILENT,
-) -> None:
-    """Compute what is missing in `folder`; each process computes its share of the shards.
-
-    Args:
-        workers: loader processes; see `step_loader`.
-        max_bad: max fraction of the samples that may be unreadable.
-        reporter: receives the number of completed shards.
-
-    Raises:
-        UsageError: `folder` is a cache with another manifest, or not a cache.
-        InputError: too many pairs cannot be read.
-    """
-    processes.on_main(lambda: claim_folder(folder, manifest))
-    with processes.together():
-        complete = _is_complete(folder, manifest, processes)
-    if processes.sum(int(complete))[0] == processes.world_size:
-        return
-    build = _Build(folder, manifest, teacher, pairs, workers=workers, max_bad=max_bad)
-    shards = range(shard_count(len(pairs)))
-    _compute({caption_shard(folder, s): build.caption_keys for s in shards}, processes, reporter)
-    keys = folder / "texts" / "keys.npy"
-    if processes.is_main and not keys.is_file():
-        build.merge_captions(keys)
-    processes.barrier()
-    captions = len(load_array(keys, memory_mapped=True))
-    _compute({text_shard(folder, s): build.texts for s in range(shard_count(captions))}, processes, reporter)
-    views = range(manifest.views)
-    _compute({image_shard(folder, v, s): build.images for v in views for s in shards}, processes, reporter)
-    if processes.is_main:
-        write_bytes(folder / COMPLETE, to_json(_Complete(captions)))
-    processes.barrier()
-
-
-def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:
-    """Return whether a cache is complete, for a process that sees what the main one has claimed."""
-    if not processes.is_main and not is_file(folder / MANIFEST):
-        raise UsageError(
-            f"The teacher cache {folder} is not on a file system that the machines share.",
-            hint="choose another --teacher-cache, or copy a complete one to each machine",
-        )
-    claim_folder(folder, manifest)
-    return is_file(folder / COMPLETE)
-
-
-def _compute(tasks: dict[Path, Callable[[Path], npt.NDArray[Any]]], processes: Processes, reporter: Reporter) -> None:
-    """Write the missing files, each with what its function returns for it."""
-    missing = [path for path in tasks if not path.is_file()]
-    processes.barrier()  # before the first one is written, so that all processes list the same ones
-    mine = missing[processes.rank :: processes.world_size]
-    for done, path in enumerate(mine):
-        reporter.update(CACHING_STAGE, done, len(mine))
-        if not path.is_file():  # otherwise, another machine was faster
-            write_array(path, tasks[path](path))
-    reporter.update(CACHING_STAGE, len(mine), len(mine))
-    processes.barrier()
-
-
-class _Build:
-    """Computes the files of a cache; each method gets the path of the file, which has the number of its shard."""
-
-    def __init__(
-        self, folder: Path, manifest: CacheManifest, teacher: Teacher, pairs: Pairs, *, workers: int, max_bad: float
-    ) -> None:
-        self._folder, self._manifest, self._teacher, self._pairs = folder, manifest, teacher, pairs
-        self._workers = workers
-        self._dataset = ViewDataset(
-            pairs,
-            teacher.clip.preprocessing,
-            None,
-            crops=manifest.crops,
-            seed=manifest.seed,
-            views=manifest.views,
-            max_bad=max_bad,
-            substitute=False,
-        )
-
-    def caption_keys(self, path: Path) -> npt.NDArray[np.void]:
-        """Return the keys of all captions of a shard's pairs, and the number of the pair of each."""
-        entries = [
-            (caption_key(caption), index)
-            for index in _shard_rows(_shard_number(path), len(self._pairs))
-            for caption in self._captions(index)
-        ]
-        return np.asarray(entries, dtype=[("key", KEY), ("pair", "<i8")])
-
-    def merge_captions(self, path: Path) -> None:
-        """Write the keys of all different captions, sorted, and beside them a pair that has each."""
-        shards = range(shard_count(len(self._pairs)))
-        entries = np.concatenate([load_array(caption_shard(self._folder, shard)) for shard in shards])
-        keys, first = np.unique(entries["key"], return_index=True)
-        write_array(path.with_name("pairs.npy"), entries["pair"][first])
-        write_array(path, keys)
-
-    def texts(self, path: Path) -> HalfArray:
-        """Embed the captions of a shard of keys; rows of zeros for those that cannot be read."""
-        keys = load_array(path.with_name("keys.npy"), memory_mapped=True)
-        pairs = load_array(path.with_name("pairs.npy"), memory_mapped=True)
-        rows = _shard_rows(_shard_number(path), len(keys))
-        part = slice(rows.start, rows.stop)
-        captions: dict[int, str] = {}  # by row in the shard
-        for row, (key, pair) in enumerate(zip(keys[part].tolist(), pairs[part].tolist(), strict=True)):
-            for caption in self._captions(pair):
-                if caption_key(caption) == key:
-                    captions[row] = caption
-        embeddings = self._empty(rows)
-        readable = list(captions)
-        for batch in in_batches(len(readable), BATCH_SIZE):
-            texts = [captions[row] for row in readable[batch]]
-            embeddings[readable[batch]] = _to_half(self._teacher.embed_captions(texts))
-        return embeddings
-
-    def images(self, path: Path) -> HalfArray:
-        """Embed the images of a shard's pairs in a view; rows of zeros for those that cannot be read."""
-        view = int(path.parent.name.removeprefix("view-"))
-        rows = _shard_rows(_shard_number(path), len(self._pairs))
-        embeddings = self._empty(rows)
-        # What cannot be read is tried once more: most errors of networks and disks pass.
-        bad = self._embed_images(view, rows, embeddings, workers=self._workers)
-        if bad:
-            bad = self._embed_images(view, sorted(bad), embeddings, workers=0)
-        self._dataset.bad.add(bad.items())
-        return embeddings
-
-    def _embed_images(
-        self, view: int, indices: Sequence[int], embeddings: HalfArray, *, workers: int
-    ) -> dict[int, str]:
-        """Fill the rows of these pairs; return those that cannot be read, with the reasons."""
-        bad: dict[int, str] = {}
-        parts = [indices[part] for part in in_batches(len(indices), BATCH_SIZE)]
-        views: list[list[View]] = [[(view, index) for index in part] for part in parts]
-        for part, batch in zip(parts, step_loader(self._dataset, views, workers=workers), strict=True):
-            bad |= dict(batch.bad)
-            rows = _to_half(self._teacher.embed_images(batch.student_pixels))
-            readable = [position for position, index in enumerate(part) if index not in bad]
-            embeddings[[part[position] % SHARD_SIZE for position in readable]] = rows[readable]
-        return bad
-
-    def _captions(self, index: int) -> tuple[str, ...]:
-        """Return a pair's captions, none if they cannot be read."""
-        for _ in range(2):
-            with contextlib.suppress(InputError):
-                return self._pairs.captions(index)
-        return ()
-
-    def _empty(self, rows: range) -> HalfArray:
-        return np.zeros((len(rows), self._manifest.embedding_size), dtype="<f2")
-
-
-def _shard_number(path: Path) -> int:
-    return int(path.stem.removeprefix("shard-"))
-
-
-def _to_half(embeddings: Tensor) -> HalfArray:
-    half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
-    return half
+    return TeacherCache(folder, manifest, read_json(folder / COMPLETE, CompleteCache).captions)
 
 
 def teacher_fingerprint(clip: ClipModel) -> str:

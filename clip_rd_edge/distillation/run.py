@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
 from clip_rd_edge.distillation.distributed import Processes, join_processes
-from clip_rd_edge.distillation.embedding_store import build_cache, make_manifest, open_cache
+from clip_rd_edge.distillation.embedding_store import MANIFEST, CacheManifest, open_cache
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs, common_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
@@ -36,15 +36,17 @@ from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
+from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
-from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.io import disk_full_error, read_yaml, remove_leftovers, to_yaml, write_text
+from clip_rd_edge.utils.io import disk_full_error, read_json, read_yaml, remove_leftovers, to_yaml, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 REPORT_FOLDER = "report"
@@ -209,6 +211,7 @@ def _run(
 
 def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
     """Return the configuration to run and whether the run is new; a resumed run keeps its measured precision."""
+    config = _with_precision_of_store(config)
     if config.teacher_cache and not config.views:
         raise UsageError(
             "A teacher cache holds a fixed number of views of each pair, but no number was given.",
@@ -240,6 +243,16 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
             "stay the same, but batch norms and dropout see other parts of a batch"
         )
     return config, False
+
+
+def _with_precision_of_store(config: RunConfig) -> RunConfig:
+    """Return the configuration with a precision `auto` of the teacher replaced by that of its store, if it has one."""
+    if config.teacher_cache and config.teacher_precision == "auto":
+        path = Path(config.teacher_cache) / MANIFEST
+        if is_file(path):
+            with suppress(ConfigError):  # reported when the store is opened
+                return _with_precision(config, teacher=read_json(path, CacheManifest).precision)
+    return config
 
 
 def _require_same_options(main: RunConfig, config: RunConfig) -> None:
@@ -275,16 +288,8 @@ def _prepare_teacher(
         views=config.views,
         precision=config.teacher_precision,
     )
-    build_cache(
-        folder,
-        manifest,
-        teacher,
-        setup.pairs,
-        processes,
-        workers=config.workers,
-        max_bad=config.max_bad,
-        reporter=reporter,
-    )
+    maker = ShardMaker(manifest, teacher, setup.pairs, workers=config.workers, max_bad=config.max_bad)
+    build_cache(folder, maker, processes, reporter=reporter)
     setup.teacher.model.to("cpu")
     dataset.cache = open_cache(folder)
     return CachedTeacher(manifest.logit_scale, processes.device), dataset

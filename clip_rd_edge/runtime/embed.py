@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder, image_batch_size
+from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder, image_batch_size, in_batches
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.cluster import map_on_cluster
+
+if TYPE_CHECKING:
+    from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.runtime.encoder import BundleEncoder
 
 BATCH_SIZE = 32
 _MAX_WORKERS = 8
+_CHUNK_BATCHES = 8  # that a worker of a cluster embeds at a time
 _BATCHES_AHEAD = 3  # one in the model, one being opened, and one ready in between
 P = TypeVar("P", bound=ImageFile)
 
@@ -103,6 +111,27 @@ def embed_images(
         # If the caller stops early or presses Ctrl-C, do not wait for images that are no longer needed.
         openers.shutdown(wait=False, cancel_futures=True)
         model.shutdown(cancel_futures=True)
+
+
+def embed_images_on_cluster(address: str, encoder: BundleEncoder, images: Sequence[P]) -> Iterator[EmbeddedBatch[P]]:
+    """Embed images as `embed_images` does, in the same batches, by the workers of a Ray cluster.
+
+    Args:
+        address: as for `map_on_cluster`; the cluster's machines need the same bundle and images.
+    """
+    chunks = [images[part] for part in in_batches(len(images), _CHUNK_BATCHES * BATCH_SIZE)]
+    make = partial(_make_worker, encoder.folder.resolve(), encoder.manifest)
+    for batches in map_on_cluster(address, make, chunks):
+        yield from batches
+
+
+def _make_worker(bundle: Path, manifest: Manifest) -> Callable[[Sequence[P]], list[EmbeddedBatch[P]]]:
+    from clip_rd_edge.runtime.load import load
+
+    encoder = load(bundle)
+    if encoder.manifest != manifest:
+        raise InputError(f"The bundle {bundle} is another one here.", hint="give all machines the same bundle")
+    return lambda chunk: list(embed_images(encoder, chunk))
 
 
 def open_image_tower(encoder: TowerEncoder) -> None:

@@ -18,7 +18,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import list_images
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.installation import install_command
-from clip_rd_edge.runtime.embed import embed_images
+from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
     INDEX_FILE,
@@ -102,6 +102,7 @@ def update_index(
     *,
     settled: Collection[str] | None = None,
     stop: threading.Event | None = None,
+    cluster: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Update:
     """Create or update the index at `path` for the images in `folder`.
@@ -114,6 +115,7 @@ def update_index(
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have. None takes all.
         stop: ends the update after the batch in which it is set, with everything saved that is embedded.
+        cluster: address of a Ray cluster whose workers embed the images.
 
     Raises:
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
@@ -127,7 +129,7 @@ def update_index(
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     with exclusive_writer(path, on_wait=reporter.say):
-        return _update(encoder, folder, path, settled=settled, stop=stop, reporter=reporter)
+        return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
 
 
 def _update(
@@ -137,6 +139,7 @@ def _update(
     *,
     settled: Collection[str] | None,
     stop: threading.Event | None,
+    cluster: str | None,
     reporter: Reporter,
 ) -> Update:
     index, rows = _start(encoder, folder.resolve(), path)
@@ -172,7 +175,7 @@ def _update(
 
     last_saved, done = time.monotonic(), 0
     try:
-        for batch in embed_images(encoder, new):
+        for batch in embed_images_on_cluster(cluster, encoder, new) if cluster else embed_images(encoder, new):
             parts.append(batch.embeddings)
             entries += [source.entry() for source in batch.images]
             update.embedded += len(batch.images)

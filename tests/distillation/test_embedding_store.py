@@ -17,22 +17,21 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distillation import embedding_store
+from clip_rd_edge.distillation import embedding_store, store_build
 from clip_rd_edge.distillation.build import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.embedding_store import (
     CacheManifest,
-    build_cache,
     caption_key,
     image_shard,
-    make_manifest,
     open_cache,
     text_shard,
 )
 from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import save_clip
@@ -79,15 +78,14 @@ def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
             "views": VIEWS,
             "precision": "fp32",
         }
-        build_cache(
-            Path(str(config.teacher_cache)),
+        maker = ShardMaker(
             make_manifest(teacher, setup.pairs, **{**arguments, **changes}),  # type: ignore[arg-type]
             Teacher(teacher, torch.device("cpu"), autocast=None),
             setup.pairs,
-            Processes(),
             workers=0,
             max_bad=config.max_bad,
         )
+        build_cache(Path(str(config.teacher_cache)), maker, Processes())
 
     return run
 
@@ -172,7 +170,7 @@ def test_an_interrupted_build_resumes_and_an_incomplete_cache_is_rejected(
     config: RunConfig, build: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(str(config.teacher_cache))
-    write_array = embedding_store.write_array
+    write_array = store_build.write_array
     files = 3 + 2 + 3 + VIEWS * 3  # captions, keys and their pairs, texts, images
     written: list[Path] = []
 
@@ -186,13 +184,13 @@ def test_an_interrupted_build_resumes_and_an_incomplete_cache_is_rejected(
         return write
 
     for count in range(files):
-        monkeypatch.setattr(embedding_store, "write_array", interrupt_at(count))
+        monkeypatch.setattr(store_build, "write_array", interrupt_at(count))
         with pytest.raises(KeyboardInterrupt):
             build()
         with pytest.raises(ConfigError, match="not complete"):
             open_cache(folder)
         assert not list(folder.rglob("*.tmp"))
-    monkeypatch.setattr(embedding_store, "write_array", write_array)
+    monkeypatch.setattr(store_build, "write_array", write_array)
     build()
     repeated = {path for path in written if written.count(path) > 1}
     assert repeated <= {folder / "texts" / "pairs.npy"}  # whatever is written is not computed again

@@ -25,8 +25,9 @@ import clip_rd_edge as edge
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import CacheManifest, build_cache, claim_folder
+from clip_rd_edge.distillation.embedding_store import CacheManifest, claim_folder
 from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -197,7 +198,7 @@ def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_c
     def build(processes: Threads) -> None:
         folder = tmp_path / ("other" if processes.rank == 1 else "shared")
         unused: Any = NoTeacher()
-        build_cache(folder, manifest, unused, unused, processes, workers=0, max_bad=0)
+        build_cache(folder, ShardMaker(manifest, unused, unused, workers=0, max_bad=0), processes)
 
     assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher cache .*other is not on a file system that")
     for name in ("shared", "other"):

@@ -1,0 +1,84 @@
+"""`clip-rd-edge embed`: compute a teacher's embeddings once, for many runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import (
+    GroupedCommand,
+    NameChoice,
+    PathName,
+    complete_recipe,
+    drop_none,
+    grouped,
+    ray_option,
+)
+
+_data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output")
+
+
+@click.command("embed", cls=GroupedCommand, short_help="Compute a teacher's embeddings once, for many runs.")
+@_data("--data", required=True, metavar="SOURCE", help="The pairs, as for distill.")
+@_data("--csv-img-key", metavar="COLUMN", default="filepath", show_default=True, help="Column with the image paths.")
+@_data("--csv-caption-key", metavar="COLUMN", default="title", show_default=True, help="Column with the captions.")
+@_data(
+    "--train-data-upsampling-factors", metavar="W::W",
+    help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
+)  # fmt: skip
+@_data(
+    "--json-caption-key", metavar="KEY",
+    help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
+)  # fmt: skip
+@_data(
+    "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
+    help="Max fraction of damaged samples.",
+)  # fmt: skip
+@_data(
+    "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+    help="Loader processes; -1 uses half the cores, at most 8.",
+)  # fmt: skip
+@_teacher("--teacher", required=True, metavar="MODEL", help="The teacher, as for distill.")
+@_teacher(
+    "--teacher-pretrained", metavar="TAG|FILE",
+    help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",
+)  # fmt: skip
+@_teacher(
+    "--precision", type=NameChoice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, metavar="NAME",
+    help="Precision that the teacher computes in: fp32, bf16 or fp16.",
+)  # fmt: skip
+@_teacher(
+    "--views", metavar="N", type=click.IntRange(1), default=1, show_default=True,
+    help="Number of fixed crops per image.",
+)  # fmt: skip
+@_teacher(
+    "--recipe", metavar="NAME|FILE", shell_complete=complete_recipe, default="clip-rd", show_default=True,
+    help="Recipe whose range of crops is used.",
+)  # fmt: skip
+@_teacher("--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed of the crops.")
+@_teacher(
+    "--student", metavar="MODEL",
+    help="A trained student that will be fine-tuned, if its input is not square.  [default: square]",
+)  # fmt: skip
+@_output("-o", "--output", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
+@ray_option
+def command(output: Path, **options: Any) -> None:
+    """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.
+
+    \b
+    clip-rd-edge embed --data pairs.csv --teacher runs/teacher --views 8 -o cache
+    clip-rd-edge distill --data pairs.csv --teacher runs/teacher --views 8 \\
+        --teacher-cache cache --student resnet18 -o runs/cached
+
+    An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter, first_process
+
+    with console_reporter() as reporter:
+        folder = edge.embed(output=output, **drop_none(**options), reporter=reporter)
+    if first_process:
+        echo(folder)

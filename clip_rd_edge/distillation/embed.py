@@ -1,0 +1,95 @@
+"""Fill a teacher's store without training: on this machine, on those of a torchrun job, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.distillation.build import load_teacher, training_pairs
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.distributed import join_processes
+from clip_rd_edge.distillation.embedding_store import CacheManifest
+from clip_rd_edge.distillation.pixels import Crops, crops_for
+from clip_rd_edge.distillation.step import AUTOCAST
+from clip_rd_edge.distillation.store_build import (
+    BATCH_SIZE,
+    Shard,
+    ShardMaker,
+    ShardTask,
+    build_cache,
+    make_manifest,
+)
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.clip import default_device
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.cluster import map_on_cluster
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+
+def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None, reporter: Reporter = SILENT) -> None:
+    """Compute what is missing in the store `folder`, for runs with this configuration's teacher, pairs and crops.
+
+    Args:
+        config: its `views` are those of the store, its `teacher_precision` is not `auto`.
+        cluster: address of a Ray cluster, whose workers compute the shards; this process writes them.
+        reporter: receives the number of completed shards.
+
+    Raises:
+        UsageError: the configuration has no teacher, `folder` is something else or a store with another content, or
+            there is no cluster.
+        InputError: data or teacher do not exist, in one of the processes or workers, or too many pairs cannot be read.
+    """
+    with join_processes() as processes:
+        shown = reporter if processes.is_main else SILENT
+        with processes.main_first():
+            pairs = training_pairs(config, reporter=shown)
+        with processes.together():
+            maker = _maker(config, pairs)
+        compute = partial(_on_cluster, cluster, config, maker.manifest) if cluster else None
+        build_cache(folder, maker, processes, compute=compute, reporter=shown)
+
+
+def _maker(config: RunConfig, pairs: Pairs) -> ShardMaker:
+    clip, device = load_teacher(config), default_device()
+    if clip is None:
+        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+    manifest = make_manifest(
+        clip,
+        pairs,
+        crops=_crops(config),
+        seed=config.seed,
+        views=config.views,
+        precision=config.teacher_precision,
+    )
+    autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
+    teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
+    return ShardMaker(manifest, teacher, pairs, workers=config.workers, max_bad=config.max_bad)
+
+
+def _crops(config: RunConfig) -> Crops:
+    """Return the crops of a run: those for the input of its student, which is square unless it is a trained one."""
+    scale = config.recipe.crop_scale
+    if model_folder(config.student) is None:
+        return Crops(scale=scale, aspect_ratio=1.0)
+    return crops_for(load_clip(config.student).preprocessing, scale)
+
+
+def _on_cluster(
+    address: str, config: RunConfig, manifest: CacheManifest, tasks: Iterable[ShardTask]
+) -> Iterator[tuple[ShardTask, Shard]]:
+    tasks = list(tasks)
+    yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, manifest), tasks), strict=True)
+
+
+def _make_worker(config: RunConfig, manifest: CacheManifest) -> ShardMaker:
+    """Return what computes shards in a worker, whose data and teacher must be those of the store."""
+    maker = _maker(config, training_pairs(config))
+    for name in ("teacher_sha256", "pairs_sha256"):
+        if getattr(maker.manifest, name) != getattr(manifest, name):
+            what = "teacher" if name == "teacher_sha256" else "data"
+            raise InputError(f"The {what} here is not that of the store.", hint="give all machines the same files")
+    return maker

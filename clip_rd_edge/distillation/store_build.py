@@ -1,0 +1,280 @@
+"""Compute the files of a teacher's store, by this process, by those of a run, or by a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.embedding_store import (
+    COMPLETE,
+    KEY,
+    MANIFEST,
+    CacheManifest,
+    CompleteCache,
+    caption_key,
+    caption_shard,
+    claim_folder,
+    image_shard,
+    shard_count,
+    shard_rows,
+    teacher_fingerprint,
+    text_shard,
+    write_array,
+)
+from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.arrays import load_array
+from clip_rd_edge.utils.io import to_json, write_bytes
+from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+BATCH_SIZE = 64
+CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage in progress reports
+
+
+def make_manifest(
+    teacher: ClipModel, pairs: Pairs, *, crops: Crops, seed: int, views: int, precision: str
+) -> CacheManifest:
+    """Return the manifest of a cache of this teacher over these pairs."""
+    return CacheManifest(
+        teacher=teacher.name,
+        teacher_sha256=teacher_fingerprint(teacher),
+        logit_scale=teacher.logit_scale,
+        embedding_size=teacher.embedding_size,
+        preprocessing=teacher.preprocessing,
+        crops=crops,
+        seed=seed,
+        views=views,
+        data=pairs.name,
+        pairs=len(pairs),
+        pairs_sha256=fingerprint(pairs),
+        precision=precision,
+    )
+
+
+class ShardTask(NamedTuple):
+    """A file of a store to compute.
+
+    Attributes:
+        rows: of all pairs, or of all captions, those in the file.
+        keys, pairs: of the captions of a text shard, (n,): its part of keys.npy and pairs.npy.
+    """
+
+    kind: Literal["captions", "texts", "images"]
+    shard: int
+    rows: range
+    view: int = 0
+    keys: npt.NDArray[Any] | None = None
+    pairs: npt.NDArray[Any] | None = None
+
+    def path(self, folder: Path) -> Path:
+        """Return the path of the file."""
+        if self.kind == "images":
+            return image_shard(folder, self.view, self.shard)
+        return (caption_shard if self.kind == "captions" else text_shard)(folder, self.shard)
+
+    def with_captions(self, folder: Path) -> ShardTask:
+        """Return the task with what it needs of the store's other files."""
+        if self.kind != "texts":
+            return self
+        keys, pairs = (load_array(folder / "texts" / f"{name}.npy", memory_mapped=True) for name in ("keys", "pairs"))
+        part = slice(self.rows.start, self.rows.stop)
+        return self._replace(keys=np.array(keys[part]), pairs=np.array(pairs[part]))
+
+
+class Shard(NamedTuple):
+    """The content of a file, and the pairs that could not be read for it."""
+
+    rows: npt.NDArray[Any]
+    bad: tuple[BadPair, ...] = ()
+
+
+# Computes tasks, in any order, by whoever.
+Compute = Callable[[Iterable[ShardTask]], Iterator[tuple[ShardTask, Shard]]]
+
+
+def build_cache(
+    folder: Path,
+    maker: ShardMaker,
+    processes: Processes,
+    *,
+    compute: Compute | None = None,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Compute what is missing in `folder`; each process computes its share of the shards.
+
+    Args:
+        compute: computes the shards; None for `maker`, in each process.
+        reporter: receives the number of completed shards.
+
+    Raises:
+        UsageError: `folder` is a cache with another manifest, or not a cache.
+        InputError: too many pairs cannot be read.
+    """
+    manifest = maker.manifest
+    processes.on_main(lambda: claim_folder(folder, manifest))
+    with processes.together():
+        complete = _is_complete(folder, manifest, processes)
+    if processes.sum(int(complete))[0] == processes.world_size:
+        return
+    bad = BadSamples(maker.pairs, max_share=maker.max_bad)
+
+    def write(tasks: Sequence[ShardTask]) -> None:
+        missing = [task for task in tasks if not task.path(folder).is_file()]
+        processes.barrier()  # before the first one is written, so that all processes list the same ones
+        mine = missing[processes.rank :: processes.world_size]
+        left = (task.with_captions(folder) for task in mine if not task.path(folder).is_file())
+        reporter.update(CACHING_STAGE, 0, len(mine))
+        for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
+            bad.add(shard.bad)
+            write_array(task.path(folder), shard.rows)
+            reporter.update(CACHING_STAGE, done, len(mine))
+        processes.barrier()
+
+    shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
+    write([ShardTask("captions", shard, rows) for shard, rows in shards])
+    keys = folder / "texts" / "keys.npy"
+    if processes.is_main and not keys.is_file():
+        _merge_captions(folder, keys, len(shards))
+    processes.barrier()
+    captions = len(load_array(keys, memory_mapped=True))
+    write([ShardTask("texts", shard, shard_rows(shard, captions)) for shard in range(shard_count(captions))])
+    write([ShardTask("images", shard, rows, view) for view in range(manifest.views) for shard, rows in shards])
+    if processes.is_main:
+        write_bytes(folder / COMPLETE, to_json(CompleteCache(captions)))
+    processes.barrier()
+
+
+def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:
+    """Return whether a cache is complete, for a process that sees what the main one has claimed."""
+    if not processes.is_main and not is_file(folder / MANIFEST):
+        raise UsageError(
+            f"The teacher cache {folder} is not on a file system that the machines share.",
+            hint="choose another --teacher-cache, or copy a complete one to each machine",
+        )
+    claim_folder(folder, manifest)
+    return is_file(folder / COMPLETE)
+
+
+def _merge_captions(folder: Path, path: Path, shards: int) -> None:
+    """Write the keys of all different captions, sorted, and beside them a pair that has each."""
+    entries = np.concatenate([load_array(caption_shard(folder, shard)) for shard in range(shards)])
+    keys, first = np.unique(entries["key"], return_index=True)
+    write_array(path.with_name("pairs.npy"), entries["pair"][first])
+    write_array(path, keys)
+
+
+class ShardMaker:
+    """Computes the files of a store.
+
+    Args:
+        workers: loader processes; see `step_loader`.
+        max_bad: max fraction of the samples that may be unreadable.
+    """
+
+    def __init__(
+        self, manifest: CacheManifest, teacher: Teacher, pairs: Pairs, *, workers: int, max_bad: float
+    ) -> None:
+        self.manifest, self.pairs, self.max_bad = manifest, pairs, max_bad
+        self._teacher, self._workers = teacher, workers
+        self._data_set: ViewDataset | None = None
+
+    def compute(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Shard]]:
+        """Compute tasks in turn in this process."""
+        for task in tasks:
+            yield task, self(task)
+
+    def __call__(self, task: ShardTask) -> Shard:
+        """Compute a task."""
+        if task.kind == "captions":
+            return Shard(self._caption_keys(task.rows))
+        if task.kind == "texts":
+            assert task.keys is not None
+            assert task.pairs is not None
+            return Shard(self._texts(task.keys, task.pairs))
+        return self._images(task.view, task.rows)
+
+    def _caption_keys(self, rows: range) -> npt.NDArray[np.void]:
+        """Return the keys of all captions of pairs, and the number of the pair of each."""
+        entries = [(caption_key(caption), index) for index in rows for caption in self._captions(index)]
+        return np.asarray(entries, dtype=[("key", KEY), ("pair", "<i8")])
+
+    def _texts(self, keys: npt.NDArray[Any], pairs: npt.NDArray[Any]) -> HalfArray:
+        """Embed captions by their keys; rows of zeros for those that cannot be read."""
+        captions: dict[int, str] = {}  # by row
+        for row, (key, pair) in enumerate(zip(keys.tolist(), pairs.tolist(), strict=True)):
+            for caption in self._captions(pair):
+                if caption_key(caption) == key:
+                    captions[row] = caption
+        embeddings = self._empty(len(keys))
+        readable = list(captions)
+        for batch in in_batches(len(readable), BATCH_SIZE):
+            texts = [captions[row] for row in readable[batch]]
+            embeddings[readable[batch]] = _to_half(self._teacher.embed_captions(texts))
+        return embeddings
+
+    def _images(self, view: int, rows: range) -> Shard:
+        """Embed the images of pairs in a view; rows of zeros for those that cannot be read."""
+        embeddings = self._empty(len(rows))
+        # What cannot be read is tried once more: most errors of networks and disks pass.
+        by_pair = dict(zip(rows, embeddings, strict=True))
+        bad = self._embed_images(view, rows, by_pair, workers=self._workers)
+        if bad:
+            bad = self._embed_images(view, sorted(bad), by_pair, workers=0)
+        return Shard(embeddings, tuple(bad.items()))
+
+    def _embed_images(
+        self, view: int, indices: Sequence[int], embeddings: Mapping[int, HalfArray], *, workers: int
+    ) -> dict[int, str]:
+        """Fill the rows of these pairs; return those that cannot be read, with the reasons."""
+        bad: dict[int, str] = {}
+        parts = [indices[part] for part in in_batches(len(indices), BATCH_SIZE)]
+        views: list[list[View]] = [[(view, index) for index in part] for part in parts]
+        for part, batch in zip(parts, step_loader(self._views(), views, workers=workers), strict=True):
+            bad |= dict(batch.bad)
+            rows = _to_half(self._teacher.embed_images(batch.student_pixels))
+            for index, row in zip(part, rows, strict=True):
+                if index not in bad:
+                    embeddings[index][:] = row
+        return bad
+
+    def _views(self) -> ViewDataset:
+        if self._data_set is None:
+            self._data_set = ViewDataset(
+                self.pairs,
+                self._teacher.clip.preprocessing,
+                None,
+                crops=self.manifest.crops,
+                seed=self.manifest.seed,
+                views=self.manifest.views,
+                max_bad=self.max_bad,
+                substitute=False,
+            )
+        return self._data_set
+
+    def _captions(self, index: int) -> tuple[str, ...]:
+        """Return a pair's captions, none if they cannot be read."""
+        for _ in range(2):
+            with contextlib.suppress(InputError):
+                return self.pairs.captions(index)
+        return ()
+
+    def _empty(self, rows: int) -> HalfArray:
+        return np.zeros((rows, self.manifest.embedding_size), dtype="<f2")
+
+
+def _to_half(embeddings: Tensor) -> HalfArray:
+    half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
+    return half

@@ -1,0 +1,39 @@
+"""An index that a cluster's workers embed is that of one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from support import one_worker
+
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime import embed
+from clip_rd_edge.runtime.index import read_index
+from clip_rd_edge.runtime.index_update import update_index
+from clip_rd_edge.runtime.load import load
+
+
+def test_the_workers_of_a_cluster_give_the_same_index(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (colour_images / "broken.png").write_bytes(b"not an image")
+    here = update_index(load(colour_bundle), colour_images, tmp_path / "here")
+    monkeypatch.setattr(embed, "map_on_cluster", one_worker)
+    monkeypatch.setattr(embed, "BATCH_SIZE", 2)
+    monkeypatch.setattr(embed, "_CHUNK_BATCHES", 1)
+    there = update_index(load(colour_bundle), colour_images, tmp_path / "there", cluster="auto")
+    assert there == here
+    (first, rows), (second, same_rows) = read_index(tmp_path / "here"), read_index(tmp_path / "there")
+    assert first.entries == second.entries
+    assert np.array_equal(rows, same_rows)
+
+
+def test_a_worker_with_another_bundle_is_refused(colour_bundle: Path) -> None:
+    manifest = read_manifest(colour_bundle)
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, logit_scale=7.0))
+    with pytest.raises(InputError, match="is another one here"):
+        embed._make_worker(colour_bundle, manifest)
