@@ -203,7 +203,7 @@ def soak_servers(seconds: float, scratch: Path) -> dict[str, Any]:
 
 def distill_command(folder: Path, run: Path, steps: int) -> list[str]:
     """Return the command of a run, which is resumed if it is there."""
-    options = f"--steps {steps} --batch-size 8 --checkpoint-every 20 --log-every 50 --workers 1 --seed 0 --resume"
+    options = f"--steps {steps} --batch-size 8 --checkpoint-every 20 --workers 1 --seed 0 --precision fp32 --resume"
     model = "--student resnet10t --image-size 32 --text 64x1 --context-length 8 --embedding-size 8 --recipe clip"
     command = [sys.executable, "-m", "clip_rd_edge", "distill", "--data", str(folder / "pairs.csv"), "-o", str(run)]
     return [*command, *options.split(), *model.split()]
@@ -288,6 +288,8 @@ def soak_training(seconds: float, scratch: Path, *, every: float, steps_per_seco
                 os.killpg(process.pid, signal.SIGKILL)
             _, said = process.communicate()
         codes[str(process.returncode)] += 1
+        if process.returncode == 2:
+            raise SystemExit(said)
         if "--debug to see the traceback" in said or "Traceback" in said:
             lost.append(said.strip().splitlines()[-2])
         if process.returncode == 0:

@@ -25,7 +25,7 @@ from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classe
 # Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
 MAX_JSON_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_of(path: Path) -> str:
@@ -201,6 +201,12 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
         if _errno(cause) in _DISK_FULL:
             filename = getattr(cause, "filename", None)
             where = f" for {filename}" if filename else ""
+            if _errno(cause) == errno.EFBIG:
+                return DiskFullError(
+                    f"A file{where} is larger than its file system, or a limit of this shell, allows; no half-written "
+                    "file or folder is left behind.",
+                    hint="see ulimit -f, or choose another -o; FAT keeps no file of 4 GB",
+                )
             return DiskFullError(
                 f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
                 hint="free some space, or choose another -o; temporary files are written to the folder in TMPDIR",
