@@ -127,6 +127,9 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     rust = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")  # of safetensors
     assert "on the disk" in str(disk_full_error(rust))
     assert disk_full_error(RuntimeError("Permission denied (os error 13)")) is None
+    assert "larger than its file system" in str(
+        disk_full_error(OSError(errno.EFBIG, "File too large", "/mnt/state.pt"))
+    )
 
 
 class Oven(msgspec.Struct, forbid_unknown_fields=True):

@@ -24,6 +24,14 @@ def test_the_fastest_accurate_candidate_is_shipped() -> None:
     assert verdicts == {"fast and wrong": "below 0.99", "good": "shipped", "slow": "another is better"}
 
 
+def test_the_text_tower_has_to_agree_more_closely() -> None:
+    tried = [_measured("a", 3, 0.992)]
+    names = [
+        choose(tower, _measured("float32", 10, size=400), tried, budget=Budget()).name for tower in ("image", "text")
+    ]
+    assert names == ["a", None]
+
+
 def test_among_equally_fast_candidates_the_smaller_then_the_more_accurate_is_shipped() -> None:
     assert _choose(_measured("a", 3.0, 0.992), _measured("b", 3.1, 0.998)).name == "b"
     assert _choose(_measured("a", 3.0, 0.998, size=380), _measured("b", 3.1, 0.992, size=100)).name == "b"

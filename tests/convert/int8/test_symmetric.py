@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.ranges import measure_ranges
+from clip_rd_edge.convert.int8.ranges import Ranges, measure_ranges
 from clip_rd_edge.convert.int8.static import weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.parity import agreement, embed
@@ -59,6 +59,19 @@ def test_q_and_dq_meet_tensorrts_requirements(
     assert size_ratio < 0.3
     reference = embed(open_session(str(source)), pixels)
     assert agreement(reference, embed(open_session(quantized.SerializeToString()), pixels)).centred_cosine > 0.9
+
+
+@pytest.mark.parametrize("bounds", [(-10.0, 1.0), (-1.0, 10.0)])
+def test_a_scale_covers_the_larger_of_both_bounds(bounds: tuple[float, float]) -> None:
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 4]) for name in ("x", "y")]
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="layer")], "one", values[:1], values[1:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    quantized = quantize_symmetrically(model, Ranges(min_max={}, percentile={"x": bounds}))
+    (scale,) = (numpy_helper.to_array(t) for t in quantized.graph.initializer if t.name == "x/scale")
+    assert 10 <= 127 * scale < 10.01
 
 
 def test_the_residual_branch_of_a_convolution_is_quantised(
