@@ -1,28 +1,38 @@
 """Convert the image tower of every preset to LiteRT, compare it with PyTorch, and time it beside ONNX Runtime.
 
 pip install '.[train,litert-torch]'      # in an environment of its own
-python benchmarks/scripts/litert.py -o benchmarks/results/MACHINE/litert.json --readme export/litert/README.md
+python benchmarks/scripts/litert.py -o benchmarks/results/MACHINE/litert.json --readme export/litert/README.md \\
+    --bundles quickstart/bundles/fp32 quickstart/bundles/int8 litert/fp32 litert/int8
 
-Weights are random, so the table says nothing about accuracy. LiteRT and ONNX Runtime take turns, batch 1, one thread:
-compare the ratio, not the milliseconds. Each preset's result is kept as it comes; the same command goes on from there.
+The presets' weights are random, so their table says nothing about accuracy. LiteRT and ONNX Runtime take turns, batch
+1, one thread, by the processor time of that thread, so that other programs count little: compare the ratio, not the
+milliseconds. Each preset's result is kept as it comes; the same command goes on from there.
+
+With --bundles, a second table compares the towers of bundles of one model, on the first one's reference inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from PIL import Image
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.contract.preprocess import preprocess
+from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.litert import fp16_recipe, quantize
-from clip_rd_edge.convert.parity import agreement, embed, hard_pixels, latencies
+from clip_rd_edge.convert.parity import agreement, embed, hard_pixels
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.litert import convert_tower
 from clip_rd_edge.exporters.onnx import IMAGE_INPUT, IMAGE_OUTPUT, evaluating, export_image_tower
@@ -30,16 +40,16 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.student import build_student, preset_names, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.io import to_json, write_bytes
-from clip_rd_edge.utils.timing import time_in_turn
 
 MARKER = "litert"
 TOWER = Tower(file="image.onnx", input_name=IMAGE_INPUT, output_name=IMAGE_OUTPUT, precision="fp32")
 
 
 class Converted(msgspec.Struct, frozen=True, kw_only=True):
-    """A preset's image tower: its files in MB, max difference from PyTorch, and ms (p10) in both runtimes.
+    """A preset's image tower: its files in MB, max difference from PyTorch, and ms of processor time in both runtimes.
 
     Attributes:
         error: why it could not be converted, or empty.
@@ -56,12 +66,73 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
     onnx_ms: float = 0.0
 
 
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """A tower of a bundle: its file in MB, ms of processor time, and agreement with the first bundle's."""
+
+    tower: str
+    runtime: str
+    precision: str
+    size_mb: float
+    ms: float
+    max_difference: float
+    centred_cosine: float
+
+
 class Results(msgspec.Struct, frozen=True, kw_only=True):
     """The content of litert.json."""
 
     machine: str
     date: str
     rows: tuple[Converted, ...]
+    bundles: tuple[Compared, ...] = ()
+
+
+def processor_ms(calls: Mapping[str, Callable[[], object]], *, rounds: int = 40) -> dict[str, float]:
+    """Return the median processor time of each call in milliseconds, one after the other in every round.
+
+    Both runtimes compute on the calling thread if they have one.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 3):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            if number >= 3:  # the first ones allocate
+                times[name].append((time.thread_time() - start) * 1e3)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def compare_bundles(folders: Sequence[Path]) -> tuple[Compared, ...]:
+    """Compare the towers of bundles of one model with those of the first."""
+    reference = read_reference(folders[0])
+    assert reference is not None
+    encoders = {folder: load(folder, threads=1) for folder in folders}
+    rows = []
+    for name in ("image", "text"):
+        if name == "image":
+            size = encoders[folders[0]].manifest.preprocessing
+            inputs = np.stack([preprocess(Image.fromarray(image), size) for image in reference.images])
+            runs = {folder: encoder.encode_pixels for folder, encoder in encoders.items()}
+        else:
+            inputs = reference.ids
+            runs = {folder: encoder.encode_ids for folder, encoder in encoders.items()}
+        times = processor_ms({str(folder): partial(run, inputs[:1]) for folder, run in runs.items()})
+        expected = runs[folders[0]](inputs)
+        for folder, encoder in encoders.items():
+            parity = agreement(expected, runs[folder](inputs))
+            tower = encoder.manifest.towers[name]
+            rows.append(
+                Compared(
+                    tower=name,
+                    runtime=encoder.describe().runtime,
+                    precision=tower.precision,
+                    size_mb=(folder / tower.file).stat().st_size / 1e6,
+                    ms=times[str(folder)],
+                    max_difference=parity.max_difference,
+                    centred_cosine=parity.centred_cosine,
+                )
+            )
+    return tuple(rows)
 
 
 def convert(preset: str) -> Converted:
@@ -78,21 +149,31 @@ def convert(preset: str) -> Converted:
             return Converted(preset=preset, error=str(error))
         embeddings = embed(sessions["litert"], pixels)
         fp16 = quantize(fp32, fp16_recipe())
-        times = latencies(sessions, pixels, timer=lambda calls: time_in_turn(calls, rounds=40, max_seconds=20))
+        calls = {name: partial(embed, session, pixels[:1]) for name, session in sessions.items()}
+        times = processor_ms(calls)
         return Converted(
             preset=preset,
             max_difference=agreement(TorchEncoder(clip).encode_pixels(pixels), embeddings).max_difference,
             fp16_cosine=agreement(embeddings, embed(open_litert(fp16, threads=1), pixels)).centred_cosine,
             fp32_mb=len(fp32) / 1e6,
             fp16_mb=len(fp16) / 1e6,
-            litert_ms=float(np.percentile(times["litert"], 10)),
-            onnx_ms=float(np.percentile(times["onnx"], 10)),
+            litert_ms=times["litert"],
+            onnx_ms=times["onnx"],
         )
 
 
 def table(results: Results) -> str:
     """Return the table as Markdown."""
-    lines = [["image tower", "max difference", "FP32, MB", "FP16, MB", "FP16, centred cosine", "LiteRT / ONNX Runtime"]]
+    lines = [
+        [
+            "image tower",
+            "max difference",
+            "FP32, MB",
+            "FP16, MB",
+            "FP16, centred cosine",
+            "LiteRT / ONNX Runtime, ms of a core",
+        ]
+    ]
     for row in results.rows:
         if row.error:
             lines.append([row.preset, f"not converted: {row.error}", "–", "–", "–", "–"])
@@ -104,10 +185,18 @@ def table(results: Results) -> str:
                 f"{row.fp32_mb:.1f}",
                 f"{row.fp16_mb:.1f}",
                 f"{row.fp16_cosine:.6f}",
-                f"{row.litert_ms:.1f} / {row.onnx_ms:.1f} ms = {row.litert_ms / row.onnx_ms:.2f}",
+                f"{row.litert_ms:.1f} / {row.onnx_ms:.1f} = {row.litert_ms / row.onnx_ms:.2f}",
             ]
         )
-    return f"{results.machine}, {results.date}:\n\n{markdown_table(lines)}"
+    text = f"{results.machine}, {results.date}:\n\n{markdown_table(lines)}"
+    if not results.bundles:
+        return text
+    rows = [["tower", "runtime", "precision", "MB", "ms of a core", "max difference", "centred cosine"]]
+    for row in results.bundles:
+        figures = [f"{row.size_mb:.1f}", f"{row.ms:.2f}", f"{row.max_difference:.1e}", f"{row.centred_cosine:.4f}"]
+        rows.append([row.tower, row.runtime, row.precision, *figures])
+    title = "The quickstart's student, compared with its float32 ONNX bundle on the bundle's reference inputs:"
+    return f"{text}\n\n{title}\n\n{markdown_table(rows, left=(0, 1, 2))}"
 
 
 def main() -> None:
@@ -115,16 +204,22 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--readme", type=Path, help="Markdown file with markers for the table")
     parser.add_argument("--presets", nargs="+", choices=preset_names(), default=preset_names())
+    parser.add_argument("--bundles", type=Path, nargs="+", default=[], help="bundles of one model, float32 ONNX first")
     args = parser.parse_args()
     rows: dict[str, Converted] = {}
+    bundles: tuple[Compared, ...] = ()
     if args.output.is_file():
-        rows = {row.preset: row for row in msgspec.json.decode(args.output.read_bytes(), type=Results).rows}
+        known = msgspec.json.decode(args.output.read_bytes(), type=Results)
+        rows, bundles = {row.preset: row for row in known.rows}, known.bundles
+    if args.bundles:
+        bundles = compare_bundles(args.bundles)
+    results = Results(machine=machine_name(), date=date.today().isoformat(), rows=(*rows.values(),), bundles=bundles)
     for preset in args.presets:
         if preset not in rows:
             print(f"{preset}: converting", flush=True)
             rows[preset] = convert(preset)
         ordered = tuple(rows[name] for name in preset_names() if name in rows)
-        results = Results(machine=machine_name(), date=date.today().isoformat(), rows=ordered)
+        results = msgspec.structs.replace(results, rows=ordered)
         write_bytes(args.output, to_json(results))
     print(table(results))
     if args.readme:

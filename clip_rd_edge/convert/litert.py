@@ -130,7 +130,7 @@ def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, An
     """Return the range of every activation of a float32 LiteRT file on some inputs (N, …)."""
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
-    with silently():
+    with silently(), contextlib.redirect_stderr(io.StringIO()):
         quantizer = _quantizer(content, static_recipe(("*",)))
         ranges: dict[str, Any] = quantizer.calibrate({_signature(content): data}, num_threads=threads)
     return ranges
