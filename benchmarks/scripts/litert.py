@@ -188,7 +188,9 @@ def table(results: Results) -> str:
                 f"{row.litert_ms:.1f} / {row.onnx_ms:.1f} = {row.litert_ms / row.onnx_ms:.2f}",
             ]
         )
-    text = f"{results.machine}, {results.date}:\n\n{markdown_table(lines)}"
+    text = f"{results.machine}, {results.date}"
+    if results.rows:
+        text += f". Image towers of the presets, with random weights at 224 pixels:\n\n{markdown_table(lines)}"
     if not results.bundles:
         return text
     rows = [["tower", "runtime", "precision", "MB", "ms of a core", "max difference", "centred cosine"]]
@@ -203,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--readme", type=Path, help="Markdown file with markers for the table")
-    parser.add_argument("--presets", nargs="+", choices=preset_names(), default=preset_names())
+    parser.add_argument("--presets", nargs="*", choices=preset_names(), default=preset_names())
     parser.add_argument("--bundles", type=Path, nargs="+", default=[], help="bundles of one model, float32 ONNX first")
     args = parser.parse_args()
     rows: dict[str, Converted] = {}
@@ -214,6 +216,7 @@ def main() -> None:
     if args.bundles:
         bundles = compare_bundles(args.bundles)
     results = Results(machine=machine_name(), date=date.today().isoformat(), rows=(*rows.values(),), bundles=bundles)
+    write_bytes(args.output, to_json(results))
     for preset in args.presets:
         if preset not in rows:
             print(f"{preset}: converting", flush=True)

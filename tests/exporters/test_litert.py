@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 import clip_rd_edge as edge
+from clip_rd_edge.benchmarking.run import run_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
@@ -112,6 +114,22 @@ def test_the_example_that_needs_no_clip_rd_edge_gives_the_same_answers(
     expected = edge.load(bundle).classify(image)[0]
     assert answers.keys() == {"cat", "dog"}
     assert answers[expected.label] == pytest.approx(expected.probability, abs=2e-3)
+
+
+def test_a_suite_compares_a_litert_bundle_with_onnx(
+    litert_bundle: Callable[[str], Path], fp32_bundle: Path, colour_images: Path
+) -> None:
+    table = colour_images / "pairs.csv"
+    table.write_text("filepath,title\nred.png,red\ngreen.png,green\n")
+    rows = (
+        SuiteRow(label="ORT", model=str(fp32_bundle), role="exported"),
+        SuiteRow(label="LiteRT", model=str(litert_bundle("fp32")), role="exported"),
+    )
+    results = run_suite(
+        Suite(name="two", rows=rows, tasks=(str(table),), rounds=5),
+        lambda spec, *, runtime=None: load(spec, threads=1, runtime=runtime),
+    )
+    assert [row.description.runtime for row in results.rows] == ["onnxruntime", "litert"]
 
 
 def test_other_runtimes_refuse_files_that_they_cannot_read(
