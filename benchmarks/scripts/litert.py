@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,6 +30,7 @@ from PIL import Image
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.litert import fp16_recipe, quantize
@@ -109,13 +111,14 @@ def compare_bundles(folders: Sequence[Path]) -> tuple[Compared, ...]:
     encoders = {folder: load(folder, threads=1) for folder in folders}
     rows = []
     for name in ("image", "text"):
+        inputs: Any = reference.ids
+        runs: dict[Path, Callable[[Any], Embeddings]] = {
+            folder: encoder.encode_ids for folder, encoder in encoders.items()
+        }
         if name == "image":
             size = encoders[folders[0]].manifest.preprocessing
             inputs = np.stack([preprocess(Image.fromarray(image), size) for image in reference.images])
             runs = {folder: encoder.encode_pixels for folder, encoder in encoders.items()}
-        else:
-            inputs = reference.ids
-            runs = {folder: encoder.encode_ids for folder, encoder in encoders.items()}
         times = processor_ms({str(folder): partial(run, inputs[:1]) for folder, run in runs.items()})
         expected = runs[folders[0]](inputs)
         for folder, encoder in encoders.items():
@@ -194,9 +197,14 @@ def table(results: Results) -> str:
     if not results.bundles:
         return text
     rows = [["tower", "runtime", "precision", "MB", "ms of a core", "max difference", "centred cosine"]]
-    for row in results.bundles:
-        figures = [f"{row.size_mb:.1f}", f"{row.ms:.2f}", f"{row.max_difference:.1e}", f"{row.centred_cosine:.4f}"]
-        rows.append([row.tower, row.runtime, row.precision, *figures])
+    for tower in results.bundles:
+        figures = [
+            f"{tower.size_mb:.1f}",
+            f"{tower.ms:.2f}",
+            f"{tower.max_difference:.1e}",
+            f"{tower.centred_cosine:.4f}",
+        ]
+        rows.append([tower.tower, tower.runtime, tower.precision, *figures])
     title = "The quickstart's student, compared with its float32 ONNX bundle on the bundle's reference inputs:"
     return f"{text}\n\n{title}\n\n{markdown_table(rows, left=(0, 1, 2))}"
 
