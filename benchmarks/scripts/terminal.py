@@ -177,6 +177,7 @@ def session() -> list[Step]:
         Step(f"{distil} --steps 4 -o runs/first", codes=(2,)),
         Step(f"{distil} --steps 100000 -o runs/long", interrupt="training", codes=(75,)),
         Step(f"{distil} --steps 100000 -o runs/long --resume", interrupt="training", codes=(75,)),
+        Step("clip-rd-edge embed --data pairs.csv --teacher runs/first --recipe clip-kd -o cache"),
         Step("clip-rd-edge watch runs/first -o watch.html"),
         Step("clip-rd-edge watch runs/first --port 0", interrupt="Ctrl-C"),
         Step("clip-rd-edge evaluate runs/first --task tasks"),
@@ -269,12 +270,18 @@ def write_program(folder: Path) -> Path:
     return folder
 
 
+def shell(line: str) -> list[str]:
+    """Return the command that runs a line; a program alone takes the shell's place, which Ctrl-C would end, too."""
+    alone = line.startswith("clip-rd-edge") and "|" not in line
+    return ["sh", "-c", f"exec {line}" if alone else line]
+
+
 def run_in_terminal(step: Step, terminal: Terminal, cwd: Path, variables: dict[str, str]) -> tuple[int, bytes]:
     """Run a step in a pseudo-terminal; return its exit code and every byte that it wrote."""
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", terminal.lines, terminal.columns, 0, 0))
     process = subprocess.Popen(
-        ["sh", "-c", step.line], stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=variables,
+        shell(step.line), stdin=inner, stdout=inner, stderr=inner, cwd=cwd, env=variables,
         start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(inner)
@@ -308,7 +315,7 @@ def run_in_pipes(step: Step, cwd: Path, variables: dict[str, str]) -> tuple[int,
     """Run a step in pipes; return its exit code, stdout and stderr. It is interrupted where a terminal's user would."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
-            ["sh", "-c", f"exec {step.line}" if "|" not in step.line else step.line], stdin=subprocess.DEVNULL,
+            shell(step.line), stdin=subprocess.DEVNULL,
             stdout=out, stderr=err, cwd=cwd, env=variables, start_new_session=True,
         )  # fmt: skip
 
