@@ -201,7 +201,8 @@ for (const [name, executablePath] of Object.entries(job.browsers)) {
     const options = name === "firefox"
       ? { browser: "firefox", args: ["--width=1600", "--height=1000"], extraPrefsFirefox: { [FIREFOX_SCHEME]: scheme === "dark" ? 0 : 1 } }
       : { browser: "chrome", args: ["--no-sandbox", "--disable-gpu"] };
-    const browser = await puppeteer.launch({ ...options, executablePath, headless: true, defaultViewport: null });
+    const common = { executablePath, headless: true, defaultViewport: null, timeout: 180_000 }; // on a busy machine
+    const browser = await puppeteer.launch({ ...options, ...common });
     const version = await browser.version();
     try {
       for (const described of job.pages) {
