@@ -113,6 +113,14 @@ def test_the_classifier_decides_among_its_own_class_names() -> None:
     assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
 
 
+def test_what_all_classes_have_in_common_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, names = (torch.randn(6, size, generator=generator) for size in (40, 16))
+    expected = solve_projection(weight, names, ridge=0.1)
+    torch.testing.assert_close(solve_projection(weight + 3, names, ridge=0.1), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(solve_projection(weight, names + 3, ridge=0.1), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ["mobilenetv3_small_050", "test_vit", "regnetx_002"])
 def test_trunks_of_several_kinds_are_held(architecture: str, encoder: Path, names: Path, tmp_path: Path) -> None:
     weights = random_classifier(tmp_path / "w.pth", timm.create_model(architecture, num_classes=4))
