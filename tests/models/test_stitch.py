@@ -20,7 +20,7 @@ from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.stitch import solve_projection
+from clip_rd_edge.models.stitch import class_embeddings, solve_projection
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of
 
@@ -111,6 +111,15 @@ def test_the_classifier_decides_among_its_own_class_names() -> None:
     # The names' mean is orthogonal to the decision: it shifts all similarities of an image by the same amount.
     similarities = features @ projection.T @ names.T
     assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
+
+
+def test_all_names_of_a_class_count() -> None:
+    class Text:
+        def encode(self, names: list[str]) -> torch.Tensor:
+            return torch.eye(3)[[["a", "b", "c"].index(name) for name in names]]
+
+    expected = torch.tensor([[0.5**0.5, 0.5**0.5, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(class_embeddings(Text(), [("a", "b"), ("c",)]), expected)
 
 
 def test_what_all_classes_have_in_common_changes_nothing() -> None:
