@@ -117,7 +117,8 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_bytes_though_one_is_lost(
     script.write_text(CLUSTER)
     result = subprocess.run(
         [sys.executable, str(script), json.dumps(source), str(tmp_path / "there"), fate],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Ray's workers are as nice as 15 by default, and would wait for whatever else a busy machine does.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
         capture_output=True,
         text=True,
         timeout=1500,  # a worker's first import takes long on a busy machine,
