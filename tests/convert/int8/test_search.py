@@ -82,6 +82,21 @@ def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibra
     assert quantized.measured.speedup == 1
 
 
+def test_answers_that_a_candidate_loses_count_as_lost(fp32_bundle: Path, calibration: CalibrationSet) -> None:
+    asked: list[bool] = []
+
+    def correct(embeddings: Embeddings) -> np.ndarray:
+        """All answers of float32, which is asked first, are right, and none of a candidate's."""
+        asked.append(not asked)
+        return np.full(len(embeddings), asked[-1])
+
+    samples = TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids, correct=correct)
+    quantized = quantize_tower(fp32_bundle / "text.onnx", samples, timer=_timer(float32=3.0))
+    assert quantized.model is None
+    assert len(asked) > 1
+    assert "loses 100.0 points" in {trial.verdict for trial in quantized.trials}
+
+
 def test_softmax_normalisation_and_attention_products_stay_in_float(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
