@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import InputError, UnreachableError
+from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
 
 if TYPE_CHECKING:
     from clip_rd_edge.distillation.embedding_store import TeacherCache
@@ -59,6 +59,8 @@ class Batch:
             embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
         return replace(self, student_pixels=student, teacher_pixels=teacher, teacher_embeddings=embeddings)
 
+
+_SHARED_MEMORY_HINT = "give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0"
 
 View = tuple[int, int]  # epoch and index of the pair
 
@@ -227,6 +229,9 @@ def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Iterate, with torch's traceback of a worker process taken off the message of an error of our own."""
     try:
         yield from batches
+    except DiskFullError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("DiskFullError: ")[2]
+        raise DiskFullError(reason, hint=_SHARED_MEMORY_HINT) from error
     except UnreachableError as error:
         raise UnreachableError(str(error).strip().splitlines()[-1].rpartition("UnreachableError: ")[2]) from error
 
@@ -246,11 +251,28 @@ def _collate(views: list[PairView]) -> Batch:
 
 
 def _stack_levels(levels: list[Levels]) -> Tensor:
-    return torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2)
+    return _shared(torch.from_numpy(np.stack(levels))).permute(0, 3, 1, 2)
 
 
 def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:
     if not embeddings:
         return None
     images, texts = zip(*embeddings, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(texts))
+    return _shared(torch.from_numpy(np.stack(images))), _shared(torch.from_numpy(np.stack(texts)))
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """Return a tensor in shared memory in a worker process, and as it is in the training process.
+
+    torch would move it there in a thread that prints an error and drops the batch, which the training process would
+    wait for without end. A container's shared memory is 64 MB unless it is told otherwise.
+    """
+    if get_worker_info() is None:
+        return tensor
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        raise DiskFullError(
+            f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "
+            f"{str(error).splitlines()[0].rpartition(': ')[2]}."
+        ) from error

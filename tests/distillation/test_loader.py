@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import DiskFullError, InputError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -171,3 +173,21 @@ def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch
             assert torch.equal(actual, expected)
     assert len(pinned) == 3  # pixels that student and teacher share are pinned once
     assert result.teacher_pixels is result.student_pixels
+
+
+class Cramped(ViewDataset):
+    """Leaves its worker process no shared memory to speak of, as a small /dev/shm does."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return super().__getitem__(view)
+
+
+def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
+    """torch prints an error and waits for the lost batch for ever."""
+    dataset = Cramped(load_pairs(str(pairs_csv)), STUDENT, TEACHER, crops=Crops(scale=(0.5, 1.0)), seed=3)
+    loader = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+    with pytest.raises(DiskFullError, match=r"pass a batch of 0\.0 MB through shared memory: File too large") as caught:
+        next(loader)
+    assert "--workers 0" in caught.value.hint
