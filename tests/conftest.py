@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from PIL import Image
 
 # Towers here are tiny: threads would wait for one another longer than they work. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's job in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from clip_rd_edge.convert.calibration import CalibrationSet, Samples

@@ -174,6 +174,7 @@ def _update(
         return write_index(path, msgspec.structs.replace(index, entries=entries, graph=graph), merged), merged
 
     last_saved, done = time.monotonic(), 0
+    reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
         for batch in embed_images_on_cluster(cluster, encoder, new) if cluster else embed_images(encoder, new):
             parts.append(batch.embeddings)

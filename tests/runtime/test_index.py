@@ -121,7 +121,8 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
     saved_counts = []
     reporter = Watch("embedding", lambda _: saved_counts.append(_count(index)))
     update_index(load(colour_bundle), colour_images, index, reporter=reporter)
-    assert saved_counts == [0, 32]  # after each batch, all earlier batches are on disk
+    assert reporter.updates == [("embedding", done, 64) for done in (0, 32, 64)]
+    assert saved_counts == [0, 0, 32]  # after each batch, all earlier batches are on disk
     # A partly written file beside them is ignored.
     (index / ".index.json.abc.tmp").write_text("{")
     assert len(names(index)) == 64
