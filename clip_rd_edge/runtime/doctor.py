@@ -39,6 +39,7 @@ EXTRAS = {
     "remote": "shards in object stores and on web servers",
     "parquet": "tables of pairs in Parquet",
     "usearch": "searching a million images and more",
+    "ray": "embed and index on a Ray cluster",
     "wandb": "distill --report-to wandb",
     "mlflow": "distill --report-to mlflow",
     **{extra: purpose for info in FORMATS.values() for extra, purpose in info.extras.items()},
