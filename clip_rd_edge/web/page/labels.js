@@ -41,14 +41,15 @@ export class LabelList {
     return this.bank ? this.typed : this.current;
   }
 
-  // Append a row for each label that is not in the list yet, and scroll the last of them into view.
+  // Append a row for each label that is not in the list yet; scroll the last one into view where the user has typed it.
+  // Elsewhere, scrolling would make Tab go on from there: in new browsers, what is scrolled to is where Tab starts.
   add(labels) {
     let row = null;
     for (const label of labels.map((text) => text.trim()).filter(Boolean)) {
       row = this.#find(label);
       if (!row) list.append((row = this.#createRow(label)));
     }
-    row?.scrollIntoView({ block: "nearest" });
+    if (this.form.contains(document.activeElement)) row?.scrollIntoView({ block: "nearest" });
     this.onChange();
   }
 
