@@ -106,7 +106,7 @@ def test_it_runs_on_tiny_models(
     )
     output = capsys.readouterr().out
     assert "7 images embedded, 0 kept" in output
-    assert "images like 1f33b.png:" in output
+    assert "images like 1f6b2.png:" in output
 
 
 @pytest.mark.slow
@@ -120,6 +120,14 @@ def test_it_runs_as_it_is_and_the_student_has_learnt(figures: list[int]) -> None
     best = [answer[0].label for answer in namespace["answers"]]
     assert sum(map(str.__eq__, best, namespace["EXAMPLES"].values())) >= 4
     assert len(figures) == 7
+
+
+def test_its_pictures_are_stored_and_nothing_of_where_they_were_made() -> None:
+    outputs = [output for cell in code_cells() for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 7
+    text = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    assert "choose ONNX INT8" in text
+    assert re.findall(r"(?<!\w)/\w+", text) == []  # absolute paths
 
 
 def test_it_uses_the_front_door_alone() -> None:
