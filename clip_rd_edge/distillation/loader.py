@@ -269,8 +269,10 @@ def _shared(tensor: Tensor) -> Tensor:
     """
     if get_worker_info() is None:
         return tensor
+    untyped: Any = tensor  # torch has no types for it
     try:
-        return tensor.share_memory_()
+        untyped.share_memory_()
+        return tensor
     except RuntimeError as error:
         raise DiskFullError(
             f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -60,7 +61,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     hub = _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
-    with _quiet_open_clip(), _without_remote_code(), hub:
+    with _QUIET, _without_remote_code(), hub:
         try:
             model = open_clip.create_model(
                 spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
@@ -182,23 +183,38 @@ def _display_name(spec: str, pretrained: str | None) -> str:
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not exists(pretrained) else "")
 
 
-@contextmanager
-def _quiet_open_clip() -> Iterator[None]:
+class _QuietOpenClip:
     """Within the block, nothing below CRITICAL is logged through the root logger.
 
     open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
     `logging.info` adds a handler to a root logger that has none, which would print what the hub's logger prints, too.
+    Threads may load at once: the first one saves the logger's state, and the last one restores it.
     """
-    root = logging.getLogger()
-    level, handlers = root.level, [*root.handlers]
-    root.setLevel(logging.CRITICAL)
-    root.addHandler(logging.NullHandler())
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        for handler in [handler for handler in root.handlers if handler not in handlers]:
-            root.removeHandler(handler)
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._level, self._handlers = logging.NOTSET, list[logging.Handler]()
+
+    def __enter__(self) -> None:
+        root = logging.getLogger()
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._level, self._handlers = root.level, [*root.handlers]
+                root.setLevel(logging.CRITICAL)
+                root.addHandler(logging.NullHandler())
+
+    def __exit__(self, *_: object) -> None:
+        root = logging.getLogger()
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                root.setLevel(self._level)
+                for handler in [handler for handler in root.handlers if handler not in self._handlers]:
+                    root.removeHandler(handler)
+
+
+_QUIET = _QuietOpenClip()
 
 
 class _RemoteCodeError(Exception):

@@ -7,6 +7,8 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -16,7 +18,7 @@ import torch
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.load import _QUIET, load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
@@ -98,6 +100,31 @@ def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
     assert capfd.readouterr().err == ""
 
 
+def test_threads_that_load_at_once_leave_the_applications_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one finds the level that the first one has set, and must not restore that."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    root = logging.getLogger()
+    before = root.level, [*root.handlers]
+
+    def first() -> None:
+        with _QUIET:
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(10)
+        with _QUIET:
+            second_in.set()
+            assert first_out.wait(10)
+            assert root.level == logging.CRITICAL
+
+    with ThreadPoolExecutor(2) as threads:
+        for loading in [threads.submit(first), threads.submit(second)]:
+            loading.result(20)
+    assert (root.level, root.handlers) == before
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "expected"),
     [
@@ -155,8 +182,8 @@ def test_a_warning_of_the_hub_is_printed_once(capfd: pytest.CaptureFixture[str])
     program = """
 import logging
 from huggingface_hub.utils import logging as hub_logging
-from clip_rd_edge.models.load import _quiet_open_clip
-with _quiet_open_clip():
+from clip_rd_edge.models.load import _QUIET
+with _QUIET:
     logging.info("open_clip says what it does")
     hub_logging.get_logger("huggingface_hub.http").warning("Retrying in 1s")
 assert not logging.getLogger().handlers
