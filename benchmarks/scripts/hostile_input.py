@@ -116,7 +116,7 @@ def run(kind: str, file: str, command: str, place: Path, *, torch: bool) -> Outc
         output.seek(0)
         text = output.read().decode(errors="replace").replace(str(place), "…")
     seconds = usage.ru_utime + usage.ru_stime
-    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    lines = [line for line in text.replace(str(ROOT), ".").splitlines() if line.strip()] or [""]
     return Outcome(
         kind, file, command.split()[0], code, round(seconds, 2), round(usage.ru_maxrss / 1e3), lines[-1][:200],
         _problem(code, text, seconds),
