@@ -13,7 +13,7 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import one_line
 
 
@@ -41,6 +41,8 @@ def command(
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
 
+    if watch and ray:
+        raise UsageError("--watch and --ray cannot be combined.", hint="omit one of them")
     if watch:
         _watch(bundle, folder, output, threads=threads, device=device)
         return

@@ -46,6 +46,7 @@ CASES = [
     ("verify nothing", "it does not exist", "verify B"),
     ("verify P", "it is a file", "verify B"),
     ("verify B --device cpuu", "Did you mean 'cpu'", "verify B --device CPU"),
+    ("index B photos -o i --watch --ray auto", "cannot be combined", "index B photos -o i"),
     ("index B photos", "Missing option '-o'", ""),
     ("index B nothing -o i", "The folder nothing does not exist", "index B photos -o i"),
     ("index B P -o i", "The folder P is a file", "index B photos -o i"),
