@@ -86,6 +86,12 @@ class MissingExtraError(UsageError):
         )
 
 
+def relayed_error(message: str, *, hint: str, exit_code: int) -> ClipRdEdgeError:
+    """Return an error of another process or machine, as one that ends this process with the same exit code."""
+    kind = UsageError if exit_code == UsageError.exit_code else ClipRdEdgeError
+    return kind(message, hint=hint)
+
+
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return ` Did you mean 'a' or 'b'?` with the names closest to `value`, or an empty string if none is close.
 

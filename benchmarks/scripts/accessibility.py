@@ -17,49 +17,23 @@ Exit code 1 if there is anything to report. The browsers are Debian's: apt-get i
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from screenshots import QuietHandler, QuietServer, demo, render_drawing, site
+from screenshots import demo, render_drawing, running, served, site
 
 SCRIPT = Path(__file__).with_suffix(".mjs")
 BROWSERS = {"chromium": "chromium", "firefox": "firefox-esr"}
 WIDTHS = (390, 768, 1440)  # a phone, a tablet, a desktop; in CSS pixels
 SCHEMES = ("light", "dark")
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """Serve the files of a folder and yield the address."""
-    handler = functools.partial(QuietHandler, directory=str(folder))
-    with QuietServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/"
-        finally:
-            server.shutdown()
-
-
-@contextmanager
-def watched(run: Path) -> Iterator[str]:
-    """Run `clip-rd-edge watch` and yield its address."""
-    command = [sys.executable, "-m", "clip_rd_edge", "watch", str(run), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            yield server.stdout.readline().strip()
-        finally:
-            server.terminate()
 
 
 @contextmanager
@@ -74,7 +48,7 @@ def pages(quickstart: Path) -> Iterator[list[dict[str, Any]]]:
             {"name": "demo", "url": stack.enter_context(demo(bundles)), **controls},
             {"name": "export for the browser", "url": stack.enter_context(site(bundles[-1])), **controls},
             {"name": "report", "url": f"{report}report.html"},
-            {"name": "watch", "url": stack.enter_context(watched(quickstart / "student"))},
+            {"name": "watch", "url": stack.enter_context(running("watch", str(quickstart / "student"), "--port", "0"))},
         ]
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from scale import publish
 
 WARM_UP_STEPS = 3
 PREFIX = "gloo:"  # of the profiler's names of messages
@@ -62,15 +63,7 @@ def main() -> None:
         "image_size": arguments.image_size,
         "students": {student: watch(student, arguments) for student in arguments.students},
     }
-    text = table(record)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    if arguments.readme:
-        from clip_rd_edge.benchmarking.report.text import write_between_markers
-
-        write_between_markers(arguments.readme, "messages", text)
+    publish(record, table(record), "messages", arguments)
 
 
 def watch(student: str, arguments: argparse.Namespace) -> dict[str, Any]:

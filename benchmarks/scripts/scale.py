@@ -60,15 +60,19 @@ def main() -> None:
         "shards": arguments.shards,
         "data sets": {kind: starts(kind, arguments.shards, arguments.samples) for kind in arguments.of},
     }
-    text = table(record)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    if arguments.readme:
-        from clip_rd_edge.benchmarking.report.text import write_between_markers
+    publish(record, table(record), "scale", arguments)
 
-        write_between_markers(arguments.readme, "scale", text)
+
+def publish(record: dict[str, Any], table: str, marker: str, arguments: argparse.Namespace) -> None:
+    """Print a table, write the record to `arguments.output`, and the table between the marks of `arguments.readme`."""
+    from clip_rd_edge.benchmarking.report.text import write_between_markers
+    from clip_rd_edge.utils.io import write_text
+
+    print(table)
+    if arguments.output:
+        write_text(arguments.output, json.dumps(record, indent=2) + "\n")
+    if arguments.readme:
+        write_between_markers(arguments.readme, marker, table)
 
 
 def machine() -> str:

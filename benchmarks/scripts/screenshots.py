@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,11 +39,16 @@ class QuietServer(http.server.ThreadingHTTPServer):
         """Say nothing."""
 
 
-@contextmanager
-def demo(bundles: Sequence[Path]) -> Iterator[str]:
+def demo(bundles: Sequence[Path]) -> AbstractContextManager[str]:
     """Run the demo and yield its address."""
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", *map(str, bundles), "--port", "0", "--threads", "1"]
-    with subprocess.Popen([*command, "--labels", *LABELS], stdout=subprocess.PIPE, text=True) as server:
+    return running("demo", *map(str, bundles), "--port", "0", "--threads", "1", "--labels", *LABELS)
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[str]:
+    """Run a command of clip-rd-edge that serves, and yield the first line that it prints, its address."""
+    command = [sys.executable, "-m", "clip_rd_edge", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
             yield server.stdout.readline().strip()
@@ -56,13 +61,20 @@ def site(bundle: Path) -> Iterator[str]:
     """Serve the export for the browser and yield its address."""
     with tempfile.TemporaryDirectory() as name:
         write_browser(bundle, Path(name) / "site")
-        handler = functools.partial(QuietHandler, directory=str(Path(name) / "site"))
-        with QuietServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            try:
-                yield f"http://127.0.0.1:{server.server_address[1]}/"
-            finally:
-                server.shutdown()
+        with served(Path(name) / "site") as address:
+            yield address
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """Serve the files of a folder and yield the address."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with QuietServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
 
 
 def render_drawing(folder: Path) -> Path:

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -38,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scale import publish
 from unreliable_server import UnreliableServer
 
 SIZE, BATCH, WINDOW_SHARDS = (512, 384), 64, 3
@@ -307,15 +307,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         record = {"date": date.today().isoformat(), "machine": machine_name(), **measure(Path(name), arguments)}
-    text = table(record)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
-    if arguments.readme:
-        from clip_rd_edge.benchmarking.report.text import write_between_markers
-
-        write_between_markers(arguments.readme, "streaming", text)
+    publish(record, table(record), "streaming", arguments)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,39 @@ threads_option = _device(
 )
 
 
+def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how pairs are read; `--data` itself stands before them."""
+    data = grouped("Data")
+    for option in reversed((
+        data(
+            "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
+            help="Column with the image paths.",
+        ),
+        data(
+            "--csv-caption-key", metavar="COLUMN", default="title", show_default=True,
+            help="Column with the captions.",
+        ),
+        data(
+            "--train-data-upsampling-factors", metavar="W::W",
+            help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
+        ),
+        data(
+            "--json-caption-key", metavar="KEY",
+            help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
+        ),
+        data(
+            "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01,
+            show_default=True, help="Max fraction of damaged samples; these are skipped and counted.",
+        ),
+        data(
+            "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+            help="Loader processes; -1 uses half the cores, at most 8.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def completed_by(names: Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
     """Return a `shell_complete` callback that offers names, such as those of presets, and file names.
 

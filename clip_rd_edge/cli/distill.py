@@ -15,6 +15,7 @@ from clip_rd_edge.cli._options import (
     PathName,
     complete_recipe,
     complete_student,
+    data_options,
     drop_none,
     grouped,
 )
@@ -38,25 +39,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
     "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
 )
-@_data("--csv-img-key", metavar="COLUMN", default="filepath", show_default=True, help="Column with the image paths.")
-@_data("--csv-caption-key", metavar="COLUMN", default="title", show_default=True, help="Column with the captions.")
-@_data(
-    "--train-data-upsampling-factors", metavar="W::W",
-    help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
-)  # fmt: skip
-@_data(
-    "--json-caption-key",
-    metavar="KEY",
-    help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
-)
-@_data(
-    "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
-    help="Max fraction of damaged samples; these are skipped and counted.",
-)  # fmt: skip
-@_data(
-    "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
-    help="Loader processes; -1 uses half the cores, at most 8.",
-)  # fmt: skip
+@data_options
 @_teacher(
     "--teacher",
     metavar="MODEL",

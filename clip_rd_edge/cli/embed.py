@@ -13,6 +13,7 @@ from clip_rd_edge.cli._options import (
     NameChoice,
     PathName,
     complete_recipe,
+    data_options,
     drop_none,
     grouped,
     ray_option,
@@ -23,24 +24,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
 
 @click.command("embed", cls=GroupedCommand, short_help="Compute a teacher's embeddings once, for many runs.")
 @_data("--data", required=True, metavar="SOURCE", help="The pairs, as for distill.")
-@_data("--csv-img-key", metavar="COLUMN", default="filepath", show_default=True, help="Column with the image paths.")
-@_data("--csv-caption-key", metavar="COLUMN", default="title", show_default=True, help="Column with the captions.")
-@_data(
-    "--train-data-upsampling-factors", metavar="W::W",
-    help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",
-)  # fmt: skip
-@_data(
-    "--json-caption-key", metavar="KEY",
-    help="Key of the captions in the shards' .json files.  [default: captions from .txt files]",
-)  # fmt: skip
-@_data(
-    "--max-bad", metavar="FRACTION", type=click.FloatRange(0, 1, max_open=True), default=0.01, show_default=True,
-    help="Max fraction of damaged samples.",
-)  # fmt: skip
-@_data(
-    "--workers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
-    help="Loader processes; -1 uses half the cores, at most 8.",
-)  # fmt: skip
+@data_options
 @_teacher("--teacher", required=True, metavar="MODEL", help="The teacher, as for distill.")
 @_teacher(
     "--teacher-pretrained", metavar="TAG|FILE",

@@ -16,11 +16,11 @@ from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.tars import Kind, Shard, TarMember, open_shard
 from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.io import read_text_limited
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
-_MAX_DIGITS = 10  # of a number in a file
 SPLITS = ("test", "val", "validation")  # in order of preference
 
 
@@ -180,7 +180,7 @@ def _zero_shot_from_shards(data_set: DataSet, shards: Sequence[Shard]) -> ZeroSh
     targets: list[int] = []
     for image, member in _samples(shards, "class"):
         target = read_text(member).strip()
-        if not _is_natural(target) or int(target) >= len(labels):
+        if not is_natural(target) or int(target) >= len(labels):
             raise InputError(
                 f"{member} contains {target!r}; expected a number below {len(labels)}, the number of classes."
             )
@@ -203,13 +203,9 @@ def _shard_paths(data_set: DataSet) -> list[Path]:
     if not count_file.is_file():
         return sorted(data_set.split.glob("*.tar"))
     count = read_text_limited(count_file).strip()
-    if not _is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
+    if not is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
         raise InputError(f"{count_file} contains {count!r}; expected the number of shards.")
     return [data_set.split / f"{number}.tar" for number in range(int(count))]
-
-
-def _is_natural(text: str) -> bool:
-    return text.isdecimal() and len(text) < _MAX_DIGITS
 
 
 def _samples(shards: Sequence[Shard], kind: Kind) -> list[tuple[TarMember, TarMember]]:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.distillation.heartbeat import heartbeat
 from clip_rd_edge.distillation.roll_call import Member, this_member
-from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, relayed_error
 from clip_rd_edge.models.clip import default_device
 
 # Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
@@ -159,8 +159,8 @@ class Processes:
         for rank, failure in enumerate(failures):
             if failure is not None:
                 message, hint, exit_code = failure
-                kind = UsageError if exit_code == UsageError.exit_code else ClipRdEdgeError
-                raise error or kind(f"Process {rank} of the run{self.where(rank)} cannot go on: {message}", hint=hint)
+                message = f"Process {rank} of the run{self.where(rank)} cannot go on: {message}"
+                raise error or relayed_error(message, hint=hint, exit_code=exit_code)
 
     def where(self, rank: int) -> str:
         """Return `, on HOST,` for a message about a process, or nothing if that is not known."""

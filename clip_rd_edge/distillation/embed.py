@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.store_build import (
     ShardMaker,
     ShardTask,
     build_cache,
-    make_manifest,
+    shard_maker,
 )
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
 from clip_rd_edge.errors import InputError, UsageError
@@ -57,17 +57,9 @@ def _maker(config: RunConfig, pairs: Pairs) -> ShardMaker:
     clip, device = load_teacher(config), default_device()
     if clip is None:
         raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
-    manifest = make_manifest(
-        clip,
-        pairs,
-        crops=_crops(config),
-        seed=config.seed,
-        views=config.views,
-        precision=config.teacher_precision,
-    )
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
     teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
-    return ShardMaker(manifest, teacher, pairs, workers=config.workers, max_bad=config.max_bad)
+    return shard_maker(config, teacher, pairs, _crops(config))
 
 
 def _crops(config: RunConfig) -> Crops:

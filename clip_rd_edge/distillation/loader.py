@@ -229,11 +229,10 @@ def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Iterate, with torch's traceback of a worker process taken off the message of an error of our own."""
     try:
         yield from batches
-    except DiskFullError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("DiskFullError: ")[2]
-        raise DiskFullError(reason, hint=_SHARED_MEMORY_HINT) from error
-    except UnreachableError as error:
-        raise UnreachableError(str(error).strip().splitlines()[-1].rpartition("UnreachableError: ")[2]) from error
+    except (DiskFullError, UnreachableError) as error:
+        kind = type(error)
+        reason = str(error).strip().splitlines()[-1].rpartition(f"{kind.__name__}: ")[2]
+        raise kind(reason, hint=_SHARED_MEMORY_HINT if kind is DiskFullError else "") from error
 
 
 def _collate(views: list[PairView]) -> Batch:

@@ -36,7 +36,7 @@ from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.store_build import build_cache, shard_maker
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
 from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
@@ -280,19 +280,11 @@ def _prepare_teacher(
     if config.teacher_cache is None:
         return teacher, make_dataset(config, setup)
     folder, dataset = Path(config.teacher_cache), make_dataset(config, setup, with_teacher_pixels=False)
-    manifest = make_manifest(
-        setup.teacher,
-        setup.pairs,
-        crops=dataset.crops,
-        seed=config.seed,
-        views=config.views,
-        precision=config.teacher_precision,
-    )
-    maker = ShardMaker(manifest, teacher, setup.pairs, workers=config.workers, max_bad=config.max_bad)
+    maker = shard_maker(config, teacher, setup.pairs, dataset.crops)
     build_cache(folder, maker, processes, reporter=reporter)
     setup.teacher.model.to("cpu")
     dataset.cache = open_cache(folder)
-    return CachedTeacher(manifest.logit_scale, processes.device), dataset
+    return CachedTeacher(maker.manifest.logit_scale, processes.device), dataset
 
 
 def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:

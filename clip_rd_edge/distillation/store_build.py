@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.embedding_store import (
     COMPLETE,
@@ -273,6 +274,14 @@ class ShardMaker:
 
     def _empty(self, rows: int) -> HalfArray:
         return np.zeros((rows, self.manifest.embedding_size), dtype="<f2")
+
+
+def shard_maker(config: RunConfig, teacher: Teacher, pairs: Pairs, crops: Crops) -> ShardMaker:
+    """Return what computes the store of a run's teacher over its pairs; `teacher_precision` is not `auto` any more."""
+    manifest = make_manifest(
+        teacher.clip, pairs, crops=crops, seed=config.seed, views=config.views, precision=config.teacher_precision
+    )
+    return ShardMaker(manifest, teacher, pairs, workers=config.workers, max_bad=config.max_bad)
 
 
 def _to_half(embeddings: Tensor) -> HalfArray:

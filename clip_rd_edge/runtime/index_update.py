@@ -45,6 +45,7 @@ from clip_rd_edge.runtime.index_graph import (
 from clip_rd_edge.utils.io import sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
@@ -125,7 +126,7 @@ def update_index(
         reason = "is a file" if exists(folder) else "does not exist"
         raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
-        if not _is_utf8(str(location)):
+        if not is_unicode(str(location)):
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     with exclusive_writer(path, on_wait=reporter.say):
@@ -145,7 +146,8 @@ def _update(
     index, rows = _start(encoder, folder.resolve(), path)
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
-    names = [name for image in images if _is_utf8(name := image.relative_to(folder).as_posix())]
+    named = {image: image.relative_to(folder).as_posix() for image in images}
+    names = [name for name in named.values() if is_unicode(name)]
     if not images and settled is not None:  # the folder was unmounted since it was listed
         return Update(kept=len(index.entries))
     if not images and not index.entries:
@@ -158,8 +160,8 @@ def _update(
     update.unreadable += map(str, folders)
     update.unreadable += [
         f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
-        for image in images
-        if not _is_utf8(str(image.relative_to(folder)))
+        for image, name in named.items()
+        if not is_unicode(name)
     ]
     if entries == index.entries and not new and is_index(path):
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
@@ -256,14 +258,6 @@ def _sources(folder: Path, names: list[str]) -> list[_Source]:
         with suppress(FileNotFoundError):
             sources.append(_Source(folder, name))
     return sources
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Python represents a byte that is not UTF-8 as half a surrogate pair
-        return False
-    return True
 
 
 def _printable(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.io import looks_like_path, near_files, read_limited
 from clip_rd_edge.utils.paths import is_folder
 from clip_rd_edge.utils.printable import is_unicode
@@ -26,7 +27,6 @@ HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name"
 Labels = Sequence[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 _COMMENT = "#"
-_MAX_DIGITS = 10  # of a class's number
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
 
@@ -204,17 +204,13 @@ def _from_structure(content: Any, path: Path) -> list[str]:
         nested = next((keys[heading] for heading in HEADINGS if heading in keys), None)
         if nested is not None:
             content = nested
-    if isinstance(content, dict) and content and all(_is_class_number(str(key)) for key in content):
+    if isinstance(content, dict) and content and all(is_natural(str(key)) for key in content):
         content = [content[key] for key in sorted(content, key=int)]
     if not isinstance(content, list):
         raise InputError(
             f"The label file {path} has no list of labels.", hint='write a list of names, such as ["a cat", "a dog"]'
         )
     return [_name(item, number, path) for number, item in enumerate(content, start=1)]
-
-
-def _is_class_number(key: str) -> bool:
-    return key.isdecimal() and len(key) < _MAX_DIGITS
 
 
 def _name(item: Any, number: int, path: Path) -> str:

@@ -21,6 +21,12 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 _INT64 = 2**63
+_MAX_DIGITS = 10
+
+
+def is_natural(text: str) -> bool:
+    """Return whether a text is a natural number below a billion: Python refuses to read those of very many digits."""
+    return text.isdecimal() and len(text) < _MAX_DIGITS
 
 
 class CheckedError(ConfigError, ValueError):

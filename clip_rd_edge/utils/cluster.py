@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError, relayed_error
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,6 +91,6 @@ class _Worker:
                 self._call = self._make()
             result = self._call(pickle.loads(row["item"]))
         except ClipRdEdgeError as error:
-            kind = UsageError if error.exit_code == UsageError.exit_code else ClipRdEdgeError
-            result = kind(f"The Ray worker on {socket.gethostname()} cannot go on: {error}", hint=error.hint)
+            message = f"The Ray worker on {socket.gethostname()} cannot go on: {error}"
+            result = relayed_error(message, hint=error.hint, exit_code=error.exit_code)
         return {"result": pickle.dumps(result)}
