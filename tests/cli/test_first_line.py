@@ -58,9 +58,10 @@ def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_pa
 
     folder = tmp_path / "photos"
     folder.mkdir()
-    # Large ones, so that the command is never done before the signal arrives.
-    Image.new("RGB", (4000, 3000), (200, 0, 0)).save(folder / "0.png")
-    for number in range(1, 500):
+    # So many that the command is never done before the signal arrives, and not so large that it could not end at once:
+    # the threads that open them finish theirs, at a low priority.
+    Image.new("RGB", (1000, 750), (200, 0, 0)).save(folder / "0.png")
+    for number in range(1, 2500):
         os.link(folder / "0.png", folder / f"{number}.png")
     terminal, side = pty.openpty()
     command = [sys.executable, "-m", "clip_rd_edge", "index", str(colour_bundle), str(folder), "-o", "photos.index"]
