@@ -110,19 +110,23 @@ class Heartbeat:
             self._stopping.set()
 
     def _watch(self) -> None:
-        missed, last = 0, (0, 0)
+        missed, seen, round_then = 0, 0, 0
         while not self._stopping.wait(self._interval_s):
-            now = (self._round, self._seen)
-            if now[1] >= _LEFT:
+            round_now, seen_now = self._round, self._seen
+            if seen_now >= _LEFT:
                 return
-            answers, moves = now[0] != last[0], now[1] != last[1]
-            missed = 0 if moves else missed + 1
+            if seen_now != seen:
+                missed, seen, round_then = 0, seen_now, round_now
+                continue
+            missed += 1
             if missed > MAX_MISSED:
+                # Since then, and not in the last interval alone, in which a busy machine may be late with a beat. The
+                # first one may have been on its way when the store fell silent.
+                answers = round_now - round_then > 1
                 silent = self._watched if answers else self._holder
                 if silent is not None:
                     self._on_silence(silent)
                 return
-            last = now
 
 
 def _key(rank: int) -> str:

@@ -41,7 +41,7 @@ class Member:
 
     def __init__(self, rank: int, count: int, numbers: Numbers, holder: int | None = None) -> None:
         self.silent: list[int] = []
-        self.own = Numbers.__new__(Numbers)
+        self.own = type(numbers).__new__(type(numbers))
         self.own.__dict__ = {**numbers.__dict__, "frozen": threading.Event(), "thawed": threading.Event()}
         self.beats = Heartbeat(
             rank, count, self.own, holder=holder, on_silence=self.silent.append, interval_s=INTERVAL_S
@@ -82,6 +82,22 @@ def test_a_process_that_no_longer_beats_is_named_by_the_one_before_it() -> None:
     members[2].own.thawed.set()
     for member in members:
         member.beats.stop()
+
+
+def test_a_process_is_named_by_one_whose_own_beats_come_late() -> None:
+    """On a busy machine a beat takes longer than an interval, so that some intervals see none."""
+
+    class Slow(Numbers):
+        def add(self, key: str, amount: int) -> int:
+            time.sleep(INTERVAL_S)
+            return super().add(key, amount)
+
+    numbers = Slow()
+    watchers = [Member(0, 2, numbers) for _ in range(4)]  # the second process never starts
+    wait_for(lambda: all(watcher.silent for watcher in watchers))
+    assert [watcher.silent for watcher in watchers] == [[1]] * 4
+    for watcher in watchers:
+        watcher.beats.stop()
 
 
 @pytest.mark.parametrize(("holder", "named"), [(0, [0]), (None, [])])
