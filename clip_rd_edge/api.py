@@ -207,7 +207,7 @@ def embed(
         InputError, ConfigError: the data, teacher or recipe is missing or invalid.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.embed import embed_teacher
+    from clip_rd_edge.distillation.store.embed import embed_teacher
 
     folder = Path(output)
     told: dict[str, Any] = {**options, "views": views}
@@ -794,7 +794,7 @@ def watch(
     in_background: Callable[[], Answers] = Answers
     if answers:
         try:
-            from clip_rd_edge.distillation.answers import StudentAnswers
+            from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
         except ModuleNotFoundError:
             missing = Answers(problem=f"Sample answers need PyTorch: {install_command('train')}")
             now = in_background = lambda: missing
@@ -933,7 +933,7 @@ def _told_to_all_processes() -> Iterator[None]:
         yield
     except (ClipRdEdgeError, ModuleNotFoundError) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from clip_rd_edge.distillation.distributed import tell_failure
+            from clip_rd_edge.distillation.processes.distributed import tell_failure
 
             tell_failure(error if isinstance(error, ClipRdEdgeError) else UsageError(f"{error}."))
         raise

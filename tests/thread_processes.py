@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.roll_call import Member
-from clip_rd_edge.distillation.signals import Stopped
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.processes.roll_call import Member
+from clip_rd_edge.distillation.processes.signals import Stopped
 from clip_rd_edge.errors import ClipRdEdgeError
 
 

@@ -26,8 +26,8 @@ from torch.nn.functional import normalize
 
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher
 from clip_rd_edge.losses.bank import Bank

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import default_device, to_device

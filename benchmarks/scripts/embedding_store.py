@@ -22,12 +22,12 @@ from PIL import Image
 
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import open_cache
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.store.embedding_store import open_cache
+from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.models.clip import to_device
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.embedding_store import SHARD_SIZE, RowFile, TeacherCache, image_shard, text_shard
+from clip_rd_edge.distillation.store.embedding_store import SHARD_SIZE, RowFile, TeacherCache, image_shard, text_shard
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.bank import Bank
 

@@ -16,9 +16,9 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs, require_batch
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
-from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import torch
 
-from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.io import new_folder, sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter

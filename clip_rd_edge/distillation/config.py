@@ -144,7 +144,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             resumed: batches and loss stay the same, but batch norms and dropout see only each process's part.
         workers: loader processes; -1 uses half of the cores, at most 8.
         evaluate_every: steps between evaluations on `tasks`; 0 evaluates only at the end.
-        report_to: where the metrics also go; see `distillation.trackers`.
+        report_to: where the metrics also go; see `distillation.monitoring.trackers`.
     """
 
     recipe_name: str

@@ -9,8 +9,8 @@ import msgspec
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.distillation.build import RunSetup
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import teacher_fingerprint
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.io import read_json, to_json, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -18,11 +18,11 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
-from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
+from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
 
 if TYPE_CHECKING:
-    from clip_rd_edge.distillation.embedding_store import TeacherCache
+    from clip_rd_edge.distillation.store.embedding_store import TeacherCache
 
 HalfArray = npt.NDArray[np.float16]
 

@@ -27,18 +27,18 @@ from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
-from clip_rd_edge.distillation.distributed import Processes, join_processes
-from clip_rd_edge.distillation.embedding_store import MANIFEST, CacheManifest, open_cache
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs, common_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import last_evaluation, plot_run
-from clip_rd_edge.distillation.roll_call import is_lost_connection, lost_error
-from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
+from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
+from clip_rd_edge.distillation.monitoring.trackers import require_tracker
+from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
+from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
+from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.store_build import build_cache, shard_maker
+from clip_rd_edge.distillation.store.embedding_store import MANIFEST, CacheManifest, open_cache
+from clip_rd_edge.distillation.store.store_build import build_cache, shard_maker
 from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
-from clip_rd_edge.distillation.trackers import require_tracker
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device

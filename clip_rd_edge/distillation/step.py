@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from clip_rd_edge.distillation.bank import TeacherBank
 from clip_rd_edge.distillation.config import Precision
-from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower

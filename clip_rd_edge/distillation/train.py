@@ -21,17 +21,17 @@ from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
+from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
+from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
+from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker
 from clip_rd_edge.distillation.optim import RunOptimizer
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.quantized.tower import Quantization
-from clip_rd_edge.distillation.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
-from clip_rd_edge.distillation.trackers import Tracker, open_tracker
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder

@@ -19,9 +19,9 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation.metrics import mean_similarities
+from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
-from clip_rd_edge.distillation.store_build import CACHING_STAGE
+from clip_rd_edge.distillation.store.store_build import CACHING_STAGE
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence.report import write_evidence
 from clip_rd_edge.evidence.results import (

@@ -52,7 +52,7 @@ def test_the_page_is_served_until_ctrl_c(run: Path) -> None:
 def test_without_pytorch_the_page_says_what_the_answers_need(
     command_line: Run, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "clip_rd_edge.distillation.answers", None)
+    monkeypatch.setitem(sys.modules, "clip_rd_edge.distillation.monitoring.answers", None)
     code, _, _ = command_line("watch", run, "-o", tmp_path / "page.html")
     assert code == 0
     page = (tmp_path / "page.html").read_text()

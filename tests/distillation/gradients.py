@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.distributed import join_processes
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.losses.objective import Objective

@@ -15,8 +15,8 @@ from support import Watch
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.embedding_store import TeacherCache, image_shard, open_cache, text_shard
 from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.store.embedding_store import TeacherCache, image_shard, open_cache, text_shard
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.distillation.build import require_no_logit_bias, require_separate_text_tower
-from clip_rd_edge.distillation.distributed import Processes
 from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, Teacher, caption_batch_size
 from clip_rd_edge.errors import UsageError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_rd_edge.distillation.metrics import mean_similarities
+from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 
 
 class LargestTensor(TorchDispatchMode):

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder, as_list, in_batches
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.signals import Stopped, StopRequest
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 
 TEXT_BATCH = 64

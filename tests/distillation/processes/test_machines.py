@@ -24,10 +24,10 @@ from thread_processes import Threads, call_in_threads
 import clip_rd_edge as edge
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import CacheManifest, claim_folder
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.distillation.store_build import ShardMaker, build_cache
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.store.embedding_store import CacheManifest, claim_folder
+from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -55,7 +55,7 @@ def machines(pairs_csv: Path, tmp_path: Path) -> list[Path]:
         for label in ("cat", "dog"):
             (folder / "images" / label).mkdir(parents=True)
             shutil.copy2(tmp_path / "pictures" / "0.png", folder / "images" / label)
-        shutil.copy2(Path(__file__).parents[2] / "clip_rd_edge/distillation/recipes/clip-rd.yaml", folder / "own.yaml")
+        shutil.copy2(Path(__file__).parents[3] / "clip_rd_edge/distillation/recipes/clip-rd.yaml", folder / "own.yaml")
     return folders
 
 
@@ -84,7 +84,7 @@ def distil(machines: list[Path], monkeypatch: pytest.MonkeyPatch) -> Distil:
         yield current.processes
 
     monkeypatch.setattr("clip_rd_edge.distillation.run.join_processes", join)
-    monkeypatch.setattr("clip_rd_edge.distillation.distributed.join_processes", join)
+    monkeypatch.setattr("clip_rd_edge.distillation.processes.distributed.join_processes", join)
     monkeypatch.setenv("WORLD_SIZE", str(COUNT))
 
     def run(of_b: dict[str, Any] | None = None, **options: Any) -> list[Any]:

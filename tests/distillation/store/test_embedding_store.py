@@ -17,21 +17,21 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distillation import embedding_store, store_build
 from clip_rd_edge.distillation.build import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import (
+from clip_rd_edge.distillation.loader import StepSampler, step_loader
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.store import embedding_store, store_build
+from clip_rd_edge.distillation.store.embedding_store import (
     CacheManifest,
     caption_key,
     image_shard,
     open_cache,
     text_shard,
 )
-from clip_rd_edge.distillation.loader import StepSampler, step_loader
-from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.store_build import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import save_clip

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from clip_rd_edge.distillation import roll_call
-from clip_rd_edge.distillation.roll_call import Member, find_lost, lost_error, this_member
+from clip_rd_edge.distillation.processes import roll_call
+from clip_rd_edge.distillation.processes.roll_call import Member, find_lost, lost_error, this_member
 
 CONNECTION = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5000")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.distillation import heartbeat
-from clip_rd_edge.distillation.heartbeat import Heartbeat, silence_error
+from clip_rd_edge.distillation.processes import heartbeat
+from clip_rd_edge.distillation.processes.heartbeat import Heartbeat, silence_error
 
 INTERVAL_S = 0.03  # times MAX_MISSED: longer than a busy machine keeps one thread waiting
 
@@ -132,9 +132,9 @@ def test_the_error_says_which_process_and_what_to_do() -> None:
 
 SCRIPT = """
     import sys, time
-    from clip_rd_edge.distillation import heartbeat
+    from clip_rd_edge.distillation.processes import heartbeat
     heartbeat.INTERVAL_S, heartbeat.MAX_MISSED = 0.1, 20
-    from clip_rd_edge.distillation.distributed import join_processes
+    from clip_rd_edge.distillation.processes.distributed import join_processes
     with join_processes() as processes:
         print("joined", processes.rank, flush=True)
         time.sleep(1)

@@ -14,8 +14,10 @@ from torch import Tensor
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.embedding_store import (
+from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.store.embedding_store import (
     COMPLETE,
     KEY,
     MANIFEST,
@@ -31,8 +33,6 @@ from clip_rd_edge.distillation.embedding_store import (
     text_shard,
     write_array,
 )
-from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_rd_edge.distillation.heartbeat import heartbeat
-from clip_rd_edge.distillation.roll_call import Member, this_member
+from clip_rd_edge.distillation.processes.heartbeat import heartbeat
+from clip_rd_edge.distillation.processes.roll_call import Member, this_member
 from clip_rd_edge.errors import ClipRdEdgeError, relayed_error
 from clip_rd_edge.models.clip import default_device
 

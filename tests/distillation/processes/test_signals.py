@@ -23,8 +23,8 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes.signals import Stopped, stop_on_signals
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.signals import Stopped, stop_on_signals
 from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.student import student_config
 

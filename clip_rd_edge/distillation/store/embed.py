@@ -10,11 +10,11 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.distillation.build import load_teacher, training_pairs
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.distributed import join_processes
-from clip_rd_edge.distillation.embedding_store import CacheManifest
 from clip_rd_edge.distillation.pixels import Crops, crops_for
+from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store_build import (
+from clip_rd_edge.distillation.store.embedding_store import CacheManifest
+from clip_rd_edge.distillation.store.store_build import (
     BATCH_SIZE,
     Shard,
     ShardMaker,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from clip_rd_edge.distillation.heartbeat import Store, open_store, store_key
+from clip_rd_edge.distillation.processes.heartbeat import Store, open_store, store_key
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.host import is_running
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_rd_edge.distillation import answers as module
-from clip_rd_edge.distillation.answers import StudentAnswers
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.monitoring import answers as module
+from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config

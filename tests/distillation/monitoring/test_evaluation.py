@@ -16,9 +16,9 @@ from thread_processes import call_in_threads
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.distillation.distributed import Processes
-from clip_rd_edge.distillation.evaluation import EncoderOfAllProcesses
-from clip_rd_edge.distillation.signals import Stopped, StopRequest
+from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
+from clip_rd_edge.distillation.processes.distributed import Processes
+from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -67,7 +67,7 @@ class Counting:
 @pytest.fixture
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "BATCH_SIZE", 2)
-    monkeypatch.setattr("clip_rd_edge.distillation.evaluation.TEXT_BATCH", 4)
+    monkeypatch.setattr("clip_rd_edge.distillation.monitoring.evaluation.TEXT_BATCH", 4)
 
 
 @pytest.mark.usefixtures("_small_batches")

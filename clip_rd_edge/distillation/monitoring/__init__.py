@@ -1,0 +1,1 @@
+"""What a run says about itself: metrics, plots, trackers, evaluations, answers to sample images."""
