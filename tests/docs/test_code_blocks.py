@@ -24,7 +24,7 @@ from PIL import Image
 import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.benchmarking.suite import read_suite
-from clip_rd_edge.cli.main import cli
+from clip_rd_edge.cli.main import COMMANDS, cli
 from clip_rd_edge.contract.bundle import FORMAT_VERSION, Manifest, Measurement, Tower, read_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
@@ -373,3 +373,14 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}, link
+
+
+def test_the_readme_names_every_command_and_every_page_of_the_guide() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Commands")[2].partition("## Licence")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for cell in first_cells for name in re.findall(r"`([a-z]+)", cell)}
+    assert named == set(COMMANDS)
+    # reached from Contributing, which is not about use
+    inner = {"contributing.md", "licences.md", "releasing.md"}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - inner <= set(re.findall(r"docs/([\w-]+\.md)", text))
