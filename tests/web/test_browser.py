@@ -7,6 +7,7 @@ import io
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,39 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
         "buttons => buttons.filter((b) => b.getBoundingClientRect().height < 44).map((b) => b.textContent)"
     )
     assert small == []  # all are large enough for touch
+
+
+def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> None:
+    waiting: list[Any] = []
+    page.route("**/api/classify*", lambda route: waiting.append(route))
+    page.evaluate(
+        """() => {
+            navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException("", "NotFoundError"));
+        }"""
+    )
+    send_image(page, RED, "drop")
+    deadline = time.monotonic() + 60
+    while not waiting and time.monotonic() < deadline:
+        page.wait_for_timeout(50)
+    page.click("#camera")
+    page.wait_for_function("() => document.getElementById('error').textContent !== ''")
+    waiting[0].continue_()
+    page.unroute("**/api/classify*")
+    wait_for_lead(page, "red ")
+    assert page.inner_text("#error") == "The camera cannot be used: no camera was found."
+    send_image(page, RED, "drop")
+    page.wait_for_function("() => document.getElementById('error').textContent === ''")
+
+
+def test_the_buttons_have_one_line_and_stand_in_their_middle(page: Any) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
+    lines = page.locator(".buttons .button").evaluate_all(
+        """buttons => buttons.map((button) => {
+            const range = document.createRange();
+            range.selectNodeContents(button);
+            const [text, box] = [range.getBoundingClientRect(), button.getBoundingClientRect()];
+            return [range.getClientRects().length, text.top + text.bottom - box.top - box.bottom];
+        })"""
+    )
+    assert [count for count, _ in lines] == [1, 1, 1]
+    assert max(abs(offset) for _, offset in lines) < 2

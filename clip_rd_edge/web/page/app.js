@@ -43,11 +43,13 @@ async function update(captureTime = 0) {
     setLead("Add a label to choose from.");
     return;
   }
+  const oldError = byId("error").textContent;
   try {
     const result = await classify(choice, current, image);
     if (number !== lastRequest) return;
     const received = performance.now();
-    showError("");
+    // What went wrong since the image was sent, such as a camera that is missing, still has to be read.
+    if (byId("error").textContent === oldError) showError("");
     labels.show(result);
     const best = result.probabilities[0];
     setLead(best >= 0.5 ? "" : "Perhaps ", result.labels[0], ` ${percent(best)}`);
