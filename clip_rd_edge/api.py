@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
-from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ def load(
 
 def distill(
     *,
-    data: str,
-    student: str,
+    data: AnyPath,
+    student: AnyPath,
     output: AnyPath,
-    teacher: str | None = None,
-    recipe: str = "clip-rd",
+    teacher: AnyPath | None = None,
+    recipe: AnyPath = "clip-rd",
     resume: bool = False,
     reporter: Reporter = SILENT,
     **options: Unpack[DistillOptions],
@@ -180,11 +180,11 @@ def distill(
 
 def embed(
     *,
-    data: str,
-    teacher: str,
+    data: AnyPath,
+    teacher: AnyPath,
     output: AnyPath,
     views: int = 1,
-    recipe: str = "clip-rd",
+    recipe: AnyPath = "clip-rd",
     ray: str | None = None,
     reporter: Reporter = SILENT,
     **options: Unpack[EmbedOptions],
@@ -357,7 +357,7 @@ def export(
             bundled = {**options, "labels": plan.request.labels}
             return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
     needs_pairs = any(plan.request.precision == "int8" for plan in plans)
-    pairs = calibration_pairs(options.get("calibration"), spec) if needs_pairs else None
+    pairs = calibration_pairs(as_text(options.get("calibration")), spec) if needs_pairs else None
     if plan.note:
         reporter.say(plan.note)
 
@@ -447,7 +447,7 @@ def push(
 
 def evaluate(
     model: AnyPath | Model,
-    tasks: str | Task | Sequence[str | Task],
+    tasks: AnyPath | Task | Sequence[AnyPath | Task],
     *,
     pretrained: str | None = None,
     threads: int | None = None,
@@ -898,7 +898,9 @@ def open_encoder(
     return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec))
 
 
-def load_tasks(tasks: str | Task | Sequence[str | Task], *, templates: str | Sequence[str] | None = None) -> list[Task]:
+def load_tasks(
+    tasks: AnyPath | Task | Sequence[AnyPath | Task], *, templates: str | Sequence[str] | None = None
+) -> list[Task]:
     """Load tasks by name; arguments as for `evaluate`."""
     import msgspec
 
@@ -907,13 +909,14 @@ def load_tasks(tasks: str | Task | Sequence[str | Task], *, templates: str | Seq
     from clip_rd_edge.contract.templates import parse_templates
     from clip_rd_edge.data.tasks import load_task
 
-    names = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
+    given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
+    names: list[str | Task] = [as_text(name) for name in given]
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
     loaded = [load_task(name) if isinstance(name, str) else name for name in unique]
     if templates:
-        given = parse_templates(as_list(templates))
+        chosen = parse_templates(as_list(templates))
         loaded = [
-            msgspec.structs.replace(task, templates=given.prompts, templates_from=given.origin)
+            msgspec.structs.replace(task, templates=chosen.prompts, templates_from=chosen.origin)
             if isinstance(task, ZeroShotTask)
             else task
             for task in loaded

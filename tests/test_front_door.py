@@ -258,6 +258,28 @@ def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_pat
         edge.export(bundle, tmp_path / "again")
 
 
+def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path, tmp_path: Path) -> None:
+    task = tmp_path / "task"
+    for colour in ("red", "green"):
+        (task / colour).mkdir(parents=True)
+        (task / colour / "image.png").write_bytes((colour_images / f"{colour}.png").read_bytes())
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(edge.recipe("clip"), encoding="utf-8")
+    run = edge.distill(
+        data=pairs_csv, student="test_resnet", output=tmp_path / "run", recipe=recipe, steps=1, batch_size=8,
+        text="tiny", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=[task],
+    )  # fmt: skip
+    cache = edge.embed(data=pairs_csv, teacher=run, output=tmp_path / "cache", recipe="clip-kd", workers=0)
+    again = edge.distill(
+        data=pairs_csv, student=run, teacher=run, teacher_cache=cache, views=1, output=tmp_path / "again",
+        recipe="clip-kd", steps=1, batch_size=8, precision="fp32", workers=0, tasks=task,
+    )  # fmt: skip
+    (score,) = edge.evaluate(again, task)
+    assert edge.evaluate(again, [task, str(task)]) == [score]
+    with pytest.raises(edge.InputError, match=r"pairs\.csv has 24 pairs; at least 32"):  # read, after all
+        edge.export(again, tmp_path / "int8", precision="int8", calibration=pairs_csv)
+
+
 def test_a_mistyped_option_is_refused(pairs_csv: Path, tmp_path: Path) -> None:
     with pytest.raises(edge.UsageError, match=r"Unknown distill option 'batchsize'\. Did you mean 'batch_size'"):
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batchsize=8)  # type: ignore[call-arg]

@@ -68,6 +68,12 @@ def print_table(table: Table, *, console: Console | None = None) -> None:
     console.print(table)
 
 
+def table_width() -> int:
+    """Return the number of columns that `print_table` has for a table on stdout."""
+    console = SafeConsole()
+    return console.width if console.is_terminal else _PIPED_WIDTH
+
+
 def json_line(content: object) -> str:
     """Return one line of JSON, in UTF-8 unless a path in it is not UTF-8: its bytes are then \\udcXX escapes."""
     line = json.dumps(content, ensure_ascii=False)

@@ -11,14 +11,20 @@ from clip_rd_edge.cli._fold import fold, terminal_width
 from clip_rd_edge.utils.printable import printable
 
 
-def echo(message: object = "", *, err: bool = False, nl: bool = True, file: IO[Any] | None = None) -> None:
+def echo(
+    message: object = "", *, err: bool = False, nl: bool = True, file: IO[Any] | None = None, prose: bool = False
+) -> None:
     """Print text or UTF-8 bytes; control characters in it are escaped on stderr and on a terminal.
 
-    A pipe or a file gets the names of files as they are. On stderr, which is for people, long lines fit the terminal.
+    A pipe or a file gets the names of files as they are. On stderr, which is for people, long lines fit the terminal;
+    those of `prose` do on stdout, too, except the rows of Markdown's tables.
     """
     text = message.decode() if isinstance(message, bytes) else str(message)
     stream = file or (sys.stderr if err else sys.stdout)
     if err or stream.isatty():
         text = printable(text)
     # With color=None, click would remove what looks like a colour from the names in a pipe.
-    click.echo(fold(text, terminal_width(stream)) if err else text, file=stream, nl=nl, color=True)
+    if err or prose:
+        width = terminal_width(stream)
+        text = "\n".join(line if line.startswith("|") else fold(line, width) for line in text.split("\n"))
+    click.echo(text, file=stream, nl=nl, color=True)

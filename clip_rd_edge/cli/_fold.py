@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import IO, Any
 
 _PROGRAMS = "clip-rd-edge|pip|python3?|npm|make|apt-get"
@@ -54,6 +55,48 @@ def _fold(line: str, width: int) -> str:
         else:
             current = joined
     return "\n".join([*lines, current])
+
+
+def fold_command(command: str, width: int) -> str:
+    """Break a shell command that is longer than `width` columns at its spaces, with a backslash, so that it stays one.
+
+    A comment that makes it too long goes to a line of its own before it.
+    """
+    if _cells(command) <= width:
+        return command
+    if match := re.fullmatch(r"(.*\S)\s+(# .*)", command):
+        comment = re.sub(r"\n *", "\n# ", fold(match[2], width - len(_INDENT)))
+        return f"{comment}\n{fold_command(match[1], width)}"
+    lines = [""]
+    for word in _WORD.finditer(command):
+        joined = f"{lines[-1]} {word[0]}" if lines[-1].strip() else f"{lines[-1]}{word[0]}"
+        if lines[-1].strip() and _cells(joined) + len(_CONTINUED) > width:
+            lines.append(f"{2 * _INDENT}{word[0]}")
+        else:
+            lines[-1] = joined
+    return f"{_CONTINUED}\n".join(lines)
+
+
+def fold_items(name: str, items: Sequence[str], width: int) -> str:
+    """Return a name, a tab and its items, on further lines that begin with a tab if `width` columns are too few."""
+    tab = 8  # columns, as terminals have them
+    start = _cells(name) // tab * tab + tab
+    lines, used = [f"{name}\t"], start
+    for number, item in enumerate(items):
+        gap = 2 if used > start else 0
+        if width and number and used + gap + _cells(item) > width:
+            lines.append("\t")
+            used, gap, start = tab, 0, tab
+        lines[-1] += " " * gap + item
+        used += gap + _cells(item)
+    return "\n".join(lines)
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text without what a line of `width` columns has no room for."""
+    while width and _cells(text) > width:
+        text = text[:-1]
+    return text
 
 
 def _cells(text: str) -> int:

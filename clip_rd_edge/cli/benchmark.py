@@ -109,12 +109,12 @@ def command(
         code = _compare(*compared, as_json=as_json)
         sys.exit(0 if code == NOT_COMPARED and allow_busy else code)
     if suite is not None and output is None and (budget_ms or min_accuracy) and is_results(Path(suite)):
-        echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy))
+        echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy), prose=True)
         return
     if suite is None or output is None:
         missing = "SUITE" if suite is None else "-o FOLDER"
         raise UsageError(f"{missing} is missing.", hint="clip-rd-edge benchmark quickstart -o report")
-    from clip_rd_edge.cli._console import console_reporter, print_table, say
+    from clip_rd_edge.cli._console import console_reporter, print_table, say, table_width
 
     with console_reporter() as reporter:
         results = edge.benchmark(
@@ -128,11 +128,12 @@ def command(
             reporter=reporter,
         )
     from clip_rd_edge.benchmarking.report.findings import recommendation
-    from clip_rd_edge.benchmarking.report.text import terminal_table
+    from clip_rd_edge.benchmarking.report.text import terminal_tables
 
-    print_table(terminal_table(results))
+    for table in terminal_tables(results, table_width()):
+        print_table(table)
     if advice := recommendation(results):
-        echo(advice.replace("**", ""))
+        echo(advice.replace("**", ""), prose=True)
     for skipped in results.skipped:
         say(f"{skipped.label} was skipped: {skipped.reason}")
     for task in results.missing:

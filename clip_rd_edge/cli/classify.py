@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._fold import cut, fold_items, terminal_width
 from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, device_option, grouped, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import inert_cell, one_line
@@ -127,7 +129,9 @@ def command(
     )
     if len(classifier.labels) == 1 and not none_below:
         _warn_of_single_label(classifier.labels[0])
-    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else _as_text
+    width = 0 if camera is not None else terminal_width(sys.stdout)
+    as_text: Format = partial(_as_text, width=width)
+    format_result: Format = _as_json if as_json else _as_csv if as_csv else _as_record if null else as_text
     end = "\0" if null else "\n"
     if as_csv:
         echo(CSV_HEADER)
@@ -204,14 +208,16 @@ def _classify_files(
 
 def _classify_camera(classifier: ZeroShotClassifier, camera: str, *, top: int, format_result: Format) -> None:
     """Print the result for each frame until the camera ends or Ctrl-C; on a terminal, each overwrites the last."""
-    terminal = sys.stdout.isatty()
+    terminal, width = sys.stdout.isatty(), terminal_width(sys.stdout)
     started, count = time.perf_counter(), 0
     try:
         for count, (answer, latency_ms) in enumerate(_camera_results(classifier, camera, top=top), start=1):
             line = format_result(f"frame {count}", answer)
             if terminal:
                 click.echo("\r\x1b[2K", nl=False)  # clear the line of the last frame
-            echo(f"{line}  ({latency_ms:.0f} ms)" if terminal else line, nl=not terminal)
+            # Cut, since a line that is broken in two could not be cleared.
+            shown = cut(f"{line.expandtabs()}  ({latency_ms:.0f} ms)", width - 1) if terminal else line
+            echo(shown, nl=not terminal)
     except KeyboardInterrupt:
         pass  # the normal way to stop
     finally:
@@ -247,18 +253,25 @@ def _warn_of_single_label(label: str) -> None:
     )
 
 
-def _as_text(image: str, answer: Answer) -> str:
-    """Return one line: the image, a tab, and the labels; line breaks in names are escaped."""
-    name, _, labels = _as_record(image, answer).rpartition("\t")
-    return f"{one_line(name)}\t{one_line(labels)}"
+def _as_text(image: str, answer: Answer, width: int = 0) -> str:
+    """Return one line: the image, a tab, and the labels; line breaks in names are escaped.
+
+    Args:
+        width: of the terminal, in columns, for which long lines are broken between labels; 0 breaks none.
+    """
+    return fold_items(one_line(image), [one_line(label) for label in _labels_of(answer)], width)
 
 
 def _as_record(image: str, answer: Answer) -> str:
     """Return the image, a tab, and the labels with their probabilities, most likely first."""
-    labels = "  ".join(f"{label} {probability:.1%}" for label, probability in answer.predictions)
+    return f"{image}\t{'  '.join(_labels_of(answer))}"
+
+
+def _labels_of(answer: Answer) -> list[str]:
+    labels = [f"{label} {probability:.1%}" for label, probability in answer.predictions] or [NO_LABEL]
     if answer.cosine is not None:
-        labels = f"{labels or NO_LABEL} (cosine {answer.cosine:.3f})"
-    return f"{image}\t{labels or NO_LABEL}"
+        labels[-1] += f" (cosine {answer.cosine:.3f})"
+    return labels
 
 
 def _as_json(image: str, answer: Answer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._fold import fold_command
 from clip_rd_edge.cli._options import GroupedCommand, grouped
 
 
@@ -32,8 +33,9 @@ def command(name: str | None, as_json: bool) -> None:
         from clip_rd_edge.convert.targets import device_guide
 
         console = SafeConsole()
+        guide = device_guide(name)
         # Print plain Markdown unless stdout is a terminal.
-        console.print(Markdown(device_guide(name))) if console.is_terminal else echo(device_guide(name), nl=False)
+        console.print(Markdown(_fit(guide, console.width))) if console.is_terminal else echo(guide, nl=False)
     else:
         from rich.table import Table
         from rich.text import Text
@@ -46,3 +48,13 @@ def command(name: str | None, as_json: bool) -> None:
             table.add_row(key, title, "\n".join(device.needs), device.runs)
         print_table(table)
         echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)
+
+
+def _fit(guide: str, width: int) -> str:
+    """Return a guide whose shell commands fit a terminal: where rich breaks them, they could not be copied."""
+    lines, in_shell = [], False
+    for line in guide.splitlines():
+        if line.startswith("```"):
+            in_shell = line == "```sh"
+        lines.append(fold_command(line, width - 2) if in_shell else line)
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import (
+    PRECISION_WORDS,
     GroupedCommand,
     NameChoice,
     PathName,
@@ -31,7 +32,8 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",
 )  # fmt: skip
 @_teacher(
-    "--precision", type=NameChoice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, metavar="NAME",
+    "--precision", type=NameChoice(["fp32", "bf16", "fp16"], meant=PRECISION_WORDS), default="fp32", show_default=True,
+    metavar="NAME",
     help="Precision that the teacher computes in: fp32, bf16 or fp16.",
 )  # fmt: skip
 @_teacher(

@@ -20,7 +20,7 @@ def command() -> None:
     """
 
 
-@command.command("run", cls=GroupedCommand)
+@command.command("run", cls=GroupedCommand, short_help="Train and evaluate the students of a suite.")
 @click.argument("suite")
 @grouped("Teacher")(
     "--teacher",
@@ -49,10 +49,10 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
         reporter.end_chapter()
     from clip_rd_edge.evidence.suite import read_evidence
 
-    echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"))
+    echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"), prose=True)
 
 
-@command.command("report", cls=GroupedCommand)
+@command.command("report", cls=GroupedCommand, short_help="Make tables and figures of finished runs.")
 @click.argument("results", metavar="JSON", type=PathName())
 @grouped("Output")(
     "--into", metavar="FILE", type=PathName(),
@@ -70,6 +70,6 @@ def report(results: Path, into: Path | None) -> None:
 
     tables = edge.evidence_report(results, into=into)
     if into is None:
-        echo(tables)
+        echo(tables, prose=True)
     else:
         say(f"written: {into}")

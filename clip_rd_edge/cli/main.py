@@ -18,7 +18,7 @@ from clip_rd_edge.utils.printable import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
-    "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes on a CPU."),
+    "quickstart": ("quickstart", "Run the whole pipeline on the built-in data, in minutes."),
     "distill": ("distill", "Train a compact student from a teacher and image-caption pairs."),
     "embed": ("embed", "Compute a teacher's embeddings once, for many runs."),
     "watch": ("watch", "Watch a run on a page: curves, time left, sample answers."),

@@ -27,9 +27,7 @@ LIVELY_CONCEPTS = ("mushroom", "rocket", "tiger", "snowman")
 _training, _report, _output = grouped("Training"), grouped("Report"), grouped("Output")
 
 
-@click.command(
-    "quickstart", cls=GroupedCommand, short_help="Run the whole pipeline on the built-in data, in minutes on a CPU."
-)
+@click.command("quickstart", cls=GroupedCommand, short_help="Run the whole pipeline on the built-in data, in minutes.")
 @_training(
     "--student", default="resnet10t", show_default=True, metavar="NAME", shell_complete=complete_student,
     help="The student: resnet10t, mobilevit_xxs, … or any timm name.",
@@ -67,17 +65,20 @@ def command(output: Path, **options: Any) -> None:
     two trainings. The command can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter, duration, print_table
+    from clip_rd_edge.cli._console import console_reporter, duration, print_table, table_width
 
     started = time.perf_counter()
     with console_reporter() as reporter:
         results = edge.quickstart(output, **drop_none(**options), reporter=reporter)
         reporter.end_chapter()
-    from clip_rd_edge.benchmarking.report.text import terminal_table
+    from clip_rd_edge.benchmarking.report.text import terminal_tables
 
-    print_table(terminal_table(results))
+    for table in terminal_tables(results, table_width()):
+        print_table(table)
     _classify_example(output)
-    echo(f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}")
+    echo(
+        f"\nDone in {duration(time.perf_counter() - started)}. Report: {output / 'report' / 'report.html'}", prose=True
+    )
     echo(_next_steps(output))
 
 
@@ -96,7 +97,7 @@ def _classify_example(folder: Path) -> None:
     # The first image of the split, which is in hashed order: not selected for a good result.
     predictions = edge.load(folder / "bundles" / "int8").classify(open_image(task.images[0]), labels=task.labels, top=3)
     truth = task.labels[task.targets[0]]
-    echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:")
+    echo(f"\nAn image of “{truth}”, a concept in no training pair, among {len(task.labels)} such concepts:", prose=True)
     for label, probability in predictions:
         echo(f"  {probability:6.1%}  {label}{'  ✓' if label == truth else ''}")
 
@@ -108,12 +109,16 @@ def _next_steps(folder: Path) -> str:
     image, labels = _image_to_try(_unseen_concepts())
     return f"""
 Try next:
-  {program} classify {int8} {shlex.quote(str(image))} \\
+  {program} classify {int8} \\
+      {shlex.quote(str(image))} \\
       --labels {" ".join(f'"{label}"' for label in labels)}
-  {program} demo {fp32} {int8}    # web page for camera and images; needs the extra [demo]
-  {program} {OWN_DATA_EXAMPLE}    # your own pairs and teacher
-  python benchmarks/scripts/tuxpaint.py photos && {program} quickstart -o {shlex.quote(str(folder))} --photos photos
-      # photographs in the report as well, from a Debian package"""
+  # a web page for camera and images; needs the extra [demo]
+  {program} demo {fp32} {int8}
+  # your own pairs and teacher
+  {program} {OWN_DATA_EXAMPLE}
+  # photographs in the report as well, from a Debian package
+  python benchmarks/scripts/tuxpaint.py photos
+  {program} quickstart -o {shlex.quote(str(folder))} --photos photos"""
 
 
 def _program() -> str:

@@ -107,7 +107,7 @@ class ExportOptions(TypedDict, total=False):
     report: str | os.PathLike[str] | None
     preprocess_in_graph: bool
     labels: Labels
-    calibration: str | None
+    calibration: str | os.PathLike[str] | None
     node_modules: str | os.PathLike[str] | None
     min_agreement: float | None
     max_loss: float | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -27,7 +28,7 @@ from clip_rd_edge.utils.checked import (
 )
 from clip_rd_edge.utils.commented_yaml import comment_lines, commented_yaml
 from clip_rd_edge.utils.io import convert, read_yaml
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.paths import AnyPath, as_text, is_file
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -248,9 +249,14 @@ _RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision"
 
 
 def resolve(
-    recipe: str, *, data: str, student: str, teacher: str | None = None, **options: Unpack[DistillOptions]
+    recipe: AnyPath,
+    *,
+    data: AnyPath,
+    student: AnyPath,
+    teacher: AnyPath | None = None,
+    **options: Unpack[DistillOptions],
 ) -> RunConfig:
-    """Return the configuration of a run: a recipe, overridden by the options.
+    """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects.
 
     Raises:
         ConfigError: the recipe does not exist, or a value is invalid.
@@ -260,9 +266,12 @@ def resolve(
         raise UsageError(
             f"Unknown distill option {unknown[0]!r}.{near_matches(unknown[0], DistillOptions.__annotations__)}"
         )
-    fields: dict[str, Any] = dict(options)
-    if isinstance(fields.get("tasks"), str):
-        fields["tasks"] = (fields["tasks"],)
+    recipe = os.fspath(recipe)
+    given = {**options, "data": data, "student": student, "teacher": teacher}
+    fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}
+    tasks = fields.get("tasks")
+    if isinstance(tasks, (str, tuple, list)):
+        fields["tasks"] = (tasks,) if isinstance(tasks, str) else tuple(map(as_text, tasks))
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
     if "epochs" in overrides and "steps" not in overrides:
         overrides["steps"] = 0
@@ -281,9 +290,6 @@ def resolve(
         **fields,
         "recipe_name": recipe,
         "recipe": {**msgspec.to_builtins(loaded), **overrides},
-        "data": data,
-        "student": student,
-        "teacher": teacher,
     }
     return convert(raw, RunConfig, source="The run")
 

@@ -84,20 +84,22 @@ def _score_table(evidence: Evidence) -> str:
     return _means_table(evidence, headings, _values, show=percent)
 
 
-def _figures(task: TaskResult) -> dict[str, float | None]:
-    """Return the figures that a table shows of a task, by name.
+def _figures(task: TaskResult) -> dict[str, float]:
+    """Return the figures that a table shows of a task, by name; a task with few labels has no top-5.
 
     Image-to-text retrieval is left out: with one label as the caption of each image, it equals top-1.
     """
     score = task.score
     if isinstance(score, ZeroShotScore):
-        return {"top-1": score.top1, "top-5": score.top5}
-    return {"text → image R@1": score.text_to_image.at1}
+        figures = {"top-1": score.top1, "top-5": score.top5}
+    else:
+        figures = {"text → image R@1": score.text_to_image.at1}
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _values(result: ModelResult) -> list[float]:
     """Return the figures of all tasks in order, the same for every model of a suite."""
-    return [value for task in result.tasks for value in _figures(task).values() if value is not None]
+    return [value for task in result.tasks for value in _figures(task).values()]
 
 
 def _difference_table(evidence: Evidence, reference: str) -> str:

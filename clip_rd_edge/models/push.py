@@ -7,7 +7,7 @@ from pathlib import Path
 from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.paths import exists, is_file
 
 # By name: the hub's client has changed its HTTP library more than once.
 _UNREACHABLE = {"TransportError", "ConnectionError", "OfflineModeIsEnabled"}
@@ -67,6 +67,10 @@ def push_folder(
 def _model_folder(folder: Path) -> Path:
     """Return the folder to upload; raise InputError if there is no model, since a wrong path must publish nothing."""
     source = model_folder(str(folder)) or folder
+    if not exists(folder):
+        raise InputError(
+            f"The folder {folder} does not exist.", hint="pass the folder of an export, a student or a run"
+        )
     if not any(is_file(source / name) for name in (CONFIG_FILE, MANIFEST)):
         raise InputError(
             f"{folder} holds no model: it has neither {CONFIG_FILE} nor {MANIFEST}.",

@@ -10,10 +10,16 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from clip_rd_edge.errors import InputError
 
 AnyPath = str | os.PathLike[str]
+
+
+def as_text(value: Any) -> Any:
+    """Return a path object as text, and any other value as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def is_file(path: AnyPath) -> bool:

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._fold import fold
+from clip_rd_edge.cli._fold import cut, fold, fold_command, fold_items
 
 
 class Terminal(io.StringIO):
@@ -61,3 +61,36 @@ def test_only_a_terminal_gets_folded_messages_and_only_on_stderr(monkeypatch: py
     data = Terminal()
     echo(text, file=data)
     assert data.getvalue() == f"{text}\n"
+
+
+@pytest.mark.parametrize("width", range(20, 70, 7))
+def test_a_command_with_a_comment_is_the_same_for_a_shell(width: int) -> None:
+    command = "clip-rd-edge export RUN --target jetson-orin -o 'my bundle'"
+    folded = fold_command(f"{command}      # FP16; --precision int8 works, too", width)
+    assert max(map(len, folded.splitlines())) <= width
+    comments = [line for line in folded.splitlines() if line.startswith("#")]
+    assert " ".join(line.removeprefix("# ") for line in comments) == "FP16; --precision int8 works, too"
+    assert shlex.split(folded.replace("\\\n", ""), comments=True) == shlex.split(command)
+    assert fold_command(command, 200) == command
+
+
+def test_items_are_broken_between_them() -> None:
+    items = ["a long label 54.4%", "green 43.4%", "red 2.2%"]
+    assert fold_items("red.png", items, 0) == "red.png\ta long label 54.4%  green 43.4%  red 2.2%"
+    assert fold_items("red.png", items, 40) == "red.png\ta long label 54.4%  green 43.4%\n\tred 2.2%"
+    assert fold_items("red.png", items, 10) == "red.png\ta long label 54.4%\n\tgreen 43.4%\n\tred 2.2%"
+
+
+def test_a_line_is_cut_by_its_columns() -> None:
+    assert cut("frame 1 猫", 9) == "frame 1 "
+    assert cut("frame 1", 0) == "frame 1"
+
+
+def test_prose_on_stdout_is_folded_and_tables_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    terminal, table = Terminal(), f"| {'a | ' * 20}"
+    monkeypatch.setattr("sys.stdout", terminal)
+    echo(f"{'word ' * 10}\n{table}", prose=True)
+    *prose, row = terminal.getvalue().splitlines()
+    assert max(map(len, prose)) <= 20
+    assert row == table

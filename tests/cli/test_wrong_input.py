@@ -10,11 +10,18 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from clip_rd_edge.cli.main import cli
 
 Run = Callable[..., tuple[int, str, str]]
 LABELS = "--labels red green"
+TINY = "--text tiny --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"
+DISTILL = f"distill --student test_resnet --recipe clip {TINY} --steps 1"
+DISTIL_TWO = f"{DISTILL} --data two.csv -o o"
+EMBED_TWO = "embed --data two.csv --teacher run -o o"
+EXPORT_RUN = f"export run -o o {LABELS}"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "xeon-amx-2-cores" / "quickstart.json"
 # The command, a part of the message, and the command after following the hint; without one, the hint itself holds a
 # command: `clip-rd-edge … --help` or another that runs anywhere, or an example that must at least be a valid command.
 CASES = [
@@ -63,9 +70,9 @@ CASES = [
     ("evaluate B --task tasks --template red", "has no {}", "evaluate B --task tasks --template 'red {}'"),
     ("evaluate nothing --task tasks", "No model named 'nothing'", "evaluate B --task tasks"),
     ("export B", "Missing option '-o'", ""),
-    ("export B -o o", "is already a bundle", None),
-    ("export nothing -o o", "No model named 'nothing'", None),
-    ("export run -o photos", "already exists and is not empty", None),
+    ("export B -o o", "is already a bundle", EXPORT_RUN),
+    ("export nothing -o o", "No model named 'nothing'", EXPORT_RUN),
+    ("export run -o photos", "already exists and is not empty", EXPORT_RUN),
     ("export run -o o --target jetson", "Did you mean 'jetson-thor' or 'jetson-orin'", ""),
     ("export run -o o --precision int4", "'int4' is not one of", ""),
     ("export run -o o --precision float16", "Did you mean 'fp16'", ""),
@@ -75,6 +82,15 @@ CASES = [
     ("export run -o o --fallback fp-32", "Did you mean 'fp32'", ""),
     ("distill --data one.csv --student resnet18 -o o --precision half", "Did you mean 'fp16'", ""),
     ("distill --data one.csv --student resnet18 -o o --report-to tensorbord", "Did you mean 'tensorboard'", ""),
+    ("embed", "Missing option '--data'", ""),
+    ("embed --data two.csv --teacher nothing -o o", "No model named 'nothing'", EMBED_TWO),
+    ("embed --data no.csv --teacher run -o o", "does not exist", EMBED_TWO),
+    ("embed --data one.csv --teacher run -o o", "one.csv has 1 pair", EMBED_TWO),
+    ("embed --data two.csv --teacher run -o o --precision half", "Did you mean 'fp16'", ""),
+    ("embed --data two.csv --teacher run -o o --views 0", "0 is not in the range", ""),
+    ("push", "Missing argument 'FOLDER'", ""),
+    ("push nothing me/colours", "The folder nothing does not exist", None),
+    ("push photos me/colours", "photos holds no model", None),
     ("recipe shw", "Did you mean 'show'", "recipe show"),
     ("recipe show clip-rdd", "Did you mean 'clip-rd'", "recipe show clip-rd"),
     ("recipe show broken.yaml", "is not valid YAML", "recipe show clip-rd"),
@@ -83,18 +99,19 @@ CASES = [
     ("benchmark nothing -o o", "There is no suite 'nothing'", "benchmark --init"),
     ("benchmark broken.yaml -o o", "is not valid YAML", "benchmark --init"),
     ("benchmark quickstart -o o --model studnt=B", "Did you mean 'student'", None),
-    ("benchmark --compare nothing nothing", "Cannot read nothing", None),
+    ("benchmark --compare nothing R", "Cannot read nothing", "benchmark --compare R R"),
     ("spread", "Missing argument", ""),
-    ("spread nothing", "Cannot read nothing", None),
+    ("spread nothing", "Cannot read nothing", "spread R R"),
     ("devices cpu-x68", "Did you mean 'cpu-x86'", "devices cpu-x86"),
     ("devices raspberry", "No device is named 'raspberry'", "devices"),
     ("distill", "Missing option '--data'", ""),
-    ("distill --data nothing.csv --student resnet18 --recipe clip -o o", "does not exist", None),
-    ("distill --data one.csv --student resnet18 --recipe clip -o o", "has 1 pair;", None),
-    ("distill --data columns.csv --student resnet18 --recipe clip -o o", "has no column 'filepath'", None),
+    ("distill --data nothing.csv --student resnet18 --recipe clip -o o", "does not exist", DISTIL_TWO),
+    ("distill --data one.csv --student resnet18 --recipe clip -o o", "has 1 pair;", DISTIL_TWO),
+    (f"{DISTILL} --data columns.csv -o o", "has no column 'filepath'; its columns are 'image', 'caption'",
+     f"{DISTILL} --data columns.csv -o o --csv-img-key image --csv-caption-key caption"),
     ("distill --data one.csv --student resnet18 --recipe clp -o o", "Did you mean 'clip'", "recipe show clip"),
     ("distill --data one.csv --student resnet18 --batch-size 0 -o o", "0 is not in the range", ""),
-    ("distill --data one.csv --student resnet18 -o photos", "already exists and is not empty", None),
+    ("distill --data one.csv --student resnet18 -o photos", "already exists and is not empty", DISTIL_TWO),
     ("quickstart --student resnet81 -o o", "resnet81", None),
     ("quickstart --recipe clp -o o", "Did you mean 'clip'", "recipe show clip"),
     ("quickstart extra", "unexpected extra argument", ""),
@@ -104,8 +121,8 @@ CASES = [
     ("demo nothing", "it does not exist", None),
     ("demo B --port 99999", "99999 is not in the range", ""),
     ("watch", "Missing argument 'RUN'", ""),
-    ("watch nothing", "The run nothing does not exist", None),
-    ("watch B", "is not the folder of a run", None),
+    ("watch nothing", "The run nothing does not exist", "watch run -o page.html"),
+    ("watch B", "is not the folder of a run", "watch run -o page.html"),
     ("serve nothing", "it does not exist", None),
     ("serve B nothing", "is not an index", None),
     ("serve B --token-file nothing.txt", "nothing.txt: No such file or directory", None),
@@ -116,15 +133,37 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run."""
+    import clip_rd_edge as edge
+
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("red", "green"):
+        Image.new("RGB", (40, 30), name).save(folder / f"{name}.png")
+    (folder / "pairs.csv").write_text("filepath,title\n" + "red.png,red\ngreen.png,green\n" * 3)
+    edge.distill(
+        data=folder / "pairs.csv", student="test_resnet", recipe="clip", output=folder / "run", text="tiny",
+        image_size=32, context_length=8, embedding_size=16, batch_size=6, precision="fp32", workers=0, steps=1,
+    )  # fmt: skip
+    return folder / "run"
+
+
 @pytest.fixture
-def place(colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a bundle B, an image P, a folder of photos and faulty files."""
+def place(
+    colour_bundle: Path, colour_images: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A working folder with a bundle B, an image P, a folder of photos, a run, results R and faulty files."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(colour_bundle, "B")
+    shutil.copytree(trained, "run")
     shutil.copy(colour_images / "red.png", "P")
+    shutil.copy(RESULTS, "R")
+    pairs = "photos/red.png,red\nphotos/green.png,green\n" * 3
     files = {
         "broken.png": "no image", "empty.txt": "", "labels.txt": "red\ngreen\n", "broken.yaml": "rows: [",
-        "one.csv": "filepath,title\nphotos/red.png,red\n", "columns.csv": "image,caption\nphotos/red.png,red\n",
+        "one.csv": "filepath,title\nphotos/red.png,red\n",
+        "two.csv": f"filepath,title\n{pairs}", "columns.csv": f"image,caption\n{pairs}",
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -37,6 +37,20 @@ def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) ->
     assert "Geometry" not in text
 
 
+def test_a_task_with_few_labels_has_no_column_for_top_5(make: Make) -> None:
+    def four_labels(result: ModelResult) -> ModelResult:
+        task = result.tasks[0]
+        score = msgspec.structs.replace(task.score, classes=4, top5=None)
+        return msgspec.structs.replace(result, tasks=(msgspec.structs.replace(task, score=score),))
+
+    evidence = make(CORRECT)
+    runs = tuple(msgspec.structs.replace(run, result=four_labels(run.result)) for run in evidence.runs)
+    text = markdown(msgspec.structs.replace(evidence, teacher=four_labels(evidence.teacher), runs=runs))
+    rows = [line for line in text.partition("\n\nDifferences")[0].splitlines() if line.startswith("|")]
+    assert "top-5" not in rows[0]
+    assert len({row.count("|") for row in rows}) == 1
+
+
 def test_the_published_comparisons_of_the_bank_match_their_results() -> None:
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     page = _without_intervals((benchmarks / "README.md").read_text(encoding="utf-8"))

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -130,18 +132,39 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: i
     return markdown_table([headings, *rows], left=range(len(headings) - numeric))
 
 
-def terminal_table(results: Results) -> Table:
-    """Return the report's table: one column per model, each figure also relative to the teacher's."""
-    table = _rich_table("", *(row.label for row in results.rows))
-    for section in sections(results):
+def terminal_tables(results: Results, width: int) -> list[Table]:
+    """Return the report's table, one column per model, each figure also relative to the teacher's.
+
+    Args:
+        width: of the terminal, in columns. Models for which there is no room are in further tables.
+    """
+    shown = sections(results)
+    tables: list[Table] = []
+    for count in range(len(results.rows), 0, -1):
+        starts = range(0, len(results.rows), count)
+        tables = [_terminal_table(results, shown, slice(start, start + count)) for start in starts]
+        if all(_width(table) <= width for table in tables):
+            break
+    if tables and results.first("teacher"):
+        tables[-1].caption = RELATIVE_NOTE
+        tables[-1].caption_justify = "left"
+    return tables
+
+
+def _terminal_table(results: Results, shown: Sequence[Section], models: slice) -> Table:
+    table = _rich_table("", *(row.label for row in results.rows[models]))
+    for section in shown:
         table.add_section()
         table.add_row(Text(section.title, style="bold"))
         for line in section.lines:
-            table.add_row(line.name, *map(_cell, line.cells))
-    if results.first("teacher"):
-        table.caption = RELATIVE_NOTE
-        table.caption_justify = "left"
+            table.add_row(line.name, *map(_cell, line.cells[models]))
     return table
+
+
+def _width(table: Table) -> int:
+    """Return the number of columns that a table needs without wrapping anything."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def score_tables(scores: Sequence[Score]) -> list[Table]:
@@ -150,15 +173,14 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
     retrieval = [score for score in scores if isinstance(score, RetrievalScore)]
     tables = []
     if zero_shot:
-        table = _rich_table(
-            "Zero-shot, %", "Images", "Labels", "Top-1", "95 % interval", "Top-5", "Mean per class", "Templates"
-        )
+        headings = ("Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass")
+        table = _rich_table("Zero-shot, %", *headings)
         for score in zero_shot:
             counts = (f"{score.images:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
-            table.add_row(
-                score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class), score.templates
-            )
+            table.add_row(score.task, *counts, *top1, percent(score.top5), percent(score.mean_per_class))
+        table.caption = _templates_note(zero_shot)
+        table.caption_justify = "left"
         tables.append(table)
     if retrieval:
         table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
@@ -167,6 +189,13 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
             table.add_row(recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image))
         tables.append(table)
     return tables
+
+
+def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
+    """Return which prompt templates were used, which accuracy depends on."""
+    if len({score.templates for score in scores}) == 1:
+        return f"Prompt templates: {scores[0].templates}"
+    return "\n".join(f"Prompt templates of {score.task}: {score.templates}" for score in scores)
 
 
 def class_table(score: ZeroShotScore) -> Table:

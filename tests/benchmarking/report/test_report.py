@@ -18,7 +18,7 @@ from clip_rd_edge.benchmarking.report.html import page
 from clip_rd_edge.benchmarking.report.text import (
     markdown,
     score_tables,
-    terminal_table,
+    terminal_tables,
     write_between_markers,
     write_report,
 )
@@ -279,6 +279,32 @@ def test_terminal_table_shows_latency_and_relative_accuracy(with_retrieval: Resu
     assert "67\u00a0%" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_terminal_tables_cut_nothing_and_fit(with_retrieval: Results, width: int) -> None:
+    console = Console(width=width, file=StringIO())
+    tables = terminal_tables(with_retrieval, width)
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(tables) == (1 if width == 200 else len(tables))
+    assert "…" not in text
+    assert text.count("End to end, ms") == len(tables)
+    for row in with_retrieval.rows:
+        assert text.count(f" {row.label}") >= 1
+        assert text.count(formatting.milliseconds(row.latency.end_to_end.p50)) >= 1
+
+
+def test_score_tables_fit_80_columns(with_retrieval: Results) -> None:
+    console = Console(width=80, file=StringIO())
+    for table in score_tables(with_retrieval.rows[0].scores):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    for score in with_retrieval.rows[0].scores:
+        assert score.task.split()[0] in text
+    assert "Prompt templates: " in text
+
+
 def test_score_tables_show_intervals_and_recall(with_retrieval: Results) -> None:
     console = Console(width=200, file=StringIO())
     for table in score_tables(with_retrieval.rows[0].scores):
@@ -318,7 +344,8 @@ def test_a_suite_with_only_retrieval_has_no_plot_and_no_samples(
 
 def render(results: Results) -> str:
     console = Console(width=200, file=StringIO())
-    console.print(terminal_table(results))
+    (table,) = terminal_tables(results, 200)
+    console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
