@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-CUT, DOWN = "cut", "503"
+CUT, DOWN, STALL = "cut", "503", "stall"
 _HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server")
 
 
@@ -67,6 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(
         self, status: int, headers: dict[str, str], content: bytes, fault: str = "", *, length: str | None = None
     ) -> None:
+        if fault == STALL and self.command == "HEAD":
+            self._stall()
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -80,7 +83,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
+        if fault == STALL:
+            self.wfile.write(content[: len(content) // 2])
+            self._stall()
+            return
         self.wfile.write(content)
+
+    def _stall(self) -> None:
+        """Keep the connection open and say nothing."""
+        self.server.stopping.wait()
+        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -92,7 +104,9 @@ class UnreliableServer(ThreadingHTTPServer):
     Attributes:
         latency_s: before each answer.
         failing_share: share of requests that fail at random, with 503 or with half of the answer.
-        fail: how the next requests go wrong: a status, `cut`, or nothing.
+        fail: how the next requests go wrong: a status, `cut`, `stall`, or nothing. An answer that stalls stops half-way,
+            and its connection stays open.
+        stopping: set when the server is, which ends connections that stall.
         down_until: time by `time.monotonic` until which every request is answered with 503.
         requests: paths of all requests so far.
     """
@@ -106,6 +120,7 @@ class UnreliableServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.target, self.latency_s, self.failing_share = folder, target, latency_s, failing_share
         self.fail, self.requests, self.down_until, self.failed = list[str](), list[str](), 0.0, 0
+        self.stopping = threading.Event()
         self._random, self._lock = random.Random(0), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -128,5 +143,6 @@ class UnreliableServer(ThreadingHTTPServer):
         try:
             yield self
         finally:
+            self.stopping.set()
             self.shutdown()
             self.server_close()

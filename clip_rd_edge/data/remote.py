@@ -23,6 +23,10 @@ _PART_BYTES = 8 << 20
 _PARALLEL_REQUESTS = 16
 # A server that answers with errors for two minutes is waited for; most recover within seconds.
 _RETRY_DELAYS_S = (0.5, 1, 2, 4, 8, 16, 30, 30, 30)
+# A connection that says nothing for this long is given up and tried again. There is no limit on a whole answer: a large
+# part over a slow network takes what it takes.
+_CONNECT_TIMEOUT_S = 30.0
+_READ_TIMEOUT_S = 60.0
 _CREDENTIALS_HINT = "check the credentials that its store expects, such as AWS_PROFILE for s3://"
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId", "LastModified")
 _T = TypeVar("_T")
@@ -168,13 +172,23 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("fsspec", extra="remote", purpose=f"Reading {url}") from error
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url, **_options(url))  # type: ignore[no-any-return]
     except ImportError as error:
         raise MissingExtraError(
             error.name or f"the fsspec package for {url.split('://')[0]}", extra="remote", purpose=f"Reading {url}"
         ) from error
     except ValueError as error:
         raise InputError(f"{url} cannot be read: {error}.", hint="use s3://, gs://, https:// or hf://") from error
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Return options for the file system of a URL; other stores than web servers have limits like these themselves."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
+    return {"client_kwargs": {"timeout": limits}}
 
 
 def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] | None = None) -> _T:
@@ -249,5 +263,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    """Return the first line that an error says, or one of its causes, as fsspec's time-outs say nothing themselves."""
+    texts = (str(cause).strip() for cause in _causes(error))
+    text = next(filter(None, texts), type(error).__name__)
+    return text.splitlines()[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,25 @@ def test_failing_requests_are_tried_again(server: UnreliableServer, shards: Path
     server.fail = list(faults)
     assert contents(load_pairs(f"{server.url}/000.tar")) == contents(load_pairs(f"{shards}/000.tar"))
     assert server.fail == []
+
+
+@pytest.mark.parametrize("faults", [["stall"], ["", "stall", "stall"]], ids=["head", "content"])
+def test_an_answer_that_stalls_is_asked_for_again_soon(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch, faults: list[str]
+) -> None:
+    monkeypatch.setattr(remote, "_READ_TIMEOUT_S", 0.5)
+    server.fail = list(faults)
+    started = time.monotonic()
+    assert contents(load_pairs(f"{server.url}/000.tar")) == contents(load_pairs(f"{shards}/000.tar"))
+    assert server.fail == []
+    assert time.monotonic() - started < 100  # a busy machine included; aiohttp's limit is 300 s for a whole answer
+
+
+def test_a_server_that_stalls_for_good_is_named(server: UnreliableServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_READ_TIMEOUT_S", 0.2)
+    server.fail = ["", *["stall"] * 99]
+    with pytest.raises(InputError, match=r"000\.tar could not be fetched: \w+ .*socket"):
+        load_pairs(f"{server.url}/000.tar")
 
 
 def test_a_server_that_ignores_ranges_is_read_whole(server: UnreliableServer, shards: Path) -> None:
