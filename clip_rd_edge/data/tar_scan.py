@@ -1,7 +1,7 @@
 """List the files of an uncompressed tar with plain reads of its headers, some ten times as fast as tarfile.
 
 Shards of millions of samples are scanned once. tarfile builds an object with some twenty attributes per member; here a
-member costs one read of 512 bytes. The checksums of many headers are verified together in numpy.
+member costs one read of 512 bytes. Names and checksums of many headers are looked at together in numpy.
 
 Understood: the formats v7, ustar, pax and GNU, with long names and sizes over 8 GiB. Sparse members are reported as
 unreadable, since their content is not contiguous, and so are those whose extended header is malformed.
@@ -9,18 +9,24 @@ unreadable, since their content is not contiguous, and so are those whose extend
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 BLOCK_BYTES = 512
 UNREADABLE = -1  # offset of a member whose content is not contiguous, or is not known
-_BATCH = 1024  # headers whose checksums are verified together
+_BATCH = 1024  # headers that are looked at together
 _MAX_EXTENSION_BYTES = 1 << 20  # of an extended header; real ones hold a path
 _MAX_DIGITS = 20  # of the length of a record
 _MAX_NAME_BYTES = 1024  # of a file: an index holds all names in as many bytes as the longest has
-_CHECKSUM = slice(148, 156)
+_MAX_SIZE = 1 << 62  # of a file, in bytes: more than any disk holds, and a number of 64 bits
+_NAME_BYTES = 100
+_SIZE, _CHECKSUM, _KIND, _PREFIX = slice(124, 135), slice(148, 156), 156, 345  # where they are in a header
+_PLAIN = ord("0")
 _REGULAR, _PAX, _LONG_NAME, _SPARSE = b"\x0007", b"xX", b"L", b"S"
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and pipes: their size field, if any, counts no content
 _FILES = _REGULAR + _SPARSE + _WITHOUT_CONTENT  # these end what an extended header says
@@ -29,12 +35,23 @@ TarFile = tuple[bytes, int, int]
 """A regular file in a tar: its name as stored, and the offset (or UNREADABLE) and size of its content in bytes."""
 
 
+class TarFiles(NamedTuple):
+    """Consecutive regular files of a tar, F of them, as columns."""
+
+    names: npt.NDArray[np.bytes_]
+    """As stored, (F,)."""
+    offsets: npt.NDArray[np.int64]
+    """Of their contents in bytes, or UNREADABLE, (F,)."""
+    sizes: npt.NDArray[np.int64]
+    """In bytes, (F,)."""
+
+
 class _DamageError(Exception):
     """Scanning cannot go on; the message says why."""
 
 
 class TarScan:
-    """Iterates over the regular files of a tar, up to its end or to where it is damaged.
+    """Iterates over the regular files of a tar, many at a time, up to its end or to where it is damaged.
 
     Attributes, valid after the iteration:
         damage: where and how the tar is damaged, or empty.
@@ -54,24 +71,67 @@ class TarScan:
         self.last_is_incomplete = False
         self.size_bytes = 0
 
-    def __iter__(self) -> Iterator[TarFile]:
+    def __iter__(self) -> Iterator[TarFiles]:
         with open(self._open_file(), "rb", buffering=0) as file:  # noqa: PTH123  no path: it is open already
             headers = _Headers(file.fileno())
             self.size_bytes = headers.size_bytes
-            for starts, blocks, files in headers:
+            for batch in headers:
+                blocks = np.frombuffer(b"".join(batch.headers), np.uint8).reshape(-1, BLOCK_BYTES)
                 valid = _valid_checksums(blocks)
-                if all(valid):
-                    yield from filter(None, files)
-                    continue
-                first = valid.index(False)
-                yield from filter(None, files[:first])
-                self.damage, self.last_is_incomplete = f"the tar is damaged at byte {starts[first]:,}", False
-                return
+                sound = len(valid) if valid.all() else int(valid.argmin())
+                yield batch.files(blocks[:sound])
+                if sound < len(valid):
+                    self.damage = f"the tar is damaged at byte {batch.starts[sound]:,}"
+                    return
             self.damage, self.last_is_incomplete = headers.damage, headers.last_is_incomplete
 
 
+class _Batch:
+    """Consecutive headers of a tar.
+
+    Attributes:
+        starts: offset of each header.
+        sizes: of the content after it, where it is that of a plain file.
+        others: by their position in the batch, all other headers: the file that each describes, or None.
+    """
+
+    def __init__(self) -> None:
+        self.headers: list[bytes] = []
+        self.starts: list[int] = []
+        self.sizes: list[int] = []
+        self.others: dict[int, TarFile | None] = {}
+
+    def add_other(self, header: bytes, start: int) -> None:
+        """Add a header that is not that of a plain file, nor yet known to be that of another one."""
+        self.others[len(self.headers)] = None
+        self.headers.append(header)
+        self.starts.append(start)
+        self.sizes.append(0)
+
+    def describe_last(self, file: TarFile) -> None:
+        """Say which file the header that was added last describes."""
+        self.others[len(self.headers) - 1] = file
+
+    def files(self, blocks: npt.NDArray[np.uint8]) -> TarFiles:
+        """Return the files of the first headers, given as (H, 512) bytes."""
+        count = len(blocks)
+        names = _cut_at_nul(blocks[:, :_NAME_BYTES])
+        offsets = np.asarray(self.starts[:count], np.int64) + BLOCK_BYTES
+        sizes = np.asarray(self.sizes[:count], np.int64)
+        others = {row: file for row, file in self.others.items() if row < count}
+        if not others:
+            return TarFiles(names, offsets, sizes)
+        listed = names.tolist()
+        for row, file in others.items():
+            if file is not None:
+                listed[row], offsets[row], sizes[row] = file
+        is_file = np.ones(count, np.bool_)
+        is_file[[row for row, file in others.items() if file is None]] = False
+        return TarFiles(np.asarray(listed, np.bytes_)[is_file], offsets[is_file], sizes[is_file])
+
+
 class _Headers:
-    """Iterates over the headers of a tar in batches: their offsets, the headers, and the files that they describe."""
+    """Iterates over the headers of a tar in batches."""
 
     def __init__(self, file: int) -> None:
         self._file, self._end, self._start = file, os.fstat(file).st_size, 0
@@ -81,44 +141,44 @@ class _Headers:
         self._name, self._size, self._is_unreadable = b"", -1, False
         self.damage, self.last_is_incomplete = "", False
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[bytes], list[TarFile | None]]]:
+    def __iter__(self) -> Iterator[_Batch]:
         while not self._is_done:
-            starts: list[int] = []
-            headers: list[bytes] = []
-            files: list[TarFile | None] = []
+            batch = _Batch()
             try:
-                while len(starts) < _BATCH and not self._is_done:
-                    self._read_plain_files(starts, headers, files)
-                    self._read_other(starts, headers, files)
+                while len(batch.headers) < _BATCH and not self._is_done:
+                    self._read_plain_files(batch)
+                    if len(batch.headers) < _BATCH:
+                        self._read_other(batch)
             except _DamageError as damage:
                 self.damage, self._is_done = str(damage), True
-            if starts:
-                yield starts, headers, files
+            if batch.headers:
+                yield batch
 
-    def _read_plain_files(self, starts: list[int], headers: list[bytes], files: list[TarFile | None]) -> None:
-        """Read on while headers are of the usual kind; nearly all are, so this loop takes nearly all the time."""
+    def _read_plain_files(self, batch: _Batch) -> None:
+        """Read on while headers are of the usual kind; nearly all are, so this loop takes nearly all the time.
+
+        Names and checksums are left to numpy.
+        """
         if self._name or self._size >= 0 or self._is_unreadable:  # of the next file, by an extended header
             return
-        file, start, last = self._file, self._start, self._end - BLOCK_BYTES
-        while start <= last and len(starts) < _BATCH:
-            header = read_at(file, BLOCK_BYTES, start)
-            if len(header) < BLOCK_BYTES or header[156] != _REGULAR[1] or header[345]:
-                break
-            try:
-                size = int(header[124:135], 8)
-            except ValueError:
-                break
-            content = start + BLOCK_BYTES
-            following = content + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)
-            if size < 0 or content + size > self._end:
-                break
-            starts.append(start)
-            headers.append(header)
-            files.append((header[: header.find(0, 0, 100)] if not header[99] else header[:100], content, size))
-            start = following
+        file, start, end = self._file, self._start, self._end
+        headers, starts, sizes = batch.headers, batch.starts, batch.sizes
+        with contextlib.suppress(IndexError, ValueError):  # less than a header, or no octal size
+            for _ in range(_BATCH - len(headers)):
+                header = read_at(file, BLOCK_BYTES, start)
+                if header[_KIND] != _PLAIN or header[_PREFIX] or len(header) < BLOCK_BYTES:
+                    break
+                size = int(header[_SIZE], 8)
+                following = start + BLOCK_BYTES + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)
+                if size < 0 or following > end:
+                    break
+                headers.append(header)
+                starts.append(start)
+                sizes.append(size)
+                start = following
         self._start = start
 
-    def _read_other(self, starts: list[int], headers: list[bytes], files: list[TarFile | None]) -> None:
+    def _read_other(self, batch: _Batch) -> None:
         """Read one header of any kind."""
         start = self._start
         header = read_at(self._file, BLOCK_BYTES, start)
@@ -129,22 +189,20 @@ class _Headers:
         if not any(header):
             self._is_done = True
             return
-        kind, size, content = header[156], _size(header, start), start + BLOCK_BYTES
-        starts.append(start)
-        headers.append(header)
-        files.append(None)
+        kind, size, content = header[_KIND], _size(header, start), start + BLOCK_BYTES
+        batch.add_other(header, start)
         if kind in _PAX or kind in _LONG_NAME:
             self._apply_extension(kind, content, size)
         elif kind in _REGULAR or kind in _SPARSE:
             name = self._name or _name(header)
             if len(name) > _MAX_NAME_BYTES:
                 name, self._is_unreadable = name[:_MAX_NAME_BYTES], True
-            size = self._size if self._size >= 0 else size
+            size = min(self._size if self._size >= 0 else size, _MAX_SIZE)
             if kind in _SPARSE:
                 content = self._after_sparse_headers(header, content)
             self.last_is_incomplete = content + size > self._end
             is_readable = not (kind in _SPARSE or self._is_unreadable)
-            files[-1] = (name, content if is_readable else UNREADABLE, size)
+            batch.describe_last((name, content if is_readable else UNREADABLE, size))
             if self.last_is_incomplete:
                 raise _DamageError(f"the tar ends at byte {self._end:,}, within {name.decode(errors='replace')}")
         elif kind in _WITHOUT_CONTENT:
@@ -220,7 +278,7 @@ def _natural(text: bytes) -> int:
 
 def _size(header: bytes, start: int) -> int:
     try:
-        return int(header[124:135], 8)
+        return int(header[_SIZE], 8)
     except ValueError:
         pass
     field = header[124:136]
@@ -239,26 +297,37 @@ def _size(header: bytes, start: int) -> int:
 
 
 def _name(header: bytes) -> bytes:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":
+    name = header[:_NAME_BYTES].split(b"\0", 1)[0]
+    if header[_PREFIX] and header[257:263] == b"ustar\0":
         return header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
 
 
-def _valid_checksums(headers: list[bytes]) -> list[bool]:
+def _cut_at_nul(fields: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
+    """Return texts from fields that are padded with NUL, (H, L); what follows the first NUL does not count."""
+    width = int(np.flatnonzero(fields.any(0)).max(initial=0)) + 1
+    texts = np.ascontiguousarray(fields[:, :width])
+    is_text = texts != 0
+    if (is_text[:, 1:] > is_text[:, :-1]).any():
+        texts = texts * np.logical_and.accumulate(is_text, axis=1)
+    return texts.view(f"S{width}").ravel()
+
+
+def _valid_checksums(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Compare the checksum of each header: the sum of its bytes, with spaces in place of the checksum itself."""
-    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK_BYTES)
-    stored = np.zeros(len(blocks), np.int64)
-    for column in blocks[:, _CHECKSUM].T:  # octal digits, padded with spaces and NUL in various ways
+    field = np.ascontiguousarray(blocks[:, _CHECKSUM].T).astype(np.int32)
+    stored = np.zeros(len(blocks), np.int32)
+    for column in field:  # octal digits, padded with spaces and NUL in various ways
         is_digit = (column >= ord("0")) & (column <= ord("7"))
         stored = np.where(is_digit, stored * 8 + column - ord("0"), stored)
     spaces = 8 * ord(" ")
-    sums = blocks.sum(1, dtype=np.int64) - blocks[:, _CHECKSUM].sum(1, dtype=np.int64) + spaces
-    valid = stored == sums
+    halves = blocks.reshape(len(blocks), 2, -1).sum(2, dtype=np.uint16)  # of 256 bytes, so that 16 bits hold their sum
+    sums = halves[:, 0].astype(np.int32) + halves[:, 1] - field.sum(0, dtype=np.int32) + spaces
+    valid: npt.NDArray[np.bool_] = stored == sums
     if not valid.all():  # some old programs summed signed bytes
-        sums -= 256 * ((blocks >= 128).sum(1) - (blocks[:, _CHECKSUM] >= 128).sum(1))
+        sums -= 256 * ((blocks >= 128).sum(1, dtype=np.int32) - (field >= 128).sum(0, dtype=np.int32))
         valid |= stored == sums
-    return list(valid.tolist())
+    return valid
 
 
 def member_name(file: int, offset: int) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import threading
 import weakref
 import zipfile
@@ -18,23 +17,19 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
 from clip_rd_edge.data.shard_cache import open_file
+from clip_rd_edge.data.tar_samples import COLUMNS, Kind, SampleGroups
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
-Kind = Literal["image", "text", "json", "class"]
-_COLUMN_OF_SUFFIX = {b"jpg": 0, b"jpeg": 0, b"png": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3}
-_COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
-_META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
 _MAX_OPEN = 64
 _INDEX_FORMAT = "3"  # increase when the same tar is indexed differently
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
@@ -142,17 +137,17 @@ class Shard:
 
     def has(self, kind: Kind) -> npt.NDArray[np.bool_]:
         """Return a mask of the samples that have this kind of file, (G,)."""
-        mask: npt.NDArray[np.bool_] = self.locations[:, _COLUMNS[kind], 0] >= 0
+        mask: npt.NDArray[np.bool_] = self.locations[:, COLUMNS[kind], 0] >= 0
         return mask
 
     def locations_of(self, kind: Kind) -> npt.NDArray[np.int64]:
         """Return offset and size in bytes of each sample's file of this kind, (G, 2)."""
-        locations: npt.NDArray[np.int64] = self.locations[:, _COLUMNS[kind]]
+        locations: npt.NDArray[np.int64] = self.locations[:, COLUMNS[kind]]
         return locations
 
     def member(self, index: int, kind: Kind) -> TarMember | None:
         """Return a sample's image, text, JSON or class file, or None if it has none."""
-        offset, size = self.locations[index, _COLUMNS[kind]].tolist()
+        offset, size = self.locations[index, COLUMNS[kind]].tolist()
         if offset < 0:
             return None
         return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)
@@ -190,41 +185,22 @@ def open_shard(path: ShardFile) -> Shard:
 
 
 def _index_tar(path: ShardFile) -> Shard:
-    names: list[bytes] = []
-    rows: list[int] = []  # sample, column, offset and size of each file that counts, one after another
+    groups = SampleGroups()
     scan = TarScan(partial(open_file, path))
-    last_sample, suffixes, is_in_sample = b"", set[bytes](), False
     try:
-        for name, offset, size in scan:
-            base = name.rfind(b"/") + 1
-            dot = name.find(b".", base)
-            # Hidden files, files without a suffix and webdataset's metadata are not part of a sample.
-            is_in_sample = base < dot < len(name) - 1 and not (b"__" in name and _META.match(name))
-            if not is_in_sample:
-                continue
-            sample, suffix = name[:dot], name[dot + 1 :].lower()
-            # A repeated suffix starts a new sample: names are unique only within a tar, and tars get concatenated.
-            if sample != last_sample or suffix in suffixes:
-                names.append(sample)
-                last_sample, suffixes = sample, {suffix}
-            else:
-                suffixes.add(suffix)
-            if suffix in _COLUMN_OF_SUFFIX:
-                rows += (len(names) - 1, _COLUMN_OF_SUFFIX[suffix], offset, size)
+        for files in scan:
+            groups.add(files)
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
-    if scan.damage and not names:
+    if scan.damage and not len(groups):
         raise InputError(
             f"{path} is not an uncompressed tar: {scan.damage}.",
             hint="decompress .tar.gz files: shards need random access",
         )
-    locations = np.full((len(names), len(_COLUMNS), 2), (-1, 0), np.int64)
-    if rows:  # in reverse, so that the first of several images stays
-        sample_of, column_of, offsets, sizes = np.asarray(rows, np.int64).reshape(-1, 4)[::-1].T
-        locations[sample_of, column_of] = np.stack([offsets, sizes], axis=1)
-    count = len(names) - (scan.last_is_incomplete and is_in_sample)
-    lost = _samples_in(scan.size_bytes, locations[:count]) if scan.damage else 0
-    return Shard(path, np.asarray(names[:count], np.bytes_), locations[:count], scan.damage, lost)
+    count = len(groups) - (scan.last_is_incomplete and groups.last_is_in_sample)
+    locations = groups.locations()[:count]
+    lost = _samples_in(scan.size_bytes, locations) if scan.damage else 0
+    return Shard(path, groups.names(count), locations, scan.damage, lost)
 
 
 def _samples_in(size_bytes: int, locations: npt.NDArray[np.int64]) -> int:

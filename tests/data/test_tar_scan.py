@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_rd_edge.data import tar_scan
 from clip_rd_edge.data.tar_scan import UNREADABLE, TarFile, TarScan
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -20,6 +21,11 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "GNU": tarfile.GNU_FORMAT, "pax": tarf
 
 def scan_of(path: Path) -> TarScan:
     return TarScan(partial(os.open, path, os.O_RDONLY))
+
+
+def listed(scan: TarScan) -> list[TarFile]:
+    """Return the files of a scan one after another."""
+    return [file for files in scan for file in zip(*(column.tolist() for column in files), strict=True)]
 
 
 def write_archive(path: Path, tar_format: int) -> Path:
@@ -52,7 +58,7 @@ def listed_by_tarfile(path: Path) -> list[TarFile]:
 def test_the_scan_lists_the_files_that_tarfile_lists(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
     scan = scan_of(path)
-    assert list(scan) == listed_by_tarfile(path)
+    assert listed(scan) == listed_by_tarfile(path)
     assert scan.damage == ""
 
 
@@ -61,7 +67,35 @@ def test_a_name_in_ten_thousand_headers_is_listed_once(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as archive:
         for i in range(3000):
             archive.addfile(tarfile.TarInfo(f"{i}.txt"))
-    assert list(scan_of(path)) == listed_by_tarfile(path)
+    assert listed(scan_of(path)) == listed_by_tarfile(path)
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_a_batch_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar_format: int) -> None:
+    path = write_archive(tmp_path / "a.tar", tar_format)
+    for headers in range(1, 12):
+        monkeypatch.setattr(tar_scan, "_BATCH", headers)
+        scan = scan_of(path)
+        assert listed(scan) == listed_by_tarfile(path), headers
+        assert scan.damage == ""
+
+
+def test_what_follows_the_end_of_a_name_does_not_count(tmp_path: Path) -> None:
+    path, header = tmp_path / "a.tar", bytearray(plain_file("a.jpg", b"x"))
+    header[7:10] = b"old"
+    checksum = sum(header[:148]) + 8 * ord(" ") + sum(header[156:512])
+    header[148:156] = f"{checksum:06o}\0 ".encode()
+    path.write_bytes(bytes(header) + plain_file("a.txt", b"y") + bytes(1024))
+    assert listed(scan_of(path)) == [(b"a.jpg", 512, 1), (b"a.txt", 1536, 1)]
+
+
+def test_sizes_beyond_all_numbers_are_those_of_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(plain_file("a.jpg", b"x") + pax_header(b"39 size=%030d\n" % 10**29) + plain_file("a.txt", b"y"))
+    scan = scan_of(path)
+    assert [name for name, _, _ in listed(scan)] == [b"a.jpg", b"a.txt"]
+    assert scan.last_is_incomplete
+    assert "within a.txt" in scan.damage
 
 
 def test_a_file_of_nine_gibibytes_is_skipped_by_its_binary_size(tmp_path: Path) -> None:
@@ -72,7 +106,7 @@ def test_a_file_of_nine_gibibytes_is_skipped_by_its_binary_size(tmp_path: Path) 
         file.write(large.tobuf(tarfile.GNU_FORMAT))
         file.seek(size, io.SEEK_CUR)  # a hole
         file.write(small.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    assert list(scan_of(path)) == [
+    assert listed(scan_of(path)) == [
         (b"large.bin", 512, size),
         (b"small.txt", 1024 + size, 0),
     ]
@@ -90,7 +124,7 @@ def test_a_sparse_file_is_listed_as_unreadable(tmp_path: Path, tar_format: str) 
     command = ["tar", "--sparse", f"--format={tar_format}", "-cf", str(path), "holes.jpg", "after.txt"]
     if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("this tar does not store sparse files")
-    files = list(scan_of(path))
+    files = listed(scan_of(path))
     assert [offset == UNREADABLE for _, offset, _ in files] == [True, False]
     assert files[1] == listed_by_tarfile(path)[-1]
 
@@ -130,7 +164,7 @@ def test_a_malformed_extended_header_makes_the_next_file_unreadable_and_no_other
     path.write_bytes(before + header + hit + after + bytes(1024))
     scan = scan_of(path)
     start = len(before) + len(header)
-    assert list(scan) == [
+    assert listed(scan) == [
         (b"before.txt", 512, 10),
         (b"hit.txt", UNREADABLE, 7),
         (b"after.txt", start + len(hit) + 512, 9),
@@ -142,14 +176,14 @@ def test_an_extended_header_that_runs_past_the_end_is_damage(tmp_path: Path) -> 
     path = tmp_path / "a.tar"
     path.write_bytes(plain_file("before.txt", b"x") + pax_header(b"", size=1 << 30))
     scan = scan_of(path)
-    assert [name for name, _, _ in scan] == [b"before.txt"]
+    assert [name for name, _, _ in listed(scan)] == [b"before.txt"]
     assert "ends within an extended header" in scan.damage
 
 
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    whole, files = path.read_bytes(), list(scan_of(path))
+    whole, files = path.read_bytes(), listed(scan_of(path))
     contents = {byte for _, offset, size in files for byte in range(offset, offset + -(-size // 512) * 512)}
     generator = np.random.default_rng(1)
     headers = sorted(set(range(len(whole) - 20480 // 2)) - contents)
@@ -158,7 +192,7 @@ def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -
         damaged[position] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
         scan = scan_of(path)
-        found = list(scan)
+        found = listed(scan)
         # A flipped bit in the content of an extended header has no checksum: it can only change one name, or make the
         # file unreadable.
         if found != files:
@@ -172,12 +206,12 @@ def test_no_damaged_byte_adds_or_moves_a_file(tmp_path: Path, tar_format: int) -
 @pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
 def test_every_cut_is_noticed(tmp_path: Path, tar_format: int) -> None:
     path = write_archive(tmp_path / "a.tar", tar_format)
-    whole, files = path.read_bytes(), list(scan_of(path))
+    whole, files = path.read_bytes(), listed(scan_of(path))
     end = max(offset + size for _, offset, size in files) + 1024
     for length in range(0, end, 256):
         path.write_bytes(whole[:length])
         scan = scan_of(path)
-        found = list(scan)
+        found = listed(scan)
         complete = found[:-1] if scan.last_is_incomplete else found
         assert complete == files[: len(complete)]
         assert len(found) == len(files) or scan.damage, length

@@ -1,0 +1,98 @@
+"""Files are grouped into the same samples whether in numpy or one by one, and wherever a batch ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.data.tar_samples import COLUMNS, SampleGroups
+from clip_rd_edge.data.tar_scan import TarFiles
+
+Location = tuple[int, int]
+USUAL = ("jpg", "JPG", "jpeg", "png", "webp", "txt", "Txt", "json", "cls")
+UNUSUAL = ("", "foo", "jpgx", "jpg2", "seg.png", "jsonl", "t", "jpeg\0x")
+STEMS = ("0", "00", "000", "1", "a_b", "a__b", "__meta__", "x/0", "./0", "x.y/0", "", "x/", "x/__meta__/0", "été")
+
+
+def files_of(names: Sequence[str], first: int = 0) -> TarFiles:
+    """Files whose offset and size tell where they are in the list."""
+    numbers = np.arange(first, first + len(names), dtype=np.int64)
+    return TarFiles(np.asarray([name.encode() for name in names], np.bytes_), numbers * 10, numbers * 10 + 1)
+
+
+def grouped(names: Sequence[str], ends: Sequence[int]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
+    """Group files in batches with these ends: names, locations by column, and whether the last file is in a sample."""
+    groups, start = SampleGroups(), 0
+    for end in ends:
+        groups.add(files_of(names[start:end], start))
+        start = end
+    locations = [
+        {column: (offset, size) for column, (offset, size) in enumerate(sample) if offset >= 0}
+        for sample in groups.locations().tolist()
+    ]
+    return groups.names(len(groups)).tolist(), locations, groups.last_is_in_sample
+
+
+def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
+    """The rules once more, written for reading."""
+    columns = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
+    samples: list[tuple[str, set[str], dict[int, Location]]] = []
+    is_in_sample = False
+    for number, name in enumerate(names):
+        folder, slash, file = name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        parts = [*folder.split("/"), stem] if suffix else name.split("/")
+        is_meta = any(part.startswith("__") and part.endswith("__") and len(part) >= 4 for part in parts)
+        is_in_sample = bool(stem and suffix) and not is_meta
+        if not is_in_sample:
+            continue
+        sample, suffix = folder + slash + stem, suffix.lower()
+        if not samples or samples[-1][0] != sample or suffix in samples[-1][1]:
+            samples.append((sample, set(), {}))
+        samples[-1][1].add(suffix)
+        if suffix in columns:
+            samples[-1][2].setdefault(columns[suffix], (10 * number, 10 * number + 1))
+    return [name.encode() for name, _, _ in samples], [locations for _, _, locations in samples], is_in_sample
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5], ids=["usual", "few unusual", "many unusual"])
+def test_random_names_are_grouped_as_one_by_one_in_batches_of_any_size(share: float) -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        names: list[str] = []
+        while len(names) < 60:
+            usual = generator.random() >= share
+            stem = generator.choice(STEMS[:5] if usual else STEMS)
+            suffixes = generator.sample(USUAL if usual else USUAL + UNUSUAL, generator.randint(1, 4))
+            names += [f"{stem}.{suffix}" if suffix else stem for suffix in suffixes if stem or suffix]
+        ends = [*sorted(generator.sample(range(len(names)), generator.randint(0, 6))), len(names)]
+        assert grouped(names, ends) == expected(names), (names, ends)
+
+
+def test_names_in_folders_are_grouped_as_one_by_one() -> None:
+    names = [f"{folder}/{i // 3}.{['jpg', 'txt', 'json'][i % 3]}" for folder in (".", "a.b", "c") for i in range(30)]
+    assert grouped(names, [7, 50, len(names)]) == expected(names)
+
+
+def test_usual_names_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+    add_each = SampleGroups._add_each
+
+    def watch(self: SampleGroups, files: TarFiles, start: int, stop: int) -> None:
+        nonlocal seen
+        seen += stop - start
+        add_each(self, files, start, stop)
+
+    monkeypatch.setattr(SampleGroups, "_add_each", watch)
+    names = [f"./{i // 3:06d}.{['jpg', 'txt', 'json'][i % 3]}" for i in range(3000)]
+    assert grouped(names, [1000, 2000, 3000]) == expected(names)
+    assert seen <= 4  # what goes on with the sample of the batch before
+
+
+def test_no_files_make_no_samples() -> None:
+    groups = SampleGroups()
+    groups.add(files_of([]))
+    assert (len(groups), len(groups.names(0)), groups.locations().shape) == (0, 0, (0, len(COLUMNS), 2))
