@@ -104,8 +104,8 @@ class UnreliableServer(ThreadingHTTPServer):
     Attributes:
         latency_s: before each answer.
         failing_share: share of requests that fail at random, with 503 or with half of the answer.
-        fail: how the next requests go wrong: a status, `cut`, `stall`, or nothing. An answer that stalls stops half-way,
-            and its connection stays open.
+        fail: how the next requests go wrong: a status, `cut`, `stall` or nothing; an answer that stalls stops
+            half-way, and its connection stays open.
         stopping: set when the server is, which ends connections that stall.
         down_until: time by `time.monotonic` until which every request is answered with 503.
         requests: paths of all requests so far.
