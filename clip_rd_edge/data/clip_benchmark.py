@@ -13,7 +13,8 @@ from pathlib import Path
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
-from clip_rd_edge.data.tars import Kind, Shard, TarMember, open_shard
+from clip_rd_edge.data.tar_samples import Kind
+from clip_rd_edge.data.tars import Shard, TarMember, open_shard
 from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
