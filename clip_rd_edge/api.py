@@ -73,6 +73,9 @@ class EmbedOptions(TypedDict, total=False):
     teacher_pretrained: str | None
     student: str | None
     precision: Literal["fp32", "bf16", "fp16"] | None
+    images: AnyPath | None
+    texts: AnyPath | None
+    templates: str | Sequence[str]
     seed: int
     workers: int
     max_bad: float
@@ -132,7 +135,7 @@ def load(
 
 def distill(
     *,
-    data: AnyPath,
+    data: AnyPath | None = None,
     student: AnyPath,
     output: AnyPath,
     teacher: AnyPath | None = None,
@@ -144,7 +147,8 @@ def distill(
     """Train a compact student and return the run's folder. open_clip loads its `student/` as `local-dir:PATH`.
 
     Args:
-        data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`.
+        data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`. None for runs on
+            `images` and `texts` that do not belong together, which are among the other options.
         student: a preset, a timm architecture, or the folder of a run to continue training from.
         teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
             without a teacher.
@@ -180,7 +184,7 @@ def distill(
 
 def embed(
     *,
-    data: AnyPath,
+    data: AnyPath | None = None,
     teacher: AnyPath,
     output: AnyPath,
     views: int = 1,

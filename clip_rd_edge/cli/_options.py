@@ -184,9 +184,24 @@ threads_option = _device(
 
 
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how pairs are read; `--data` itself stands before them."""
+    """Add the options that say what is trained on besides `--data`, which stands before them, and how it is read."""
     data = grouped("Data")
     for option in reversed((
+        data(
+            "--images", metavar="SOURCE",
+            help="Images without captions, beside the pairs or instead of them: a folder, a table with the column "
+            "filepath, or shards.  [default: none]",
+        ),
+        data(
+            "--texts", metavar="FILE",
+            help="Captions or labels without images: one per line, or a table or list as for classify --labels.  "
+            "[default: none]",
+        ),
+        data(
+            "--template", "templates", multiple=True, metavar="PROMPT|FILE",
+            help='Prompt template for --texts, such as "a photo of a {}", a file with one per line, or imagenet for '
+            "CLIP's 80; can be repeated.  [default: texts as they are]",
+        ),
         data(
             "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
             help="Column with the image paths.",

@@ -34,10 +34,9 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_data(
     "--data",
-    required=True,
     metavar="SOURCE",
     help="CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
-    "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.",
+    "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.  [default: none; see --images]",
 )
 @data_options
 @_teacher(

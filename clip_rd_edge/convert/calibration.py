@@ -14,7 +14,9 @@ from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs
+from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.io import read_json
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
@@ -39,11 +41,13 @@ class CalibrationSet:
         name: the name of the pairs, for provenance.
         calibrate: samples that set the activation ranges.
         held_out: samples that candidates are evaluated on; none of them sets a range.
+        paired: whether each caption belongs to its image, so that right answers are known.
     """
 
     name: str
     calibrate: Samples
     held_out: Samples
+    paired: bool = True
 
 
 def calibration_set(
@@ -56,20 +60,23 @@ def calibration_set(
     """Sample pairs without replacement: half for calibration and half held out, at most 128 and 192.
 
     Args:
-        pairs: where the samples come from.
+        pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
         preprocessing, tokenize: of the model that is quantised.
         seed: seed for choosing the pairs, and one caption per pair.
 
     Raises:
         InputError: there are fewer than 32 pairs, or too many of them cannot be read.
     """
-    if len(pairs) < MIN_PAIRS:
+    paired = len(pairs) == pair_count(pairs) or pair_count(pairs) >= MIN_PAIRS
+    count = pair_count(pairs) if paired else len(pairs)
+    if count < MIN_PAIRS:
         raise InputError(
-            f"{pairs.name} has {len(pairs)} pairs; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
+            f"{pairs.name} has {count} {'pairs' if paired else 'images'}; at least {MIN_PAIRS} are needed to calibrate "
+            "and evaluate INT8.",
             hint="pass more pairs with --calibration, or use --precision fp32",
         )
     generator = random.Random(seed)
-    indices = generator.sample(range(len(pairs)), min(len(pairs), MAX_CALIBRATION + MAX_HELD_OUT))
+    indices = generator.sample(range(count), min(count, MAX_CALIBRATION + MAX_HELD_OUT))
     bad = BadSamples(pairs)
     captions, images = [], []
     for index in indices:
@@ -78,11 +85,12 @@ def calibration_set(
         images.append(preprocess(pair.image, preprocessing))
     pixels: npt.NDArray[np.float32] = np.stack(images)
     ids = tokenize(captions)
-    count = min(MAX_CALIBRATION, len(indices) // 2)
+    half = min(MAX_CALIBRATION, len(indices) // 2)
     return CalibrationSet(
         pairs.name,
-        calibrate=Samples(pixels[:count], ids[:count]),
-        held_out=Samples(pixels[count:], ids[count:]),
+        calibrate=Samples(pixels[:half], ids[:half]),
+        held_out=Samples(pixels[half:], ids[half:]),
+        paired=paired,
     )
 
 
@@ -103,30 +111,20 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
     if path is None or not path.is_file():
         raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
     record = read_json(path, _TrainingRecord)
-    if record.data is None:
+    training = msgspec.structs.replace(record.configuration, data=record.data)
+    if training.data is None and training.images is None:
         raise UsageError(f"INT8 needs calibration pairs, and {path} names no data.", hint=_HINT)
-    columns = record.configuration
     try:
-        return load_pairs(
-            record.data,
-            image_key=columns.csv_img_key,
-            caption_key=columns.csv_caption_key,
-            json_key=columns.json_caption_key,
-        )
+        texts = [] if training.texts is None else read_texts(training.texts, column=training.csv_caption_key)
+        return load_samples(training, texts)
     except InputError as error:
         raise UsageError(
             f"INT8 needs calibration pairs, and the model's training pairs cannot be loaded: {error}", hint=_HINT
         ) from error
 
 
-class _Columns(msgspec.Struct):
-    csv_img_key: str = "filepath"
-    csv_caption_key: str = "title"
-    json_caption_key: str | None = None
-
-
 class _TrainingRecord(msgspec.Struct):
     """The fields of distillation.json that are read here."""
 
     data: str | None = None
-    configuration: _Columns = msgspec.field(default_factory=_Columns)
+    configuration: TrainingData = msgspec.field(default_factory=TrainingData)

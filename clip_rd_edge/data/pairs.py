@@ -135,8 +135,11 @@ def load_pairs(
     return pairs
 
 
-def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
+def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: str = "pairs") -> None:
     """Check that a batch has negatives, that there are enough pairs to fill it, and that processes can share it evenly.
+
+    Args:
+        what: what the rows of `pairs` are called.
 
     Raises:
         UsageError: the batch size is below 2, exceeds the number of pairs, or is not a multiple of `processes`.
@@ -145,7 +148,7 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1) -> None:
         raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.")
     if batch_size > len(pairs):
         raise UsageError(
-            f"The batch size is {batch_size}, but {pairs.name} has only {len(pairs)} pairs.",
+            f"The batch size is {batch_size}, but {pairs.name} has only {len(pairs)} {what}.",
             hint=f"--batch-size {len(pairs)} or less",
         )
     if batch_size % processes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -99,13 +99,15 @@ class ShardIndex:
         yield from (shard.sha256.encode() for shard in self._index.shards)
 
 
-def index_shards(paths: Sequence[ShardFile], *, json_key: str | None, reporter: Reporter = SILENT) -> ShardIndex:
+def index_shards(
+    paths: Sequence[ShardFile], *, json_key: str | None, captioned: bool = True, reporter: Reporter = SILENT
+) -> ShardIndex:
     """Return the index of some shards, from the cache if path, size and modification time of all are unchanged.
 
     Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
 
     Args:
-        json_key: as for `data.webdataset.ShardPairs`.
+        json_key, captioned: as for `data.webdataset.ShardPairs`.
         reporter: receives the number of indexed shards.
 
     Raises:
@@ -116,12 +118,19 @@ def index_shards(paths: Sequence[ShardFile], *, json_key: str | None, reporter: 
     identities = [shard_identity(path) for path in paths]
     # Fetching takes longer than starting processes, whatever the sizes.
     is_large = any(not isinstance(path, Path) for path in paths) or sum(sizes) >= _SERIAL_BYTES
-    build = partial(_build, paths=paths, parallel=is_large, json_key=json_key, reporter=reporter)
-    return ShardIndex(kept_index("shard-indices", [_FORMAT, repr(json_key), *identities], build))
+    index = partial(_index_shard, json_key=json_key, captioned=captioned)
+    build = partial(_build, paths=paths, parallel=is_large, index=index, reporter=reporter)
+    key = repr(json_key) if captioned else "images"
+    return ShardIndex(kept_index("shard-indices", [_FORMAT, key, *identities], build))
 
 
 def _build(
-    folder: Path, *, paths: Sequence[ShardFile], parallel: bool, json_key: str | None, reporter: Reporter
+    folder: Path,
+    *,
+    paths: Sequence[ShardFile],
+    parallel: bool,
+    index: Callable[[ShardFile], _IndexedPart],
+    reporter: Reporter,
 ) -> None:
     shards: list[_IndexedShard] = []
     left_out = 0
@@ -130,7 +139,7 @@ def _build(
         (folder / _LEFT_OUT).open("wb") as messages_file,
         ordered_map(parallel=parallel and len(paths) > 1) as shard_map,
     ):
-        for shard, rows, messages in shard_map(partial(_index_shard, json_key=json_key), paths):
+        for shard, rows, messages in shard_map(index, paths):
             reporter.update(INDEXING_STAGE, len(shards), len(paths))
             shards.append(shard)
             rows_file.write(rows.tobytes())
@@ -147,11 +156,16 @@ def _lost(shards: Sequence[_IndexedShard]) -> int:
     return sum(max(shard.lost, usual - shard.samples - 1, 0) for shard in shards if shard.lost is not None)
 
 
-def _index_shard(path: ShardFile, *, json_key: str | None) -> tuple[_IndexedShard, npt.NDArray[np.void], list[str]]:
-    """Return a shard's entry, the rows of its pairs, and messages about its damage and its other samples."""
+# A shard's entry, the rows of its pairs, and messages about its damage and its other samples.
+_IndexedPart = tuple[_IndexedShard, npt.NDArray[np.void], list[str]]
+
+
+def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool) -> _IndexedPart:
     shard = open_shard(path)
     has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")
     has_caption = has_json if json_key is not None else has_text | has_json
+    if not captioned:
+        has_caption = np.ones_like(has_image)
     messages = [f"{shard.path}: {shard.damage}"] if shard.damage else []
     for index in np.flatnonzero(~(has_caption & has_image)).tolist():
         missing = "image (.jpg, .png, .webp)" if not has_image[index] else "caption (.txt, .json)"

@@ -46,6 +46,7 @@ class ShardPairs:
     Args:
         json_key: read captions from this key of the .json, a string or a list of strings; None reads the .txt, or the
             `caption` of the .json if there is no .txt.
+        captioned: whether a sample needs a caption; without, all images count, and `captions` must not be called.
         reporter: receives the progress of indexing; the index of a shard is cached.
 
     Attributes:
@@ -62,13 +63,14 @@ class ShardPairs:
         sources: Sequence[Source],
         *,
         json_key: str | None = None,
+        captioned: bool = True,
         reporter: Reporter = SILENT,
     ) -> None:
         self.name = name
         self._json_key = json_key
         self._weights = [source.weight for source in sources]
         self._paths = [path for source in sources for path in source.shards]
-        self._index = index_shards(self._paths, json_key=json_key, reporter=reporter)
+        self._index = index_shards(self._paths, json_key=json_key, captioned=captioned, reporter=reporter)
         self.left_out, self.lost = self._index.left_out, self._index.lost
         # The shard of each group: the shards of a source, as often as its weight says.
         numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])

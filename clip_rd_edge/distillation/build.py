@@ -13,7 +13,8 @@ import numpy as np
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs, require_batch
+from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
+from clip_rd_edge.data.unpaired import MixedSamples, TrainingData, load_samples, pair_count, sample_counts
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
 from clip_rd_edge.distillation.loader import ViewDataset
@@ -21,19 +22,23 @@ from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.io import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Pairs, models and objective of a run. `teacher` is None if the objective does not need one."""
+    """Pairs, models and objective of a run. `teacher` is None if the objective does not need one.
+
+    `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
+    """
 
     pairs: Pairs
     teacher: ClipModel | None
@@ -73,7 +78,12 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         reporter.say(
             f"{len(pairs.left_out):,} samples are not pairs and were skipped{lost}; the first: {pairs.left_out[0]}"
         )
-    require_batch(pairs, config.recipe.batch_size, processes=processes.world_size)
+    is_mixed = isinstance(pairs, MixedSamples)
+    require_batch(
+        pairs, config.recipe.batch_size, processes=processes.world_size, what="samples" if is_mixed else "pairs"
+    )
+    if not pair_count(pairs):
+        _require_terms_without_pairs(config)
     teacher = load_teacher(config)
     seed_everything(config.seed)
     student = _make_student(config, teacher, name, reporter)
@@ -92,16 +102,34 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     return RunSetup(pairs, teacher, student, objective)
 
 
+def _require_terms_without_pairs(config: RunConfig) -> None:
+    if config.recipe.objective.needs_pairs:
+        raise UsageError(
+            f"The recipe {config.recipe_name} trains on pairs of images and captions alone, of which there are none.",
+            hint="name pairs with --data, or another recipe: --recipe clip-rd",
+        )
+
+
+def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
+    """Return sentences on what a run cannot do if it has no pairs; none if it has."""
+    if pair_count(pairs):
+        return []
+    left_out = [name for name in config.recipe.objective.active() if name in PAIR_TERMS]
+    terms = [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
+    if config.tasks:
+        return terms
+    return [
+        *terms,
+        "without pairs or a --task, the run cannot tell how often the student is right: evaluate it on images that you "
+        "have labelled",
+    ]
+
+
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
-    """Return the pairs that a run trains on; raises as `data.pairs.load_pairs`."""
-    return load_pairs(
-        config.data,
-        image_key=config.csv_img_key,
-        caption_key=config.csv_caption_key,
-        weights=config.train_data_upsampling_factors,
-        json_key=config.json_caption_key,
-        reporter=reporter,
-    )
+    """Return what a run trains on; raises as `data.unpaired.load_samples`."""
+    source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
+    texts = [] if source.texts is None else read_texts(source.texts, column=source.csv_caption_key)
+    return load_samples(source, texts, reporter=reporter)
 
 
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
@@ -237,7 +265,7 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
         "teacher": setup.teacher.name if setup.teacher else None,
         "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
         "data": config.data,
-        "pairs": len(setup.pairs),
+        **sample_counts(setup.pairs),
         "steps": steps,
         "seed": config.seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -247,8 +275,13 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
 
 
 def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
-    """Embed up to 512 random pairs with student and teacher: image and text embeddings, (N, D) each, by model."""
-    indices = np.random.default_rng(0).permutation(len(setup.pairs))[:_HISTOGRAM_PAIRS]
+    """Embed up to 512 random pairs with student and teacher: image and text embeddings, (N, D) each, by model.
+
+    Empty if there are no pairs.
+    """
+    indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
+    if not len(indices):
+        return {}
     bad = BadSamples(setup.pairs, max_share=config.max_bad)
     pairs = [bad.take(int(index)) for index in indices]
     images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]

@@ -40,9 +40,9 @@ CHANGEABLE_ON_RESUME = frozenset(
     | {"processes"}
 )
 # Fields that say where something lies, which may differ between machines; their content is compared instead.
-LOCATIONS = frozenset({"recipe_name", "data", "teacher", "teacher_pretrained", "student"}) | frozenset(
-    {"pretrained_image", "pretrained_text", "teacher_cache", "tasks"}
-)
+LOCATIONS = frozenset(
+    {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
+) | frozenset({"pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
 TEACHER_TEXT = "teacher"  # the `text` of a student that has its teacher's text tower
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
@@ -111,7 +111,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Complete configuration of a run, saved as `config.yaml`.
 
     Attributes:
-        data: source of the pairs, as `data.pairs.load_pairs` takes it.
+        data, images, texts, templates: what to train on; see `data.unpaired.TrainingData`.
         csv_img_key, csv_caption_key: column names of a table.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.
@@ -150,7 +150,10 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     recipe_name: str
     recipe: Recipe
-    data: str
+    data: str | None = None
+    images: str | None = None
+    texts: str | None = None
+    templates: tuple[str, ...] = ()
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     train_data_upsampling_factors: str | None = None
@@ -206,6 +209,9 @@ class DistillOptions(TypedDict, total=False):
     configuration.
     """
 
+    images: AnyPath | None
+    texts: AnyPath | None
+    templates: str | Sequence[str]
     csv_img_key: str
     csv_caption_key: str
     train_data_upsampling_factors: str | None
@@ -251,7 +257,7 @@ _RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision"
 def resolve(
     recipe: AnyPath,
     *,
-    data: AnyPath,
+    data: AnyPath | None = None,
     student: AnyPath,
     teacher: AnyPath | None = None,
     **options: Unpack[DistillOptions],
@@ -269,9 +275,10 @@ def resolve(
     recipe = os.fspath(recipe)
     given = {**options, "data": data, "student": student, "teacher": teacher}
     fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}
-    tasks = fields.get("tasks")
-    if isinstance(tasks, (str, tuple, list)):
-        fields["tasks"] = (tasks,) if isinstance(tasks, str) else tuple(map(as_text, tasks))
+    for name in ("tasks", "templates"):
+        names = fields.get(name)
+        if isinstance(names, (str, tuple, list)):
+            fields[name] = (names,) if isinstance(names, str) else tuple(map(as_text, names))
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
     if "epochs" in overrides and "steps" not in overrides:
         overrides["steps"] = 0

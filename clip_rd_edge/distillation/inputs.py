@@ -8,6 +8,7 @@ import msgspec
 
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
+from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
@@ -22,7 +23,9 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     """Fingerprints of data and teacher, which do not depend on the folders that they lie in.
 
     Attributes:
+        pairs: number of rows, whose image and captions do not always belong together.
         left_out: number of samples that are not pairs, such as those in the lost part of a shard.
+        samples: the rows in words; empty for runs of before there were others than pairs.
         pairs_sha256: see `data.pairs.fingerprint`.
         teacher_sha256: see `embedding_store.teacher_fingerprint`; None without a teacher.
     """
@@ -31,6 +34,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     left_out: int
     pairs_sha256: str
     teacher_sha256: str | None
+    samples: str = ""
 
 
 def inputs_of(setup: RunSetup) -> RunInputs:
@@ -40,6 +44,7 @@ def inputs_of(setup: RunSetup) -> RunInputs:
         left_out=len(setup.pairs.left_out),
         pairs_sha256=fingerprint(setup.pairs),
         teacher_sha256=teacher_fingerprint(setup.teacher) if setup.teacher else None,
+        samples=describe_counts(setup.pairs),
     )
 
 
@@ -111,7 +116,7 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
 
 def _counts(inputs: RunInputs) -> str:
     left_out = f" and {inputs.left_out:,} samples that are not pairs" if inputs.left_out else ""
-    return f"{inputs.pairs:,} pairs{left_out}"
+    return f"{inputs.samples or f'{inputs.pairs:,} pairs'}{left_out}"
 
 
 def _teacher(inputs: RunInputs) -> str:

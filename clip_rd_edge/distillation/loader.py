@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
+from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
@@ -29,7 +30,7 @@ HalfArray = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of B pairs.
+    """A batch of B images and B captions.
 
     Attributes:
         student_pixels, teacher_pixels: the same crops in each model's size, (B, 3, H, W) uint8 in channels-last
@@ -37,6 +38,7 @@ class Batch:
         captions: B captions.
         bad: pairs that could not be read; other pairs took their places.
         teacher_embeddings: the teacher's image and text embeddings from a cache, (B, D) float16 each; None without one.
+        paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
     """
 
     student_pixels: Tensor
@@ -44,6 +46,7 @@ class Batch:
     captions: list[str]
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[Tensor, Tensor] | None = None
+    paired: tuple[bool, ...] | None = None
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory, from which copies to a CUDA device do not block.
@@ -66,13 +69,17 @@ View = tuple[int, int]  # epoch and index of the pair
 
 
 class PairView(NamedTuple):
-    """Grey levels for student and teacher, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings."""
+    """Grey levels for student and teacher, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings.
+
+    `paired` says whether the caption belongs to the image; None in a data set that has nothing but pairs.
+    """
 
     student_pixels: Levels
     teacher_pixels: Levels | None
     caption: str
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
+    paired: bool | None = None
 
 
 class ViewDataset(Dataset[PairView]):
@@ -144,7 +151,10 @@ class ViewDataset(Dataset[PairView]):
             levels = crop_levels(image, self.crops.draw(image.size, rng), models)
         except MemoryError as error:
             raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
-        return PairView(levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings)
+        paired = index < self.pairs.pair_count if isinstance(self.pairs, MixedSamples) else None
+        return PairView(
+            levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings, paired=paired
+        )
 
 
 class StepSampler(Sampler[list[View]]):
@@ -246,7 +256,8 @@ def _collate(views: list[PairView]) -> Batch:
         teacher = _stack_levels(teacher_levels)
     captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
     embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
-    return Batch(student, teacher, captions, bad, _stack(embeddings))
+    paired = tuple(view.paired for view in views if view.paired is not None)
+    return Batch(student, teacher, captions, bad, _stack(embeddings), paired or None)
 
 
 def _stack_levels(levels: list[Levels]) -> Tensor:

@@ -23,8 +23,16 @@ import torch
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
 from clip_rd_edge.distillation.bank import make_bank
-from clip_rd_edge.distillation.build import RunSetup, histogram_embeddings, load_setup, make_dataset, provenance
+from clip_rd_edge.distillation.build import (
+    RunSetup,
+    histogram_embeddings,
+    lack_of_pairs,
+    load_setup,
+    make_dataset,
+    provenance,
+)
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
 from clip_rd_edge.distillation.freezing import set_training_mode
@@ -179,9 +187,11 @@ def _run(
     steps = total_steps(config, setup.pairs)
     if is_new:
         reporter.say(
-            f"{len(setup.pairs):,} pairs, {steps:,} steps of {config.recipe.batch_size} pairs, "
+            f"{describe_counts(setup.pairs)}, {steps:,} steps of {_batch_words(config, setup)}, "
             f"learning rate {config.recipe.learning_rate:g}"
         )
+        for sentence in lack_of_pairs(config, setup.pairs):
+            reporter.say(sentence)
         config = _with_measured_precision(config, setup, processes, reporter)
         if processes.is_main:
             write_text(run / RUN_CONFIG_FILE, to_yaml(config))
@@ -207,6 +217,11 @@ def _run(
         record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}
         save_clip(run / STUDENT_FOLDER, student, provenance=record)
     return run / STUDENT_FOLDER
+
+
+def _batch_words(config: RunConfig, setup: RunSetup) -> str:
+    size = config.recipe.batch_size
+    return f"{size} images and {size} captions" if isinstance(setup.pairs, MixedSamples) else f"{size} pairs"
 
 
 def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:

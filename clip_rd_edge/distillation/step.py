@@ -166,13 +166,18 @@ class TrainingStep:
         if self.teacher is not None:
             images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
             local += [torch.cat(images).float(), torch.cat(texts).float()]
+        mixed = chunks[0].paired is not None  # in one process, then in all: it depends on the data set
+        if mixed:
+            flags = [flag for chunk in chunks for flag in chunk.paired or ()]
+            local.append(torch.tensor(flags, device=image.device).float()[:, None])
         student_image, student_text, *teacher = self.processes.gather(local)
+        paired = teacher.pop()[:, 0] > 0 if mixed else None
         student = student_image.requires_grad_(), student_text.requires_grad_()
         if not teacher:
-            return EmbeddingBatch(*student)
+            return EmbeddingBatch(*student, paired=paired)
         teacher_image, teacher_text = teacher
         bank = self.bank.with_batch(teacher_image, teacher_text) if self.bank is not None else None
-        return EmbeddingBatch(*student, teacher_image, teacher_text, bank)
+        return EmbeddingBatch(*student, teacher_image, teacher_text, bank, paired)
 
     def _backward_to_embeddings(
         self, embeddings: EmbeddingBatch, log_scale: Tensor, loss_scale: float
@@ -218,12 +223,13 @@ class _Towers(nn.Module):
 
 
 def _part(batch: Batch, part: slice) -> Batch:
-    pixels, embeddings = batch.teacher_pixels, batch.teacher_embeddings
+    pixels, embeddings, paired = batch.teacher_pixels, batch.teacher_embeddings, batch.paired
     return Batch(
         batch.student_pixels[part],
         None if pixels is None else pixels[part],
         batch.captions[part],
         teacher_embeddings=None if embeddings is None else (embeddings[0][part], embeddings[1][part]),
+        paired=None if paired is None else paired[part],
     )
 
 

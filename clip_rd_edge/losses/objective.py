@@ -11,6 +11,12 @@
 CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these. The relations to a bank
 have B×K products of their own, see `losses.bank`.
 
+In a batch of images and captions that only partly belong together, the terms of PAIR_TERMS, which compare an image with
+its own caption, are those of the B' ≤ B pairs in it: their means are over B', and the others' are over B. HRD and
+affinity compare each image with each caption, and so need no pairs; FD, the contrastive parts of VRD and the bank look
+at images and captions apart. DIME-FM (Sun et al. 2023) distils from such data in the same way: by the scores of images
+and texts that are no pairs, and by relations within each.
+
 For a whole batch, the six matrices are kept for the backward pass. In blocks of pairs, the rows and columns of each
 block are computed separately and then freed: twice the products, but memory grows with B instead of B².
 """
@@ -36,6 +42,9 @@ from clip_rd_edge.losses.terms import (
     symmetric_contrastive,
 )
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
+
+# Terms that need the caption of an image; see above.
+PAIR_TERMS = frozenset({"task", "icl", "vrd_kl", "xrd"})
 
 
 class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +86,11 @@ class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether any active term uses the teacher's embeddings."""
         return any(name != "task" for name in self.active())
 
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether nothing is left of the objective without pairs."""
+        return PAIR_TERMS.issuperset(self.active())
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -97,6 +111,7 @@ class EmbeddingBatch:
 
     Attributes:
         bank: what the `bank` term compares with; None without this term.
+        paired: which rows are an image and its own caption, (B,) bool; None if all are.
     """
 
     student_image: Tensor
@@ -104,6 +119,19 @@ class EmbeddingBatch:
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
     bank: Bank | None = None
+    paired: Tensor | None = None
+
+    def only_pairs(self) -> EmbeddingBatch:
+        """Return the B' rows that are pairs, without the bank if there are others."""
+        if self.paired is None:
+            return self
+        rows = self.paired.nonzero()[:, 0]
+        return EmbeddingBatch(
+            self.student_image[rows],
+            self.student_text[rows],
+            None if self.teacher_image is None else self.teacher_image[rows],
+            None if self.teacher_text is None else self.teacher_text[rows],
+        )
 
 
 class Objective(nn.Module):
@@ -157,8 +185,11 @@ class Objective(nn.Module):
             teacher_scale: γ_t, the teacher's logit scale.
             block: pairs `start` to `stop`; the losses of blocks that partition the batch add up to that of the batch.
         """
-        products = _Products(batch, self, student_scale, teacher_scale, block)
-        terms = {name: _TERMS[name](products) for name in self.weights.active()}
+        whole = pairs = _Products(batch, self, student_scale, teacher_scale, block)
+        if batch.paired is not None:
+            pairs_block = block and _within(block, batch.paired)
+            pairs = _Products(batch.only_pairs(), self, student_scale, teacher_scale, pairs_block)
+        terms = {name: _compute(name, pairs if name in PAIR_TERMS else whole) for name in self.weights.active()}
         weighted = [weight * terms[name] for name, weight in self.weights.active().items()]
         return LossTerms(total=torch.stack(weighted).sum(), terms=terms)
 
@@ -244,6 +275,17 @@ _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "xrd": lambda p: cross_relation_divergence(p.image_to_text(), p.text_to_image()),
     "bank": lambda p: p.bank_divergence(),
 }
+
+
+def _compute(name: str, products: _Products) -> Tensor:
+    if len(products.s_v):
+        return _TERMS[name](products)
+    return products.s_v.sum() + products.s_t.sum()  # of a batch without pairs: 0, with a graph
+
+
+def _within(block: slice, paired: Tensor) -> slice:
+    """Return the part of the pairs alone that lies in a block of all rows."""
+    return slice(int(paired[: block.start].sum()), int(paired[: block.stop].sum()))
 
 
 def _projected(projection: nn.Module, embeddings: Tensor) -> Tensor:

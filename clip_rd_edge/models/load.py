@@ -154,7 +154,7 @@ class _Templates(msgspec.Struct):
     templates: tuple[str, ...] = ("{}",)
 
 
-_TRAINING_FACTS = ("recipe", "teacher", "data", "pairs", "steps", "seed", "date")
+_TRAINING_FACTS = ("recipe", "teacher", "data", "pairs", "images", "texts", "steps", "seed", "date")
 
 
 def training_facts(spec: str) -> dict[str, str]:

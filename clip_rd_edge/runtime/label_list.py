@@ -26,6 +26,7 @@ HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name"
 # Labels in Python: a list of them as they are; a text, which is one label or the path of a label file; a path; or None.
 Labels = Sequence[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
+MAX_TEXTS_BYTES = 1 << 28  # some four million captions
 _COMMENT = "#"
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
@@ -42,6 +43,18 @@ def label_names(labels: Labels) -> list[str] | None:
     if isinstance(labels, os.PathLike):
         return read_labels_file(Path(labels))
     return parse_labels([labels]) if isinstance(labels, str) else list(labels)
+
+
+def read_texts(name: str, *, column: str) -> list[str]:
+    """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
+
+    Args:
+        column: heading of a table's captions, before HEADINGS.
+
+    Raises:
+        InputError: as `read_labels_file`.
+    """
+    return read_labels_file(Path(name).expanduser(), max_bytes=MAX_TEXTS_BYTES, headings=(column.lower(), *HEADINGS))
 
 
 def parse_labels(words: Sequence[str]) -> list[str] | None:
@@ -114,11 +127,11 @@ def _require_single_label(word: str, *, alone: bool) -> None:
         )
 
 
-def read_labels_file(path: Path) -> list[str]:
+def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: Sequence[str] = HEADINGS) -> list[str]:
     """Read labels from a file of any of these forms, told apart by suffix:
 
     - text: one label per line; empty lines and lines that start with # are skipped.
-    - .csv, .tsv: a column headed `label` (or another of HEADINGS), or the only column of a table without a heading.
+    - .csv, .tsv: a column headed `label` (or another of `headings`), or the only column of a table without a heading.
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
 
@@ -128,7 +141,7 @@ def read_labels_file(path: Path) -> list[str]:
     if is_folder(path):
         raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
     try:
-        text = read_limited(path, MAX_FILE_BYTES).decode("utf-8-sig")
+        text = read_limited(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
@@ -138,7 +151,7 @@ def read_labels_file(path: Path) -> list[str]:
     if suffix in STRUCTURED_SUFFIXES:
         labels = _from_structure(_parse(text, path), path)
     elif suffix in TABLE_SUFFIXES:
-        labels = _from_table(text, path)
+        labels = _from_table(text, path, headings)
     else:
         lines = (line.strip() for line in text.splitlines())
         labels = [line for line in lines if line and not line.startswith(_COMMENT)]
@@ -155,7 +168,7 @@ def read_labels_file(path: Path) -> list[str]:
     return labels
 
 
-def _from_table(text: str, path: Path) -> list[str]:
+def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
     first = text.partition("\n")[0]
     separator = ";" if ";" in first and "," not in first else TABLE_SUFFIXES[path.suffix.lower()]
     reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
@@ -174,7 +187,7 @@ def _from_table(text: str, path: Path) -> list[str]:
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
-    column = next((header.index(heading) for heading in HEADINGS if heading in header), None)
+    column = next((header.index(heading) for heading in headings if heading in header), None)
     if column is not None:
         rows = rows[1:]
     elif max(map(len, rows)) > 1:

@@ -101,3 +101,80 @@ def test_tasks_of_one_file_name_keep_their_own_figures(command_line: Run, pairs_
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["evaluation/a/val.csv"] == 1.0
     assert line["evaluation/b/val.csv"] < 1.0
+
+
+@pytest.fixture
+def unpaired(pairs_csv: Path, tmp_path: Path) -> tuple[str | Path, ...]:
+    """The options of a run on 24 images and a list of labels."""
+    import torch
+
+    from clip_rd_edge.models.load import save_clip
+    from clip_rd_edge.models.student import build_student, student_config
+
+    torch.manual_seed(1)
+    config = student_config("test_resnet", embedding_size=16, image_size=48, text="tiny", context_length=12)
+    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\nyellow\n")
+    data = ("--images", pairs_csv.parent / "pictures", "--texts", tmp_path / "labels.txt", "--template", "a {} picture")
+    size = ("--batch-size", "6", "--steps", "2", "--precision", "fp32", "--workers", "0")
+    return "--teacher", tmp_path / "teacher", *data, *SMALL, *size
+
+
+def test_frames_and_a_list_of_labels_give_a_student_and_a_bundle(
+    command_line: Run, unpaired: tuple[str | Path, ...], pairs_csv: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    code, output, error = command_line("distill", *unpaired, "-o", run)
+    assert (code, output.strip()) == (0, str(run / "student"))
+    assert "24 images without captions and 4 texts" in error
+    assert "cannot tell how often the student is right" in error
+    labels = ("--labels", tmp_path / "labels.txt")
+    assert command_line("export", run, "-o", tmp_path / "bundle", "--precision", "fp32", *labels)[0] == 0
+    image = pairs_csv.parent / "pictures" / "0.png"
+    code, output, _ = command_line("classify", tmp_path / "bundle", image, "--json")
+    assert code == 0
+    assert json.loads(output.splitlines()[0])["predictions"][0]["label"] in {"red", "green", "blue", "yellow"}
+
+
+def test_embeddings_of_frames_and_labels_are_computed_once(
+    command_line: Run, unpaired: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    options = dict(zip(unpaired[::2], unpaired[1::2], strict=True))
+    data = [part for name in ("--teacher", "--images", "--texts", "--template") for part in (name, options[name])]
+    cache = tmp_path / "cache"
+    assert command_line("embed", *data, "--views", "2", "--workers", "0", "-o", cache)[0] == 0
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    code, _, _ = command_line("distill", *unpaired, "--teacher-cache", cache, "--views", "2", "-o", tmp_path / "run")
+    assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == written
+
+
+@pytest.mark.parametrize(
+    ("left_out", "added", "message"),
+    [
+        (("--images", "--texts", "--template"), (), "There are no training data"),
+        (("--texts", "--template"), (), "There are images, but no captions to train on"),
+        (("--images",), (), "There are captions, but no images to train on"),
+        (("--texts",), (), "There are templates, but no texts to put into them"),
+        ((), ("--images", "nowhere"), "nowhere does not exist"),
+        ((), ("--texts", "nowhere.txt"), "Cannot read nowhere.txt"),
+        ((), ("--template", "a picture"), "has no {} for the label's name"),
+        ((), ("--batch-size", "25"), "has only 24 samples"),
+        ((), ("--recipe", "clip"), "The recipe clip trains on pairs of images and captions alone"),
+        ((), ("--train-data-upsampling-factors", "1::2"), "apply only to shards"),
+    ],
+)
+def test_what_is_missing_without_pairs_is_said_in_one_line(
+    command_line: Run,
+    unpaired: tuple[str | Path, ...],
+    tmp_path: Path,
+    left_out: tuple[str, ...],
+    added: tuple[str, ...],
+    message: str,
+) -> None:
+    options = dict(zip(unpaired[::2], unpaired[1::2], strict=True))
+    kept = [part for name, value in options.items() if name not in left_out for part in (name, value)]
+    code, _, error = command_line("distill", *kept, *added, "-o", tmp_path / "run")
+    assert (code, message in error) == (2, True), error
+    assert error.startswith("· starting distill\nerror: ")
+    assert not (tmp_path / "run").exists()

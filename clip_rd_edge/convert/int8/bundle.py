@@ -82,7 +82,10 @@ def write_int8(
 def _tower_samples(
     source: Path, manifest: Manifest, calibration: CalibrationSet, backend: Backend, *, threads: int
 ) -> list[TowerSamples]:
-    """Return the samples of both towers; an answer is correct if an image's own caption is the nearest."""
+    """Return the samples of both towers; an answer is correct if an image's own caption is the nearest.
+
+    Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
+    """
     calibrate, held_out = calibration.calibrate, calibration.held_out
     inputs: dict[str, tuple[Inputs, Inputs]] = {
         "image": (calibrate.pixels, held_out.pixels),
@@ -96,6 +99,8 @@ def _tower_samples(
         "image": partial(top1_matches, captions=references["text"]),
         "text": partial(top1_matches, references["image"]),
     }
+    if not calibration.paired:
+        return [TowerSamples(name, *inputs[name], references[name]) for name in manifest.towers]
     return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in manifest.towers]
 
 

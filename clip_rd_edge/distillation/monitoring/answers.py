@@ -18,10 +18,11 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.unpaired import pair_count
 from clip_rd_edge.distillation.build import empty_student, training_pairs
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
@@ -156,7 +157,9 @@ def _from_pairs(config: RunConfig, rng: np.random.Generator) -> _Samples:
     pairs = training_pairs(config)
     images: list[Image.Image] = []
     texts: list[str] = []
-    for index in rng.permutation(len(pairs)):
+    if not pair_count(pairs):
+        raise InputError("the run has neither a task nor pairs, so that no right answer is known.")
+    for index in rng.permutation(pair_count(pairs)):
         try:
             image, text = pairs.open(int(index)), pairs.captions(int(index))[0]
         except ClipRdEdgeError:  # a bad sample, which the run skips, too

@@ -125,7 +125,14 @@ def peak_memory_on(device: torch.device) -> int:
 
 @torch.no_grad()
 def embedding_geometry(batch: EmbeddingBatch) -> dict[str, float]:
-    """Return the mean cosine of positive pairs, of negative pairs, and their gap, for student and teacher."""
+    """Return the mean cosine of positive pairs, of negative pairs, and their gap, for student and teacher.
+
+    Only the pairs count of a batch that has other rows; fewer than two of them have no such values.
+    """
+    if batch.paired is not None:
+        batch = batch.only_pairs()
+        if len(batch.student_image) < 2:
+            return {}
     models = {"student": (batch.student_image, batch.student_text)}
     if batch.teacher_image is not None and batch.teacher_text is not None:
         models["teacher"] = (batch.teacher_image, batch.teacher_text)

@@ -92,7 +92,8 @@ def _facts(state: RunState) -> str:
     if config := state.config:
         facts += [("Recipe", config.recipe_name, True), ("Student", config.student, True)]
         facts += [("Teacher", config.teacher, True)] if config.teacher else []
-        facts.append(("Data", config.data, True))
+        sources = (("Data", config.data), ("Images", config.images), ("Texts", config.texts))
+        facts += [(name, source, True) for name, source in sources if source]
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd{' class=text' if is_text else ''}>{escape(value)}</dd></div>"
         for name, value, is_text in facts

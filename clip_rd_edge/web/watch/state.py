@@ -33,8 +33,10 @@ class _Config(msgspec.Struct):
 
     recipe_name: str
     recipe: _Recipe
-    data: str
     student: str
+    data: str | None = None
+    images: str | None = None
+    texts: str | None = None
     teacher: str | None = None
     tasks: tuple[str, ...] = ()
 

@@ -1,0 +1,255 @@
+"""Images without captions and captions without images, beside pairs or instead of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.contract.templates import PLACEHOLDERS, parse_templates
+from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
+from clip_rd_edge.data.tables.load import TablePairs, table_pairs
+from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+
+class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model is trained on. `distillation.config.RunConfig` has the same fields.
+
+    Attributes:
+        data: source of the pairs, as `data.pairs.load_pairs` takes it; None for none.
+        images: a folder of images, or any source of pairs, whose captions are not read; None for none.
+        texts: a label file, see `runtime.label_list.read_labels_file`; None for none.
+        templates: prompt templates for the texts, as `contract.templates.parse_templates` takes them.
+        csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
+    """
+
+    data: str | None = None
+    images: str | None = None
+    texts: str | None = None
+    templates: tuple[str, ...] = ()
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
+    json_caption_key: str | None = None
+    train_data_upsampling_factors: str | None = None
+
+
+@dataclass(frozen=True)
+class MixedSamples:
+    """Pairs, and after them U rows whose image and captions do not belong together; implements `Pairs`.
+
+    The images of these rows are those without captions, each once, or if there are none, those of the pairs, for at
+    most as many rows as there are texts. Their captions are the texts in turn: with more texts than rows, each row has
+    several, of which training picks one per view. Without texts, they are the captions of pairs. So each row fills a
+    place in both towers' batches, and terms that need a matching caption leave it out.
+
+    Attributes:
+        pairs: P pairs, or None.
+        images: I images, whose captions are not used, or None.
+        texts: T captions.
+        templates: each with a place for a text; none for the texts as they are.
+
+    Raises:
+        UsageError: there are no images, or no captions.
+    """
+
+    pairs: Pairs | None
+    images: Pairs | None
+    texts: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.pairs is None and self.images is None:
+            raise UsageError(
+                "There are captions, but no images to train on.", hint="name some: --images FOLDER, or --data PAIRS"
+            )
+        if self.pairs is None and not self.texts:
+            raise UsageError(
+                "There are images, but no captions to train on.",
+                hint="name captions or labels: --texts labels.txt with one per line, or --data PAIRS",
+            )
+
+    def __len__(self) -> int:
+        return self.pair_count + self.unpaired_count
+
+    @property
+    def pair_count(self) -> int:
+        """P, the number of rows from the first whose image and captions belong together."""
+        return len(self.pairs) if self.pairs is not None else 0
+
+    @property
+    def image_count(self) -> int:
+        """I."""
+        return len(self.images) if self.images is not None else 0
+
+    @property
+    def unpaired_count(self) -> int:
+        """U."""
+        return self.image_count or min(len(self.texts), self.pair_count)
+
+    @property
+    def name(self) -> str:
+        """The names of all parts."""
+        parts = [source.name for source in (self.pairs, self.images) if source is not None]
+        return " and ".join([*parts, *(["texts"] if self.texts else [])])
+
+    @cached_property
+    def left_out(self) -> Sequence[str]:
+        """Messages about samples that cannot be used."""
+        return [message for source in (self.pairs, self.images) if source is not None for message in source.left_out]
+
+    @property
+    def lost(self) -> int:
+        """About how many further samples are lost."""
+        return sum(source.lost for source in (self.pairs, self.images) if source is not None)
+
+    @cached_property
+    def groups(self) -> npt.NDArray[np.int64]:
+        """Numbers of rows that are stored together."""
+        unpaired = self.images.groups if self.images is not None else [self.unpaired_count]
+        return np.concatenate([np.asarray(self.pairs.groups if self.pairs is not None else [], np.int64), unpaired])
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Begin to fetch what these groups are read from."""
+        first = len(self.pairs.groups) if self.pairs is not None else 0
+        if self.pairs is not None and (own := [group for group in groups if group < first]):
+            self.pairs.prefetch(own)
+        if self.images is not None and (own := [group - first for group in groups if group >= first]):
+            self.images.prefetch(own)
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image as RGB; raises InputError if it cannot be read."""
+        row = index - self.pair_count
+        if row >= 0 and self.images is not None:
+            return self.images.open(row)
+        assert self.pairs is not None
+        return self.pairs.open(index if row < 0 else self._pair_of(row))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a row; raises InputError if none can be read."""
+        row = index - self.pair_count
+        if row < 0 or not self.texts:
+            assert self.pairs is not None
+            return self.pairs.captions(index if row < 0 else self._pair_of(row))
+        texts = self.texts[row % len(self.texts) :: self.unpaired_count]
+        return tuple(_fill(template, text) for text in texts for template in self.templates) or texts
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield bytes that identify all parts and their order."""
+        for source in (self.pairs, self.images):
+            yield b"none" if source is None else f"{len(source)}".encode()
+            yield from source.identity() if source is not None else ()
+        yield "\0".join(self.texts).encode()
+        yield "\0".join(self.templates).encode()
+
+    def _pair_of(self, row: int) -> int:
+        """Return the pair whose image or captions stand in an unpaired row: evenly spaced, or all in turn."""
+        if self.unpaired_count < self.pair_count:
+            return row * self.pair_count // self.unpaired_count
+        return row % self.pair_count
+
+
+def _fill(template: str, text: str) -> str:
+    for placeholder in PLACEHOLDERS:
+        template = template.replace(placeholder, text)
+    return template
+
+
+def pair_count(pairs: Pairs) -> int:
+    """Return the number of rows, from the first, whose image and captions belong together."""
+    return pairs.pair_count if isinstance(pairs, MixedSamples) else len(pairs)
+
+
+def sample_counts(pairs: Pairs) -> dict[str, int]:
+    """Return how many `pairs`, `images` without captions and `texts` there are; pairs alone if that is all."""
+    if not isinstance(pairs, MixedSamples):
+        return {"pairs": len(pairs)}
+    return {"pairs": pairs.pair_count, "images": pairs.image_count, "texts": len(pairs.texts)}
+
+
+def describe_counts(pairs: Pairs) -> str:
+    """Return how many samples of each kind there are, such as `900 images without captions and 12 texts`."""
+    words = {"pairs": "pair{}", "images": "image{} without captions", "texts": "text{}"}
+    counts = sample_counts(pairs).items()
+    parts = [f"{count:,} {words[kind].format('s' * (count != 1))}" for kind, count in counts if count]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+def load_samples(source: TrainingData, texts: Sequence[str] = (), *, reporter: Reporter = SILENT) -> Pairs:
+    """Load what a model is trained on: plain pairs if that is all that is named.
+
+    Args:
+        texts: the content of `source.texts`.
+        reporter: receives the progress of indexing.
+
+    Raises:
+        UsageError: images, captions or both are missing, or templates are given without texts.
+        InputError: a source is missing or cannot be read.
+    """
+    if source.data is None and source.images is None and source.texts is None:
+        raise UsageError(
+            "There are no training data.",
+            hint="name pairs with --data, or images and captions apart: --images FOLDER --texts labels.txt",
+        )
+    if source.templates and source.texts is None:
+        raise UsageError(
+            "There are templates, but no texts to put into them.", hint="name labels with --texts, or omit --template"
+        )
+    pairs = None
+    if (weights := source.train_data_upsampling_factors) and source.data is None:
+        raise UsageError(
+            f"The weights {weights!r} apply only to shards of pairs, of which there are none.",
+            hint="omit --train-data-upsampling-factors",
+        )
+    if source.data is not None:
+        pairs = load_pairs(
+            source.data,
+            image_key=source.csv_img_key,
+            caption_key=source.csv_caption_key,
+            weights=source.train_data_upsampling_factors,
+            json_key=source.json_caption_key,
+            reporter=reporter,
+        )
+        if source.images is None and source.texts is None:
+            return pairs
+    images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
+    templates = parse_templates(source.templates).prompts if source.templates else ()
+    return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
+
+
+def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pairs:
+    """Load images, as pairs whose captions mean nothing.
+
+    Args:
+        source: a folder, which is searched with its subfolders; WebDataset shards; a table with a column of paths; or
+            `emoji`.
+        column: name of the table's column.
+
+    Raises:
+        InputError: there are no such images.
+    """
+    if names_shards(source):
+        images: Pairs = ShardPairs(source, parse_sources(source), captioned=False, reporter=reporter)
+    elif source == "emoji":
+        images = load_pairs(source)
+    elif is_folder(Path(source)):
+        paths = tuple(list_images(Path(source)))
+        images = TablePairs(source, paths, (("",),) * len(paths))
+    else:
+        # The path of an image takes the place of its caption.
+        images = table_pairs(Path(source), image_key=column, caption_key=column, separator=None, reporter=reporter)
+    if not len(images):
+        example = (
+            f" {len(images.left_out):,} were left out; the first: {images.left_out[0]}." if images.left_out else ""
+        )
+        raise InputError(f"{source} has no images.{example}", hint="name a folder of images, a table or shards")
+    return images

@@ -1,0 +1,194 @@
+"""Pairs, images without captions and captions without images in one data set."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clip_rd_edge.data.pairs import Pairs, fingerprint, load_pairs
+from clip_rd_edge.data.unpaired import (
+    MixedSamples,
+    TrainingData,
+    describe_counts,
+    load_images,
+    load_samples,
+    pair_count,
+    sample_counts,
+)
+from clip_rd_edge.errors import InputError, UsageError
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """Five frames of different widths: 10, 11, … pixels."""
+    folder = tmp_path / "frames"
+    (folder / "more").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (10 + number, 9)).save(folder / ("more" if number > 2 else "") / f"{number}.png")
+    return folder
+
+
+def widths(samples: Pairs) -> list[int]:
+    return [samples.open(index).width for index in range(len(samples))]
+
+
+def captions(samples: Pairs) -> list[tuple[str, ...]]:
+    return [samples.captions(index) for index in range(len(samples))]
+
+
+def test_a_folder_of_frames_and_a_list_of_labels(frames: Path) -> None:
+    samples = load_samples(TrainingData(images=str(frames), texts="labels.txt"), ["cat", "dog", "cat"])
+    assert widths(samples) == [10, 11, 12, 13, 14]
+    assert captions(samples) == [("cat",), ("dog",), ("cat",), ("dog",), ("cat",)]
+    assert pair_count(samples) == 0
+    assert sample_counts(samples) == {"pairs": 0, "images": 5, "texts": 2}
+    assert describe_counts(samples) == "5 images without captions and 2 texts"
+    assert list(samples.groups) == [5]
+
+
+def test_more_texts_than_images_share_the_rows(frames: Path) -> None:
+    texts = [f"text {number}" for number in range(12)]
+    samples = load_samples(TrainingData(images=str(frames), texts="captions.txt"), texts)
+    assert captions(samples)[1] == ("text 1", "text 6", "text 11")
+    assert sorted(text for row in captions(samples) for text in row) == sorted(texts)
+
+
+def test_templates_are_filled_with_the_texts(frames: Path) -> None:
+    source = TrainingData(images=str(frames), texts="labels.txt", templates=("a photo of a {}.", "one {c}"))
+    samples = load_samples(source, ["cat", "dog"])
+    assert captions(samples)[1] == ("a photo of a dog.", "one dog")
+
+
+def test_images_beside_pairs_are_shown_with_captions_of_pairs(pairs_csv: Path, frames: Path) -> None:
+    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames)))
+    assert widths(samples) == [48] * 24 + [10, 11, 12, 13, 14]
+    assert captions(samples)[:24] == captions(load_pairs(str(pairs_csv)))
+    assert captions(samples)[24:] == [captions(samples)[row * 24 // 5] for row in range(5)]
+    assert pair_count(samples) == 24
+    assert describe_counts(samples) == "24 pairs and 5 images without captions"
+    assert list(samples.groups) == [24, 5]
+
+
+def test_texts_beside_pairs_are_shown_with_images_of_pairs(pairs_csv: Path) -> None:
+    few = load_samples(TrainingData(data=str(pairs_csv), texts="labels.txt"), ["cat", "dog"])
+    assert captions(few)[24:] == [("cat",), ("dog",)]
+    assert few.open(25).tobytes() == few.open(12).tobytes()  # evenly spaced among the 24 pairs
+    many = load_samples(TrainingData(data=str(pairs_csv), texts="texts.txt"), [f"{number}" for number in range(30)])
+    assert len(many) == 48
+    assert captions(many)[24:26] == [("0", "24"), ("1", "25")]
+    assert describe_counts(many) == "24 pairs and 30 texts"
+
+
+def test_all_three_together(pairs_csv: Path, frames: Path) -> None:
+    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt"), ["cat"])
+    assert describe_counts(samples) == "24 pairs, 5 images without captions and 1 text"
+    assert captions(samples)[24:] == [("cat",)] * 5
+
+
+def test_pairs_alone_stay_as_they_are(pairs_csv: Path) -> None:
+    pairs = load_samples(TrainingData(data=str(pairs_csv)))
+    assert not isinstance(pairs, MixedSamples)
+    assert (pair_count(pairs), describe_counts(pairs)) == (24, "24 pairs")
+
+
+def test_whatever_changes_has_another_fingerprint(pairs_csv: Path, frames: Path) -> None:
+    source = TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt")
+    found = {fingerprint(load_samples(source, ["cat", "dog"])), fingerprint(load_samples(source, ["dog", "cat"]))}
+    templates = TrainingData(**{**vars_of(source), "templates": ("a {}",)})
+    found.add(fingerprint(load_samples(templates, ["cat", "dog"])))
+    (frames / "0.png").unlink()
+    found.add(fingerprint(load_samples(source, ["cat", "dog"])))
+    assert len(found) == 4
+    moved = frames.rename(frames.with_name("moved"))
+    assert fingerprint(load_samples(TrainingData(**{**vars_of(source), "images": str(moved)}), ["cat", "dog"])) in found
+
+
+def vars_of(source: TrainingData) -> dict[str, object]:
+    return {name: getattr(source, name) for name in source.__struct_fields__}
+
+
+def test_images_from_a_table_with_one_column(frames: Path) -> None:
+    table = frames.parent / "frames.csv"
+    table.write_text("filepath\nframes/0.png\nframes/more/4.png\nframes/gone.png\n")
+    images = load_images(str(table), column="filepath")
+    assert widths(images) == [10, 14]
+    assert "the image 'frames/gone.png' exists neither" in images.left_out[0]
+
+
+def test_images_from_shards_with_and_without_captions(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "frames.tar"
+    with tarfile.open(path, "w") as archive:
+        for number, file in enumerate(sorted(frames.rglob("*.png"))):
+            archive.add(file, f"{number:04d}.png")
+            if number == 1:
+                info = tarfile.TarInfo(f"{number:04d}.txt")
+                info.size = 3
+                archive.addfile(info, io.BytesIO(b"cat"))
+        info = tarfile.TarInfo("alone.txt")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"dog"))
+    images = load_images(str(path), column="filepath")
+    assert widths(images) == [10, 11, 12, 13, 14]
+    assert [message.partition(": ")[2] for message in images.left_out] == ["alone has no image (.jpg, .png, .webp)"]
+    samples = MixedSamples(None, images, ("cat",))
+    assert (len(samples), len(samples.left_out), samples.lost) == (5, 1, 0)
+    with pytest.raises(InputError, match="has 1 pair"):  # the same shard, read as pairs, has an index of its own
+        load_pairs(str(path))
+
+
+class Prefetched:
+    """Records which groups are fetched; the rest is a table's."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.fetched = pairs, list[int]()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.pairs, name)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def prefetch(self, groups: list[int]) -> None:
+        self.fetched += groups
+
+
+def test_each_part_fetches_its_own_groups(pairs_csv: Path) -> None:
+    pairs, images = (Prefetched(load_pairs(str(pairs_csv))) for _ in range(2))
+    MixedSamples(pairs, images).prefetch([0, 1])  # type: ignore[arg-type]
+    assert (pairs.fetched, images.fetched) == ([0], [0])
+
+
+@pytest.mark.parametrize(
+    ("source", "texts", "message"),
+    [
+        ({}, [], "There are no training data"),
+        ({"images": "frames"}, [], "There are images, but no captions to train on"),
+        ({"texts": "labels.txt"}, ["cat"], "There are captions, but no images to train on"),
+        ({"images": "frames", "templates": ("a {}",)}, [], "There are templates, but no texts"),
+    ],
+)
+def test_what_is_missing_is_said(
+    frames: Path, monkeypatch: pytest.MonkeyPatch, source: dict[str, object], texts: list[str], message: str
+) -> None:
+    monkeypatch.chdir(frames.parent)
+    with pytest.raises(UsageError, match=message) as error:
+        load_samples(TrainingData(**source), texts)  # type: ignore[arg-type]
+    assert "--" in error.value.hint
+
+
+def test_sources_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty has no images"):
+        load_images(str(tmp_path / "empty"), column="filepath")
+    (tmp_path / "table.csv").write_text("filepath\ngone.png\n")
+    with pytest.raises(InputError, match=r"has no images\. 1 were left out; the first: .*gone\.png"):
+        load_images(str(tmp_path / "table.csv"), column="filepath")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        load_images(str(tmp_path / "nowhere"), column="filepath")

@@ -1,0 +1,286 @@
+"""Runs on images without captions and captions without images, alone and beside pairs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import Watch
+from thread_processes import Exchange, Threads
+from torch import Tensor
+
+from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
+from clip_rd_edge.distillation.answers import StudentAnswers
+from clip_rd_edge.distillation.bank import QueueBank
+from clip_rd_edge.distillation.build import load_setup, make_dataset
+from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.distributed import Processes
+from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip, training_facts
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.runtime.label_list import read_texts
+
+STEPS = 6
+CPU = torch.device("cpu")
+CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
+PAIRED = (True, False, True, True, False, False, True, False)
+
+
+@pytest.fixture
+def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    """A run on 24 images and four labels, two of which are the same."""
+    torch.manual_seed(1)
+    teacher = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
+    save_clip(tmp_path / "teacher", build_student(teacher, name="teacher"), provenance={})
+    (tmp_path / "labels.txt").write_text("red\n# a comment\ngreen\n\nblue\nred\nyellow\n")
+    recipe = msgspec.structs.replace(load_recipe("clip-rd"), steps=STEPS, batch_size=6, precision="fp32")
+    return RunConfig(
+        recipe_name="clip-rd",
+        recipe=recipe,
+        images=str(pairs_csv.parent / "pictures"),
+        texts=str(tmp_path / "labels.txt"),
+        templates=("a {} picture",),
+        teacher=str(tmp_path / "teacher"),
+        teacher_precision="fp32",
+        student="test_resnet",
+        image_size=48,
+        text="tiny",
+        context_length=12,
+        checkpoint_every=2,
+        log_every=1,
+        workers=0,
+    )
+
+
+def weights(student: Path) -> dict[str, Tensor]:
+    return load_file(student / "open_clip_model.safetensors")
+
+
+def stop_at(number: int) -> Callable[[int], None]:
+    def stop(step: int) -> None:
+        if step == number:
+            raise MemoryError("like a kill, this saves nothing")
+
+    return stop
+
+
+def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Path, plots: None) -> None:
+    watch = Watch()
+    student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
+    assert "24 images without captions and 4 texts, 6 steps of 6 images and 6 captions" in watch.said[0]
+    said = " ".join(watch.said)
+    assert "without pairs, these terms of the objective are 0: task, icl, vrd_kl, xrd" in said
+    assert "cannot tell how often the student is right" in said
+    record = json.loads((student / "distillation.json").read_text())
+    assert (record["pairs"], record["images"], record["texts"], record["data"]) == (0, 24, 4, None)
+    assert training_facts(str(student))["images"] == "24"
+    lines = read_metrics(tmp_path / "run")
+    for line in lines:
+        assert [line[f"loss/{term}"] for term in ("task", "icl", "vrd_kl", "xrd")] == [0, 0, 0, 0]
+        assert min(line[f"loss/{term}"] for term in ("fd", "hrd", "vrd_ce_image", "vrd_ce_text")) > 0
+        assert "student_positive" not in line
+    assert lines[-1]["loss/fd"] < lines[0]["loss/fd"]
+    plotted = {path.name for path in (tmp_path / "run" / "report").iterdir()}
+    assert plotted == {"losses.png"}  # none of the geometry of pairs
+    first, last = weights(student), load_file(tmp_path / "teacher" / "open_clip_model.safetensors")
+    assert first.keys() == last.keys()
+
+
+@pytest.mark.parametrize("kind", ["live", "cached", "with pairs", "texts beside pairs"])
+@pytest.mark.parametrize("stop_after", [3, 5])
+def test_a_killed_run_resumes_to_the_same_weights(
+    config: RunConfig, pairs_csv: Path, tmp_path: Path, kind: str, stop_after: int
+) -> None:
+    if kind == "cached":
+        config = msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"), views=2)
+    if kind == "with pairs":
+        config = msgspec.structs.replace(config, data=str(pairs_csv), texts=None, templates=())
+    if kind == "texts beside pairs":
+        config = msgspec.structs.replace(config, data=str(pairs_csv), images=None)
+    config = msgspec.structs.replace(
+        config, recipe=msgspec.structs.replace(config.recipe, objective=load_recipe("clip-rd-bank").objective)
+    )
+    expected = weights(run_distillation(config, tmp_path / "uninterrupted", resume=False))
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(stop_after)))
+    actual = weights(run_distillation(config, tmp_path / "run", resume=True))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def batches(config: RunConfig, *, workers: int = 0) -> list[Batch]:
+    setup = load_setup(config, name="student", processes=Processes())
+    sampler = StepSampler(setup.pairs.groups, 6, seed=0, start=0, stop=8)
+    return list(step_loader(make_dataset(config, setup), sampler, workers=workers))
+
+
+def test_a_batch_knows_which_of_its_rows_are_pairs(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, data=str(pairs_csv))
+    loaded = batches(config, workers=2)
+    rows = [(caption, own) for batch in loaded for caption, own in zip(batch.captions, batch.paired or (), strict=True)]
+    assert sum(own for _, own in rows) == 24
+    assert all((" number " in caption) == own for caption, own in rows)
+    assert all(
+        batch.paired is None
+        for batch in batches(msgspec.structs.replace(config, images=None, texts=None, templates=()))
+    )
+
+
+def test_a_row_that_takes_the_place_of_a_bad_one_is_what_it_is(config: RunConfig, pairs_csv: Path) -> None:
+    """The last pair's image is damaged, and the next row is an image without a caption."""
+    folder = pairs_csv.parent / "frames"
+    shutil.copytree(pairs_csv.parent / "pictures", folder)
+    (pairs_csv.parent / "pictures" / "23.png").write_bytes(b"damaged")
+    config = msgspec.structs.replace(config, data=str(pairs_csv), images=str(folder), max_bad=0.1)
+    dataset = make_dataset(config, load_setup(config, name="student", processes=Processes()))
+    assert (dataset[0, 22].paired, dataset[0, 23].paired, dataset[0, 24].paired) == (True, False, False)
+    assert dataset[0, 23].caption == "a red picture"
+    assert [index for index, _ in dataset[0, 23].bad] == [23]
+
+
+def model(seed: int) -> ClipModel:
+    config = student_config("vit_tiny_16", embedding_size=16, image_size=32, text="64x1", context_length=8)
+    torch.manual_seed(seed)
+    return build_student(config, name="vit_tiny_16")
+
+
+def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
+    objective = Objective(load_recipe("clip-rd-bank").objective)
+    teacher = Teacher(model(1), CPU, autocast=None)
+    return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
+
+
+def compute(step: TrainingStep, paired: Sequence[bool]) -> dict[str, Tensor]:
+    """Return the loss, its terms and all gradients of one step on this process's part of a batch."""
+    processes = step.processes
+    pixels = torch.randint(256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(2)).byte()
+    size = len(pixels) // processes.world_size
+    part = slice(processes.rank * size, (processes.rank + 1) * size)
+    batch = Batch(pixels[part], pixels[part], CAPTIONS[part], paired=tuple(paired)[part])
+    result = step(batch, 0)
+    parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
+    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    return {"loss": result.loss.total, **result.loss.terms, **gradients}
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = 1e-5 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("paired", [PAIRED, (True,) * 3 + (False,) * 5], ids=["mixed", "no pair in the second half"])
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        (2, StepSettings()),
+        (2, StepSettings(global_logits=True)),
+        (2, StepSettings(chunks=2, block=3)),
+        (1, StepSettings(chunks=4)),
+        (1, StepSettings(block=3)),
+    ],
+    ids=["processes", "global logits", "processes, chunks and blocks", "chunks", "blocks"],
+)
+def test_processes_chunks_and_blocks_give_the_gradients_of_the_whole(
+    count: int, settings: StepSettings, paired: tuple[bool, ...]
+) -> None:
+    expected = compute(make_step(Processes(), StepSettings()), paired)
+    exchange = Exchange(count)
+    steps = [
+        make_step(Threads(rank=rank, world_size=count, exchange=exchange) if count > 1 else Processes(), settings)
+        for rank in range(count)
+    ]
+    with ThreadPoolExecutor(count) as pool:
+        for actual in pool.map(lambda step: compute(step, paired), steps):
+            assert_close(actual, expected)
+
+
+def test_a_recipe_of_pairs_alone_is_refused_without_pairs(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
+    config = msgspec.structs.replace(config, recipe=recipe, recipe_name="clip", teacher=None)
+    with pytest.raises(UsageError, match="The recipe clip trains on pairs of images and captions alone") as error:
+        run_distillation(config, tmp_path / "run", resume=False)
+    assert "--data" in error.value.hint
+
+
+def test_a_batch_must_fit_into_the_samples(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, batch_size=25))
+    with pytest.raises(UsageError, match="pictures and texts has only 24 samples"):
+        run_distillation(config, tmp_path / "run", resume=False)
+
+
+def test_other_images_or_texts_are_noticed_when_a_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
+    labels = Path(str(config.texts))
+    labels.write_text("red\ngreen\nblue\n")
+    with pytest.raises(UsageError, match="pictures and texts still has 24 images without captions and 3 texts, but"):
+        run_distillation(config, tmp_path / "run", resume=True)
+    labels.write_text("red\ngreen\nblue\nyellow\n")
+    next(Path(str(config.images)).glob("*.png")).unlink()
+    with pytest.raises(UsageError, match="had 24 images without captions and 4 texts, and now has 23 images"):
+        run_distillation(config, tmp_path / "run", resume=True)
+
+
+def test_sample_answers_need_pairs_or_a_task(config: RunConfig, tmp_path: Path) -> None:
+    run_distillation(config, tmp_path / "run", resume=False)
+    assert "the run has neither a task nor pairs" in StudentAnswers(tmp_path / "run").compute().problem
+
+
+def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfig, tmp_path: Path) -> None:
+    for number in range(24, 40):
+        shutil.copy(Path(str(config.images)) / "0.png", Path(str(config.images)) / f"{number}.png")
+    student = run_distillation(config, tmp_path / "run", resume=False)
+    pairs = calibration_pairs(None, str(student))
+    tokenize = lambda texts: np.asarray([[len(text)] for text in texts], np.int64)  # noqa: E731
+    setup = load_setup(config, name="student", processes=Processes())
+    samples = calibration_set(pairs, preprocessing=setup.student.preprocessing, tokenize=tokenize)
+    assert (len(samples.calibrate.pixels), len(samples.held_out.pixels), samples.paired) == (20, 20, False)
+    assert set(samples.calibrate.ids[:, 0].tolist()) <= {
+        len(f"a {name} picture") for name in ("red", "green", "blue", "yellow")
+    }
+
+
+def test_pairs_alone_calibrate_int8_where_there_are_enough(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
+    lines = pairs_csv.read_text().splitlines()
+    pairs_csv.write_text("\n".join([*lines, *lines[1:11]]) + "\n")
+    config = msgspec.structs.replace(config, data=str(pairs_csv))
+    student = run_distillation(config, tmp_path / "run", resume=False)
+    captions: list[str] = []
+
+    def tokenize(texts: Sequence[str]) -> np.ndarray:  # type: ignore[type-arg]
+        captions.extend(texts)
+        return np.zeros((len(texts), 1), np.int64)
+
+    setup = load_setup(config, name="student", processes=Processes())
+    samples = calibration_set(
+        calibration_pairs(None, str(student)), preprocessing=setup.student.preprocessing, tokenize=tokenize
+    )
+    assert samples.paired
+    assert len(captions) == 34
+    assert all(" number " in caption for caption in captions)
+
+
+def test_texts_come_from_the_caption_column_of_a_table(tmp_path: Path) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text("id,Title,label\n1,a red bicycle,bicycle\n2,two dogs,dog\n")
+    assert read_texts(str(table), column="title") == ["a red bicycle", "two dogs"]
+    assert read_texts(str(table), column="caption") == ["bicycle", "dog"]
+    with pytest.raises(InputError, match=r"gone\.txt"):
+        read_texts(str(tmp_path / "gone.txt"), column="title")
