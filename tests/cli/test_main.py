@@ -98,8 +98,8 @@ def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
             'for example: clip-rd-edge classify bundle cat.jpg --labels "a c',
         ),
         (
-            ("distill", "--student", "x"),
-            "Missing option '--data'.",
+            ("distill", "--data", "x"),
+            "Missing option '--student'.",
             "for example: clip-rd-edge distill --data pairs.csv --",
         ),
         (
