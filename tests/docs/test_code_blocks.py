@@ -250,14 +250,15 @@ class Small:
         (folder / "pairs.csv").write_text(f"filepath,title\n{rows}")
         self.run = self.distill(data=str(folder / "pairs.csv"), student="", recipe="clip", output=folder / "run")
 
-    def distill(self, *, data: str, student: str, output: str | Path, **options: Any) -> Path:
+    def distill(self, *, data: str | None = None, student: str, output: str | Path, **options: Any) -> Path:
         if options.get("teacher"):
             options |= {"teacher": f"local-dir:{self.run / 'student'}", "teacher_pretrained": None}
-        key = (options.get("recipe"), options.get("teacher"), options.get("reporter"))
+        key = (data is None, options.get("recipe"), options.get("teacher"), options.get("reporter"))
         options = {**options, **TINY, "data": data}
         shutil.rmtree(output, ignore_errors=True)
         if key not in self._done:
-            self._done[key] = self._distill(output=self._folder / f"run-{len(self._done)}", **options)
+            offline = {name: value for name, value in options.items() if not name.startswith("pretrained_")}
+            self._done[key] = self._distill(output=self._folder / f"run-{len(self._done)}", **offline)
         recipe, not_of_the_run = options.pop("recipe", "clip-rd"), ("reporter", "resume")
         resolve(recipe, **{name: value for name, value in options.items() if name not in not_of_the_run})
         return Path(shutil.copytree(self._done[key], output))
@@ -292,6 +293,7 @@ def reader(
     """The folder that somebody is in who reads the guide and has what it speaks of, all of it small."""
     folder = tmp_path / "reader"
     shutil.copytree(colour_images, folder / "photos")
+    shutil.copytree(pairs_csv.parent / "pictures", folder / "frames")
     for bundle in ("bundle", "bundles/fp32", "bundles/int8"):
         shutil.copytree(colour_bundle, folder / bundle)
     shutil.copytree(small.run, folder / "runs/first")
