@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clip_rd_edge.api import (
         ExportedBundle,
+        average,
         benchmark,
         compare,
         demo,
@@ -80,6 +81,7 @@ __all__ = [
     "Reporter",
     "UsageError",
     "ZeroShotClassifier",
+    "average",
     "benchmark",
     "compare",
     "demo",

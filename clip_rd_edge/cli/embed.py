@@ -24,7 +24,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
 
 
 @click.command("embed", cls=GroupedCommand, short_help="Compute a teacher's embeddings once, for many runs.")
-@_data("--data", metavar="SOURCE", help="The pairs, as for distill.")
+@_data("--data", metavar="SOURCE", help="The pairs, as for distill.  [default: none]")
 @data_options
 @_teacher("--teacher", required=True, metavar="MODEL", help="The teacher, as for distill.")
 @_teacher(

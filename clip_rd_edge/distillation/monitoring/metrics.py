@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,22 @@ def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path:
         axis.set_title(model, fontsize=10)
         axis.set_yticks([])
         axis.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]], chosen: float, path: Path) -> None:
+    """Plot the accuracy of the averages of two models over the weight of the second.
+
+    Args:
+        scores: accuracy at each of the weights, by task.
+        chosen: the weight that is marked.
+    """
+    figure, axes = _figure(1, "Accuracy between two models", xlabel="weight of the second model")
+    for name, values in scores.items():
+        axes[0].plot(weights, [100 * value for value in values], marker="o", markersize=3, label=name)
+    axes[0].axvline(chosen, color=NEUTRAL_COLOUR, linewidth=1, linestyle="--")
+    axes[0].set_ylabel("%")
+    axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -1,0 +1,93 @@
+"""`clip-rd-edge average`: a model between two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
+
+_weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
+
+
+class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A number from 0 to 1, or `best`."""
+
+    name = "weight"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if str(value).casefold() == "best":
+            return "best"
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number from 0 to 1 nor best.", param, ctx)
+        if not 0 <= number <= 1:
+            self.fail(f"{value} is not in the range 0 to 1.", param, ctx)
+        return number
+
+
+@click.command("average", cls=GroupedCommand, short_help="Average the weights of two models of one architecture.")
+@click.argument("first")
+@click.argument("second")
+@_weight(
+    "--weight", type=_Weight(), default=0.5, show_default=True, metavar="SHARE|best",
+    help="Share of SECOND in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
+)  # fmt: skip
+@_evaluation(
+    "--task", "tasks", metavar="NAME", multiple=True,
+    help="Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be "
+    "repeated.  [default: none]",
+)  # fmt: skip
+@_evaluation(
+    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
+    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
+    "CLIP's 80; can be repeated.  [default: the task's own]",
+)  # fmt: skip
+@_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
+@_output("--force", is_flag=True, help="Replace the output if it exists.")
+def command(
+    first: str,
+    second: str,
+    output: Path,
+    weight: float | Literal["best"],
+    tasks: tuple[str, ...],
+    templates: tuple[str, ...],
+    force: bool,
+) -> None:
+    """Average the weights of two models: (1 − SHARE) · FIRST + SHARE · SECOND.
+
+    \b
+    clip-rd-edge average runs/general runs/tuned --weight 0.7 -o runs/between
+    clip-rd-edge average runs/general runs/tuned --weight best \\
+        --task old-images/ --task new-images/ -o runs/between
+
+    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
+    good at both. FIRST and SECOND are runs' folders or other open_clip models. The result is an open_clip folder, which
+    export and distill take. Two models that were trained from different random weights have nothing good between them.
+    """
+    import clip_rd_edge as edge
+    from clip_rd_edge.cli._console import console_reporter, plain_table, print_table, say, stderr
+
+    with console_reporter() as reporter:
+        result = edge.average(
+            first,
+            second,
+            output,
+            weight=weight,
+            tasks=tasks,
+            templates=templates,
+            force=force,
+            reporter=reporter,
+        )
+    if result.curve:
+        table = plain_table("Weight of the second", *result.curve[0].scores)
+        for point in result.curve:
+            chosen = " ←" if point.weight == result.weight else ""
+            table.add_row(f"{point.weight:g}{chosen}", *(f"{score:.1%}" for score in point.scores.values()))
+        print_table(table, console=stderr)
+    say(f"next: clip-rd-edge export {result.folder} --precision int8 -o {result.folder}-bundle")
+    echo(f"local-dir:{result.folder}")

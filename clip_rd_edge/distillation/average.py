@@ -1,0 +1,181 @@
+"""Average two models of one architecture, and measure the models between them (WiSE-FT, Wortsman et al. 2022)."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from clip_rd_edge.benchmarking.accuracy import evaluate
+from clip_rd_edge.benchmarking.metrics import primary_metric
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
+from clip_rd_edge.contract.task import Task
+from clip_rd_edge.distillation.monitoring.metrics import plot_average
+from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
+from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.interpolate import interpolate_clip
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.utils.io import read_json_objects, require_free_output, require_utf8_path
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+BEST: Literal["best"] = "best"
+PLOT = "average.png"
+_CURVE = tuple(number / 10 for number in range(11))
+# What distillation.json says of one of the two models, and not of their average.
+_OF_ONE_MODEL = ("evaluation", "templates", "average", "date")
+
+
+class CurvePoint(msgspec.Struct, frozen=True):
+    """The accuracy of the model with this share of the second model's weights.
+
+    Attributes:
+        scores: top-1, or R@1 from image to text, by task.
+    """
+
+    weight: float
+    scores: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over tasks."""
+        return statistics.fmean(self.scores.values())
+
+
+@dataclass(frozen=True)
+class AveragedModel(os.PathLike[str]):
+    """An average of two models. It is path-like: pass it wherever the folder of a model is expected.
+
+    Attributes:
+        folder: an open_clip folder.
+        weight: share of the second model's weights.
+        curve: accuracy by weight, in ascending order; empty without tasks.
+    """
+
+    folder: Path
+    weight: float
+    curve: tuple[CurvePoint, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+def average_models(
+    names: tuple[str, str],
+    folder: Path,
+    *,
+    weight: float | Literal["best"],
+    tasks: Sequence[Task] = (),
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> AveragedModel:
+    """Write the model with the weights (1 − weight) · first + weight · second to `folder`.
+
+    Args:
+        names: the two models, as `load_clip` takes them.
+        weight: a number from 0 to 1; or `best` for that of the highest mean accuracy on the tasks among the weights of
+            the curve, of equal ones the nearest to 0.5.
+        tasks: what the models are measured on, with every tenth and the weight itself.
+        force: replace an existing folder.
+
+    Raises:
+        UsageError: `folder` is in use or holds one of the two models, or `best` has no tasks to be measured on.
+        ConfigError: the models differ in more than their weights, or the weight is not between 0 and 1.
+    """
+    if isinstance(weight, str) and weight != BEST:
+        raise UsageError(f"The weight is {weight!r}; expected a number from 0 to 1, or best.")
+    if weight == BEST and not tasks:
+        raise UsageError(
+            "The best weight was asked for, but there is no task to measure it on.",
+            hint="name labelled images: --task my-images/, or a number: --weight 0.5",
+        )
+    require_utf8_path(folder)
+    require_free_output(folder, overwrite=force)
+    _require_elsewhere(folder, names)
+    reporter.update("loading both models")
+    first, second = (load_clip(name) for name in names)
+    require_same_model(first, second)
+    curve = []
+    if tasks:
+        weights = sorted({*_CURVE, *([] if weight == BEST else [float(weight)])})
+        for number, share in enumerate(weights):
+            reporter.update("evaluating weights", number, len(weights))
+            encoder = TorchEncoder(interpolate_clip(first, second, share=share))
+            curve.append(CurvePoint(share, {task.name: primary_metric(evaluate(encoder, task)) for task in tasks}))
+    chosen = _best(curve) if weight == BEST else float(weight)
+    record = {
+        **_training_record(names),
+        "average": {
+            "models": [first.name, second.name],
+            "sha256": [teacher_fingerprint(first), teacher_fingerprint(second)],
+            "weight": chosen,
+            "chosen_by": BEST if weight == BEST else "user",
+            "curve": msgspec.to_builtins(curve),
+        },
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    save_clip(
+        folder,
+        interpolate_clip(first, second, share=chosen),
+        provenance=record,
+        extras=(lambda path: _plot(curve, chosen, path / PLOT)) if curve else None,
+    )
+    return AveragedModel(folder, chosen, tuple(curve))
+
+
+def require_same_model(first: ClipModel, second: ClipModel) -> None:
+    """Check that two models differ in their weights alone.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    weights = [{name: tensor.shape for name, tensor in clip.model.state_dict().items()} for clip in (first, second)]
+    difference = None
+    if weights[0] != weights[1] or repr(first.model) != repr(second.model):
+        difference = "different architectures"
+    elif first.preprocessing != second.preprocessing:
+        difference = "different preprocessing of images"
+    elif first.tokenizer([_PROBE]).tolist() != second.tokenizer([_PROBE]).tolist():
+        difference = "different tokenizers"
+    if difference:
+        raise ConfigError(
+            f"{first.name} and {second.name} have {difference}; expected models that differ in their weights alone.",
+            hint="average a model with one that was trained from it, or two runs from the same start",
+        )
+
+
+_PROBE = "A photo of two Cats, 42 dogs & a naïve zebra."
+
+
+def _require_elsewhere(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        source = model_folder(name)
+        if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UsageError(f"The output {folder} holds the model {name}.", hint="choose another -o")
+
+
+def _best(curve: Sequence[CurvePoint]) -> float:
+    return max(curve, key=lambda point: (point.mean, -abs(point.weight - 0.5))).weight
+
+
+def _training_record(names: tuple[str, str]) -> dict[str, Any]:
+    """Return what is known of the training of the second model, else of the first, such as the data for calibration."""
+    for name in reversed(names):
+        folder = model_folder(name)
+        if folder is not None and (folder / DISTILLATION_FILE).is_file():
+            record = read_json_objects(folder / DISTILLATION_FILE)
+            if isinstance(record, dict):
+                return {key: value for key, value in record.items() if key not in _OF_ONE_MODEL}
+    return {}
+
+
+def _plot(curve: Sequence[CurvePoint], chosen: float, path: Path) -> None:
+    scores = {name: [point.scores[name] for point in curve] for name in curve[0].scores}
+    plot_average([point.weight for point in curve], scores, chosen, path)
