@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -252,7 +252,8 @@ def stitch(
     """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
 
     No image is needed: the projection is computed from the classifier's weights and the embeddings of its class names.
-    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher.
+    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher. Its bundles start with the
+    classes as labels; with `imagenet`, with the labels `everyday`.
 
     Args:
         classifier: a timm architecture (`resnet18`, `resnet18.tv_in1k`), or `torchvision:NAME`.
@@ -281,12 +282,15 @@ def stitch(
     from clip_rd_edge.models.classifier import load_classifier
     from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.sentences import load_sentence_encoder
-    from clip_rd_edge.models.stitch import read_class_names, stitch_clip
+    from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_clip
+    from clip_rd_edge.runtime.label_list import everyday_labels
 
     class_names = read_class_names(names)
     image = load_classifier(classifier, pretrained=None if pretrained is None else os.fspath(pretrained))
     sentences = load_sentence_encoder(text, context_length=context_length)
     clip = stitch_clip(image, sentences, class_names, image_size=image_size)
+    if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
+        clip = replace(clip, labels=tuple(everyday_labels()))
     provenance = {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
     save_clip(folder, clip, provenance=provenance)
     return folder
@@ -431,7 +435,8 @@ def export(
     requests = {}
     for planned in plans:
         recorded = {key: value for key, value in {**provenance, "device": planned.device}.items() if value}
-        requests[planned.device] = msgspec.structs.replace(planned.request, provenance=recorded)
+        labels = planned.request.labels or (clip.labels if plan.layout in ("bundle", BROWSER) else ()) or None
+        requests[planned.device] = msgspec.structs.replace(planned.request, provenance=recorded, labels=labels)
     if len(plans) > 1:
         bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
         exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]

@@ -45,8 +45,8 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @_labels(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
-    help='Labels such as "a cat" "a dog", or a label file: text with one label per line, a CSV with the column label, '
-    "or a JSON list.  [default: the bundle's label bank]",
+    help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
+    "per line, a CSV with the column label, or a JSON list.  [default: the bundle's label bank]",
 )  # fmt: skip
 @_labels(
     "--template", "templates", multiple=True, metavar="PROMPT|FILE",

@@ -19,7 +19,8 @@ _page, _server = grouped("Page"), grouped("Server")
 @click.argument("bundles", nargs=-1, required=True, type=PathName(), metavar="BUNDLE...")
 @_page(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
-    help='Initial labels such as "a cat" "a dog", or a label file (see classify).  [default: the page\'s own]',
+    help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify).  [default: the bundle\'s '
+    "label bank, else the page's own]",
 )  # fmt: skip
 @_server(
     "--host",

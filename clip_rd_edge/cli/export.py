@@ -52,8 +52,8 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 )
 @_bundle(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
-    help='Labels such as "a cat" "a dog", or a label file (see classify), whose embeddings are stored in the '
-    "bundle.  [default: none]",
+    help='Labels such as "a cat" "a dog", everyday, or a label file (see classify), whose embeddings are stored in '
+    "the bundle.  [default: the model's own, if it was stitched]",
 )  # fmt: skip
 @_bundle(
     "--preprocess-in-graph",
@@ -135,8 +135,10 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, say
+    from clip_rd_edge.contract.bundle import LABELS
     from clip_rd_edge.convert.targets import BROWSER
     from clip_rd_edge.runtime.label_list import parse_labels
+    from clip_rd_edge.utils.paths import is_file
 
     with console_reporter() as reporter:
         options = drop_none(labels=parse_labels(labels), **options)
@@ -144,7 +146,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     for part in bundle.targets or (bundle,):
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
     if options.get("target") != BROWSER and options.get("layout") == "bundle" and not bundle.targets:
-        labels_option = "" if options.get("labels") else ' --labels "a cat" "a dog"'
+        labels_option = "" if is_file(output / LABELS) else ' --labels "a cat" "a dog"'
         say(f"next: clip-rd-edge verify {output}; clip-rd-edge classify {output} photo.jpg{labels_option}")
     echo(_as_json(bundle) if as_json else output)
 

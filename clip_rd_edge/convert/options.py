@@ -88,7 +88,8 @@ class ExportOptions(TypedDict, total=False):
             `ViT-B-32__openai` for embeddings of 512 numbers, and others for 640, 768 and 1,024.
         report: folder of a benchmark's report, whose figures `huggingface` puts into the model card.
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.
-        labels: names, or a label file, whose embeddings are stored in the bundle.
+        labels: names, or a label file, whose embeddings are stored in the bundle. Default: the model's own, which those
+            that `stitch` writes have.
         calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: the model's training
             pairs.
         node_modules: where npm has installed the packages for the browser. Default: downloaded once.

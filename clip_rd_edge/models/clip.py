@@ -22,6 +22,7 @@ class ClipModel:
         tokenizer: open_clip's tokenizer, from a list of texts to ids, (N, T) int64.
         model_cfg: the configuration from which open_clip builds the model.
         templates: prompt templates that the model was trained with or should be used with.
+        labels: names that its bundles start with, if no others are given; empty for none.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ClipModel:
     preprocessing: Preprocessing
     model_cfg: dict[str, Any]
     templates: tuple[str, ...] = field(default=("{}",))
+    labels: tuple[str, ...] = ()
 
     @property
     def embedding_size(self) -> int:

@@ -75,13 +75,15 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
             hub_name = model_cfg.get("text_cfg", {}).get("hf_tokenizer_name")
             subject = f"The tokenizer of {spec}{f' ({hub_name})' if hub_name and not folder else ''}"
             raise _loading_error(subject, error) from error
+    usage = _usage(folder)
     return ClipModel(
         name=_display_name(spec, pretrained),
         model=model.eval(),
         tokenizer=tokenizer,
         preprocessing=preprocessing_of(model),
         model_cfg=model_cfg,
-        templates=_templates(folder),
+        templates=usage.templates,
+        labels=usage.labels,
     )
 
 
@@ -143,15 +145,16 @@ def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, An
     return {"text_cfg": {**text_cfg, "hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}}
 
 
-def _templates(folder: Path | None) -> tuple[str, ...]:
-    path = folder / DISTILLATION_FILE if folder else None
-    if path is None or not path.is_file():
-        return ("{}",)
-    return read_json(path, _Templates).templates
+class _Usage(msgspec.Struct):
+    """What distillation.json says of the model's use; see `ClipModel`."""
 
-
-class _Templates(msgspec.Struct):
     templates: tuple[str, ...] = ("{}",)
+    labels: tuple[str, ...] = ()
+
+
+def _usage(folder: Path | None) -> _Usage:
+    path = folder / DISTILLATION_FILE if folder else None
+    return _Usage() if path is None or not path.is_file() else read_json(path, _Usage)
 
 
 _TRAINING_FACTS = ("recipe", "teacher", "data", "pairs", "images", "texts", "steps", "seed", "date")
@@ -329,6 +332,8 @@ def save_clip(
             clip = replace(clip, model_cfg={**clip.model_cfg, "text_cfg": text_cfg})
         save_open_clip(temporary, clip)
         record = {**provenance, "templates": list(clip.templates)}
+        if clip.labels:
+            record["labels"] = list(clip.labels)
         (temporary / DISTILLATION_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         if extras is not None:
             extras(temporary)

@@ -99,7 +99,7 @@ def stitch_clip(
     *,
     image_size: int | None = None,
 ) -> ClipModel:
-    """Join a classifier and a sentence encoder to an open_clip model.
+    """Join a classifier and a sentence encoder to an open_clip model, whose labels are the first names of the classes.
 
     Args:
         names: for each class, its name and further names; see `read_class_names`.
@@ -140,6 +140,7 @@ def stitch_clip(
         tokenizer=text.tokenizer,
         preprocessing=preprocessing_of(model),
         model_cfg=model_cfg,
+        labels=tuple(dict.fromkeys(synonyms[0] for synonyms in names)),
     )
 
 

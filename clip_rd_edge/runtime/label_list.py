@@ -14,7 +14,7 @@ from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.io import looks_like_path, near_files, read_limited
-from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
@@ -27,6 +27,8 @@ HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name"
 Labels = Sequence[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
+EVERYDAY = "everyday"  # names the shipped list on the command line
+_EVERYDAY_FILE = Path(__file__).with_name("everyday_labels.txt")
 _COMMENT = "#"
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
@@ -57,8 +59,15 @@ def read_texts(name: str, *, column: str) -> list[str]:
     return read_labels_file(Path(name).expanduser(), max_bytes=MAX_TEXTS_BYTES, headings=(column.lower(), *HEADINGS))
 
 
+def everyday_labels() -> list[str]:
+    """Return some 300 everyday things, such as a camera may see, among ImageNet's classes."""
+    return read_labels_file(_EVERYDAY_FILE)
+
+
 def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
+
+    The only word may be EVERYDAY, for `everyday_labels`: as a label on its own, it would answer nothing.
 
     White space around a label is dropped, so that two that differ only there are one to a classifier.
 
@@ -67,6 +76,8 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
             file cannot be read (see `read_labels_file`).
     """
     names: list[str] = []
+    if list(words) == [EVERYDAY] and not is_file(EVERYDAY):
+        return everyday_labels()
     for word in words:
         if _is_label_file(word, alone=len(words) == 1):
             names += read_labels_file(Path(word).expanduser())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+import clip_rd_edge as edge
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -245,3 +248,15 @@ def test_fastembed_computes_open_clips_embeddings(clip_folder: Path, request_fil
     python = tmp_path / "venv" / "bin" / "python"
     _installed(python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", cwd=tmp_path)
     _answers(clip_folder, request_file, python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
+
+
+def test_labels_that_a_model_starts_with_are_for_bundles(student: ClipModel, tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", dataclasses.replace(student, labels=("a cat", "a dog")), provenance={})
+    bundle = edge.export(tmp_path / "model", tmp_path / "bundle")
+    answers = edge.load(bundle).classify(np.zeros((9, 9, 3), np.uint8))
+    assert sorted(label for label, _ in answers) == ["a cat", "a dog"]
+    given = edge.load(edge.export(tmp_path / "model", tmp_path / "given", labels=["a pig"]))
+    assert given.label_bank is not None
+    assert given.label_bank.names == ("a pig",)
+    edge.export(tmp_path / "model", tmp_path / "hub", layout="huggingface")
+    assert not list((tmp_path / "hub").rglob("labels.npz"))

@@ -23,6 +23,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, solve_projection
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of
+from clip_rd_edge.runtime.label_list import everyday_labels
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
 NAMES = ["a red gear", "a green bolt", "nut; a blue nut", "washer"]
@@ -187,6 +188,13 @@ def test_a_text_tower_of_open_clip_serves_as_sentence_encoder(names: Path, tmp_p
     )
 
 
+def test_its_labels_are_the_first_names_of_the_classes(encoder: Path, names: Path, tmp_path: Path) -> None:
+    names.write_text("a red gear\na green bolt\nnut; a blue nut\na red gear\n")
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    folder = edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights)
+    assert load_clip(str(folder)).labels == ("a red gear", "a green bolt", "nut")
+
+
 def test_what_does_not_fit_is_reported_in_one_sentence(encoder: Path, names: Path, tmp_path: Path) -> None:
     weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=5))
     arguments = {"names": names, "text": str(encoder), "pretrained": weights}
@@ -247,6 +255,7 @@ def test_lite0_and_minilm_are_stitched_from_packages(tmp_path: Path) -> None:
     model = edge.load(folder)
     weight = load_classifier("tf_efficientnet_lite0").head.weight.detach().numpy()
     assert model.describe().embedding_size == 384
+    assert load_clip(str(folder)).labels == tuple(everyday_labels())
     # The weights of a class, taken as the features of an image, stand for a typical member.
     projection = open_clip.create_model(f"local-dir:{folder}").visual.head.proj.weight.detach().numpy()
     labels = {"a zebra": 340, "a pineapple": 953, "a violin": 889, "a fire truck": 555}

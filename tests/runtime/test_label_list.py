@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,36 @@ def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypat
     assert label_names(tmp_path / name) == label_names(str(tmp_path / name)) == labels
     monkeypatch.chdir(tmp_path)
     assert parse_labels(["a cat", f"./{name}", "a cow"]) == ["a cat", *labels, "a cow"]
+
+
+# What ImageNet calls otherwise: test data for the next test.
+OTHER_NAMES = {
+    "cow": "ox", "goat": "ibex", "parrot": "macaw", "hamburger": "cheeseburger", "sandwich": "hotdog",
+    "bread": "French loaf", "alarm clock": "digital clock", "wristwatch": "watch", "computer monitor": "monitor",
+    "sofa": "studio couch", "chest of drawers": "chiffonier", "bandage": "Band Aid", "gas mask": "gasmask",
+    "jeans": "jean", "pajamas": "pajama", "motorcycle": "motor scooter", "airplane": "airliner", "sailboat": "yawl",
+}  # fmt: skip
+
+
+def test_everyday_names_what_a_classifier_for_imagenet_knows() -> None:
+    labels = parse_labels(["everyday"])
+    assert labels is not None
+    assert label_names("everyday") == labels
+    assert len(labels) == len(set(labels)) > 200
+    info = pytest.importorskip("timm.data").ImageNetInfo()
+    classes = "; ".join(info.index_to_description(index) for index in range(info.num_classes()))
+    for label in labels:
+        name = OTHER_NAMES.get(label, label)
+        assert re.search(rf"\b{re.escape(name)}s?\b", classes, re.IGNORECASE), f"{name!r} is no class"
+
+
+def test_everyday_among_other_labels_or_as_a_file_is_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_labels(["everyday", "special"]) == ["everyday", "special"]
+    (tmp_path / "everyday").write_text("a pig\n")
+    assert parse_labels(["everyday"]) == ["a pig"]
 
 
 # Words that are no label, what the message says, and the words that its hint leads to.
