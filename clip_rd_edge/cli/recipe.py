@@ -17,7 +17,7 @@ def command() -> None:
     """
 
 
-@command.command("show", cls=GroupedCommand)
+@command.command("show", cls=GroupedCommand, short_help="Print a recipe with comments, or list all recipes.")
 @click.argument("name", required=False, shell_complete=complete_recipe)
 def show(name: str | None) -> None:
     """Print the recipe NAME as YAML with a comment on each key; without NAME, list the recipes.

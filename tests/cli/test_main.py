@@ -77,6 +77,15 @@ def test_a_group_without_a_command_shows_its_help(command_line: Run, group: str)
     assert not [line for line in shown if "\\n" in line or line.startswith(("error", "hint"))]
 
 
+@pytest.mark.parametrize("group", ["evidence", "recipe"])
+def test_a_group_describes_each_command_in_a_whole_sentence(command_line: Run, group: str) -> None:
+    code, output, _ = command_line(group, "--help")
+    listed = output.partition("Commands:\n")[2].strip().splitlines()
+    assert code == 0
+    assert listed
+    assert [line for line in listed if line.endswith("...") or not line.endswith(".")] == []
+
+
 def test_an_unknown_command_gets_a_suggestion(command_line: Run) -> None:
     code, _, error = command_line("distil")
     assert code == 2
