@@ -75,9 +75,9 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     BadSamples(pairs, max_share=config.max_bad)  # refuses too many before the models are loaded
     if pairs.left_out:
         lost = f", and about {pairs.lost:,} are lost in damaged shards" if pairs.lost else ""
-        reporter.say(
-            f"{len(pairs.left_out):,} samples are not pairs and were skipped{lost}; the first: {pairs.left_out[0]}"
-        )
+        count = len(pairs.left_out)
+        left_out = f"{count:,} samples are not pairs and were" if count > 1 else "1 sample is not a pair and was"
+        reporter.say(f"{left_out} skipped{lost}; the first: {pairs.left_out[0]}")
     is_mixed = isinstance(pairs, MixedSamples)
     require_batch(
         pairs, config.recipe.batch_size, processes=processes.world_size, what="samples" if is_mixed else "pairs"

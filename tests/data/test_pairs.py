@@ -56,6 +56,25 @@ def test_invalid_tables_are_reported_with_the_line(pairs_csv: Path, content: str
 
 
 @pytest.mark.parametrize(
+    ("folder", "name", "message"),
+    [
+        (".", "gone.png", "the image 'gone.png' exists neither in the working directory nor in "),
+        ("pictures", "gone.png", "the image 'gone.png' does not exist in the working directory"),
+        (".", "/gone.png", "the image '/gone.png' does not exist"),
+    ],
+)
+def test_a_missing_image_is_named_with_where_it_was_looked_for(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str, message: str
+) -> None:
+    table = pairs_csv.parent / "pictures" / "table.csv"
+    table.write_text(f"filepath,title\n0.png,red\n1.png,green\n{name},blue\n")
+    monkeypatch.chdir(pairs_csv.parent / folder)
+    pairs = load_pairs(str(table))
+    assert message in pairs.left_out[0]
+    assert pairs.left_out[0].count("directory") == message.count("directory")
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ("pictures/none.png,a cat", "the image 'pictures/none.png' exists neither"),

@@ -106,6 +106,10 @@ class PairFinder:
         """Return the pair that a row is, or the reason why it is none."""
         image = self.image(name)
         if image is None:
+            if Path(name).is_absolute():
+                return f"the image {name!r} does not exist"
+            if len(self._folders) == 1:
+                return f"the image {name!r} does not exist in the working directory"
             return f"the image {name!r} exists neither in the working directory nor in {self._table.parent}"
         caption = caption.strip()
         return Pair(*image, caption) if caption else f"the caption in column {self._caption_key!r} is empty"
