@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.convert.targets import Device
     from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import DistillOptions, RunConfig
+    from clip_rd_edge.distillation.probe import Probe
     from clip_rd_edge.evidence.results import Evidence
     from clip_rd_edge.runtime.doctor import Finding
     from clip_rd_edge.runtime.index import Hit
@@ -294,6 +295,45 @@ def stitch(
     provenance = {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
     save_clip(folder, clip, provenance=provenance)
     return folder
+
+
+def probe_teachers(
+    teachers: Sequence[AnyPath],
+    *,
+    data: AnyPath | None = None,
+    student: AnyPath,
+    output: AnyPath,
+    recipe: AnyPath = "clip-rd",
+    reporter: Reporter = SILENT,
+    **options: Unpack[DistillOptions],
+) -> Probe:
+    """Train a student from each of several teachers for a few steps, and rank the teachers by what it learned.
+
+    The largest teacher is often not the best: a small student learns little from one that is far above it. All runs
+    have the same seed, and so the same batches. Short runs rank by what is learned first.
+
+    Args:
+        teachers: each an ARCHITECTURE@TAG, `local-dir:PATH`, `hf-hub:ORG/REPO` or the folder of a run.
+        data, student, recipe: as for `distill`.
+        output: a folder for the runs and probe.json; the same call continues an interrupted one.
+        options: as for `distill`, with `tasks`, by whose mean accuracy the teachers are ranked, and `steps`, 200 by
+            default.
+
+    Raises:
+        UsageError: there is no task, a teacher is named twice, `output` has other runs, or an option is invalid.
+        InputError, ConfigError: a teacher, the data, the student or the recipe is missing or invalid.
+        InterruptedRunError: a signal stopped the runs; their state was saved.
+    """
+    from clip_rd_edge.distillation.config import resolve
+    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers
+    from clip_rd_edge.utils.io import require_utf8_path
+
+    require_utf8_path(Path(output))
+    if not options.get("epochs") and not options.get("steps"):
+        options["steps"] = DEFAULT_STEPS
+    config = resolve(recipe, data=data, student=student, **options)
+    tasks = load_tasks(config.tasks) if config.tasks else []
+    return probe_teachers([os.fspath(name) for name in teachers], Path(output), config, tasks, reporter=reporter)
 
 
 def average(

@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null", "confusion"}
+# Options of distill that concern a single teacher or run.
+OF_ONE_RUN = {"teacher_pretrained", "teacher_cache", "epochs", "quantize", "tuned_share", "accept_changes"}
+OF_ONE_RUN |= {"checkpoint_every", "report_to", "evaluate_every"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
@@ -55,6 +58,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     names = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     if function is api.distill:
         names |= set(get_type_hints(DistillOptions))
+    if function is api.probe_teachers:
+        names |= set(get_type_hints(DistillOptions)) - OF_ONE_RUN
     if function is api.embed:
         names |= set(get_type_hints(api.EmbedOptions))
     if function is api.quickstart:
@@ -68,7 +73,7 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(set(commands()) - {"classify"}))
 def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
-    function, extra = FUNCTIONS.get(name) or (getattr(edge, name), set())
+    function, extra = FUNCTIONS.get(name) or (getattr(edge, name.replace("-", "_")), set())
     options = {str(parameter.name) for parameter in commands()[name].params} - PRINTING - extra
     assert options == parameters_of(function) - {"reporter", "ready"}
 

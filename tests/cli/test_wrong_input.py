@@ -69,6 +69,8 @@ CASES = [
     ("evaluate B --task empty", "has no images in subfolders", "evaluate B --task tasks"),
     ("evaluate B --task tasks --template red", "has no {}", "evaluate B --task tasks --template 'red {}'"),
     ("evaluate nothing --task tasks", "No model named 'nothing'", "evaluate B --task tasks"),
+    ("probe-teachers", "Missing argument 'TEACHERS...'", ""),
+    ("probe-teachers a a --data two.csv --student resnet18 --task tasks -o o", "The teacher a is named 2 times", None),
     ("average run", "Missing argument 'SECOND'", ""),
     ("average run nothing -o o", "No model named 'nothing'", "average run run -o a"),
     ("average run run -o run", "already exists and is not empty", None),

@@ -1,0 +1,164 @@
+"""Rank teachers for a student by short runs: the largest teacher is often not the best (Yang et al. 2024, CLIP-KD)."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from clip_rd_edge.benchmarking.accuracy import evaluate
+from clip_rd_edge.benchmarking.metrics import Score, ZeroShotScore, primary_metric
+from clip_rd_edge.contract.task import Task
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.processes.signals import stop_on_signals
+from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+RESULT = "probe.json"
+DEFAULT_STEPS = 200
+TAG_MARK = "@"  # between an architecture and its pretrained tag
+_MAX_FOLDER_NAME = 80  # characters
+
+
+class ProbedTeacher(msgspec.Struct, frozen=True, kw_only=True):
+    """A teacher, and what a student learned from it in a short run.
+
+    Attributes:
+        teacher: as it was named.
+        teacher_scores, student_scores: by task.
+    """
+
+    teacher: str
+    teacher_scores: dict[str, Score]
+    student_scores: dict[str, Score]
+
+    @property
+    def teacher_mean(self) -> float:
+        """The teacher's mean top-1, or R@1 from image to text, over the tasks."""
+        return statistics.fmean(map(primary_metric, self.teacher_scores.values()))
+
+    @property
+    def student_mean(self) -> float:
+        """The student's."""
+        return statistics.fmean(map(primary_metric, self.student_scores.values()))
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """Content of probe.json: the teachers, the best for the student first."""
+
+    student: str
+    steps: int
+    teachers: tuple[ProbedTeacher, ...]
+
+    def is_certain(self) -> bool:
+        """Return whether the first is ahead of the second by more than chance on some zero-shot task.
+
+        That is: their 95 % intervals over images do not overlap. Another seed of the student may still rank otherwise.
+        """
+        if len(self.teachers) < 2:
+            return True
+        first, second = (teacher.student_scores for teacher in self.teachers[:2])
+        return any(
+            isinstance(score, ZeroShotScore)
+            and isinstance(second[name], ZeroShotScore)
+            and score.top1_interval.low > second[name].top1_interval.high  # type: ignore[union-attr]
+            for name, score in first.items()
+        )
+
+
+def probe_teachers(
+    teachers: Sequence[str], folder: Path, config: RunConfig, tasks: Sequence[Task], *, reporter: Reporter = SILENT
+) -> Probe:
+    """Train a student from each teacher for the same few steps, with the same seed, and rank the teachers by it.
+
+    `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one.
+
+    Args:
+        teachers: as `load_clip` takes them, or ARCHITECTURE@TAG.
+        config: the run, without a teacher.
+        tasks: what teachers and students are measured on.
+
+    Raises:
+        UsageError: a teacher is named twice, there is no task or no teacher, or `folder` holds other runs.
+        InputError, ConfigError: a teacher, the data or the student cannot be used.
+        InterruptedRunError: a signal requested a stop.
+    """
+    _require_comparison(teachers, tasks)
+    known = {teacher.teacher: teacher for teacher in _read(folder).teachers} if is_file(folder / RESULT) else {}
+    found = list[ProbedTeacher]()
+    with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
+        for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
+            reporter.begin(name, number, len(teachers))
+            spec, _, tag = name.partition(TAG_MARK)
+            own = msgspec.structs.replace(config, teacher=spec, teacher_pretrained=tag or config.teacher_pretrained)
+            # Also called for a finished run: it refuses one with other settings.
+            student = run_distillation(own, folder / run, resume=True, reporter=reporter)
+            if name in known:
+                found.append(known[name])
+                continue
+            reporter.update("evaluating teacher and student")
+            found.append(
+                ProbedTeacher(
+                    teacher=name,
+                    teacher_scores=_scores(load_clip(spec, pretrained=tag or config.teacher_pretrained), tasks),
+                    student_scores=_scores(load_clip(str(student)), tasks),
+                )
+            )
+            write_bytes(folder / RESULT, to_json(_ranked(config, found)))
+    return _ranked(config, found)
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind if the first teacher cannot be used."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty, or not there
+            folder.rmdir()
+
+
+def _require_comparison(teachers: Sequence[str], tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise UsageError("There is no task to rank the teachers by.", hint="name labelled images: --task my-images/")
+    if not teachers:
+        raise UsageError("There are no teachers to rank.", hint="name some, such as ViT-B-16@laion400m_e32")
+    for name in teachers:
+        if teachers.count(name) > 1:
+            raise UsageError(
+                f"The teacher {name} is named {teachers.count(name)} times; expected once.",
+                hint="name different teachers, and another seed with --seed",
+            )
+
+
+def _folders(teachers: Iterable[str]) -> list[str]:
+    """Return a name for each teacher's run, with its number where two would be the same."""
+    names = [re.sub(r"[^\w.@-]+", "-", name).strip("-.")[-_MAX_FOLDER_NAME:] for name in teachers]
+    return [
+        name if name and names.count(name) == 1 else f"{name}-{number}".lstrip("-")
+        for number, name in enumerate(names, 1)
+    ]
+
+
+def _scores(clip: ClipModel, tasks: Sequence[Task]) -> dict[str, Score]:
+    encoder = TorchEncoder(clip)
+    return {task.name: evaluate(encoder, task) for task in tasks}
+
+
+def _ranked(config: RunConfig, found: Sequence[ProbedTeacher]) -> Probe:
+    ranking = sorted(found, key=lambda teacher: teacher.student_mean, reverse=True)
+    return Probe(config.student, config.recipe.steps, tuple(ranking))
+
+
+def _read(folder: Path) -> Probe:
+    return read_json(folder / RESULT, Probe)
