@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,54 @@ import pytest
 from clip_rd_edge.cli.main import cli
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.utils.reporting import Reporter
+
+# Seconds that a test waits for what an idle machine does in one: others may need the processor more.
+PATIENCE_S = 120.0
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float = PATIENCE_S, pause: float = 0.01) -> bool:
+    """Wait until a condition holds; return whether it does."""
+    end = time.monotonic() + seconds
+    while not (holds := bool(condition())) and time.monotonic() < end:
+        time.sleep(pause)
+    return holds
+
+
+_PATIENT = """
+import sys
+from clip_rd_edge.cli.main import main
+from clip_rd_edge.web import app, limits
+limits.MAX_CONNECTIONS, limits.REQUEST_TIMEOUT_S, app.BODY_TIMEOUT_S = int(sys.argv.pop(1)), 10_000, 10_000
+main()
+"""
+
+
+def patient_server(*arguments: object, connections: int) -> list[str]:
+    """Return the command of a server that gives up no client because of time: what has to help is its other limits."""
+    return [sys.executable, "-c", _PATIENT, str(connections), *map(str, arguments)]
+
+
+def share_in_threads(block: Callable[[], AbstractContextManager[object]], inside: Callable[[], object]) -> object:
+    """Let two threads be in a block at once, the first of which leaves first; return what the second then finds."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with block():
+            first_in.set()
+            assert second_in.wait(PATIENCE_S)
+        first_out.set()
+
+    def second() -> object:
+        assert first_in.wait(PATIENCE_S)
+        with block():
+            second_in.set()
+            assert first_out.wait(PATIENCE_S)
+            return inside()
+
+    with ThreadPoolExecutor(2) as threads:
+        leaving, staying = threads.submit(first), threads.submit(second)
+        leaving.result()
+        return staying.result()
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

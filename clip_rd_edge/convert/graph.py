@@ -11,10 +11,11 @@ from pathlib import Path
 
 import onnx
 
+from clip_rd_edge.utils.shared_block import SharedBlock
+
 
 @contextlib.contextmanager
-def silently() -> Iterator[None]:
-    """Suppress progress lines, warnings and logs that a user cannot act on. Exceptions still propagate."""
+def _silence() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -23,6 +24,17 @@ def silently() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+_SILENT = SharedBlock(_silence)
+
+
+def silently() -> SharedBlock:
+    """Suppress progress lines, warnings and logs that a user cannot act on. Exceptions still propagate.
+
+    Until the last thread has left the block, this holds for the whole process.
+    """
+    return _SILENT
 
 
 def prepare_for_quantization(model: Path, folder: Path) -> Path:

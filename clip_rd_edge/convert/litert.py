@@ -25,6 +25,7 @@ from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latenci
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.io import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.timing import time_in_turn
 
 LITERT = "litert"
@@ -114,6 +115,9 @@ def litert_candidates(
     yield Candidate("weights only", _maker(content, weights_recipe(("*",))))
 
 
+_NO_PROGRESS_BARS = SharedBlock(lambda: contextlib.redirect_stderr(io.StringIO()))
+
+
 def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> Callable[[], bytes]:
     return partial(quantize, content, recipe, ranges)
 
@@ -121,7 +125,7 @@ def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None)
 def quantize(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
     """Return a float32 LiteRT file quantised by a recipe of ai-edge-quantizer; static ones need `ranges`."""
     quantizer = _quantizer(content, recipe)
-    with silently(), contextlib.redirect_stderr(io.StringIO()):  # where its progress bars are
+    with silently(), _NO_PROGRESS_BARS:
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
 
@@ -130,7 +134,7 @@ def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, An
     """Return the range of every activation of a float32 LiteRT file on some inputs (N, …)."""
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
-    with silently(), contextlib.redirect_stderr(io.StringIO()):
+    with silently(), _NO_PROGRESS_BARS:
         quantizer = _quantizer(content, static_recipe(("*",)))
         ranges: dict[str, Any] = quantizer.calibrate({_signature(content): data}, num_threads=threads)
     return ranges

@@ -16,6 +16,7 @@ from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.io import disk_full_error
+from clip_rd_edge.utils.shared_block import SharedBlock
 
 OPSET = 18  # the exporter's default; it writes others by conversion, and LayerNormalization needs at least 17
 IMAGE_INPUT, IMAGE_OUTPUT = "pixel_values", "image_embedding"
@@ -112,14 +113,21 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
+def _without_fast_path() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+_NO_FAST_PATH = SharedBlock(_without_fast_path)
+
+
+def without_fast_path() -> SharedBlock:
+    """Disable the fused attention, which becomes `aten::_native_multi_head_attention` and does not exist in ONNX."""
+    return _NO_FAST_PATH
 
 
 def clean_up(model: onnx.ModelProto) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -34,6 +33,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.io import convert, new_folder, read_json, read_json_objects
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.shared_block import SharedBlock
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
@@ -60,8 +60,8 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     else:
         model_cfg = _architecture(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
-    hub = _offline_if_unreachable() if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
-    with _QUIET, _without_remote_code(), hub:
+    hub = _HUB if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
+    with _QUIET, _NO_REMOTE_CODE, hub:
         try:
             model = open_clip.create_model(
                 spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
@@ -186,38 +186,27 @@ def _display_name(spec: str, pretrained: str | None) -> str:
     return spec.removeprefix("hf-hub:") + (f" ({pretrained})" if pretrained and not exists(pretrained) else "")
 
 
-class _QuietOpenClip:
+@contextmanager
+def _quiet_open_clip() -> Iterator[None]:
     """Within the block, nothing below CRITICAL is logged through the root logger.
 
     open_clip logs each step and failure of loading there; the error that `load_clip` raises contains the message.
     `logging.info` adds a handler to a root logger that has none, which would print what the hub's logger prints, too.
-    Threads may load at once: the first one saves the logger's state, and the last one restores it.
     """
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._level, self._handlers = logging.NOTSET, list[logging.Handler]()
-
-    def __enter__(self) -> None:
-        root = logging.getLogger()
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._level, self._handlers = root.level, [*root.handlers]
-                root.setLevel(logging.CRITICAL)
-                root.addHandler(logging.NullHandler())
-
-    def __exit__(self, *_: object) -> None:
-        root = logging.getLogger()
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                root.setLevel(self._level)
-                for handler in [handler for handler in root.handlers if handler not in self._handlers]:
-                    root.removeHandler(handler)
+    root = logging.getLogger()
+    level, handlers = root.level, [*root.handlers]
+    root.setLevel(logging.CRITICAL)
+    root.addHandler(logging.NullHandler())
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
 
 
-_QUIET = _QuietOpenClip()
+# Threads may load at once.
+_QUIET = SharedBlock(_quiet_open_clip)
 
 
 class _RemoteCodeError(Exception):
@@ -244,6 +233,9 @@ def _without_remote_code() -> Iterator[None]:
         modules.get_class_in_module, modules.TIME_OUT_REMOTE_CODE = previous
 
 
+# The first thread that has loaded its model must not let Python code into that of another one.
+_NO_REMOTE_CODE = SharedBlock(_without_remote_code)
+
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -261,6 +253,9 @@ def _offline_if_unreachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = previous
+
+
+_HUB = SharedBlock(_offline_if_unreachable)
 
 
 def _may_need_hub(spec: str, pretrained: str | None, model_cfg: dict[str, Any]) -> bool:

@@ -7,18 +7,17 @@ import logging
 import shutil
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import open_clip
 import pytest
 import torch
+from support import share_in_threads
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import _QUIET, load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.load import _NO_REMOTE_CODE, _QUIET, _RemoteCodeError, load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
@@ -100,29 +99,26 @@ def test_loading_is_quiet_and_leaves_the_applications_logging_as_it_was(
     assert capfd.readouterr().err == ""
 
 
-def test_threads_that_load_at_once_leave_the_applications_logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_load_at_once_leave_the_applications_logging_as_it_was() -> None:
     """The second one finds the level that the first one has set, and must not restore that."""
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
     root = logging.getLogger()
     before = root.level, [*root.handlers]
-
-    def first() -> None:
-        with _QUIET:
-            first_in.set()
-            assert second_in.wait(10)
-        first_out.set()
-
-    def second() -> None:
-        assert first_in.wait(10)
-        with _QUIET:
-            second_in.set()
-            assert first_out.wait(10)
-            assert root.level == logging.CRITICAL
-
-    with ThreadPoolExecutor(2) as threads:
-        for loading in [threads.submit(first), threads.submit(second)]:
-            loading.result(20)
+    assert share_in_threads(lambda: _QUIET, lambda: root.level) == logging.CRITICAL
     assert (root.level, root.handlers) == before
+
+
+def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_another() -> None:
+    from transformers import dynamic_module_utils as modules
+
+    before = modules.get_class_in_module
+
+    def code_is_refused() -> bool:
+        with pytest.raises(_RemoteCodeError):
+            modules.get_class_in_module("Model", "module")
+        return True
+
+    assert share_in_threads(lambda: _NO_REMOTE_CODE, code_is_refused)
+    assert modules.get_class_in_module is before
 
 
 @pytest.mark.parametrize(
