@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -99,10 +100,19 @@ def stop_signals_blocked() -> Iterator[None]:
 def obey_only_the_parent(_worker: int = 0) -> None:
     """End this process on SIGTERM from its parent and ignore others'; for processes started with the signals blocked.
 
-    The parent terminates a worker that does not end by itself, such as one that waits for a file system.
+    The parent terminates a worker that does not end by itself, such as one that waits for a file system. One that stops
+    while it takes a batch closes the connection to a thread of the worker, which says nothing about it.
     """
+    sys.excepthook = _print_unless_connection_is_lost
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where such a worker ends when its read does
         threading.Thread(target=_end_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _print_unless_connection_is_lost(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_when_terminated_by(parent: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import wait_until
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -178,20 +181,38 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
     assert not any(worker.is_alive() for worker in workers)
 
 
+WORKER = """
+from multiprocessing import current_process, resource_sharer
+from multiprocessing.connection import Client
+from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
+
+with stop_signals_blocked():
+    obey_only_the_parent()
+batch = resource_sharer.DupFd(0)  # as torch passes a batch on
+Client(batch._id[0], authkey=current_process().authkey).close()  # a run that stops while it takes one
+batch.detach()  # is answered after that
+raise SystemExit("whatever else is wrong")
+"""
+
+
+@posix
+def test_a_run_that_stops_while_it_takes_a_batch_leaves_no_traceback_of_a_worker() -> None:
+    worker = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, check=False)
+    assert (worker.returncode, worker.stderr) == (1, "whatever else is wrong\n")
+
+
 @posix
 def test_a_worker_that_hangs_ends_when_the_run_does(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(4))  # a batch takes 24 s
+    monkeypatch.setattr(ViewDataset, "__getitem__", lambda *_: time.sleep(60))  # a batch takes six minutes
     batches = step_loader(dataset(pairs_csv), StepSampler([24], 6, seed=0, start=0, stop=4), workers=1)
     interrupt = threading.Timer(1.0, terminate)
-    interrupt.start()
-    with stop_on_signals(), pytest.raises(Stopped):
-        next(batches)
+    with stop_on_signals():
+        interrupt.start()
+        with pytest.raises(Stopped):
+            next(batches)
     batches.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not multiprocessing.active_children()
+    assert wait_until(lambda: not multiprocessing.active_children())
 
 
 def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
