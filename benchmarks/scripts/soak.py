@@ -9,9 +9,10 @@ the answer, and others send what is in tests/corpus/requests. Memory is that of 
 and at the end. A task that sleeps for a tenth of a second in turn says how long the clients' own process makes them
 wait.
 
-`training` runs distill on 240 images, injects a fault each minute, resumes, and compares the weights with those of a
-run that was left alone. Faults are, in turn: kill -9, SIGTERM, a full disk for files (a limit on their size), one
-flipped bit in the newest checkpoint, and a checkpoint cut off.
+`training` runs distill on 240 images with a tiny student, injects a fault each minute, resumes, and compares the
+weights with those of a run that was left alone, which goes on beside it. Faults are, in turn: kill -9, SIGTERM, no
+space for a checkpoint (a limit on the size of files), one flipped bit in the newest checkpoint, and a checkpoint cut
+off. A run that ends is followed by the next one until the time is over, and the last one goes on to its end.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -204,7 +205,7 @@ def soak_servers(seconds: float, scratch: Path) -> dict[str, Any]:
 def distill_command(folder: Path, run: Path, steps: int) -> list[str]:
     """Return the command of a run, which is resumed if it is there."""
     options = f"--steps {steps} --batch-size 8 --checkpoint-every 20 --workers 1 --seed 0 --precision fp32 --resume"
-    model = "--student resnet10t --image-size 32 --text 64x1 --context-length 8 --embedding-size 8 --recipe clip"
+    model = "--student test_convnext --image-size 32 --text 64x1 --context-length 8 --embedding-size 8 --recipe clip"
     command = [sys.executable, "-m", "clip_rd_edge", "distill", "--data", str(folder / "pairs.csv"), "-o", str(run)]
     return [*command, *options.split(), *model.split()]
 
@@ -246,72 +247,109 @@ def cut(run: Path) -> None:
         os.truncate(path, path.stat().st_size // 3)
 
 
+FULL_DISK = "full disk at a checkpoint"
+CHECKPOINT_LIMIT = 1_000_000  # bytes of a file: enough for a batch in shared memory and for the log
 FAULTS: dict[str, Callable[[Path], None] | None] = {
-    "kill -9": None, "SIGTERM": None, "full disk": None, "flipped bit": flip, "cut checkpoint": cut,
+    "kill -9": None, "SIGTERM": None, FULL_DISK: None, "flipped bit": flip, "cut checkpoint": cut,
 }  # fmt: skip
 
 
-def soak_training(seconds: float, scratch: Path, *, every: float, steps_per_second: float) -> dict[str, Any]:
-    """Return the figures of a run that meets a fault every `every` seconds, and of the same one without.
+class Soaked:
+    """What has become of the processes of training so far."""
 
-    Args:
-        steps_per_second: how long the run is; it may take longer or shorter.
-    """
-    write_pairs(scratch)
-    steps = max(60, int(seconds * steps_per_second) // 20 * 20)
-    faults: Counter[str] = Counter()
-    codes: Counter[str] = Counter()
-    lost: list[str] = []
-    run, started = scratch / "run", time.monotonic()
-    names = list(FAULTS)
-    while True:
-        number = sum(faults.values())
-        name = names[number % len(names)]
-        if time.monotonic() - started > seconds:
-            name = ""
-        limit = 20_000 if name == "full disk" else resource.RLIM_INFINITY  # bytes of a file
+    def __init__(self) -> None:
+        self.faults: Counter[str] = Counter()
+        self.codes: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self.peaks: list[float] = []  # memory in MB of the processes that trained until a fault ended them
 
-        def limited(limit: int = limit) -> None:
+    def train(self, command: list[str], fault: str, every: float) -> int:
+        """Run a process until it ends or, after `every` seconds, the fault ends it; return its exit code."""
+        limit = CHECKPOINT_LIMIT if fault == FULL_DISK else resource.RLIM_INFINITY
+
+        def limited() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, as on a full disk
 
         process = subprocess.Popen(
-            distill_command(scratch, run, steps), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             preexec_fn=limited, start_new_session=True,
         )  # fmt: skip
         try:
-            _, said = process.communicate(timeout=every if name else None)
+            _, said = process.communicate(timeout=every if fault else None)
         except subprocess.TimeoutExpired:
-            if name == "SIGTERM":
+            self.peaks.append(memory_mb(process.pid, "VmHWM"))
+            if fault == "SIGTERM":
                 process.terminate()
             else:
                 os.killpg(process.pid, signal.SIGKILL)
             _, said = process.communicate()
-        codes[str(process.returncode)] += 1
-        if process.returncode == 2:
-            raise SystemExit(said)
-        if "--debug to see the traceback" in said or "Traceback" in said:
-            lost.append(said.strip().splitlines()[-2])
-        if process.returncode == 0:
-            break
-        if not name:
-            lost.append(f"the last run ended with {process.returncode}: {said.strip().splitlines()[-1:]}")
-            break
-        faults[name] += 1
-        if damage := FAULTS[name]:
-            damage(run)
+        code = process.returncode
+        self.codes[str(code)] += 1
+        if code == 2:
+            raise SystemExit(said)  # this script's own fault
+        if "--debug to see the traceback" in said or "Traceback" in said or (not fault and code != 0):
+            self.errors.append(f"after {fault or 'no fault'}, exit code {code}: {' '.join(said.split())[-300:]}")
+        return code
+
+
+def memory_mb(process: int, kind: str) -> float:
+    """Return VmRSS (now) or VmHWM (at most) of a process in MB; 0 if it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith(kind):
+                return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    return 0.0
+
+
+def watch_memory(process: subprocess.Popen[bytes], memories: list[float], every: float = 5.0) -> None:
+    """Note the memory of a process as long as it runs."""
+    while process.poll() is None:
+        memories.append(memory_mb(process.pid, "VmRSS"))
+        time.sleep(every)
+
+
+def soak_training(seconds: float, scratch: Path, *, every: float, steps: int) -> dict[str, Any]:
+    """Return the figures of runs that meet a fault every `every` seconds, and of the same one without."""
+    write_pairs(scratch)
+    soaked, started, memories = Soaked(), time.monotonic(), list[float]()
+    command = distill_command(scratch, scratch / "alone", steps)
+    alone = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    watch = threading.Thread(target=watch_memory, args=(alone, memories))
+    watch.start()
+    runs: list[Path] = []
+    names = list(FAULTS)
+    failed = False  # without a fault
+    while not failed and (not runs or time.monotonic() - started < seconds):
+        runs.append(scratch / f"run-{len(runs)}")
+        code = None
+        while code != 0 and not failed:
+            over = time.monotonic() - started > seconds
+            fault = "" if over else names[soaked.faults.total() % len(names)]
+            code = soaked.train(distill_command(scratch, runs[-1], steps), fault, every)
+            failed = code != 0 and not fault
+            if code != 0 and fault:
+                soaked.faults[fault] += 1
+                if damage := FAULTS[fault]:
+                    damage(runs[-1])
     with_faults = time.monotonic() - started
-    subprocess.run(distill_command(scratch, scratch / "alone", steps), check=True, capture_output=True)
-    weights = [(scratch / name / "student" / "open_clip_model.safetensors") for name in ("run", "alone")]
-    same = all(path.is_file() for path in weights) and weights[0].read_bytes() == weights[1].read_bytes()
+    watch.join()
+    weights = [path / "student" / "open_clip_model.safetensors" for path in (scratch / "alone", *runs)]
+    first = weights[0].read_bytes() if alone.returncode == 0 else b""
+    settled = [memory for memory in memories[int(len(memories) * WARM_UP) :] if memory]  # the first ones import
     return {
         "steps": steps,
         "seconds_with_faults": round(with_faults),
-        "faults": dict(faults),
-        "exit_codes": dict(codes),
-        "errors": lost,
-        "same_weights_as_without_faults": same,
-        "left_over": sorted(path.name for path in run.rglob(".*") if path.name.endswith((".tmp", ".old"))),
+        "runs": len(runs),
+        "faults": dict(soaked.faults),
+        "exit_codes": dict(soaked.codes),
+        "errors": soaked.errors,
+        "same_weights_as_without_faults": [path.is_file() and path.read_bytes() == first for path in weights[1:]],
+        "left_over": sorted(path.name for path in scratch.rglob(".*") if path.name.endswith((".tmp", ".old"))),
+        "peak_memory_mb_first": soaked.peaks[0] if soaked.peaks else None,
+        "peak_memory_mb_last": soaked.peaks[-1] if soaked.peaks else None,
+        "peak_memory_mb_max": max(soaked.peaks, default=None),
+        "memory_growth_without_faults": round(settled[-1] / settled[0] - 1, 4) if settled else None,
     }
 
 
@@ -320,7 +358,7 @@ def main() -> int:
     parser.add_argument("what", choices=["servers", "training"])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between the faults of training")
-    parser.add_argument("--steps-per-second", type=float, default=10.0, help="of the training run, to set its length")
+    parser.add_argument("--steps", type=int, default=3_000, help="of each training run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -330,9 +368,7 @@ def main() -> int:
         if options.what == "servers":
             figures = soak_servers(options.seconds, scratch)
         else:
-            rate = options.steps_per_second
-            figures = soak_training(options.seconds, scratch, every=options.every, steps_per_second=rate)
-        shutil.rmtree(scratch / "run", ignore_errors=True)
+            figures = soak_training(options.seconds, scratch, every=options.every, steps=options.steps)
     about = {"machine": machine_name(), "date": date.today().isoformat(), "seconds": options.seconds}
     loads = {"load_average": [round(load, 1), round(os.getloadavg()[0], 1)]}  # of the machine, before and after
     text = json.dumps({**about, **loads, **figures}, indent=2)

@@ -22,11 +22,11 @@ def test_good_clients_are_answered_among_bad_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_that_meets_faults_ends_with_the_same_weights(tmp_path: Path) -> None:
-    figures = soak.soak_training(80, tmp_path, every=20, steps_per_second=2)
+    figures = soak.soak_training(80, tmp_path, every=20, steps=160)
     assert sum(figures["faults"].values()) >= 2
     assert figures["errors"] == []
     assert figures["left_over"] == []
-    assert figures["same_weights_as_without_faults"]
+    assert figures["same_weights_as_without_faults"] == [True] * figures["runs"]
 
 
 def test_a_flipped_bit_and_a_cut_change_the_newest_checkpoint(tmp_path: Path) -> None:
