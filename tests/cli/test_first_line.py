@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import PATIENCE_S
 
 HEAVY = ("torch", "onnxruntime", "open_clip", "matplotlib", "timm")
 # Runs the command line in a process that ends as soon as a heavy package is imported, which takes seconds.
@@ -72,7 +73,7 @@ def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_pa
         command, stdin=side, stdout=side, stderr=side, cwd=tmp_path, env=environment, start_new_session=True
     )
     os.close(side)
-    seen, deadline, interrupted = b"", time.monotonic() + 60, False
+    seen, deadline, interrupted = b"", time.monotonic() + PATIENCE_S, False
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -83,7 +84,7 @@ def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_pa
             interrupted = True
             process.send_signal(signal.SIGINT)
     os.close(terminal)
-    assert process.wait(10) in (75, 130)
+    assert process.wait(60) in (75, 130)
     shown = seen.decode()
     assert "elapsed" in shown
     assert "\x1b[?25h" in shown  # the cursor is visible again

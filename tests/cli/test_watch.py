@@ -40,10 +40,10 @@ def test_the_page_is_served_until_ctrl_c(run: Path) -> None:
         assert process.stdout
         url = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
-        with urllib.request.urlopen(url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             assert "10 of 50 steps" in response.read().decode()
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=60)
     assert process.returncode in (0, 130, -signal.SIGINT)
     assert "Traceback" not in error
     assert error.startswith("· starting watch\nPress Ctrl-C to stop.\n")

@@ -177,7 +177,7 @@ def test_sigterm_saves_the_run_which_resumes_to_the_same_weights(
     assert len(tree) >= 3
     for pid in reversed(tree) if everyone else [process.pid]:
         os.kill(pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 75, error
     assert "Stopped by SIGTERM after step" in error
     assert not any(Path(f"/proc/{pid}").exists() for pid in tree)

@@ -117,5 +117,5 @@ def test_sigterm_reaches_the_run_whose_exit_code_is_waited_for(job: dict[str, An
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=20) == 138
+    assert process.wait(60) == 138
     assert (tmp_path / "saved").exists()

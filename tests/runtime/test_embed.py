@@ -79,7 +79,7 @@ def test_the_next_batch_is_embedded_while_the_caller_handles_one(
     monkeypatch.setattr(encoder, "encode_pixels", record)
     batches = embed_images(encoder, [colour_images / "red.png"] * 5, batch_size=2)
     next(batches)
-    assert second_call.wait(timeout=10)
+    assert second_call.wait(60)
     assert [len(batch.images) for batch in batches] == [2, 1]
 
 

@@ -284,7 +284,7 @@ def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothin
 
     def search_until_done() -> int:
         count = 0
-        while any(indexer.poll() is None for indexer in indexers):
+        while not count or any(indexer.poll() is None for indexer in indexers):
             if is_index(index):
                 hits = nearest(*read_index(index), query, top=1000)
                 assert len({hit.path for hit in hits}) == len(hits) >= 32
@@ -293,8 +293,8 @@ def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothin
 
     with ThreadPoolExecutor(20) as searchers:
         searches = [searchers.submit(search_until_done) for _ in range(20)]
-        outputs = [indexer.communicate(timeout=60)[0] for indexer in indexers]
-        assert min(search.result() for search in searches) > 0
+        outputs = [indexer.communicate(timeout=300)[0] for indexer in indexers]
+        assert sum(search.result() for search in searches) > len(searches)
     assert [indexer.returncode for indexer in indexers] == [0, 0]
     assert sorted(map(int, outputs)) == [0, 324]  # the one that waited embeds nothing again
     assert len(names(index)) == 324

@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import PATIENCE_S, wait_until
 
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime import index_watch
@@ -200,11 +200,9 @@ def test_ctrl_c_ends_the_command_with_everything_saved(
         os.utime(path, (1, 1))
     command = [sys.executable, "-m", "clip_rd_edge", "index", colour_bundle, colour_images, "-o", index, "--watch"]
     process = subprocess.Popen([*map(str, command)], stdout=-1, stderr=-1, text=True)
-    end = time.monotonic() + 120
-    while not (index / "index.json").is_file() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_until((index / "index.json").is_file)
     process.send_signal(number)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (0, f"{index}\n"), error
     assert "4 embedded, 0 removed: 4 images in the index" in error
     assert len(read_index(index)[0].entries) == 4

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from support import wait_until
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils import lock
@@ -97,8 +97,8 @@ def test_a_writer_that_may_wait_says_so_once_and_goes_on_when_the_first_ends(tmp
     thread = threading.Thread(target=second)
     with exclusive_writer(folder):
         thread.start()
-        time.sleep(0.5)
+        wait_until(lambda: said)
         order.append("first")
-    thread.join(10)
+    thread.join(60)
     assert order == ["first", "second"]
     assert said == [f"{folder} is being written by another run, process {os.getpid()}: waiting for it"]

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support import patient_server
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
@@ -210,11 +210,11 @@ def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: P
     try:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
-        with urllib.request.urlopen(f"{url}api/bundles", timeout=10) as response:
+        with urllib.request.urlopen(f"{url}api/bundles", timeout=60) as response:
             assert json.load(response)["bundles"][0]["name"] == "colours"
     finally:
         server.send_signal(signal.SIGINT)
-        _, error = server.communicate(timeout=10)
+        _, error = server.communicate(timeout=60)
     assert server.returncode in (0, 130)
     assert "Traceback" not in error
     assert ("Anyone on this network" in error) is (host == "0.0.0.0")
@@ -436,26 +436,27 @@ def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch
     "sent", [b"", b"GET / HT", b"POST /api/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n1"]
 )
 def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent: bytes) -> None:
-    command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
+    command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=20)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     held = []
     try:
         address = urllib.parse.urlsplit(process.stdout.readline().strip())
-        for _ in range(2 * limits.MAX_CONNECTIONS):
-            held.append(socket.create_connection((address.hostname, address.port), timeout=10))
+        for _ in range(60):
+            held.append(socket.create_connection((address.hostname, address.port), timeout=60))
             held[-1].sendall(sent)
         for _ in range(3):
-            started = time.monotonic()
-            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=10) as response:
+            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=60) as response:
                 assert response.status == 200
-            assert time.monotonic() - started < 5
+        for connection in held[:40]:  # those that are too many have ended the oldest ones, and nothing else does
+            with suppress(ConnectionError):
+                assert connection.recv(1) == b""
     finally:
         for connection in held:
             connection.close()
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=60)
     assert len(log) < 10_000
 
 
@@ -465,7 +466,7 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
     assert process.stdout is not None
     try:
         address = urllib.parse.urlsplit(process.stdout.readline().strip())
-        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=10)
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
         for _ in range(2):
             connection.request("GET", "/api/bundles", headers={"X-Long": "x" * 20_000})
             response = connection.getresponse()
@@ -480,4 +481,4 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
         assert lines < 2_000  # what fits into the buffers of the system is less
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)

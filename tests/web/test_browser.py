@@ -50,7 +50,7 @@ def url(bundles: list[Path]) -> Iterator[str]:
     yield server.stdout.readline().decode().strip()
     server.stdout.close()
     server.terminate()
-    server.wait(10)
+    server.wait(60)
 
 
 @pytest.fixture

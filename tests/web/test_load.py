@@ -53,7 +53,7 @@ def server(colour_bundle: Path) -> Iterator[Server]:
         yield Server(urllib.parse.urlsplit(process.stdout.readline().strip()).netloc, process)
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
 
 
 def make_images(count: int) -> list[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import msgspec
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import wait_until
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
@@ -87,10 +87,7 @@ def test_answers_are_computed_in_the_background_and_again_for_a_newer_checkpoint
 
 
 def wait_for(answers: StudentAnswers, *, step: int) -> module.Answers:
-    deadline = time.monotonic() + 60
-    while answers().step != step:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert wait_until(lambda: answers().step == step)
     return answers()
 
 

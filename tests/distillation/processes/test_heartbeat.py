@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support import PATIENCE_S, wait_until
 
 from clip_rd_edge.distillation.processes import heartbeat
 from clip_rd_edge.distillation.processes.heartbeat import Heartbeat, silence_error
@@ -54,12 +56,6 @@ def _few_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "MAX_MISSED", 20)
 
 
-def wait_for(condition: object, *, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:  # type: ignore[operator]
-        time.sleep(INTERVAL_S)
-
-
 def test_processes_that_run_or_have_ended_are_not_silent() -> None:
     numbers = Numbers()
     members = [Member(rank, 3, numbers) for rank in range(3)]
@@ -76,7 +72,7 @@ def test_a_process_that_no_longer_beats_is_named_by_the_one_before_it() -> None:
     members = [Member(rank, 3, numbers) for rank in range(3)]
     time.sleep(5 * INTERVAL_S)
     members[2].own.frozen.set()
-    wait_for(lambda: members[1].silent)
+    wait_until(lambda: members[1].silent)
     assert members[1].silent == [2]
     assert members[0].silent == []
     members[2].own.thawed.set()
@@ -94,7 +90,7 @@ def test_a_process_is_named_by_one_whose_own_beats_come_late() -> None:
 
     numbers = Slow()
     watchers = [Member(0, 2, numbers) for _ in range(4)]  # the second process never starts
-    wait_for(lambda: all(watcher.silent for watcher in watchers))
+    wait_until(lambda: all(watcher.silent for watcher in watchers))
     assert [watcher.silent for watcher in watchers] == [[1]] * 4
     for watcher in watchers:
         watcher.beats.stop()
@@ -106,7 +102,7 @@ def test_a_store_that_does_not_answer_stands_for_the_process_that_holds_it(
 ) -> None:
     member = Member(2, 3, Numbers(), holder)
     member.own.frozen.set()
-    wait_for(lambda: member.silent or not member.beats._watching.is_alive())
+    wait_until(lambda: member.silent or not member.beats._watching.is_alive())
     assert member.silent == named
     member.own.thawed.set()
     member.beats.stop()
@@ -133,7 +129,7 @@ def test_the_error_says_which_process_and_what_to_do() -> None:
 SCRIPT = """
     import sys, time
     from clip_rd_edge.distillation.processes import heartbeat
-    heartbeat.INTERVAL_S, heartbeat.MAX_MISSED = 0.1, 20
+    heartbeat.INTERVAL_S, heartbeat.MAX_MISSED = 0.1, 60
     from clip_rd_edge.distillation.processes.distributed import join_processes
     with join_processes() as processes:
         print("joined", processes.rank, flush=True)
@@ -150,7 +146,10 @@ def test_the_others_end_when_a_process_is_stopped(tmp_path: Path, stopped: int) 
     """Started without torchrun, which would end the others: the first process holds the store."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script)],
@@ -168,7 +167,7 @@ def test_the_others_end_when_a_process_is_stopped(tmp_path: Path, stopped: int) 
         time.sleep(2)
         os.kill(processes[stopped].pid, signal.SIGSTOP)
         other = processes[1 - stopped]
-        _, error = other.communicate(timeout=60)
+        _, error = other.communicate(timeout=PATIENCE_S)
         assert other.returncode == 1
         assert f"Process {stopped} of the run has not answered" in error
     finally:
