@@ -127,7 +127,7 @@ def test_sigterm_while_the_data_are_indexed_loses_nothing(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(build, "load_pairs", lambda *_, **__: terminate())
+        patch.setattr(build, "load_samples", lambda *_, **__: terminate())
         with pytest.raises(InterruptedRunError, match="Stopped by SIGTERM; before the first step") as error:
             weights(config, tmp_path / "run")
     assert error.value.exit_code == 75
