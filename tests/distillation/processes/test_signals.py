@@ -184,7 +184,7 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
 WORKER = """
 from multiprocessing import current_process, resource_sharer
 from multiprocessing.connection import Client
-from clip_rd_edge.distillation.signals import obey_only_the_parent, stop_signals_blocked
+from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 
 with stop_signals_blocked():
     obey_only_the_parent()
