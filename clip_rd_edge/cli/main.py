@@ -114,7 +114,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if isinstance(error, KeyboardInterrupt):
+        if _is_interrupt(error):
             echo("Interrupted.", err=True)
             sys.exit(130)
         if isinstance(error, MemoryError):
@@ -128,6 +128,15 @@ def main() -> None:
         echo(f"error: {type(error).__name__}: {error}", err=True)
         echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Return whether it comes from Ctrl-C: while a library in C++ is imported, that becomes an ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _NO_MEMORY = ClipRdEdgeError(

@@ -84,8 +84,8 @@ def test_ctrl_c_on_a_terminal_leaves_no_progress_bar(colour_bundle: Path, tmp_pa
             interrupted = True
             process.send_signal(signal.SIGINT)
     os.close(terminal)
-    assert process.wait(60) in (75, 130)
     shown = seen.decode()
+    assert process.wait(60) in (75, 130), shown
     assert "elapsed" in shown
     assert "\x1b[?25h" in shown  # the cursor is visible again
     assert "Traceback" not in shown

@@ -163,3 +163,15 @@ def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pyt
     assert code == 1
     assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")
     assert "hint: free some" in error
+
+
+def test_ctrl_c_while_a_library_is_imported_is_an_interruption(
+    command_line: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pybind11 turns what its module's initialization raises into an ImportError."""
+
+    def run(arguments: list[str]) -> None:
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr("clip_rd_edge.cli.main._run", run)
+    assert command_line("doctor") == (130, "", "Interrupted.\n")
