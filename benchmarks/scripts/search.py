@@ -1,9 +1,10 @@
 """Measure how long `search` takes to open an index and to find the nearest images, by number of images.
 
-With --graph, the graph that `index` builds from a million images on is measured as well, and what it misses.
+With --graph, the graph that `index` builds from a million images on is measured as well, and what it misses. Besides
+latencies, the processor time of a query is shown, which other programs on the machine affect little.
 
 python benchmarks/scripts/search.py 10000 100000 1000000
-python benchmarks/scripts/search.py 100000 --graph          # pip install usearch; minutes
+python benchmarks/scripts/search.py 1000000 --graph         # pip install usearch; minutes
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,19 @@ def make_index(path: Path, rows: Embeddings) -> None:
     write_index(path, index, rows)
 
 
-def milliseconds(call: Callable[[Embeddings], object], queries: Embeddings) -> Sequence[float]:
-    """Return the sorted latencies of the queries, after one untimed query that reads the rows from disk."""
+def describe_queries(call: Callable[[Embeddings], object], queries: Embeddings) -> str:
+    """Describe latency and processor time of the queries, after one untimed query that reads the rows from disk."""
     call(queries[0])
-    latencies_ms = []
+    latencies_ms, core_ms = [], []
     for query in queries:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         call(query)
+        core_ms.append((time.process_time() - start_cpu) * 1e3)
         latencies_ms.append((time.perf_counter() - start) * 1e3)
-    return sorted(latencies_ms)
+    return (
+        f"{np.median(latencies_ms):.2f} ms per query ({min(latencies_ms):.2f} to {max(latencies_ms):.2f}), "
+        f"{np.median(core_ms):.2f} ms of a core"
+    )
 
 
 def measure_graph(path: Path, queries: Embeddings, threads: int) -> str:
@@ -69,13 +74,13 @@ def measure_graph(path: Path, queries: Embeddings, threads: int) -> str:
     graph = open_graph(path, files, len(rows))
     assert graph is not None
     open_ms = (time.perf_counter() - start) * 1e3
-    latencies_ms = milliseconds(lambda query: nearest(index, rows, query, top=TOP, graph=graph), queries)
+    queries_text = describe_queries(lambda query: nearest(index, rows, query, top=TOP, graph=graph), queries)
     found = [{hit.path for hit in nearest(index, rows, query, top=TOP, graph=graph)} for query in queries]
     exact = [{hit.path for hit in nearest(index, rows, query, top=TOP)} for query in queries]
     recall = np.mean([len(some & all_) / TOP for some, all_ in zip(found, exact, strict=True)])
     return (
         f"graph of {size_mb:.0f} MB: built in {build_s:.0f} s ({cpu_s:.0f} s of a core), opened in {open_ms:.0f} ms, "
-        f"{latencies_ms[len(latencies_ms) // 2]:.2f} ms per query, recall {recall:.1%} of the nearest {TOP}"
+        f"{queries_text}, recall {recall:.1%} of the nearest {TOP}"
     )
 
 
@@ -93,11 +98,8 @@ def main() -> None:
             index, rows = read_index(Path(name) / "index")
             open_ms = (time.perf_counter() - start) * 1e3
             queries = make_rows(QUERIES, args.size, seed=1)
-            latencies_ms = milliseconds(lambda query: nearest(index, rows, query, top=TOP), queries)  # noqa: B023
-            query_ms = (
-                f"{latencies_ms[QUERIES // 2]:.1f} ms per query ({latencies_ms[0]:.1f} to {latencies_ms[-1]:.1f})"
-            )
-            print(f"{count:,} images × {args.size}: opened in {open_ms:.0f} ms, {query_ms}")
+            query_ms = describe_queries(lambda query: nearest(index, rows, query, top=TOP), queries)  # noqa: B023
+            print(f"{count:,} images × {args.size}: opened in {open_ms:.0f} ms, {query_ms}", flush=True)
             if args.graph:
                 print(measure_graph(Path(name) / "index", queries, args.threads), flush=True)
 
