@@ -121,8 +121,8 @@ def load(
             architecture with `pretrained`, `local-dir:PATH` or `hf-hub:ORG/REPO`.
         pretrained: an open_clip tag or a checkpoint file, if `model` is an architecture.
         threads: number of threads; None uses all cores.
-        runtime: `onnxruntime`, `openvino`, `tensorrt` or `litert` for a bundle, None for the one it was exported for;
-            `torch` or `torch-compile` for other models.
+        runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
+            one it was exported for; `torch` or `torch-compile` for other models.
         device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
 
     Raises:

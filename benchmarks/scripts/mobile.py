@@ -1,12 +1,13 @@
-"""Convert the image tower of every preset to LiteRT, compare it with PyTorch, and time it beside ONNX Runtime.
+"""Convert the image tower of every preset to a format for phones, compare it with PyTorch, and time it.
 
-pip install '.[train,litert-torch]'      # in an environment of its own
-python benchmarks/scripts/litert.py -o benchmarks/results/MACHINE/litert.json --readme export/litert/README.md \\
+pip install '.[train,litert-torch]'      # or executorch, or coreml: each in an environment of its own
+python benchmarks/scripts/mobile.py litert -o benchmarks/results/MACHINE/litert.json --readme export/litert/README.md \\
     --bundles quickstart/bundles/fp32 quickstart/bundles/int8 litert/fp32 litert/int8
 
-The presets' weights are random, so their table says nothing about accuracy. LiteRT and ONNX Runtime take turns, batch
-1, one thread, by the processor time of that thread, so that other programs count little: compare the ratio, not the
-milliseconds. Each preset's result is kept as it comes; the same command goes on from there.
+The presets' weights are random, so their table says nothing about accuracy. The format's runtime and ONNX Runtime take
+turns, batch 1, one thread, by the processor time of that thread, so that other programs count little: compare the
+ratio, not the milliseconds. Core ML runs on a Mac alone: what its packages declare is checked, and their sizes are
+shown. Each preset's result is kept as it comes; the same command goes on from there.
 
 With --bundles, a second table compares the towers of bundles of one model, on the first one's reference inputs.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -31,27 +32,32 @@ from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.bundle import Tower
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.formats import FORMATS, Format
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.litert import fp16_recipe, quantize
-from clip_rd_edge.convert.parity import agreement, embed, hard_pixels
+from clip_rd_edge.convert.parity import Inputs, agreement, embed, hard_pixels
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporters.litert import convert_tower
+from clip_rd_edge.exporters.coreml import require_declared, write_package
+from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS
+from clip_rd_edge.exporters.litert import LITERT_TOOLS
 from clip_rd_edge.exporters.onnx import IMAGE_INPUT, IMAGE_OUTPUT, evaluating, export_image_tower
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.student import build_student, preset_names, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import to_json, write_bytes
+from clip_rd_edge.utils.io import size_bytes, to_json, write_bytes
 
-MARKER = "litert"
 TOWER = Tower(file="image.onnx", input_name=IMAGE_INPUT, output_name=IMAGE_OUTPUT, precision="fp32")
 
 
 class Converted(msgspec.Struct, frozen=True, kw_only=True):
     """A preset's image tower: its files in MB, max difference from PyTorch, and ms of processor time in both runtimes.
+
+    What a format does not have is 0.
 
     Attributes:
         error: why it could not be converted, or empty.
@@ -64,7 +70,7 @@ class Converted(msgspec.Struct, frozen=True, kw_only=True):
     fp16_cosine: float = 0.0
     fp32_mb: float = 0.0
     fp16_mb: float = 0.0
-    litert_ms: float = 0.0
+    ms: float = 0.0
     onnx_ms: float = 0.0
 
 
@@ -81,10 +87,11 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of litert.json."""
+    """The content of litert.json, executorch.json or coreml.json."""
 
     machine: str
     date: str
+    format: str = "litert"
     rows: tuple[Converted, ...]
     bundles: tuple[Compared, ...] = ()
 
@@ -138,59 +145,66 @@ def compare_bundles(folders: Sequence[Path]) -> tuple[Compared, ...]:
     return tuple(rows)
 
 
-def convert(preset: str) -> Converted:
+def convert(preset: str, format: str) -> Converted:
     """Convert, compare and time one preset's image tower."""
     torch.manual_seed(0)
     clip = build_student(student_config(preset, embedding_size=256, text="tiny"), name=preset)
     pixels = hard_pixels(clip.preprocessing)
     with tempfile.TemporaryDirectory() as name, evaluating(clip.model):
-        onnx = export_image_tower(clip, Path(name))
         try:
-            fp32 = convert_tower(clip, "image", TOWER, pixels)
-            sessions = {"litert": open_litert(fp32, threads=1), "onnx": open_session(str(onnx), threads=1)}
+            if format == "coreml":
+                return _packages(preset, clip, pixels, Path(name))
+            tools = LITERT_TOOLS if format == "litert" else EXECUTORCH_TOOLS
+            fp32 = tools.convert(clip, "image", TOWER, pixels)
+            onnx = export_image_tower(clip, Path(name))
+            sessions = {"here": tools.open(fp32, threads=1), "onnx": open_session(str(onnx), threads=1)}
         except ClipRdEdgeError as error:
             return Converted(preset=preset, error=str(error))
-        embeddings = embed(sessions["litert"], pixels)
-        fp16 = quantize(fp32, fp16_recipe())
-        calls = {name: partial(embed, session, pixels[:1]) for name, session in sessions.items()}
-        times = processor_ms(calls)
-        return Converted(
+        embeddings = embed(sessions["here"], pixels)
+        times = processor_ms({name: partial(embed, session, pixels[:1]) for name, session in sessions.items()})
+        row = Converted(
             preset=preset,
             max_difference=agreement(TorchEncoder(clip).encode_pixels(pixels), embeddings).max_difference,
-            fp16_cosine=agreement(embeddings, embed(open_litert(fp16, threads=1), pixels)).centred_cosine,
             fp32_mb=len(fp32) / 1e6,
-            fp16_mb=len(fp16) / 1e6,
-            litert_ms=times["litert"],
+            ms=times["here"],
             onnx_ms=times["onnx"],
         )
+        if format != "litert":
+            return row
+        fp16 = quantize(fp32, fp16_recipe())
+        cosine = agreement(embeddings, embed(open_litert(fp16, threads=1), pixels)).centred_cosine
+        return msgspec.structs.replace(row, fp16_mb=len(fp16) / 1e6, fp16_cosine=cosine)
+
+
+def _packages(preset: str, clip: ClipModel, pixels: Inputs, folder: Path) -> Converted:
+    """Write Core ML packages in float32 and float16, and check what they declare."""
+    sizes = []
+    for half in (False, True):
+        package = folder / f"{half}.mlpackage"
+        write_package(clip, "image", TOWER, pixels, package, half=half)
+        require_declared(package, TOWER, pixels, clip.embedding_size)
+        sizes.append(size_bytes(package) / 1e6)
+    return Converted(preset=preset, fp32_mb=sizes[0], fp16_mb=sizes[1])
 
 
 def table(results: Results) -> str:
-    """Return the table as Markdown."""
-    lines = [
-        [
-            "image tower",
-            "max difference",
-            "FP32, MB",
-            "FP16, MB",
-            "FP16, centred cosine",
-            "LiteRT / ONNX Runtime, ms of a core",
-        ]
-    ]
+    """Return the tables as Markdown; a column that no row has a value for is left out."""
+    title = FORMATS[cast(Format, results.format)].title
+    columns: dict[str, Callable[[Converted], str]] = {
+        "max difference": lambda row: f"{row.max_difference:.1e}" if row.max_difference else "",
+        "FP32, MB": lambda row: f"{row.fp32_mb:.1f}",
+        "FP16, MB": lambda row: f"{row.fp16_mb:.1f}" if row.fp16_mb else "",
+        "FP16, centred cosine": lambda row: f"{row.fp16_cosine:.6f}" if row.fp16_cosine else "",
+        f"{title} / ONNX Runtime, ms of a core": lambda row: (
+            f"{row.ms:.1f} / {row.onnx_ms:.1f} = {row.ms / row.onnx_ms:.2f}" if row.ms else ""
+        ),
+    }
+    converted = [row for row in results.rows if not row.error]
+    shown = {name: write for name, write in columns.items() if any(write(row) for row in converted)}
+    lines = [["image tower", *(shown or ["result"])]]
     for row in results.rows:
-        if row.error:
-            lines.append([row.preset, f"not converted: {row.error}", "–", "–", "–", "–"])
-            continue
-        lines.append(
-            [
-                row.preset,
-                f"{row.max_difference:.1e}",
-                f"{row.fp32_mb:.1f}",
-                f"{row.fp16_mb:.1f}",
-                f"{row.fp16_cosine:.6f}",
-                f"{row.litert_ms:.1f} / {row.onnx_ms:.1f} = {row.litert_ms / row.onnx_ms:.2f}",
-            ]
-        )
+        failed = [f"not converted: {row.error}", *["–"] * (len(lines[0]) - 2)]
+        lines.append([row.preset, *(failed if row.error else (write(row) for write in shown.values()))])
     text = f"{results.machine}, {results.date}"
     if results.rows:
         text += f". Image towers of the presets, with random weights at 224 pixels:\n\n{markdown_table(lines)}"
@@ -205,12 +219,13 @@ def table(results: Results) -> str:
             f"{tower.centred_cosine:.4f}",
         ]
         rows.append([tower.tower, tower.runtime, tower.precision, *figures])
-    title = "The quickstart's student, compared with its float32 ONNX bundle on the bundle's reference inputs:"
-    return f"{text}\n\n{title}\n\n{markdown_table(rows, left=(0, 1, 2))}"
+    heading = "The quickstart's student, compared with its float32 ONNX bundle on the bundle's reference inputs:"
+    return f"{text}\n\n{heading}\n\n{markdown_table(rows, left=(0, 1, 2))}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("format", choices=("litert", "executorch", "coreml"))
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--readme", type=Path, help="Markdown file with markers for the table")
     parser.add_argument("--presets", nargs="*", choices=preset_names(), default=preset_names())
@@ -223,18 +238,24 @@ def main() -> None:
         rows, bundles = {row.preset: row for row in known.rows}, known.bundles
     if args.bundles:
         bundles = compare_bundles(args.bundles)
-    results = Results(machine=machine_name(), date=date.today().isoformat(), rows=(*rows.values(),), bundles=bundles)
+    results = Results(
+        machine=machine_name(),
+        date=date.today().isoformat(),
+        format=args.format,
+        rows=(*rows.values(),),
+        bundles=bundles,
+    )
     write_bytes(args.output, to_json(results))
     for preset in args.presets:
         if preset not in rows:
             print(f"{preset}: converting", flush=True)
-            rows[preset] = convert(preset)
+            rows[preset] = convert(preset, args.format)
         ordered = tuple(rows[name] for name in preset_names() if name in rows)
         results = msgspec.structs.replace(results, rows=ordered)
         write_bytes(args.output, to_json(results))
     print(table(results))
     if args.readme:
-        write_between_markers(args.readme, MARKER, table(results))
+        write_between_markers(args.readme, args.format, table(results))
 
 
 if __name__ == "__main__":

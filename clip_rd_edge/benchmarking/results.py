@@ -27,6 +27,8 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "ai-edge-litert",
+    "executorch",
+    "coremltools",
     "nncf",
     "torch",
     "open_clip_torch",

@@ -123,6 +123,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle
+    clip-rd-edge export runs/first --target coreml -o bundle
     clip-rd-edge export runs/first --target sm86,sm89,jetson-orin -o bundles
     clip-rd-edge export runs/first --layout huggingface --precision int8 -o hub
     clip-rd-edge export runs/first --layout immich --as ViT-B-32__openai -o immich

@@ -5,6 +5,8 @@ image.onnx       pixel_values (N, 3, H, W) float32 -> image_embedding (N, D), L2
                  or image (1, height, width, 3) uint8 of any size, if the graph includes preprocessing
 text.onnx        input_ids (N, T) int64 -> text_embedding (N, D), L2-normalised
 image.tflite, text.tflite   LiteRT only, in place of the ONNX files: for one input at a time; the ids are int32
+image.mlpackage/, text.mlpackage/   Core ML only, in place of the ONNX files: folders; one input at a time, int32 ids
+image.pte, text.pte         ExecuTorch only, in place of the ONNX files: for one input at a time
 image.onnx.data, …          the weights of a tower above 2 GB, which a protobuf file cannot hold
 image.engine, text.engine   TensorRT targets only: engines, beside the ONNX files they were built from
 image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
@@ -80,7 +82,7 @@ class Tower(CheckedStruct, frozen=True, kw_only=True):
         preprocesses: the graph includes preprocessing: it takes one (1, H, W, 3) uint8 RGB image of any size at a time.
         one_at_a_time: run it with one input at a time. Dynamic INT8 in ONNX Runtime scales activations over the whole
             batch, so an embedding would depend on the other inputs of its batch and be less accurate; batches are not
-            faster either. LiteRT's files are for a batch of one.
+            faster either. LiteRT's, ExecuTorch's and Core ML's files are for a batch of one.
         engine: the TensorRT engine built from `file`, or empty.
         instruction_sets: those on which a CPU computes its INT8 as the file says, of `INSTRUCTION_SETS`; empty for a
             tower without INT8 products, and for engines. x86 processors without VNNI add pairs of products in 16 bits:
@@ -145,7 +147,9 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def files_of(self, tower: Tower) -> tuple[str, ...]:
         """The names of the files that a tower is loaded from, without an engine that the device built."""
         data = f"{tower.file}{EXTERNAL_DATA_SUFFIX}"
-        return tuple(name for name in (tower.file, data if data in self.files else "", tower.engine) if name)
+        inside = [name for name in self.files if name.startswith(f"{tower.file}/")]  # a Core ML package is a folder
+        names = (*(inside or [tower.file]), data if data in self.files else "", tower.engine)
+        return tuple(name for name in names if name)
 
     def with_towers(self, towers: Mapping[str, Tower], *, target: str | None = None) -> Manifest:
         """Return a manifest with these towers and no file hashes; its precision combines those of the towers.
@@ -209,9 +213,7 @@ def read_manifest(folder: Path) -> Manifest:
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
         raise InputError(f"{folder} is not a bundle: it {reason}.", hint=hint)
     manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION, max_bytes=MAX_MANIFEST_BYTES)
-    read = [manifest.image.file, manifest.text.file, TOKENIZER]
-    read += [name for name in (manifest.image.engine, manifest.text.engine) if name]
-    for name in read:
+    for name in (*manifest.files_of(manifest.image), *manifest.files_of(manifest.text), TOKENIZER):
         if name not in manifest.files:
             raise ConfigError(
                 f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.",

@@ -11,9 +11,9 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Format = Literal["onnx", "openvino", "trt", "litert"]
+Format = Literal["onnx", "openvino", "trt", "litert", "executorch", "coreml"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert"]
+Runtime = Literal["onnxruntime", "openvino", "tensorrt", "litert", "executorch", "coreml"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,26 @@ FORMATS: dict[Format, FormatInfo] = {
         aliases=("tflite",),
         is_onnx=False,
     ),
+    "executorch": FormatInfo(
+        title="ExecuTorch",
+        help="ExecuTorch files for phones",
+        precisions=("fp32", "int8"),
+        runtime="executorch",
+        converter="clip_rd_edge.exporters.converters:ExecuTorchConverter",
+        extras={"executorch": "export --format executorch, and running its bundles"},
+        aliases=("pte",),
+        is_onnx=False,
+    ),
+    "coreml": FormatInfo(
+        title="Core ML",
+        help="Core ML packages for Apple devices; converted anywhere, run on a Mac",
+        precisions=("fp32", "fp16"),
+        runtime="coreml",
+        converter="clip_rd_edge.exporters.converters:CoreMlConverter",
+        extras={"coreml": "export --format coreml, and running its bundles on a Mac"},
+        aliases=("core-ml", "mlpackage"),
+        is_onnx=False,
+    ),
 }
 # The encoder of each runtime. A target `tensorrt-rtx sm89` is TensorRT's, too.
 RUNTIMES: dict[Runtime, str] = {
@@ -89,6 +109,9 @@ RUNTIMES: dict[Runtime, str] = {
     "openvino": "clip_rd_edge.runtime.backends.openvino:OpenVinoEncoder",
     "tensorrt": "clip_rd_edge.runtime.backends.tensorrt:TensorRtEncoder",
     "litert": "clip_rd_edge.runtime.backends.litert:LiteRtEncoder",
+    "coreml": "clip_rd_edge.runtime.backends.coreml:CoreMlEncoder",
+    # ExecuTorch's Python package computes on PyTorch's tensors, and `runtime` never imports PyTorch.
+    "executorch": "clip_rd_edge.exporters.executorch_encoder:ExecuTorchEncoder",
 }
 
 

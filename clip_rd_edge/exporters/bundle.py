@@ -19,6 +19,7 @@ from clip_rd_edge.contract.bundle import (
     TOKENIZER,
     Manifest,
     Tower,
+    read_manifest,
     write_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
@@ -45,6 +46,7 @@ from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
+from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
@@ -161,6 +163,7 @@ def export_bundle(
     _require_supported(request, calibration)
     with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         if (request.format, request.precision) == ("onnx", "fp32"):
+            source = folder
             converted = ConvertedBundle(write_fp32(clip, folder, request, reporter=reporter))
         else:
             if source is None:
@@ -168,7 +171,11 @@ def export_bundle(
                 write_manifest(source, write_fp32(clip, source, request, reporter=reporter))
             job = Conversion(clip, source, folder, request, calibration, reporter)
             converted = converter_for(request.format).convert(job)
-        return ConvertedBundle(_finish(folder, converted.manifest, request, calibration, reporter), converted.trials)
+        if request.precision == "int8" and calibration is not None:
+            request = msgspec.structs.replace(
+                request, provenance={**request.provenance, "calibration": calibration.name}
+            )
+        return ConvertedBundle(_finish(folder, converted.manifest, request, source, reporter), converted.trials)
 
 
 def export_bundles(
@@ -221,21 +228,25 @@ def _finish(
     folder: Path,
     manifest: Manifest,
     request: ExportRequest,
-    calibration: CalibrationSet | None,
+    source: Path,
     reporter: Reporter,
 ) -> Manifest:
-    """Add what was requested and the reference answers to the bundle, and write the manifest."""
-    provenance = dict(request.provenance)
-    if request.precision == "int8" and calibration is not None:
-        provenance["calibration"] = calibration.name
-    manifest = msgspec.structs.replace(manifest, provenance=provenance)
+    """Add what was requested and the reference answers to the bundle, and write the manifest.
+
+    Args:
+        source: the float32 bundle that it was converted from.
+    """
+    manifest = msgspec.structs.replace(manifest, provenance=dict(request.provenance))
     if request.preprocess_in_graph:
         manifest = _with_preprocessing(folder, manifest)
+    converter = converter_for(request.format)
+    origin = converter.runnable(folder, source)
+    known = manifest if origin == folder else read_manifest(origin)
     if request.labels is not None:
         reporter.update("embedding the labels")
-        write_label_bank(folder, manifest, request.labels)
+        write_label_bank(folder, manifest, request.labels, encoder=open_bundle(origin, known, device="cpu"))
     reporter.update("computing the reference answers")
-    add_reference(folder, converter_for(request.format).reference(folder, manifest))
+    add_reference(folder, converter.reference(origin, known))
     return write_manifest(folder, manifest)
 
 

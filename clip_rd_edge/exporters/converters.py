@@ -13,6 +13,7 @@ from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import write_fp16
 from clip_rd_edge.convert.int8.bundle import write_int8
+from clip_rd_edge.convert.int8.candidates import Backend
 from clip_rd_edge.convert.litert import write_litert_fp16
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest
@@ -20,8 +21,12 @@ from clip_rd_edge.convert.reference import NodeByNode
 from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_target
 from clip_rd_edge.convert.tensorrt.bundle import write_engines
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.exporters.litert import require_litert_torch, write_litert
+from clip_rd_edge.exporters.coreml import require_coremltools, write_coreml
+from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS, executorch_backend, require_executorch
+from clip_rd_edge.exporters.executorch_encoder import ExecuTorchEncoder
+from clip_rd_edge.exporters.litert import LITERT_TOOLS, require_litert_torch
 from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
+from clip_rd_edge.exporters.towers import Toolchain, write_towers
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.litert import LiteRtEncoder
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -75,6 +80,10 @@ class Converter(ABC):
         """Return an encoder that computes a bundle's reference answers, as the same on every processor as can be."""
         return NodeByNode(folder, manifest)
 
+    def runnable(self, folder: Path, source: Path) -> Path:
+        """Return the bundle that embeds labels and reference inputs here: its own folder, or its float32 source."""
+        return folder
+
 
 def converter_for(format: Format) -> Converter:
     """Return the converter of a format, imported by its name."""
@@ -102,9 +111,13 @@ class OpenVinoConverter(Converter):
         return ConvertedBundle(write_openvino(job.source, job.folder, job.request, reporter=job.reporter))
 
 
-def _write_int8(job: Conversion) -> ConvertedBundle:
+def _write_int8(job: Conversion, backend: Backend | None = None) -> ConvertedBundle:
     samples = job.samples
-    return write_int8(job.source, job.folder, job.request, calibration=samples, reporter=job.reporter)
+    return write_int8(job.source, job.folder, job.request, calibration=samples, backend=backend, reporter=job.reporter)
+
+
+def _write_towers(job: Conversion, folder: Path, tools: Toolchain) -> Manifest:
+    return write_towers(job.clip, job.source, folder, job.request, tools=tools, reporter=job.reporter)
 
 
 class LiteRtConverter(Converter):
@@ -119,11 +132,10 @@ class LiteRtConverter(Converter):
     def convert(self, job: Conversion) -> ConvertedBundle:
         """Write the bundle; float16 and INT8 are made from LiteRT's own float32."""
         if job.request.precision == "fp32":
-            return ConvertedBundle(write_litert(job.clip, job.source, job.folder, job.request, reporter=job.reporter))
+            return ConvertedBundle(_write_towers(job, job.folder, LITERT_TOOLS))
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch)
-            manifest = write_litert(job.clip, job.source, source, job.request, reporter=job.reporter)
-            write_manifest(source, manifest)
+            write_manifest(source, _write_towers(job, source, LITERT_TOOLS))
             job = replace(job, source=source)
             if job.request.precision == "int8":
                 return _write_int8(job)
@@ -132,6 +144,51 @@ class LiteRtConverter(Converter):
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
         """Return an encoder without XNNPACK, whose kernels differ by processor."""
         return LiteRtEncoder(folder, manifest, xnnpack=False)
+
+
+class ExecuTorchConverter(Converter):
+    """ExecuTorch files, converted from PyTorch."""
+
+    def check(self, request: ExportRequest) -> None:
+        """Raise if the converter is missing, or an option does not apply."""
+        if request.preprocess_in_graph:
+            raise UsageError(
+                "--preprocess-in-graph does not work with ExecuTorch, whose files take images of one size."
+            )
+        if request.fallback == "fp16":
+            raise UsageError("--fallback fp16 does not work with ExecuTorch, which is exported in FP32 and INT8.")
+        require_executorch()
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle; INT8 is compared with ExecuTorch's own float32."""
+        if job.request.precision == "fp32":
+            return ConvertedBundle(_write_towers(job, job.folder, EXECUTORCH_TOOLS))
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch)
+            write_manifest(source, _write_towers(job, source, EXECUTORCH_TOOLS))
+            return _write_int8(replace(job, source=source), executorch_backend(job.clip))
+
+    def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
+        """Return ExecuTorch's encoder: it has no kernels beside those that compute the bundle."""
+        return ExecuTorchEncoder(folder, manifest)
+
+
+class CoreMlConverter(Converter):
+    """Core ML packages, converted from PyTorch; nothing but a Mac runs them."""
+
+    def check(self, request: ExportRequest) -> None:
+        """Raise if the converter is missing, or preprocessing is to be in the graph."""
+        if request.preprocess_in_graph:
+            raise UsageError("--preprocess-in-graph does not work with Core ML, whose packages take one size of image.")
+        require_coremltools()
+
+    def convert(self, job: Conversion) -> ConvertedBundle:
+        """Write the bundle."""
+        return ConvertedBundle(write_coreml(job.clip, job.source, job.folder, job.request, reporter=job.reporter))
+
+    def runnable(self, folder: Path, source: Path) -> Path:
+        """Return the float32 bundle in ONNX, whose answers the packages are to give on a Mac."""
+        return source
 
 
 class TensorRtConverter(Converter):

@@ -13,24 +13,32 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
-from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.io import cache_home, write_bytes
 
 
-def write_label_bank(folder: Path, manifest: Manifest, labels: Sequence[str]) -> None:
+def write_label_bank(
+    folder: Path, manifest: Manifest, labels: Sequence[str], *, encoder: Encoder | None = None
+) -> None:
     """Embed labels with the bundle's own text tower and templates, and write labels.npz.
 
     Call this before the manifest is written, which has the file's checksum. Embeddings are stored in the precision of
     the text tower: storing them in INT8 loses less accuracy than the INT8 tower already has.
 
+    Args:
+        folder, manifest: the bundle.
+        labels: the names, in order.
+        encoder: embeds them in the bundle's place, if that does not run here.
+
     Raises:
         InputError: there are no labels, or a label is empty.
     """
     names = tuple(dict.fromkeys(labels))
-    embeddings = label_embeddings(open_bundle(folder, manifest, device="cpu"), names, manifest.templates)
+    encoder = encoder or open_bundle(folder, manifest, device="cpu")
+    embeddings = label_embeddings(encoder, names, manifest.templates)
     tower = manifest.text.precision
     precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if tower.startswith("int8") else "fp16"
     write_labels(folder, LabelBank(names, embeddings), precision=precision)

@@ -128,10 +128,10 @@ class _Trial(NamedTuple):
 
 def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]:
     image, text = encoder.manifest.image, encoder.manifest.text
-    texts = {text.file, TOKENIZER}
+    image_files, texts = set(encoder.manifest.files_of(image)), {*encoder.manifest.files_of(text), TOKENIZER}
     if reference is None:
         return [
-            _Trial("image tower", image, {image.file}, lambda: _embed_noise(encoder), None),
+            _Trial("image tower", image, image_files, lambda: _embed_noise(encoder), None),
             _Trial("text tower", text, texts, lambda: encoder.encode_texts([TEXT]), None),
         ]
     images = [Image.fromarray(array) for array in reference.images]
@@ -144,7 +144,7 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
         return encoder.encode_ids(ids)
 
     return [
-        _Trial("image tower", image, {image.file}, lambda: encoder.encode_images(images), reference.image_embeddings),
+        _Trial("image tower", image, image_files, lambda: encoder.encode_images(images), reference.image_embeddings),
         _Trial("text tower", text, texts, embed_texts, reference.text_embeddings),
     ]
 

@@ -40,7 +40,7 @@ def test_the_devices_command(command_line: Run) -> None:
     assert json.loads(output)["cpu-x86"]["runs"] == "here"
     code, _, error = command_line("devices", "toaster")
     assert code == 2
-    assert "No device is named 'toaster'; expected one of android, browser, cpu-arm" in error
+    assert "No device is named 'toaster'; expected one of android, browser, coreml, cpu-arm" in error
 
 
 @pytest.mark.parametrize(

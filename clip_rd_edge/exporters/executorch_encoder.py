@@ -1,0 +1,119 @@
+"""Run a bundle's towers in ExecuTorch's Python package. It is here because that package computes on PyTorch's tensors.
+
+Apps run the same files by ExecuTorch's own libraries, without PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
+from clip_rd_edge.utils.host import usable_cores
+
+
+class _Input(NamedTuple):
+    name: str
+
+
+class ExecuTorchModel:
+    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+
+    Args:
+        method: of a program with one input and one output, for a batch of one.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self._lock = threading.Lock()  # a method owns its memory
+        self._method = method
+
+    def get_inputs(self) -> list[_Input]:
+        """Return the input; its name is not in the file."""
+        return [_Input("input")]
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model on each row of its input; return its output."""
+        import torch  # what opened the program has imported it
+
+        (rows,) = feed.values()
+        tensors = torch.from_numpy(np.ascontiguousarray(rows))
+        with self._lock:
+            return [np.concatenate([self._method.execute([row[None]])[0].numpy() for row in tensors])]
+
+
+@contextlib.contextmanager
+def _quiet_native_code() -> Iterator[None]:
+    """Discard what native code writes to the standard error stream: ExecuTorch reports its threads there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuTorchModel:
+    """Open a program.
+
+    Args:
+        model: path of a .pte file, or its bytes.
+        threads: threads to run on; None uses every core. All programs of a process share them.
+
+    Raises:
+        MissingExtraError: ExecuTorch is not installed.
+        ConfigError: ExecuTorch cannot load the program.
+        UsageError: `threads` is less than 1.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("executorch", extra="executorch", purpose="Running a bundle in ExecuTorch") from error
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; expected at least 1.")
+    wanted = threads or usable_cores()
+    if portable_lib._threadpool_get_thread_count() != wanted:
+        with _quiet_native_code():
+            portable_lib._unsafe_reset_threadpool(wanted)
+    try:
+        program = Runtime.get().load_program(Path(model) if isinstance(model, str) else model)
+        return ExecuTorchModel(program.load_method("forward"))
+    except Exception as error:
+        name = model if isinstance(model, str) else "the program"
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"ExecuTorch cannot run {name}: {reason}.") from error
+
+
+class ExecuTorchEncoder(BundleEncoder):
+    """A bundle in ExecuTorch, on the CPU."""
+
+    runtime = "executorch"
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> ExecuTorchEncoder:
+        """Open a bundle.
+
+        Raises:
+            UsageError: the device is not the CPU.
+        """
+        if options.device not in (AUTO, "cpu"):
+            raise UsageError(f"ExecuTorch has no device {options.device!r} here; expected auto or cpu.")
+        return cls(folder, manifest, threads=options.threads)
+
+    def open_tower(self, tower: Tower) -> ExecuTorchModel:
+        """Open the tower's file; raises as `open_executorch`."""
+        return open_executorch(str(self.folder / tower.file), threads=self.threads)

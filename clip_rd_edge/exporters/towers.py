@@ -1,0 +1,94 @@
+"""Convert a model's towers from PyTorch by another toolchain than ONNX's, and compare the files with the ONNX ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.convert.bundle import start_conversion
+from clip_rd_edge.convert.fp16 import hard_inputs
+from clip_rd_edge.convert.int8.candidates import Opener
+from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
+from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.timing import time_in_turn
+
+MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
+TOWERS = {"image": ImageTower, "text": TextTower}
+OTHER_FORMAT = "use --format onnx, which ONNX Runtime runs on phones as well"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What converts towers to a format, and what runs them.
+
+    Attributes:
+        title: the runtime's name in messages.
+        target: the runtime in the manifest.
+        suffix: of the files.
+        convert: returns the content of a file from the model, the name of a tower, its ONNX file's manifest entry, and
+            inputs whose first row is an example; the file takes one input at a time.
+        open: opens a file.
+    """
+
+    title: str
+    target: str
+    suffix: str
+    convert: Callable[[ClipModel, str, Tower, Inputs], bytes]
+    open: Opener
+
+
+def write_towers(
+    clip: ClipModel,
+    source: Path,
+    folder: Path,
+    request: ExportRequest,
+    *,
+    tools: Toolchain,
+    reporter: Reporter = SILENT,
+    timer: Timer = time_in_turn,
+) -> Manifest:
+    """Write a model's towers in float32 into `folder`; return their manifest, not yet written.
+
+    Latency is measured against the float32 ONNX files of the bundle `source`, with which the answers are compared.
+
+    Raises:
+        UsageError: `source` is not a float32 bundle, or is damaged.
+        ClipRdEdgeError: a tower cannot be converted, or its file computes something else than the model.
+    """
+    manifest = start_conversion(source, folder)
+    inputs = hard_inputs(source, manifest)
+    towers = {}
+    for name, tower in manifest.towers.items():
+        reporter.update(f"{name} tower: converting to {tools.title}")
+        file = f"{name}{tools.suffix}"
+        write_bytes(folder / file, tools.convert(clip, name, tower, inputs[name]))
+        converted = msgspec.structs.replace(tower, file=file, one_at_a_time=True)
+        reporter.update(f"{name} tower: comparing {tools.title} with ONNX Runtime")
+        sessions = {
+            "onnx": open_session(str(source / tower.file), threads=request.threads),
+            tools.target: tools.open(str(folder / file), threads=request.threads),
+        }
+        parity = agreement(embed(sessions["onnx"], inputs[name]), embed(sessions[tools.target], inputs[name]))
+        if not parity.max_difference <= MAX_DIFFERENCE:
+            raise ClipRdEdgeError(
+                f"{file} differs from the model by {parity.max_difference:.2g}; expected at most {MAX_DIFFERENCE:g}.",
+                hint=OTHER_FORMAT,
+            )
+        latencies_ms = latencies(sessions, inputs[name], timer=timer)
+        measured = measurement(
+            parity, latencies_ms[tools.target], reference_ms=latencies_ms["onnx"], threads=request.threads
+        )
+        note = ""
+        if measured.speedup < 1:
+            note = f"fp32: {tools.title} takes {1 / measured.speedup:.2f} times as long here as ONNX Runtime."
+        towers[name] = msgspec.structs.replace(converted, note=note, measured=measured)
+    return manifest.with_towers(towers, target=tools.target)

@@ -1,0 +1,113 @@
+"""Run a bundle's towers in Core ML, on a Mac. Its packages take one input at a time."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
+
+COREML = "coreml"
+_CPU = "cpu"
+
+
+class _Input(NamedTuple):
+    name: str
+
+
+class CoreMlModel:
+    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+
+    Args:
+        model: a coremltools MLModel with one input and one output, for a batch of one.
+        tower: the names of both.
+    """
+
+    def __init__(self, model: Any, tower: Tower) -> None:
+        self._lock = threading.Lock()  # coremltools does not say that a model may be called from several threads
+        self._model, self._tower = model, tower
+
+    def get_inputs(self) -> list[_Input]:
+        """Return the input with its name."""
+        return [_Input(self._tower.input_name)]
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run the model on each row of its input, ids as int32; return its output as float32."""
+        (rows,) = feed.values()
+        if rows.dtype == np.int64:
+            rows = rows.astype(np.int32)
+        with self._lock:
+            outputs = [self._model.predict({self._tower.input_name: row[None]}) for row in rows]
+        return [np.concatenate([output[self._tower.output_name] for output in outputs]).astype(np.float32)]
+
+
+def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreMlModel:
+    """Open a package, which compiles it for this Mac.
+
+    Raises:
+        MissingExtraError: coremltools is not installed.
+        ConfigError: this is not a Mac, or Core ML cannot load the package.
+    """
+    try:
+        import coremltools
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("coremltools", extra=COREML, purpose="Running a bundle in Core ML") from error
+    system = platform.system()
+    if system != "Darwin":
+        raise ConfigError(
+            f"Core ML runs on a Mac alone, not on {system}: {package} was converted, but cannot run here.",
+            hint="export with --format onnx for this machine",
+        )
+    units = coremltools.ComputeUnit.CPU_ONLY if cpu_only else coremltools.ComputeUnit.ALL
+    try:
+        return CoreMlModel(coremltools.models.MLModel(str(package), compute_units=units), tower)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"Core ML cannot run {package}: {reason}.") from error
+
+
+class CoreMlEncoder(BundleEncoder):
+    """A bundle in Core ML.
+
+    Args:
+        cpu_only: False lets Core ML choose among the CPU, the GPU and the Neural Engine.
+    """
+
+    runtime = COREML
+
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, cpu_only: bool = False) -> None:
+        super().__init__(folder, manifest, threads=threads)
+        self.cpu_only = cpu_only
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> CoreMlEncoder:
+        """Open a bundle.
+
+        Raises:
+            UsageError: the device is none of Core ML's.
+        """
+        if options.device not in (AUTO, COREML, _CPU):
+            raise UsageError(f"Core ML has no device {options.device!r}; expected auto, coreml or cpu.")
+        return cls(folder, manifest, threads=options.threads, cpu_only=options.device == _CPU)
+
+    def placement(self, tower: Tower) -> Placement:
+        """Return where a tower is meant to run: Core ML does not say which of a Mac's processors it chose."""
+        return Placement(COREML, _CPU if self.cpu_only else COREML)
+
+    def open_tower(self, tower: Tower) -> CoreMlModel:
+        """Open the tower's package; raises as `open_coreml`, and ConfigError for files that the manifest lacks."""
+        package = self.folder / tower.file
+        for path in package.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and self.manifest.files and name not in self.manifest.files:
+                raise ConfigError(f"The manifest of {self.folder} has no checksum of {name}.", hint="export it again")
+        return open_coreml(package, tower, cpu_only=self.cpu_only)
