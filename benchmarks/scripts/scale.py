@@ -10,6 +10,8 @@ parquet    the same rows (needs pyarrow)
 store      a teacher's embeddings of 15 million pairs with captions of their own, whose rows are holes; 10,000 random
            ones are read
 
+With `--of`, those that are not named stay as they are in the output, if they were measured on the same day.
+
 They take some 4 GB of disk, and their content comes from the page cache, so that the figures are those of scanning,
 looking for images, indexing and reading. Memory is what the process and its workers hold beyond an interpreter that has
 imported the package, in proportional set size, so that shared pages count once.
@@ -58,8 +60,11 @@ def main() -> None:
         "machine": machine(),
         "samples": arguments.shards * arguments.samples,
         "shards": arguments.shards,
-        "data sets": {kind: starts(kind, arguments.shards, arguments.samples) for kind in arguments.of},
     }
+    measured = earlier(record, arguments.output)
+    for kind in arguments.of:
+        measured[kind] = starts(kind, arguments.shards, arguments.samples)
+    record["data sets"] = {kind: measured[kind] for kind in MAKERS if kind in measured}
     publish(record, table(record), "scale", arguments)
 
 
@@ -73,6 +78,14 @@ def publish(record: dict[str, Any], table: str, marker: str, arguments: argparse
         write_text(arguments.output, json.dumps(record, indent=2) + "\n")
     if arguments.readme:
         write_between_markers(arguments.readme, marker, table)
+
+
+def earlier(record: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """Return the data sets that were measured into `output` on the same day and machine, and are of the same size."""
+    if output is None or not output.is_file():
+        return {}
+    before = json.loads(output.read_text())
+    return dict(before["data sets"]) if all(before[key] == record[key] for key in record) else {}
 
 
 def machine() -> str:
