@@ -142,7 +142,7 @@ def _build(
         for shard, rows, messages in shard_map(index, paths):
             reporter.update(INDEXING_STAGE, len(shards), len(paths))
             shards.append(shard)
-            rows_file.write(rows.tobytes())
+            rows_file.write(rows.data)
             messages_file.write(Messages.encode(messages))
             left_out += len(messages)
     (folder / INDEX).write_bytes(to_json(_Index(shards, left_out)))
@@ -177,7 +177,8 @@ def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool) -> _
     rows["caption"], rows["caption_size"] = _columns(caption)
     rows["kind"] = is_json
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
-    digest.update(shard.names.tobytes() + shard.locations.tobytes())
+    digest.update(np.ascontiguousarray(shard.names))
+    digest.update(np.ascontiguousarray(shard.locations))
     pairs = rows[has_caption & has_image]
     return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
 

@@ -166,10 +166,10 @@ class _Headers:
         with contextlib.suppress(IndexError, ValueError):  # less than a header, or no octal size
             for _ in range(_BATCH - len(headers)):
                 header = read_at(file, BLOCK_BYTES, start)
-                if header[_KIND] != _PLAIN or header[_PREFIX] or len(header) < BLOCK_BYTES:
+                if header[_KIND] != _PLAIN or header[_PREFIX]:
                     break
                 size = int(header[_SIZE], 8)
-                following = start + BLOCK_BYTES + (size + BLOCK_BYTES - 1 & -BLOCK_BYTES)
+                following = start + (size + 2 * BLOCK_BYTES - 1 & -BLOCK_BYTES)
                 if size < 0 or following > end:
                     break
                 headers.append(header)
