@@ -177,8 +177,8 @@ def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool) -> _
     rows["caption"], rows["caption_size"] = _columns(caption)
     rows["kind"] = is_json
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
-    digest.update(np.ascontiguousarray(shard.names))
-    digest.update(np.ascontiguousarray(shard.locations))
+    digest.update(np.ascontiguousarray(shard.names).data)
+    digest.update(np.ascontiguousarray(shard.locations).data)
     pairs = rows[has_caption & has_image]
     return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
 
