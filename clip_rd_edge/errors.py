@@ -3,6 +3,7 @@
     ClipRdEdgeError          base class; exit code 1
     ├── DiskFullError        there is no space left on a disk; exit code 1
     ├── UnreachableError     data on another machine could not be fetched; exit code 1
+    ├── LostProcessError     another process of a run has ended or cannot be reached; exit code 1
     ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
         ├── InputError       a file, image, caption or table is missing or invalid
@@ -51,6 +52,10 @@ class DiskFullError(ClipRdEdgeError):
 
 class UnreachableError(ClipRdEdgeError):
     """Data on another machine could not be fetched, after trying for a while."""
+
+
+class LostProcessError(ClipRdEdgeError):
+    """Another process of a run has ended or cannot be reached, so that this one cannot go on."""
 
 
 class InterruptedRunError(ClipRdEdgeError):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import click
 
@@ -13,7 +15,7 @@ from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.cli._options import CommandGroup
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, near_matches
+from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, near_matches
 from clip_rd_edge.utils.printable import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
@@ -104,6 +106,8 @@ def main() -> None:
         if debug:
             raise
         _print_error(error, arguments)
+        if isinstance(error, LostProcessError):
+            _end_now(error.exit_code)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         missing = _as_missing_extra(error, arguments)
@@ -202,6 +206,21 @@ def _as_missing_extra(error: ModuleNotFoundError, arguments: list[str]) -> Missi
         if package in packages:
             return MissingExtraError(package, extra=COMMAND_EXTRAS.get(command, extra), purpose=f"`{command}`")
     return None
+
+
+def _end_now(exit_code: int) -> NoReturn:
+    """End this process and its loaders, for which others wait, without taking PyTorch down first.
+
+    That takes a busy machine most of a minute, and there is nothing left to save.
+    """
+    from multiprocessing import active_children
+
+    for child in active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(exit_code)
 
 
 def _print_error(error: ClipRdEdgeError, arguments: list[str]) -> None:

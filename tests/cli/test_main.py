@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
 from clip_rd_edge.installation import install_command
+from clip_rd_edge.utils.host import is_running
 
 Run = Callable[..., tuple[int, str, str]]
 EXTRAS_MODULES = (*(module for modules in EXTRA_PACKAGES.values() for module in modules), "cv2", "openvino", "tensorrt")
@@ -152,6 +155,35 @@ def test_an_error_is_a_message_without_traceback(command_line: Run, tmp_path: Pa
     assert output == ""
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+LOST = """
+import atexit, multiprocessing, sys, time
+from clip_rd_edge.cli import main
+from clip_rd_edge.errors import LostProcessError
+
+def lose(arguments):
+    loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))  # not a daemon: exiting waits
+    loader.start()
+    print(loader.pid, flush=True)
+    raise LostProcessError("Process 1 (on b) of the run has ended.", hint="resume")
+
+atexit.register(print, "taken down")
+main._run = lose
+main.main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a loader")
+def test_a_run_that_lost_a_process_ends_at_once_with_its_loaders() -> None:
+    result = subprocess.run([sys.executable, "-c", LOST, "distill"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[0] == "error: Process 1 (on b) of the run has ended."
+    (loader,) = result.stdout.split()  # and nothing else
+    end = time.monotonic() + 60
+    while is_running(int(loader)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:

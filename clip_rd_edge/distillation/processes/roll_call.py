@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from clip_rd_edge.distillation.processes.heartbeat import Store, open_store, store_key
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import LostProcessError
 from clip_rd_edge.utils.host import is_running
 
 _POLL_S = 0.2
@@ -66,14 +66,14 @@ def find_lost(rank: int, members: Sequence[Member], store: Store | None) -> list
     return elsewhere if store or len(elsewhere) == 1 else []
 
 
-def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> ClipRdEdgeError:
+def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> LostProcessError:
     """Return the error that names the processes that are lost."""
     lost = find_lost(rank, members, _connect())
     own = members[rank].host
     if not lost:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         hosts = dict.fromkeys(member.host for member in members if member.host != own)
-        return ClipRdEdgeError(
+        return LostProcessError(
             f"The connection to another process of the run failed: {reason}.",
             hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and --resume",
         )
@@ -81,7 +81,7 @@ def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> Cli
     verb = "has ended" if len(lost) == 1 else "have ended"
     if any(members[other].host != own for other in lost):
         verb += " or cannot be reached"
-    return ClipRdEdgeError(f"Process {names} of the run {verb}.", hint=RESUME_HINT)
+    return LostProcessError(f"Process {names} of the run {verb}.", hint=RESUME_HINT)
 
 
 def _connect() -> Store | None:

@@ -21,6 +21,7 @@ from support import other_clock, process_tree
 from clip_rd_edge.distillation.config import commented_recipe
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.utils.host import is_running
 
 pytestmark = [
     pytest.mark.slow,
@@ -141,10 +142,13 @@ def test_a_worker_that_is_killed_ends_both_nodes_and_the_run_resumes_to_the_same
     while not any((nodes[0] / "killed").glob("checkpoints/step-4")):
         assert all(agent.poll() is None for agent in agents), finish(agents)
         time.sleep(0.001)
-    os.kill(worker(agents[killed].pid), signal.SIGKILL)
+    lost, other = worker(agents[killed].pid), worker(agents[1 - killed].pid)
+    os.kill(lost, signal.SIGKILL)
     killed_at = time.monotonic()
-    messages = finish(agents)
-    assert time.monotonic() - killed_at < 60  # on a busy machine; of heartbeats alone it would be later
+    while is_running(other):
+        assert time.monotonic() - killed_at < 30
+        time.sleep(0.01)
+    messages = finish(agents)  # torchrun's own processes, which a busy machine takes long to take down
     assert all(agent.returncode for agent in agents)
     assert f"error: Process {killed} (on {host(killed)}) of the run has ended" in messages[1 - killed]
     assert not (nodes[0] / "killed" / "student").exists()
