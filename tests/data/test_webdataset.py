@@ -270,10 +270,10 @@ def test_an_invalid_pattern_is_refused(pattern: str) -> None:
     ["{0..99999999999}.tar", "{5000000..0}.tar", "{0..999}{0..999}{0..999}.tar", "{0..999999}/{a,b}.tar"],
 )
 def test_a_pattern_for_more_shards_than_anyone_has_is_refused_at_once(pattern: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=r"names or more; the limit is 1,000,000"):
         expand_braces(pattern)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_range_of_numbers_of_thousands_of_digits_is_refused() -> None:
