@@ -236,12 +236,12 @@ def measure_pairs(folder: Path) -> Figures:
     pairs = load_pairs((folder / "source").read_text(), reporter=Watch())
     opened, opening_cpu = time.perf_counter(), cpu_seconds() - cpu
     order = EpochOrder(pairs.groups, seed=0)
-    batch = order.indices(0, 0, 1024).tolist()
+    batch = order.indices(0, 0, min(1024, len(pairs))).tolist()
     captions = [pairs.captions(index) for index in batch]
     first_batch = time.perf_counter()
     assert set(captions) == {(CAPTION,)}
     for step in range(20):
-        order.indices(0, step * len(pairs) // 20, step * len(pairs) // 20 + 1024)
+        order.indices(0, start := step * len(pairs) // 20, min(start + 1024, len(pairs)))
     peak = max(peak, proportional_memory())
     fingerprint(pairs)
     return {
