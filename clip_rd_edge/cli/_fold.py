@@ -10,7 +10,7 @@ from typing import IO, Any
 
 _PROGRAMS = "clip-rd-edge|pip|python3?|npm|make|apt-get"
 # A command runs to the end of the line or of its clause. A quoted word of it is never broken.
-_COMMAND = re.compile(rf"(?:^|(?<=: ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?=, or |; |$)")
+_COMMAND = re.compile(rf"(?:^|(?<=[:;] ))(?:\S*/)?(?:{_PROGRAMS}) .*?(?=, or |; |$)")
 _WORD = re.compile(r"""(?:"[^"]*"|'[^']*'|\S)+""")
 _INDENT = "  "  # of the lines after the first
 _CONTINUED = " \\"
@@ -41,10 +41,11 @@ def _fold(line: str, width: int) -> str:
     if _cells(line) <= width:
         return line
     indent = re.match(r" *", line)[0] + _INDENT  # type: ignore[index]  # it always matches
-    command = _COMMAND.search(line)
-    start, end = command.span() if command else (len(line), len(line))
+    commands = [command.span() for command in _COMMAND.finditer(line)]
     lines, current = [], line[: len(indent) - len(_INDENT)]
     for word in _WORD.finditer(line):
+        outside = (len(line), len(line))
+        start, end = next((span for span in commands if span[0] <= word.start() < span[1]), outside)
         continues = start < word.start() < end
         last = continues and word.end() >= end
         room = width - (len(_CONTINUED) if start <= word.start() < end and not last else 0)

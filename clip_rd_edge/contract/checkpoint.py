@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
 
 CONFIG_FILE = "open_clip_config.json"
@@ -29,3 +31,17 @@ def model_folder(spec: str) -> Path | None:
         if is_file(candidate / CONFIG_FILE):
             return candidate
     return path if spec.startswith(LOCAL_DIR) else None
+
+
+def refuse_unfinished_run(spec: str) -> None:
+    """Refuse the folder of a run that has no student yet.
+
+    Raises:
+        InputError: it is one.
+    """
+    run = Path(spec)
+    if spec and is_file(run / RUN_CONFIG_FILE) and model_folder(spec) is None:
+        raise InputError(
+            f"The run {spec} has no student yet: it was interrupted, or it is still training.",
+            hint="finish it with its own command and --resume: clip-rd-edge distill --help",
+        )

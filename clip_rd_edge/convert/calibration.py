@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, refuse_unfinished_run
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs
@@ -108,6 +108,7 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
         return load_pairs(source)
     folder = model_folder(model)
     path = folder / DISTILLATION_FILE if folder else None
+    refuse_unfinished_run(model)
     if path is None or not path.is_file():
         raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
     record = read_json(path, _TrainingRecord)

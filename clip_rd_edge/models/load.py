@@ -26,6 +26,7 @@ from clip_rd_edge.contract.checkpoint import (
     STUDENT_FOLDER,
     WEIGHTS_FILE,
     model_folder,
+    refuse_unfinished_run,
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
@@ -119,6 +120,12 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
 
     config: dict[str, Any] | None = open_clip.get_model_config(name)
     if config is None:
+        refuse_unfinished_run(name)
+        if is_folder(name):
+            raise InputError(
+                f"The folder {name} holds no model: it has no {CONFIG_FILE}.",
+                hint="name the folder of a bundle, a run, or a model that open_clip can load",
+            )
         raise InputError(
             f"No model named {name!r}: it is neither a folder nor an open_clip architecture."
             f"{near_matches(name, open_clip.list_models())}",

@@ -48,6 +48,15 @@ def test_a_command_in_a_hint_is_the_same_for_a_shell(width: int) -> None:
     assert "\\" not in folded[: start - 1] + folded[start + len(copied) :]
 
 
+@pytest.mark.parametrize("width", range(30, 90, 7))
+def test_each_of_two_commands_is_the_same_for_a_shell(width: int) -> None:
+    commands = ["clip-rd-edge verify bundle", 'clip-rd-edge classify bundle photo.jpg --labels "a cat" "a dog"']
+    folded = fold(f"next: {'; '.join(commands)}", width)
+    copied = folded.removeprefix("next:").replace("\\\n", "").split(";")
+    assert [shlex.split(command) for command in copied] == [shlex.split(command) for command in commands]
+    assert "\n" not in copied[1].strip()
+
+
 def test_only_a_terminal_gets_folded_messages_and_only_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     text = "word " * 20

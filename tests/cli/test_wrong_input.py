@@ -68,6 +68,7 @@ CASES = [
     ("evaluate B --task emoji:unseen-styel", "Did you mean 'emoji:unseen-style'", "evaluate B --task tasks"),
     ("evaluate B --task empty", "has no images in subfolders", "evaluate B --task tasks"),
     ("evaluate B --task tasks --template red", "has no {}", "evaluate B --task tasks --template 'red {}'"),
+    ("evaluate unfinished --task tasks", "has no student yet", "evaluate run --task tasks"),
     ("evaluate nothing --task tasks", "No model named 'nothing'", "evaluate B --task tasks"),
     ("probe-teachers", "Missing argument 'TEACHERS...'", ""),
     ("probe-teachers a a --data two.csv --student resnet18 --task tasks -o o", "The teacher a is named 2 times", None),
@@ -80,6 +81,9 @@ CASES = [
     ("export B", "Missing option '-o'", ""),
     ("export B -o o", "is already a bundle", EXPORT_RUN),
     ("export nothing -o o", "No model named 'nothing'", EXPORT_RUN),
+    ("export unfinished -o o", "The run unfinished has no student yet", EXPORT_RUN),
+    ("export unfinished -o o --precision int8", "The run unfinished has no student yet", EXPORT_RUN),
+    ("export photos -o o", "The folder photos holds no model", EXPORT_RUN),
     ("export run -o photos", "already exists and is not empty", EXPORT_RUN),
     ("export run -o o --target jetson", "Did you mean 'jetson-thor' or 'jetson-orin'", ""),
     ("export run -o o --precision int4", "'int4' is not one of", ""),
@@ -178,6 +182,7 @@ def place(
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     (tmp_path / "empty").mkdir()
+    shutil.copytree(trained, "unfinished", ignore=shutil.ignore_patterns("student", "best"))
     for colour in ("red", "green"):
         (tmp_path / "tasks" / colour).mkdir(parents=True)
         shutil.copy(colour_images / f"{colour}.png", tmp_path / "tasks" / colour)
