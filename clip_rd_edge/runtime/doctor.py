@@ -163,7 +163,7 @@ def _gpu() -> Finding:
         if not _installed("onnxruntime-gpu"):
             remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # runs float32 bundles on the GPU"
     else:
-        detail = "none that clip-rd-edge can use"
+        detail = "no usable GPU"
     return Finding(what="GPU", state="ok", detail=detail, remedy=remedy)
 
 
