@@ -188,8 +188,7 @@ def _index_tar(path: ShardFile) -> Shard:
     groups = SampleGroups()
     scan = TarScan(partial(open_file, path))
     try:
-        for files in scan:
-            groups.add(files)
+        groups.add_all(scan)
     except OSError as error:
         raise InputError(f"Cannot read the shard {path}: {error.strerror or error}.") from error
     if scan.damage and not len(groups):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from clip_rd_edge.data import tar_samples
 from clip_rd_edge.data.tar_samples import COLUMNS, SampleGroups
 from clip_rd_edge.data.tar_scan import TarFiles
 
@@ -25,15 +27,19 @@ def files_of(names: Sequence[str], first: int = 0) -> TarFiles:
 
 def grouped(names: Sequence[str], ends: Sequence[int]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
     """Group files in batches with these ends: names, locations by column, and whether the last file is in a sample."""
-    groups, start = SampleGroups(), 0
-    for end in ends:
+    groups = SampleGroups()
+    for start, end in itertools.pairwise([0, *ends]):
         groups.add(files_of(names[start:end], start))
-        start = end
     locations = [
         {column: (offset, size) for column, (offset, size) in enumerate(sample) if offset >= 0}
         for sample in groups.locations().tolist()
     ]
     return groups.names(len(groups)).tolist(), locations, groups.last_is_in_sample
+
+
+def image_locations(names: Sequence[str]) -> list[list[int]]:
+    """The locations of images by the rules written for reading."""
+    return [list(sample.get(0, (-1, 0))) for sample in expected(names)[1]]
 
 
 def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
@@ -90,6 +96,17 @@ def test_usual_names_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatc
     names = [f"./{i // 3:06d}.{['jpg', 'txt', 'json'][i % 3]}" for i in range(3000)]
     assert grouped(names, [1000, 2000, 3000]) == expected(names)
     assert seen <= 4  # what goes on with the sample of the batch before
+
+
+@pytest.mark.parametrize("together", [1, 7, 64, 10_000])
+def test_batches_are_put_together_in_their_order(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(tar_samples, "_GROUPED_TOGETHER", together)
+    names = [f"{'long' * (i % 5)}{i // 3}.{('jpg', 'txt', 'json')[i % 3]}" for i in range(200)]
+    ends = [0, 5, 5, 40, 41, 170, 200]
+    groups = SampleGroups()
+    groups.add_all(files_of(names[start:end], start) for start, end in itertools.pairwise([0, *ends]))
+    assert groups.names(len(groups)).tolist() == expected(names)[0]
+    assert groups.locations()[:, 0].tolist() == image_locations(names)
 
 
 def test_no_files_make_no_samples() -> None:
