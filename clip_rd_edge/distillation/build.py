@@ -265,6 +265,7 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
         "teacher": setup.teacher.name if setup.teacher else None,
         "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
         "data": config.data,
+        "image_source": config.images,
         **sample_counts(setup.pairs),
         "steps": steps,
         "seed": config.seed,

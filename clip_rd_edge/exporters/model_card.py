@@ -142,7 +142,7 @@ def _licence(training: Mapping[str, str]) -> str:
         "The export sets no licence for the weights; add `license:` to the header above before publishing. Weights are "
         "derived from the teacher and the data that they were trained on, whose licences may bind them."
     )
-    if training.get("data") != "emoji":
+    if "emoji" not in (training.get("data"), training.get("image_source")):
         return text
     return (
         f"{text} The built-in emoji data are Twemoji graphics (© Twitter, Inc. and other contributors, CC BY 4.0) and "

@@ -164,7 +164,7 @@ def _usage(folder: Path | None) -> _Usage:
     return _Usage() if path is None or not path.is_file() else read_json(path, _Usage)
 
 
-_TRAINING_FACTS = ("recipe", "teacher", "data", "pairs", "images", "texts", "steps", "seed", "date")
+_TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images", "texts", "steps", "seed", "date")
 
 
 def training_facts(spec: str) -> dict[str, str]:

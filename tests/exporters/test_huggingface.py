@@ -21,6 +21,7 @@ from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
+from clip_rd_edge.exporters.model_card import _licence
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -260,3 +261,9 @@ def test_labels_that_a_model_starts_with_are_for_bundles(student: ClipModel, tmp
     assert given.label_bank.names == ("a pig",)
     edge.export(tmp_path / "model", tmp_path / "hub", layout="huggingface")
     assert not list((tmp_path / "hub").rglob("labels.npz"))
+
+
+@pytest.mark.parametrize("fact", ["data", "image_source"])
+def test_the_card_names_the_licences_of_the_built_in_images(fact: str) -> None:
+    assert "OpenMoji graphics" in _licence({fact: "emoji"})
+    assert "OpenMoji" not in _licence({fact: "frames"})
