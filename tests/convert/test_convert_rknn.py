@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,7 @@ import pytest
 
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
-SCRIPT = Path(__file__).parents[2] / "export" / "cpu-arm" / "rknn.py"
+SCRIPT = Path(__file__).parents[2] / "export" / "cpu-arm" / "convert_rknn.py"
 
 
 class Toolkit:
@@ -61,6 +63,21 @@ def run(monkeypatch: pytest.MonkeyPatch, bundle: Path, output: Path) -> int | st
     with pytest.raises(SystemExit) as ended:
         exec(compile(SCRIPT.read_text(encoding="utf-8"), str(SCRIPT), "exec"), {"__name__": "__main__"})
     return ended.value.code
+
+
+def test_the_script_does_not_hide_the_toolkit_by_its_own_name(fp32_bundle: Path, tmp_path: Path) -> None:
+    api = tmp_path / "packages" / "rknn" / "api.py"
+    api.parent.mkdir(parents=True)
+    (api.parent / "__init__.py").touch()
+    api.write_text("def RKNN(**options):\n    raise SystemExit('the toolkit')\n")
+    result = subprocess.run(
+        [sys.executable, SCRIPT, fp32_bundle, tmp_path / "files"],
+        env={**os.environ, "PYTHONPATH": str(api.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr == "the toolkit\n"
 
 
 def test_both_towers_are_converted_and_compared(

@@ -1,6 +1,6 @@
 """Convert a float32 ONNX bundle for the NPU of a Rockchip board, and compare the answers in the toolkit's simulator.
 
-python3 rknn.py BUNDLE FOLDER [rk3588|rk3566|...]
+python3 convert_rknn.py BUNDLE FOLDER [rk3588|rk3566|...]
 
 Needs rknn-toolkit2, torch and "setuptools<81", and nothing of clip-rd-edge. Writes image.rknn and text.rknn in float16,
 each for one input at a time. Ends with 1 if a tower's lowest centred cosine with the bundle's answers is below 0.998.
