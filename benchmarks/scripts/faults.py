@@ -1,14 +1,16 @@
-"""Fail the n-th write, fsync, rename, read or open of an operation, for n = 1, 2, 3 … until it ends untouched.
+"""Fail the n-th write, fsync, rename, read, open or call of a socket of an operation, for n = 1, 2, 3 … until it ends.
 
-    python benchmarks/scripts/faults.py -o benchmarks/results/MACHINE/faults.md    # some minutes
+    python benchmarks/scripts/faults.py -o benchmarks/results/MACHINE/faults.md    # half an hour
+    python benchmarks/scripts/faults.py index benchmark                            # what has one of these in its name
 
 As SQLite's tests do. After each fault, nothing half-written may be taken for finished, what was there before must still
-be right, and the next run must recover. `error` raises what the system reports (an I/O error, or a full disk for a
-write), after which the program cleans up. `kill` lets no further operation on files succeed, as after `kill -9` or a
-power failure, so that nothing is cleaned up.
+be right, and the next run must recover. `error` raises what the system reports (an I/O error, a full disk for a
+write, a lost connection for a socket), after which the program cleans up. `kill` lets no further operation on files
+succeed, as after `kill -9` or a power failure, so that nothing is cleaned up.
 
-The operations are exporting a bundle over an older one, distill's checkpoints, indexing images, indexing shards, the
-answers and results of a benchmark, and whole runs of distill; models are tiny. Exit code 1 if something was lost.
+The operations are exporting a bundle over an older one, distill's checkpoints, indexing images, indexing shards,
+reading shards from a web server, the answers and results of a benchmark, and whole runs of distill; models are tiny.
+Exit code 1 if something was lost.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import argparse
 import builtins
 import errno
 import io
+import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,14 +36,16 @@ from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
+from unreliable_server import UnreliableServer
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils import lock
 from clip_rd_edge.utils.io import write_text
 
-OPERATIONS = ("write", "fsync", "rename", "read", "open")
+OPERATIONS = ("fsync", "rename", "read", "open", "write")
 MODES = ("error", "kill")
+SOCKET = "socket"  # connect, send or receive; its fault is always an error
 _MAX_FAULTS = 2_000  # per scenario; more would mean that it never ends
 
 
@@ -54,13 +61,15 @@ class Faults:
 
     Args:
         folder: where faults happen.
-        operation: one of OPERATIONS.
+        operation: one of OPERATIONS, or SOCKET.
         number: n, from 1; 0 only counts.
         mode: `error` or `kill`.
+        port: where sockets of this process must be connected for their calls to count; 0 counts none.
     """
 
-    def __init__(self, folder: Path, operation: str, number: int, mode: str = "error") -> None:
+    def __init__(self, folder: Path, operation: str, number: int, mode: str = "error", *, port: int = 0) -> None:
         self._folder, self._operation, self._number, self._mode = str(folder.resolve()), operation, number, mode
+        self._port = port
         self.counts: Counter[str] = Counter()
         self.happened = False
 
@@ -78,6 +87,15 @@ class Faults:
             code = errno.ENOSPC if operation == "write" else errno.EIO
             raise OSError(code, os.strerror(code), os.fspath(path))
 
+    def count_call(self, port: int) -> None:
+        """Count a call of a socket that is connected to a port, and raise an error if it is the one to fail."""
+        if not self._port or port != self._port:
+            return
+        self.counts[SOCKET] += 1
+        if self._operation == SOCKET and self.counts[SOCKET] == self._number:
+            self.happened = True
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
     @contextmanager
     def __call__(self) -> Iterator[Faults]:
         """Within the block, operations are counted and fail."""
@@ -91,20 +109,33 @@ class Faults:
 
             return call
 
-        real_fsync, real_open = os.fsync, os.open
+        real_open, real_close = os.open, os.close
 
-        def fsync(file: int) -> None:
-            self.count("fsync", opened.get(file))
-            real_fsync(file)
+        def counted_by_file(function: Callable[..., Any], operation: str) -> Callable[..., Any]:
+            def call(file: int, *arguments: Any) -> Any:
+                self.count(operation, opened.get(file))
+                return function(file, *arguments)
+
+            return call
 
         def os_open(path: Any, *arguments: Any, **options: Any) -> int:
             self.count("open", path)
-            return real_open(path, *arguments, **options)
+            file = real_open(path, *arguments, **options)
+            opened[file] = path
+            return file
 
+        def os_close(file: int) -> None:
+            opened.pop(file, None)  # the next file may get the same number
+            real_close(file)
+
+        by_file = {"fsync": "fsync", "read": "read", "pread": "read", "write": "write"}
         patches = [patch.object(os, name, counted(getattr(os, name), operation)) for name, operation in names.items()]
-        patches += [patch.object(os, "fsync", fsync), patch.object(os, "open", os_open)]
+        patches += [patch.object(os, "open", os_open), patch.object(os, "close", os_close)]
+        for name, operation in by_file.items():
+            patches.append(patch.object(os, name, counted_by_file(getattr(os, name), operation)))
         opener = _opener(self, opened, real_open)
         patches += [patch.object(builtins, "open", opener), patch.object(io, "open", opener)]
+        patches += _socket_patches(self)
         for each in patches:
             each.start()
         try:
@@ -112,6 +143,25 @@ class Faults:
         finally:
             for each in patches:
                 each.stop()
+
+
+def _socket_patches(faults: Faults) -> list[Any]:
+    """Return stand-ins for the methods of sockets that connect, send and receive."""
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(socket.socket, name)
+
+        def call(self: socket.socket, *arguments: Any) -> Any:
+            port = 0
+            with suppress(OSError, IndexError, TypeError):  # not connected, or to a path
+                port = arguments[0][1] if name == "connect" else self.getpeername()[1]
+            faults.count_call(port)
+            return method(self, *arguments)
+
+        return call
+
+    names = ("connect", "send", "sendall", "sendmsg", "recv", "recv_into")
+    return [patch.object(socket.socket, name, counted(name), create=True) for name in names]
 
 
 def _opener(faults: Faults, opened: dict[int, object], real_open: Callable[..., int]) -> Callable[..., Any]:
@@ -123,6 +173,11 @@ def _opener(faults: Faults, opened: dict[int, object], real_open: Callable[..., 
             faults.count("open", file)
             super().__init__(file, mode, closefd, opener or (lambda path, flags: real_open(path, flags, 0o666)))
             opened[self.fileno()] = file
+
+        def close(self) -> None:
+            if not self.closed:
+                opened.pop(self.fileno(), None)
+            super().close()
 
         def write(self, content: Any) -> int:
             faults.count("write", self.name)
@@ -173,6 +228,7 @@ class Scenario(Protocol):
     """
 
     name: str
+    port: int  # of the server that it asks, or 0
 
     def prepare(self, folder: Path) -> None: ...
     def run(self, folder: Path) -> None: ...
@@ -190,18 +246,21 @@ class Outcome:
     faults: int
     reported: int  # faults that `run` reported; the others cost nothing, such as those of a cache
     problems: tuple[str, ...]
+    ended: bool = True  # whether the scenario ended untouched in the time that there was
 
 
-def until_untouched(scenario: Scenario, operation: str, mode: str, scratch: Path) -> Outcome:
-    """Fail the first, second, third … operation of a kind, each time in a new folder."""
+def until_untouched(scenario: Scenario, operation: str, mode: str, scratch: Path, *, end: float = math.inf) -> Outcome:
+    """Fail the first, second, third … operation of a kind, each time in a new folder, until a time of the clock."""
     problems: list[str] = []
     reported = 0
     for number in range(1, _MAX_FAULTS):
+        if time.monotonic() > end:
+            return Outcome(scenario.name, operation, mode, number - 1, reported, tuple(problems), ended=False)
         folder = scratch / "place"
         folder.mkdir()
         try:
             scenario.prepare(folder)
-            faults = Faults(folder, operation, number, mode)
+            faults = Faults(folder, operation, number, mode, port=scenario.port)
             with faults():
                 try:
                     scenario.run(folder)
@@ -230,6 +289,7 @@ class BundleScenario:
     """
 
     name = "export over an older bundle"
+    port = 0
 
     def __init__(self, bundle: Path) -> None:
         from clip_rd_edge.contract.bundle import read_manifest
@@ -280,6 +340,7 @@ class CheckpointScenario:
     """Save the third checkpoint of a run."""
 
     name = "distill: a checkpoint"
+    port = 0
 
     def prepare(self, folder: Path) -> None:
         for step in (1, 2):
@@ -325,6 +386,7 @@ class IndexScenario:
     """Update the index of a folder in which images were added."""
 
     name = "index"
+    port = 0
 
     def __init__(self, bundle: Path) -> None:
         from clip_rd_edge.runtime.load import load
@@ -369,10 +431,23 @@ class IndexScenario:
             Image.new("RGB", (12 + number, 9), colour).save(folder / "images" / f"{number}.png")
 
 
+@contextmanager
+def _indexing_here(folder: Path) -> Iterator[None]:
+    """Within the block, shards are indexed by this process, where operations fail, with their cache in the folder."""
+    from clip_rd_edge.data import index_files
+
+    with (
+        patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}),
+        patch.object(index_files, "_MAX_WORKERS", 1),
+    ):
+        yield
+
+
 class ShardScenario:
     """Index two shards and read their pairs; a cache that cannot be written only costs time."""
 
     name = "index of shards"
+    port = 0
 
     def prepare(self, folder: Path) -> None:
         import tarfile
@@ -402,17 +477,57 @@ class ShardScenario:
     def _captions(folder: Path) -> list[str]:
         from clip_rd_edge.data.pairs import load_pairs
 
-        with patch.dict(os.environ, {"CLIP_RD_EDGE_CACHE": str(folder / "cache")}):
+        with _indexing_here(folder):
             pairs = load_pairs(f"{folder}/{{0..1}}.tar")
             captions = [pairs.captions(i)[0] for i in range(len(pairs))]
             assert not pairs.left_out
         return captions
 
 
+class RemoteScenario:
+    """Read shards from a web server; a connection that is lost is made again."""
+
+    name = "shards of a web server"
+
+    def __init__(self, server: UnreliableServer) -> None:
+        self._server, self.port = server, server.server_port
+
+    def prepare(self, folder: Path) -> None:
+        from clip_rd_edge.data import remote
+
+        served = folder.with_name("served")  # where the server's own operations do not fail
+        if not served.exists():
+            served.mkdir()
+            ShardScenario().prepare(served)
+            self._server.folder = served
+        remote._remote_version.cache_clear()
+
+    def run(self, folder: Path) -> None:
+        self._pairs(folder)
+
+    def check(self, folder: Path) -> None:
+        self.check_complete(folder)
+
+    def check_complete(self, folder: Path) -> None:
+        assert self._pairs(folder) == [
+            (f"{shard} {number}", (100 * shard, 100 * number, 0)) for shard in range(2) for number in range(2)
+        ]
+
+    def _pairs(self, folder: Path) -> list[tuple[str, Any]]:
+        from clip_rd_edge.data import remote
+        from clip_rd_edge.data.pairs import load_pairs
+
+        with _indexing_here(folder), patch.object(remote, "_RETRY_DELAYS_S", (0.0,) * 3):
+            pairs = load_pairs(f"{self._server.url}/{{0..1}}.tar")
+            assert not pairs.left_out
+            return [(pairs.captions(i)[0], pairs.open(i).convert("RGB").getpixel((0, 0))) for i in range(len(pairs))]
+
+
 class BenchmarkScenario:
     """Store a model's answers, and write the results of a benchmark over older ones."""
 
     name = "benchmark: answers and results"
+    port = 0
 
     def prepare(self, folder: Path) -> None:
         (folder / "model").mkdir()
@@ -458,9 +573,17 @@ class DistillScenario:
     """A whole run of distill of four steps, with two checkpoints, that is resumed after each fault."""
 
     name = "distill: a run"
+    port = 0
 
     def __init__(self) -> None:
         self._expected: dict[str, Any] = {}
+
+    def run_untouched(self, folder: Path) -> None:
+        """Run without faults, for the weights that all others must end with."""
+        folder.mkdir()
+        self.prepare(folder)
+        self.run(folder)
+        self.check_complete(folder)
 
     def prepare(self, folder: Path) -> None:
         from PIL import Image
@@ -481,7 +604,7 @@ class DistillScenario:
             load_recipe("clip"), steps=4, batch_size=2, precision="fp32", learning_rate=1e-3
         )
         config = RunConfig(
-            recipe_name="clip", recipe=recipe, data=str(folder / "pairs.csv"), student="resnet10t", image_size=32,
+            recipe_name="clip", recipe=recipe, data=str(folder / "pairs.csv"), student="test_convnext", image_size=32,
             text="64x1", context_length=8, embedding_size=8, checkpoint_every=2, log_every=1, workers=0,
         )  # fmt: skip
         with patch.object(running, "plot_run", lambda *_: None):
@@ -523,30 +646,33 @@ def scenarios(bundle: Path) -> list[Scenario]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, help="also write the table into this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further fault after this time")
+    parser.add_argument("names", nargs="*", help="words of the operations; all by default")
     parser.add_argument("--without-runs", action="store_true", help="leave out whole runs of distill, the longest part")
     options = parser.parse_args()
     rows, lost = [["operation", "failing", "as", "faults", "reported", "losses"]], 0
-    with tempfile.TemporaryDirectory() as name:
+    total, end = 0, time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory() as name, UnreliableServer().running() as server:
         scratch = Path(name).resolve()
-        tested = scenarios(make_bundle(scratch))
+        tested = [*scenarios(make_bundle(scratch)), RemoteScenario(server)]
         if not options.without_runs:
-            run = DistillScenario()
-            (scratch / "reference").mkdir()
-            run.prepare(scratch / "reference")
-            run.run(scratch / "reference")
-            run.check_complete(scratch / "reference")
-            tested.append(run)
+            tested.append(DistillScenario())
+        if options.names:
+            tested = [scenario for scenario in tested if any(word in scenario.name for word in options.names)]
         for scenario in tested:
-            for operation in OPERATIONS:
-                for mode in MODES:
-                    outcome = until_untouched(scenario, operation, mode, scratch)
-                    figures = map(str, (outcome.faults, outcome.reported, len(outcome.problems)))
-                    rows.append([scenario.name, operation, mode, *figures])
-                    print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
-                    print(*outcome.problems, sep="\n", end="\n" * bool(outcome.problems), file=sys.stderr, flush=True)
-                    lost += len(outcome.problems)
-    faults = sum(int(row[3]) for row in rows[1:])
-    text = f"{faults:,} faults, {lost} losses ({date.today().isoformat()}).\n\n{markdown_table(rows, left=(0, 1, 2))}\n"
+            if isinstance(scenario, DistillScenario):
+                scenario.run_untouched(scratch / "reference")
+            kinds = [(operation, mode) for operation in OPERATIONS for mode in MODES]
+            for operation, mode in [*kinds, (SOCKET, "error")] if scenario.port else kinds:
+                outcome = until_untouched(scenario, operation, mode, scratch, end=end)
+                faults = f"{outcome.faults}" if outcome.ended else f"{outcome.faults}, not to the end"
+                figures = (faults, str(outcome.reported), str(len(outcome.problems)))
+                total += outcome.faults
+                rows.append([scenario.name, operation, mode, *figures])
+                print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+                print(*outcome.problems, sep="\n", end="\n" * bool(outcome.problems), file=sys.stderr, flush=True)
+                lost += len(outcome.problems)
+    text = f"{total:,} faults, {lost} losses ({date.today().isoformat()}).\n\n{markdown_table(rows, left=(0, 1, 2))}\n"
     print(text)
     if options.output:
         write_text(options.output, text)

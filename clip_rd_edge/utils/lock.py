@@ -81,8 +81,10 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
         except OSError as error:
             if error.errno not in _HELD_ELSEWHERE:
                 return file
-            holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
-            os.close(file)
+            try:
+                holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
+            finally:
+                os.close(file)
             process = f", process {holder}" if holder.isdigit() else ""
             message = f"{path.parent} is being written by another run{process}"
             if on_wait is None:
@@ -93,8 +95,12 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
             time.sleep(_POLL_S)
             continue
         if _is_same_file(path, file):
-            os.ftruncate(file, 0)
-            os.write(file, str(os.getpid()).encode())
+            try:
+                os.ftruncate(file, 0)
+                os.write(file, str(os.getpid()).encode())
+            except BaseException:  # a full disk, perhaps; still open, it would lock this process itself out
+                os.close(file)
+                raise
             return file
         os.close(file)
 

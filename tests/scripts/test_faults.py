@@ -1,24 +1,28 @@
-"""After a write, fsync, rename, read or open that fails, nothing half-written counts, and the next run recovers."""
+"""After an operation on a file or a socket that fails, nothing half-written counts, and the next run recovers."""
 
 from __future__ import annotations
 
 import errno
+import http.client
 from pathlib import Path
 
 import pytest
 from faults import (
     MODES,
     OPERATIONS,
+    SOCKET,
     BenchmarkScenario,
     BundleScenario,
     CheckpointScenario,
     Faults,
     IndexScenario,
     Killed,
+    RemoteScenario,
     Scenario,
     ShardScenario,
     until_untouched,
 )
+from unreliable_server import UnreliableServer
 
 
 def test_the_n_th_operation_fails_and_no_other(tmp_path: Path) -> None:
@@ -51,10 +55,47 @@ def test_what_is_outside_of_the_folder_does_not_fail(tmp_path: Path) -> None:
     assert not faults.happened
 
 
+def test_the_n_th_call_of_a_socket_fails_and_none_that_is_connected_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+
+    def get(server: UnreliableServer) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        try:
+            connection.request("GET", "/file")
+            return connection.getresponse().read()
+        finally:
+            connection.close()
+
+    with UnreliableServer(tmp_path).running() as server, UnreliableServer(tmp_path).running() as other:
+        with Faults(tmp_path / "none", SOCKET, 2, port=server.server_port)() as faults:
+            assert get(other) == b"content"
+            assert not faults.counts
+            with pytest.raises(ConnectionResetError):
+                get(server)
+            assert get(server) == b"content"
+        assert faults.counts[SOCKET] > 4  # connect, send and receive, twice
+
+
+def test_shards_are_read_whichever_call_of_a_socket_fails(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "scratch").mkdir()
+    with UnreliableServer().running() as server:
+        outcome = until_untouched(RemoteScenario(server), SOCKET, "error", tmp_path / "scratch")
+    assert outcome.problems == ()
+    assert outcome.faults > 4
+    assert outcome.reported == 0  # each is made up for by another try
+
+
+def test_time_that_is_over_leaves_the_rest_out(tmp_path: Path) -> None:
+    outcome = until_untouched(InPlace(), "write", "error", tmp_path, end=0)
+    assert (outcome.faults, outcome.ended) == (0, False)
+
+
 class InPlace:
     """Writes over a file in place, as nothing here may."""
 
     name = "in place"
+    port = 0
 
     def prepare(self, folder: Path) -> None:
         (folder / "file").write_text("old")
