@@ -220,7 +220,9 @@ def _check_file(folder: Path, name: str, digest: str) -> Check:
         return Check(what=name, passed=False, detail="missing")
     if sha256_of(path) != digest:
         return Check(what=name, passed=False, detail="changed since the export: its SHA-256 differs")
-    return Check(what=name, passed=True, detail=f"intact, {path.stat().st_size / 1e6:.1f} MB")
+    size = path.stat().st_size
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    return Check(what=name, passed=True, detail=f"intact, {shown}")
 
 
 def _check_pillow(manifest: Manifest, installed: str) -> list[Check]:

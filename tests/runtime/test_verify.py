@@ -104,6 +104,9 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
     ]
     assert not _failed(checks)
     assert "not compared: the bundle has no reference answers" in checks[-1].detail
+    sizes = [check.detail for check in checks if check.detail.startswith("intact, ")]
+    assert sizes
+    assert [size for size in sizes if size.startswith("intact, 0.0 ")] == []
 
 
 @pytest.mark.parametrize(
