@@ -109,9 +109,9 @@ RUNTIMES: dict[Runtime, str] = {
     "openvino": "clip_rd_edge.runtime.backends.openvino:OpenVinoEncoder",
     "tensorrt": "clip_rd_edge.runtime.backends.tensorrt:TensorRtEncoder",
     "litert": "clip_rd_edge.runtime.backends.litert:LiteRtEncoder",
-    "coreml": "clip_rd_edge.runtime.backends.coreml:CoreMlEncoder",
     # ExecuTorch's Python package computes on PyTorch's tensors, and `runtime` never imports PyTorch.
     "executorch": "clip_rd_edge.exporters.executorch_encoder:ExecuTorchEncoder",
+    "coreml": "clip_rd_edge.runtime.backends.coreml:CoreMlEncoder",
 }
 
 
