@@ -67,10 +67,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         opened.append((spec, options))
         return AlwaysWhite()
 
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
+    monkeypatch.setattr("clip_rd_edge.api.measuring.open_encoder", open_encoder)
 
     exit_at_once = [sys.executable, "-S", "-c", ""]  # in place of the process that times a cold start
-    monkeypatch.setattr("clip_rd_edge.api.first_answer", lambda *_: exit_at_once)
+    monkeypatch.setattr("clip_rd_edge.api.measuring.first_answer", lambda *_: exit_at_once)
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["clip-rd-edge", *arguments])

@@ -63,7 +63,7 @@ def test_the_table_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytes
         opened.append((spec, options))
         return BlackAndWhite()
 
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", open_encoder)
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", open_encoder)
     assert run("evaluate", "some/model", "--task", str(task), "--threads", "2") == 0
     out, err = capsys.readouterr()
     assert "100.0 to 100.0" in out
@@ -72,7 +72,7 @@ def test_the_table_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytes
 
 
 def test_json_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task), "--json") == 0
     output = json.loads(capsys.readouterr().out)
     (score,) = output["scores"]
@@ -85,7 +85,7 @@ def test_json_is_printed_to_stdout(run: Run, task: Path, monkeypatch: pytest.Mon
 def test_an_unknown_task_is_refused_before_the_model_is_opened(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: pytest.fail("opened"))
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: pytest.fail("opened"))
     assert run("evaluate", "m", "--task", "emoji:unseen-styl") == 2
     assert "error: No task named 'emoji:unseen-styl'" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_a_task_is_required(run: Run, capsys: Any) -> None:
 def test_the_table_shows_which_templates_were_used(
     run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: BlackAndWhite())
     assert run("evaluate", "m", "--task", str(task)) == 0
     output = capsys.readouterr().out
     assert "80, CLIP's for ImageNet" in output
@@ -118,7 +118,7 @@ def test_the_table_shows_which_templates_were_used(
 def test_accuracy_per_class_and_the_confusion_matrix(
     run: Run, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.api.open_encoder", lambda spec, **options: BlackAndWhite())
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: BlackAndWhite())
     Image.new("RGB", (4, 4), (255,) * 3).save(task / "black" / "3.png")  # taken for white
     (task / "grey").mkdir()
     confusion = tmp_path / "new folder" / "confusion.csv"

@@ -1,0 +1,59 @@
+"""The public Python API: one function per command, re-exported by `clip_rd_edge`.
+
+Heavy packages are imported on first use: PyTorch takes seconds to import and is not installed on devices.
+"""
+
+from __future__ import annotations
+
+from clip_rd_edge.api.exporting import ExportedBundle, devices, export, verify
+from clip_rd_edge.api.measuring import (
+    QuickstartOptions,
+    benchmark,
+    compare,
+    evaluate,
+    evidence_report,
+    evidence_run,
+    load_tasks,
+    quickstart,
+    recommend,
+    spread,
+)
+from clip_rd_edge.api.models import average, first_answer, load, open_encoder, push, stitch
+from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
+from clip_rd_edge.api.training import EmbedOptions, distill, embed, probe_teachers, recipe, watch
+
+__all__ = [
+    "EmbedOptions",
+    "ExportedBundle",
+    "QuickstartOptions",
+    "ServeOptions",
+    "average",
+    "benchmark",
+    "compare",
+    "demo",
+    "devices",
+    "distill",
+    "doctor",
+    "embed",
+    "evaluate",
+    "evidence_report",
+    "evidence_run",
+    "export",
+    "first_answer",
+    "index",
+    "load",
+    "load_tasks",
+    "open_encoder",
+    "probe_teachers",
+    "push",
+    "quickstart",
+    "recipe",
+    "recommend",
+    "search",
+    "serve",
+    "spread",
+    "stitch",
+    "verify",
+    "watch",
+    "watch_index",
+]

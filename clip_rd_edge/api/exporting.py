@@ -1,0 +1,179 @@
+"""Export a model as a bundle, and verify that it answers on this device as it did where it was made."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.paths import AnyPath, as_text
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from clip_rd_edge.benchmarking.results import Results
+    from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.convert.int8.select import Trial
+    from clip_rd_edge.convert.options import ExportOptions
+    from clip_rd_edge.convert.targets import Device
+    from clip_rd_edge.runtime.verify import Check
+
+
+@dataclass(frozen=True)
+class ExportedBundle(os.PathLike[str]):
+    """An exported bundle. It is path-like: pass it wherever the path of a bundle is expected.
+
+    Attributes:
+        folder: the bundle's folder.
+        manifest: the bundle's manifest.
+        trials: the measured INT8 candidates, with a verdict on each.
+        targets: if several targets were requested, the bundle of each, in a folder of its name in `folder`; the other
+            attributes are then those of the first.
+    """
+
+    folder: Path
+    manifest: Manifest
+    trials: tuple[Trial, ...] = ()
+    targets: tuple[ExportedBundle, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+def export(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    pretrained: str | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+    **options: Unpack[ExportOptions],
+) -> ExportedBundle:
+    """Export a model as a bundle for a device: two ONNX files, a tokenizer and a manifest.
+
+    For several targets, `output` holds one bundle per target, in a folder of its name.
+
+    Args:
+        model: as for `load`, except that a bundle is accepted only with `target="browser"`.
+        force: replace an existing `output`.
+        options: the other options of `clip-rd-edge export`, under the same names.
+
+    Raises:
+        UsageError: `output` is in use, or the options contradict each other.
+        InputError, ConfigError: the model, target, labels or calibration pairs are missing or invalid.
+        MissingExtraError: a required package is not installed.
+        ClipRdEdgeError: a tower cannot be exported, or no tower is worth shipping in INT8.
+    """
+    import msgspec
+
+    from clip_rd_edge.contract.bundle import is_bundle
+    from clip_rd_edge.convert.calibration import calibration_pairs
+    from clip_rd_edge.convert.targets import BROWSER, plan_exports
+    from clip_rd_edge.utils.io import require_free_output
+
+    spec, output = os.fspath(model), Path(output)
+    require_free_output(output, overwrite=force)
+    plans = plan_exports(options)
+    plan = plans[0]
+    node_modules = options.get("node_modules")
+    results = _report(options.get("report"))
+    bundle = Path(spec) if is_bundle(Path(spec)) else None
+    if bundle and options.get("target") != BROWSER:
+        raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
+    if plan.layout == BROWSER:
+        from clip_rd_edge.web.browser import find_packages, write_from_bundle
+
+        reporter.update("looking for onnxruntime-web")
+        find_packages(Path(node_modules) if node_modules else None)
+        if bundle:
+            bundled = {**options, "labels": plan.request.labels}
+            return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
+    needs_pairs = any(plan.request.precision == "int8" for plan in plans)
+    pairs = calibration_pairs(as_text(options.get("calibration")), spec) if needs_pairs else None
+    if plan.note:
+        reporter.say(plan.note)
+
+    # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
+    from clip_rd_edge.convert.calibration import calibration_set
+    from clip_rd_edge.exporters.bundle import export_bundle, export_bundles, package_versions
+    from clip_rd_edge.models.encoder import TorchEncoder
+    from clip_rd_edge.models.load import load_clip
+
+    reporter.update("loading the model")
+    clip = load_clip(spec, pretrained=pretrained)
+    if plan.layout == "immich":
+        from clip_rd_edge.convert.immich import immich_name, where_it_goes, write_immich
+
+        name = immich_name(options.get("as_name"), embedding_size=clip.embedding_size, model=clip.name)
+    calibration = None
+    if pairs is not None:
+        reporter.update(f"reading images of {pairs.name}")
+        calibration = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+    provenance = {"model": spec, "pretrained": pretrained, **package_versions()}
+    requests = {}
+    for planned in plans:
+        recorded = {key: value for key, value in {**provenance, "device": planned.device}.items() if value}
+        labels = planned.request.labels or (clip.labels if plan.layout in ("bundle", BROWSER) else ()) or None
+        requests[planned.device] = msgspec.structs.replace(planned.request, provenance=recorded, labels=labels)
+    if len(plans) > 1:
+        bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
+        exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
+        return ExportedBundle(output, exported[0].manifest, exported[0].trials, tuple(exported))
+    request = requests[plan.device]
+    if plan.layout == "huggingface":
+        from clip_rd_edge.exporters.huggingface import export_huggingface
+        from clip_rd_edge.models.load import training_facts
+
+        converted = export_huggingface(
+            clip,
+            output,
+            request,
+            calibration=calibration,
+            results=results,
+            training=training_facts(spec),
+            overwrite=force,
+            reporter=reporter,
+        )
+        return ExportedBundle(output, converted.manifest, converted.trials)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = output if plan.layout == "bundle" else Path(scratch)
+        converted = export_bundle(
+            clip, folder, request, calibration=calibration, overwrite=force or folder != output, reporter=reporter
+        )
+        if plan.layout == "immich":
+            write_immich(folder, output, overwrite=force)
+            reporter.say(where_it_goes(output, name))
+        elif plan.layout == BROWSER:
+            from clip_rd_edge.web.browser import write_browser
+
+            write_browser(folder, output, node_modules=Path(node_modules) if node_modules else None, overwrite=force)
+    return ExportedBundle(output, converted.manifest, converted.trials)
+
+
+def _report(folder: AnyPath | None) -> Results | None:
+    from clip_rd_edge.benchmarking.results import read_results
+
+    return None if folder is None else read_results(Path(folder))
+
+
+def verify(bundle: AnyPath, *, threads: int | None = None, device: str = "auto") -> list[Check]:
+    """Check a bundle's files, run both towers, and compare their answers with the exporter's, without PyTorch.
+
+    Args:
+        device: as for `load`. A tower that does not run there fails its check.
+    """
+    from clip_rd_edge.runtime.verify import verify_bundle
+
+    return verify_bundle(Path(bundle), threads=threads, device=device)
+
+
+def devices(name: str | None = None) -> dict[str, Device]:
+    """Return the supported devices by name: their requirements, how to export for them, and what was tested."""
+    from clip_rd_edge.convert.targets import device_names, read_device
+
+    names = [name] if name else device_names()
+    return {device: read_device(device) for device in names}

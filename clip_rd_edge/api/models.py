@@ -1,0 +1,213 @@
+"""Models of any kind: open them, build a teacher from parts, upload one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from clip_rd_edge.api.measuring import load_tasks
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from clip_rd_edge.benchmarking.suite import RowRuntime
+    from clip_rd_edge.contract.encoder import TowerEncoder
+    from clip_rd_edge.contract.task import Task
+    from clip_rd_edge.distillation.average import AveragedModel
+    from clip_rd_edge.runtime.model import Model
+
+
+def load(
+    model: AnyPath,
+    *,
+    pretrained: str | None = None,
+    threads: int | None = None,
+    runtime: RowRuntime | None = None,
+    device: str = "auto",
+) -> Model:
+    """Open a model that classifies and embeds images (paths, PIL images, arrays, or lists of them) and texts.
+
+    Args:
+        model: the folder of a bundle, which needs no PyTorch; the folder of a run; or any open_clip model: an
+            architecture with `pretrained`, `local-dir:PATH` or `hf-hub:ORG/REPO`.
+        pretrained: an open_clip tag or a checkpoint file, if `model` is an architecture.
+        threads: number of threads; None uses all cores.
+        runtime: `onnxruntime`, `openvino`, `tensorrt`, `litert`, `executorch` or `coreml` for a bundle, None for the
+            one it was exported for; `torch` or `torch-compile` for other models.
+        device: the device on which ONNX Runtime runs a bundle; see `clip-rd-edge doctor`.
+
+    Raises:
+        InputError, ConfigError: the model does not exist or is damaged.
+        UsageError: the runtime cannot run the model, or the device is not available.
+        MissingExtraError: the model needs a package that is not installed.
+    """
+    from clip_rd_edge.runtime.model import Model
+
+    return Model(open_encoder(os.fspath(model), pretrained=pretrained, threads=threads, runtime=runtime, device=device))
+
+
+def stitch(
+    classifier: str,
+    output: AnyPath,
+    *,
+    names: AnyPath,
+    text: str,
+    pretrained: AnyPath | None = None,
+    image_size: int | None = None,
+    context_length: int = 77,
+    force: bool = False,
+) -> Path:
+    """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
+
+    No image is needed: the projection is computed from the classifier's weights and the embeddings of its class names.
+    open_clip loads the folder as `local-dir:PATH`, and `distill` takes it as a teacher. Its bundles start with the
+    classes as labels; with `imagenet`, with the labels `everyday`.
+
+    Args:
+        classifier: a timm architecture (`resnet18`, `resnet18.tv_in1k`), or `torchvision:NAME`.
+        names: a text file with one class per line, in the order of the classifier's outputs, where `;` separates
+            synonyms and descriptions; or `imagenet` for its 1,000 classes.
+        text: `all-MiniLM-L6-v2`, a folder or zip archive in the layout of transformers, a name on the Hugging Face hub,
+            or an open_clip model as `local-dir:PATH`, whose text tower is used.
+        pretrained: a file of the classifier's weights (.safetensors, .pth); None loads those of an installed package
+            for `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
+        image_size: edge of the input images in pixels; None uses the classifier's own.
+        context_length: tokens per text, at most as many as the sentence encoder supports.
+        force: replace an existing `output`.
+
+    Raises:
+        UsageError: `output` is in use.
+        InputError: the classifier, its weights, the names or the sentence encoder do not exist.
+        ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
+            open_clip cannot hold one of the two models.
+    """
+    from clip_rd_edge.utils.io import require_free_output, require_utf8_path
+
+    folder = Path(output)
+    require_utf8_path(folder)
+    require_free_output(folder, overwrite=force)
+
+    from clip_rd_edge.models.classifier import load_classifier
+    from clip_rd_edge.models.load import save_clip
+    from clip_rd_edge.models.sentences import load_sentence_encoder
+    from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_clip
+    from clip_rd_edge.runtime.label_list import everyday_labels
+
+    class_names = read_class_names(names)
+    image = load_classifier(classifier, pretrained=None if pretrained is None else os.fspath(pretrained))
+    sentences = load_sentence_encoder(text, context_length=context_length)
+    clip = stitch_clip(image, sentences, class_names, image_size=image_size)
+    if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
+        clip = replace(clip, labels=tuple(everyday_labels()))
+    provenance = {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
+    save_clip(folder, clip, provenance=provenance)
+    return folder
+
+
+def average(
+    first: AnyPath,
+    second: AnyPath,
+    output: AnyPath,
+    *,
+    weight: float | Literal["best"] = 0.5,
+    tasks: str | Task | Sequence[str | Task] = (),
+    templates: str | Sequence[str] | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> AveragedModel:
+    """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
+
+    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
+    good at both (WiSE-FT, Wortsman et al. 2022). open_clip loads the result as `local-dir:PATH`.
+
+    Args:
+        first, second: runs' folders, `local-dir:PATH` or `hf-hub:ORG/REPO`.
+        weight: share of the second, from 0 to 1; or `best`, that of the highest mean accuracy on the tasks.
+        tasks: measure the models between the two on these at every tenth; see the result's `curve`, and average.png in
+            the output.
+        templates: as for `evaluate`.
+        force: replace an existing `output`.
+
+    Raises:
+        UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.
+        ConfigError: the models differ in more than their weights, or the weight is not between 0 and 1.
+        InputError: a model or a task does not exist.
+    """
+    loaded = (
+        load_tasks(tasks, templates=templates) if tasks else []
+    )  # before the models: a mistyped name is said at once
+
+    from clip_rd_edge.distillation.average import average_models
+
+    return average_models(
+        (os.fspath(first), os.fspath(second)),
+        Path(output),
+        weight=weight,
+        tasks=loaded,
+        force=force,
+        reporter=reporter,
+    )
+
+
+def push(
+    folder: AnyPath, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
+) -> str:
+    """Upload a model's folder as one commit to a repository of the Hugging Face hub, and return its address.
+
+    Args:
+        folder: an export with `layout="huggingface"`, a student, the folder of a run, or a bundle.
+        repo: `ORG/NAME`; it is created if it does not exist.
+        private: create the repository as private; one that exists stays as it is.
+        revision: the branch; None is the main one.
+        message: of the commit.
+
+    Raises:
+        InputError: the folder holds no model.
+        UsageError: the name is invalid, or there is no token that may write there.
+        UnreachableError: the hub cannot be reached.
+    """
+    from clip_rd_edge.models.push import push_folder
+
+    return push_folder(Path(folder), repo, private=private, revision=revision, message=message)
+
+
+def open_encoder(
+    spec: str,
+    *,
+    pretrained: str | None = None,
+    threads: int | None = None,
+    runtime: RowRuntime | None = None,
+    device: str = "auto",
+) -> TowerEncoder:
+    """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
+    from clip_rd_edge.contract.bundle import is_bundle
+    from clip_rd_edge.contract.checkpoint import model_folder
+
+    path = Path(spec.removeprefix("local-dir:"))
+    if is_bundle(path):
+        if runtime == "torch" or runtime == "torch-compile":
+            raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
+        from clip_rd_edge.runtime.load import load as load_bundle
+
+        return load_bundle(path, threads=threads, runtime=runtime, device=device)
+    if runtime not in (None, "torch", "torch-compile"):
+        raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
+    import torch
+
+    from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
+    from clip_rd_edge.models.load import load_clip
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder
+    return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec))
+
+
+def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:
+    """Return the command of a process that classifies one image, to time a cold start; append the image's path."""
+    return [sys.executable, "-m", "clip_rd_edge.cli._first_answer", spec, runtime or "", str(threads)]

@@ -1,0 +1,266 @@
+"""Train a student, and what belongs to it: stores of embeddings, recipes, the page of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from clip_rd_edge.api.measuring import load_tasks
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from clip_rd_edge.distillation.config import DistillOptions, RunConfig
+    from clip_rd_edge.distillation.probe import Probe
+
+
+class EmbedOptions(TypedDict, total=False):
+    """The options of `embed` and the command line.
+
+    Keys:
+        student: a trained student to fine-tune with the embeddings; crops then have its input's shape. Default: square.
+        precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
+
+    All others are as for `distill`.
+    """
+
+    teacher_pretrained: str | None
+    student: str | None
+    precision: Literal["fp32", "bf16", "fp16"] | None
+    images: AnyPath | None
+    texts: AnyPath | None
+    templates: str | Sequence[str]
+    seed: int
+    workers: int
+    max_bad: float
+    csv_img_key: str
+    csv_caption_key: str
+    json_caption_key: str | None
+    train_data_upsampling_factors: str | None
+
+
+def distill(
+    *,
+    data: AnyPath | None = None,
+    student: AnyPath,
+    output: AnyPath,
+    teacher: AnyPath | None = None,
+    recipe: AnyPath = "clip-rd",
+    resume: bool = False,
+    reporter: Reporter = SILENT,
+    **options: Unpack[DistillOptions],
+) -> Path:
+    """Train a compact student and return the run's folder. open_clip loads its `student/` as `local-dir:PATH`.
+
+    Args:
+        data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`. None for runs on
+            `images` and `texts` that do not belong together, which are among the other options.
+        student: a preset, a timm architecture, or the folder of a run to continue training from.
+        teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
+            without a teacher.
+        recipe: a name such as `clip-rd`, or a YAML file.
+        resume: continue from the latest intact checkpoint in `output`.
+        options: the other options of `clip-rd-edge distill`, under the same names.
+
+    Raises:
+        UsageError: `output` is in use, or an option is invalid.
+        InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
+        InterruptedRunError: a signal stopped the run; its state was saved.
+    """
+    from clip_rd_edge.distillation.config import resolve
+    from clip_rd_edge.distillation.run import run_distillation
+    from clip_rd_edge.utils.io import require_utf8_path
+
+    accept_changes = options.pop("accept_changes", False)
+    with _told_to_all_processes():
+        config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
+        evaluate_student = _evaluator(config)
+    run = Path(output)
+    require_utf8_path(run)
+    run_distillation(
+        config,
+        run,
+        resume=resume,
+        accept_changes=accept_changes,
+        reporter=reporter,
+        evaluate=evaluate_student,
+    )
+    return run
+
+
+def embed(
+    *,
+    data: AnyPath | None = None,
+    teacher: AnyPath,
+    output: AnyPath,
+    views: int = 1,
+    recipe: AnyPath = "clip-rd",
+    ray: str | None = None,
+    reporter: Reporter = SILENT,
+    **options: Unpack[EmbedOptions],
+) -> Path:
+    """Compute a teacher's embeddings for `distill(teacher_cache=output)`, and return the folder.
+
+    What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
+    share the work.
+
+    Args:
+        data, teacher: as for `distill`.
+        views: number of fixed crops per image.
+        recipe: its range of crops is used.
+        ray: address of a Ray cluster that does the work (`auto`, HOST:PORT), with a worker per GPU or machine. Its
+            machines need the same data and teacher, but not the output.
+        options: the other options of `clip-rd-edge embed`, under the same names; those of `distill` must be the same.
+
+    Raises:
+        UsageError: `output` holds something else, or there is no cluster.
+        InputError, ConfigError: the data, teacher or recipe is missing or invalid.
+    """
+    from clip_rd_edge.distillation.config import resolve
+    from clip_rd_edge.distillation.store.embed import embed_teacher
+
+    folder = Path(output)
+    told: dict[str, Any] = {**options, "views": views}
+    told["precision"] = told.get("precision") or "fp32"
+    told["student"] = told.get("student") or "resnet18"
+    with _told_to_all_processes():
+        config = resolve(recipe, data=data, teacher=teacher, **told)
+    embed_teacher(config, folder, cluster=ray, reporter=reporter)
+    return folder
+
+
+def recipe(name: str | None = None) -> str:
+    """Return a recipe as commented YAML, to start one's own from; without a name, a list of the shipped recipes.
+
+    Args:
+        name: a name such as `clip-rd`, or a YAML file.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is invalid.
+    """
+    from clip_rd_edge.distillation.config import commented_recipe, describe_recipes
+
+    return describe_recipes() if name is None else commented_recipe(name)
+
+
+def probe_teachers(
+    teachers: Sequence[AnyPath],
+    *,
+    data: AnyPath | None = None,
+    student: AnyPath,
+    output: AnyPath,
+    recipe: AnyPath = "clip-rd",
+    reporter: Reporter = SILENT,
+    **options: Unpack[DistillOptions],
+) -> Probe:
+    """Train a student from each of several teachers for a few steps, and rank the teachers by what it learned.
+
+    The largest teacher is often not the best: a small student learns little from one that is far above it. All runs
+    have the same seed, and so the same batches. Short runs rank by what is learned first.
+
+    Args:
+        teachers: each an ARCHITECTURE@TAG, `local-dir:PATH`, `hf-hub:ORG/REPO` or the folder of a run.
+        data, student, recipe: as for `distill`.
+        output: a folder for the runs and probe.json; the same call continues an interrupted one.
+        options: as for `distill`, with `tasks`, by whose mean accuracy the teachers are ranked, and `steps`, 200 by
+            default.
+
+    Raises:
+        UsageError: there is no task, a teacher is named twice, `output` has other runs, or an option is invalid.
+        InputError, ConfigError: a teacher, the data, the student or the recipe is missing or invalid.
+        InterruptedRunError: a signal stopped the runs; their state was saved.
+    """
+    from clip_rd_edge.distillation.config import resolve
+    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers
+    from clip_rd_edge.utils.io import require_utf8_path
+
+    require_utf8_path(Path(output))
+    if not options.get("epochs") and not options.get("steps"):
+        options["steps"] = DEFAULT_STEPS
+    config = resolve(recipe, data=data, student=student, **options)
+    tasks = load_tasks(config.tasks) if config.tasks else []
+    return probe_teachers([os.fspath(name) for name in teachers], Path(output), config, tasks, reporter=reporter)
+
+
+def watch(
+    run: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    task: str | None = None,
+    answers: bool = True,
+    threads: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8767,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve a page that shows how a run goes, until Ctrl-C; the run needs no option for it.
+
+    Args:
+        run: the folder that `distill` writes to.
+        output: write the page as it is now into this file, and serve nothing.
+        task: whose images the student is asked about; None takes the run's first task, else its training pairs.
+        answers: compute what the student of the newest checkpoint answers; without PyTorch, the page says what to
+            install.
+        threads: for the answers.
+        ready: called with the page's URL once the server accepts connections.
+
+    Raises:
+        InputError: the folder is not that of a run, or there is no such task.
+        UsageError: listening on the address failed.
+    """
+    from clip_rd_edge.installation import install_command
+    from clip_rd_edge.utils.io import write_text
+    from clip_rd_edge.web.watch.page import render
+    from clip_rd_edge.web.watch.state import Answers, read_run
+
+    folder = Path(run)
+    state = read_run(folder)
+    if task is not None:
+        load_tasks([task])
+    now: Callable[[], Answers] = Answers
+    in_background: Callable[[], Answers] = Answers
+    if answers:
+        try:
+            from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
+        except ModuleNotFoundError:
+            missing = Answers(problem=f"Sample answers need PyTorch: {install_command('train')}")
+            now = in_background = lambda: missing
+        else:
+            in_background = StudentAnswers(folder, task=task, threads=threads)
+            now = in_background.compute
+    if output is not None:
+        write_text(Path(output), render(state, now(), served=False))
+        return
+    from clip_rd_edge.web.watch.app import serve
+
+    serve(folder, in_background, host=host, port=port, ready=ready)
+
+
+@contextmanager
+def _told_to_all_processes() -> Iterator[None]:
+    """Within the block, an error also ends the other processes of the run, which would wait for this one to join."""
+    try:
+        yield
+    except (ClipRdEdgeError, ModuleNotFoundError) as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from clip_rd_edge.distillation.processes.distributed import tell_failure
+
+            tell_failure(error if isinstance(error, ClipRdEdgeError) else UsageError(f"{error}."))
+        raise
+
+
+def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:
+    """Return a function that scores the student on each of the run's tasks by top-1 accuracy or R@1, or None."""
+    if not config.tasks:
+        return None
+    from clip_rd_edge.benchmarking.accuracy import evaluate as score
+    from clip_rd_edge.benchmarking.metrics import primary_metric
+
+    tasks = load_tasks(config.tasks)
+    return lambda encoder: {task.name: primary_metric(score(encoder, task)) for task in tasks}
