@@ -63,7 +63,7 @@ def read_config(path: Path) -> object:
     from clip_rd_edge.convert.targets import Device
     from clip_rd_edge.distillation.config import load_recipe
     from clip_rd_edge.evidence.suite import EvidenceSuite
-    from clip_rd_edge.utils.io import read_yaml
+    from clip_rd_edge.utils.structs import read_yaml
 
     readers: list[Callable[[], object]] = [
         lambda: load_recipe(str(path)),
@@ -95,7 +95,7 @@ class BundleReader:
         from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
         from clip_rd_edge.runtime.classifier import ZeroShotClassifier
         from clip_rd_edge.runtime.load import open_bundle
-        from clip_rd_edge.utils.io import sha256_of
+        from clip_rd_edge.utils.files import sha256_of
 
         folder = path.parent / f"{path.name}.bundle"
         shutil.copytree(self._bundle, folder)

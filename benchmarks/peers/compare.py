@@ -29,7 +29,8 @@ from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.io import to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import time_in_turn
 
 EAGER = "open_clip, torch eager"

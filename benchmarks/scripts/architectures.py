@@ -35,7 +35,8 @@ from clip_rd_edge.models.clip import ImageTower, parameter_count
 from clip_rd_edge.models.student import preset_names
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.utils.io import new_folder, to_json, write_bytes
+from clip_rd_edge.utils.files import new_folder, write_bytes
+from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 BASELINE = "baseline"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.runtime import intact
-from clip_rd_edge.utils.io import sha256_of
+from clip_rd_edge.utils.files import sha256_of
 
 RUNS = 5
 

@@ -47,7 +47,7 @@ from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import read_json, to_json
+from clip_rd_edge.utils.structs import read_json, to_json
 
 EDGE = 128  # twice the quickstart's input
 TEMPLATE = "a {}."  # like the captions

@@ -35,7 +35,9 @@ from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.emoji import zero_shot_task
-from clip_rd_edge.utils.io import cache_home, read_json, sha256_of, to_json, write_bytes
+from clip_rd_edge.utils.files import sha256_of, write_bytes
+from clip_rd_edge.utils.paths import cache_home
+from clip_rd_edge.utils.structs import read_json, to_json
 
 # QEMU's names by architecture. Haswell and EPYC (Zen 1) have AVX2 without VNNI, Nehalem has SSE alone; the Cortex-A53
 # and A72 (Raspberry Pi 3 and 4) have neither dot products nor FP16 arithmetic, the A76 (Raspberry Pi 5) has both.

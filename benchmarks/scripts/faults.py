@@ -41,7 +41,7 @@ from unreliable_server import UnreliableServer
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils import lock
-from clip_rd_edge.utils.io import write_text
+from clip_rd_edge.utils.files import write_text
 
 OPERATIONS = ("fsync", "rename", "read", "open", "write")
 MODES = ("error", "kill")
@@ -308,7 +308,7 @@ class BundleScenario:
         import msgspec
 
         from clip_rd_edge.contract.bundle import write_manifest
-        from clip_rd_edge.utils.io import new_folder, write_bytes
+        from clip_rd_edge.utils.files import new_folder, write_bytes
 
         with new_folder(folder / "bundle") as temporary:
             for file, content in self._files.items():
@@ -347,7 +347,7 @@ class CheckpointScenario:
             self._save(folder, step)
 
     def run(self, folder: Path) -> None:
-        from clip_rd_edge.utils.io import remove_leftovers
+        from clip_rd_edge.utils.files import remove_leftovers
 
         remove_leftovers(folder / "checkpoints")  # as each start does
         self._save(folder, 3)

@@ -29,8 +29,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
+from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import write_text
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "corpus"

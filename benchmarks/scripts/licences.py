@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
-from clip_rd_edge.utils.io import write_text
+from clip_rd_edge.utils.files import write_text
 
 ROOT = Path(__file__).parents[2]
 PAGE, MARKER = ROOT / "docs" / "licences.md", "licences"

@@ -48,8 +48,9 @@ from clip_rd_edge.models.student import build_student, preset_names, student_con
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.utils.files import size_bytes, write_bytes
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import size_bytes, to_json, write_bytes
+from clip_rd_edge.utils.structs import to_json
 
 TOWER = Tower(file="image.onnx", input_name=IMAGE_INPUT, output_name=IMAGE_OUTPUT, precision="fp32")
 

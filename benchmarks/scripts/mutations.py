@@ -31,8 +31,9 @@ import msgspec
 import pytest
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import read_json, read_yaml, to_json, write_bytes, write_text
+from clip_rd_edge.utils.structs import read_json, read_yaml, to_json
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("clip_rd_edge", "tests", "benchmarks", "export", "docs", "pyproject.toml", "README.md")

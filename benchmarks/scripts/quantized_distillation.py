@@ -35,7 +35,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import read_json
+from clip_rd_edge.utils.structs import read_json
 
 SPLITS = ("unseen style", "unseen concepts")
 METHODS: tuple[RangeMethod, ...] = ("min-max", "percentile")

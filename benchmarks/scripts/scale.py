@@ -71,7 +71,7 @@ def main() -> None:
 def publish(record: dict[str, Any], table: str, marker: str, arguments: argparse.Namespace) -> None:
     """Print a table, write the record to `arguments.output`, and the table between the marks of `arguments.readme`."""
     from clip_rd_edge.benchmarking.report.text import write_between_markers
-    from clip_rd_edge.utils.io import write_text
+    from clip_rd_edge.utils.files import write_text
 
     print(table)
     if arguments.output:

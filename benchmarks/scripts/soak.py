@@ -39,8 +39,8 @@ from typing import Any
 from faults import make_bundle
 from serve_load import leaving_client, requests_of, slow_client
 
+from clip_rd_edge.utils.files import write_text
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.io import write_text
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = ROOT / "tests" / "corpus" / "requests"

@@ -158,7 +158,7 @@ def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str,
     from clip_rd_edge.data.tars import close_tars
     from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
     from clip_rd_edge.distillation.pixels import crops_for
-    from clip_rd_edge.utils.io import cache_home
+    from clip_rd_edge.utils.paths import cache_home
 
     pairs = load_pairs(source)
     shutil.rmtree(cache_home() / "remote-shards", ignore_errors=True)

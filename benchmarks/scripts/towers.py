@@ -40,8 +40,9 @@ from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.utils.io import new_folder, to_json, write_bytes
+from clip_rd_edge.utils.files import new_folder, write_bytes
 from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 ORT_FP32, ORT_INT8 = "ORT FP32", "ORT INT8"

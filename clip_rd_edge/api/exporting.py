@@ -73,7 +73,7 @@ def export(
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.convert.calibration import calibration_pairs
     from clip_rd_edge.convert.targets import BROWSER, plan_exports
-    from clip_rd_edge.utils.io import require_free_output
+    from clip_rd_edge.utils.files import require_free_output
 
     spec, output = os.fspath(model), Path(output)
     require_free_output(output, overwrite=force)

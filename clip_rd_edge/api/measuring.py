@@ -97,7 +97,7 @@ def benchmark(
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
     from clip_rd_edge.contract.encoder import as_list
-    from clip_rd_edge.utils.io import require_free_output
+    from clip_rd_edge.utils.files import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
     from clip_rd_edge.utils.paths import is_folder
 
@@ -188,7 +188,7 @@ def quickstart(
         seed: random seed of the student.
         options: the other options of `clip-rd-edge quickstart`, under the same names.
     """
-    from clip_rd_edge.utils.io import require_utf8_path
+    from clip_rd_edge.utils.files import require_utf8_path
 
     require_utf8_path(Path(output))
 
@@ -214,7 +214,7 @@ def evidence_run(
     from clip_rd_edge.evidence.report import write_report
     from clip_rd_edge.evidence.run import run_evidence
     from clip_rd_edge.evidence.suite import read_evidence
-    from clip_rd_edge.utils.io import require_utf8_path
+    from clip_rd_edge.utils.files import require_utf8_path
 
     require_utf8_path(Path(output))
     require_matplotlib()

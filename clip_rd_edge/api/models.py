@@ -86,7 +86,7 @@ def stitch(
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
-    from clip_rd_edge.utils.io import require_free_output, require_utf8_path
+    from clip_rd_edge.utils.files import require_free_output, require_utf8_path
 
     folder = Path(output)
     require_utf8_path(folder)

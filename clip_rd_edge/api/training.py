@@ -75,7 +75,7 @@ def distill(
     """
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
-    from clip_rd_edge.utils.io import require_utf8_path
+    from clip_rd_edge.utils.files import require_utf8_path
 
     accept_changes = options.pop("accept_changes", False)
     with _told_to_all_processes():
@@ -178,7 +178,7 @@ def probe_teachers(
     """
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers
-    from clip_rd_edge.utils.io import require_utf8_path
+    from clip_rd_edge.utils.files import require_utf8_path
 
     require_utf8_path(Path(output))
     if not options.get("epochs") and not options.get("steps"):
@@ -215,7 +215,7 @@ def watch(
         UsageError: listening on the address failed.
     """
     from clip_rd_edge.installation import install_command
-    from clip_rd_edge.utils.io import write_text
+    from clip_rd_edge.utils.files import write_text
     from clip_rd_edge.web.watch.page import render
     from clip_rd_edge.web.watch.state import Answers, read_run
 

@@ -16,7 +16,8 @@ from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroSh
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import read_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.structs import read_json
 
 FOLDER = "parts"
 

@@ -18,9 +18,10 @@ from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, system_name
-from clip_rd_edge.utils.io import read_versioned_json, to_json, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 PACKAGES = (
     "clip-rd-edge",

@@ -151,7 +151,7 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import print_table, say
-    from clip_rd_edge.utils.io import to_json
+    from clip_rd_edge.utils.structs import to_json
 
     changes = edge.compare(old, new)
     if as_json:

@@ -23,7 +23,7 @@ def command(name: str | None, as_json: bool) -> None:
 
     devices = edge.devices(name)
     if as_json:
-        from clip_rd_edge.utils.io import to_json
+        from clip_rd_edge.utils.structs import to_json
 
         echo(to_json(devices), nl=False)
     elif name:

@@ -91,7 +91,7 @@ def command(
     if confusion is not None:
         _write_confusion(confusion, scores)
     if as_json:
-        from clip_rd_edge.utils.io import to_json
+        from clip_rd_edge.utils.structs import to_json
 
         echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
         return
@@ -109,7 +109,7 @@ def command(
 def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
     """Write the confusion matrix of each zero-shot score as rows of one CSV file."""
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-    from clip_rd_edge.utils.io import write_text
+    from clip_rd_edge.utils.files import write_text
 
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -155,7 +155,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
 def _show(bundle: ExportedBundle, *, name: str) -> None:
     """Print the INT8 trials and the result for each tower to stderr, after the target's name if there are several."""
     from clip_rd_edge.cli._console import print_table, say, stderr
-    from clip_rd_edge.utils.io import size_bytes
+    from clip_rd_edge.utils.files import size_bytes
 
     if bundle.trials:
         print_table(_trial_table(bundle.trials), console=stderr)
@@ -199,7 +199,7 @@ def _as_json(bundle: ExportedBundle) -> str:
 
 
 def _summary(bundle: ExportedBundle) -> dict[str, Any]:
-    from clip_rd_edge.utils.io import size_bytes
+    from clip_rd_edge.utils.files import size_bytes
 
     return {
         "bundle": str(bundle.folder),

@@ -124,7 +124,7 @@ def main() -> None:
         if isinstance(error, MemoryError):
             _print_error(_NO_MEMORY, arguments)
             sys.exit(_NO_MEMORY.exit_code)
-        from clip_rd_edge.utils.io import disk_full_error
+        from clip_rd_edge.utils.files import disk_full_error
 
         if disk_full := disk_full_error(error):
             _print_error(disk_full, arguments)

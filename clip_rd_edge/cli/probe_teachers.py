@@ -48,7 +48,7 @@ def command(teachers: tuple[str, ...], output: Path, as_json: bool, **options: A
     with console_reporter() as reporter:
         probe = edge.probe_teachers(teachers, output=output, **drop_none(**options), reporter=reporter)
     if as_json:
-        from clip_rd_edge.utils.io import to_json
+        from clip_rd_edge.utils.structs import to_json
 
         echo(to_json(probe), nl=False)
         return

@@ -28,8 +28,9 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from clip_rd_edge.utils.io import is_plain_name, read_versioned_json, sha256_of, size_bytes, to_json, write_bytes
+from clip_rd_edge.utils.files import is_plain_name, sha256_of, size_bytes, write_bytes
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 FORMAT_VERSION = 1
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"

@@ -18,7 +18,7 @@ from clip_rd_edge.contract.bundle import LABELS
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.arrays import read_npz
-from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.files import write_bytes
 
 MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,000 labels of 1,024 float32 entries
 LabelPrecision = Literal["fp32", "fp16", "int8"]

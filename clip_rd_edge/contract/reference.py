@@ -18,7 +18,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.arrays import read_npz
-from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.files import write_bytes
 
 REFERENCE = "reference.npz"
 _MAX_BYTES = 64_000_000  # of an array

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.io import near_files, read_text_limited
+from clip_rd_edge.utils.files import read_text_limited
+from clip_rd_edge.utils.paths import near_files
 
 PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line

@@ -17,7 +17,7 @@ from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs
 from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
-from clip_rd_edge.utils.io import read_json
+from clip_rd_edge.utils.structs import read_json
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.

@@ -38,7 +38,7 @@ from clip_rd_edge.convert.parity import (
 )
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 

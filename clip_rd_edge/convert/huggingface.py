@@ -25,7 +25,7 @@ from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, req
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils.io import write_bytes, write_text
+from clip_rd_edge.utils.files import write_bytes, write_text
 
 Variant = Literal["fp32", "fp16", "int8"]
 SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.errors import UsageError, near_matches
-from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes, write_text
+from clip_rd_edge.utils.files import new_folder, require_free_output, write_bytes, write_text
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.
 MODELS = {

@@ -23,7 +23,7 @@ from clip_rd_edge.convert.int8.candidates import Backend, Candidate
 from clip_rd_edge.convert.options import ExportRequest, WeightBits
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.litert import open_litert
-from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.timing import time_in_turn

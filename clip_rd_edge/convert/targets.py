@@ -23,7 +23,8 @@ from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.label_list import label_names
 from clip_rd_edge.utils.host import cuda_capability, jetson_name
-from clip_rd_edge.utils.io import read_yaml, shipped_path
+from clip_rd_edge.utils.paths import shipped_path
+from clip_rd_edge.utils.structs import read_yaml
 
 DEVICES = "export"
 BROWSER = "browser"

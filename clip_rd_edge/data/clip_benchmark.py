@@ -18,7 +18,7 @@ from clip_rd_edge.data.tars import Shard, TarMember, open_shard
 from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
-from clip_rd_edge.utils.io import read_text_limited
+from clip_rd_edge.utils.files import read_text_limited
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"

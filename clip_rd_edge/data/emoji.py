@@ -25,7 +25,8 @@ from PIL import Image
 
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
-from clip_rd_edge.utils.io import cache_home, new_folder
+from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.paths import cache_home
 
 Split = Literal["training", "unseen style", "unseen concepts"]
 UNSEEN_CONCEPT_COUNT, UNSEEN_STYLE_COUNT = 190, 380

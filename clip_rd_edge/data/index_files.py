@@ -20,8 +20,9 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.utils.io import cache_home, new_folder, now_in
+from clip_rd_edge.utils.files import new_folder, now_in
 from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.paths import cache_home
 
 INDEX = "index.json"
 _MAX_WORKERS = 8

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, fetch, shard_identity, version
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.io import cache_home, now_in
+from clip_rd_edge.utils.files import now_in
 from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.paths import cache_home
 
 LIMIT_VARIABLE = "CLIP_RD_EDGE_SHARD_CACHE_GB"
 _DEFAULT_GB = 100.0

@@ -26,8 +26,8 @@ from clip_rd_edge.data.remote import ShardFile, shard_identity, versions
 from clip_rd_edge.data.tar_scan import read_at
 from clip_rd_edge.data.tars import close_tars, open_shard
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import read_json, to_json
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 
 INDEXING_STAGE = "indexing shards"
 _FORMAT = "2"  # increase when the same shards are indexed differently

@@ -27,7 +27,8 @@ from clip_rd_edge.data.tar_samples import COLUMNS, Kind, SampleGroups
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS
-from clip_rd_edge.utils.io import cache_home, write_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import cache_home
 
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _MAX_OPEN = 64

@@ -23,8 +23,9 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.io import read_json_objects, require_free_output, require_utf8_path
+from clip_rd_edge.utils.files import require_free_output, require_utf8_path
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json_objects
 
 BEST: Literal["best"] = "best"
 PLOT = "average.png"

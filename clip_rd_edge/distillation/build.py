@@ -29,7 +29,7 @@ from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.runtime.label_list import read_texts
-from clip_rd_edge.utils.io import sha256_of
+from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 

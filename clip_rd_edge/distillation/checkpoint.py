@@ -16,7 +16,7 @@ import torch
 
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import new_folder, sha256_of
+from clip_rd_edge.utils.files import new_folder, sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from clip_rd_edge.utils.checked import (
     Share,
 )
 from clip_rd_edge.utils.commented_yaml import comment_lines, commented_yaml
-from clip_rd_edge.utils.io import convert, read_yaml
 from clip_rd_edge.utils.paths import AnyPath, as_text, is_file
+from clip_rd_edge.utils.structs import convert, read_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,8 +13,9 @@ from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 
 _SHOWN_DIGITS = 12
 

@@ -20,9 +20,10 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 
 RESULT = "probe.json"
 DEFAULT_STEPS = 200

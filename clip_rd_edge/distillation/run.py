@@ -52,10 +52,11 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, Int
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.io import disk_full_error, read_json, read_yaml, remove_leftovers, to_yaml, write_text
+from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, read_yaml, to_yaml
 
 REPORT_FOLDER = "report"
 

@@ -28,7 +28,8 @@ from clip_rd_edge.evidence.results import (
     runs_of,
     spread,
 )
-from clip_rd_edge.utils.io import read_versioned_json, write_bytes, write_text
+from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.structs import read_versioned_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ import numpy as np
 from clip_rd_edge.benchmarking.metrics import RESAMPLES, Interval, Score, primary_metric
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.evidence.suite import EvidenceSuite
-from clip_rd_edge.utils.io import read_json
+from clip_rd_edge.utils.structs import read_json
 
 RESULT = "result.json"  # of one run, in its folder
 FORMAT_VERSION = 2

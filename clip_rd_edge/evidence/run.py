@@ -37,9 +37,10 @@ from clip_rd_edge.evidence.results import (
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
 

@@ -14,7 +14,7 @@ from clip_rd_edge.benchmarking.suite import Threads, find_suite
 from clip_rd_edge.distillation.config import TEACHER_TEXT, Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
-from clip_rd_edge.utils.io import convert, read_yaml
+from clip_rd_edge.utils.structs import convert, read_yaml
 
 _SHARED = ("objective", "steps", "batch_size", "learning_rate", "precision")  # not a method's own settings
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

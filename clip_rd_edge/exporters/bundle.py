@@ -47,7 +47,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.io import new_folder, require_free_output, write_bytes
+from clip_rd_edge.utils.files import new_folder, require_free_output, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 _PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")

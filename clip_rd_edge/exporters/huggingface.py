@@ -18,7 +18,7 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.model_card import write_model_card
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_open_clip
-from clip_rd_edge.utils.io import new_folder, require_free_output
+from clip_rd_edge.utils.files import new_folder, require_free_output
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 

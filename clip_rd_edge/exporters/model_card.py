@@ -11,7 +11,7 @@ from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.convert.huggingface import BOTH, SUFFIXES, TEXT, VISION, Variant
-from clip_rd_edge.utils.io import size_bytes, write_bytes, write_text
+from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
 
 _CARD = "README.md"
 # `license` is missing on purpose: it is for whoever publishes the model to say.

@@ -15,7 +15,7 @@ from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
-from clip_rd_edge.utils.io import disk_full_error
+from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 OPSET = 18  # the exporter's default; it writes others by conversion, and LayerNormalization needs at least 17

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from clip_rd_edge.contract.bundle import TOKENIZER
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.utils.io import write_text
+from clip_rd_edge.utils.files import write_text
 
 # The pattern by which open_clip's SimpleTokenizer splits a cleaned text; its special tokens go in front. The original
 # ignores case: U+0345, a mark whose upper case is a letter, then counts neither as a letter nor as another character,

@@ -16,7 +16,7 @@ from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
-from clip_rd_edge.utils.io import size_bytes
+from clip_rd_edge.utils.files import size_bytes
 
 BATCH_SIZE = 64
 

@@ -32,9 +32,10 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
-from clip_rd_edge.utils.io import convert, new_folder, read_json, read_json_objects
+from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.shared_block import SharedBlock
+from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
 
 
 def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:

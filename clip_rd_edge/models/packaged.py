@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, MissingExtraError
-from clip_rd_edge.utils.io import sha256_of
+from clip_rd_edge.utils.files import sha256_of
 
 
 @dataclass(frozen=True)

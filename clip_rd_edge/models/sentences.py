@@ -17,8 +17,8 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
-from clip_rd_edge.utils.io import read_json_objects
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.structs import read_json_objects
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
 _POOLERS = {

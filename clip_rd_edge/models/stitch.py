@@ -28,7 +28,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.sentences import SentenceEncoder
 from clip_rd_edge.models.student import student_config
-from clip_rd_edge.utils.io import read_text_limited
+from clip_rd_edge.utils.files import read_text_limited
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/scripts/stitched_teacher.py.

@@ -16,8 +16,8 @@ from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.packaged import CLASSIFIERS
-from clip_rd_edge.utils.io import convert
 from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.structs import convert
 
 CONFIGS = Path(__file__).parent / "configs"
 _HEAD_WIDTH = 64  # as in CLIP

@@ -36,8 +36,9 @@ from clip_rd_edge.runtime.index_graph import (
 )
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
-from clip_rd_edge.utils.io import is_plain_name, looks_like_path, near_files, read_json, write_bytes
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.files import is_plain_name, write_bytes
+from clip_rd_edge.utils.paths import is_file, looks_like_path, near_files
+from clip_rd_edge.utils.structs import read_json
 
 INDEX_VERSION = 1
 INDEX_FILE, _ROWS = "index.json", "embeddings-"

@@ -42,7 +42,7 @@ from clip_rd_edge.runtime.index_graph import (
     write_graph,
     write_rows,
 )
-from clip_rd_edge.utils.io import sha256_of, write_bytes
+from clip_rd_edge.utils.files import sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from clip_rd_edge.contract.bundle import MANIFEST, STAMP_SUFFIX, Manifest, Tower, manifest_is_intact
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import cache_home, sha256_of
+from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.paths import cache_home
 
 _MAX_MARKS = 1_000  # files that are remembered
 _HINT = "copy or export the bundle again; clip-rd-edge verify checks every file"

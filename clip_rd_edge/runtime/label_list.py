@@ -13,8 +13,8 @@ from typing import Any
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
-from clip_rd_edge.utils.io import looks_like_path, near_files, read_limited
-from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.files import read_limited
+from clip_rd_edge.utils.paths import is_file, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 

@@ -17,7 +17,8 @@ from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array
-from clip_rd_edge.utils.io import cache_home, write_bytes
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import cache_home
 
 
 def write_label_bank(

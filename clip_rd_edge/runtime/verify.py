@@ -28,7 +28,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, saturates
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.io import read_json, sha256_of
+from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.structs import read_json
 
 TEXT = "a photo of a cat"
 # INT8 towers normalise in float32, too, so norms deviate from 1 by rounding only.

@@ -36,7 +36,7 @@ from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.io import decode_request
+from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.app import read_body
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.utils.io import to_yaml
+from clip_rd_edge.utils.structs import to_yaml
 
 _WIDTH = 80  # columns of a comment, as many as a terminal has at least
 _ENTRY = re.compile(r"( *)(\w+(?:, \w+)*): (.+)")

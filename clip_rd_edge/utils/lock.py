@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.io import unwritable_output
+from clip_rd_edge.utils.files import unwritable_output
 from clip_rd_edge.utils.paths import exists, is_file
 
 LOCK_FILE = ".lock"

@@ -1,18 +1,20 @@
-"""What a path that a user named leads to. The answer is yes, no or a sentence, whatever was typed.
+"""Paths: what one that a user named leads to, whether a text is one, and the standard places.
 
-`Path.is_file` raises an OSError for a name that is too long or lies in a folder that may not be entered, and a
-ValueError for one with a NUL.
+The answer is yes, no or a sentence, whatever was typed. `Path.is_file` raises an OSError for a name that is too long or
+lies in a folder that may not be entered, and a ValueError for one with a NUL.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, near_matches
 
 AnyPath = str | os.PathLike[str]
 
@@ -51,3 +53,68 @@ def _mode(path: AnyPath) -> int:
             return 0
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"Cannot read {os.fspath(path)!r}: {reason}.", hint="check the path") from error
+
+
+# /data, ./data, ../data, ~/data, C:\data and \\server\data; not a/b, which may be words.
+_ROOTED = re.compile(r"(\.{0,2}|~)/|\.{1,2}\\|[A-Za-z]:[\\/]|\\\\")
+
+
+_NAME_WITH_SUFFIX = re.compile(r"\S{1,255}\.\w{1,5}")
+
+
+def looks_like_path(text: str, *, suffixes: Collection[str]) -> bool:
+    """Return whether a text that could also be words was probably meant as a path.
+
+    It was if it begins like one, ends in one of `suffixes`, has a / after the name of an existing folder, or is one
+    word with a suffix that is close to the name of an existing file.
+    """
+    folder, slash, _ = text.rpartition("/")
+    return bool(
+        _ROOTED.match(text)
+        or text.lower().endswith(tuple(suffixes))
+        or (slash and _exists(Path(folder), Path.is_dir))
+        or (_NAME_WITH_SUFFIX.fullmatch(text) and near_files(Path(text)))
+    )
+
+
+def near_files(path: Path) -> str:
+    """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own."""
+    if not _exists(path.parent, Path.is_dir):
+        return ""
+    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
+    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".")]
+    return near_matches(path.name, names, prefix=prefix)
+
+
+def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
+    """Return predicate(path), or False for what cannot be a path, such as a text that is too long or has a NUL."""
+    try:
+        return predicate(path)
+    except (OSError, ValueError):
+        return False
+
+
+def cache_home() -> Path:
+    """Return $CLIP_RD_EDGE_CACHE, or else `clip-rd-edge` in the user's cache folder; it may not exist yet."""
+    override = os.environ.get("CLIP_RD_EDGE_CACHE")
+    if override:
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip-rd-edge"
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped_path(name: str) -> Path:
+    """Return the location of a shipped file or folder, given by its path in the repository.
+
+    Args:
+        name: such as `benchmarks/suites/quickstart.yaml`.
+
+    Raises:
+        InputError: no such file or folder is shipped.
+    """
+    for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
+        if (root / name).exists():
+            return root / name
+    raise InputError(f"clip-rd-edge does not ship {name!r}.")

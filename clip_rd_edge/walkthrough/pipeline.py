@@ -27,8 +27,8 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
-from clip_rd_edge.utils.io import new_folder, require_free_output, shipped_path
-from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.files import new_folder, require_free_output
+from clip_rd_edge.utils.paths import is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
 

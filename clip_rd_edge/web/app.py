@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.utils.io import decode_request
+from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
 from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle

@@ -29,8 +29,9 @@ from clip_rd_edge.contract.bundle import (
 )
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
-from clip_rd_edge.utils.io import cache_home, new_folder, require_free_output, size_bytes, to_json, write_bytes
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.files import new_folder, require_free_output, size_bytes, write_bytes
+from clip_rd_edge.utils.paths import cache_home, is_file
+from clip_rd_edge.utils.structs import to_json
 
 _TIMEOUT_S = 60
 

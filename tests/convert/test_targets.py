@@ -9,7 +9,7 @@ import pytest
 
 from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, read_device
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.io import shipped_path
+from clip_rd_edge.utils.paths import shipped_path
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.probe import Probe, ProbedTeacher
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.io import read_yaml
+from clip_rd_edge.utils.structs import read_yaml
 
 Run = Callable[..., tuple[int, str, str]]
 

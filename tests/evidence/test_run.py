@@ -14,9 +14,9 @@ from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.io import to_yaml
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.utils.structs import to_yaml
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 

@@ -8,7 +8,7 @@ import pytest
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
-from clip_rd_edge.utils.io import to_yaml
+from clip_rd_edge.utils.structs import to_yaml
 
 
 def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:

@@ -103,7 +103,7 @@ def good_files(bundle: Path) -> dict[str, list[bytes]]:
     from PIL import Image
 
     from clip_rd_edge.distillation.config import RECIPES
-    from clip_rd_edge.utils.io import shipped_path
+    from clip_rd_edge.utils.paths import shipped_path
 
     def picture(image_format: str) -> bytes:
         buffer = io.BytesIO()

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeInt, PositiveFloat, Share
-from clip_rd_edge.utils.io import convert
+from clip_rd_edge.utils.structs import convert
 
 
 class Settings(CheckedStruct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import write_bytes, write_text
+from clip_rd_edge.utils.files import write_bytes, write_text
 
 
 def write_between_markers(document: Path, name: str, table: str) -> None:

@@ -23,7 +23,7 @@ from clip_rd_edge.convert.litert import LITERT_BACKEND, write_litert_fp16_tower
 from clip_rd_edge.convert.options import ExportRequest, Fallback
 from clip_rd_edge.convert.parity import Inputs, Matches, embed, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.utils.io import write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _BACKENDS: dict[Format, Backend] = {"openvino": OPENVINO, "litert": LITERT_BACKEND}

@@ -17,7 +17,7 @@ from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.io import disk_full_error
+from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 

@@ -16,7 +16,7 @@ from clip_rd_edge.convert.targets import RTX_TARGETS, SELF_BUILDING_TARGETS, req
 from clip_rd_edge.convert.tensorrt.engine import build_engine, mistyped_layers
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.utils.io import sha256_of, write_bytes, write_text
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Returns the content of a tower's engine, given `image` or `text` and the tower's strongly typed ONNX.

@@ -27,8 +27,8 @@ from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.packed import GROUP_ROWS, ROW, Pair, unpack
 from clip_rd_edge.data.tar_scan import read_at
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import read_json, to_json
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 
 TABLE_STAGE = "indexing the table"
 

@@ -26,8 +26,8 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.utils.io import read_yaml
 from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.structs import read_yaml
 from clip_rd_edge.web.watch.state import Answers, SampleAnswer
 
 SAMPLES = 12  # images

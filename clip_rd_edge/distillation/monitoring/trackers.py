@@ -28,9 +28,10 @@ import msgspec
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
-from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
 
 TENSORBOARD_FOLDER = "tensorboard"
 TRACKING_FILE = "tracking.json"

@@ -41,8 +41,9 @@ from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.io import read_json, to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.structs import read_json, to_json
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 FORMAT_VERSION = 3  # increase when the same manifest gives other embeddings, such as by other crops

@@ -37,9 +37,10 @@ from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.arrays import load_array
-from clip_rd_edge.utils.io import to_json, write_bytes
+from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import to_json
 
 BATCH_SIZE = 64
 CACHING_STAGE = "caching the teacher's embeddings (shards)"  # name of the stage in progress reports

@@ -20,7 +20,8 @@ from clip_rd_edge.runtime.backends.providers import (
     warn,
 )
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
-from clip_rd_edge.utils.io import cache_home, sha256_of
+from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.paths import cache_home
 
 
 def open_session(

@@ -18,7 +18,7 @@ from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
-from clip_rd_edge.utils.io import cache_home
+from clip_rd_edge.utils.paths import cache_home
 
 BF16, CPU = "bf16", "CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time

@@ -14,9 +14,9 @@ from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.host import is_running
-from clip_rd_edge.utils.io import read_json, read_yaml
 from clip_rd_edge.utils.lock import LOCK_FILE
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.structs import read_json, read_yaml
 
 Phase = Literal["starting", "running", "stopped", "finished"]
 _QUIET_S = 600.0  # a locked run that has written nothing for so long, by a process that is not here, counts as stopped

@@ -27,7 +27,7 @@ from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.io import shipped_path
+from clip_rd_edge.utils.paths import shipped_path
 
 
 def expected_figures(row: RowResult) -> list[str]:

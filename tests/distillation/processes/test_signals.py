@@ -156,7 +156,7 @@ def test_handlers_are_restored() -> None:
 
 def dataset(pairs_csv: Path) -> ViewDataset:
     from clip_rd_edge.contract.preprocess import Preprocessing
-    from clip_rd_edge.utils.io import convert
+    from clip_rd_edge.utils.structs import convert
 
     raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]
     preprocessing = convert(raw, Preprocessing, source="test")

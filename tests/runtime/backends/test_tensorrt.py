@@ -26,7 +26,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-from clip_rd_edge.utils.io import sha256_of
+from clip_rd_edge.utils.files import sha256_of
 
 MAX_BATCH = 2
 

@@ -1,4 +1,4 @@
-"""File helpers: atomic files and folders, YAML and JSON as typed structs, and standard locations."""
+"""Files and folders that are whole or absent, and the sentences for what goes wrong with them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
+from clip_rd_edge.errors import DiskFullError, InputError, UsageError
+from clip_rd_edge.utils.paths import is_file, is_folder, near_files
 
-from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError, near_matches
-from clip_rd_edge.installation import install_command
-from clip_rd_edge.utils.paths import is_file, is_folder
-from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
-
-# Results and indexes of millions of images are below this, and whatever is larger would take gigabytes of memory.
-MAX_JSON_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
+
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -226,156 +221,6 @@ def _errno(error: BaseException) -> int | None:
     return int(match[1]) if match else None
 
 
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-def read_yaml(path: Path, kind: type[T]) -> T:
-    """Read a YAML file into a struct, refusing unknown keys and wrong types.
-
-    Raises:
-        InputError: the file cannot be read.
-        ConfigError: it is not valid YAML, or does not match `kind`.
-    """
-    raw = parse_yaml(read_limited(path, MAX_YAML_BYTES), source=path)
-    return convert(raw if raw is not None else {}, kind, source=str(path))
-
-
-def read_json(path: Path, kind: type[T]) -> T:
-    """Read a JSON file into a struct; raises the same errors as `read_yaml`."""
-    return _decode_json(read_limited(path, MAX_JSON_BYTES), kind, source=path)
-
-
-def read_json_objects(path: Path) -> Any:
-    """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
-    return _json_objects(read_limited(path, MAX_JSON_BYTES), path)
-
-
-def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.ValidationError:
-        return convert(_json_objects(content, source), kind, source=str(source))  # raises with the offending key
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        _json_objects(content, source)
-        raise
-
-
-def _json_objects(content: bytes, source: Path) -> Any:
-    try:
-        return msgspec.json.decode(content)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{source} is not valid JSON: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not UTF-8: {error.reason}.") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source} is not valid JSON for this: its values are nested too deep.") from error
-
-
-V = TypeVar("V")
-
-
-def decode_request(body: bytes, kind: type[V]) -> V:
-    """Decode JSON that a client sent; raise InputError, without a place, if it is not JSON or of another form."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        reason = str(error).rstrip(".")
-    except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8: {error.reason} at byte {error.start:,}"
-    except RecursionError:
-        reason = "its values are nested too deep"
-    raise InputError(f"The request is invalid: {reason}.")
-
-
-def read_versioned_json(
-    path: Path,
-    kind: type[T],
-    *,
-    newest: int,
-    upgrade: Callable[[bytes], bytes] | None = None,
-    max_bytes: int = MAX_JSON_BYTES,
-) -> T:
-    """Read a JSON file with a `format_version` into a struct.
-
-    Args:
-        newest: latest supported format version.
-        upgrade: rewrites the content of an older version to the newest one's keys.
-        max_bytes: limit on the size of the file.
-
-    Raises:
-        InputError: the file cannot be read.
-        ConfigError: it is damaged, or its format is newer. The version is checked before anything else.
-    """
-    content = read_limited(path, max_bytes)
-    version = _decode_json(content, _Version, source=path).format_version
-    if version > newest:
-        raise ConfigError(
-            f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
-            hint=install_command(options="-U"),
-        )
-    if upgrade is not None and version < newest:
-        content = upgrade(content)
-    return _decode_json(content, kind, source=path)
-
-
-class _Version(msgspec.Struct):
-    format_version: int
-
-
-def convert(raw: Any, kind: type[T], *, source: str) -> T:
-    """Convert plain dicts and lists to a struct; raise ConfigError naming `source` and the key if they do not match."""
-    try:
-        return msgspec.convert(raw, kind, strict=True)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        suggestion = hint = ""
-        if "unknown field" in message:
-            unknown, *location = message.split("`")[1::2]
-            keys = _keys_at(location[0] if location else "$", kind)
-            suggestion = near_matches(unknown, keys)
-            hint = f"the keys there are {', '.join(dict.fromkeys(keys))}"
-        raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
-
-
-def _keys_at(location: str, kind: type[T]) -> list[str]:
-    """Return the known keys at a location such as `$.rows[2].model`."""
-    kinds: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(kind)]
-    for key in re.sub(r"\[[^]]*\]", "", location).split(".")[1:]:
-        kinds = [f.type for k in kinds for s in _structs(k) for f in s.fields if f.encode_name == key]
-    return [field.encode_name for k in kinds for struct in _structs(k) for field in struct.fields]
-
-
-def _structs(kind: msgspec.inspect.Type) -> list[msgspec.inspect.StructType]:
-    """Return the structs in a type: the type itself, the members of a union or the items of a list."""
-    if isinstance(kind, msgspec.inspect.StructType):
-        return [kind]
-    inner = getattr(kind, "types", None) or [item for item in [getattr(kind, "item_type", None)] if item]
-    return [struct for member in inner for struct in _structs(member)]
-
-
-def to_json(struct: Any) -> bytes:
-    """Encode a struct as indented JSON with a trailing newline."""
-    return msgspec.json.format(msgspec.json.encode(struct), indent=2) + b"\n"
-
-
-def to_yaml(struct: Any, *, short_lists_inline: bool = False) -> str:
-    """Encode a struct as YAML, with keys in field order.
-
-    Args:
-        short_lists_inline: write lists and objects that hold no others as `[…]` and `{…}`.
-    """
-    import yaml
-
-    text: str = yaml.dump(
-        msgspec.to_builtins(struct),
-        Dumper=yaml_classes()[1],
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=None if short_lists_inline else False,
-    )
-    return text
-
-
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Return the content of a file, or raise InputError if it cannot be read or is larger than a limit.
 
@@ -405,43 +250,6 @@ def read_text_limited(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         ) from error
 
 
-# /data, ./data, ../data, ~/data, C:\data and \\server\data; not a/b, which may be words.
-_ROOTED = re.compile(r"(\.{0,2}|~)/|\.{1,2}\\|[A-Za-z]:[\\/]|\\\\")
-_NAME_WITH_SUFFIX = re.compile(r"\S{1,255}\.\w{1,5}")
-
-
-def looks_like_path(text: str, *, suffixes: Collection[str]) -> bool:
-    """Return whether a text that could also be words was probably meant as a path.
-
-    It was if it begins like one, ends in one of `suffixes`, has a / after the name of an existing folder, or is one
-    word with a suffix that is close to the name of an existing file.
-    """
-    folder, slash, _ = text.rpartition("/")
-    return bool(
-        _ROOTED.match(text)
-        or text.lower().endswith(tuple(suffixes))
-        or (slash and _exists(Path(folder), Path.is_dir))
-        or (_NAME_WITH_SUFFIX.fullmatch(text) and near_files(Path(text)))
-    )
-
-
-def near_files(path: Path) -> str:
-    """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own."""
-    if not _exists(path.parent, Path.is_dir):
-        return ""
-    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
-    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".")]
-    return near_matches(path.name, names, prefix=prefix)
-
-
-def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
-    """Return predicate(path), or False for what cannot be a path, such as a text that is too long or has a NUL."""
-    try:
-        return predicate(path)
-    except (OSError, ValueError):
-        return False
-
-
 def now_in(folder: Path) -> float:
     """Return the time by the clock that gives the files in a folder their times, in seconds as `time.time`.
 
@@ -452,29 +260,3 @@ def now_in(folder: Path) -> float:
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
-
-
-def cache_home() -> Path:
-    """Return $CLIP_RD_EDGE_CACHE, or else `clip-rd-edge` in the user's cache folder; it may not exist yet."""
-    override = os.environ.get("CLIP_RD_EDGE_CACHE")
-    if override:
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip-rd-edge"
-
-
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def shipped_path(name: str) -> Path:
-    """Return the location of a shipped file or folder, given by its path in the repository.
-
-    Args:
-        name: such as `benchmarks/suites/quickstart.yaml`.
-
-    Raises:
-        InputError: no such file or folder is shipped.
-    """
-    for root in (_PACKAGE / "_shipped", _PACKAGE.parent):
-        if (root / name).exists():
-            return root / name
-    raise InputError(f"clip-rd-edge does not ship {name!r}.")
