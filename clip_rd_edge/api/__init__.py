@@ -18,9 +18,9 @@ from clip_rd_edge.api.measuring import (
     recommend,
     spread,
 )
-from clip_rd_edge.api.models import average, first_answer, load, open_encoder, push, stitch
+from clip_rd_edge.api.models import first_answer, load, open_encoder, push, stitch
 from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
-from clip_rd_edge.api.training import EmbedOptions, distill, embed, probe_teachers, recipe, watch
+from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe, watch
 
 __all__ = [
     "EmbedOptions",

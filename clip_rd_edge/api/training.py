@@ -1,4 +1,4 @@
-"""Train a student, and what belongs to it: stores of embeddings, recipes, the page of a run."""
+"""Train a student, average two, and what belongs to it: stores of embeddings, recipes, the page of a run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from clip_rd_edge.contract.task import Task
+    from clip_rd_edge.distillation.average import AveragedModel
     from clip_rd_edge.distillation.config import DistillOptions, RunConfig
     from clip_rd_edge.distillation.probe import Probe
 
@@ -133,6 +135,51 @@ def embed(
         config = resolve(recipe, data=data, teacher=teacher, **told)
     embed_teacher(config, folder, cluster=ray, reporter=reporter)
     return folder
+
+
+def average(
+    first: AnyPath,
+    second: AnyPath,
+    output: AnyPath,
+    *,
+    weight: float | Literal["best"] = 0.5,
+    tasks: str | Task | Sequence[str | Task] = (),
+    templates: str | Sequence[str] | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> AveragedModel:
+    """Average the weights of two models of one architecture: (1 − weight) · first + weight · second.
+
+    A fine-tuned model has forgotten some of what its start knew; between the two there are models that are nearly as
+    good at both (WiSE-FT, Wortsman et al. 2022). open_clip loads the result as `local-dir:PATH`.
+
+    Args:
+        first, second: runs' folders, `local-dir:PATH` or `hf-hub:ORG/REPO`.
+        weight: share of the second, from 0 to 1; or `best`, that of the highest mean accuracy on the tasks.
+        tasks: measure the models between the two on these at every tenth; see the result's `curve`, and average.png in
+            the output.
+        templates: as for `evaluate`.
+        force: replace an existing `output`.
+
+    Raises:
+        UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.
+        ConfigError: the models differ in more than their weights, or the weight is not between 0 and 1.
+        InputError: a model or a task does not exist.
+    """
+    loaded = (
+        load_tasks(tasks, templates=templates) if tasks else []
+    )  # before the models: a mistyped name is said at once
+
+    from clip_rd_edge.distillation.average import average_models
+
+    return average_models(
+        (os.fspath(first), os.fspath(second)),
+        Path(output),
+        weight=weight,
+        tasks=loaded,
+        force=force,
+        reporter=reporter,
+    )
 
 
 def recipe(name: str | None = None) -> str:
