@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -230,7 +230,7 @@ def calibration(student: ClipModel) -> CalibrationSet:
 
 
 @pytest.fixture
-def without_more(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def without_more(colour_images: Path) -> Iterator[Path]:
     """Images whose subfolder `more` cannot be read, by anybody: permissions do not stop root."""
     scandir = os.scandir
 
@@ -239,5 +239,6 @@ def without_more(colour_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    return colour_images
+    with pytest.MonkeyPatch.context() as patch:  # one of its own, which ends before pytest removes the folder
+        patch.setattr(os, "scandir", refuse)
+        yield colour_images
