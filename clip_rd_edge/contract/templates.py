@@ -11,7 +11,7 @@ from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.files import read_text_limited
 from clip_rd_edge.utils.paths import near_files
 
-PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
+_PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line
 _IMAGENET_FILE = Path(__file__).with_name("imagenet_templates.txt")
 
@@ -53,7 +53,7 @@ def parse_templates(words: Sequence[str]) -> Templates:
 
 
 def _is_template(text: str) -> bool:
-    return any(placeholder in text for placeholder in PLACEHOLDERS)
+    return any(placeholder in text for placeholder in _PLACEHOLDERS)
 
 
 def _read_file(word: str) -> list[str]:

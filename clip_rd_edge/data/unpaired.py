@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.images import list_images
-from clip_rd_edge.contract.templates import PLACEHOLDERS, parse_templates
+from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
@@ -141,7 +142,7 @@ class MixedSamples:
             assert self.pairs is not None
             return self.pairs.captions(index if row < 0 else self._pair_of(row))
         texts = self.texts[row % len(self.texts) :: self.unpaired_count]
-        return tuple(_fill(template, text) for text in texts for template in self.templates) or texts
+        return tuple(fill_template(template, text) for text in texts for template in self.templates) or texts
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify all parts and their order."""
@@ -156,12 +157,6 @@ class MixedSamples:
         if self.unpaired_count < self.pair_count:
             return row * self.pair_count // self.unpaired_count
         return row % self.pair_count
-
-
-def _fill(template: str, text: str) -> str:
-    for placeholder in PLACEHOLDERS:
-        template = template.replace(placeholder, text)
-    return template
 
 
 def pair_count(pairs: Pairs) -> int:
