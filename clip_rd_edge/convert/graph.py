@@ -37,6 +37,14 @@ def silently() -> SharedBlock:
     return _SILENT
 
 
+_NO_PROGRESS_BARS = SharedBlock(lambda: contextlib.redirect_stderr(io.StringIO()))
+
+
+def without_progress_bars() -> SharedBlock:
+    """Discard what Python code of the process writes to stderr, where converters draw their progress bars."""
+    return _NO_PROGRESS_BARS
+
+
 def prepare_for_quantization(model: Path, folder: Path) -> Path:
     """Write a copy of a model for quantisation: constants and batch norms folded, shapes inferred; return its path."""
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,14 +16,13 @@ import msgspec
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, Fp16Tower, float32_note, hard_inputs
-from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.graph import silently, without_progress_bars
 from clip_rd_edge.convert.int8.candidates import Backend, Candidate
 from clip_rd_edge.convert.options import ExportRequest, WeightBits
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.timing import time_in_turn
 
 LITERT = "litert"
@@ -115,9 +112,6 @@ def litert_candidates(
     yield Candidate("weights only", _maker(content, weights_recipe(("*",))))
 
 
-_NO_PROGRESS_BARS = SharedBlock(lambda: contextlib.redirect_stderr(io.StringIO()))
-
-
 def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> Callable[[], bytes]:
     return partial(quantize, content, recipe, ranges)
 
@@ -125,7 +119,7 @@ def _maker(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None)
 def quantize(content: bytes, recipe: Recipe, ranges: dict[str, Any] | None = None) -> bytes:
     """Return a float32 LiteRT file quantised by a recipe of ai-edge-quantizer; static ones need `ranges`."""
     quantizer = _quantizer(content, recipe)
-    with silently(), _NO_PROGRESS_BARS:
+    with silently(), without_progress_bars():
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
 
@@ -134,7 +128,7 @@ def calibrated(content: bytes, samples: Inputs, *, threads: int) -> dict[str, An
     """Return the range of every activation of a float32 LiteRT file on some inputs (N, …)."""
     (name,) = (port.name for port in open_litert(content, threads=threads).get_inputs())
     data = [{name: sample[None]} for sample in samples[:_CALIBRATION_SAMPLES]]
-    with silently(), _NO_PROGRESS_BARS:
+    with silently(), without_progress_bars():
         quantizer = _quantizer(content, static_recipe(("*",)))
         ranges: dict[str, Any] = quantizer.calibrate({_signature(content): data}, num_threads=threads)
     return ranges

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +15,12 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import hard_inputs
-from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.graph import without_progress_bars
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
-from clip_rd_edge.exporters.onnx import evaluating, root_cause, without_fast_path
-from clip_rd_edge.exporters.towers import TOWERS
+from clip_rd_edge.exporters.onnx import root_cause
+from clip_rd_edge.exporters.towers import TOWERS, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.coreml import COREML
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -66,7 +64,7 @@ def write_coreml(
     for name, tower in manifest.towers.items():
         reporter.update(f"{name} tower: converting to Core ML")
         package = folder / f"{name}.mlpackage"
-        with contextlib.redirect_stderr(io.StringIO()):  # where its progress bars are
+        with without_progress_bars():
             write_package(clip, name, tower, inputs[name], package, half=request.precision == "fp16")
         require_declared(package, tower, inputs[name], manifest.embedding_size)
         towers[name] = msgspec.structs.replace(
@@ -95,12 +93,11 @@ def write_package(
     if not example.is_floating_point():
         example = example.to(torch.int32)
     module = _OneInput(TOWERS[name](clip.model))
-    device = next(module.parameters()).device
     precision = coremltools.precision.FLOAT16 if half else coremltools.precision.FLOAT32
     port = coremltools.TensorType(name=tower.input_name, shape=tuple(example.shape), dtype=inputs_type(example))
     try:
-        with evaluating(module), without_fast_path(), silently(), torch.no_grad():
-            program = torch.export.export(module.cpu(), (example,), strict=False).run_decompositions({})
+        with on_cpu(module):
+            program = torch.export.export(module, (example,), strict=False).run_decompositions({})
             model = coremltools.convert(
                 program,
                 inputs=[port],
@@ -115,8 +112,6 @@ def write_package(
         raise ClipRdEdgeError(
             f"coremltools cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=_HINT
         ) from error
-    finally:
-        module.to(device)
     _remove_what_is_not_needed(package)
 
 

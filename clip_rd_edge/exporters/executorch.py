@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import Tower
-from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporters.executorch_encoder import open_executorch
-from clip_rd_edge.exporters.onnx import evaluating, root_cause, without_fast_path
-from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain
+from clip_rd_edge.exporters.onnx import root_cause
+from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 
 EXECUTORCH = "executorch"
@@ -26,17 +23,6 @@ def require_executorch() -> None:
     """Raise MissingExtraError if ExecuTorch is not installed."""
     if find_spec("executorch") is None:
         raise MissingExtraError("executorch", extra="executorch", purpose="Exporting for ExecuTorch")
-
-
-@contextmanager
-def _on_cpu(module: nn.Module) -> Iterator[nn.Module]:
-    """Prepare a module for being traced here, without the warnings and messages of what traces it."""
-    device = next(module.parameters()).device
-    with evaluating(module), without_fast_path(), silently(), torch.no_grad():
-        try:
-            yield module.cpu()
-        finally:
-            module.to(device)
 
 
 def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
@@ -50,7 +36,7 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
         ClipRdEdgeError: ExecuTorch cannot convert the tower.
     """
     try:
-        with _on_cpu(TOWERS[name](clip.model)) as module:
+        with on_cpu(TOWERS[name](clip.model)) as module:
             return _lowered(module, torch.from_numpy(inputs[:1]))
     except Exception as error:  # it raises many types
         raise ClipRdEdgeError(

@@ -6,25 +6,23 @@ Apps run the same files by ExecuTorch's own libraries, without PyTorch.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.convert.graph import without_progress_bars
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
-
-
-class _Input(NamedTuple):
-    name: str
+from clip_rd_edge.utils.shared_block import SharedBlock
 
 
 class ExecuTorchModel:
@@ -38,9 +36,9 @@ class ExecuTorchModel:
         self._lock = threading.Lock()  # a method owns its memory
         self._method = method
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[NamedInput]:
         """Return the input; its name is not in the file."""
-        return [_Input("input")]
+        return [NamedInput("input")]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the model on each row of its input; return its output."""
@@ -53,7 +51,7 @@ class ExecuTorchModel:
 
 
 @contextlib.contextmanager
-def _quiet_native_code() -> Iterator[None]:
+def _without_native_stderr() -> Iterator[None]:
     """Discard what native code writes to the standard error stream: ExecuTorch reports its threads there."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -63,6 +61,9 @@ def _quiet_native_code() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(nowhere)
         os.close(kept)
+
+
+_QUIET_NATIVE_CODE = SharedBlock(_without_native_stderr)
 
 
 def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuTorchModel:
@@ -78,24 +79,22 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
         UsageError: `threads` is less than 1.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with without_progress_bars():
             from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
     except ModuleNotFoundError as error:
         raise MissingExtraError("executorch", extra="executorch", purpose="Running a bundle in ExecuTorch") from error
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1.")
+    require_threads(threads)
     wanted = threads or usable_cores()
     if portable_lib._threadpool_get_thread_count() != wanted:
-        with _quiet_native_code():
+        with _QUIET_NATIVE_CODE:
             portable_lib._unsafe_reset_threadpool(wanted)
     try:
         program = Runtime.get().load_program(Path(model) if isinstance(model, str) else model)
         return ExecuTorchModel(program.load_method("forward"))
     except Exception as error:
         name = model if isinstance(model, str) else "the program"
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(f"ExecuTorch cannot run {name}: {reason}.") from error
+        raise ConfigError(f"ExecuTorch cannot run {name}: {reason_of(error)}.") from error
 
 
 class ExecuTorchEncoder(BundleEncoder):

@@ -12,8 +12,8 @@ from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.litert import LITERT
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
-from clip_rd_edge.exporters.onnx import evaluating, root_cause, without_fast_path
-from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain
+from clip_rd_edge.exporters.onnx import root_cause
+from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.litert import open_litert
 
@@ -56,18 +56,15 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
     if not example.is_floating_point():
         example = example.to(torch.int32)
     module = _NamedTower(TOWERS[name](clip.model), tower.output_name)
-    device = next(module.parameters()).device
     progress.console.quiet = True
     try:
-        with evaluating(module), without_fast_path(), silently(), torch.no_grad():
-            model = litert_torch.convert(module.cpu(), sample_kwargs={tower.input_name: example})
+        with on_cpu(module):
+            model = litert_torch.convert(module, sample_kwargs={tower.input_name: example})
             return bytes(model.model_content())
     except Exception as error:  # it raises many types, with the whole graph in their messages
         raise ClipRdEdgeError(
             f"litert-torch cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=OTHER_FORMAT
         ) from error
-    finally:
-        module.to(device)
 
 
 LITERT_TOOLS = Toolchain("LiteRT", LITERT, ".tflite", convert_tower, open_litert)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
+from torch import nn
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import hard_inputs
+from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.candidates import Opener
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.exporters.onnx import evaluating, without_fast_path
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
@@ -44,6 +49,17 @@ class Toolchain:
     suffix: str
     convert: Callable[[ClipModel, str, Tower, Inputs], bytes]
     open: Opener
+
+
+@contextlib.contextmanager
+def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
+    """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
+    device = next(module.parameters()).device
+    with evaluating(module), without_fast_path(), silently(), torch.no_grad():
+        try:
+            yield module.cpu()
+        finally:
+            module.to(device)
 
 
 def write_towers(

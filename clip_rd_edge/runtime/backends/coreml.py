@@ -6,7 +6,7 @@ import platform
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,11 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.backends.session import NamedInput, reason_of
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 
 COREML = "coreml"
 _CPU = "cpu"
-
-
-class _Input(NamedTuple):
-    name: str
 
 
 class CoreMlModel:
@@ -36,9 +33,9 @@ class CoreMlModel:
         self._lock = threading.Lock()  # coremltools does not say that a model may be called from several threads
         self._model, self._tower = model, tower
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[NamedInput]:
         """Return the input with its name."""
-        return [_Input(self._tower.input_name)]
+        return [NamedInput(self._tower.input_name)]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the model on each row of its input, ids as int32; return its output as float32."""
@@ -71,8 +68,7 @@ def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreM
     try:
         return CoreMlModel(coremltools.models.MLModel(str(package), compute_units=units), tower)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(f"Core ML cannot run {package}: {reason}.") from error
+        raise ConfigError(f"Core ML cannot run {package}: {reason_of(error)}.") from error
 
 
 class CoreMlEncoder(BundleEncoder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,9 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
-
-
-class _Input(NamedTuple):
-    name: str
 
 
 class LiteRtModel:
@@ -33,9 +30,9 @@ class LiteRtModel:
         self._interpreter = interpreter
         (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
         (signature,) = interpreter.get_signature_list().values()
-        self._inputs = [_Input(name) for name in signature["inputs"]]
+        self._inputs = [NamedInput(name) for name in signature["inputs"]]
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[NamedInput]:
         """Return the inputs with their names."""
         return self._inputs
 
@@ -70,8 +67,7 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
     except ModuleNotFoundError as error:
         raise MissingExtraError("ai-edge-litert", extra="litert", purpose="Running a bundle in LiteRT") from error
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1.")
+    require_threads(threads)
     kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
         interpreter = Interpreter(
@@ -83,8 +79,7 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
         return LiteRtModel(interpreter)
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(f"LiteRT cannot run {name}: {reason}.") from error
+        raise ConfigError(f"LiteRT cannot run {name}: {reason_of(error)}.") from error
 
 
 class LiteRtEncoder(BundleEncoder):

@@ -10,7 +10,7 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.runtime.backends.providers import (
     AUTO,
     KEEP_ENGINES,
@@ -19,6 +19,7 @@ from clip_rd_edge.runtime.backends.providers import (
     session_device,
     warn,
 )
+from clip_rd_edge.runtime.backends.session import reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.paths import cache_home
@@ -55,9 +56,8 @@ def open_session(
     options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    require_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads is {threads}; expected at least 1.")
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -83,7 +83,7 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
         # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
-        return None, " ".join(str(error).split()).rstrip(".")[:300]
+        return None, reason_of(error)
     if session_device(session, device) != device:
         return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,15 +17,12 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
+from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
 
 BF16, CPU = "bf16", "CPU"
 _MAX_COMPILED_SIZES = 3  # batch sizes that a model is compiled for; batches of other sizes run one row at a time
-
-
-class _Input(NamedTuple):
-    name: str
 
 
 class OpenVinoModel:
@@ -43,7 +40,7 @@ class OpenVinoModel:
     def __init__(self, model: Any, compile: Callable[[Any], Any]) -> None:
         self._lock = threading.Lock()  # a request owns its input and output buffers
         self._model, self._compile = model, compile
-        self._inputs = [_Input(port.any_name) for port in model.inputs]
+        self._inputs = [NamedInput(port.any_name) for port in model.inputs]
         self._outputs = [port.any_name for port in model.outputs]
         batch, *rest = model.inputs[0].partial_shape
         dynamic_batch = len(self._inputs) == 1 and batch.is_dynamic and not any(size.is_dynamic for size in rest)
@@ -51,7 +48,7 @@ class OpenVinoModel:
         self._requests: dict[int, Any] = {}
         self._request(1)
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[NamedInput]:
         """Return the inputs with their names."""
         return self._inputs
 
@@ -101,8 +98,7 @@ def open_openvino(
         import openvino
     except ModuleNotFoundError as error:
         raise MissingExtraError("openvino", extra="openvino", purpose="Running a bundle in OpenVINO") from error
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1.")
+    require_threads(threads)
     core, processors = _core(), available_processors()
     if processor not in processors:
         raise UsageError(
@@ -115,8 +111,7 @@ def open_openvino(
         return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, processor, settings))
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {reason}.") from error
+        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {reason_of(error)}.") from error
 
 
 def available_processors() -> list[str]:

@@ -17,6 +17,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
+from clip_rd_edge.runtime.backends.session import NamedInput
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.runtime.intact import require_current_engine
 
@@ -115,10 +116,6 @@ def _import(module: str, *, package: str, extra: str) -> Any:
         raise MissingExtraError(package, extra=extra, purpose=_PURPOSE) from error
 
 
-class _Input(NamedTuple):
-    name: str
-
-
 class _Buffer(NamedTuple):
     """The GPU memory of an input or output."""
 
@@ -167,9 +164,9 @@ class TensorRtModel:
             self._buffers[name] = _Buffer(int(_checked(cuda, cuda.cudaMalloc(size_bytes))), dtype)
             self._context.set_tensor_address(name, self._buffers[name].address)
 
-    def get_inputs(self) -> list[_Input]:
+    def get_inputs(self) -> list[NamedInput]:
         """Return the inputs with their names."""
-        return [_Input(name) for name in self._inputs]
+        return [NamedInput(name) for name in self._inputs]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run the engine; return the named outputs, or all, as float32.
