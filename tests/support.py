@@ -126,3 +126,44 @@ def one_worker(address: str, make: Callable[[], Callable[[Any], Any]], items: It
     call = pickle.loads(pickle.dumps(make))()
     for item in items:
         yield pickle.loads(pickle.dumps(call(pickle.loads(pickle.dumps(item)))))
+
+
+def save_tiny_teacher(folder: Path) -> Path:
+    """Write an open_clip model with random weights, always the same, for 48 pixels and 12 tokens; return its folder."""
+    import torch
+
+    from clip_rd_edge.models.load import save_clip
+    from clip_rd_edge.models.student import build_student, student_config
+
+    torch.manual_seed(1)
+    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
+    save_clip(folder, build_student(config, name="teacher"), provenance={})
+    return folder
+
+
+def require_the_models_answers(bundle: Path, fp32_bundle: Path, *, runtime: str, suffix: str) -> None:
+    """Assert that a bundle of one input at a time in float32 says what the ONNX bundle of the same model says."""
+    import numpy as np
+    from PIL import Image
+
+    from clip_rd_edge.contract.bundle import read_manifest
+    from clip_rd_edge.runtime.load import load
+    from clip_rd_edge.runtime.verify import verify_bundle
+
+    manifest = read_manifest(bundle)
+    assert (manifest.target, manifest.precision, manifest.image.file) == (runtime, "fp32", f"image{suffix}")
+    for tower in manifest.towers.values():
+        assert tower.measured is not None
+        assert 0 < tower.measured.max_difference < 1e-5  # another runtime rounds differently
+        assert tower.one_at_a_time
+    encoder, reference = load(bundle, threads=1), load(fp32_bundle)
+    assert encoder.describe().runtime == runtime
+    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
+    np.testing.assert_allclose(encoder.encode_images(images), reference.encode_images(images), atol=1e-5)
+    first = encoder.encode_texts(["red", "a cat"])
+    encoder.encode_texts(["blue", "a dog"])  # must not overwrite the first result
+    np.testing.assert_allclose(first, reference.encode_texts(["red", "a cat"]), atol=1e-5)
+    checks = verify_bundle(bundle)
+    assert all(check.passed for check in checks), checks
+    assert {check.runtime for check in checks if check.runtime} == {runtime}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Watch
+from support import Watch, save_tiny_teacher
 
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
@@ -18,8 +18,6 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store.embedding_store import TeacherCache, image_shard, open_cache, text_shard
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.arrays import load_array
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
@@ -28,9 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    torch.manual_seed(1)
-    teacher = student_config("test_resnet", embedding_size=WIDTH, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(teacher, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     recipe = msgspec.structs.replace(
         load_recipe("clip-rd-bank"), steps=STEPS, batch_size=BATCH_SIZE, precision="fp32", bank_size=16
     )

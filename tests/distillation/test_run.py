@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Watch
+from support import Watch, save_tiny_teacher
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -25,17 +25,13 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, student_config
 
 STEPS = 8
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    torch.manual_seed(1)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
-    return tmp_path / "teacher"
+    return save_tiny_teacher(tmp_path / "teacher")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Watch
+from support import Watch, save_tiny_teacher
 from thread_processes import Exchange, Threads
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_clip, training_facts
+from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.label_list import read_texts
 
@@ -44,9 +44,7 @@ PAIRED = (True, False, True, True, False, False, True, False)
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     """A run on 24 images and four labels, two of which are the same."""
-    torch.manual_seed(1)
-    teacher = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(teacher, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     (tmp_path / "labels.txt").write_text("red\n# a comment\ngreen\n\nblue\nred\nyellow\n")
     recipe = msgspec.structs.replace(load_recipe("clip-rd"), steps=STEPS, batch_size=6, precision="fp32")
     return RunConfig(

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support import require_the_models_answers
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.convert.options import ExportRequest
@@ -24,7 +24,6 @@ from clip_rd_edge.exporters.executorch_encoder import ExecuTorchModel, open_exec
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.runtime.verify import verify_bundle
 
 
 def for_executorch(bundle: Path) -> Path:
@@ -130,23 +129,7 @@ def executorch_bundle(student: ClipModel, fp32_bundle: Path, tmp_path_factory: p
 
 
 def test_a_float32_bundle_gives_the_models_answers(fp32_bundle: Path, executorch_bundle: Path) -> None:
-    manifest = read_manifest(executorch_bundle)
-    assert (manifest.target, manifest.precision, manifest.image.file) == ("executorch", "fp32", "image.pte")
-    for tower in manifest.towers.values():
-        assert tower.measured is not None
-        assert 0 < tower.measured.max_difference < 1e-5  # another runtime rounds differently
-        assert tower.one_at_a_time
-    encoder, reference = load(executorch_bundle, threads=1), load(fp32_bundle)
-    assert encoder.describe().runtime == "executorch"
-    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels) for pixels in noise]
-    np.testing.assert_allclose(encoder.encode_images(images), reference.encode_images(images), atol=1e-5)
-    first = encoder.encode_texts(["red", "a cat"])
-    encoder.encode_texts(["blue", "a dog"])  # must not overwrite the first result
-    np.testing.assert_allclose(first, reference.encode_texts(["red", "a cat"]), atol=1e-5)
-    checks = verify_bundle(executorch_bundle)
-    assert all(check.passed for check in checks), checks
-    assert {check.runtime for check in checks if check.runtime} == {"executorch"}
+    require_the_models_answers(executorch_bundle, fp32_bundle, runtime="executorch", suffix=".pte")
 
 
 def test_classify_and_evaluate_run_a_bundle_for_executorch(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from support import require_the_models_answers
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.run import run_suite
@@ -62,24 +62,7 @@ def litert_bundle(
 def test_a_float32_bundle_gives_the_models_answers(
     student: ClipModel, fp32_bundle: Path, litert_bundle: Callable[[str], Path]
 ) -> None:
-    bundle = litert_bundle("fp32")
-    manifest = read_manifest(bundle)
-    assert (manifest.target, manifest.precision, manifest.image.file) == ("litert", "fp32", "image.tflite")
-    for tower in manifest.towers.values():
-        assert tower.measured is not None
-        assert 0 < tower.measured.max_difference < 1e-5  # another runtime rounds differently
-        assert tower.one_at_a_time
-    encoder, reference = load(bundle, threads=1), load(fp32_bundle)
-    assert encoder.describe().runtime == "litert"
-    noise = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels) for pixels in noise]
-    np.testing.assert_allclose(encoder.encode_images(images), reference.encode_images(images), atol=1e-5)
-    first = encoder.encode_texts(["red", "a cat"])
-    encoder.encode_texts(["blue", "a dog"])  # must not overwrite the first result
-    np.testing.assert_allclose(first, reference.encode_texts(["red", "a cat"]), atol=1e-5)
-    checks = verify_bundle(bundle)
-    assert all(check.passed for check in checks), checks
-    assert {check.runtime for check in checks if check.runtime} == {"litert"}
+    require_the_models_answers(litert_bundle("fp32"), fp32_bundle, runtime="litert", suffix=".tflite")
 
 
 def test_float16_halves_the_files_and_keeps_the_answers(litert_bundle: Callable[[str], Path]) -> None:

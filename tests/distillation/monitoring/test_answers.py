@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import wait_until
+from support import save_tiny_teacher, wait_until
 
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.monitoring import answers as module
 from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.load import load_clip
 
 
 @pytest.fixture
@@ -127,9 +126,7 @@ def test_what_cannot_be_answered_is_a_sentence(unfinished: Path, config: RunConf
 
 
 def test_a_students_architecture_follows_its_teacher(config: RunConfig, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    architecture = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(architecture, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     config = msgspec.structs.replace(
         config, teacher=str(tmp_path / "teacher"), recipe_name="clip-rd", teacher_precision="fp32",
         recipe=msgspec.structs.replace(load_recipe("clip-rd"), steps=2, batch_size=6, precision="fp32"),

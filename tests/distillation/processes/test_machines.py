@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import save_tiny_teacher
 from thread_processes import Threads, call_in_threads
 
 import clip_rd_edge as edge
@@ -29,8 +30,6 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import CacheManifest, claim_folder
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
 
 COUNT = 3
 
@@ -38,9 +37,7 @@ COUNT = 3
 @pytest.fixture
 def machines(pairs_csv: Path, tmp_path: Path) -> list[Path]:
     """A folder for each of three machines, with the same shards, pairs, teacher and evaluation images."""
-    torch.manual_seed(1)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     folders = [tmp_path / name for name in "abc"]
     (tmp_path / "caption.txt").write_text("a photo")
     for folder in folders:

@@ -16,11 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import other_clock, process_tree
+from support import other_clock, process_tree, save_tiny_teacher
 
 from clip_rd_edge.distillation.config import commented_recipe
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.host import is_running
 
 pytestmark = [
@@ -43,10 +41,8 @@ def host(node: int) -> str:
 @pytest.fixture(params=[True, False], ids=["shared folders", "separate folders"])
 def nodes(request: pytest.FixtureRequest, pairs_csv: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The working folders of two nodes, with pairs, teacher and recipe: one and the same, or one for each."""
-    torch.manual_seed(1)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
     first, second = tmp_path / "first", tmp_path / "second"
-    save_clip(first / "teacher", build_student(config, name="teacher"), provenance={})
+    save_tiny_teacher(first / "teacher")
     shutil.copytree(pairs_csv.parent / "pictures", first / "pictures")
     shutil.copy2(pairs_csv, first)
     # With AdamW's own epsilon, rounding errors of gradients that are 0, as those of key biases, become whole steps.

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support import one_worker
+from support import one_worker, save_tiny_teacher
 
 import clip_rd_edge as edge
 from clip_rd_edge.distillation.store import embed, embedding_store
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +26,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def source(pairs_csv: Path, tmp_path: Path) -> dict[str, Any]:
-    torch.manual_seed(1)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(config, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     return {"data": str(pairs_csv), "teacher": str(tmp_path / "teacher"), "views": 2, "seed": 5, "workers": 0}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import save_tiny_teacher
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import Pairs
@@ -34,17 +35,13 @@ from clip_rd_edge.distillation.store.embedding_store import (
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.models.student import build_student, student_config
 
 VIEWS = 2
 
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    torch.manual_seed(1)
-    teacher = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
-    save_clip(tmp_path / "teacher", build_student(teacher, name="teacher"), provenance={})
+    save_tiny_teacher(tmp_path / "teacher")
     recipe = msgspec.structs.replace(load_recipe("clip-rd"), steps=5, batch_size=6, precision="fp32")
     return RunConfig(
         recipe_name="clip-rd",
