@@ -183,6 +183,20 @@ threads_option = _device(
 )
 
 
+def template_option(group: str, *, default: str, use: str = "with {} for the label") -> Callable[[Any], Any]:
+    """Return a decorator that adds `--template`.
+
+    Args:
+        default: what holds without it, in words.
+        use: what a template is for.
+    """
+    return grouped(group)(
+        "--template", "templates", multiple=True, metavar="PROMPT|FILE",
+        help=f'Prompt template {use}, such as "a photo of a {{}}", a file with one per line, or imagenet for '
+        f"CLIP's 80; can be repeated.  [default: {default}]",
+    )  # fmt: skip
+
+
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what is trained on besides `--data`, which stands before them, and how it is read."""
     data = grouped("Data")
@@ -197,11 +211,7 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Captions or labels without images: one per line, or a table or list as for classify --labels.  "
             "[default: none]",
         ),
-        data(
-            "--template", "templates", multiple=True, metavar="PROMPT|FILE",
-            help='Prompt template for --texts, such as "a photo of a {}", a file with one per line, or imagenet for '
-            "CLIP's 80; can be repeated.  [default: texts as they are]",
-        ),
+        template_option("Data", use="for --texts", default="texts as they are"),
         data(
             "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
             help="Column with the image paths.",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option
 
 _weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
 
@@ -42,11 +42,7 @@ class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click
     help="Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be "
     "repeated.  [default: none]",
 )  # fmt: skip
-@_evaluation(
-    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
-    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
-    "CLIP's 80; can be repeated.  [default: the task's own]",
-)  # fmt: skip
+@template_option("Evaluation", default="the task's own")
 @_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
 @_output("--force", is_flag=True, help="Replace the output if it exists.")
 def command(

@@ -17,7 +17,15 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._fold import cut, fold_items, terminal_width
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, device_option, grouped, threads_option
+from clip_rd_edge.cli._options import (
+    GroupedCommand,
+    ManyOption,
+    PathName,
+    device_option,
+    grouped,
+    template_option,
+    threads_option,
+)
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import inert_cell, one_line
 
@@ -48,11 +56,7 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
     help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
     "per line, a CSV with the column label, or a JSON list.  [default: the bundle's label bank]",
 )  # fmt: skip
-@_labels(
-    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
-    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
-    "CLIP's 80; can be repeated.  [default: the model's]",
-)  # fmt: skip
+@template_option("Labels", default="the model's")
 @_labels(
     "--top", type=click.IntRange(1), default=3, show_default=True, metavar="N",
     help="Number of labels to print per image.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option, threads_option
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
@@ -36,11 +36,7 @@ _tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
     "emoji:unseen-style:retrieval. Can be repeated.",
 )
 @_model("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
-@_tasks(
-    "--template", "templates", multiple=True, metavar="PROMPT|FILE",
-    help='Prompt template with {} for the label, such as "a photo of a {}", a file with one per line, or imagenet for '
-    "CLIP's 80; can be repeated.  [default: the data set's, else imagenet]",
-)  # fmt: skip
+@template_option("Tasks", default="the data set's, else imagenet")
 @threads_option
 @_output(
     "--per-class", is_flag=True,
