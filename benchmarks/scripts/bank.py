@@ -72,7 +72,7 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
     pixels = torch.randint(256, (size, 3, image_size, image_size)).byte()
     embeddings = random_rows(size, width).half(), random_rows(size, width).half()
     captions = [f"image number {number}" for number in range(size)]
-    batch = Batch(pixels, None, captions, teacher_embeddings=embeddings)
+    batch = Batch(pixels, (), captions, teacher_embeddings=embeddings)
     teacher = CachedTeacher(TEACHER_SCALE, CPU)
     settings = StepSettings(autocast=AUTOCAST[arguments.precision], chunks=arguments.accumulate)
 

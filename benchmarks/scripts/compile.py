@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size)).byte()
-    batch = Batch(pixels, None, [f"image number {i}" for i in range(args.batch_size)])
+    batch = Batch(pixels, (), [f"image number {i}" for i in range(args.batch_size)])
     processes = Processes(device=default_device())
     objective = Objective(load_recipe("clip").objective).to(processes.device)
     for name in args.students:

@@ -76,10 +76,9 @@ def main() -> None:
             workers=1,
         )
         setup = load_setup(config, name="student", processes=Processes())
-        assert setup.teacher is not None
-        live = Teacher(setup.teacher, device, autocast=None)
+        live = Teacher(setup.teachers[0], device, autocast=None)
         manifest = make_manifest(
-            setup.teacher,
+            setup.teachers[0],
             setup.pairs,
             crops=Crops(scale=(0.9, 1.0), aspect_ratio=1.0),
             seed=0,

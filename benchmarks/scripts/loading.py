@@ -73,15 +73,14 @@ def write_shard(path: Path, photos: list[Path], size: tuple[int, int]) -> int:
 
 def ours(shard: Path) -> Way:
     pairs = load_pairs(str(shard))
-    dataset = ViewDataset(pairs, STUDENT, TEACHER, crops=CROPS, seed=0)
+    dataset = ViewDataset(pairs, STUDENT, [TEACHER], crops=CROPS, seed=0)
     student, teacher = Normaliser(STUDENT, CPU), Normaliser(TEACHER, CPU)
 
     def load() -> Iterator[tuple[Tensor, ...]]:
         for batch in step_loader(
             dataset, StepSampler(pairs.groups, BATCH, seed=0, start=0, stop=len(pairs) // BATCH), workers=0
         ):
-            assert batch.teacher_pixels is not None
-            yield student(batch.student_pixels), teacher(batch.teacher_pixels)
+            yield student(batch.student_pixels), teacher(batch.teacher_pixels[0])
 
     return load
 

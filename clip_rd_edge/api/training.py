@@ -52,7 +52,7 @@ def distill(
     data: AnyPath | None = None,
     student: AnyPath,
     output: AnyPath,
-    teacher: AnyPath | None = None,
+    teacher: AnyPath | Sequence[AnyPath] | None = None,
     recipe: AnyPath = "clip-rd",
     resume: bool = False,
     reporter: Reporter = SILENT,
@@ -64,8 +64,8 @@ def distill(
         data: a CSV, TSV or Parquet table of images and captions, WebDataset shards, or `emoji`. None for runs on
             `images` and `texts` that do not belong together, which are among the other options.
         student: a preset, a timm architecture, or the folder of a run to continue training from.
-        teacher: an open_clip name (with `teacher_pretrained`), `local-dir:PATH`, `hf-hub:ORG/REPO`, or None for recipes
-            without a teacher.
+        teacher: an open_clip name with a tag (`ViT-B-16@openai`, or with `teacher_pretrained`), `local-dir:PATH`,
+            `hf-hub:ORG/REPO`, the folder of a run, or several of these; None for recipes without a teacher.
         recipe: a name such as `clip-rd`, or a YAML file.
         resume: continue from the latest intact checkpoint in `output`.
         options: the other options of `clip-rd-edge distill`, under the same names.
@@ -99,7 +99,7 @@ def distill(
 def embed(
     *,
     data: AnyPath | None = None,
-    teacher: AnyPath,
+    teacher: AnyPath | Sequence[AnyPath],
     output: AnyPath,
     views: int = 1,
     recipe: AnyPath = "clip-rd",
@@ -107,7 +107,7 @@ def embed(
     reporter: Reporter = SILENT,
     **options: Unpack[EmbedOptions],
 ) -> Path:
-    """Compute a teacher's embeddings for `distill(teacher_cache=output)`, and return the folder.
+    """Compute the embeddings of a teacher, or of several, for `distill(teacher_cache=output)`; return the folder.
 
     What is there already is kept, so an interrupted call is continued by the same one. Processes that torchrun started
     share the work.

@@ -42,8 +42,10 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_teacher(
     "--teacher",
     metavar="MODEL",
-    help="The teacher: an open_clip NAME (with --teacher-pretrained), local-dir:PATH or hf-hub:ORG/REPO.  "
-    "[default: none, for recipes without a teacher]",
+    multiple=True,
+    help="The teacher: an open_clip NAME@TAG (or NAME with --teacher-pretrained), local-dir:PATH, hf-hub:ORG/REPO or a "
+    "run's folder. Can be repeated: the student then learns from all of them together.  [default: none, for recipes "
+    "without a teacher]",
 )
 @_teacher(
     "--teacher-pretrained",
@@ -54,7 +56,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     "--teacher-cache",
     type=PathName(file_okay=False, path_type=str),
     metavar="FOLDER",
-    help="Folder for caching the teacher's embeddings, which are then computed only once; requires --views.  "
+    help="Folder for caching the teachers' embeddings, which are then computed only once; requires --views.  "
     "[default: none]",
 )
 @_teacher(
@@ -82,8 +84,8 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_student(
     "--text", default="standard", show_default=True, metavar="SIZE",
-    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or teacher, for the teacher's "
-    "own, of which only the projection is trained.",
+    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or teacher, for that of the "
+    "(first) teacher, of which only the projection is trained.",
 )  # fmt: skip
 @_student(
     "--context-length",
@@ -98,7 +100,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     metavar="N",
     type=click.IntRange(0),
     default=0,
-    help="Numbers per embedding.  [default: the teacher's, else 512]",
+    help="Numbers per embedding.  [default: the teacher's, or the sum of all teachers', else 512]",
 )
 @_student(
     "--pretrained-image", metavar="timm|package|FILE",
@@ -107,7 +109,8 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )  # fmt: skip
 @_student(
     "--pretrained-text", metavar="teacher|FILE",
-    help="Initial weights of the student's text tower: evenly spaced layers of the teacher's or of a checkpoint's.  "
+    help="Initial weights of the student's text tower: evenly spaced layers of the (first) teacher's or of a "
+    "checkpoint's.  "
     "[default: random]",
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")

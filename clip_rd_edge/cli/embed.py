@@ -26,7 +26,9 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
 @click.command("embed", cls=GroupedCommand, short_help="Compute a teacher's embeddings once, for many runs.")
 @_data("--data", metavar="SOURCE", help="The pairs, as for distill.  [default: none]")
 @data_options
-@_teacher("--teacher", required=True, metavar="MODEL", help="The teacher, as for distill.")
+@_teacher(
+    "--teacher", required=True, metavar="MODEL", multiple=True, help="The teacher, as for distill; can be repeated."
+)
 @_teacher(
     "--teacher-pretrained", metavar="TAG|FILE",
     help="Pretrained tag or checkpoint file, for a teacher given by NAME.  [default: none]",

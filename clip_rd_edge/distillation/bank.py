@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,18 @@ import torch
 from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.store.embedding_store import SHARD_SIZE, RowFile, TeacherCache, image_shard, text_shard
+from clip_rd_edge.distillation.loader import EmbeddingSource
+from clip_rd_edge.distillation.store.embedding_store import (
+    SHARD_SIZE,
+    RowFile,
+    TeacherCache,
+    TeacherCaches,
+    image_shard,
+    text_shard,
+)
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.bank import Bank
+from clip_rd_edge.losses.ensemble import side_by_side
 
 
 class TeacherBank(Protocol):
@@ -37,13 +47,13 @@ class TeacherBank(Protocol):
         ...
 
 
-def make_bank(config: RunConfig, pairs: int, cache: TeacherCache | None, device: torch.device) -> TeacherBank | None:
+def make_bank(config: RunConfig, pairs: int, cache: EmbeddingSource | None, device: torch.device) -> TeacherBank | None:
     """Return the bank of a run, None if its objective does not need one.
 
     Args:
         pairs: number of pairs that the run trains on. Without a cache, the bank holds no more: further entries would be
             those of the same pairs in earlier epochs.
-        cache: the run's teacher cache, None without one.
+        cache: where the run's embeddings come from; None if they are computed as training goes.
 
     Raises:
         ConfigError, InputError: the cache is damaged, or too little of it can be used.
@@ -51,9 +61,9 @@ def make_bank(config: RunConfig, pairs: int, cache: TeacherCache | None, device:
     if not config.recipe.objective.bank:
         return None
     size = config.recipe.bank_size
-    if cache is None:
-        return QueueBank(min(size, pairs), device)
-    return StoredBank(cache, size=size, seed=config.seed, device=device)
+    if isinstance(cache, TeacherCaches):
+        return StoredBank(cache, size=size, seed=config.seed, device=device)
+    return QueueBank(min(size, pairs), device)
 
 
 class StoredBank:
@@ -68,17 +78,23 @@ class StoredBank:
         InputError: none of the chosen images or captions could be read when the cache was built.
     """
 
-    def __init__(self, cache: TeacherCache, *, size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, cache: TeacherCaches, *, size: int, seed: int, device: torch.device) -> None:
         rng = np.random.default_rng(seed)
-        rows = []
-        for total, path in (
-            (cache.manifest.pairs, lambda shard: image_shard(cache.folder, 0, shard)),
-            (cache.captions, lambda shard: text_shard(cache.folder, shard)),
-        ):
+        first = cache.caches[0]
+        sides: list[tuple[int, Callable[[TeacherCache, int], Path]]] = [
+            (first.manifest.pairs, lambda cache, shard: image_shard(cache.folder, 0, shard)),
+            (first.captions, lambda cache, shard: text_shard(cache.folder, shard)),
+        ]
+        banks = []
+        for total, path in sides:
             chosen = np.sort(rng.choice(total, min(size, total), replace=False, shuffle=False))
-            rows.append(_read_rows(path, chosen, total=total, width=cache.manifest.embedding_size))
-        image, text = (torch.from_numpy(part).to(device).float() for part in rows)
-        self._bank = Bank(image, text)
+            parts = [
+                _read_rows(partial(path, each), chosen, total=total, width=each.manifest.embedding_size)
+                for each in cache.caches
+            ]
+            rows = _readable(parts, partial(path, first))
+            banks.append(side_by_side([torch.from_numpy(part).to(device).float() for part in rows]))
+        self._bank = Bank(*banks)
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
         """See `TeacherBank`."""
@@ -100,20 +116,24 @@ class StoredBank:
 def _read_rows(
     path: Callable[[int], Path], chosen: npt.NDArray[np.int64], *, total: int, width: int
 ) -> npt.NDArray[np.float16]:
-    """Read rows of shards of together `total` rows, without rows of zeros, which could not be embedded; (K, width)."""
+    """Read rows of shards of together `total` rows, (K, width)."""
     shards, rows = chosen // SHARD_SIZE, []
     for shard in np.unique(shards).tolist():
         count = min(SHARD_SIZE, total - shard * SHARD_SIZE)
         with RowFile(path(shard), count=count, dtype="<f2", shape=(width,)) as file:
             rows += [file[row] for row in (chosen[shards == shard] % SHARD_SIZE).tolist()]
-    stacked = np.stack(rows)
-    readable: npt.NDArray[np.float16] = stacked[stacked.any(axis=1)]
-    if not len(readable):
+    return np.stack(rows)
+
+
+def _readable(parts: Sequence[npt.NDArray[np.float16]], path: Callable[[int], Path]) -> list[npt.NDArray[np.float16]]:
+    """Return the rows of each teacher without those that are zero for one of them, which could not be embedded."""
+    readable = np.logical_and.reduce([part.any(axis=1) for part in parts])
+    if not readable.any():
         raise InputError(
-            f"None of the {len(stacked):,} embeddings chosen for the bank from {path(0).parent} could be computed.",
+            f"None of the {len(readable):,} embeddings chosen for the bank from {path(0).parent} could be computed.",
             hint="increase the recipe's bank_size, or repair the data and build the cache again",
         )
-    return readable
+    return [part[readable] for part in parts]
 
 
 class QueueBank:

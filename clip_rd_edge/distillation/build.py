@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,13 +37,13 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Pairs, models and objective of a run. `teacher` is None if the objective does not need one.
+    """Pairs, models and objective of a run. There are no `teachers` if the objective does not need one.
 
     `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
     """
 
     pairs: Pairs
-    teacher: ClipModel | None
+    teachers: tuple[ClipModel, ...]
     student: ClipModel
     objective: Objective
 
@@ -84,9 +86,9 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     )
     if not pair_count(pairs):
         _require_terms_without_pairs(config)
-    teacher = load_teacher(config)
+    teachers = load_teachers(config)
     seed_everything(config.seed)
-    student = _make_student(config, teacher, name, reporter)
+    student = _make_student(config, teachers, name, reporter)
     require_no_logit_bias(student)
     if config.freeze_text:
         require_separate_text_tower(student)
@@ -96,10 +98,10 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         config.recipe.objective,
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
-        widths=(student.embedding_size, teacher.embedding_size) if teacher else None,
+        widths=(student.embedding_size, *(teacher.embedding_size for teacher in teachers)) if teachers else None,
         bank_temperature=config.recipe.bank_temperature,
     )
-    return RunSetup(pairs, teacher, student, objective)
+    return RunSetup(pairs, teachers, student, objective)
 
 
 def _require_terms_without_pairs(config: RunConfig) -> None:
@@ -137,7 +139,7 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     return ViewDataset(
         setup.pairs,
         setup.student.preprocessing,
-        setup.teacher.preprocessing if setup.teacher and with_teacher_pixels else None,
+        [teacher.preprocessing for teacher in setup.teachers] if with_teacher_pixels else [],
         crops=crops_for(setup.student.preprocessing, config.recipe.crop_scale),
         seed=config.seed,
         views=config.views,
@@ -145,24 +147,24 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
     )
 
 
-def load_teacher(config: RunConfig) -> ClipModel | None:
-    """Return the teacher of a run, None if its objective does not need one.
+def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, none if its objective does not need one.
 
     Raises:
         UsageError: one is needed but not named.
-        InputError, ConfigError: it cannot be loaded.
+        InputError, ConfigError: one cannot be loaded.
     """
     if not config.recipe.objective.needs_teacher:
-        return None
-    if config.teacher is None:
+        return ()
+    if not config.teachers:
         raise UsageError(
             f"The recipe {config.recipe_name} needs a teacher.",
             hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
         )
-    return load_clip(config.teacher, pretrained=config.teacher_pretrained)
+    return tuple(load_clip(name, pretrained=config.teacher_pretrained) for name in config.teachers)
 
 
-def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, reporter: Reporter) -> ClipModel:
+def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
     if model_folder(config.student) is not None:
         if config.pretrained_image or config.pretrained_text:
             raise UsageError(
@@ -176,43 +178,48 @@ def _make_student(config: RunConfig, teacher: ClipModel | None, name: str, repor
             "no weights to start from.",
             hint="omit --tuned-share, or name a trained model with --student",
         )
-    student = _build_student(config, teacher, name)
+    student = _build_student(config, teachers, name)
     if config.pretrained_image:
         reporter.say(init_image_tower(student, config.pretrained_image))
     if config.pretrained_text:
-        reporter.say(init_text_tower(student, config.pretrained_text, teacher))
+        reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
     return student
 
 
-def _build_student(config: RunConfig, teacher: ClipModel | None, name: str) -> ClipModel:
-    """Return a new student, whose weights are random unless its text tower is the teacher's."""
-    architecture = _student_architecture(config, teacher)
+def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
+    """Return a new student, whose weights are random unless its text tower is that of the first teacher."""
+    architecture = _student_architecture(config, teachers)
     if config.text != TEACHER_TEXT:
         return build_student(architecture, name=name)
-    if teacher is None:
+    if not teachers:
         raise UsageError(
             f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
             hint="choose another --text, or another --recipe",
         )
-    return build_with_text_tower_of(teacher, architecture, name=name)
+    return build_with_text_tower_of(teachers[0], architecture, name=name)
 
 
-def _student_architecture(config: RunConfig, teacher: ClipModel | None) -> dict[str, Any]:
-    """Return the open_clip configuration of a new student, which may depend on the teacher's."""
+def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
+    """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
     architecture = student_config(
         config.student,
-        embedding_size=config.embedding_size or (teacher.embedding_size if teacher else 512),
+        embedding_size=config.embedding_size
+        or _embedding_size(teachers[:1] if config.text == TEACHER_TEXT else teachers),
         image_size=config.image_size,
         text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
     )
-    if config.pretrained_text == TEACHER and teacher is not None:
-        return with_text_of(architecture, teacher)
+    if config.pretrained_text == TEACHER and teachers:
+        return with_text_of(architecture, teachers[0])
     return architecture
 
 
+def _embedding_size(teachers: Sequence[ClipModel]) -> int:
+    return sum(teacher.embedding_size for teacher in teachers) or 512
+
+
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:
-    """Return the student of a run for a checkpoint's weights; the teacher is loaded if the architecture depends on it.
+    """Return the student of a run for a checkpoint's weights; teachers are loaded if the architecture depends on them.
 
     Raises:
         UsageError, InputError, ConfigError: as `load_setup`.
@@ -220,7 +227,7 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     if model_folder(config.student) is not None:
         return load_clip(config.student)
     depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or config.pretrained_text == TEACHER
-    return _build_student(config, load_teacher(config) if depends else None, name)
+    return _build_student(config, load_teachers(config) if depends else (), name)
 
 
 def require_no_logit_bias(student: ClipModel) -> None:
@@ -257,13 +264,13 @@ _HISTOGRAM_PAIRS = 512
 
 def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
     """Return the content of distillation.json: recipe, teacher, data, seed, versions."""
-    folder = model_folder(config.teacher) if setup.teacher and config.teacher else None
-    weights = folder / WEIGHTS_FILE if folder else None
+    names = [teacher.name for teacher in setup.teachers]
+    digests = [_weights_sha256(name) for name in config.teachers] if setup.teachers else []
     return {
         "recipe": config.recipe_name,
         "configuration": msgspec.to_builtins(config),
-        "teacher": setup.teacher.name if setup.teacher else None,
-        "teacher_sha256": sha256_of(weights) if weights and weights.is_file() else None,
+        "teacher": _one_or_all(names),
+        "teacher_sha256": _one_or_all(digests),
         "data": config.data,
         "image_source": config.images,
         **sample_counts(setup.pairs),
@@ -275,10 +282,20 @@ def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, A
     }
 
 
-def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
-    """Embed up to 512 random pairs with student and teacher: image and text embeddings, (N, D) each, by model.
+def _weights_sha256(teacher: str) -> str | None:
+    folder = model_folder(teacher)
+    weights = folder / WEIGHTS_FILE if folder else None
+    return sha256_of(weights) if weights and weights.is_file() else None
 
-    Empty if there are no pairs.
+
+def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
+    return list(values) if len(values) > 1 else values[0] if values else None
+
+
+def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
+    """Embed up to 512 random pairs with student and teachers: image and text embeddings, (N, D) each, by model.
+
+    Several teachers are side by side, see `losses.ensemble`. Empty if there are no pairs.
     """
     indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
     if not len(indices):
@@ -286,6 +303,12 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
     bad = BadSamples(setup.pairs, max_share=config.max_bad)
     pairs = [bad.take(int(index)) for index in indices]
     images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]
-    models = {"student": setup.student, **({"teacher": setup.teacher} if setup.teacher else {})}
-    encoders = {name: TorchEncoder(clip) for name, clip in models.items()}
-    return {name: (e.encode_images(images), e.encode_texts(captions)) for name, e in encoders.items()}
+    encoder = TorchEncoder(setup.student)
+    embeddings = {"student": (encoder.encode_images(images), encoder.encode_texts(captions))}
+    if setup.teachers:
+        encoders = [TorchEncoder(clip) for clip in setup.teachers]
+        scale = np.float32(1 / math.sqrt(len(encoders)))
+        sides = [[e.encode_images(images) for e in encoders], [e.encode_texts(captions) for e in encoders]]
+        image, text = (scale * np.concatenate(side, axis=1) for side in sides)
+        embeddings["teacher"] = (image, text)
+    return embeddings

@@ -115,14 +115,17 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         csv_img_key, csv_caption_key: column names of a table.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.
-        teacher: as `models.load.load_clip` takes it; None if the objective does not need a teacher.
+        teacher: as `models.load.load_clip` takes it, or several of them, which `losses.ensemble` makes one; None if the
+            objective does not need a teacher.
+        teacher_pretrained: weights of teachers that are named by an architecture alone.
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels.
-        text: see `models.student.text_size`; or `teacher` for the teacher's own text tower, which then needs
-            `freeze_text`: its features are computed once per caption.
+        text: see `models.student.text_size`; or `teacher` for the own text tower of the teacher, or of the first, which
+            then needs `freeze_text`: its features are computed once per caption.
         context_length: tokens per caption; the teacher's with its text tower.
-        embedding_size: the student's; 0 takes the teacher's, or 512 without a teacher. If it differs from the
-            teacher's, the objective learns projections between the two, which are not part of the student.
+        embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
+            its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
+            between the two, which are not part of the student.
         pretrained_image, pretrained_text: initial weights of the towers; see `models.student`.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
         teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.
@@ -159,7 +162,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     train_data_upsampling_factors: str | None = None
     json_caption_key: str | None = None
     max_bad: Share = 0.01
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     teacher_pretrained: str | None = None
     student: str
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
@@ -198,6 +201,14 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise CheckedError(
                 f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
             )
+        for name in self.teachers:
+            if self.teachers.count(name) > 1:
+                raise CheckedError(f"the teacher {name} is named {self.teachers.count(name)} times; expected once")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of all teachers."""
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,) if self.teacher else ()
 
 
 class DistillOptions(TypedDict, total=False):
@@ -259,7 +270,7 @@ def resolve(
     *,
     data: AnyPath | None = None,
     student: AnyPath,
-    teacher: AnyPath | None = None,
+    teacher: AnyPath | Sequence[AnyPath] | None = None,
     **options: Unpack[DistillOptions],
 ) -> RunConfig:
     """Return the configuration of a run: a recipe, overridden by the options. Paths may be texts or path objects.
@@ -279,6 +290,9 @@ def resolve(
         names = fields.get(name)
         if isinstance(names, (str, tuple, list)):
             fields[name] = (names,) if isinstance(names, str) else tuple(map(as_text, names))
+    if isinstance(teacher, (tuple, list)):
+        names = tuple(map(as_text, teacher))
+        fields["teacher"] = names if len(names) > 1 else names[0] if names else None
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
     if "epochs" in overrides and "steps" not in overrides:
         overrides["steps"] = 0

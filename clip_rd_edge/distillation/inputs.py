@@ -28,23 +28,24 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         left_out: number of samples that are not pairs, such as those in the lost part of a shard.
         samples: the rows in words; empty for runs of before there were others than pairs.
         pairs_sha256: see `data.pairs.fingerprint`.
-        teacher_sha256: see `embedding_store.teacher_fingerprint`; None without a teacher.
+        teacher_sha256: see `embedding_store.teacher_fingerprint`; those of several teachers in turn; None without one.
     """
 
     pairs: int
     left_out: int
     pairs_sha256: str
-    teacher_sha256: str | None
+    teacher_sha256: str | tuple[str, ...] | None
     samples: str = ""
 
 
 def inputs_of(setup: RunSetup) -> RunInputs:
     """Return the fingerprints of a run's data and teacher."""
+    teachers = tuple(map(teacher_fingerprint, setup.teachers))
     return RunInputs(
         pairs=len(setup.pairs),
         left_out=len(setup.pairs.left_out),
         pairs_sha256=fingerprint(setup.pairs),
-        teacher_sha256=teacher_fingerprint(setup.teacher) if setup.teacher else None,
+        teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
         samples=describe_counts(setup.pairs),
     )
 
@@ -108,11 +109,18 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
         return (
             f"{setup.pairs.name} still has {_counts(new)}, but other names, captions, sizes or another order ({change})"
         )
-    if old.teacher_sha256 != new.teacher_sha256:
-        name = setup.teacher.name if setup.teacher else "none"
-        change = _change(old.teacher_sha256, new.teacher_sha256)
-        return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
+    before, after = _all_of(old.teacher_sha256), _all_of(new.teacher_sha256)
+    if len(before) != len(after):
+        return f"there were {len(before)} teachers, and now {len(after)}"
+    for clip, was, now in zip(setup.teachers, before, after, strict=True):
+        if was != now:
+            change = _change(was, now)
+            return f"the teacher {clip.name} has other weights, another configuration or another tokenizer ({change})"
     return None
+
+
+def _all_of(teacher_sha256: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return teacher_sha256 if isinstance(teacher_sha256, tuple) else (teacher_sha256,) if teacher_sha256 else ()
 
 
 def _counts(inputs: RunInputs) -> str:
@@ -121,16 +129,18 @@ def _counts(inputs: RunInputs) -> str:
 
 
 def _teacher(inputs: RunInputs) -> str:
-    return f"a teacher with the {_digest(inputs.teacher_sha256)}"
+    digests = _all_of(inputs.teacher_sha256)
+    many = "s" if len(digests) > 1 else ""
+    return f"{'' if many else 'a '}teacher{many} with the {' and '.join(map(_digest, digests))}"
 
 
 def _pairs(inputs: RunInputs) -> str:
     return f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}"
 
 
-def _digest(sha256: str | None) -> str:
-    return f"SHA-256 {str(sha256)[:_SHOWN_DIGITS]}"
+def _digest(sha256: str) -> str:
+    return f"SHA-256 {sha256[:_SHOWN_DIGITS]}"
 
 
-def _change(old: str | None, new: str | None) -> str:
-    return f"SHA-256 {str(old)[:_SHOWN_DIGITS]} → {str(new)[:_SHOWN_DIGITS]}"
+def _change(old: str, new: str) -> str:
+    return f"{_digest(old)} → {new[:_SHOWN_DIGITS]}"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,15 @@ from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
 
-if TYPE_CHECKING:
-    from clip_rd_edge.distillation.store.embedding_store import TeacherCache
-
 HalfArray = npt.NDArray[np.float16]
+
+
+class EmbeddingSource(Protocol):
+    """Embeddings of all teachers that were computed before."""
+
+    def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
+        """Return the embeddings of a pair's image in an epoch and of a caption, (Σ D_k,) each; None if it lacks one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,17 @@ class Batch:
     """A batch of B images and B captions.
 
     Attributes:
-        student_pixels, teacher_pixels: the same crops in each model's size, (B, 3, H, W) uint8 in channels-last
-            format, for `pixels.Normaliser`; one tensor if the sizes are the same.
+        student_pixels, teacher_pixels: the same crops in the size of the student and of each teacher that needs pixels,
+            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor.
         captions: B captions.
         bad: pairs that could not be read; other pairs took their places.
-        teacher_embeddings: the teacher's image and text embeddings from a cache, (B, D) float16 each; None without one.
+        teacher_embeddings: image and text embeddings of all teachers from a cache, (B, Σ D_k) float16 each, where those
+            of each teacher are unit vectors; None without a cache.
         paired: which of the captions belong to the image of their row; None if the data set has nothing but pairs.
     """
 
     student_pixels: Tensor
-    teacher_pixels: Tensor | None
+    teacher_pixels: tuple[Tensor, ...]
     captions: list[str]
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[Tensor, Tensor] | None = None
@@ -53,10 +59,10 @@ class Batch:
 
         torch's DataLoader calls it; without this method, it would leave a class that it does not know as it is.
         """
-        student = self.student_pixels.pin_memory()
-        teacher = self.teacher_pixels
-        if teacher is not None:
-            teacher = student if teacher is self.student_pixels else teacher.pin_memory()
+        distinct = {id(pixels): pixels for pixels in (self.student_pixels, *self.teacher_pixels)}
+        pinned = {key: pixels.pin_memory() for key, pixels in distinct.items()}
+        student = pinned[id(self.student_pixels)]
+        teacher = tuple(pinned[id(pixels)] for pixels in self.teacher_pixels)
         embeddings = self.teacher_embeddings
         if embeddings is not None:
             embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
@@ -69,13 +75,13 @@ View = tuple[int, int]  # epoch and index of the pair
 
 
 class PairView(NamedTuple):
-    """Grey levels for student and teacher, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings.
+    """Grey levels for student and teachers, (H, W, 3) each; a caption; skipped bad pairs; cached embeddings.
 
     `paired` says whether the caption belongs to the image; None in a data set that has nothing but pairs.
     """
 
     student_pixels: Levels
-    teacher_pixels: Levels | None
+    teacher_pixels: tuple[Levels, ...]
     caption: str
     bad: tuple[BadPair, ...] = ()
     teacher_embeddings: tuple[HalfArray, HalfArray] | None = None
@@ -86,7 +92,7 @@ class ViewDataset(Dataset[PairView]):
     """Views of pairs: one crop of the image and one of its captions, determined by (seed, epoch, index).
 
     Args:
-        student, teacher: the models' preprocessing; None for a teacher that needs no pixels.
+        student, teachers: the models' preprocessing, of those teachers that need pixels.
         crops: see `distillation.pixels.crops_for`.
         views: number of distinct views of a pair, over which the epochs cycle; 0 draws a new one every epoch.
         max_bad: max fraction of the samples that may be unreadable.
@@ -105,7 +111,7 @@ class ViewDataset(Dataset[PairView]):
         self,
         pairs: Pairs,
         student: Preprocessing,
-        teacher: Preprocessing | None,
+        teachers: Sequence[Preprocessing],
         *,
         crops: Crops,
         seed: int,
@@ -113,10 +119,10 @@ class ViewDataset(Dataset[PairView]):
         max_bad: float = MAX_BAD_SHARE,
         substitute: bool = True,
     ) -> None:
-        self.cache: TeacherCache | None = None
+        self.cache: EmbeddingSource | None = None
         self.views = views
         self.bad = BadSamples(pairs, max_share=max_bad)
-        self.pairs, self.student, self.teacher = pairs, student, teacher
+        self.pairs, self.student, self.teachers = pairs, student, tuple(teachers)
         self.crops, self.seed, self.substitute = crops, seed, substitute
 
     def __getitem__(self, view: View) -> PairView:
@@ -133,7 +139,8 @@ class ViewDataset(Dataset[PairView]):
                 pair, bad = None, ((index, str(error)),)
         if pair is None:
             # An exception would leave a worker process as a traceback; `step_loader` reports the bad pairs instead.
-            pair = PairView(np.zeros((*self.student.size, 3), dtype=np.uint8), None, "")
+            student, *teachers = (np.zeros((*m.size, 3), dtype=np.uint8) for m in (self.student, *self.teachers))
+            pair = PairView(student, tuple(teachers), "")
         return pair._replace(bad=bad)
 
     def _read(self, epoch: int, index: int) -> PairView:
@@ -145,16 +152,13 @@ class ViewDataset(Dataset[PairView]):
         embeddings = None
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
             raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
-        models = [self.student] if self.teacher is None else [self.student, self.teacher]
         try:
             image = self.pairs.open(index)
-            levels = crop_levels(image, self.crops.draw(image.size, rng), models)
+            student, *teachers = crop_levels(image, self.crops.draw(image.size, rng), [self.student, *self.teachers])
         except MemoryError as error:
             raise InputError(f"There is not enough memory for the image of pair {index:,}.") from error
         paired = index < self.pairs.pair_count if isinstance(self.pairs, MixedSamples) else None
-        return PairView(
-            levels[0], levels[1] if self.teacher else None, caption, teacher_embeddings=embeddings, paired=paired
-        )
+        return PairView(student, tuple(teachers), caption, teacher_embeddings=embeddings, paired=paired)
 
 
 class StepSampler(Sampler[list[View]]):
@@ -246,18 +250,20 @@ def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _collate(views: list[PairView]) -> Batch:
-    student = _stack_levels([view.student_pixels for view in views])
-    teacher_levels = [view.teacher_pixels for view in views if view.teacher_pixels is not None]
-    if not teacher_levels:
-        teacher = None
-    elif teacher_levels[0] is views[0].student_pixels:
-        teacher = student
-    else:
-        teacher = _stack_levels(teacher_levels)
+    student, *teachers = _stack_shared([(view.student_pixels, *view.teacher_pixels) for view in views])
     captions, bad = [view.caption for view in views], tuple(bad for view in views for bad in view.bad)
     embeddings = [view.teacher_embeddings for view in views if view.teacher_embeddings is not None]
     paired = tuple(view.paired for view in views if view.paired is not None)
-    return Batch(student, teacher, captions, bad, _stack(embeddings), paired or None)
+    return Batch(student, tuple(teachers), captions, bad, _stack(embeddings), paired or None)
+
+
+def _stack_shared(levels: list[tuple[Levels, ...]]) -> list[Tensor]:
+    """Return one tensor per model; models whose first image is the same array share one."""
+    stacked: dict[int, Tensor] = {}
+    for number, first in enumerate(levels[0]):
+        if id(first) not in stacked:
+            stacked[id(first)] = _stack_levels([view[number] for view in levels])
+    return [stacked[id(first)] for first in levels[0]]
 
 
 def _stack_levels(levels: list[Levels]) -> Tensor:

@@ -27,7 +27,6 @@ from clip_rd_edge.utils.structs import read_json, to_json
 
 RESULT = "probe.json"
 DEFAULT_STEPS = 200
-TAG_MARK = "@"  # between an architecture and its pretrained tag
 _MAX_FOLDER_NAME = 80  # characters
 
 
@@ -85,7 +84,7 @@ def probe_teachers(
     `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one.
 
     Args:
-        teachers: as `load_clip` takes them, or ARCHITECTURE@TAG.
+        teachers: as `load_clip` takes them.
         config: the run, without a teacher.
         tasks: what teachers and students are measured on.
 
@@ -100,8 +99,7 @@ def probe_teachers(
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
             reporter.begin(name, number, len(teachers))
-            spec, _, tag = name.partition(TAG_MARK)
-            own = msgspec.structs.replace(config, teacher=spec, teacher_pretrained=tag or config.teacher_pretrained)
+            own = msgspec.structs.replace(config, teacher=name)
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
             if name in known:
@@ -111,7 +109,7 @@ def probe_teachers(
             found.append(
                 ProbedTeacher(
                     teacher=name,
-                    teacher_scores=_scores(load_clip(spec, pretrained=tag or config.teacher_pretrained), tasks),
+                    teacher_scores=_scores(load_clip(name, pretrained=config.teacher_pretrained), tasks),
                     student_scores=_scores(load_clip(str(student)), tasks),
                 )
             )

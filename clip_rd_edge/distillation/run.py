@@ -13,8 +13,9 @@ tensorboard/     the same metrics for TensorBoard, if requested; see also tracke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -44,9 +45,9 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.store.embedding_store import MANIFEST, CacheManifest, open_cache
+from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders, manifests, open_caches
 from clip_rd_edge.distillation.store.store_build import build_cache, shard_maker
-from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher, TeacherEnsemble
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
@@ -54,7 +55,6 @@ from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
-from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_yaml
 
@@ -264,8 +264,7 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
 def _with_precision_of_store(config: RunConfig) -> RunConfig:
     """Return the configuration with a precision `auto` of the teacher replaced by that of its store, if it has one."""
     if config.teacher_cache and config.teacher_precision == "auto":
-        path = Path(config.teacher_cache) / MANIFEST
-        if is_file(path):
+        for path in manifests(Path(config.teacher_cache)):
             with suppress(ConfigError):  # reported when the store is opened
                 return _with_precision(config, teacher=read_json(path, CacheManifest).precision)
     return config
@@ -285,22 +284,30 @@ def _prepare_teacher(
     config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
 ) -> tuple[BatchTeacher | None, ViewDataset]:
     """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
-    if setup.teacher is None:
+    if not setup.teachers:
         return None, make_dataset(config, setup)
-    teacher = Teacher(
-        setup.teacher,
-        processes.device,
-        autocast=AUTOCAST[config.teacher_precision],
-        caption_batch=caption_batch(config, processes.device),
-    )
+    teachers = _make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
     if config.teacher_cache is None:
-        return teacher, make_dataset(config, setup)
-    folder, dataset = Path(config.teacher_cache), make_dataset(config, setup, with_teacher_pixels=False)
-    maker = shard_maker(config, teacher, setup.pairs, dataset.crops)
-    build_cache(folder, maker, processes, reporter=reporter)
-    setup.teacher.model.to("cpu")
-    dataset.cache = open_cache(folder)
-    return CachedTeacher(maker.manifest.logit_scale, processes.device), dataset
+        return _as_one(teachers), make_dataset(config, setup)
+    dataset = make_dataset(config, setup, with_teacher_pixels=False)
+    with processes.together():
+        folders = cache_folders(Path(config.teacher_cache), setup.teachers)
+    for folder, teacher in zip(folders, teachers, strict=True):
+        build_cache(folder, shard_maker(config, teacher, setup.pairs, dataset.crops), processes, reporter=reporter)
+        teacher.clip.model.to("cpu")
+    dataset.cache = open_caches(folders)
+    return CachedTeacher(_as_one(teachers).logit_scale, processes.device), dataset
+
+
+def _make_teachers(
+    config: RunConfig, setup: RunSetup, device: torch.device, autocast: torch.dtype | None
+) -> list[Teacher]:
+    captions = caption_batch(config, device)
+    return [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in setup.teachers]
+
+
+def _as_one(teachers: Sequence[Teacher]) -> BatchTeacher:
+    return TeacherEnsemble(teachers) if len(teachers) > 1 else teachers[0]
 
 
 def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
@@ -313,20 +320,15 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
     with processes.together():
         batch = next(iter(step_loader(make_dataset(config, setup), sampler, workers=0)))
 
-    def make_teacher(autocast: torch.dtype | None) -> Teacher:
-        # A new one each time, so that no cached caption embeddings remain.
-        assert setup.teacher is not None
-        return Teacher(
-            setup.teacher, single.device, autocast=autocast, caption_batch=caption_batch(config, single.device)
-        )
-
-    if setup.teacher:
-        precision, reason = choose_teacher_precision(config.teacher_precision, make_teacher, batch, single.device)
+    # New ones each time, so that no cached caption embeddings remain.
+    make_teachers = partial(_make_teachers, config, setup, single.device)
+    if setup.teachers:
+        precision, reason = choose_teacher_precision(config.teacher_precision, make_teachers, batch, single.device)
         config = _with_precision(config, teacher=_common_precision(precision, processes))
-        reporter.say(f"precision of the teacher: {reason}")
+        reporter.say(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
-        teacher = make_teacher(AUTOCAST[config.teacher_precision]) if setup.teacher else None
+        teacher = _as_one(make_teachers(AUTOCAST[config.teacher_precision])) if setup.teachers else None
         objective = setup.objective.to(single.device)
         settings = step_settings(config, autocast, single.device)
         # An empty bank serves: its products have the same precision in every case.

@@ -9,7 +9,7 @@ always that of the global batch, and the processes only have to sum the gradient
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -226,7 +226,7 @@ def _part(batch: Batch, part: slice) -> Batch:
     pixels, embeddings, paired = batch.teacher_pixels, batch.teacher_embeddings, batch.paired
     return Batch(
         batch.student_pixels[part],
-        None if pixels is None else pixels[part],
+        tuple(each[part] for each in pixels),
         batch.captions[part],
         teacher_embeddings=None if embeddings is None else (embeddings[0][part], embeddings[1][part]),
         paired=None if paired is None else paired[part],
@@ -266,17 +266,22 @@ def measured_precisions(device: torch.device) -> tuple[Precision, ...]:
 
 
 def choose_teacher_precision(
-    requested: Precision, make_teacher: Callable[[torch.dtype | None], Teacher], batch: Batch, device: torch.device
+    requested: Precision,
+    make_teachers: Callable[[torch.dtype | None], Sequence[Teacher]],
+    batch: Batch,
+    device: torch.device,
 ) -> tuple[Precision, str]:
-    """Return the precision of the teacher, and the reason as a sentence."""
+    """Return the precision of the teachers, and the reason as a sentence."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
-    pixels = batch.teacher_pixels
-    if pixels is None:
-        raise ValueError("The batch was loaded without pixels for the teacher.")
-    teachers = {name: make_teacher(AUTOCAST[name]) for name in measured_precisions(device)}
-    calls = {name: partial(teacher.embed_images, pixels) for name, teacher in teachers.items()}
+    teachers = {name: make_teachers(AUTOCAST[name]) for name in measured_precisions(device)}
+    calls = {name: partial(_embed_images, each, batch) for name, each in teachers.items()}
     return _measure_precision(calls, "embedding a batch's images", device)
+
+
+def _embed_images(teachers: Sequence[Teacher], batch: Batch) -> None:
+    for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True):
+        teacher.embed_images(pixels)
 
 
 def choose_precision(

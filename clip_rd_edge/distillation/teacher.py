@@ -1,8 +1,9 @@
-"""The teacher during training: frozen, with its own preprocessing and cached captions; or read from a cache."""
+"""The teachers during training: frozen, with their own preprocessing and cached captions; or read from a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,17 +12,17 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
+from clip_rd_edge.losses.ensemble import side_by_side
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 
 
 class BatchTeacher(Protocol):
-    """The teacher as seen by a training step.
+    """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
 
-    Attributes:
-        logit_scale: γ_t, a multiplier.
-    """
-
-    logit_scale: float
+    @property
+    def logit_scale(self) -> float | tuple[float, ...]:
+        """γ_t, a multiplier, or those of several teachers."""
+        ...
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's image and text embeddings of a batch, (B, D) each, L2-normalised, without graph."""
@@ -67,9 +68,7 @@ class Teacher:
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `BatchTeacher`."""
-        if batch.teacher_pixels is None:
-            raise ValueError("The batch was loaded without pixels for the teacher.")
-        return self.embed_images(batch.teacher_pixels), self.embed_captions(batch.captions)
+        return _embed([self], batch)
 
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
@@ -80,17 +79,45 @@ class Teacher:
         return embeddings
 
 
-class CachedTeacher:
-    """Returns the embeddings that the loader read from a teacher cache."""
+class TeacherEnsemble:
+    """Several teachers, each with its own tokenizer, preprocessing and size of images."""
 
-    def __init__(self, logit_scale: float, device: torch.device) -> None:
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = teachers
+        self.logit_scale = tuple(teacher.logit_scale for teacher in teachers)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `BatchTeacher`."""
+        return _embed(self.teachers, batch)
+
+
+def _embed(teachers: Sequence[Teacher], batch: Batch) -> tuple[Tensor, Tensor]:
+    if len(batch.teacher_pixels) != len(teachers):
+        raise ValueError(
+            f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(teachers)} teachers."
+        )
+    images = [
+        teacher.embed_images(pixels).float() for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)
+    ]
+    return side_by_side(images), side_by_side([teacher.embed_captions(batch.captions) for teacher in teachers])
+
+
+class CachedTeacher:
+    """Returns the embeddings that the loader read from a teacher cache.
+
+    Args:
+        logit_scale: of the teacher, or of each of several teachers whose embeddings are side by side.
+    """
+
+    def __init__(self, logit_scale: float | tuple[float, ...], device: torch.device) -> None:
         self.logit_scale, self._device = logit_scale, device
+        self._norm = math.sqrt(len(logit_scale)) if isinstance(logit_scale, tuple) else 1.0
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See `BatchTeacher`."""
         if batch.teacher_embeddings is None:
             raise ValueError("The batch was loaded without a teacher cache.")
-        image, text = (embeddings.to(self._device).float() for embeddings in batch.teacher_embeddings)
+        image, text = (embeddings.to(self._device).float() / self._norm for embeddings in batch.teacher_embeddings)
         return image, text
 
 

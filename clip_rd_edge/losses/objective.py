@@ -9,7 +9,8 @@
     text_to_text     t_t·s_t       VRD
 
 CLIP uses only the task term; CLIP-KD adds FD, ICL and HRD; CLIP-RD adds VRD and XRD to these. The relations to a bank
-have B×K products of their own, see `losses.bank`.
+have B×K products of their own, see `losses.bank`. Of several teachers, `teacher` is one product for each: see
+`losses.ensemble`.
 
 In a batch of images and captions that only partly belong together, the terms of PAIR_TERMS, which compare an image with
 its own caption, are those of the B' ≤ B pairs in it: their means are over B', and the others' are over B. HRD and
@@ -23,7 +24,7 @@ block are computed separately and then freed: twice the products, but memory gro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.losses.bank import Bank, bank_divergence
+from clip_rd_edge.losses.ensemble import teacher_parts
 from clip_rd_edge.losses.logits import PUBLISHED_START, Logits, ScaleKind, Scales, compute_logits
 from clip_rd_edge.losses.terms import (
     affinity_mimicking,
@@ -43,6 +45,7 @@ from clip_rd_edge.losses.terms import (
 )
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
 
+TeacherScale = float | Tensor | tuple[float, ...]
 # Terms that need the caption of an image; see above.
 PAIR_TERMS = frozenset({"task", "icl", "vrd_kl", "xrd"})
 
@@ -109,6 +112,8 @@ class LossTerms:
 class EmbeddingBatch:
     """L2-normalised embeddings of the global batch, (B, D) each; the teacher's are None if there is no teacher.
 
+    Those of several teachers are side by side, see `losses.ensemble`.
+
     Attributes:
         bank: what the `bank` term compares with; None without this term.
         paired: which rows are an image and its own caption, (B,) bool; None if all are.
@@ -143,8 +148,9 @@ class Objective(nn.Module):
     Args:
         weights: weights of the terms.
         scales, scale_start: see `losses.logits.Scales`.
-        widths: embedding sizes of the student and the teacher, None without a teacher. If they differ, terms that
-            compare the two use learned linear projections of the student's image and text embeddings.
+        widths: embedding sizes of the student and of each teacher, None without a teacher. If the student's is not
+            that of the teachers side by side, terms that compare the two use learned linear projections of the
+            student's image and text embeddings.
         bank_temperature: τ of the `bank` term.
 
     Raises:
@@ -157,7 +163,7 @@ class Objective(nn.Module):
         *,
         scales: ScaleKind = "bounded",
         scale_start: float = PUBLISHED_START,
-        widths: tuple[int, int] | None = None,
+        widths: tuple[int, ...] | None = None,
         bank_temperature: float = 1.0,
     ) -> None:
         super().__init__()
@@ -165,15 +171,17 @@ class Objective(nn.Module):
             raise ConfigError("All weights of the objective are 0; expected at least one term, such as task: 1.")
         self.weights, self.bank_temperature = weights, bank_temperature
         self.scales = Scales(scales, start=scale_start)
-        differ = widths is not None and widths[0] != widths[1]
-        self.image_projection = nn.Linear(*widths, bias=False) if widths and differ else nn.Identity()
-        self.text_projection = nn.Linear(*widths, bias=False) if widths and differ else nn.Identity()
+        student, *self.teacher_widths = widths or (0,)
+        total = sum(self.teacher_widths)
+        differ = widths is not None and student != total
+        self.image_projection = nn.Linear(student, total, bias=False) if differ else nn.Identity()
+        self.text_projection = nn.Linear(student, total, bias=False) if differ else nn.Identity()
 
     def forward(
         self,
         batch: EmbeddingBatch,
         student_scale: Tensor,
-        teacher_scale: float | Tensor,
+        teacher_scale: TeacherScale,
         *,
         block: slice | None = None,
     ) -> LossTerms:
@@ -182,7 +190,7 @@ class Objective(nn.Module):
         Args:
             batch: embeddings of the global batch.
             student_scale: γ_s, the student's logit scale as a multiplier, a scalar.
-            teacher_scale: γ_t, the teacher's logit scale.
+            teacher_scale: γ_t, the teacher's logit scale, or those of several teachers.
             block: pairs `start` to `stop`; the losses of blocks that partition the batch add up to that of the batch.
         """
         whole = pairs = _Products(batch, self, student_scale, teacher_scale, block)
@@ -202,7 +210,7 @@ class _Products:
         batch: EmbeddingBatch,
         objective: Objective,
         student_scale: Tensor,
-        teacher_scale: float | Tensor,
+        teacher_scale: TeacherScale,
         block: slice | None,
     ) -> None:
         self.s_v, self.s_t = _at_least_float32(batch.student_image), _at_least_float32(batch.student_text)
@@ -212,8 +220,12 @@ class _Products:
             self.t_v, self.t_t = _at_least_float32(batch.teacher_image), _at_least_float32(batch.teacher_text)
             self.p_v = _projected(objective.image_projection, self.s_v)
             self.p_t = _projected(objective.text_projection, self.s_t)
-        self._scales, self._student_scale, self._teacher_scale = objective.scales, student_scale, teacher_scale
-        self._bank, self._bank_scale = batch.bank, teacher_scale / objective.bank_temperature
+        self._scales, self._student_scale = objective.scales, student_scale
+        self._teacher_scales = teacher_scale if isinstance(teacher_scale, tuple) else (teacher_scale,)
+        self._teacher_widths = objective.teacher_widths
+        if len(self._teacher_scales) != max(1, len(self._teacher_widths)):
+            raise ValueError(f"{len(self._teacher_scales)} scales were given for {len(self._teacher_widths)} teachers.")
+        self._bank, self._bank_temperature = batch.bank, objective.bank_temperature
         self._block = block
         self._computed: dict[str, Logits] = {}
 
@@ -227,17 +239,27 @@ class _Products:
             raise ValueError("The batch has no bank to compare with.")
         block = self._block or slice(None)
         with torch.autocast(self.s_v.device.type, enabled=False):
-            student = torch.cat([self.p_v[block], self.p_t[block]])
-            teacher = torch.cat([self.t_v[block], self.t_t[block]])
-            image = bank_divergence(student, teacher, self._bank.image, scale=self._bank_scale)
-            text = bank_divergence(student, teacher, self._bank.text, scale=self._bank_scale)
-        return (image + text) / (4 * len(self.s_v))
+            student = self._parts(torch.cat([self.p_v[block], self.p_t[block]]))
+            teacher = self._parts(torch.cat([self.t_v[block], self.t_t[block]]))
+            total = student[0].new_zeros(())
+            for entries in (self._bank.image, self._bank.text):
+                for k, part in enumerate(self._parts(entries)):
+                    scale = self._teacher_scales[k] / self._bank_temperature
+                    total = total + bank_divergence(student[k], teacher[k], part, scale=scale)
+        return total / (4 * len(self.s_v) * len(student))
 
     def student(self) -> Logits:
         return self._cached("student", lambda: (self._student_scale, self.s_v, self.s_t))
 
-    def teacher(self) -> Logits:
-        return self._cached("teacher", lambda: (self._teacher_scale, self.t_v, self.t_t))
+    def teachers(self) -> list[Logits]:
+        images, texts = self._parts(self.t_v), self._parts(self.t_t)
+        return [self._teacher(k, *pair) for k, pair in enumerate(zip(images, texts, strict=True))]
+
+    def _teacher(self, k: int, image: Tensor, text: Tensor) -> Logits:
+        return self._cached(f"teacher {k}", lambda: (self._teacher_scales[k], image, text))
+
+    def _parts(self, embeddings: Tensor) -> list[Tensor]:
+        return teacher_parts(embeddings, self._teacher_widths)
 
     def image_to_text(self) -> Logits:
         return self._cached("image_to_text", lambda: (self._scale("cross"), self.t_v, self.p_t))
@@ -267,14 +289,19 @@ _TERMS: dict[str, Callable[[_Products], Tensor]] = {
     "task": lambda p: symmetric_contrastive(p.student()),
     "fd": lambda p: p.feature_distillation(),
     "icl": lambda p: interactive_contrastive(p.text_to_image(), p.image_to_text()),
-    "hrd": lambda p: relation_divergence(p.teacher(), p.student()),
-    "affinity": lambda p: affinity_mimicking(p.teacher(), p.student()),
+    "hrd": lambda p: _mean(relation_divergence(teacher, p.student()) for teacher in p.teachers()),
+    "affinity": lambda p: _mean(affinity_mimicking(teacher, p.student()) for teacher in p.teachers()),
     "vrd_kl": lambda p: relation_divergence(p.text_to_text(), p.image_to_image()),
     "vrd_ce_image": lambda p: symmetric_contrastive(p.image_to_image()),
     "vrd_ce_text": lambda p: symmetric_contrastive(p.text_to_text()),
     "xrd": lambda p: cross_relation_divergence(p.image_to_text(), p.text_to_image()),
     "bank": lambda p: p.bank_divergence(),
 }
+
+
+def _mean(terms: Iterable[Tensor]) -> Tensor:
+    terms = list(terms)
+    return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
 
 
 def _compute(name: str, products: _Products) -> Tensor:

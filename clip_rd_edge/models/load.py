@@ -42,9 +42,10 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     """Load a model with its tokenizer and preprocessing, in evaluation mode, on the CPU.
 
     Args:
-        spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `hf-hub:ORG/REPO`, `local-dir:PATH`,
-            the path of such a folder, or the folder of a run, whose student is loaded.
-        pretrained: for an architecture, an open_clip tag or a checkpoint file.
+        spec: `ViT-B-32` or `open_clip:ViT-B-32` (an architecture of open_clip), `ViT-B-32@openai` (with a tag),
+            `hf-hub:ORG/REPO`, `local-dir:PATH`, the path of such a folder, or the folder of a run, whose student is
+            loaded.
+        pretrained: for an architecture without a tag of its own, an open_clip tag or a checkpoint file.
 
     Raises:
         InputError: the folder, file or architecture does not exist (with suggestions), or the download failed.
@@ -54,6 +55,9 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
 
     spec = spec.removeprefix("open_clip:")
     folder = model_folder(spec)
+    if folder is None and not spec.startswith("hf-hub:") and not exists(spec):
+        spec, _, tag = spec.partition(_TAG_MARK)
+        pretrained = tag or pretrained
     if folder is not None:
         spec = f"{LOCAL_DIR}{folder}"
         model_cfg = read_open_clip_config(folder)["model_cfg"]
@@ -165,6 +169,7 @@ def _usage(folder: Path | None) -> _Usage:
     return _Usage() if path is None or not path.is_file() else read_json(path, _Usage)
 
 
+_TAG_MARK = "@"  # between an architecture and its pretrained tag
 _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images", "texts", "steps", "seed", "date")
 
 
@@ -180,10 +185,14 @@ def training_facts(spec: str) -> dict[str, str]:
     # Of paths only the last part: the others say where a file was on the machine that trained, and to whom it belonged.
     facts = {name: record.get(name) for name in _TRAINING_FACTS}
     return {
-        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+        name: ", ".join(map(_without_folder, value)) if isinstance(value, list) else _without_folder(value)
         for name, value in facts.items()
         if value not in (None, "")
     }
+
+
+def _without_folder(value: object) -> str:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
 def _display_name(spec: str, pretrained: str | None) -> str:

@@ -61,7 +61,7 @@ def main(output: str, name: str, chunks: int, block: int, global_logits: int) ->
             for _, parameter in parameters:
                 parameter.grad = None
             messages.counts.clear()
-            result = step(Batch(pixels[local], pixels[local], CAPTIONS[local]), 0)
+            result = step(Batch(pixels[local], (pixels[local],), CAPTIONS[local]), 0)
             gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
             record = {"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}
             results.append({**record, "messages": dict(messages.counts)})

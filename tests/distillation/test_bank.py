@@ -16,7 +16,13 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.store.embedding_store import TeacherCache, image_shard, open_cache, text_shard
+from clip_rd_edge.distillation.store.embedding_store import (
+    TeacherCache,
+    TeacherCaches,
+    image_shard,
+    open_cache,
+    text_shard,
+)
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.arrays import load_array
 
@@ -59,7 +65,9 @@ def cache(cached: RunConfig, tmp_path: Path) -> TeacherCache:
 
 
 def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tensor]:
-    bank = StoredBank(cache, size=size, seed=seed, device=CPU).with_batch(torch.empty(0), torch.empty(0))
+    bank = StoredBank(TeacherCaches((cache,)), size=size, seed=seed, device=CPU).with_batch(
+        torch.empty(0), torch.empty(0)
+    )
     return [bank.image, bank.text]
 
 

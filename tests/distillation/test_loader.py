@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import resource
 import tarfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +25,9 @@ STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def batches(path: Path, start: int, stop: int, *, workers: int = 0, teacher: Preprocessing | None = None):  # type: ignore[no-untyped-def]
+def batches(path: Path, start: int, stop: int, *, workers: int = 0, teachers: Sequence[Preprocessing] = ()):  # type: ignore[no-untyped-def]
     pairs = load_pairs(str(path))
-    dataset = ViewDataset(pairs, STUDENT, teacher, crops=Crops(scale=(0.5, 1.0)), seed=3)
+    dataset = ViewDataset(pairs, STUDENT, teachers, crops=Crops(scale=(0.5, 1.0)), seed=3)
     return list(step_loader(dataset, StepSampler([24], 5, seed=3, start=start, stop=stop), workers=workers))
 
 
@@ -45,7 +46,7 @@ def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pai
 
 
 def test_crops_differ_between_epochs(pairs_csv: Path) -> None:
-    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, None, crops=Crops(scale=(0.2, 0.9)), seed=0)
+    dataset = ViewDataset(load_pairs(str(pairs_csv)), STUDENT, [], crops=Crops(scale=(0.2, 0.9)), seed=0)
     assert not np.array_equal(dataset[0, 0][0], dataset[1, 0][0])
 
 
@@ -64,21 +65,20 @@ def test_the_pairs_of_an_epoch_are_cropped_differently(pairs_csv: Path, monkeypa
 
 
 def test_the_teacher_gets_the_same_crop_in_its_own_preprocessing(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teacher=TEACHER)
-    assert batch.teacher_pixels is not None
-    assert batch.teacher_pixels.shape == (5, 3, 16, 16)
-    student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, batch.teacher_pixels))
+    (batch,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
+    (pixels,) = batch.teacher_pixels
+    assert pixels.shape == (5, 3, 16, 16)
+    student, teacher = (pixels.float().mean((2, 3)) for pixels in (batch.student_pixels, pixels))
     torch.testing.assert_close(student, teacher, atol=8, rtol=0)
 
 
 def test_models_that_differ_in_mean_and_deviation_alone_share_their_pixels(pairs_csv: Path) -> None:
-    (batch,) = batches(pairs_csv, 0, 1, teacher=msgspec.structs.replace(TEACHER, size=STUDENT.size))
-    assert batch.teacher_pixels is batch.student_pixels
+    (batch,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(TEACHER, size=STUDENT.size)])
+    assert batch.teacher_pixels[0] is batch.student_pixels
     assert batch.student_pixels.dtype == torch.uint8
     assert batch.student_pixels.is_contiguous(memory_format=torch.channels_last)
-    (other,) = batches(pairs_csv, 0, 1, teacher=msgspec.structs.replace(STUDENT, interpolation="bilinear"))
-    assert other.teacher_pixels is not None
-    assert not torch.equal(other.teacher_pixels, other.student_pixels)
+    (other,) = batches(pairs_csv, 0, 1, teachers=[msgspec.structs.replace(STUDENT, interpolation="bilinear")])
+    assert not torch.equal(other.teacher_pixels[0], other.student_pixels)
 
 
 @pytest.mark.parametrize("size", [(72, 72), (150, 100), (100, 150), (192, 108), (300, 100)])
@@ -88,7 +88,7 @@ def test_the_views_of_an_image_of_any_shape_are_all_different(size: tuple[int, i
         Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "pairs.csv").write_text("filepath,title\na.png,one\nb.png,two\n")
     dataset = ViewDataset(
-        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, None, crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
+        load_pairs(str(tmp_path / "pairs.csv")), STUDENT, [], crops=Crops(scale=(0.9, 1.0)), seed=0, views=8
     )
     views = [dataset[view, index].student_pixels.tobytes() for view in range(8) for index in range(2)]
     assert len(set(views)) == 16  # nor are the two pairs, which show the same image, cropped alike
@@ -112,7 +112,9 @@ def shards(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def shard_batches(source: str, start: int, *, workers: int, max_bad: float) -> tuple[list[Batch], ViewDataset]:
-    dataset = ViewDataset(load_pairs(source), STUDENT, TEACHER, crops=Crops(scale=(0.5, 1.0)), seed=3, max_bad=max_bad)
+    dataset = ViewDataset(
+        load_pairs(source), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3, max_bad=max_bad
+    )
     sampler = StepSampler([24], 5, seed=3, start=start, stop=9)
     return list(step_loader(dataset, sampler, workers=workers)), dataset
 
@@ -124,9 +126,7 @@ def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) 
         assert expected.captions == actual.captions
         assert expected.bad == actual.bad
         assert torch.equal(expected.student_pixels, actual.student_pixels)
-        assert expected.teacher_pixels is not None
-        assert actual.teacher_pixels is not None
-        assert torch.equal(expected.teacher_pixels, actual.teacher_pixels)
+        assert torch.equal(expected.teacher_pixels[0], actual.teacher_pixels[0])
     assert {index for batch in uninterrupted for index, _ in batch.bad} == {5, 14}
     assert len(dataset.bad) == 2
     numbers = {int(caption.split()[-1]) for batch in uninterrupted for caption in batch.captions}
@@ -135,7 +135,7 @@ def test_shards_resume_identically_in_workers_and_skip_bad_samples(shards: str) 
 
 
 def test_shards_and_a_table_give_the_same_batches(shards: str, pairs_csv: Path) -> None:
-    (from_table,) = batches(pairs_csv, 0, 1, teacher=TEACHER)
+    (from_table,) = batches(pairs_csv, 0, 1, teachers=[TEACHER])
     from_shards, _ = shard_batches(shards, 0, workers=0, max_bad=0.1)
     captions = zip(from_table.captions, from_shards[0].captions, strict=True)
     valid = [row for row, (expected, actual) in enumerate(captions) if expected == actual]
@@ -157,7 +157,7 @@ def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch
         return pinned[-1]
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    (apart,), (shared,) = (batches(pairs_csv, 0, 1, teacher=teacher) for teacher in (TEACHER, STUDENT))
+    (apart,), (shared,) = (batches(pairs_csv, 0, 1, teachers=[teacher]) for teacher in (TEACHER, STUDENT))
     half = torch.zeros(5, 8, dtype=torch.float16)
     for batch in (apart, replace(shared, teacher_embeddings=(half, half + 1))):
         pinned.clear()
@@ -166,13 +166,13 @@ def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch
         assert result.captions == batch.captions
         for actual, expected in (
             (result.student_pixels, batch.student_pixels),
-            (result.teacher_pixels, batch.teacher_pixels),
+            *zip(result.teacher_pixels, batch.teacher_pixels, strict=True),
             *zip(result.teacher_embeddings or (), batch.teacher_embeddings or (), strict=True),
         ):
             assert any(actual is tensor for tensor in pinned)
             assert torch.equal(actual, expected)
     assert len(pinned) == 3  # pixels that student and teacher share are pinned once
-    assert result.teacher_pixels is result.student_pixels
+    assert result.teacher_pixels[0] is result.student_pixels
 
 
 class Cramped(ViewDataset):
@@ -186,7 +186,7 @@ class Cramped(ViewDataset):
 
 def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
     """torch prints an error and waits for the lost batch for ever."""
-    dataset = Cramped(load_pairs(str(pairs_csv)), STUDENT, TEACHER, crops=Crops(scale=(0.5, 1.0)), seed=3)
+    dataset = Cramped(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
     loader = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
     with pytest.raises(DiskFullError, match=r"pass a batch of 0\.0 MB through shared memory: File too large") as caught:
         next(loader)

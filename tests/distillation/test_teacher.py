@@ -32,7 +32,7 @@ def test_accumulate_chunks_the_teacher_as_well() -> None:
     teacher.clip.model.get_submodule("text").register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
     step = TrainingStep(tiny(0), teacher, Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3))
     pixels = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    result = step(Batch(pixels, pixels, CAPTIONS), 0)
+    result = step(Batch(pixels, (pixels,), CAPTIONS), 0)
     assert images == texts == [2, 2, 2]
     whole = Teacher(tiny(1), torch.device("cpu"), autocast=None)
     assert result.embeddings.teacher_image is not None
@@ -50,7 +50,7 @@ def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
         StepSettings(chunks=2),
     )
     pixels = torch.randint(256, (6, 3, 32, 32), generator=generator).byte()
-    batch = Batch(pixels, None, CAPTIONS, teacher_embeddings=(image.half(), text.half()))
+    batch = Batch(pixels, (), CAPTIONS, teacher_embeddings=(image.half(), text.half()))
     embeddings = step(batch, 0).embeddings
     assert embeddings.teacher_image is not None
     assert embeddings.teacher_text is not None

@@ -170,7 +170,7 @@ def compute(step: TrainingStep, paired: Sequence[bool]) -> dict[str, Tensor]:
     pixels = torch.randint(256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(2)).byte()
     size = len(pixels) // processes.world_size
     part = slice(processes.rank * size, (processes.rank + 1) * size)
-    batch = Batch(pixels[part], pixels[part], CAPTIONS[part], paired=tuple(paired)[part])
+    batch = Batch(pixels[part], (pixels[part],), CAPTIONS[part], paired=tuple(paired)[part])
     result = step(batch, 0)
     parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distillation.build import load_teacher, training_pairs
+from clip_rd_edge.distillation.build import load_teachers, training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store.embedding_store import CacheManifest
+from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders
 from clip_rd_edge.distillation.store.store_build import (
     BATCH_SIZE,
     Shard,
@@ -24,14 +24,14 @@ from clip_rd_edge.distillation.store.store_build import (
 )
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import default_device
+from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
 def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None, reporter: Reporter = SILENT) -> None:
-    """Compute what is missing in the store `folder`, for runs with this configuration's teacher, pairs and crops.
+    """Compute what is missing in the store `folder`, for runs with this configuration's teachers, pairs and crops.
 
     Args:
         config: its `views` are those of the store, its `teacher_precision` is not `auto`.
@@ -48,15 +48,20 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         with processes.main_first():
             pairs = training_pairs(config, reporter=shown)
         with processes.together():
-            maker = _maker(config, pairs)
-        compute = partial(_on_cluster, cluster, config, maker.manifest) if cluster else None
-        build_cache(folder, maker, processes, compute=compute, reporter=shown)
+            teachers = load_teachers(config)
+            if not teachers:
+                raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+            folders = cache_folders(folder, teachers)
+        for number, (clip, its_folder) in enumerate(zip(teachers, folders, strict=True)):
+            with processes.together():
+                maker = _maker(config, clip, pairs)
+            compute = partial(_on_cluster, cluster, config, number, maker.manifest) if cluster else None
+            build_cache(its_folder, maker, processes, compute=compute, reporter=shown)
+            clip.model.to("cpu")
 
 
-def _maker(config: RunConfig, pairs: Pairs) -> ShardMaker:
-    clip, device = load_teacher(config), default_device()
-    if clip is None:
-        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
+    device = default_device()
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
     teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
     return shard_maker(config, teacher, pairs, _crops(config))
@@ -71,15 +76,16 @@ def _crops(config: RunConfig) -> Crops:
 
 
 def _on_cluster(
-    address: str, config: RunConfig, manifest: CacheManifest, tasks: Iterable[ShardTask]
+    address: str, config: RunConfig, number: int, manifest: CacheManifest, tasks: Iterable[ShardTask]
 ) -> Iterator[tuple[ShardTask, Shard]]:
     tasks = list(tasks)
-    yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, manifest), tasks), strict=True)
+    yield from zip(tasks, map_on_cluster(address, partial(_make_worker, config, number, manifest), tasks), strict=True)
 
 
-def _make_worker(config: RunConfig, manifest: CacheManifest) -> ShardMaker:
-    """Return what computes shards in a worker, whose data and teacher must be those of the store."""
-    maker = _maker(config, training_pairs(config))
+def _make_worker(config: RunConfig, number: int, manifest: CacheManifest) -> ShardMaker:
+    """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
+    clip = load_clip(config.teachers[number], pretrained=config.teacher_pretrained)
+    maker = _maker(config, clip, training_pairs(config))
     for name in ("teacher_sha256", "pairs_sha256"):
         if getattr(maker.manifest, name) != getattr(manifest, name):
             what = "teacher" if name == "teacher_sha256" else "data"

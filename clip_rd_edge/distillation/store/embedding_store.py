@@ -11,6 +11,9 @@
 With a cache, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher is not even
 loaded. A cache is rejected if anything differs that its embeddings depend on; where the data lie does not matter.
 
+The embeddings of several teachers are several caches side by side, in a folder each: FOLDER/teacher-SHA256, after the
+teacher's fingerprint, so that a run with some of the teachers, or with another one more, finds what is there.
+
 Images are stored by view and pair, captions once each, by a hash of their text. A pair that could not be read when the
 cache was built has a row of zeros, which no embedding is: it is then bad in training, too, and another pair takes its
 place with its own row.
@@ -153,6 +156,21 @@ class TeacherCache:
         return row
 
 
+@dataclass(frozen=True)
+class TeacherCaches:
+    """Reads the complete caches of one or several teachers, over the same views of the same pairs."""
+
+    caches: tuple[TeacherCache, ...]
+
+    def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
+        """See `loader.EmbeddingSource`."""
+        rows = [row for cache in self.caches if (row := cache.lookup(epoch, index, caption)) is not None]
+        if len(rows) < len(self.caches):
+            return None
+        images, texts = zip(*rows, strict=True)
+        return np.concatenate(images), np.concatenate(texts)
+
+
 def caption_key(caption: str) -> int:
     """Return a hash of 64 bits: of 15 million captions, two share one with a probability of 6e-6."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=KEY.itemsize).digest(), "little")
@@ -181,6 +199,33 @@ def text_shard(folder: Path, shard: int) -> Path:
 def caption_shard(folder: Path, shard: int) -> Path:
     """Return the path of the keys of the captions of a shard's pairs."""
     return folder / "captions" / f"shard-{shard:05d}.npy"
+
+
+def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
+    """Return the folder of each teacher's cache: `folder` itself, or those of several teachers in it.
+
+    Raises:
+        UsageError: there are several teachers, but `folder` is something else than caches of several.
+    """
+    beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
+    if len(teachers) == 1 and not beside:
+        return [folder]
+    if is_file(folder / MANIFEST):
+        raise UsageError(
+            f"The teacher cache {folder} is that of one teacher, but the run has {len(teachers)}.",
+            hint="choose another --teacher-cache",
+        )
+    if is_folder(folder) and any(not path.name.startswith(_OF_A_TEACHER) for path in folder.iterdir()):
+        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
+    return [folder / f"{_OF_A_TEACHER}{teacher_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Return the paths of the manifests of a cache of one teacher, or of several."""
+    return [path for path in (folder / MANIFEST, *sorted(folder.glob(f"{_OF_A_TEACHER}*/{MANIFEST}"))) if is_file(path)]
+
+
+_OF_A_TEACHER, _SHORT = "teacher-", 16
 
 
 def claim_folder(folder: Path, manifest: CacheManifest) -> None:
@@ -228,6 +273,11 @@ def open_cache(folder: Path) -> TeacherCache:
     if not (folder / COMPLETE).is_file():
         raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")
     return TeacherCache(folder, manifest, read_json(folder / COMPLETE, CompleteCache).captions)
+
+
+def open_caches(folders: Sequence[Path]) -> TeacherCaches:
+    """Open the complete caches of all teachers of a run; raises as `open_cache`."""
+    return TeacherCaches(tuple(map(open_cache, folders)))
 
 
 def teacher_fingerprint(clip: ClipModel) -> str:

@@ -257,7 +257,7 @@ class ShardMaker:
             self._data_set = ViewDataset(
                 self.pairs,
                 self._teacher.clip.preprocessing,
-                None,
+                [],
                 crops=self.manifest.crops,
                 seed=self.manifest.seed,
                 views=self.manifest.views,

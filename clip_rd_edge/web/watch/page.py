@@ -91,7 +91,10 @@ def _facts(state: RunState) -> str:
         facts.append(("Last line", f"{duration(state.quiet_s)} ago", False))
     if config := state.config:
         facts += [("Recipe", config.recipe_name, True), ("Student", config.student, True)]
-        facts += [("Teacher", config.teacher, True)] if config.teacher else []
+        if isinstance(config.teacher, tuple):
+            facts.append(("Teachers", ", ".join(config.teacher), True))
+        elif config.teacher:
+            facts.append(("Teacher", config.teacher, True))
         sources = (("Data", config.data), ("Images", config.images), ("Texts", config.texts))
         facts += [(name, source, True) for name, source in sources if source]
     items = "".join(

@@ -37,7 +37,7 @@ class _Config(msgspec.Struct):
     data: str | None = None
     images: str | None = None
     texts: str | None = None
-    teacher: str | None = None
+    teacher: str | tuple[str, ...] | None = None
     tasks: tuple[str, ...] = ()
 
 

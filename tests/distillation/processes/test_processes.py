@@ -42,7 +42,7 @@ def compute(step: TrainingStep, *, loss_scale: float = 1.0) -> dict[str, Tensor]
     pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     size = len(pixels) // processes.world_size
     part = slice(processes.rank * size, (processes.rank + 1) * size)
-    result = step(Batch(pixels[part], pixels[part], CAPTIONS[part]), 0, loss_scale=loss_scale)
+    result = step(Batch(pixels[part], (pixels[part],), CAPTIONS[part]), 0, loss_scale=loss_scale)
     parameters = [*step.student.model.named_parameters(), *step.objective.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
     return {"loss": result.loss.total, **gradients}
@@ -97,7 +97,7 @@ def test_each_process_loads_its_own_part_of_the_batch() -> None:
 
 def in_chunks(student: ClipModel) -> None:
     step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), StepSettings(chunks=2))
-    step(Batch(torch.rand(8, 3, 32, 32), None, CAPTIONS), 3)
+    step(Batch(torch.rand(8, 3, 32, 32), (), CAPTIONS), 3)
 
 
 def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:

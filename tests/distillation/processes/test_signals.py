@@ -160,7 +160,7 @@ def dataset(pairs_csv: Path) -> ViewDataset:
 
     raw = student_config("test_resnet", embedding_size=8, image_size=32)["preprocess_cfg"]
     preprocessing = convert(raw, Preprocessing, source="test")
-    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, None, crops=Crops(scale=(0.9, 1.0)), seed=0)
+    return ViewDataset(load_pairs(str(pairs_csv)), preprocessing, [], crops=Crops(scale=(0.9, 1.0)), seed=0)
 
 
 posix = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")

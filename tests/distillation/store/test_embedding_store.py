@@ -65,8 +65,7 @@ def setup(config: RunConfig) -> RunSetup:
 
 
 def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
-    assert setup.teacher is not None
-    teacher = setup.teacher
+    teacher = setup.teachers[0]
 
     def run(**changes: object) -> None:
         arguments = {
@@ -96,11 +95,10 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
     config: RunConfig, setup: RunSetup, build: Callable[..., None]
 ) -> None:
     build()
-    assert setup.teacher is not None
     live, cached = make_dataset(config, setup), make_dataset(config, setup, with_teacher_pixels=False)
     cached.cache = open_cache(Path(str(config.teacher_cache)))
-    teacher = Teacher(setup.teacher, torch.device("cpu"), autocast=None)
-    cached_teacher = CachedTeacher(setup.teacher.logit_scale, torch.device("cpu"))
+    teacher = Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)
+    cached_teacher = CachedTeacher(setup.teachers[0].logit_scale, torch.device("cpu"))
     steps = StepSampler([24], 6, seed=0, start=0, stop=12)  # three epochs over two views
     live_batches, cached_batches = step_loader(live, steps, workers=0), step_loader(cached, steps, workers=0)
     for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
@@ -112,11 +110,10 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
 
 def live_embeddings(config: RunConfig, setup: RunSetup, view: int, index: int) -> tuple[np.ndarray, np.ndarray]:
     """What the teacher itself gives for a view, in float32."""
-    assert setup.teacher is not None
     dataset = make_dataset(config, setup)
     (batch,) = step_loader(dataset, [[(view, index)]], workers=0)
     assert batch.bad == ()
-    image, text = Teacher(setup.teacher, torch.device("cpu"), autocast=None).embed(batch)
+    image, text = Teacher(setup.teachers[0], torch.device("cpu"), autocast=None).embed(batch)
     return image[0].numpy(), text[0].numpy()
 
 
@@ -275,9 +272,8 @@ def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_ca
 
 
 def test_a_teacher_of_the_same_weights_with_another_activation_is_another_teacher(setup: RunSetup) -> None:
-    assert setup.teacher is not None
-    other = dataclasses.replace(setup.teacher, model_cfg={**setup.teacher.model_cfg, "quick_gelu": True})
-    assert embedding_store.teacher_fingerprint(other) != embedding_store.teacher_fingerprint(setup.teacher)
+    other = dataclasses.replace(setup.teachers[0], model_cfg={**setup.teachers[0].model_cfg, "quick_gelu": True})
+    assert embedding_store.teacher_fingerprint(other) != embedding_store.teacher_fingerprint(setup.teachers[0])
 
 
 def test_a_store_of_millions_of_rows_opens_at_once_and_its_rows_are_read_without_memory(tmp_path: Path) -> None:
@@ -330,9 +326,8 @@ def test_a_cache_with_another_setting_is_rejected_by_name(
 
 def test_a_cache_of_other_teacher_weights_is_rejected(setup: RunSetup, build: Callable[..., None]) -> None:
     build()
-    assert setup.teacher is not None
     with torch.no_grad():
-        setup.teacher.model.get_parameter("text.text_projection").add_(1e-3)
+        setup.teachers[0].model.get_parameter("text.text_projection").add_(1e-3)
     with pytest.raises(UsageError, match="its teacher_sha256 is"):
         build()
 

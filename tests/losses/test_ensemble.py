@@ -1,0 +1,197 @@
+"""Several teachers, each with a scale and a width of its own, compared with numpy in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_rd_edge.losses.bank import Bank
+from clip_rd_edge.losses.ensemble import side_by_side, teacher_parts
+from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
+
+Array = np.ndarray[Any, Any]
+ROWS, WIDTHS, SCALES = 5, (4, 3), (12.0, 30.0)
+STUDENT_SCALE, IMAGE_SCALE, TEXT_SCALE, CROSS_SCALE, TEMPERATURE = 8.0, 3.0, 4.0, 5.0, 2.0
+TERMS = tuple(Weights.__struct_fields__)
+
+
+def rows(count: int, width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(count, width, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def each_teacher(count: int, seed: int) -> list[Tensor]:
+    return [rows(count, width, seed + 10 * k) for k, width in enumerate(WIDTHS)]
+
+
+TEACHER_IMAGES, TEACHER_TEXTS = each_teacher(ROWS, 2), each_teacher(ROWS, 3)
+BANK_IMAGES, BANK_TEXTS = each_teacher(9, 4), each_teacher(7, 5)
+
+
+def make_batch() -> EmbeddingBatch:
+    student = [rows(ROWS, sum(WIDTHS), seed).requires_grad_() for seed in (0, 1)]
+    bank = Bank(side_by_side(BANK_IMAGES), side_by_side(BANK_TEXTS))
+    return EmbeddingBatch(*student, side_by_side(TEACHER_IMAGES), side_by_side(TEACHER_TEXTS), bank)
+
+
+def make_objective(*terms: str, student_width: int = sum(WIDTHS)) -> Objective:
+    widths = (student_width, *WIDTHS)
+    weights = Weights(**dict.fromkeys(terms, 1.0))
+    objective = Objective(weights, scales="raw", widths=widths, bank_temperature=TEMPERATURE).double()
+    with torch.no_grad():
+        for name, value in (("image", IMAGE_SCALE), ("text", TEXT_SCALE), ("cross", CROSS_SCALE)):
+            objective.scales.get_parameter(name).fill_(value)
+    return objective
+
+
+def evaluate(batch: EmbeddingBatch, *terms: str, block: slice | None = None) -> Tensor:
+    scale = torch.tensor(STUDENT_SCALE, dtype=torch.float64)
+    total: Tensor = make_objective(*terms)(batch, scale, SCALES, block=block).total
+    return total
+
+
+def log_softmax(row: Array) -> Array:
+    return row - np.log(sum(np.exp(row)))  # type: ignore[no-any-return]
+
+
+def divergence(target: Array, logits: Array) -> Any:
+    """KL of the rows, where no derivative reaches the target: the imaginary part is that of a complex step."""
+    total: Any = 0.0
+    for t, row in zip(target.real, logits, strict=True):
+        p = np.exp(log_softmax(t))
+        total += sum(p * (np.log(p) - log_softmax(row)))
+    return total / len(target)
+
+
+def both_ways(target: Array, logits: Array) -> Any:
+    return (divergence(target, logits) + divergence(target.T, logits.T)) / 2
+
+
+def contrastive(logits: Array) -> Any:
+    return -sum(log_softmax(row)[i] for i, row in enumerate(logits)) / len(logits)
+
+
+def entropy(logits: Array) -> Any:
+    return -sum(sum(np.exp(log_softmax(row)) * log_softmax(row)) for row in logits) / len(logits)
+
+
+def expected(term: str, s_v: Array, s_t: Array) -> Any:
+    """The definition of `losses.ensemble`, worked out from the embeddings of the single teachers."""
+    count = len(WIDTHS)
+    images, texts = [t.numpy() for t in TEACHER_IMAGES], [t.numpy() for t in TEACHER_TEXTS]
+    if term in ("task", "hrd", "affinity"):
+        logits = STUDENT_SCALE * s_v @ s_t.T
+        if term == "task":
+            return (contrastive(logits) + contrastive(logits.T)) / 2
+        total: Any = 0.0
+        for scale, image, text in zip(SCALES, images, texts, strict=True):
+            target = scale * image @ text.T
+            total += both_ways(target, logits) / count
+            if term == "affinity":
+                total += (entropy(target) + entropy(target.T)) / 2 / count
+        return total
+    if term == "bank":
+        total = 0.0
+        start = 0
+        for k, (width, scale) in enumerate(zip(WIDTHS, SCALES, strict=True)):
+            part = slice(start, start + width)
+            start += width
+            for student, teacher in ((s_v, images[k]), (s_t, texts[k])):
+                for bank in (BANK_IMAGES[k].numpy(), BANK_TEXTS[k].numpy()):
+                    gamma = scale / TEMPERATURE
+                    own = gamma * np.sqrt(count) * student[:, part] @ bank.T
+                    total += divergence(gamma * teacher @ bank.T, own) / (4 * count)
+        return total
+    t_v, t_t = (np.concatenate(parts, axis=1) / np.sqrt(count) for parts in (images, texts))
+    if term == "fd":
+        return ((s_v - t_v) ** 2).mean() + ((s_t - t_t) ** 2).mean()
+    if term == "icl":
+        return (contrastive(CROSS_SCALE * s_v @ t_t.T) + contrastive(CROSS_SCALE * s_t @ t_v.T)) / 2
+    if term == "vrd_kl":
+        return both_ways(TEXT_SCALE * t_t @ s_t.T, IMAGE_SCALE * t_v @ s_v.T)
+    if term in ("vrd_ce_image", "vrd_ce_text"):
+        logits = IMAGE_SCALE * t_v @ s_v.T if term == "vrd_ce_image" else TEXT_SCALE * t_t @ s_t.T
+        return (contrastive(logits) + contrastive(logits.T)) / 2
+    a, b = CROSS_SCALE * t_v @ s_t.T, CROSS_SCALE * t_t @ s_v.T
+    return (both_ways(b, a) + both_ways(a, b)) / 2
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_and_its_gradient_match_numpy(term: str) -> None:
+    batch = make_batch()
+    loss = evaluate(batch, term)
+    # Of some terms, no gradient reaches the text side, or the image side.
+    student = [batch.student_image, batch.student_text]
+    gradients = torch.autograd.grad(loss, student, allow_unused=True, materialize_grads=True)
+    embeddings = [batch.student_image.detach().numpy(), batch.student_text.detach().numpy()]
+    assert loss.item() == pytest.approx(expected(term, *embeddings), abs=1e-9)
+    for side, (i, j) in itertools.product((0, 1), ((0, 0), (2, 3), (4, 6))):
+        moved = [array.astype(complex) for array in embeddings]
+        moved[side][i, j] += 1e-30j
+        assert gradients[side][i, j].item() == pytest.approx(expected(term, *moved).imag / 1e-30, abs=1e-9)
+
+
+def test_hrd_pulls_towards_the_mean_of_the_teachers_distributions() -> None:
+    batch = make_batch()
+    (gradient,) = torch.autograd.grad(evaluate(batch, "hrd"), batch.student_image)
+    logits = STUDENT_SCALE * batch.student_image @ batch.student_text.T
+    products = [s * v @ t.T for s, v, t in zip(SCALES, TEACHER_IMAGES, TEACHER_TEXTS, strict=True)]
+    cross_entropy = torch.zeros((), dtype=torch.float64)
+    for rows_, targets in ((logits, products), (logits.T, [product.T for product in products])):
+        mean = torch.stack([target.softmax(1) for target in targets]).mean(0)
+        cross_entropy = cross_entropy - (mean * rows_.log_softmax(1)).sum() / (2 * ROWS)
+    (expected_gradient,) = torch.autograd.grad(cross_entropy, batch.student_image)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+
+
+def test_blocks_add_up_to_the_whole() -> None:
+    batch = make_batch()
+    leaves = [batch.student_image, batch.student_text]
+    whole = evaluate(batch, *TERMS)
+    gradients = torch.autograd.grad(whole, leaves)
+    blocks = [evaluate(batch, *TERMS, block=block) for block in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(blocks), whole)
+    torch.autograd.backward(blocks)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_a_student_like_its_teachers_has_no_feature_and_no_bank_loss() -> None:
+    batch = make_batch()
+    assert batch.teacher_image is not None
+    assert batch.teacher_text is not None
+    same = EmbeddingBatch(
+        batch.teacher_image.clone().requires_grad_(),
+        batch.teacher_text.clone().requires_grad_(),
+        batch.teacher_image,
+        batch.teacher_text,
+        batch.bank,
+    )
+    assert evaluate(same, "fd", "bank").item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_student_of_another_width_is_projected_to_all_teachers_together() -> None:
+    objective = make_objective("fd", student_width=6)
+    assert objective.image_projection.weight.shape == (sum(WIDTHS), 6)
+    assert isinstance(make_objective("fd").image_projection, torch.nn.Identity)
+
+
+def test_side_by_side_has_unit_rows_whose_cosines_are_mean_cosines_and_parts_give_the_teachers_back() -> None:
+    images, texts = side_by_side(TEACHER_IMAGES), side_by_side(TEACHER_TEXTS)
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(ROWS, dtype=torch.float64))
+    cosines = [v @ t.T for v, t in zip(TEACHER_IMAGES, TEACHER_TEXTS, strict=True)]
+    torch.testing.assert_close(images @ texts.T, torch.stack(cosines).mean(0))
+    for part, teacher in zip(teacher_parts(images, WIDTHS), TEACHER_IMAGES, strict=True):
+        torch.testing.assert_close(part, teacher)
+    assert side_by_side(TEACHER_IMAGES[:1]) is TEACHER_IMAGES[0]
+
+
+def test_the_number_of_scales_is_that_of_the_teachers() -> None:
+    with pytest.raises(ValueError, match="1 scales were given for 2 teachers"):
+        make_objective("fd")(make_batch(), torch.tensor(1.0), 12.0)
