@@ -133,9 +133,9 @@ class ConsoleReporter(Reporter):
 
     def end_chapter(self) -> None:
         """Report how long the current chapter took, if there is one."""
-        self._clear()
         if self._chapter_start is not None:
-            self.say(f"done in {time.perf_counter() - self._chapter_start:.0f} s")
+            self._clear()
+            self.say(f"done in {duration(time.perf_counter() - self._chapter_start)}")
 
     def _print_progress(self, stage: str, step: int, total: int | None, message: str) -> None:
         """Print a line of progress, unless the last one is too recent: the first at once, so that a log shows life."""
@@ -216,3 +216,4 @@ def console_reporter() -> Iterator[ConsoleReporter]:
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")
         yield reporter
+        reporter.end_chapter()

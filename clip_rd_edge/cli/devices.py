@@ -8,6 +8,9 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._fold import fold_command
 from clip_rd_edge.cli._options import GroupedCommand, grouped
 
+# The words of the column `tested` for Device.runs.
+_TESTED = {"here": "yes", "nearby": "on another device", "not yet": "not yet"}
+
 
 @click.command("devices", cls=GroupedCommand, short_help="List the supported devices, and how to deploy to them.")
 @click.argument("name", required=False, metavar="[NAME]")
@@ -45,7 +48,7 @@ def command(name: str | None, as_json: bool) -> None:
         table = Table("device", "description", "requirements", "tested", show_lines=True)
         for key, device in devices.items():
             title = Text.assemble(f"{device.title}\n", (device.examples, "dim"))
-            table.add_row(key, title, "\n".join(device.needs), device.runs)
+            table.add_row(key, title, "\n".join(device.needs), _TESTED[device.runs])
         print_table(table)
         echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)
 

@@ -46,7 +46,6 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
 
     with console_reporter() as reporter:
         edge.evidence_run(suite, output, teacher=teacher, reporter=reporter)
-        reporter.end_chapter()
     from clip_rd_edge.evidence.suite import read_evidence
 
     echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"), prose=True)

@@ -70,7 +70,6 @@ def command(output: Path, **options: Any) -> None:
     started = time.perf_counter()
     with console_reporter() as reporter:
         results = edge.quickstart(output, **drop_none(**options), reporter=reporter)
-        reporter.end_chapter()
     from clip_rd_edge.benchmarking.report.text import terminal_tables
 
     for table in terminal_tables(results, table_width()):

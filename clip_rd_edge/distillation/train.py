@@ -82,6 +82,8 @@ def train(
     if bank:
         parts["bank"] = bank
     start = load_checkpoint(run, parts, processes, reporter=reporter)
+    if start:
+        reporter.say(f"resumed after step {start:,} of {steps:,}")
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
         quantization.calibrate(student, dataset, config)
@@ -172,7 +174,7 @@ def train(
                 tracker.write(line)
             reporter.update("training", done, steps, progress.message())
             if evaluation:
-                reporter.say(f"step {done}: {progress.evaluation_message()}")
+                reporter.say(f"step {done:,}: {progress.evaluation_message()}")
             dataset.bad.check_total(bad)
             stopping = stop_requests > 0
             if done == steps or stopping or done % config.checkpoint_every == 0:
@@ -188,7 +190,7 @@ def train(
 
 def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> InterruptedRunError:
     """Return the error that says how far a stopped run came."""
-    after = f"after step {done} of {steps}; saved in {run}" if done else f"before the first of {steps} steps"
+    after = f"after step {done:,} of {steps:,}; saved in {run}" if done else f"before the first of {steps:,} steps"
     return InterruptedRunError(
         f"Stopped by {request.signal_name or 'a signal'} {after}.", hint="resume with the same command and --resume"
     )

@@ -99,6 +99,19 @@ def test_a_pipe_gets_a_line_at_once_and_then_one_a_minute(monkeypatch: pytest.Mo
     assert stream.getvalue().splitlines()[1:] == ["· training 60/1,200, loss 1.0", "· training 120/1,200, loss 1.0"]
 
 
+def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(_console, "stderr", SafeConsole(file=stream, width=80))
+    monkeypatch.setattr("clip_rd_edge.cli._console.time.perf_counter", lambda: now[0])
+    with console_reporter() as reporter:
+        for number, title in enumerate(("first", "second"), start=1):
+            reporter.begin(title, number, 2)
+            now[0] += 200
+    assert stream.getvalue().splitlines()[1:] == [
+        "1/2 first", "    done in 3 min 20 s", "2/2 second", "    done in 3 min 20 s",
+    ]  # fmt: skip
+
+
 def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing() -> None:
     stream = io.StringIO()
     print_table(_trial_table(TRIALS), console=Console(file=stream, force_terminal=True, width=80, color_system=None))

@@ -34,6 +34,7 @@ def test_the_devices_command(command_line: Run) -> None:
     code, output, _ = command_line("devices")
     assert code == 0
     assert all(name in output for name in device_names())
+    assert not re.search(r"\b(here|nearby)\b", output)  # a user would take it for the machine that the command runs on
     code, output, _ = command_line("devices", "cpu-arm")
     assert (code, output) == (0, device_guide("cpu-arm"))
     code, output, _ = command_line("devices", "--json")

@@ -22,7 +22,9 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.train import interrupted
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
 
@@ -140,7 +142,15 @@ def test_sigterm_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_
     with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 8") as error:
         distil(config, tmp_path / "run", on_step=terminate)
     assert error.value.exit_code == 75
-    assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
+    watch = Watch()
+    resumed = run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
+    assert "resumed after step 3 of 8" in watch.said
+    assert_same_weights(resumed, distil(config, tmp_path / "uninterrupted"))
+
+
+def test_the_steps_of_a_long_run_are_written_as_where_it_began() -> None:
+    error = interrupted(StopRequest(), Path("run"), 1_500, 100_000)
+    assert "after step 1,500 of 100,000; saved in run" in str(error)
 
 
 def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) -> None:
