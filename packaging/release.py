@@ -133,8 +133,9 @@ def check_installed(archive: Path, extra: str, version: str, bundle: Path | None
             raise ReleaseError(f"{archive.name} installs {shown.strip()}; expected {version}.")
         findings = json.loads(_run([program, "doctor", "--json"], cwd=folder))
         states = {finding["what"]: finding["state"] for finding in findings}
-        if extra and states.get(f"[{extra}]") != "ok":
-            raise ReleaseError(f"doctor does not find the extra {extra} in its own environment: {states}.")
+        for part in extra.split(",") if extra else ():
+            if states.get(f"[{part}]") != "ok":
+                raise ReleaseError(f"doctor does not find the extra {part} in its own environment: {states}.")
         for command in ("devices", "benchmark --init", "classify --help", "watch --help"):
             _run([program, *command.split()], cwd=folder)
         if bundle is not None:
