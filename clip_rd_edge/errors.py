@@ -107,7 +107,9 @@ def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     """
     names = {name.casefold(): name for name in known}
     folded = value.casefold()
-    close = difflib.get_close_matches(folded, names, n=3, cutoff=_CLOSE)
+    close = difflib.get_close_matches(folded, names, n=len(names) or 1, cutoff=_CLOSE)
+    # Of equally close names the first in the alphabet, so that sizes begin with the smallest.
+    close.sort(key=lambda name: (-difflib.SequenceMatcher(None, name, folded).ratio(), name))
     if len(folded) >= _MIN_PREFIX:
         close += [name for name in names if name.startswith(folded)]
     matches = [repr(prefix + names[name]) for name in dict.fromkeys(close)][:3]

@@ -13,7 +13,11 @@ _ALTERNATIVE = ", or "
 _ELSEWHERE = ("export ", "run the export ", "train ", "pip ", "clip-rd-edge ")
 _ALWAYS = {"-h", "--help", "--debug", "--version"}
 # What an option of other commands is called in a command.
-_RENAMED = {"distill": {"--pretrained": "--teacher-pretrained"}}
+_RENAMED = {
+    "distill": {"--pretrained": "--teacher-pretrained"},
+    "embed": {"--pretrained": "--teacher-pretrained"},
+    "probe-teachers": {"--pretrained": "@TAG"},
+}
 
 
 def fitting_hint(hint: str, group: click.Group, arguments: Sequence[str]) -> str:

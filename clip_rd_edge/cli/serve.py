@@ -86,5 +86,5 @@ def _token(file: Path | None) -> str:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"Cannot read the token from {file}: {reason}.", hint="check the path") from error
     if not token:
-        raise InputError(f"The token file {file} is empty.")
+        raise InputError(f"The token file {file} is empty.", hint="write the token into it, or omit --token-file")
     return token

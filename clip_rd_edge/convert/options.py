@@ -120,7 +120,10 @@ def require_precision(format: Format, precision: Precision) -> None:
     """Raise UsageError if a format does not support a precision."""
     precisions = FORMATS[format].precisions
     if precision not in precisions:
-        raise UsageError(f"{format} does not support {precision}; expected {', '.join(precisions)}.")
+        raise UsageError(
+            f"{format} does not support {precision}; expected {', '.join(precisions)}.",
+            hint=f"choose one of them: --precision {precisions[0]}",
+        )
 
 
 def require_via(via: Via, *, format: Format, precision: Precision) -> None:

@@ -252,7 +252,10 @@ def plan_export(options: ExportOptions) -> ExportPlan:
 def _require_layout_options(options: ExportOptions, layout: Layout, resolved: ResolvedTarget) -> None:
     """Raise UsageError if an option cannot be combined with the layout."""
     if layout != "bundle" and resolved.format != "onnx":
-        raise UsageError(f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.")
+        raise UsageError(
+            f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.",
+            hint=f"omit --layout, or export for ONNX: --format onnx --layout {layout}",
+        )
     if layout != "immich" and options.get("as_name") is not None:
         raise UsageError("--as is the name of a model of --layout immich.", hint="omit --as")
     if layout != "huggingface":

@@ -13,13 +13,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.encoder import fill_template
-from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.paths import exists, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -239,6 +239,10 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
     elif is_folder(Path(source)):
         paths = tuple(list_images(Path(source)))
         images = TablePairs(source, paths, (("",),) * len(paths))
+    elif not exists(Path(source)):
+        raise InputError(f"The images {source} do not exist.", hint="name a folder of images, a table or shards")
+    elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:
         # The path of an image takes the place of its caption.
         images = table_pairs(Path(source), image_key=column, caption_key=column, separator=None, reporter=reporter)

@@ -19,7 +19,7 @@ from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distilla
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.load import load_clip, require_model
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -94,6 +94,8 @@ def probe_teachers(
         InterruptedRunError: a signal requested a stop.
     """
     _require_comparison(teachers, tasks)
+    for name in teachers:  # all, before the first has run
+        require_model(name, pretrained=config.teacher_pretrained)
     known = {teacher.teacher: teacher for teacher in _read(folder).teachers} if is_file(folder / RESULT) else {}
     found = list[ProbedTeacher]()
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,7 +224,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_state_dict(str(path), device="cpu", weights_only=True))
     except Exception as error:  # a damaged file may raise any type
-        raise InputError(f"The weights {path} could not be read: {_first_line(error)}.") from error
+        raise unreadable_weights(path, error) from error
+
+
+def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputError:
+    """Return the error about a file of weights that a library could not read."""
+    # torch advises to load such files without its protection.
+    reason = "it holds more than tensors, or none" if "weights_only" in str(error) else _first_line(error).rstrip(".")
+    return InputError(
+        f"The weights {os.fspath(path)} could not be read: {reason}.",
+        hint="pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
+    )
 
 
 def _is_counter(name: str) -> bool:

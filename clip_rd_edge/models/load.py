@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from clip_rd_edge.contract.bundle import is_bundle
 from clip_rd_edge.contract.checkpoint import (
     CONFIG_FILE,
     DISTILLATION_FILE,
@@ -53,18 +54,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     """
     import open_clip
 
-    spec = spec.removeprefix("open_clip:")
-    folder = model_folder(spec)
-    if folder is None and not spec.startswith("hf-hub:") and not exists(spec):
-        spec, _, tag = spec.partition(_TAG_MARK)
-        pretrained = tag or pretrained
-    if folder is not None:
-        spec = f"{LOCAL_DIR}{folder}"
-        model_cfg = read_open_clip_config(folder)["model_cfg"]
-    elif spec.startswith("hf-hub:"):
-        model_cfg = {}
-    else:
-        model_cfg = _architecture(spec, pretrained)
+    spec, pretrained, folder, model_cfg = _find(spec, pretrained)
     overrides = _relocated_text_cfg(folder, model_cfg) if folder else {}
     hub = _HUB if _may_need_hub(spec, pretrained, model_cfg) else nullcontext()
     with _QUIET, _NO_REMOTE_CODE, hub:
@@ -91,6 +81,30 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
         templates=usage.templates,
         labels=usage.labels,
     )
+
+
+def require_model(spec: str, *, pretrained: str | None = None) -> None:
+    """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
+
+    Raises:
+        InputError: the folder, architecture, tag or checkpoint file does not exist (with suggestions).
+        ConfigError: the folder's configuration is damaged.
+    """
+    _find(spec, pretrained)
+
+
+def _find(spec: str, pretrained: str | None) -> tuple[str, str | None, Path | None, dict[str, Any]]:
+    """Return open_clip's name of a model, its weights, its folder if it has one, and what is known of its model_cfg."""
+    spec = spec.removeprefix("open_clip:")
+    folder = model_folder(spec)
+    if folder is not None:
+        return f"{LOCAL_DIR}{folder}", pretrained, folder, read_open_clip_config(folder)["model_cfg"]
+    if spec.startswith("hf-hub:"):
+        return spec, pretrained, None, {}
+    if not exists(spec):
+        spec, _, tag = spec.partition(_TAG_MARK)
+        pretrained = tag or pretrained
+    return spec, pretrained, None, _architecture(spec, pretrained)
 
 
 def read_open_clip_config(folder: Path) -> dict[str, Any]:
@@ -126,21 +140,35 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
     config: dict[str, Any] | None = open_clip.get_model_config(name)
     if config is None:
         refuse_unfinished_run(name)
+        if is_bundle(Path(name)):
+            raise InputError(
+                f"{name} is a bundle, which has no weights that PyTorch can load.",
+                hint="name the model that it was exported from: a run's folder, or one that open_clip can load",
+            )
         if is_folder(name):
             raise InputError(
                 f"The folder {name} holds no model: it has no {CONFIG_FILE}.",
-                hint="name the folder of a bundle, a run, or a model that open_clip can load",
+                hint="name the folder of a run, or of a model that open_clip can load",
             )
         raise InputError(
             f"No model named {name!r}: it is neither a folder nor an open_clip architecture."
             f"{near_matches(name, open_clip.list_models())}",
             hint="check the path; open_clip.list_models() lists the architectures",
         )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    which = (
+        f"a checkpoint file or a tag: {', '.join(tags)}" if tags else "a checkpoint file; open_clip has no tags for it"
+    )
     if pretrained is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
         raise InputError(
             f"The architecture {name} was given without weights.",
-            hint=f"add --pretrained with a checkpoint file or a tag: {', '.join(tags) or 'open_clip has none for it'}",
+            hint=f"add --pretrained with {which}, or name a model's folder instead",
+        )
+    if not exists(pretrained) and not open_clip.get_pretrained_cfg(name, pretrained):
+        raise InputError(
+            f"The weights {pretrained!r} of {name} are neither a tag of open_clip nor a file."
+            f"{near_matches(pretrained, tags)}",
+            hint=f"pass {which}",
         )
     return config
 

@@ -50,7 +50,7 @@ def push_folder(
         )
     except HFValidationError as error:
         raise UsageError(
-            f"{repo!r} is no name of a repository: {error}.", hint="ORG/NAME, or NAME for your own"
+            f"{repo!r} is no name of a repository: {_first_sentence(error)}.", hint="ORG/NAME, or NAME for your own"
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(repo, error) from error
@@ -62,6 +62,11 @@ def push_folder(
             hint="run the same command again; files that arrived are not uploaded again",
         ) from error
     return str(created)
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return the hub client's own reason; what follows is about its Python interface."""
+    return str(error).partition(". ")[0].rstrip(".")
 
 
 def _model_folder(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.utils.paths import is_file, is_folder
@@ -188,6 +188,6 @@ def _fetched(name: str) -> Path:
     except Exception as error:  # the hub client raises many types
         raise InputError(
             f"No sentence encoder {name!r}: it is neither a folder, a zip archive nor an open_clip model, and it could "
-            "not be fetched from the hub.",
-            hint="download it on a machine with network access, and pass its folder",
+            f"not be fetched from the hub.{near_matches(name, SENTENCE_ENCODERS)}",
+            hint="check the name, or download it on a machine with network access, and pass its folder",
         ) from error

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.classifier import ImageClassifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
@@ -52,7 +52,7 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
         lines = read_text_limited(Path(names)).rstrip().splitlines()
     except InputError as error:
         raise InputError(
-            f"The class names {names} cannot be read: {error}",
+            f"{error}{near_matches(str(names), [IMAGENET])}",
             hint=f"pass a text file with one class per line, or: {IMAGENET}",
         ) from error
     classes = [tuple(name.strip() for name in line.split(";") if name.strip()) for line in lines]
@@ -113,7 +113,7 @@ def stitch_clip(
 
     if len(names) != classifier.class_count:
         raise ConfigError(
-            f"The classifier has {classifier.class_count} classes, but there are {len(names)} class names.",
+            f"The classifier has {classifier.class_count:,} classes, but there are {len(names):,} class names.",
             hint="one line per class, in the order of the classifier's outputs",
         )
     image_size = image_size or classifier.image_size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.models.classifier import load_classifier
+from clip_rd_edge.models.classifier import load_classifier, unreadable_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import is_file
@@ -274,7 +274,12 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
                 f"timm's weights for {name} could not be fetched: {first_line}.",
                 hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
             ) from error
-        raise ConfigError(f"The image weights {source} do not match {name}: {first_line}.") from error
+        if "weights_only" in str(error):
+            raise unreadable_weights(source, error) from error
+        raise ConfigError(
+            f"The image weights {source} do not match {name}: {first_line.rstrip('.')}.",
+            hint=f"pass weights of timm's {name}, as --pretrained-image timm would load them",
+        ) from error
 
 
 def _classifier_names(trunk: nn.Module) -> set[str]:
@@ -295,7 +300,7 @@ def _read_checkpoint(source: str) -> Mapping[str, Tensor]:
     try:
         state: Mapping[str, Tensor] = open_clip.factory.load_state_dict(source)
     except Exception as error:  # a damaged file may raise any type
-        raise InputError(f"The text weights {source} could not be read: {error}.") from error
+        raise unreadable_weights(source, error) from error
     return state
 
 

@@ -89,7 +89,7 @@ def test_an_architecture_is_loaded_with_a_checkpoint_file(tmp_path: Path) -> Non
     [
         ("ViT-B-61", None, "No model named 'ViT-B-61'"),
         ("ViT-B-16", None, "given without weights"),
-        ("ViT-B-16", "nonsense", "not a known tag or valid file"),
+        ("ViT-B-16", "nonsense", "neither a tag of open_clip nor a file"),
         ("local-dir:/nowhere", None, "does not exist"),
     ],
 )

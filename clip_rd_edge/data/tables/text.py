@@ -176,7 +176,10 @@ def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None
         except csv.Error as error:
             raise InputError(f"{path}, line 1: {error}.", hint="check the header: filepath,title") from error
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}, line 1: it is not UTF-8 text: {error.reason}.") from error
+            raise InputError(
+                f"{path}, line 1: it is not UTF-8 text: {error.reason}.",
+                hint="name a table, and save it as UTF-8 if it is one",
+            ) from error
     require_columns(path, columns, image_key, caption_key)
     return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, reader.line_num)
 

@@ -114,6 +114,8 @@ def _require_run(run: Path) -> None:
         return
     runs = sorted(path.parent for path in run.glob(f"*/{RUN_CONFIG_FILE}"))
     hint = f"one of the runs in it: {', '.join(map(str, runs))}" if runs else "pass the folder that distill writes to"
+    if is_file(run.parent / RUN_CONFIG_FILE):
+        hint = f"it is in a run: clip-rd-edge watch {run.parent}"
     raise InputError(f"{run} is not the folder of a run: it has no {RUN_CONFIG_FILE}.", hint=hint)
 
 
