@@ -89,6 +89,7 @@ def test_one_command_updates_the_page_and_the_figures(
     assert text.startswith("# Before\n<!-- small: begin -->\n3 of 6 runs")
     assert text.endswith("<!-- small: end -->\nafter\n")
     assert "stale" not in text
+    assert ", 1.5 minutes per run" in text  # and not 1.5 to 1.5
     assert (tmp_path / "small-curves.png").read_bytes() == b"learning_curves"
     assert (tmp_path / "small-geometry.png").read_bytes() == b"geometry_curves"
 
