@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from clip_rd_edge.runtime import doctor
 
 ROOT = Path(__file__).parents[2]
 
@@ -12,3 +15,9 @@ def test_every_device_has_its_page_in_the_menu() -> None:
     devices = {path.parent.name for path in (ROOT / "export").glob("*/device.yaml")}
     assert len(devices) > 5
     assert {name for name in devices if f": devices/{name}.md\n" not in menu} == set()
+
+
+def test_the_start_page_says_what_each_extra_is_for() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `pip install '\.\[([\w,-]+)\]'` \|", text, re.MULTILINE)
+    assert doctor.extras().keys() - {extra for row in rows for extra in row.split(",")} == set()
