@@ -9,7 +9,7 @@ from clip_rd_edge.cli._fold import fold_command
 from clip_rd_edge.cli._options import GroupedCommand, grouped
 
 # The words of the column `tested` for Device.runs.
-_TESTED = {"here": "yes", "nearby": "on another device", "not yet": "not yet"}
+_TESTED = {"here": "yes", "nearby": "in part", "not yet": "not yet"}
 
 
 @click.command("devices", cls=GroupedCommand, short_help="List the supported devices, and how to deploy to them.")
@@ -50,7 +50,7 @@ def command(name: str | None, as_json: bool) -> None:
             title = Text.assemble(f"{device.title}\n", (device.examples, "dim"))
             table.add_row(key, title, "\n".join(device.needs), _TESTED[device.runs])
         print_table(table)
-        echo("clip-rd-edge devices NAME shows how to deploy; clip-rd-edge doctor checks this machine.", err=True)
+        echo("How to deploy: clip-rd-edge devices NAME; what is here: clip-rd-edge doctor", err=True)
 
 
 def _fit(guide: str, width: int) -> str:

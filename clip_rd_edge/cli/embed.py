@@ -64,9 +64,10 @@ def command(output: Path, **options: Any) -> None:
     An interrupted command is continued by the same one. Under torchrun, and with --ray, many machines share the work.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter, first_process
+    from clip_rd_edge.cli._console import console_reporter, first_process, say
 
     with console_reporter() as reporter:
         folder = edge.embed(output=output, **drop_none(**options), reporter=reporter)
     if first_process:
+        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {folder}")
         echo(folder)

@@ -54,8 +54,9 @@ def command(classifier: str, output: Path, names: str, text: str, force: bool, *
     its --teacher. It knows what its classes look like, and relates other texts to them as far as their meaning does.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter
+    from clip_rd_edge.cli._console import console_reporter, say
 
     with console_reporter():
         folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
+    say(f"next: clip-rd-edge export {folder} -o {folder}-bundle")
     echo(f"local-dir:{folder}")

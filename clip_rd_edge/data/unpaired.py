@@ -240,7 +240,9 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
         paths = tuple(list_images(Path(source)))
         images = TablePairs(source, paths, (("",),) * len(paths))
     elif not exists(Path(source)):
-        raise InputError(f"The images {source} do not exist.", hint="name a folder of images, a table or shards")
+        raise InputError(
+            f"The source of images {source} does not exist.", hint="name a folder of images, a table or shards"
+        )
     elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:

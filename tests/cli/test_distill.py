@@ -142,7 +142,9 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
     options = dict(zip(unpaired[::2], unpaired[1::2], strict=True))
     data = [part for name in ("--teacher", "--images", "--texts", "--template") for part in (name, options[name])]
     cache = tmp_path / "cache"
-    assert command_line("embed", *data, "--views", "2", "--workers", "0", "-o", cache)[0] == 0
+    code, output, error = command_line("embed", *data, "--views", "2", "--workers", "0", "-o", cache)
+    assert (code, output) == (0, f"{cache}\n")
+    assert f"--teacher-cache {cache}" in error
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     code, _, _ = command_line("distill", *unpaired, "--teacher-cache", cache, "--views", "2", "-o", tmp_path / "run")
     assert code == 0

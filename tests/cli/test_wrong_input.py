@@ -158,7 +158,7 @@ CASES = [
      "Did you mean 'openai'", None),
     (f"{DISTILL} --data two.csv --pretrained-image P -o o", "The weights P could not be read", None),
     (f"{DISTILL} --data two.csv --pretrained-text P -o o", "The weights P could not be read", None),
-    (f"{DISTILL} --images fotos --texts labels.txt -o o", "The images fotos do not exist", None),
+    (f"{DISTILL} --images fotos --texts labels.txt -o o", "The source of images fotos does not exist", None),
     (f"{DISTILL} --images tasks/red/red.png --texts labels.txt -o o", "is a single image", None),
     (f"{DISTILL} --data tasks/red/red.png -o o", "it is not UTF-8 text", DISTIL_TWO),
     ("export run -o o --format litert --precision bf16", "litert does not support bf16", EXPORT_RUN),

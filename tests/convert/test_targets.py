@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clip_rd_edge.cli._fold import fold
 from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, read_device
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import shipped_path
@@ -31,8 +32,9 @@ def test_an_unknown_device_suggests_near_matches() -> None:
 
 
 def test_the_devices_command(command_line: Run) -> None:
-    code, output, _ = command_line("devices")
+    code, output, error = command_line("devices")
     assert code == 0
+    assert fold(error, 80) == error  # a command that does not fit would get a backslash
     assert all(name in output for name in device_names())
     assert not re.search(r"\b(here|nearby)\b", output)  # a user would take it for the machine that the command runs on
     code, output, _ = command_line("devices", "cpu-arm")

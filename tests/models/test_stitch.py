@@ -239,8 +239,9 @@ def test_sentence_encoders_that_open_clip_cannot_hold_are_refused(encoder: Path,
 def test_the_command_prints_the_model(encoder: Path, names: Path, tmp_path: Path, command_line) -> None:  # type: ignore[no-untyped-def]
     weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
     arguments = ("--names", names, "--text", encoder, "--pretrained", weights, "-o", tmp_path / "teacher")
-    code, output, _ = command_line("stitch", "test_resnet", *arguments)
+    code, output, error = command_line("stitch", "test_resnet", *arguments)
     assert (code, output) == (0, f"local-dir:{tmp_path / 'teacher'}\n")
+    assert f"next: clip-rd-edge export {tmp_path / 'teacher'} -o" in error
     code, _, error = command_line("stitch", "test_resnet", *arguments)
     assert code == 2
     assert "already exists" in error
