@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -133,8 +134,11 @@ def folder_names(task: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*folders, f"{task}.csv", f"{task}.tsv")))
 
 
-def find_suite(name: str) -> Path:
+def find_suite(name: str, *, key: str = "rows") -> Path:
     """Return a suite's file: `name` itself if it is a file, else the shipped suite of that name.
+
+    Args:
+        key: what suites of this kind have; the error names those alone.
 
     Raises:
         InputError: neither exists.
@@ -142,13 +146,15 @@ def find_suite(name: str) -> Path:
     if is_file(name):
         return Path(name)
     folder = shipped_path(_SHIPPED)
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    if name not in known:
+    path = folder / f"{name}.yaml"
+    if path not in folder.glob("*.yaml"):
+        kind = re.compile(rf"^{key}:", re.MULTILINE)
+        known = sorted(path.stem for path in folder.glob("*.yaml") if kind.search(path.read_text(encoding="utf-8")))
         raise InputError(
             f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}",
             hint="check the path, or write a suite, starting from the output of: clip-rd-edge benchmark --init",
         )
-    return folder / f"{name}.yaml"
+    return path
 
 
 def read_suite(path: Path, *, rows: Sequence[SuiteRow] = (), data_root: str | None = None) -> Suite:

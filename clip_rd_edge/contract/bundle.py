@@ -29,7 +29,7 @@ from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from clip_rd_edge.utils.files import is_plain_name, sha256_of, size_bytes, write_bytes
-from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
 FORMAT_VERSION = 1
@@ -212,7 +212,8 @@ def read_manifest(folder: Path) -> Manifest:
         hint = "create one with clip-rd-edge export"
         if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
-        raise InputError(f"{folder} is not a bundle: it {reason}.", hint=hint)
+        nearest = "" if exists(folder) else near_files(folder)
+        raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
     manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION, max_bytes=MAX_MANIFEST_BYTES)
     for name in (*manifest.files_of(manifest.image), *manifest.files_of(manifest.text), TOKENIZER):
         if name not in manifest.files:

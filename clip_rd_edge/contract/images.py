@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.utils.paths import exists, is_folder
+from clip_rd_edge.utils.paths import exists, is_folder, near_files
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -240,7 +240,7 @@ def find_images(
             matches = (Path(match) for match in sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
             yield from _require_any((match for match in matches if match.is_file()), f"No image matches {name}.")
         else:
-            raise InputError(f"The image or folder {name} does not exist.", hint="check the path")
+            raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
 
 
 def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:

@@ -148,7 +148,7 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: st
         raise UsageError(f"The batch size is {batch_size}; a contrastive loss needs at least 2 pairs per step.")
     if batch_size > len(pairs):
         raise UsageError(
-            f"The batch size is {batch_size}, but {pairs.name} has only {len(pairs)} {what}.",
+            f"The batch size is {batch_size:,}, but {pairs.name} has only {len(pairs):,} {what}.",
             hint=f"--batch-size {len(pairs)} or less",
         )
     if batch_size % processes:

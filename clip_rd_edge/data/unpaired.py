@@ -19,7 +19,7 @@ from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import exists, is_folder
+from clip_rd_edge.utils.paths import exists, is_folder, near_files
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -241,7 +241,8 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
         images = TablePairs(source, paths, (("",),) * len(paths))
     elif not exists(Path(source)):
         raise InputError(
-            f"The source of images {source} does not exist.", hint="name a folder of images, a table or shards"
+            f"The source of images {source} does not exist.{near_files(Path(source))}",
+            hint="name a folder of images, a table or shards",
         )
     elif Path(source).suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")

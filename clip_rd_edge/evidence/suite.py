@@ -143,7 +143,7 @@ def read_evidence(suite: str) -> EvidenceSuite:
         ConfigError: a key, a value, a recipe or a weight is invalid.
     """
     try:
-        evidence_suite = read_yaml(find_suite(suite), EvidenceSuite)
+        evidence_suite = read_yaml(find_suite(suite, key="methods"), EvidenceSuite)
     except ConfigError as error:
         hint = "evidence takes students, methods and seeds; models are compared by clip-rd-edge benchmark"
         raise ConfigError(str(error), hint=hint) from error

@@ -71,6 +71,10 @@ def test_a_shipped_suite_is_found_by_name() -> None:
 def test_an_unknown_suite_suggests_similar_names() -> None:
     with pytest.raises(InputError, match=r"no suite 'quikstart': .* Did you mean 'quickstart'"):
         find_suite("quikstart")
+    with pytest.raises(InputError, match=r"nor one of paper, quickstart\."):
+        find_suite("nothing")
+    with pytest.raises(InputError, match=r"nor one of .*method-evidence\."):
+        find_suite("nothing", key="methods")
 
 
 def test_the_paper_suite_has_tasks_and_no_models_of_its_own(tmp_path: Path) -> None:
