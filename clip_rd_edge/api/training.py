@@ -28,6 +28,9 @@ class EmbedOptions(TypedDict, total=False):
     Keys:
         student: a trained student to fine-tune with the embeddings; crops then have its input's shape. Default: square.
         precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
+        layout: `cache`, or `mobileclip`, which writes shards with the pairs themselves, for
+            `distill(data=…, teacher="stored:OUTPUT/teachers.json")`: views are then random crops with RandAugment.
+            Default: `cache`.
 
     All others are as for `distill`.
     """
@@ -35,6 +38,7 @@ class EmbedOptions(TypedDict, total=False):
     teacher_pretrained: str | None
     student: str | None
     precision: Literal["fp32", "bf16", "fp16"] | None
+    layout: Literal["cache", "mobileclip"]
     images: AnyPath | None
     texts: AnyPath | None
     templates: str | Sequence[str]
@@ -65,7 +69,8 @@ def distill(
             `images` and `texts` that do not belong together, which are among the other options.
         student: a preset, a timm architecture, or the folder of a run to continue training from.
         teacher: an open_clip name with a tag (`ViT-B-16@openai`, or with `teacher_pretrained`), `local-dir:PATH`,
-            `hf-hub:ORG/REPO`, the folder of a run, or several of these; None for recipes without a teacher.
+            `hf-hub:ORG/REPO`, the folder of a run, or several of these; or `stored:FILE`, which describes the teachers
+            whose embeddings are in `data`, shards in MobileCLIP's format; None for recipes without a teacher.
         recipe: a name such as `clip-rd`, or a YAML file.
         resume: continue from the latest intact checkpoint in `output`.
         options: the other options of `clip-rd-edge distill`, under the same names.
@@ -121,7 +126,7 @@ def embed(
         options: the other options of `clip-rd-edge embed`, under the same names; those of `distill` must be the same.
 
     Raises:
-        UsageError: `output` holds something else, or there is no cluster.
+        UsageError: `output` holds something else, there is no cluster, or the teacher's embeddings are stored already.
         InputError, ConfigError: the data, teacher or recipe is missing or invalid.
     """
     from clip_rd_edge.distillation.config import resolve
@@ -129,10 +134,23 @@ def embed(
 
     folder = Path(output)
     told: dict[str, Any] = {**options, "views": views}
+    layout = told.pop("layout", "cache")
     told["precision"] = told.get("precision") or "fp32"
     told["student"] = told.get("student") or "resnet18"
     with _told_to_all_processes():
         config = resolve(recipe, data=data, teacher=teacher, **told)
+        if config.stored_teachers is not None:
+            raise UsageError(
+                f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",
+                hint="name a model with --teacher",
+            )
+    if layout == "mobileclip":
+        from clip_rd_edge.distillation.store.reinforce import reinforce
+
+        if ray is not None:
+            raise UsageError("A Ray cluster fills caches alone.", hint="start the same command under torchrun instead")
+        reinforce(config, folder, reporter=reporter)
+        return folder
     embed_teacher(config, folder, cluster=ray, reporter=reporter)
     return folder
 

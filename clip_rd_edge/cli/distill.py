@@ -44,8 +44,8 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     metavar="MODEL",
     multiple=True,
     help="The teacher: an open_clip NAME@TAG (or NAME with --teacher-pretrained), local-dir:PATH, hf-hub:ORG/REPO or a "
-    "run's folder. Can be repeated: the student then learns from all of them together.  [default: none, for recipes "
-    "without a teacher]",
+    "run's folder; or stored:FILE, for shards with stored embeddings in MobileCLIP's format. Can be repeated: the "
+    "student then learns from all of them together.  [default: none, for recipes without a teacher]",
 )
 @_teacher(
     "--teacher-pretrained",

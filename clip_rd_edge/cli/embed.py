@@ -52,6 +52,11 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
     help="A trained student that will be fine-tuned, if its input is not square.  [default: square]",
 )  # fmt: skip
 @_output("-o", "--output", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
+@_output(
+    "--layout", type=NameChoice(["cache", "mobileclip"]), default="cache", show_default=True, metavar="NAME",
+    help="cache; or mobileclip: shards with the pairs themselves, whose views are random crops with RandAugment, for "
+    "distill --data CACHE/{00000..N}.tar --teacher stored:CACHE/teachers.json.",
+)  # fmt: skip
 @ray_option
 def command(output: Path, **options: Any) -> None:
     """Compute a teacher's embeddings once, for many runs of distill with --teacher-cache.

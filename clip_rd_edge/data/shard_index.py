@@ -1,7 +1,8 @@
 """The index of all shards of a data set in one file, from which a sample's location is read when it is needed.
 
     index.json   the shards: number of samples, and a digest of their names and locations
-    rows.bin     25 bytes per sample that is a pair: where its image and its caption lie in its shard
+    rows.bin     25 bytes per sample that is a pair: where its image and its caption lie in its shard; 62 bytes per
+                 reinforced sample, where its other files lie, too
     left-out     one message per sample that is not a pair, as JSON lines
 
 The folder is named after the paths, sizes and modification times of the shards. Nothing is kept in memory, so loader
@@ -33,6 +34,14 @@ INDEXING_STAGE = "indexing shards"
 _FORMAT = "2"  # increase when the same shards are indexed differently
 _ROWS, _LEFT_OUT = "rows.bin", "left-out"
 _ROW = np.dtype([("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1")])
+_REINFORCED_ROW = np.dtype(
+    [
+        *_ROW.descr,
+        *((name, "<i8") for name in ("synthetic", "augmentations", "embeddings")),
+        *((name, "<u4") for name in ("synthetic_size", "augmentations_size", "embeddings_size")),
+        ("is_torch", "u1"),
+    ]
+)
 _KINDS: tuple[Literal["text", "json"], ...] = ("text", "json")
 _SERIAL_BYTES = 1 << 28  # of tars; starting processes takes longer than scanning less than that
 
@@ -45,6 +54,20 @@ class SampleLocation(NamedTuple):
     caption: int
     caption_size: int
     kind: Literal["text", "json"]
+
+
+class ReinforcementLocation(NamedTuple):
+    """Where the further files of a reinforced sample lie in its shard: offset and size in bytes of each.
+
+    Attributes:
+        synthetic: None if the sample has no synthetic captions.
+        is_torch: whether the embeddings are a .pth.gz, not a .npz.
+    """
+
+    synthetic: tuple[int, int] | None
+    augmentations: tuple[int, int]
+    embeddings: tuple[int, int]
+    is_torch: bool
 
 
 class _IndexedShard(msgspec.Struct, frozen=True):
@@ -70,8 +93,9 @@ class ShardIndex:
             cannot be read, or by what the shards that are not damaged have, whichever is more.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, reinforced: bool = False) -> None:
         self._index = read_json(folder / INDEX, _Index)
+        self._row = _REINFORCED_ROW if reinforced else _ROW
         self._path = folder / _ROWS
         self._file: int | None = None
         self.samples = np.asarray([shard.samples for shard in self._index.shards], np.int64)
@@ -80,7 +104,7 @@ class ShardIndex:
         self.left_out: Sequence[str] = (
             Messages(folder / _LEFT_OUT, self._index.left_out) if self._index.left_out else ()
         )
-        if self._path.stat().st_size != self.samples.sum() * _ROW.itemsize:
+        if self._path.stat().st_size != self.samples.sum() * self._row.itemsize:
             raise InputError(f"{self._path} has another size than its index says.", hint="delete it; it is made again")
 
     def __getstate__(self) -> dict[str, object]:
@@ -88,11 +112,26 @@ class ShardIndex:
 
     def locate(self, shard: int, sample: int) -> SampleLocation:
         """Return the location of the `sample`-th pair of a shard."""
+        image, caption, image_size, caption_size, kind = self._read(shard, sample)[:5]
+        return SampleLocation(image, image_size, caption, caption_size, _KINDS[kind])
+
+    def locate_reinforcement(self, shard: int, sample: int) -> ReinforcementLocation:
+        """Return the location of the further files of the `sample`-th pair of a shard of reinforced samples."""
+        synthetic, augmentations, embeddings, *sizes, is_torch = self._read(shard, sample)[5:]
+        return ReinforcementLocation(
+            None if synthetic < 0 else (synthetic, sizes[0]),
+            (augmentations, sizes[1]),
+            (embeddings, sizes[2]),
+            bool(is_torch),
+        )
+
+    def _read(self, shard: int, sample: int) -> tuple[int, ...]:
         if self._file is None:
             self._file = os.open(self._path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        raw = read_at(self._file, _ROW.itemsize, (int(self._first[shard]) + sample) * _ROW.itemsize)
-        image, caption, image_size, caption_size, kind = np.frombuffer(raw, _ROW)[0].tolist()
-        return SampleLocation(image, image_size, caption, caption_size, _KINDS[kind])
+        size = self._row.itemsize
+        raw = read_at(self._file, size, (int(self._first[shard]) + sample) * size)
+        row: tuple[int, ...] = np.frombuffer(raw, self._row)[0].tolist()
+        return row
 
     def identity(self) -> Iterator[bytes]:
         """Yield one digest per shard of its samples' names and locations."""
@@ -100,7 +139,12 @@ class ShardIndex:
 
 
 def index_shards(
-    paths: Sequence[ShardFile], *, json_key: str | None, captioned: bool = True, reporter: Reporter = SILENT
+    paths: Sequence[ShardFile],
+    *,
+    json_key: str | None,
+    captioned: bool = True,
+    reinforced: bool = False,
+    reporter: Reporter = SILENT,
 ) -> ShardIndex:
     """Return the index of some shards, from the cache if path, size and modification time of all are unchanged.
 
@@ -108,6 +152,7 @@ def index_shards(
 
     Args:
         json_key, captioned: as for `data.webdataset.ShardPairs`.
+        reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
 
     Raises:
@@ -118,10 +163,10 @@ def index_shards(
     identities = [shard_identity(path) for path in paths]
     # Fetching takes longer than starting processes, whatever the sizes.
     is_large = any(not isinstance(path, Path) for path in paths) or sum(sizes) >= _SERIAL_BYTES
-    index = partial(_index_shard, json_key=json_key, captioned=captioned)
+    index = partial(_index_shard, json_key=json_key, captioned=captioned, reinforced=reinforced)
     build = partial(_build, paths=paths, parallel=is_large, index=index, reporter=reporter)
-    key = repr(json_key) if captioned else "images"
-    return ShardIndex(kept_index("shard-indices", [_FORMAT, key, *identities], build))
+    key = f"{json_key!r}{' reinforced' * reinforced}" if captioned else "images"
+    return ShardIndex(kept_index("shard-indices", [_FORMAT, key, *identities], build), reinforced=reinforced)
 
 
 def _build(
@@ -160,26 +205,38 @@ def _lost(shards: Sequence[_IndexedShard]) -> int:
 _IndexedPart = tuple[_IndexedShard, npt.NDArray[np.void], list[str]]
 
 
-def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool) -> _IndexedPart:
+def _index_shard(path: ShardFile, *, json_key: str | None, captioned: bool, reinforced: bool) -> _IndexedPart:
     shard = open_shard(path)
     has_image, has_text, has_json = shard.has("image"), shard.has("text"), shard.has("json")
     has_caption = has_json if json_key is not None else has_text | has_json
     if not captioned:
         has_caption = np.ones_like(has_image)
+    needs = {"image (.jpg, .png, .webp)": has_image, "caption (.txt, .json)": has_caption}
+    if reinforced:
+        needs["augmentations (.paug.json)"] = shard.has("augmentations")
+        needs["embeddings (.npz, .pth.gz)"] = shard.has("arrays") | shard.has("tensors")
+    is_whole = np.logical_and.reduce(list(needs.values()))
     messages = [f"{shard.path}: {shard.damage}"] if shard.damage else []
-    for index in np.flatnonzero(~(has_caption & has_image)).tolist():
-        missing = "image (.jpg, .png, .webp)" if not has_image[index] else "caption (.txt, .json)"
+    for index in np.flatnonzero(~is_whole).tolist():
+        missing = next(name for name, has in needs.items() if not has[index])
         messages.append(f"{shard.path}: {shard.name(index)} has no {missing}")
     is_json = ~has_text | (json_key is not None)
     caption = np.where(is_json[:, None], shard.locations_of("json"), shard.locations_of("text"))
-    rows = np.empty(len(shard), _ROW)
+    rows = np.empty(len(shard), _REINFORCED_ROW if reinforced else _ROW)
     rows["image"], rows["image_size"] = _columns(shard.locations_of("image"))
     rows["caption"], rows["caption_size"] = _columns(caption)
     rows["kind"] = is_json
+    if reinforced:
+        is_torch = ~shard.has("arrays")  # with both, the arrays, which are more precise
+        embeddings = np.where(is_torch[:, None], shard.locations_of("tensors"), shard.locations_of("arrays"))
+        rows["synthetic"], rows["synthetic_size"] = _columns(shard.locations_of("synthetic"))
+        rows["augmentations"], rows["augmentations_size"] = _columns(shard.locations_of("augmentations"))
+        rows["embeddings"], rows["embeddings_size"] = _columns(embeddings)
+        rows["is_torch"] = is_torch
     digest = hashlib.sha256(path.name.encode(errors="surrogateescape"))
     digest.update(np.ascontiguousarray(shard.names).data)
     digest.update(np.ascontiguousarray(shard.locations).data)
-    pairs = rows[has_caption & has_image]
+    pairs = rows[is_whole]
     return _IndexedShard(len(pairs), digest.hexdigest(), shard.lost if shard.damage else None), pairs, messages
 
 

@@ -15,9 +15,13 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.tar_scan import TarFiles
 
-Kind = Literal["image", "text", "json", "class"]
+Kind = Literal["image", "text", "json", "class", "synthetic", "augmentations", "arrays", "tensors"]
 COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
+# Of reinforced samples, see `data.reinforced`: only shards that have such files have these columns.
+REINFORCED_COLUMNS: dict[Kind, int] = {"synthetic": 4, "augmentations": 5, "arrays": 6, "tensors": 7}
+_REINFORCED_SUFFIXES = {b"syn.json": 4, b"paug.json": 5, b"npz": 6, b"pth.gz": 7}
 _COLUMN_OF_SUFFIX = {b"jpg": 0, b"jpeg": 0, b"png": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3}
+_ALL_SUFFIXES = _COLUMN_OF_SUFFIX | _REINFORCED_SUFFIXES
 _SUFFIXES = list(_COLUMN_OF_SUFFIX)
 _COLUMNS, _LENGTHS = np.asarray(list(_COLUMN_OF_SUFFIX.values())), np.asarray([len(suffix) for suffix in _SUFFIXES])
 _SUFFIX_BYTES = 4  # that tell suffixes of the same length apart
@@ -71,10 +75,11 @@ class SampleGroups:
 
     def locations(self) -> npt.NDArray[np.int64]:
         """Return offset and size in bytes of each kind of file, (G, K, 2); an offset of -1 means missing."""
-        locations = np.full((self._count, len(COLUMNS), 2), (-1, 0), np.int64)
-        if self._rows:  # in reverse, so that the first of several images stays
-            rows = np.concatenate(self._rows)[::-1]
-            locations[rows[:, 0], rows[:, 1]] = rows[:, 2:]
+        rows = np.concatenate(self._rows)[::-1] if self._rows else np.empty((0, 4), np.int64)
+        is_reinforced = (rows[:, 1] >= len(COLUMNS)).any()
+        columns = len(COLUMNS) + (len(REINFORCED_COLUMNS) if is_reinforced else 0)
+        locations = np.full((self._count, columns, 2), (-1, 0), np.int64)
+        locations[rows[:, 0], rows[:, 1]] = rows[:, 2:]  # in reverse, so that the first of several images stays
         return locations
 
     def __len__(self) -> int:
@@ -111,8 +116,8 @@ class SampleGroups:
                 self._sample, self._suffixes = sample, {suffix}
             else:
                 self._suffixes.add(suffix)
-            if suffix in _COLUMN_OF_SUFFIX:
-                rows.append((self._count - 1, _COLUMN_OF_SUFFIX[suffix], offset, size))
+            if suffix in _ALL_SUFFIXES:
+                rows.append((self._count - 1, _ALL_SUFFIXES[suffix], offset, size))
         self._keep(np.asarray(names, np.bytes_), np.asarray(rows, np.int64).reshape(-1, 4))
 
     def _add_usual(self, files: TarFiles, start: int) -> bool:

@@ -23,16 +23,17 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
 from clip_rd_edge.data.shard_cache import open_file
-from clip_rd_edge.data.tar_samples import COLUMNS, Kind, SampleGroups
+from clip_rd_edge.data.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import cache_home
 
+_ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
 _SUFFIXES: dict[Kind, str] = {"image": "", "text": ".txt", "json": ".json", "class": ".cls"}
 _MAX_OPEN = 64
-_INDEX_FORMAT = "3"  # increase when the same tar is indexed differently
+_INDEX_FORMAT = "4"  # increase when the same tar is indexed differently
 _CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # raised by a damaged cached index
 
 
@@ -118,7 +119,8 @@ class Shard:
 
     Attributes:
         names: sample names up to the first dot, (G,), UTF-8.
-        locations: offset and size in bytes of image, text, JSON and class, (G, 4, 2); an offset of -1 means missing.
+        locations: offset and size in bytes of image, text, JSON and class, (G, 4, 2), and in a shard of reinforced
+            samples of their further files, (G, 8, 2); an offset of -1 means missing.
         damage: where the tar is damaged and indexing stopped, or empty.
         lost: about how many samples lie behind the damage, by the size of those before it.
     """
@@ -138,17 +140,19 @@ class Shard:
 
     def has(self, kind: Kind) -> npt.NDArray[np.bool_]:
         """Return a mask of the samples that have this kind of file, (G,)."""
-        mask: npt.NDArray[np.bool_] = self.locations[:, COLUMNS[kind], 0] >= 0
-        return mask
+        return self.locations_of(kind)[:, 0] >= 0
 
     def locations_of(self, kind: Kind) -> npt.NDArray[np.int64]:
         """Return offset and size in bytes of each sample's file of this kind, (G, 2)."""
-        locations: npt.NDArray[np.int64] = self.locations[:, COLUMNS[kind]]
+        column = _ALL_COLUMNS[kind]
+        if column >= self.locations.shape[1]:
+            return np.full((len(self), 2), (-1, 0), np.int64)
+        locations: npt.NDArray[np.int64] = self.locations[:, column]
         return locations
 
     def member(self, index: int, kind: Kind) -> TarMember | None:
         """Return a sample's image, text, JSON or class file, or None if it has none."""
-        offset, size = self.locations[index, COLUMNS[kind]].tolist()
+        offset, size = self.locations_of(kind)[index].tolist()
         if offset < 0:
             return None
         return TarMember(self.path, self.name(index) + _SUFFIXES[kind], offset, size)

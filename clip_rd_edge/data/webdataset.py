@@ -19,7 +19,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
 from clip_rd_edge.data.shard_cache import LIMIT_VARIABLE, cache_limit, prefetch
-from clip_rd_edge.data.shard_index import SampleLocation, index_shards
+from clip_rd_edge.data.shard_index import SampleLocation, ShardIndex, index_shards
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import is_file
@@ -70,7 +70,7 @@ class ShardPairs:
         self._json_key = json_key
         self._weights = [source.weight for source in sources]
         self._paths = [path for source in sources for path in source.shards]
-        self._index = index_shards(self._paths, json_key=json_key, captioned=captioned, reporter=reporter)
+        self._index = self._make_index(json_key=json_key, captioned=captioned, reporter=reporter)
         self.left_out, self.lost = self._index.left_out, self._index.lost
         # The shard of each group: the shards of a source, as often as its weight says.
         numbers = np.split(np.arange(len(self._paths)), np.cumsum([len(source.shards) for source in sources])[:-1])
@@ -102,6 +102,9 @@ class ShardPairs:
         """Begin to fetch the shards of these groups, where they are remote."""
         prefetch([self._paths[shard] for shard in dict.fromkeys(self._shard_of_group[list(groups)].tolist())])
 
+    def _make_index(self, *, json_key: str | None, captioned: bool, reporter: Reporter) -> ShardIndex:
+        return index_shards(self._paths, json_key=json_key, captioned=captioned, reporter=reporter)
+
     def _say_if_the_cache_is_small(self, reporter: Reporter) -> None:
         remote = [path for path in self._paths if isinstance(path, RemoteShard)]
         if not remote:
@@ -117,9 +120,13 @@ class ShardPairs:
             )
 
     def _locate(self, index: int) -> tuple[ShardFile, SampleLocation]:
+        shard, sample = self._position(index)
+        return self._paths[shard], self._index.locate(shard, sample)
+
+    def _position(self, index: int) -> tuple[int, int]:
+        """Return the number of a pair's shard, and its own number in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
-        shard = int(self._shard_of_group[group])
-        return self._paths[shard], self._index.locate(shard, index - int(self._ends[group] - self.groups[group]))
+        return int(self._shard_of_group[group]), index - int(self._ends[group] - self.groups[group])
 
 
 def parse_sources(source: str, weights: str | None = None) -> list[Source]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,14 +16,17 @@ import numpy as np
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
+from clip_rd_edge.data.pairs import BadSamples, Pairs, names_shards, require_batch
+from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.unpaired import MixedSamples, TrainingData, load_samples, pair_count, sample_counts
+from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
+from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
@@ -39,6 +43,8 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 class RunSetup:
     """Pairs, models and objective of a run. There are no `teachers` if the objective does not need one.
 
+    With `stored` teachers, the pairs are `ReinforcedPairs`, which have the embeddings, and there are no other teachers.
+
     `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
     """
 
@@ -46,6 +52,12 @@ class RunSetup:
     teachers: tuple[ClipModel, ...]
     student: ClipModel
     objective: Objective
+    stored: StoredTeachers | None = None
+
+    @property
+    def teacher_names(self) -> list[str]:
+        """The names of all teachers."""
+        return [each.name for each in (self.stored.teachers if self.stored else self.teachers)]
 
 
 def load_setup(
@@ -86,7 +98,11 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     )
     if not pair_count(pairs):
         _require_terms_without_pairs(config)
+    stored = load_stored_teachers(config)
+    if stored is not None and isinstance(pairs, ReinforcedPairs):
+        require_stored_width(pairs, stored)
     teachers = load_teachers(config)
+    widths = stored.widths if stored else tuple(teacher.embedding_size for teacher in teachers)
     seed_everything(config.seed)
     student = _make_student(config, teachers, name, reporter)
     require_no_logit_bias(student)
@@ -98,10 +114,10 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         config.recipe.objective,
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
-        widths=(student.embedding_size, *(teacher.embedding_size for teacher in teachers)) if teachers else None,
+        widths=(student.embedding_size, *widths) if widths else None,
         bank_temperature=config.recipe.bank_temperature,
     )
-    return RunSetup(pairs, teachers, student, objective)
+    return RunSetup(pairs, teachers, student, objective, stored)
 
 
 def _require_terms_without_pairs(config: RunConfig) -> None:
@@ -130,12 +146,35 @@ def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
 def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
     """Return what a run trains on; raises as `data.unpaired.load_samples`."""
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
+    if load_stored_teachers(config) is not None:
+        return _reinforced_pairs(source, reporter)
     texts = [] if source.texts is None else read_texts(source.texts, column=source.csv_caption_key)
     return load_samples(source, texts, reporter=reporter)
 
 
+def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPairs:
+    if source.data is None or not names_shards(source.data):
+        raise UsageError(
+            f"Stored teachers were named, but the data are {source.data}; expected WebDataset shards of reinforced "
+            "samples.",
+            hint="--data 'store/{00000..00012}.tar', or name another --teacher",
+        )
+    sources = parse_sources(source.data, source.train_data_upsampling_factors)
+    return ReinforcedPairs(source.data, sources, json_key=source.json_caption_key, reporter=reporter)
+
+
 def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: bool = True) -> ViewDataset:
     """Return the data set of views that a run trains on."""
+    if setup.stored is not None:
+        assert isinstance(setup.pairs, ReinforcedPairs)
+        return ReinforcedDataset(
+            setup.pairs,
+            setup.stored,
+            setup.student.preprocessing,
+            seed=config.seed,
+            views=config.views,
+            max_bad=config.max_bad,
+        )
     return ViewDataset(
         setup.pairs,
         setup.student.preprocessing,
@@ -148,7 +187,7 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, none if its objective does not need one.
+    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored.
 
     Raises:
         UsageError: one is needed but not named.
@@ -161,7 +200,33 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
             f"The recipe {config.recipe_name} needs a teacher.",
             hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
         )
+    if config.stored_teachers is not None:
+        return ()
     return tuple(load_clip(name, pretrained=config.teacher_pretrained) for name in config.teachers)
+
+
+def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, one or more.
+
+    Raises:
+        UsageError: the recipe has none.
+        InputError, ConfigError: one cannot be loaded.
+    """
+    teachers = load_teachers(config)
+    if not teachers:
+        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+    return teachers
+
+
+def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
+    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed.
+
+    Raises:
+        InputError, ConfigError: the file that describes them does not exist or is invalid.
+    """
+    if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
+        return None
+    return read_stored_teachers(Path(config.stored_teachers))
 
 
 def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
@@ -203,8 +268,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
     """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
     architecture = student_config(
         config.student,
-        embedding_size=config.embedding_size
-        or _embedding_size(teachers[:1] if config.text == TEACHER_TEXT else teachers),
+        embedding_size=config.embedding_size or _embedding_size(config, teachers),
         image_size=config.image_size,
         text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
@@ -214,7 +278,11 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
     return architecture
 
 
-def _embedding_size(teachers: Sequence[ClipModel]) -> int:
+def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
+    if (stored := load_stored_teachers(config)) is not None:
+        return sum(stored.widths)
+    if config.text == TEACHER_TEXT:
+        teachers = teachers[:1]
     return sum(teacher.embedding_size for teacher in teachers) or 512
 
 
@@ -264,12 +332,11 @@ _HISTOGRAM_PAIRS = 512
 
 def provenance(config: RunConfig, setup: RunSetup, *, steps: int) -> dict[str, Any]:
     """Return the content of distillation.json: recipe, teacher, data, seed, versions."""
-    names = [teacher.name for teacher in setup.teachers]
     digests = [_weights_sha256(name) for name in config.teachers] if setup.teachers else []
     return {
         "recipe": config.recipe_name,
         "configuration": msgspec.to_builtins(config),
-        "teacher": _one_or_all(names),
+        "teacher": _one_or_all(setup.teacher_names),
         "teacher_sha256": _one_or_all(digests),
         "data": config.data,
         "image_source": config.images,
@@ -295,7 +362,8 @@ def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
 def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
     """Embed up to 512 random pairs with student and teachers: image and text embeddings, (N, D) each, by model.
 
-    Several teachers are side by side, see `losses.ensemble`. Empty if there are no pairs.
+    Stored teachers are left out: their embeddings are those of other crops. Several teachers are side by side, see
+    `losses.ensemble`. Empty if there are no pairs.
     """
     indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
     if not len(indices):

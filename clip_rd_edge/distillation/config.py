@@ -14,6 +14,7 @@ from msgspec import Meta
 from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
 from clip_rd_edge.contract.preprocess import MAX_EDGE
 from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
+from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
@@ -115,8 +116,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         csv_img_key, csv_caption_key: column names of a table.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.
-        teacher: as `models.load.load_clip` takes it, or several of them, which `losses.ensemble` makes one; None if the
-            objective does not need a teacher.
+        teacher: as `models.load.load_clip` takes it, or several of them, which `losses.ensemble` makes one; or
+            `stored:FILE` for the stored embeddings of reinforced samples, see `data.reinforced`; None if the objective
+            does not need a teacher.
         teacher_pretrained: weights of teachers that are named by an architecture alone.
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels.
@@ -201,6 +203,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise CheckedError(
                 f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
             )
+        if self.stored_teachers and (problem := self._problem_with_stored_teachers()):
+            raise CheckedError(f"the teacher is {STORED}, but {problem}: the embeddings of the shards in data are used")
         for name in self.teachers:
             if self.teachers.count(name) > 1:
                 raise CheckedError(f"the teacher {name} is named {self.teachers.count(name)} times; expected once")
@@ -209,6 +213,23 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     def teachers(self) -> tuple[str, ...]:
         """The names of all teachers."""
         return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,) if self.teacher else ()
+
+    @property
+    def stored_teachers(self) -> str | None:
+        """The file that describes the teachers of reinforced samples in `data`; None if the teachers are models."""
+        stored = [name for name in self.teachers if name.startswith(STORED)]
+        return stored[0].removeprefix(STORED) if stored else None
+
+    def _problem_with_stored_teachers(self) -> str:
+        if len(self.teachers) > 1:
+            return "there are others"
+        if self.data is None or self.images is not None or self.texts is not None:
+            return "the run is not on data alone"
+        if self.teacher_cache is not None:
+            return f"teacher_cache is {self.teacher_cache}"
+        if TEACHER_TEXT in (self.text, self.pretrained_text):
+            return "its text tower is asked for"
+        return ""
 
 
 class DistillOptions(TypedDict, total=False):

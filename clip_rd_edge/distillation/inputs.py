@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -41,6 +42,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
 def inputs_of(setup: RunSetup) -> RunInputs:
     """Return the fingerprints of a run's data and teacher."""
     teachers = tuple(map(teacher_fingerprint, setup.teachers))
+    if setup.stored is not None:
+        teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
     return RunInputs(
         pairs=len(setup.pairs),
         left_out=len(setup.pairs.left_out),
@@ -112,10 +115,11 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
     before, after = _all_of(old.teacher_sha256), _all_of(new.teacher_sha256)
     if len(before) != len(after):
         return f"there were {len(before)} teachers, and now {len(after)}"
-    for clip, was, now in zip(setup.teachers, before, after, strict=True):
+    names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
+    for name, was, now in zip(names, before, after, strict=True):
         if was != now:
             change = _change(was, now)
-            return f"the teacher {clip.name} has other weights, another configuration or another tokenizer ({change})"
+            return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
     return None
 
 

@@ -284,6 +284,8 @@ def _prepare_teacher(
     config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
 ) -> tuple[BatchTeacher | None, ViewDataset]:
     """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
+    if setup.stored is not None:
+        return CachedTeacher(setup.stored.logit_scale, processes.device), make_dataset(config, setup)
     if not setup.teachers:
         return None, make_dataset(config, setup)
     teachers = _make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
@@ -328,7 +330,11 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
         reporter.say(f"precision of the teacher{'s' if len(setup.teachers) > 1 else ''}: {reason}")
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
-        teacher = _as_one(make_teachers(AUTOCAST[config.teacher_precision])) if setup.teachers else None
+        teacher: BatchTeacher | None = None
+        if setup.stored is not None:
+            teacher = CachedTeacher(setup.stored.logit_scale, single.device)
+        elif setup.teachers:
+            teacher = _as_one(make_teachers(AUTOCAST[config.teacher_precision]))
         objective = setup.objective.to(single.device)
         settings = step_settings(config, autocast, single.device)
         # An empty bank serves: its products have the same precision in every case.

@@ -17,6 +17,7 @@ import torch
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
@@ -162,6 +163,7 @@ def train(
                 bad=dataset.bad.left_out + bad,
                 skipped=optimizer.skipped,
                 memory_bytes=peak_memory_on(processes.device),
+                samples="samples" if isinstance(setup.pairs, MixedSamples) else "pairs",
             )
             if log and (done == steps or evaluation or done % config.log_every == 0):
                 extra = {

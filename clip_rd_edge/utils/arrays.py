@@ -34,19 +34,22 @@ def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.
     return array
 
 
-def read_npz(path: Path, *, max_bytes: int, hint: str = "") -> dict[str, npt.NDArray[Any]]:
+def read_npz(
+    source: Path | IO[bytes], *, max_bytes: int, hint: str = "", name: str = ""
+) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of an .npz file by name.
 
     Args:
         max_bytes: limit on the size of each array; checked before it is decompressed.
         hint: of the error.
+        name: of the file in messages; by default its path.
 
     Raises:
         ConfigError: the file is damaged, is no archive of arrays, holds Python objects, or an array is too large.
     """
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             if len(archive.infolist()) > MAX_ARRAYS:
                 raise ValueError(f"it has {len(archive.infolist())} arrays; expected at most {MAX_ARRAYS}")
             for member in archive.infolist():
@@ -58,7 +61,7 @@ def read_npz(path: Path, *, max_bytes: int, hint: str = "") -> dict[str, npt.NDA
         OSError, ValueError, EOFError, SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         reason = str(error).rstrip(".") or type(error).__name__
-        raise ConfigError(f"{path} could not be read: {reason}.", hint=hint) from error
+        raise ConfigError(f"{name or source} could not be read: {reason}.", hint=hint) from error
     return arrays
 
 

@@ -77,10 +77,23 @@ def stop_at(number: int) -> Callable[[int], None]:
     return stop
 
 
+class Listener(Watch):
+    """Also keeps the messages of the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages = list[str]()
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        super().update(stage, step, total, message)
+        self.messages.append(message)
+
+
 def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Path, plots: None) -> None:
-    watch = Watch()
+    watch = Listener()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     assert "24 images without captions and 4 texts, 6 steps of 6 images and 6 captions" in watch.said[0]
+    assert " samples/s, " in watch.messages[-1]  # there are no pairs
     said = " ".join(watch.said)
     assert "without pairs, these terms of the objective are 0: task, icl, vrd_kl, xrd" in said
     assert "cannot tell how often the student is right" in said

@@ -29,6 +29,7 @@ from clip_rd_edge.contract.bundle import FORMAT_VERSION, Manifest, Measurement, 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.convert.targets import plan_exports
+from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.config import load_recipe, resolve
 from clip_rd_edge.evidence.suite import read_evidence
 
@@ -218,6 +219,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "suite.yaml": read_suite,
     "evidence.yaml": check_evidence,
     "manifest.json": check_manifest,
+    "teachers.json": read_stored_teachers,
 }
 
 

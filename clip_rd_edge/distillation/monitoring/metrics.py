@@ -32,6 +32,7 @@ class Progress:
         bad: samples left out, or skipped since the start or resume, in all processes.
         skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
         memory_bytes: see `peak_memory_on`.
+        samples: what the rows of a batch are called.
     """
 
     step: int
@@ -43,13 +44,14 @@ class Progress:
     bad: int = 0
     skipped: int = 0
     memory_bytes: int = 0
+    samples: str = "pairs"
 
     def message(self) -> str:
         """Format the figures for the progress bar."""
         bad = f", {self.bad:,} bad samples" if self.bad else ""
         return (
-            f"loss {self.loss:.3f}, {self.samples_per_second:.0f} pairs/s, {self.memory_bytes / 1e9:.1f} GB{bad}, "
-            f"{self.data_wait:.0%} waiting for data"
+            f"loss {self.loss:.3f}, {self.samples_per_second:.0f} {self.samples}/s, "
+            f"{self.memory_bytes / 1e9:.1f} GB{bad}, {self.data_wait:.0%} waiting for data"
         )
 
     def evaluation_message(self) -> str:

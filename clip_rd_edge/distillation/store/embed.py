@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
-from clip_rd_edge.distillation.build import load_teachers, training_pairs
+from clip_rd_edge.distillation.build import load_models_to_embed_with, training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.processes.distributed import join_processes
@@ -23,7 +23,7 @@ from clip_rd_edge.distillation.store.store_build import (
     shard_maker,
 )
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.cluster import map_on_cluster
@@ -48,9 +48,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         with processes.main_first():
             pairs = training_pairs(config, reporter=shown)
         with processes.together():
-            teachers = load_teachers(config)
-            if not teachers:
-                raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+            teachers = load_models_to_embed_with(config)
             folders = cache_folders(folder, teachers)
         for number, (clip, its_folder) in enumerate(zip(teachers, folders, strict=True)):
             with processes.together():

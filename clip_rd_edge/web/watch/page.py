@@ -76,7 +76,7 @@ def _facts(state: RunState) -> str:
     facts: list[tuple[str, str, bool]] = []
     for name, key, form in (
         ("Loss", "loss", number),
-        ("Pairs per second", "samples_per_second", number),
+        ("Samples per second", "samples_per_second", number),
         ("Waiting for data", "data_wait", percent),
         ("Learning rate", "learning_rate", number),
         ("Memory", "memory_mb", lambda value: f"{value / 1000:.1f} GB"),
@@ -117,7 +117,7 @@ def _loss_charts(state: RunState) -> list[Chart]:
 
 def _speed_charts(state: RunState) -> list[Chart]:
     return [
-        Chart("pairs per second", series(state.lines, "samples_per_second"), number, floor=0.0),
+        Chart("samples per second", series(state.lines, "samples_per_second"), number, floor=0.0),
         Chart("waiting for data", series(state.lines, "data_wait"), percent, floor=0.0),
     ]
 

@@ -1,0 +1,183 @@
+"""Reinforced samples in MobileCLIP's published format: pairs with stored augmentations, captions and embeddings.
+
+MobileCLIP (Vasu et al. 2024) computes once what its teachers say of each image in some strong augmentations, and of
+some captions, and stores it beside the image in WebDataset shards, as in its data set DataCompDR:
+
+    NAME.jpg, NAME.txt             the image and its own caption (or .json, as in other shards)
+    NAME.syn.json                  {"syn_text": [caption, …]}: S synthetic captions; there may be none
+    NAME.paug.json                 {"param_aug": [[[top, left, height, width], [[operation, magnitude], …]], …]}: A
+                                   augmentations, each a crop in pixels of the image, and RandAugment's operations on
+                                   the resized crop, or null for none; the list may be a JSON text itself
+    NAME.npz or NAME.pth.gz        "image_emb" (A, D), "text_emb" (1 + S, D), of the own and then of the synthetic
+                                   captions; or (1, D), and "syn_text_emb" (S, D), as MobileCLIP2's generator writes it
+
+D is the sum of the teachers' widths. What the shards do not say is in a file of `StoredTeachers`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
+from clip_rd_edge.contract.preprocess import MAX_EDGE
+from clip_rd_edge.data.shard_index import ShardIndex, index_shards
+from clip_rd_edge.data.tars import TarMember
+from clip_rd_edge.data.webdataset import ShardPairs, read_text
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat
+from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.structs import read_json
+
+STORED = "stored:"  # before the path of a file of StoredTeachers, in the place of a teacher
+# RandAugment's operations in the order of their numbers, which is that of torchvision.
+OPERATIONS = (
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
+
+
+_MAX_MAGNITUDE = 10_000  # pixels of a translation are the largest
+
+
+class StoredTeacher(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A teacher whose embeddings are stored.
+
+    Attributes:
+        logit_scale: γ_t, a multiplier.
+    """
+
+    name: str
+    embedding_size: Annotated[int, Meta(ge=1, le=MAX_EMBEDDING_SIZE)]
+    logit_scale: PositiveFloat
+
+
+class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whose embeddings are stored, side by side in this order.
+
+    Attributes:
+        image_size: edge in pixels to which crops were resized for the teachers, bicubically, before RandAugment.
+    """
+
+    teachers: Annotated[tuple[StoredTeacher, ...], Meta(min_length=1)]
+    image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Embedding size of each teacher."""
+        return tuple(teacher.embedding_size for teacher in self.teachers)
+
+    @property
+    def logit_scale(self) -> float | tuple[float, ...]:
+        """As in `distillation.teacher.BatchTeacher`."""
+        scales = tuple(teacher.logit_scale for teacher in self.teachers)
+        return scales if len(scales) > 1 else scales[0]
+
+
+def read_stored_teachers(path: Path) -> StoredTeachers:
+    """Read a file that says whose embeddings are stored.
+
+    Raises:
+        InputError: it does not exist.
+        ConfigError: it is not such a file.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"The file {path} of stored teachers does not exist.",
+            hint="write one with the name, embedding_size and logit_scale of each teacher; see the guide",
+        )
+    return read_json(path, StoredTeachers)
+
+
+class Augmentation(NamedTuple):
+    """A crop of the image in pixels, and RandAugment's operations on it, by name, with their magnitudes."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    operations: tuple[tuple[str, float], ...] = ()
+
+
+class ReinforcedPairs(ShardPairs):
+    """Pairs from shards of reinforced samples; samples that lack augmentations or embeddings are left out."""
+
+    def _make_index(self, *, json_key: str | None, captioned: bool, reporter: Reporter) -> ShardIndex:
+        return index_shards(self._paths, json_key=json_key, captioned=captioned, reinforced=True, reporter=reporter)
+
+    def augmentations(self, index: int) -> tuple[Augmentation, ...]:
+        """Return a pair's augmentations; raises InputError if they cannot be read."""
+        shard, location = self._locate_reinforcement(index)
+        member = TarMember(shard, "", *location.augmentations)
+        try:
+            content = _json(member)
+            parameters = content["param_aug"]
+            if isinstance(parameters, str):
+                parameters = msgspec.json.decode(parameters)
+            augmentations = tuple(_augmentation(each) for each in parameters)
+        except (TypeError, KeyError, ValueError, OverflowError, msgspec.DecodeError, RecursionError) as error:
+            raise InputError(
+                f"{member} is not as expected: param_aug as a list of [[top, left, height, width], [[operation, "
+                "magnitude], …]] for each augmentation."
+            ) from error
+        if not augmentations:
+            raise InputError(f"{member} has no augmentations.")
+        return augmentations
+
+    def synthetic_captions(self, index: int) -> dict[str, tuple[str, ...]]:
+        """Return a pair's synthetic captions by their key, as they are; raises InputError if they cannot be read."""
+        shard, location = self._locate_reinforcement(index)
+        if location.synthetic is None:
+            return {}
+        member = TarMember(shard, "", *location.synthetic)
+        content = _json(member)
+        if not isinstance(content, dict):
+            raise InputError(f"{member} is not a JSON object.")
+        captions = {key: value for key, value in content.items() if isinstance(value, list)}
+        if not all(isinstance(caption, str) for value in captions.values() for caption in value):
+            raise InputError(f"{member} has captions that are no texts.")
+        return {key: tuple(value) for key, value in captions.items()}
+
+    def embeddings(self, index: int) -> tuple[TarMember, bool]:
+        """Return the file with a pair's embeddings, and whether it is a .pth.gz and not a .npz."""
+        shard, location = self._locate_reinforcement(index)
+        return TarMember(shard, "", *location.embeddings), location.is_torch
+
+    def _locate_reinforcement(self, index: int) -> Any:
+        shard, sample = self._position(index)
+        return self._paths[shard], self._index.locate_reinforcement(shard, sample)
+
+
+def _json(member: TarMember) -> Any:
+    try:
+        return msgspec.json.decode(read_text(member))
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{member} is not valid JSON.") from error
+
+
+def _augmentation(parameters: Any) -> Augmentation:
+    crop, operations = parameters
+    top, left, height, width = (int(value) for value in crop)
+    if min(top, left) < 0 or min(height, width) < 1:
+        raise ValueError(crop)
+    named = []
+    for number, magnitude in operations or ():
+        if not 0 <= number < len(OPERATIONS) or not abs(magnitude) <= _MAX_MAGNITUDE:
+            raise ValueError(number, magnitude)
+        named.append((OPERATIONS[number], float(magnitude)))
+    return Augmentation(top, left, height, width, tuple(named))

@@ -1,0 +1,232 @@
+"""Write reinforced shards in MobileCLIP's format: pairs with strong augmentations and what teachers say of them.
+
+    00000.tar, …        PAIRS_PER_SHARD pairs each, see `data.reinforced`
+    teachers.json       whose embeddings they are, for `--teacher stored:FOLDER/teachers.json`
+    reinforced.json     what they depend on
+
+The augmentations are RandAugment's (Cubuk et al. 2020), two operations at magnitude 9 of 30 as in torchvision and in
+MobileCLIP, on a crop within the recipe's range. Of several captions of a pair, the first is its own, and the others
+take the places of synthetic ones.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint
+from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
+from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.build import load_models_to_embed_with, training_pairs
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.loader import HalfArray
+from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
+from clip_rd_edge.distillation.reinforced import augment, resized
+from clip_rd_edge.distillation.step import AUTOCAST
+from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
+from clip_rd_edge.distillation.store.store_build import BATCH_SIZE
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.clip import default_device
+from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+from clip_rd_edge.utils.structs import read_json, to_json
+
+PAIRS_PER_SHARD = 1000
+TEACHERS_FILE, _MANIFEST = "teachers.json", "reinforced.json"
+_STAGE = "reinforcing pairs (shards)"
+_OPERATIONS_PER_IMAGE, _STRENGTH = 2, 9 / 30
+_QUALITY = 95  # of the JPEGs, which teachers and students see alike
+
+
+class ReinforcedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that reinforced shards depend on."""
+
+    format_version: int = 1
+    teachers_sha256: tuple[str, ...]
+    pairs_sha256: str
+    image_size: int
+    crops: Crops
+    seed: int
+    augmentations: int
+    precision: str
+
+
+def reinforce(config: RunConfig, folder: Path, *, reporter: Reporter = SILENT) -> None:
+    """Write what is missing of the reinforced shards of a configuration's pairs and teachers.
+
+    Args:
+        config: its `views` are the augmentations of each image, its `teacher_precision` is not `auto`.
+        reporter: receives the number of completed shards.
+
+    Raises:
+        UsageError: the configuration has no teachers or no plain pairs, or `folder` is something else.
+        InputError: data or teachers do not exist, or too many pairs cannot be read.
+    """
+    with join_processes() as processes:
+        shown = reporter if processes.is_main else SILENT
+        with processes.main_first():
+            pairs = training_pairs(config, reporter=shown)
+        with processes.together():
+            writer = _writer(config, pairs)
+        processes.on_main(lambda: _claim(folder, writer.manifest))
+        _write_shards(folder, writer, processes, shown)
+        if processes.is_main:
+            write_bytes(folder / TEACHERS_FILE, to_json(writer.stored))
+        processes.barrier()
+
+
+def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
+    if isinstance(pairs, MixedSamples):
+        raise UsageError(
+            "Reinforced shards hold pairs, but images or texts apart were named.", hint="name pairs alone, with --data"
+        )
+    clips, device = load_models_to_embed_with(config), default_device()
+    autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
+    teachers = [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in clips]
+    manifest = ReinforcedManifest(
+        teachers_sha256=tuple(map(teacher_fingerprint, clips)),
+        pairs_sha256=fingerprint(pairs),
+        image_size=max(max(clip.preprocessing.size) for clip in clips),
+        crops=Crops(scale=config.recipe.crop_scale, aspect_ratio=1.0),
+        seed=config.seed,
+        augmentations=config.views,
+        precision=config.teacher_precision,
+    )
+    return _Writer(manifest, pairs, teachers, max_bad=config.max_bad)
+
+
+def _claim(folder: Path, manifest: ReinforcedManifest) -> None:
+    """Write the manifest into a new folder, or check that an existing one has the same."""
+    path = folder / _MANIFEST
+    if is_file(path):
+        existing = read_json(path, ReinforcedManifest)
+        for name in ReinforcedManifest.__struct_fields__:
+            actual, expected = getattr(existing, name), getattr(manifest, name)
+            if actual != expected:
+                raise UsageError(
+                    f"The reinforced shards in {folder} are others: their {name} is {actual}, expected {expected}.",
+                    hint="choose another --output, or use the options that they were made with",
+                )
+    elif is_folder(folder) and any(folder.iterdir()):
+        raise UsageError(f"{folder} is neither empty nor of reinforced shards.", hint="choose another --output")
+    else:
+        write_bytes(path, to_json(manifest))
+
+
+def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter: Reporter) -> None:
+    shards = range(-(-len(writer.pairs) // PAIRS_PER_SHARD))
+    mine = shards[processes.rank :: processes.world_size]
+    for done, shard in enumerate(mine):
+        reporter.update(_STAGE, done, len(mine))
+        path = folder / f"{shard:05d}.tar"
+        if not is_file(path):
+            rows = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, len(writer.pairs)))
+            write_bytes(path, writer.shard(rows))
+    reporter.update(_STAGE, len(mine), len(mine))
+    processes.barrier()
+
+
+class _Writer:
+    """Makes the content of shards."""
+
+    def __init__(self, manifest: ReinforcedManifest, pairs: Pairs, teachers: Sequence[Teacher], *, max_bad: float):
+        self.manifest, self.pairs, self._teachers = manifest, pairs, teachers
+        self._bad = BadSamples(pairs, max_share=max_bad)
+        self.stored = StoredTeachers(
+            teachers=tuple(
+                StoredTeacher(
+                    name=teacher.clip.name,
+                    embedding_size=teacher.clip.embedding_size,
+                    logit_scale=teacher.logit_scale,
+                )
+                for teacher in teachers
+            ),
+            image_size=manifest.image_size,
+        )
+
+    def shard(self, rows: range) -> bytes:
+        """Return the tar of these pairs, without those that cannot be read."""
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for index in rows:
+                try:
+                    files = dict(self._files(index))
+                except InputError as error:
+                    self._bad.add([(index, str(error))])
+                    continue
+                for suffix, data in sorted(files.items()):
+                    info = tarfile.TarInfo(f"{index:09d}.{suffix}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+        return content.getvalue()
+
+    def _files(self, index: int) -> Iterator[tuple[str, bytes]]:
+        jpeg = io.BytesIO()
+        self.pairs.open(index).save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
+        image = Image.open(jpeg).convert("RGB")
+        own, *others = self.pairs.captions(index)
+        drawn = [self._draw(image.size, index, number) for number in range(self.manifest.augmentations)]
+        parameters = [
+            [[a.top, a.left, a.height, a.width], [[OPERATIONS.index(name), m] for name, m in a.operations]]
+            for a in drawn
+        ]
+        arrays = io.BytesIO()
+        np.savez(arrays, image_emb=self._embed_images(image, drawn), text_emb=self._embed_captions([own, *others]))
+        yield "jpg", jpeg.getvalue()
+        yield "txt", own.encode()
+        yield "paug.json", msgspec.json.encode({"param_aug": parameters})
+        yield "npz", arrays.getvalue()
+        if others:
+            yield "syn.json", msgspec.json.encode({"syn_text": others})
+
+    def _draw(self, size: tuple[int, int], index: int, number: int) -> Augmentation:
+        rng = np.random.default_rng((self.manifest.seed, index, number))
+        left, top, right, bottom = (int(edge) for edge in self.manifest.crops.draw(size, rng))
+        operations = [draw_operation(rng, self.manifest.image_size) for _ in range(_OPERATIONS_PER_IMAGE)]
+        return Augmentation(top, left, max(bottom - top, 1), max(right - left, 1), tuple(operations))
+
+    def _embed_images(self, image: Image.Image, drawn: Sequence[Augmentation]) -> HalfArray:
+        shown = [augment(image, augmentation, size=self.manifest.image_size) for augmentation in drawn]
+        return _side_by_side(
+            [teacher.embed_images(_levels(shown, teacher.clip.preprocessing)) for teacher in self._teachers]
+        )
+
+    def _embed_captions(self, captions: list[str]) -> HalfArray:
+        return _side_by_side([teacher.embed_captions(captions) for teacher in self._teachers])
+
+
+def draw_operation(rng: np.random.Generator, image_size: int) -> tuple[str, float]:
+    """Draw one of RandAugment's operations, with torchvision's magnitude 9 of 30, as (name, magnitude)."""
+    name = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+    sign = 1.0 if rng.random() < 0.5 else -1.0
+    if name in ("Identity", "AutoContrast", "Equalize"):
+        return name, 0.0
+    if name == "Posterize":  # bits that are kept
+        return name, 8.0 - round(4 * _STRENGTH)
+    if name == "Solarize":  # level from which on pixels are inverted
+        return name, 255 * (1 - _STRENGTH)
+    if name.startswith("Shear"):
+        return name, sign * 0.3 * _STRENGTH
+    if name.startswith("Translate"):
+        return name, sign * 150 / 331 * image_size * _STRENGTH
+    return name, sign * (30 if name == "Rotate" else 0.9) * _STRENGTH
+
+
+def _levels(images: Sequence[Image.Image], model: Preprocessing) -> torch.Tensor:
+    return torch.from_numpy(np.stack([resized(image, model) for image in images])).permute(0, 3, 1, 2)
+
+
+def _side_by_side(embeddings: Sequence[torch.Tensor]) -> HalfArray:
+    joined: HalfArray = torch.cat([each.float().cpu() for each in embeddings], dim=1).numpy().astype(np.float16)
+    return joined

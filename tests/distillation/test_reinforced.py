@@ -1,0 +1,440 @@
+"""Stores in MobileCLIP's format, made by hand from its documentation, are read and trained on."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support import Watch, save_tiny_teacher
+from torchvision.transforms import InterpolationMode, autoaugment
+from torchvision.transforms import functional as F
+
+import clip_rd_edge as edge
+from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
+from clip_rd_edge.data.webdataset import parse_sources
+from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.store import reinforce
+from clip_rd_edge.distillation.store.reinforce import draw_operation
+from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.models.load import load_clip, save_clip, training_facts
+
+PREPROCESSING = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+PAIRS, AUGMENTATIONS, SYNTHETIC, WIDTHS, SIZE = 12, 3, 2, (5, 4), 40
+Store = Callable[..., str]
+
+
+def units(rows: int, seed: int) -> np.ndarray:
+    """Embeddings of two teachers side by side, each a unit vector."""
+    rng = np.random.default_rng(seed)
+    parts = [rng.standard_normal((rows, width)) for width in WIDTHS]
+    return np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], axis=1).astype(np.float32)
+
+
+def augmentations(number: int) -> list[Any]:
+    """Two crops with two operations each, and one without."""
+    rng = np.random.default_rng(number)
+    drawn: list[Any] = [
+        [[int(rng.integers(8)), int(rng.integers(8)), 30 + k, 28], [[int(rng.integers(14)), 0.3], [5, -12.0]]]
+        for k in range(AUGMENTATIONS - 1)
+    ]
+    return [*drawn, [[0, 0, 40, 40], None]]
+
+
+def sample_files(number: int, kind: str) -> dict[str, bytes]:
+    image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (48, 44, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    parameters = augmentations(number)
+    texts = units(1 + SYNTHETIC, 100 + number)
+    arrays = {"image_emb": units(AUGMENTATIONS, number), "text_emb": texts}
+    if kind == "second":  # as MobileCLIP2's generator writes it
+        arrays |= {"text_emb": texts[:1], "syn_text_emb": texts[1:]}
+    content = io.BytesIO()
+    if kind == "torch":
+        torch.save({name: torch.tensor(array).bfloat16() for name, array in arrays.items()}, content)
+        embeddings = {"pth.gz": gzip.compress(content.getvalue())}
+    else:
+        np.savez(content, **arrays)
+        embeddings = {"npz": content.getvalue()}
+    described = parameters if kind == "second" else json.dumps(parameters)  # DataCompDR has a JSON text
+    synthetic = {"syn_text": [f"synthetic {number} {k}" for k in range(SYNTHETIC)]}
+    if kind == "second":
+        synthetic["syn_text_other"] = ["without an embedding"]
+    return {
+        "png": buffer.getvalue(),
+        "json": b"{}",
+        **embeddings,
+        "paug.json": json.dumps({"param_aug": described}).encode(),
+        "syn.json": json.dumps(synthetic).encode(),
+        "txt": f"own {number}".encode(),
+        "url.txt": b"https://example.org",
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Write a shard, with changes to the files of its samples, and return its path."""
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+
+    def write(kind: str = "first", change: Callable[[int, dict[str, bytes]], None] = lambda *_: None) -> str:
+        path = tmp_path / f"{kind}.tar"
+        with tarfile.open(path, "w") as archive:
+            for number in range(PAIRS):
+                files = sample_files(number, kind)
+                change(number, files)
+                for suffix, content in files.items():
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def teachers(tmp_path: Path) -> Path:
+    described = [
+        {"name": f"teacher-{k}", "embedding_size": width, "logit_scale": scale}
+        for k, (width, scale) in enumerate(zip(WIDTHS, (70, 60), strict=True))
+    ]
+    path = tmp_path / "teachers.json"
+    path.write_text(json.dumps({"teachers": described, "image_size": SIZE}))
+    return path
+
+
+@pytest.fixture
+def stored(teachers: Path) -> StoredTeachers:
+    return read_stored_teachers(teachers)
+
+
+def open_store(source: str) -> ReinforcedPairs:
+    return ReinforcedPairs(source, parse_sources(source))
+
+
+@pytest.mark.parametrize("kind", ["first", "second", "torch"])
+def test_a_store_is_read_as_documented(kind: str, store: Store, stored: StoredTeachers) -> None:
+    pairs = open_store(store(kind))
+    assert (len(pairs), list(pairs.left_out)) == (PAIRS, [])
+    for number in (0, 7):
+        sample = read_sample(pairs, number, stored)
+        assert [list(a[:4]) for a in sample.augmentations] == [crop for crop, _ in augmentations(number)]
+        assert sample.augmentations[2].operations == ()
+        expected = [(OPERATIONS[op], magnitude) for op, magnitude in augmentations(number)[0][1]]
+        assert list(sample.augmentations[0].operations) == expected
+        assert list(sample.own) == [(f"own {number}", 0)]
+        assert list(sample.synthetic) == [(f"synthetic {number} 0", 1), (f"synthetic {number} 1", 2)]
+        tolerance = 2**-8 if kind == "torch" else 2**-11  # bfloat16, float16
+        np.testing.assert_allclose(sample.image_embeddings, units(AUGMENTATIONS, number), atol=tolerance)
+        np.testing.assert_allclose(sample.text_embeddings, units(1 + SYNTHETIC, 100 + number), atol=tolerance)
+
+
+def test_shards_without_reinforcements_are_left_out_and_usable_as_others(store: Store) -> None:
+    def change(number: int, files: dict[str, bytes]) -> None:
+        files.pop("npz" if number == 3 else "paug.json" if number == 4 else "syn.json" if number == 5 else "url.txt")
+
+    source = store(change=change)
+    pairs = open_store(source)
+    assert len(pairs) == PAIRS - 2
+    assert "0003 has no embeddings (.npz, .pth.gz)" in pairs.left_out[0]
+    assert "0004 has no augmentations (.paug.json)" in pairs.left_out[1]
+    assert pairs.synthetic_captions(3) == {}
+    assert len(load_pairs(source)) == PAIRS
+
+
+@pytest.mark.parametrize(("name", "signed"), [(name, sign) for name in OPERATIONS for sign in (1, -1)])
+def test_every_operation_is_that_of_torchvision(name: str, signed: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 44, 3), dtype=np.uint8))
+    space = autoaugment.RandAugment()._augmentation_space(31, (SIZE, SIZE))
+    assert tuple(space) == OPERATIONS
+    values, is_signed = space[name]
+    magnitude = float(values[9]) if values.ndim else 0.0
+    magnitude *= signed if is_signed else 1
+    crop = F.resized_crop(image, 3, 5, 30, 28, [SIZE, SIZE], InterpolationMode.BICUBIC)
+    expected = autoaugment._apply_op(crop, name, magnitude, InterpolationMode.NEAREST, None)
+    actual = augment(image, Augmentation(3, 5, 30, 28, ((name, magnitude),)), size=SIZE)
+    assert np.array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def dataset(pairs: ReinforcedPairs, stored: StoredTeachers, size: int = 32) -> ReinforcedDataset:
+    preprocessing = msgspec.structs.replace(PREPROCESSING, size=(size, size))
+    return ReinforcedDataset(pairs, stored, preprocessing, seed=0, views=0, max_bad=0.1)
+
+
+def test_a_view_joins_an_augmentation_and_a_caption_with_their_own_embeddings(
+    store: Store, stored: StoredTeachers
+) -> None:
+    pairs = open_store(store())
+    views = dataset(pairs, stored, SIZE)
+    kinds = {"own": 0, "synthetic": 0}
+    numbers = set()
+    for epoch in range(60):
+        view = views[epoch, 2]
+        sample = read_sample(pairs, 2, stored)
+        assert view.teacher_embeddings is not None
+        image, text = view.teacher_embeddings
+        (number,) = np.flatnonzero((sample.image_embeddings == image).all(axis=1))
+        shown = augment(pairs.open(2), sample.augmentations[number], size=SIZE)
+        assert np.array_equal(view.student_pixels, np.asarray(shown))
+        row = dict([*sample.own, *sample.synthetic])[view.caption]
+        assert np.array_equal(text, sample.text_embeddings[row])
+        kinds[view.caption.split()[0]] += 1
+        numbers.add(int(number))
+    assert numbers == {0, 1, 2}
+    assert min(kinds.values()) > 15  # each kind about half of the time
+    assert views[3, 2].caption == views[3, 2].caption
+    assert dataset(pairs, stored)[0, 0].student_pixels.shape == (32, 32, 3)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("/tmp/clip-rd-edge-was-run"),)
+
+
+def malicious() -> bytes:
+    content = io.BytesIO()
+    torch.save({"image_emb": Malicious(), "text_emb": 0}, content)
+    return gzip.compress(content.getvalue())
+
+
+def npz(**arrays: Any) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        ("pth.gz", malicious(), "it holds more than tensors, or is damaged"),
+        ("pth.gz", b"no gzip", "Cannot read the embeddings .*0000.pth.gz"),
+        ("npz", b"no zip", "Cannot read the embeddings: .*0000.npz could not be read"),
+        ("npz", npz(image_emb=np.array(["a"]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
+        ("npz", npz(image_emb=np.array([object()]), text_emb=np.zeros(1)), "Cannot read the embeddings"),
+        ("npz", npz(image_emb=units(3, 0)), "has no text_emb"),
+        ("npz", npz(image_emb=units(2, 0), text_emb=units(3, 0)), "has 2 embeddings for 3 augmentations"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:0]), "has 0 embeddings for 1 captions"),
+        ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0)), "zero or not finite"),
+        ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0)), "of another width than 9"),
+        ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}', "is not as expected: param_aug as a list"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[77, 0.5]]]]}', "is not as expected"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, 1e300]]]]}', "is not as expected"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 1e400], null]]}', "is not as expected|is not valid JSON"),
+        ("paug.json", b'{"param_aug": []}', "has no augmentations"),
+        ("paug.json", b"{", "is not valid JSON"),
+        ("syn.json", b'{"syn_text": [3]}', "captions that are no texts"),
+        ("syn.json", b"[]", "is not a JSON object"),
+    ],
+)
+def test_damaged_and_dangerous_samples_are_refused(
+    suffix: str, content: bytes, message: str, store: Store, stored: StoredTeachers
+) -> None:
+    def change(number: int, files: dict[str, bytes]) -> None:
+        if suffix == "pth.gz":
+            files.pop("npz")
+        files[suffix] = content
+
+    with pytest.raises(InputError, match=message):
+        read_sample(open_store(store(change=change)), 0, stored)
+    assert not Path("/tmp/clip-rd-edge-was-run").exists()
+
+
+def test_what_would_unpack_to_too_much_is_refused(
+    store: Store, stored: StoredTeachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = np.zeros((3, 4_000), np.float32)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, image_emb=zeros, text_emb=zeros)
+    contents = {"first": ("npz", packed.getvalue()), "torch": ("pth.gz", gzip.compress(zeros.tobytes()))}
+    for kind, (suffix, content) in contents.items():
+        pairs = open_store(store(kind, change=lambda _, files: files.update({suffix: content})))  # noqa: B023
+        for limit, message in ((20_000, "it would take|the limit is"), (10, "the limit for embeddings is 10")):
+            monkeypatch.setattr("clip_rd_edge.distillation.reinforced._MAX_BYTES", limit)
+            with pytest.raises(InputError, match=message):
+                read_sample(pairs, 0, stored)
+
+
+def test_an_image_that_is_not_the_one_that_was_augmented_is_refused() -> None:
+    with pytest.raises(InputError, match=r"has 20 × 20 pixels, but a stored augmentation crops it to 31 × 22"):
+        augment(Image.new("RGB", (20, 20)), Augmentation(2, 1, 20, 30), size=SIZE)
+
+
+def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
+    with pytest.raises(InputError, match="The stored augmentation Posterize cannot be applied with magnitude 20"):
+        augment(Image.new("RGB", (40, 40)), Augmentation(0, 0, 40, 40, (("Posterize", 20.0),)), size=SIZE)
+
+
+@pytest.fixture
+def config(teachers: Path) -> RunConfig:
+    recipe = msgspec.structs.replace(load_recipe("clip-rd-bank"), steps=6, batch_size=4, precision="fp32", bank_size=8)
+    return RunConfig(
+        recipe_name="clip-rd-bank",
+        recipe=recipe,
+        teacher=f"stored:{teachers}",
+        teacher_precision="fp32",
+        data="unset.tar",
+        student="test_resnet",
+        image_size=48,
+        text="tiny",
+        context_length=12,
+        checkpoint_every=2,
+        log_every=1,
+        workers=0,
+    )
+
+
+def stop_at(number: int) -> Callable[[int], None]:
+    def stop(step: int) -> None:
+        if step == number:
+            raise MemoryError("like a kill, this saves nothing")
+
+    return stop
+
+
+def test_a_student_is_trained_on_a_store_and_a_killed_run_resumes_to_the_same_weights(
+    config: RunConfig, store: Store, tmp_path: Path, teachers: Path
+) -> None:
+    config = msgspec.structs.replace(config, data=store("torch"))
+    student = run_distillation(config, tmp_path / "whole", resume=False)
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
+    resumed = load_file(run_distillation(config, tmp_path / "run", resume=True) / "open_clip_model.safetensors")
+    expected = load_file(student / "open_clip_model.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert expected["visual.head.proj.weight"].shape[0] == sum(WIDTHS)
+    assert all(line["loss/hrd"] > 0 and line["loss/bank"] > 0 for line in read_metrics(tmp_path / "run"))
+    assert training_facts(str(student))["teacher"] == "teacher-0, teacher-1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": ["stored:a.json", "b"]}, ConfigError, "the teacher is stored:, but there are others"),
+        ({"images": "photos"}, ConfigError, "the run is not on data alone"),
+        ({"teacher_cache": "cache"}, ConfigError, "teacher_cache is cache"),
+        ({"text": "teacher"}, ConfigError, "its text tower is asked for"),
+    ],
+)
+def test_what_does_not_go_with_stored_teachers_is_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {"data": "a.tar", "student": "resnet18", "teacher": "stored:a.json", **changes}
+    with pytest.raises(error, match=message):
+        resolve("clip-rd", **options)
+
+
+def test_wrong_data_widths_and_descriptions_are_one_sentence(
+    config: RunConfig, store: Store, teachers: Path, tmp_path: Path
+) -> None:
+    table = msgspec.structs.replace(config, data="pairs.csv")
+    with pytest.raises(UsageError, match=r"the data are pairs\.csv; expected WebDataset shards of reinforced samples"):
+        run_distillation(table, tmp_path / "run", resume=False)
+    config = msgspec.structs.replace(config, data=store())
+    teachers.write_text(teachers.read_text().replace('"embedding_size": 5', '"embedding_size": 7'))
+    with pytest.raises(ConfigError, match=r"have 9 numbers; expected 7 \+ 4, those of the teachers teacher-0, teacher"):
+        run_distillation(config, tmp_path / "run", resume=False)
+    teachers.write_text("{}")
+    with pytest.raises(ConfigError, match="teachers"):
+        run_distillation(config, tmp_path / "run", resume=False)
+    teachers.unlink()
+    with pytest.raises(InputError, match="of stored teachers does not exist"):
+        run_distillation(config, tmp_path / "run", resume=False)
+
+
+@pytest.fixture
+def own_store(pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a store of ours: 24 pairs in three shards, two captions for some, and two teachers."""
+    monkeypatch.setattr(reinforce, "PAIRS_PER_SHARD", 10)
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "cache"))
+    teachers = [save_tiny_teacher(tmp_path / "first"), save_tiny_teacher(tmp_path / "second")]
+    clip = load_clip(str(teachers[1]))
+    with torch.no_grad():
+        clip.model.get_parameter("text.text_projection").mul_(-1)
+    save_clip(tmp_path / "second", clip, provenance={})
+    return {"data": pairs_csv, "teacher": teachers, "views": 3, "layout": "mobileclip", "output": tmp_path / "ours"}
+
+
+def test_a_store_of_ours_is_read_back_and_trained_on(own_store: dict[str, Any], config: RunConfig) -> None:
+    folder = edge.embed(**own_store)
+    stored = read_stored_teachers(folder / "teachers.json")
+    assert ([teacher.name for teacher in stored.teachers], stored.widths, stored.image_size) == (
+        ["first", "second"], (24, 24), 48,
+    )  # fmt: skip
+    source = f"{folder}/{{00000..00002}}.tar"
+    pairs = open_store(source)
+    assert (len(pairs), list(pairs.left_out)) == (24, [])
+    teachers = [Teacher(load_clip(str(path)), torch.device("cpu"), autocast=None) for path in own_store["teacher"]]
+    for index in (0, 23):
+        sample = read_sample(pairs, index, stored)
+        assert len({*sample.augmentations}) == 3
+        shown = [np.asarray(augment(pairs.open(index), a, size=48)) for a in sample.augmentations]
+        pixels = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
+        images = torch.cat([teacher.embed_images(pixels) for teacher in teachers], dim=1)
+        texts = torch.cat([teacher.embed_captions(list(pairs.captions(index))) for teacher in teachers], dim=1)
+        np.testing.assert_allclose(sample.image_embeddings, images, atol=2e-3)
+        np.testing.assert_allclose(sample.text_embeddings, texts, atol=2e-3)
+    own = msgspec.structs.replace(config, data=source, teacher=f"stored:{folder}/teachers.json")
+    run_distillation(own, folder.parent / "run", resume=False)
+
+
+def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs_csv: Path, tmp_path: Path) -> None:
+    for number, (captions, path) in enumerate((([" one", "two", "three"], "0.png"), (["alone"], "1.png"))):
+        with tarfile.open(tmp_path / "captions.tar", "a") as archive:
+            image = (pairs_csv.parent / "pictures" / path).read_bytes()
+            for name, content in (("png", image), ("json", json.dumps({"caption": captions}).encode())):
+                info = tarfile.TarInfo(f"{number}.{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    folder = edge.embed(**{**own_store, "data": tmp_path / "captions.tar"})
+    pairs = open_store(str(folder / "00000.tar"))
+    stored = read_stored_teachers(folder / "teachers.json")
+    sample = read_sample(pairs, 0, stored)
+    assert [caption for caption, _ in sample.own] == ["one"]
+    assert list(sample.synthetic) == [("two", 1), ("three", 2)]
+    assert read_sample(pairs, 1, stored).synthetic == []
+
+
+def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dict[str, Any], tmp_path: Path) -> None:
+    folder = edge.embed(**own_store)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "00001.tar").unlink()
+    kept = (folder / "00000.tar").stat().st_mtime_ns
+    edge.embed(**own_store)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    assert (folder / "00000.tar").stat().st_mtime_ns == kept
+    with pytest.raises(UsageError, match="their augmentations is 3, expected 4"):
+        edge.embed(**{**own_store, "views": 4})
+    with pytest.raises(UsageError, match="is neither empty nor of reinforced shards"):
+        edge.embed(**{**own_store, "output": tmp_path / "first"})
+    with pytest.raises(UsageError, match="A Ray cluster fills caches alone"):
+        edge.embed(**own_store, ray="auto")
+    with pytest.raises(UsageError, match="whose embeddings are stored already; expected a model"):
+        edge.embed(**{**own_store, "teacher": "stored:a.json", "output": tmp_path / "new"})
+    with pytest.raises(UsageError, match="but images or texts apart were named"):
+        edge.embed(**own_store, images=tmp_path / "pictures")
+
+
+def test_operations_are_drawn_as_torchvision_draws_them() -> None:
+    space = autoaugment.RandAugment()._augmentation_space(31, (SIZE, SIZE))
+    rng = np.random.default_rng(0)
+    drawn = [draw_operation(rng, SIZE) for _ in range(600)]
+    for name, (values, is_signed) in space.items():
+        magnitudes = {magnitude for drawn_name, magnitude in drawn if drawn_name == name}
+        expected = float(values[9]) if values.ndim else 0.0
+        assert sorted(magnitudes) == pytest.approx(sorted({expected, -expected} if is_signed else {expected}), abs=1e-4)
