@@ -14,7 +14,7 @@ from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_limited
-from clip_rd_edge.utils.paths import is_file, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
@@ -56,7 +56,13 @@ def read_texts(name: str, *, column: str) -> list[str]:
     Raises:
         InputError: as `read_labels_file`.
     """
-    return read_labels_file(Path(name).expanduser(), max_bytes=MAX_TEXTS_BYTES, headings=(column.lower(), *HEADINGS))
+    path = Path(name).expanduser()
+    if not exists(path):
+        raise InputError(
+            f"Cannot read {name}: there is no such file.{near_files(path)}",
+            hint="name a file with one caption or label per line",
+        )
+    return read_labels_file(path, max_bytes=MAX_TEXTS_BYTES, headings=(column.lower(), *HEADINGS))
 
 
 def everyday_labels() -> list[str]:

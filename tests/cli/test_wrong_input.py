@@ -151,6 +151,7 @@ CASES = [
     (f"classify BB P {LABELS}", "it does not exist. Did you mean 'B'", f"classify B P {LABELS}"),
     (f"{DISTILL} --data tow.csv -o o", "Did you mean 'two.csv'", DISTIL_TWO),
     (f"{DISTILL} --images photo --texts labels.txt -o o", "Did you mean 'photos'", None),
+    (f"{DISTILL} --images photos --texts 'a red thing' -o o", "Cannot read a red thing: there is no such file", None),
     ("watch rum", "The run rum does not exist. Did you mean 'run'", "watch run -o page.html"),
     ("stitch resnet18 --names imagnet --text all-MiniLM-L6-v2 -o o", "Did you mean 'imagenet'", None),
     ("stitch tf_efficientnet_liteO --names imagenet --text x -o o", "Did you mean 'tf_efficientnet_lite0'", None),
