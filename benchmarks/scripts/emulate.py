@@ -6,11 +6,13 @@
 
 Needs Debian or Ubuntu with `apt-get install qemu-user-static debootstrap`, and for the images the extra [emoji]. An
 arm64 Debian with the wheels of the base install is set up once in the user's cache (a minute, 0.5 GB); x86 processors
-run this Python. Emulation executes the instructions of the other processor, so that ONNX Runtime takes the kernels that
-it takes there: it shows which answers come out, and tells nothing of speed.
+run this Python. A bundle runs in its own runtime: ONNX Runtime, or LiteRT with the extra [litert]. Emulation executes
+the instructions of the other processor, so that the runtime takes the kernels that it takes there: it shows which
+answers come out, and tells nothing of speed.
 
 For each bundle and processor: the greatest difference of an embedding to the same bundle's here, the centred cosine to
-FP32's here, top-1 on images of the quickstart's tasks, and what `clip-rd-edge verify` finds there.
+the embeddings here of the same model in FP32, which is the bundle for ONNX Runtime in the same parent folder, top-1 on
+images of the quickstart's tasks, and what `clip-rd-edge verify` finds there.
 
 A processor takes minutes to hours: each answer is written to -o as it comes, and the same command goes on from there.
 """
@@ -52,9 +54,9 @@ PROCESSORS = {
 NATIVE = "native"
 SUITE = "trixie"  # whose Python is 3.13
 ARM_PYTHON = "3.13"
-# What a device has installed; the same as the project's base dependencies.
+# What a device has installed: the project's base dependencies, and LiteRT's runtime.
 PACKAGES = (
-    "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML",
+    "numpy", "onnxruntime", "pillow", "tokenizers", "ftfy", "click", "rich", "msgspec", "PyYAML", "ai-edge-litert",
 )  # fmt: skip
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
 ARM_CACHE = cache_home() / f"arm64-{SUITE}"
@@ -71,12 +73,12 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
 bundle, images, texts, output = sys.argv[1:]
-encoder = load(bundle, threads=1, runtime="onnxruntime", device="cpu")
+encoder = load(bundle, threads=1, device="cpu")
 paths = Path(images).read_text().splitlines()
 # One at a time, as a device sees them.
 rows = np.concatenate([encoder.encode_images([open_image(Path(path))]) for path in paths])
 labels = encoder.encode_texts(Path(texts).read_text().splitlines())
-checks = verify_bundle(Path(bundle), threads=1, runtime="onnxruntime", device="cpu")
+checks = verify_bundle(Path(bundle), threads=1, device="cpu")
 failed = "; ".join(f"{check.what}: {check.detail}" for check in checks if not check.passed)
 np.savez(output, images=rows, texts=labels, failed=np.array(failed))
 """
@@ -117,7 +119,7 @@ class Emulated(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run bundles on emulated processors and compare their answers.")
-    parser.add_argument("bundles", type=Path, nargs="+", help="one of them in FP32, which the others are compared with")
+    parser.add_argument("bundles", type=Path, nargs="+", help="in each parent folder one in FP32, for ONNX Runtime")
     parser.add_argument("--cpu", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
     parser.add_argument("--images", type=int, default=190, help="per task of the embedded data set (default: 190)")
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
@@ -131,9 +133,7 @@ def main() -> None:
 
 def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, output: Path | None) -> Emulated:
     """Embed images and labels by every bundle on every processor, and on this machine; `output` gets each answer."""
-    reference = next((path for path in bundles if read_manifest(path).precision == "fp32"), None)
-    if reference is None:
-        raise SystemExit("error: none of the bundles is in FP32, which the others are compared with")
+    references = references_of(bundles)
     tasks = [zero_shot_task(split) for split in ("unseen style", "unseen concepts")]
     labels = sorted({label for task in tasks for label in task.labels})
     rng = np.random.default_rng(0)
@@ -150,7 +150,12 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, outp
         answers=(),
     )
     digests = {bundle: sha256_of(bundle / MANIFEST) for bundle in bundles}
-    answers = {key: row for key, row in answers_of(output, results).items() if key[2] in digests.values()}
+    titles = {title_of(bundle) for bundle in bundles}
+    answers = {  # those of other bundles stay, and those of a changed one go
+        key: row
+        for key, row in answers_of(output, results).items()
+        if key[2] in digests.values() or key[0] not in titles
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "images.txt").write_text("\n".join(str(task.images[i]) for task, i in shown), encoding="utf-8")
@@ -160,16 +165,35 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, outp
             raise SystemExit(f"error: a bundle does not run on this machine: {problems[0]}")
         for bundle, digest in digests.items():
             for processor in (NATIVE, *processors):
-                print(f"{bundle.name} on {processor}", file=sys.stderr, flush=True)
-                key = (bundle.name, processor, digest)
+                print(f"{bundle} on {processor}", file=sys.stderr, flush=True)
+                key = (title_of(bundle), processor, digest)
                 if key not in answers:
                     rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
-                    answer = compare(bundle, processor, rows, here[bundle], here[reference], truth)
+                    answer = compare(bundle, processor, rows, here[bundle], here[references[bundle]], truth)
                     answers[key] = msgspec.structs.replace(answer, bundle_sha256=digest)
                 results = msgspec.structs.replace(results, answers=tuple(answers.values()))
                 if output:
                     write_bytes(output, to_json(results))
     return results
+
+
+def references_of(bundles: Sequence[Path]) -> dict[Path, Path]:
+    """Each bundle's reference: the FP32 bundle for ONNX Runtime in the same parent folder, which has one model's."""
+    manifests = {bundle: read_manifest(bundle) for bundle in bundles}
+    fp32 = {
+        bundle.resolve().parent: bundle
+        for bundle, manifest in manifests.items()
+        if (manifest.precision, manifest.target) == ("fp32", "onnxruntime")
+    }
+    if missing := [str(bundle) for bundle in bundles if bundle.resolve().parent not in fp32]:
+        raise SystemExit(f"error: no bundle in FP32, for ONNX Runtime, is in the same folder as {', '.join(missing)}")
+    return {bundle: fp32[bundle.resolve().parent] for bundle in bundles}
+
+
+def title_of(bundle: Path) -> str:
+    """What a bundle is called in the table: its name, after the student's if its parent folder is named so."""
+    student = bundle.resolve().parent.name
+    return bundle.name if student == "bundles" else f"{student} {bundle.name}"
 
 
 def answers_of(output: Path | None, expected: Emulated) -> dict[tuple[str, str, str], Answers]:
@@ -186,7 +210,7 @@ def answers_of(output: Path | None, expected: Emulated) -> dict[tuple[str, str, 
 
 def embed(bundle: Path, processor: str, folder: Path) -> Mapping[str, np.ndarray] | str:
     """Embeddings of the `images` and `texts` listed in `folder` and which checks `failed`, or why it does not run."""
-    output = folder / f"{bundle.name}-{processor}.npz"
+    output = folder / f"{title_of(bundle)}-{processor}.npz"
     arguments = [
         "-c",
         WORKER,
@@ -230,16 +254,19 @@ def environment_of(processor: str) -> dict[str, str]:
 
 
 def arm_root() -> Path:
-    """An arm64 Debian with Python and the base dependencies, unpacked without root's rights or a chroot; made once."""
-    root = ARM_CACHE
-    if (root / "complete").is_file():
+    """An arm64 Debian with Python and PACKAGES, unpacked without root's rights or a chroot; made once."""
+    root, wheels = ARM_CACHE, "\n".join(PACKAGES)
+    installed = root / "complete"
+    if installed.is_file() and installed.read_text(encoding="utf-8") == wheels:
         return root
-    shutil.rmtree(root, ignore_errors=True)
-    print(f"setting up an arm64 Debian in {root}", file=sys.stderr, flush=True)
-    command = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3", SUITE, str(root)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
-        subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
+    if not installed.is_file():
+        shutil.rmtree(root, ignore_errors=True)
+        print(f"setting up an arm64 Debian in {root}", file=sys.stderr, flush=True)
+        command = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", "--include=python3"]
+        subprocess.run([*command, SUITE, str(root)], check=True, stdout=sys.stderr)
+        for package in sorted((root / "var/cache/apt/archives").glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
+    shutil.rmtree(root / "wheels", ignore_errors=True)
     platforms = [argument for name in PLATFORMS for argument in ("--platform", name)]
     subprocess.run(
         [
@@ -249,7 +276,7 @@ def arm_root() -> Path:
         check=True,
         stdout=sys.stderr,
     )  # fmt: skip
-    (root / "complete").touch()
+    installed.write_text(wheels, encoding="utf-8")
     return root
 
 
@@ -263,9 +290,9 @@ def compare(
 ) -> Answers:
     """What came out on a processor, beside what comes out here."""
     if isinstance(rows, str):
-        return Answers(bundle=bundle.name, processor=processor, problem=rows)
+        return Answers(bundle=title_of(bundle), processor=processor, problem=rows)
     return Answers(
-        bundle=bundle.name,
+        bundle=title_of(bundle),
         processor=processor,
         max_difference=max(float(np.abs(rows[name] - here[name]).max()) for name in ("images", "texts")),
         image_cosine=agreement(fp32["images"], rows["images"]).centred_cosine,

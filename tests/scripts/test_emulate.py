@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from emulate import ARM_CACHE, environment_of, interpreter
+from emulate import ARM_CACHE, environment_of, interpreter, references_of, title_of
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
@@ -27,7 +27,6 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.host import lacks_vnni
 
-pytestmark = pytest.mark.slow
 x86 = pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="qemu-user-static is not installed")
 arm = pytest.mark.skipif(
     not shutil.which("qemu-aarch64-static") or not (shutil.which("debootstrap") or (ARM_CACHE / "complete").is_file()),
@@ -43,7 +42,22 @@ np.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: np.load(sy
 """
 
 
+def test_each_bundle_is_compared_with_the_float32_one_of_its_own_model(fp32_bundle: Path, tmp_path: Path) -> None:
+    bundles = [tmp_path / student / name for student in ("resnet10t", "bundles") for name in ("fp32", "int8")]
+    for bundle in bundles:
+        shutil.copytree(fp32_bundle, bundle)
+    int8 = [bundle for bundle in bundles if bundle.name == "int8"]
+    for bundle in int8:
+        manifest = read_manifest(bundle)
+        write_manifest(bundle, msgspec.structs.replace(manifest, precision="int8", files={}))
+    assert references_of(bundles) == {bundle: bundle.parent / "fp32" for bundle in bundles}
+    assert [title_of(bundle) for bundle in bundles] == ["resnet10t fp32", "resnet10t int8", "fp32", "int8"]
+    with pytest.raises(SystemExit, match="no bundle in FP32"):
+        references_of(int8)
+
+
 @x86
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [7, 8])
 def test_only_8_bit_weights_saturate_on_an_x86_processor_without_vnni(bits: WeightBits, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -57,6 +71,7 @@ def test_only_8_bit_weights_saturate_on_an_x86_processor_without_vnni(bits: Weig
 
 
 @x86
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [7, 8])
 def test_verify_finds_out_that_8_bits_saturate_on_an_x86_processor_without_vnni(
     bits: WeightBits, fp32_bundle: Path, tmp_path: Path
@@ -69,6 +84,7 @@ def test_verify_finds_out_that_8_bits_saturate_on_an_x86_processor_without_vnni(
 
 
 @arm
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", ["cortex-a53", "cortex-a76"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_bundles_give_the_exporters_answers_on_arm(
