@@ -85,7 +85,7 @@ FORMATS: dict[Format, FormatInfo] = {
     "executorch": FormatInfo(
         title="ExecuTorch",
         help="ExecuTorch files for phones",
-        precisions=("fp32",),
+        precisions=("fp32", "int8"),
         runtime="executorch",
         converter="clip_rd_edge.exporters.converters:ExecuTorchConverter",
         extras={"executorch": "export --format executorch, and running its bundles"},

@@ -13,6 +13,7 @@ from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import write_fp16
 from clip_rd_edge.convert.int8.bundle import write_int8
+from clip_rd_edge.convert.int8.candidates import Backend
 from clip_rd_edge.convert.litert import write_litert_fp16
 from clip_rd_edge.convert.openvino import write_openvino
 from clip_rd_edge.convert.options import ExportRequest
@@ -21,7 +22,7 @@ from clip_rd_edge.convert.targets import RTX_TARGETS, RTX_WITHOUT_INT8, require_
 from clip_rd_edge.convert.tensorrt.bundle import write_engines
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.coreml import require_coremltools, write_coreml
-from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS, require_executorch
+from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS, executorch_backend, require_executorch
 from clip_rd_edge.exporters.executorch_encoder import ExecuTorchEncoder
 from clip_rd_edge.exporters.litert import LITERT_TOOLS, require_litert_torch
 from clip_rd_edge.exporters.torch_tensorrt import engine_builder, require_torch_tensorrt
@@ -110,9 +111,9 @@ class OpenVinoConverter(Converter):
         return ConvertedBundle(write_openvino(job.source, job.folder, job.request, reporter=job.reporter))
 
 
-def _write_int8(job: Conversion) -> ConvertedBundle:
+def _write_int8(job: Conversion, backend: Backend | None = None) -> ConvertedBundle:
     samples = job.samples
-    return write_int8(job.source, job.folder, job.request, calibration=samples, reporter=job.reporter)
+    return write_int8(job.source, job.folder, job.request, calibration=samples, backend=backend, reporter=job.reporter)
 
 
 def _write_towers(job: Conversion, folder: Path, tools: Toolchain) -> Manifest:
@@ -154,11 +155,18 @@ class ExecuTorchConverter(Converter):
             raise UsageError(
                 "--preprocess-in-graph does not work with ExecuTorch, whose files take images of one size."
             )
+        if request.fallback == "fp16":
+            raise UsageError("--fallback fp16 does not work with ExecuTorch, which is exported in FP32 and INT8.")
         require_executorch()
 
     def convert(self, job: Conversion) -> ConvertedBundle:
-        """Write the bundle."""
-        return ConvertedBundle(_write_towers(job, job.folder, EXECUTORCH_TOOLS))
+        """Write the bundle; INT8 is compared with ExecuTorch's own float32."""
+        if job.request.precision == "fp32":
+            return ConvertedBundle(_write_towers(job, job.folder, EXECUTORCH_TOOLS))
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch)
+            write_manifest(source, _write_towers(job, source, EXECUTORCH_TOOLS))
+            return _write_int8(replace(job, source=source), executorch_backend(job.clip))
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
         """Return ExecuTorch's encoder: it has no kernels beside those that compute the bundle."""

@@ -97,9 +97,8 @@ def write_package(
     port = coremltools.TensorType(name=tower.input_name, shape=tuple(example.shape), dtype=inputs_type(example))
     try:
         with on_cpu(module):
-            program = torch.export.export(module, (example,), strict=False).run_decompositions({})
             model = coremltools.convert(
-                program,
+                _exported(module, example),
                 inputs=[port],
                 outputs=[coremltools.TensorType(name=tower.output_name, dtype=np.float32)],
                 convert_to="mlprogram",
@@ -113,6 +112,12 @@ def write_package(
             f"coremltools cannot convert the {name} tower of {clip.name}: {root_cause(error)}.", hint=_HINT
         ) from error
     _remove_what_is_not_needed(package)
+
+
+def _exported(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """Return a module's graph without `alias`, an identity that Swin's windows leave and coremltools does not know."""
+    program = torch.export.export(module, (example,), strict=False)
+    return program.run_decompositions({torch.ops.aten.alias.default: lambda tensor: tensor})
 
 
 def inputs_type(example: Tensor) -> Any:

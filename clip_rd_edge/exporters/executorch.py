@@ -1,28 +1,39 @@
-"""Convert a model's towers from PyTorch to ExecuTorch's XNNPACK backend, in float32."""
+"""Convert a model's towers from PyTorch to ExecuTorch's XNNPACK backend, in float32 and in INT8."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import Tower
+from clip_rd_edge.convert.int8.candidates import Backend, Candidate
+from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporters.executorch_encoder import open_executorch
 from clip_rd_edge.exporters.onnx import root_cause
 from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.reporting import Reporter
 
 EXECUTORCH = "executorch"
 _SUFFIX = ".pte"
+# XNNPACK multiplies S8 by S8 and adds in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
+_INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64")
+_CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer at every operator
 
 
 def require_executorch() -> None:
-    """Raise MissingExtraError if ExecuTorch is not installed."""
-    if find_spec("executorch") is None:
-        raise MissingExtraError("executorch", extra="executorch", purpose="Exporting for ExecuTorch")
+    """Raise MissingExtraError if ExecuTorch or what it quantises with is not installed."""
+    for module in ("executorch", "torchao"):
+        if find_spec(module) is None:
+            raise MissingExtraError(module, extra="executorch", purpose="Exporting for ExecuTorch")
 
 
 def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> bytes:
@@ -45,13 +56,92 @@ def convert_tower(clip: ClipModel, name: str, tower: Tower, inputs: Inputs) -> b
 
 
 def _lowered(module: nn.Module, example: Tensor) -> bytes:
-    """Return the file of a module; what XNNPACK does not compute, ExecuTorch's own operators do."""
+    """Return the file of a module or a graph; what XNNPACK does not compute, ExecuTorch's own operators do."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     program = torch.export.export(module, (example,), strict=False)
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     return bytes(lowered.to_executorch().buffer)
+
+
+def executorch_backend(clip: ClipModel) -> Backend:
+    """Return what INT8 is searched with: candidates are quantised in PyTorch, not from the float32 file."""
+    return Backend(
+        EXECUTORCH,
+        open_executorch,
+        partial(_candidates, clip),
+        prepare=lambda model, folder: model,
+        one_at_a_time=lambda content: True,
+        instruction_sets=lambda content: _INSTRUCTION_SETS,
+    )
+
+
+def _candidates(
+    clip: ClipModel,
+    model: Path,
+    samples: Inputs,
+    *,
+    max_error: float,
+    weight_bits: WeightBits,
+    threads: int,
+    reporter: Reporter,
+) -> Iterator[Candidate]:
+    """Yield INT8 candidates for the tower whose float32 file is `model`; otherwise as `convert.int8.candidates`.
+
+    A tower with several convolutions is quantised statically: whole, without its matrix products, or in its
+    convolutions alone. Any tower's matrix products are quantised dynamically.
+    """
+    name = model.stem
+    module = TOWERS[name](clip.model)
+    convolutions, products = torch.ops.aten.conv2d.default, torch.ops.aten.linear.default
+    make = partial(_quantized, clip, name, samples)
+    if sum(isinstance(part, nn.Conv2d) for part in module.modules()) > 1:
+        yield Candidate("static", make)
+        yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != products))
+        yield Candidate("static in convolutions", partial(make, keep=lambda node: node.target == convolutions))
+    yield Candidate("dynamic", partial(make, dynamic=True))
+
+
+def _quantized(
+    clip: ClipModel,
+    name: str,
+    samples: Inputs,
+    *,
+    dynamic: bool = False,
+    keep: Callable[[Any], bool] | None = None,
+) -> bytes:
+    """Return the file of a tower in INT8, with a scale for each output channel of the weights.
+
+    Args:
+        samples: inputs that the ranges are measured on.
+        dynamic: quantise matrix products only, each with the range of its input as it comes.
+        keep: returns whether an operator is quantised; None quantises all that XNNPACK computes in INT8.
+    """
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic))
+    if keep is not None:
+        quantizer.set_filter_function(keep)
+    rows = _rows(samples[:_CALIBRATION_SAMPLES])
+    with on_cpu(TOWERS[name](clip.model)) as module:
+        graph = prepare_pt2e(torch.export.export(module, (rows[0],), strict=False).module(), quantizer)
+        for row in rows:
+            graph(row)
+        return _lowered(convert_pt2e(graph), rows[0])
+
+
+def _rows(samples: Inputs) -> list[Tensor]:
+    """Return samples (N, …) as tensors (1, …): slices, because NumPy gives `row[None]` a stride of 0.
+
+    ExecuTorch does not lower an input with such a stride.
+    """
+    return [torch.from_numpy(samples[i : i + 1]) for i in range(len(samples))]
 
 
 EXECUTORCH_TOOLS = Toolchain("ExecuTorch", EXECUTORCH, _SUFFIX, convert_tower, open_executorch)

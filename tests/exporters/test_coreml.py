@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.contract.label_bank import read_labels
@@ -14,7 +16,7 @@ from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.options import ExportRequest, Precision
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.coreml import require_declared
+from clip_rd_edge.exporters.coreml import _exported, require_declared
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
@@ -34,6 +36,17 @@ def test_options_that_do_not_apply_are_refused(student: ClipModel, tmp_path: Pat
         export_bundle(student, tmp_path / "bundle", ExportRequest(format="coreml", preprocess_in_graph=True))
     with pytest.raises(UsageError, match="int8"):
         export_bundle(student, tmp_path / "bundle", ExportRequest(format="coreml", precision="int8"))
+
+
+def test_the_exported_graph_has_no_alias_which_coremltools_does_not_know() -> None:
+    class Aliased(nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            same: Tensor = torch.ops.aten.alias.default(rows + 1)
+            return same * 2
+
+    program = _exported(Aliased(), torch.zeros(1, 3))
+    assert torch.ops.aten.alias.default not in {node.target for node in program.graph.nodes}
+    assert program.module()(torch.ones(1, 3)).tolist() == [[4, 4, 4]]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

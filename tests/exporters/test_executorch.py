@@ -16,14 +16,17 @@ import torch
 from support import require_the_models_answers
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.executorch import convert_tower
+from clip_rd_edge.exporters.executorch import _rows, convert_tower
 from clip_rd_edge.exporters.executorch_encoder import ExecuTorchModel, open_executorch
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.verify import verify_bundle
 
 
 def for_executorch(bundle: Path) -> Path:
@@ -43,8 +46,10 @@ def test_an_export_without_the_package_says_what_to_install(
 def test_options_that_do_not_apply_are_refused(student: ClipModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--preprocess-in-graph does not work with ExecuTorch"):
         export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", preprocess_in_graph=True))
-    with pytest.raises(UsageError, match="int8"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", precision="int8"))
+    with pytest.raises(UsageError, match="--fallback fp16 does not work with ExecuTorch"):
+        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", fallback="fp16"))
+    with pytest.raises(UsageError, match="fp16"):
+        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", precision="fp16"))
 
 
 class Method:
@@ -143,6 +148,29 @@ def test_classify_and_evaluate_run_a_bundle_for_executorch(
     code, output, error = command_line("evaluate", executorch_bundle, "--task", table)
     assert code == 0, error
     assert "R@1" in output
+
+
+def test_inputs_that_ranges_are_measured_on_have_no_stride_of_0() -> None:
+    samples = np.random.default_rng(0).random((3, 3, 4, 4), dtype=np.float32)
+    rows = _rows(samples)
+    assert np.array_equal(torch.cat(rows).numpy(), samples)
+    assert {row.stride() for row in rows} == {(48, 16, 4, 1)}  # ExecuTorch refuses 0, which row[None] has
+
+
+@pytest.mark.slow
+def test_int8_is_chosen_by_measurement_among_static_and_dynamic_candidates(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    pytest.importorskip("executorch", reason="needs the extra executorch")
+    bundle = tmp_path / "bundle"
+    request = ExportRequest(precision="int8", format="executorch", fallback="fp32")
+    converted = export_bundle(student, bundle, request, source=fp32_bundle, calibration=calibration)
+    trials: dict[str, Trial] = {f"{trial.tower} {trial.name}": trial for trial in converted.trials}
+    assert {"image static", "image static in convolutions", "text dynamic"} <= set(trials)
+    assert trials["image static in convolutions"].centred_cosine > 0.99
+    assert trials["image static in convolutions"].size_ratio < 0.4
+    assert trials["text dynamic"].centred_cosine > 0.99
+    assert all(check.passed for check in verify_bundle(bundle))
 
 
 def test_a_tower_that_cannot_be_converted_is_reported_in_one_line(

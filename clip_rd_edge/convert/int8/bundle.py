@@ -35,6 +35,7 @@ def write_int8(
     request: ExportRequest,
     *,
     calibration: CalibrationSet,
+    backend: Backend | None = None,
     reporter: Reporter = SILENT,
 ) -> ConvertedBundle:
     """Write the towers of the float32 bundle `source` in INT8 into `folder`.
@@ -47,6 +48,7 @@ def write_int8(
         folder: where the files are written.
         request: its format decides which runtime the towers are quantised for and measured in.
         calibration: samples to set ranges by, and held-out samples to evaluate candidates on.
+        backend: that runtime, if its candidates are not made from the files alone; None takes the format's.
         reporter: shows progress.
 
     Raises:
@@ -54,7 +56,7 @@ def write_int8(
         ClipRdEdgeError: a tower would fall back although the request does not allow it; the hint names alternatives.
     """
     manifest = start_conversion(source, folder, calibration=calibration)
-    backend = _BACKENDS.get(request.format, ORT)
+    backend = backend or _BACKENDS.get(request.format, ORT)
     quantized = {
         samples.tower: quantize_tower(
             source / manifest.towers[samples.tower].file,
