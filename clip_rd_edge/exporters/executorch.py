@@ -26,6 +26,8 @@ EXECUTORCH = "executorch"
 _SUFFIX = ".pte"
 # XNNPACK multiplies S8 by S8 and adds in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
 _INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64")
+_PRODUCT = torch.ops.aten.linear.default
+_CONVOLUTION = (torch.ops.aten.conv2d.default, torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 _CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer at every operator
 
 
@@ -94,13 +96,17 @@ def _candidates(
     """
     name = model.stem
     module = TOWERS[name](clip.model)
-    convolutions, products = torch.ops.aten.conv2d.default, torch.ops.aten.linear.default
     make = partial(_quantized, clip, name, samples)
     if sum(isinstance(part, nn.Conv2d) for part in module.modules()) > 1:
         yield Candidate("static", make)
-        yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != products))
-        yield Candidate("static in convolutions", partial(make, keep=lambda node: node.target == convolutions))
+        yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != _PRODUCT))
+        yield Candidate("static in convolutions", partial(make, keep=_in_convolution))
     yield Candidate("dynamic", partial(make, dynamic=True))
+
+
+def _in_convolution(node: torch.fx.Node) -> bool:
+    """Return whether a node may be part of a convolution: the quantizer asks about its weights and its ReLU, too."""
+    return node.op != "call_function" or node.target in _CONVOLUTION
 
 
 def _quantized(

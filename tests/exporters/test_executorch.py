@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support import require_the_models_answers
+from torch import nn
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
@@ -21,7 +22,7 @@ from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.executorch import _rows, convert_tower
+from clip_rd_edge.exporters.executorch import _in_convolution, _rows, convert_tower
 from clip_rd_edge.exporters.executorch_encoder import ExecuTorchModel, open_executorch
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
@@ -155,6 +156,15 @@ def test_inputs_that_ranges_are_measured_on_have_no_stride_of_0() -> None:
     rows = _rows(samples)
     assert np.array_equal(torch.cat(rows).numpy(), samples)
     assert {row.stride() for row in rows} == {(48, 16, 4, 1)}  # ExecuTorch refuses 0, which row[None] has
+
+
+def test_weights_and_relu_belong_to_their_convolution_and_a_product_does_not() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)).eval()
+    graph = torch.export.export(network, (torch.zeros(1, 3, 1, 1),)).module().graph
+    kept = {node.name: _in_convolution(node) for node in graph.nodes if node.op != "output"}
+    assert {name for name, inside in kept.items() if not inside} == {"flatten", "linear"}
+    assert kept["conv2d"]
+    assert kept["relu"]
 
 
 @pytest.mark.slow
