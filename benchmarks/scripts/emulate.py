@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -51,7 +52,7 @@ PROCESSORS = {
     "cortex-a72": "aarch64",
     "cortex-a76": "aarch64",
 }
-NATIVE = "native"
+NATIVE, NAME = "native", "emulated"
 SUITE = "trixie"  # whose Python is 3.13
 ARM_PYTHON = "3.13"
 # What a device has installed: the project's base dependencies, and LiteRT's runtime.
@@ -122,31 +123,49 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs="+", help="in each parent folder one in FP32, for ONNX Runtime")
     parser.add_argument("--cpu", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
     parser.add_argument("--images", type=int, default=190, help="per task of the embedded data set (default: 190)")
+    parser.add_argument("--labels", type=int, default=570, help="to choose from, at least the images' (default: all)")
     parser.add_argument("-o", "--output", type=Path, help="a JSON file")
-    parser.add_argument("--readme", type=Path, help="where the table goes, between its marks")
+    parser.add_argument("--readme", type=Path, help="where the table goes, between marks of the output's name")
     arguments = parser.parse_args()
-    results = run(arguments.bundles, arguments.cpu, images=arguments.images, output=arguments.output)
+    questions = Questions.drawn(images=arguments.images, labels=arguments.labels)
+    results = run(arguments.bundles, arguments.cpu, questions, output=arguments.output)
     print(table(results))
     if arguments.readme:
-        write_between_markers(arguments.readme, "emulated", table(results))
+        write_between_markers(arguments.readme, arguments.output.stem if arguments.output else NAME, table(results))
 
 
-def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, output: Path | None) -> Emulated:
+@dataclass(frozen=True)
+class Questions:
+    """Files of images, the labels to choose from, and the index of each image's label."""
+
+    images: Sequence[str]
+    labels: Sequence[str]
+    truth: np.ndarray
+
+    @classmethod
+    def drawn(cls, *, images: int, labels: int) -> Questions:
+        """Draw images of each of the embedded tasks, and labels, which are at least the images' own."""
+        tasks = [zero_shot_task(split) for split in ("unseen style", "unseen concepts")]
+        rng = np.random.default_rng(0)
+        shown = [
+            (task, int(i)) for task in tasks for i in rng.permutation(len(task.images))[: min(images, len(task.images))]
+        ]
+        own = {task.labels[task.targets[i]] for task, i in shown}
+        others = rng.permutation(sorted({label for task in tasks for label in task.labels} - own))
+        among = sorted([*own, *map(str, others[: max(0, labels - len(own))])])
+        truth = np.array([among.index(task.labels[task.targets[i]]) for task, i in shown])
+        return cls([str(task.images[i]) for task, i in shown], among, truth)
+
+
+def run(bundles: Sequence[Path], processors: Sequence[str], questions: Questions, *, output: Path | None) -> Emulated:
     """Embed images and labels by every bundle on every processor, and on this machine; `output` gets each answer."""
     references = references_of(bundles)
-    tasks = [zero_shot_task(split) for split in ("unseen style", "unseen concepts")]
-    labels = sorted({label for task in tasks for label in task.labels})
-    rng = np.random.default_rng(0)
-    shown = [
-        (task, int(i)) for task in tasks for i in rng.permutation(len(task.images))[: min(images, len(task.images))]
-    ]
-    truth = np.array([labels.index(task.labels[task.targets[i]]) for task, i in shown])
     qemu = subprocess.run(["qemu-aarch64-static", "--version"], capture_output=True, text=True, check=True)
     results = Emulated(
         environment=this_environment(),
         qemu=qemu.stdout.splitlines()[0],
-        images=len(shown),
-        labels=len(labels),
+        images=len(questions.images),
+        labels=len(questions.labels),
         answers=(),
     )
     digests = {bundle: sha256_of(bundle / MANIFEST) for bundle in bundles}
@@ -158,8 +177,8 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, outp
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "images.txt").write_text("\n".join(str(task.images[i]) for task, i in shown), encoding="utf-8")
-        (folder / "texts.txt").write_text("\n".join(labels), encoding="utf-8")
+        (folder / "images.txt").write_text("\n".join(questions.images), encoding="utf-8")
+        (folder / "texts.txt").write_text("\n".join(questions.labels), encoding="utf-8")
         here = {bundle: embed(bundle, NATIVE, folder) for bundle in bundles}
         if problems := [rows for rows in here.values() if isinstance(rows, str)]:
             raise SystemExit(f"error: a bundle does not run on this machine: {problems[0]}")
@@ -169,7 +188,7 @@ def run(bundles: Sequence[Path], processors: Sequence[str], *, images: int, outp
                 key = (title_of(bundle), processor, digest)
                 if key not in answers:
                     rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
-                    answer = compare(bundle, processor, rows, here[bundle], here[references[bundle]], truth)
+                    answer = compare(bundle, processor, rows, here[bundle], here[references[bundle]], questions.truth)
                     answers[key] = msgspec.structs.replace(answer, bundle_sha256=digest)
                 results = msgspec.structs.replace(results, answers=tuple(answers.values()))
                 if output:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from emulate import ARM_CACHE, environment_of, interpreter, references_of, title_of
+from emulate import ARM_CACHE, Questions, environment_of, interpreter, references_of, title_of
 from onnx import TensorProto, helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
@@ -54,6 +54,14 @@ def test_each_bundle_is_compared_with_the_float32_one_of_its_own_model(fp32_bund
     assert [title_of(bundle) for bundle in bundles] == ["resnet10t fp32", "resnet10t int8", "fp32", "int8"]
     with pytest.raises(SystemExit, match="no bundle in FP32"):
         references_of(int8)
+
+
+def test_the_labels_to_choose_from_have_those_of_the_images() -> None:
+    questions = Questions.drawn(images=3, labels=20)
+    assert (len(questions.images), len(questions.labels)) == (6, 20)
+    few = Questions.drawn(images=3, labels=1)
+    assert few.images == questions.images
+    assert set(few.labels) == {questions.labels[i] for i in questions.truth}
 
 
 @x86
