@@ -116,8 +116,10 @@ def write_package(
 
 def _exported(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """Return a module's graph without `alias`, an identity that Swin's windows leave and coremltools does not know."""
-    program = torch.export.export(module, (example,), strict=False)
-    return program.run_decompositions({torch.ops.aten.alias.default: lambda tensor: tensor})
+    program: torch.export.ExportedProgram = torch.export.export(module, (example,), strict=False).run_decompositions(
+        {torch.ops.aten.alias.default: lambda tensor: tensor}
+    )
+    return program
 
 
 def inputs_type(example: Tensor) -> Any:
