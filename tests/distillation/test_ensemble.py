@@ -224,7 +224,7 @@ def test_the_command_line_takes_several(
 
 
 def test_an_architecture_may_carry_its_tag() -> None:
-    with pytest.raises(ConfigError, match="The model ViT-B-32 with the weights 'no-such-tag'"):
+    with pytest.raises(InputError, match="The weights 'no-such-tag' of ViT-B-32 are neither"):
         load_clip("ViT-B-32@no-such-tag")
 
 
