@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table, percent, signed_interval, signed_points
-from clip_rd_edge.benchmarking.metrics import ZeroShotScore
+from clip_rd_edge.benchmarking.metrics import ZeroShotScore, primary_metric
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import rename_old_keys
 from clip_rd_edge.errors import ConfigError
@@ -83,7 +83,22 @@ def _cost(evidence: Evidence) -> str:
 
 def _score_table(evidence: Evidence) -> str:
     headings = [f"{_task_name(evidence, task)}, {name}" for task in evidence.teacher.tasks for name in _figures(task)]
-    return _means_table(evidence, headings, _values, show=percent)
+    if not (len(_zero_shot(evidence)) > 1 and _mean_top1(evidence, evidence.teacher)):
+        return _means_table(evidence, headings, _values, show=percent)
+
+    def with_share(result: ModelResult) -> list[float]:
+        return [*_values(result), _mean_top1(evidence, result) / _mean_top1(evidence, evidence.teacher)]
+
+    return _means_table(evidence, [*headings, "mean top-1, % of the teacher's"], with_share, show=percent)
+
+
+def _zero_shot(evidence: Evidence) -> list[int]:
+    """Return the indices of the tasks that have a top-1."""
+    return [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
+
+
+def _mean_top1(evidence: Evidence, result: ModelResult) -> float:
+    return float(np.mean([primary_metric(result.tasks[i].score) for i in _zero_shot(evidence)]))
 
 
 def _figures(task: TaskResult) -> dict[str, float]:
@@ -105,14 +120,16 @@ def _values(result: ModelResult) -> list[float]:
 
 
 def _difference_table(evidence: Evidence, reference: str) -> str:
-    indices = [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
-    names = [_task_name(evidence, evidence.teacher.tasks[i]) for i in indices]
-    lines = [["student", f"method − `{reference}`", "seeds", *names]]
+    columns = {_task_name(evidence, evidence.teacher.tasks[i]): [i] for i in _zero_shot(evidence)}
+    if len(columns) > 1:
+        columns["mean of the tasks"] = _zero_shot(evidence)
+    lines = [["student", f"method − `{reference}`", "seeds", *columns]]
     for student, method, runs in _rows(evidence):
         if method == reference:
             continue
         reference_runs = runs_of(evidence, student, reference)
-        differences = [difference({run.seed: run for run in runs}, reference_runs, index) for index in indices]
+        own = {run.seed: run for run in runs}
+        differences = [difference(own, reference_runs, tasks) for tasks in columns.values()]
         seeds = next((entry.spread.count for entry in differences if entry), 0)
         lines.append([student, f"`{method}`", str(seeds), *map(_show_difference, differences)])
     return markdown_table(lines, left=(0, 1))

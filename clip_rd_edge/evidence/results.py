@@ -128,28 +128,45 @@ def runs_of(evidence: Evidence, student: str, method: str) -> dict[int, RunResul
 
 
 def difference(
-    runs: dict[int, RunResult], reference: dict[int, RunResult], task: int, *, seed: int = 0
+    runs: dict[int, RunResult], reference: dict[int, RunResult], tasks: Sequence[int], *, seed: int = 0
 ) -> Difference | None:
-    """Return `runs` minus `reference` on a task, or None if they have no seed in common.
+    """Return `runs` minus `reference`, averaged over tasks, or None if they have no seed in common.
 
     Args:
-        task: index of the task in the suite.
+        tasks: indices of the tasks in the suite, which count alike.
         seed: seed of the bootstrap.
     """
-    pairs = [(runs[s].result.tasks[task], reference[s].result.tasks[task]) for s in sorted(runs.keys() & reference)]
-    if not pairs:
+    pairs = [
+        [(runs[s].result.tasks[task], reference[s].result.tasks[task]) for s in sorted(runs.keys() & reference)]
+        for task in tasks
+    ]
+    if not all(pairs):
         return None
-    differences = [primary_metric(result.score) - primary_metric(other.score) for result, other in pairs]
-    over_seeds, same_sign = spread(differences), min(differences) > 0 or max(differences) < 0
-    if not all(result.hits and other.hits for result, other in pairs):
+    differences = np.mean(
+        [[primary_metric(result.score) - primary_metric(other.score) for result, other in task] for task in pairs],
+        axis=0,
+    )
+    over_seeds, same_sign = spread(differences), bool(differences.min() > 0 or differences.max() < 0)
+    if not all(result.hits and other.hits for task in pairs for result, other in task):
         return Difference(over_seeds, same_sign, None)
+    rng = np.random.default_rng(seed)
+    draws = np.mean([_resampled(task, rng) for task in pairs], axis=0)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Difference(over_seeds, same_sign, Interval(float(low), float(high)))
+
+
+def _resampled(
+    pairs: Sequence[tuple[TaskResult, TaskResult]], rng: np.random.Generator
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the mean difference of a task's hits in RESAMPLES draws of its images."""
     # Seeds share the images: an image is resampled with all of its seeds, or the interval would be too narrow.
     per_image = np.mean([_hits(result.hits) - _hits(other.hits) for result, other in pairs], axis=0)
     # In N draws with replacement, the counts of the few distinct values follow a multinomial distribution.
     values, counts = np.unique(per_image, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), RESAMPLES)
-    low, high = np.percentile(draws @ values / counts.sum(), [2.5, 97.5])
-    return Difference(over_seeds, same_sign, Interval(float(low), float(high)))
+    means: np.ndarray[tuple[int], np.dtype[np.float64]] = (
+        rng.multinomial(counts.sum(), counts / counts.sum(), RESAMPLES) @ values / counts.sum()
+    )
+    return means
 
 
 def _hits(digits: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -10,7 +10,7 @@ from .conftest import IMAGES, Make
 
 
 def difference_from_none(evidence: Evidence, method: str) -> Difference | None:
-    return difference(runs_of(evidence, "test_vit", method), runs_of(evidence, "test_vit", "none"), 0)
+    return difference(runs_of(evidence, "test_vit", method), runs_of(evidence, "test_vit", "none"), [0])
 
 
 def test_a_single_seed_has_no_deviation() -> None:
@@ -45,3 +45,16 @@ def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(make: Make) ->
     ours, theirs = np.arange(IMAGES) < 12, np.arange(IMAGES) < 4
     assert one_seed.interval is not None
     assert one_seed.interval.low == pytest.approx(difference_interval(ours, theirs).low, abs=0.051)
+
+
+def test_tasks_count_alike_in_their_mean_and_are_resampled_apart(make: Make) -> None:
+    evidence = make({("none", 0): 4, ("clip-rd", 0): 12})
+    ours, theirs = (runs_of(evidence, "test_vit", method) for method in ("clip-rd", "none"))
+    one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 0])
+    assert one is not None
+    assert two is not None
+    assert two.spread == one.spread
+    assert one.interval is not None
+    assert two.interval is not None
+    width = (two.interval.high - two.interval.low) / (one.interval.high - one.interval.low)
+    assert width == pytest.approx(0.5**0.5, abs=0.06)
