@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
@@ -150,6 +151,7 @@ def convert(preset: str, format: str) -> Converted:
     """Convert, compare and time one preset's image tower."""
     torch.manual_seed(0)
     clip = build_student(student_config(preset, embedding_size=256, text="tiny"), name=preset)
+    use_all_layers(clip.model)
     pixels = hard_pixels(clip.preprocessing)
     with tempfile.TemporaryDirectory() as name, evaluating(clip.model):
         try:
@@ -175,6 +177,13 @@ def convert(preset: str, format: str) -> Converted:
         fp16 = quantize(fp32, fp16_recipe())
         cosine = agreement(embeddings, embed(open_litert(fp16, threads=1), pixels)).centred_cosine
         return msgspec.structs.replace(row, fp16_mb=len(fp16) / 1e6, fp16_cosine=cosine)
+
+
+def use_all_layers(model: nn.Module) -> None:
+    """Fill norms of zeros, with which timm's ResNets start: a converter folds what they multiply away."""
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and not norm.weight.any():
+            nn.init.uniform_(norm.weight, 0.2, 0.5)
 
 
 def _packages(preset: str, clip: ClipModel, pixels: Inputs, folder: Path) -> Converted:

@@ -95,9 +95,8 @@ def _candidates(
     convolutions alone. Any tower's matrix products are quantised dynamically.
     """
     name = model.stem
-    module = TOWERS[name](clip.model)
     make = partial(_quantized, clip, name, samples)
-    if sum(isinstance(part, nn.Conv2d) for part in module.modules()) > 1:
+    if name == "image" and sum(isinstance(part, nn.Conv2d) for part in clip.model.visual.modules()) > 1:
         yield Candidate("static", make)
         yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != _PRODUCT))
         yield Candidate("static in convolutions", partial(make, keep=_in_convolution))

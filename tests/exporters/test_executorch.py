@@ -22,12 +22,13 @@ from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
-from clip_rd_edge.exporters.executorch import _in_convolution, _rows, convert_tower
+from clip_rd_edge.exporters.executorch import _in_convolution, _rows, convert_tower, executorch_backend
 from clip_rd_edge.exporters.executorch_encoder import ExecuTorchModel, open_executorch
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
+from clip_rd_edge.utils.reporting import SILENT
 
 
 def for_executorch(bundle: Path) -> Path:
@@ -165,6 +166,21 @@ def test_weights_and_relu_belong_to_their_convolution_and_a_product_does_not() -
     assert {name for name, inside in kept.items() if not inside} == {"flatten", "linear"}
     assert kept["conv2d"]
     assert kept["relu"]
+
+
+@pytest.mark.parametrize(
+    ("tower", "names"),
+    [
+        ("image", ["static", "static, matrix products in float", "static in convolutions", "dynamic"]),
+        ("text", ["dynamic"]),  # the model's convolutions are those of its image tower
+    ],
+)
+def test_only_a_tower_with_convolutions_is_quantised_statically(
+    student: ClipModel, tower: str, names: list[str]
+) -> None:
+    options: dict[str, Any] = {"max_error": 0.01, "weight_bits": 8, "threads": 1, "reporter": SILENT}
+    candidates = executorch_backend(student).candidates(Path(f"{tower}.pte"), np.zeros((1, 1)), **options)
+    assert [candidate.name for candidate in candidates] == names
 
 
 @pytest.mark.slow

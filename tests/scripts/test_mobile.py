@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
+
+from clip_rd_edge.models.clip import ClipModel
 
 mobile = pytest.importorskip("mobile")
 
@@ -31,6 +35,14 @@ def test_a_column_that_a_format_has_no_values_for_is_left_out() -> None:
         "| a | 4.0 | 2.0 |",
         "| b | not converted: No. | – |",
     ]
+
+
+def test_no_layer_of_a_preset_is_multiplied_by_0(make_student: Callable[..., ClipModel]) -> None:
+    model = make_student().model
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert not all(norm.weight.any() for norm in norms)  # LiteRT's file of such a resnet10t has 1 MB instead of 20
+    mobile.use_all_layers(model)
+    assert all(norm.weight.all() for norm in norms)
 
 
 def test_processor_time_leaves_out_what_other_programs_take() -> None:
