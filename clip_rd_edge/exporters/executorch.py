@@ -96,7 +96,10 @@ def _candidates(
     """
     name = model.stem
     make = partial(_quantized, clip, name, samples)
-    if name == "image" and sum(isinstance(part, nn.Conv2d) for part in clip.model.visual.modules()) > 1:
+    if (
+        name == "image"
+        and sum(isinstance(part, nn.Conv2d) for part in clip.model.get_submodule("visual").modules()) > 1
+    ):
         yield Candidate("static", make)
         yield Candidate("static, matrix products in float", partial(make, keep=lambda node: node.target != _PRODUCT))
         yield Candidate("static in convolutions", partial(make, keep=_in_convolution))
