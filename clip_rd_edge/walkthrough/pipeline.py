@@ -22,7 +22,7 @@ from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
@@ -144,8 +144,14 @@ def run_quickstart(
     ]
     for number, (title, run_stage) in enumerate(stages, start=1):
         reporter.begin(title, number, len(stages))
-        with resumed_by_the_same_call():
-            run_stage(settings, reporter)
+        try:
+            with resumed_by_the_same_call():
+                run_stage(settings, reporter)
+        except KeyboardInterrupt:  # outside the trainings, which save their state: the stage begins anew
+            raise InterruptedRunError(
+                f"Interrupted in stage {number} of {len(stages)}; the stages before it are kept.",
+                hint="run the same command again to resume",
+            ) from None
     return read_results(settings.folder / "report" / RESULTS)
 
 

