@@ -136,7 +136,7 @@ def save_tiny_teacher(folder: Path) -> Path:
     from clip_rd_edge.models.student import build_student, student_config
 
     torch.manual_seed(1)
-    config = student_config("test_resnet", embedding_size=24, image_size=48, text="tiny", context_length=12)
+    config = student_config("test_resnet", embedding_size=24, image_size=48, text="64x1", context_length=12)
     save_clip(folder, build_student(config, name="teacher"), provenance={})
     return folder
 

@@ -250,7 +250,7 @@ def test_a_bundle_can_be_evaluated_and_benchmarked(
 def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_path: Path) -> None:
     run = edge.distill(
         data=str(pairs_csv), student="test_resnet", output=tmp_path / "run", recipe="clip", steps=2, batch_size=8,
-        text="tiny", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0,
+        text="64x1", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0,
     )  # fmt: skip
     bundle = edge.export(run, tmp_path / "bundle", labels=["a cat", "a dog"])
     assert (bundle.manifest.precision, bundle.trials) == ("fp32", ())
@@ -272,7 +272,7 @@ def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path
     recipe.write_text(edge.recipe("clip"), encoding="utf-8")
     run = edge.distill(
         data=pairs_csv, student="test_resnet", output=tmp_path / "run", recipe=recipe, steps=1, batch_size=8,
-        text="tiny", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=[task],
+        text="64x1", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=[task],
     )  # fmt: skip
     cache = edge.embed(data=pairs_csv, teacher=run, output=tmp_path / "cache", recipe="clip-kd", workers=0)
     again = edge.distill(

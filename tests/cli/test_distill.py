@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 Run = Callable[..., tuple[int, str, str]]
-SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "tiny", "--context-length", "12")
+SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "64x1", "--context-length", "12")
 
 
 def test_a_run_on_a_csv_of_pairs(command_line: Run, pairs_csv: Path, tmp_path: Path) -> None:

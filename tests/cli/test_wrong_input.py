@@ -16,7 +16,7 @@ from clip_rd_edge.cli.main import cli
 
 Run = Callable[..., tuple[int, str, str]]
 LABELS = "--labels red green"
-TINY = "--text tiny --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"
+TINY = "--text 64x1 --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"
 DISTILL = f"distill --student test_resnet --recipe clip {TINY} --steps 1"
 DISTIL_TWO = f"{DISTILL} --data two.csv -o o"
 EMBED_TWO = "embed --data two.csv --teacher run -o o"

@@ -1,7 +1,4 @@
-"""Tiny runs draw no plots, which would take longer than their training, unless a test asks for them.
-
-Their students' text towers are smaller than the smallest preset, whose checkpoints of 76 MB take most of a run's time.
-"""
+"""Tiny runs draw no plots, which would take longer than their training, unless a test asks for them."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from typing import Any
 
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
-
-from clip_rd_edge.models.student import TEXT_SIZES, TextSize
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +18,6 @@ def _no_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def plots() -> None:
     """Have runs draw their plots."""
-
-
-@pytest.fixture(autouse=True)
-def _tiny_text_towers() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which some tests undo
-        patch.setitem(TEXT_SIZES, "tiny", TextSize(width=64, layers=1))
-        yield
 
 
 _read_tokenizers: dict[str, dict[str, Any]] = {}

@@ -25,7 +25,7 @@ CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat a
 
 def make_model(seed: int, name: str):  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
-    config = student_config(name, embedding_size=16, image_size=160, text="tiny", context_length=8)
+    config = student_config(name, embedding_size=16, image_size=160, text="64x1", context_length=8)
     return build_student(config, name=name)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import Watch, save_tiny_teacher
+from tiny_runs import killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
@@ -33,23 +32,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     save_tiny_teacher(tmp_path / "teacher")
-    recipe = msgspec.structs.replace(
-        load_recipe("clip-rd-bank"), steps=STEPS, batch_size=BATCH_SIZE, precision="fp32", bank_size=16
-    )
-    return RunConfig(
-        recipe_name="clip-rd-bank",
-        recipe=recipe,
-        data=str(pairs_csv),
-        teacher=str(tmp_path / "teacher"),
-        teacher_precision="fp32",
-        student="test_resnet",
-        image_size=48,
-        text="tiny",
-        context_length=12,
-        views=2,
-        checkpoint_every=3,
-        log_every=1,
-        workers=0,
+    recipe = {"steps": STEPS, "batch_size": BATCH_SIZE, "bank_size": 16}
+    return tiny_run(
+        "clip-rd-bank", recipe, data=str(pairs_csv), teacher=str(tmp_path / "teacher"), views=2, checkpoint_every=3
     )
 
 
@@ -136,31 +121,12 @@ def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs
     assert make_bank(other, 5, None, CPU) is None
 
 
-def weights(student: Path) -> dict[str, torch.Tensor]:
-    return load_file(student / "open_clip_model.safetensors")
-
-
-def stop_at(number: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
-        if step == number:
-            raise MemoryError("like a kill, this saves nothing")
-
-    return stop
-
-
 @pytest.mark.parametrize("kind", ["config", "cached"])
 @pytest.mark.parametrize("stop_after", [2, 5, 7])
 def test_a_killed_run_resumes_to_the_same_weights(
     kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    config = request.getfixturevalue(kind)
-    expected = weights(run_distillation(config, tmp_path / "uninterrupted", resume=False))
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(stop_after)))
-    actual = weights(run_distillation(config, tmp_path / "run", resume=True))
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    lines = read_metrics(tmp_path / "run")
+    lines = read_metrics(killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=stop_after))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["loss/bank"] > 0 for line in lines)
 

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import Watch, one_worker, save_tiny_teacher
 from thread_processes import Exchange, Threads
+from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 
 import clip_rd_edge as edge
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -54,24 +54,9 @@ def save_other_teacher(folder: Path, *, seed: int = 2, width: int = 16) -> Path:
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(
-        load_recipe("clip-rd-bank"), steps=STEPS, batch_size=BATCH_SIZE, precision="fp32", bank_size=16
-    )
-    return RunConfig(
-        recipe_name="clip-rd-bank",
-        recipe=recipe,
-        data=str(pairs_csv),
-        teacher=(str(save_tiny_teacher(tmp_path / "first")), str(save_other_teacher(tmp_path / "second"))),
-        teacher_precision="fp32",
-        student="test_resnet",
-        image_size=48,
-        text="tiny",
-        context_length=12,
-        views=2,
-        checkpoint_every=2,
-        log_every=1,
-        workers=0,
-    )
+    teachers = str(save_tiny_teacher(tmp_path / "first")), str(save_other_teacher(tmp_path / "second"))
+    recipe = {"steps": STEPS, "batch_size": BATCH_SIZE, "bank_size": 16}
+    return tiny_run("clip-rd-bank", recipe, data=str(pairs_csv), teacher=teachers, views=2, checkpoint_every=2)
 
 
 @pytest.fixture
@@ -79,29 +64,11 @@ def cached(config: RunConfig, tmp_path: Path) -> RunConfig:
     return msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"))
 
 
-def weights(student: Path) -> dict[str, torch.Tensor]:
-    return load_file(student / "open_clip_model.safetensors")
-
-
-def stop_at(number: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
-        if step == number:
-            raise MemoryError("like a kill, this saves nothing")
-
-    return stop
-
-
 @pytest.mark.parametrize("kind", ["config", "cached"])
 def test_a_killed_run_resumes_to_the_same_weights(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    config = request.getfixturevalue(kind)
-    expected = weights(run_distillation(config, tmp_path / "uninterrupted", resume=False))
-    assert expected["visual.head.proj.weight"].shape[0] == sum(WIDTHS)  # the teachers' widths together
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
-    actual = weights(run_distillation(config, tmp_path / "run", resume=True))
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert all(line["loss/bank"] > 0 and line["loss/hrd"] > 0 for line in read_metrics(tmp_path / "run"))
+    run = killed_and_resumed(request.getfixturevalue(kind), tmp_path, after=3)
+    assert weights(run / "student")["visual.head.proj.weight"].shape[0] == sum(WIDTHS)  # the teachers' together
+    assert all(line["loss/bank"] > 0 and line["loss/hrd"] > 0 for line in read_metrics(run))
 
 
 def test_config_model_card_and_page_name_all_teachers(config: RunConfig, tmp_path: Path, plots: None) -> None:

@@ -31,10 +31,10 @@ def source(pairs_csv: Path, tmp_path: Path) -> dict[str, Any]:
     teachers = []
     for number in range(2):
         torch.manual_seed(number)
-        config = student_config("test_resnet", embedding_size=16, image_size=32, text="tiny", context_length=8)
+        config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=8)
         teachers.append(tmp_path / f"teacher {number}")
         save_clip(teachers[-1], build_student(config, name=f"teacher {number}"), provenance={})
-    small = {"image_size": 32, "text": "tiny", "context_length": 8, "batch_size": 6, "steps": 3}
+    small = {"image_size": 32, "text": "64x1", "context_length": 8, "batch_size": 6, "steps": 3}
     return {
         "teachers": teachers, "data": pairs_csv, "student": "test_resnet", "precision": "fp32", "workers": 0, **small
     }  # fmt: skip

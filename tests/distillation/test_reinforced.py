@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from support import Watch, save_tiny_teacher
+from support import save_tiny_teacher
+from tiny_runs import killed_and_resumed, tiny_run, weights
 from torchvision.transforms import InterpolationMode, autoaugment
 from torchvision.transforms import functional as F
 
@@ -26,7 +26,7 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.webdataset import parse_sources
-from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
+from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.store import reinforce
@@ -282,44 +282,18 @@ def test_an_operation_that_cannot_be_applied_is_a_bad_sample() -> None:
 
 @pytest.fixture
 def config(teachers: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(load_recipe("clip-rd-bank"), steps=6, batch_size=4, precision="fp32", bank_size=8)
-    return RunConfig(
-        recipe_name="clip-rd-bank",
-        recipe=recipe,
-        teacher=f"stored:{teachers}",
-        teacher_precision="fp32",
-        data="unset.tar",
-        student="test_resnet",
-        image_size=48,
-        text="tiny",
-        context_length=12,
-        checkpoint_every=2,
-        log_every=1,
-        workers=0,
-    )
-
-
-def stop_at(number: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
-        if step == number:
-            raise MemoryError("like a kill, this saves nothing")
-
-    return stop
+    recipe = {"steps": 6, "batch_size": 4, "bank_size": 8}
+    return tiny_run("clip-rd-bank", recipe, teacher=f"stored:{teachers}", data="unset.tar", checkpoint_every=2)
 
 
 def test_a_student_is_trained_on_a_store_and_a_killed_run_resumes_to_the_same_weights(
     config: RunConfig, store: Store, tmp_path: Path, teachers: Path
 ) -> None:
     config = msgspec.structs.replace(config, data=store("torch"))
-    student = run_distillation(config, tmp_path / "whole", resume=False)
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
-    resumed = load_file(run_distillation(config, tmp_path / "run", resume=True) / "open_clip_model.safetensors")
-    expected = load_file(student / "open_clip_model.safetensors")
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert expected["visual.head.proj.weight"].shape[0] == sum(WIDTHS)
-    assert all(line["loss/hrd"] > 0 and line["loss/bank"] > 0 for line in read_metrics(tmp_path / "run"))
-    assert training_facts(str(student))["teacher"] == "teacher-0, teacher-1"
+    run = killed_and_resumed(config, tmp_path, after=3)
+    assert weights(run / "student")["visual.head.proj.weight"].shape[0] == sum(WIDTHS)
+    assert all(line["loss/hrd"] > 0 and line["loss/bank"] > 0 for line in read_metrics(run))
+    assert training_facts(str(run / "student"))["teacher"] == "teacher-0, teacher-1"
 
 
 @pytest.mark.parametrize(

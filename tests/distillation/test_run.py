@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import Watch, save_tiny_teacher
+from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -38,22 +38,14 @@ def teacher(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(pairs_csv: Path, teacher: Path) -> RunConfig:
-    recipe = msgspec.structs.replace(
-        load_recipe("clip-rd"), steps=STEPS, batch_size=6, precision="fp32", learning_rate=1e-3
-    )
-    return RunConfig(
-        recipe_name="clip-rd",
-        recipe=recipe,
+    return tiny_run(
+        "clip-rd",
+        {"steps": STEPS, "batch_size": 6, "learning_rate": 1e-3},
         data=str(pairs_csv),
         teacher=str(teacher),
-        teacher_precision="fp32",
         student="test_vit",
         image_size=160,
-        text="tiny",
-        context_length=12,
         checkpoint_every=3,
-        log_every=1,
-        workers=0,
     )
 
 
@@ -61,17 +53,6 @@ def distil(
     config: RunConfig, run: Path, *, resume: bool = False, on_step: Callable[[int], None] = lambda step: None
 ) -> Path:
     return run_distillation(config, run, resume=resume, reporter=Watch(on_step=on_step))
-
-
-def weights(student: Path) -> dict[str, torch.Tensor]:
-    return load_file(student / "open_clip_model.safetensors")
-
-
-def assert_same_weights(actual: Path, expected: Path) -> None:
-    """Compare two students bit for bit."""
-    actual_weights, expected_weights = weights(actual), weights(expected)
-    assert actual_weights.keys() == expected_weights.keys()
-    assert all(torch.equal(actual_weights[name], expected_weights[name]) for name in actual_weights)
 
 
 def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: Path, plots: None) -> None:
@@ -200,14 +181,6 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(conf
     assert len(refused) == 2 * STEPS
     assert not (tmp_path / "run" / ".lock").exists()
     assert_same_weights(student, distil(config, tmp_path / "alone"))
-
-
-def stop_at(number: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
-        if step == number:
-            raise MemoryError("like a kill, this saves nothing")
-
-    return stop
 
 
 def other_captions(config: RunConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support import Watch, save_tiny_teacher
 from thread_processes import Exchange, Threads
+from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -46,35 +47,15 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     """A run on 24 images and four labels, two of which are the same."""
     save_tiny_teacher(tmp_path / "teacher")
     (tmp_path / "labels.txt").write_text("red\n# a comment\ngreen\n\nblue\nred\nyellow\n")
-    recipe = msgspec.structs.replace(load_recipe("clip-rd"), steps=STEPS, batch_size=6, precision="fp32")
-    return RunConfig(
-        recipe_name="clip-rd",
-        recipe=recipe,
+    return tiny_run(
+        "clip-rd",
+        {"steps": STEPS, "batch_size": 6},
         images=str(pairs_csv.parent / "pictures"),
         texts=str(tmp_path / "labels.txt"),
         templates=("a {} picture",),
         teacher=str(tmp_path / "teacher"),
-        teacher_precision="fp32",
-        student="test_resnet",
-        image_size=48,
-        text="tiny",
-        context_length=12,
         checkpoint_every=2,
-        log_every=1,
-        workers=0,
     )
-
-
-def weights(student: Path) -> dict[str, Tensor]:
-    return load_file(student / "open_clip_model.safetensors")
-
-
-def stop_at(number: int) -> Callable[[int], None]:
-    def stop(step: int) -> None:
-        if step == number:
-            raise MemoryError("like a kill, this saves nothing")
-
-    return stop
 
 
 class Listener(Watch):
@@ -127,12 +108,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     config = msgspec.structs.replace(
         config, recipe=msgspec.structs.replace(config.recipe, objective=load_recipe("clip-rd-bank").objective)
     )
-    expected = weights(run_distillation(config, tmp_path / "uninterrupted", resume=False))
-    with pytest.raises(MemoryError):
-        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(stop_after)))
-    actual = weights(run_distillation(config, tmp_path / "run", resume=True))
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    killed_and_resumed(config, tmp_path, after=stop_after)
 
 
 def batches(config: RunConfig, *, workers: int = 0) -> list[Batch]:

@@ -13,7 +13,7 @@ from clip_rd_edge.models.student import build_student, student_config
 def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
     """A frozen text tower stays in evaluation mode while the rest trains; its dropout must not come back."""
     torch.manual_seed(0)
-    config = student_config("test_resnet", embedding_size=16, image_size=32, text="tiny", context_length=8)
+    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=8)
     clip = build_student(config, name="tiny")
     text = clip.model.get_submodule("text")
     text.get_submodule("transformer").register_forward_hook(lambda _, __, output: dropout(output))
@@ -35,7 +35,7 @@ def test_an_evaluation_leaves_every_module_in_its_own_mode() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_towers_return_the_same_embeddings() -> None:
     torch.manual_seed(0)
-    config = student_config("resnet10t", embedding_size=32, image_size=32, text="tiny", context_length=8)
+    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x1", context_length=8)
     clip = build_student(config, name="tiny")
     eager, compiled = TorchEncoder(clip), CompiledEncoder(clip)
     pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)

@@ -72,7 +72,7 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from clip_rd_edge.exporters.bundle import export_bundle
     from clip_rd_edge.models.student import build_student, student_config
 
-    config = student_config("resnet10t", embedding_size=64, image_size=64, text="tiny", context_length=16)
+    config = student_config("resnet10t", embedding_size=64, image_size=64, text="64x1", context_length=16)
     bundle = tmp_path_factory.mktemp("student") / "bundle"
     manifest = export_bundle(build_student(config, name="random"), bundle, ExportRequest(precision="fp32")).manifest
     write_manifest(bundle, msgspec.structs.replace(manifest, logit_scale=100.0))

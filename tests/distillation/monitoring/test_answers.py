@@ -24,7 +24,7 @@ from clip_rd_edge.models.load import load_clip
 def config(pairs_csv: Path) -> RunConfig:
     recipe = msgspec.structs.replace(load_recipe("clip"), steps=4, batch_size=6, precision="fp32", ema_decay=0.5)
     return RunConfig(
-        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="tiny",
+        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="64x1",
         context_length=12, checkpoint_every=2, log_every=1, workers=0,
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ STEPS = 8
 def config(pairs_csv: Path) -> RunConfig:
     recipe = msgspec.structs.replace(load_recipe("clip"), steps=STEPS, batch_size=6, precision="fp32")
     return RunConfig(
-        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="tiny",
+        recipe_name="clip", recipe=recipe, data=str(pairs_csv), student="test_vit", image_size=160, text="64x1",
         context_length=12, checkpoint_every=3, log_every=1, workers=0, report_to="wandb",
     )  # fmt: skip
 

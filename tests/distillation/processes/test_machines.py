@@ -61,7 +61,7 @@ OPTIONS: dict[str, Any] = {
     "teacher": "{}/teacher",
     "student": "test_vit",
     "image_size": 160,
-    "text": "tiny",
+    "text": "64x1",
     "context_length": 12,
     "batch_size": 6,
     "steps": 2,
@@ -219,7 +219,7 @@ def test_two_real_processes_end_within_seconds(machines: list[Path], tmp_path: P
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "sh", "-c", SCRIPT]
     command = [
         *(sys.executable, "-m", "clip_rd_edge", "distill", "--data", "{0..2}.tar", "--recipe", "own.yaml"),
-        *("--teacher", "teacher", "--student", "test_vit", "--image-size", "160", "--text", "tiny", "-o", "run"),
+        *("--teacher", "teacher", "--student", "test_vit", "--image-size", "160", "--text", "64x1", "-o", "run"),
         *("--context-length", "12", "--batch-size", "2", "--steps", "1000", "--precision", "fp32", "--workers", "0"),
         *("--task", "images"),
     ]

@@ -38,7 +38,7 @@ def make_student(trunk: str) -> ClipModel:
     """A student in evaluation mode, with batch-norm statistics as after training."""
     torch.manual_seed(0)
     clip = build_student(
-        student_config(trunk, embedding_size=24, image_size=SIZE, text="tiny", context_length=12), name=trunk
+        student_config(trunk, embedding_size=24, image_size=SIZE, text="64x1", context_length=12), name=trunk
     )
     for module in clip.model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -160,7 +160,7 @@ STEPS = 5
 
 def save_model(folder: Path, trunk: str, *, image_size: int = 48) -> Path:
     torch.manual_seed(1)
-    config = student_config(trunk, embedding_size=24, image_size=image_size, text="tiny", context_length=12)
+    config = student_config(trunk, embedding_size=24, image_size=image_size, text="64x1", context_length=12)
     save_clip(folder, build_student(config, name=trunk), provenance={})
     return folder
 

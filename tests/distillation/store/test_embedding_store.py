@@ -53,7 +53,7 @@ def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
         views=VIEWS,
         student="test_resnet",
         image_size=48,
-        text="tiny",
+        text="64x1",
         context_length=12,
         workers=0,
     )
