@@ -174,7 +174,7 @@ class _Writer:
     def _files(self, index: int) -> Iterator[tuple[str, bytes]]:
         jpeg = io.BytesIO()
         self.pairs.open(index).save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
-        image = Image.open(jpeg).convert("RGB")
+        image = Image.open(jpeg, formats=["JPEG"]).convert("RGB")
         own, *others = self.pairs.captions(index)
         drawn = [self._draw(image.size, index, number) for number in range(self.manifest.augmentations)]
         parameters = [
