@@ -55,7 +55,7 @@ def test_the_published_comparisons_of_the_bank_match_their_results() -> None:
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     page = _without_intervals((benchmarks / "README.md").read_text(encoding="utf-8"))
     sources = sorted(benchmarks.glob("results/*/bank*.json"))
-    published = [source for source in sources if source.name in ("bank.json", "bank-choice.json")]
+    published = [source for source in sources if source.name in ("bank.json", "bank-text.json", "bank-choice.json")]
     assert published
     for source in published:
         assert _without_intervals(markdown(read_evidence_file(source))) in page
