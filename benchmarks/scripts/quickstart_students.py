@@ -1,0 +1,102 @@
+"""Trains the quickstart's student in several ways with several seeds: what `unpaired.py` and `teachers.py` share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import clip_rd_edge as edge
+from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.utils.host import machine_name
+
+TASKS = ("emoji:unseen-style", "emoji:unseen-concepts")
+SETTINGS: dict[str, Any] = {
+    "student": "resnet10t", "image_size": 64, "text": "tiny", "context_length": 16, "embedding_size": 256,
+    "batch_size": 32, "learning_rate": 0.002, "precision": "bf16", "workers": 0, "checkpoint_every": 50,
+}  # fmt: skip
+Result = dict[str, Any]
+# By way and seed: top-1 of each task, in percent.
+Scores = dict[str, dict[int, list[float]]]
+
+
+def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that `train_all` needs; `name` is that of the table's markers."""
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(table=name)
+    parser.add_argument("folder", type=Path, help="of the students, which are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a run that it has already is kept")
+    parser.add_argument("--readme", type=Path, help=f"replace the table between <!-- {name}: begin --> and its end")
+    return parser
+
+
+def train_all(
+    arguments: argparse.Namespace,
+    ways: Mapping[str, Mapping[str, Any]],
+    teachers: Mapping[str, Path],
+    markdown: Callable[[Result], str],
+) -> None:
+    """Train a student in each way with each seed, but for those that the output has, and write the figures.
+
+    Args:
+        arguments: those of `parser_for`.
+        ways: by name, what `edge.distill` gets beside SETTINGS.
+        teachers: by name, the teachers to evaluate.
+        markdown: returns the table.
+    """
+    result: Result = {"steps": arguments.steps, "settings": SETTINGS, "runs": []}
+    if arguments.output.is_file():
+        result = json.loads(arguments.output.read_text(encoding="utf-8"))
+    else:
+        result["teachers"] = {name: top1(teacher) for name, teacher in teachers.items()}
+    done = {(run["way"], run["seed"]) for run in result["runs"]}
+    for seed, way in ((seed, way) for seed in arguments.seeds for way in ways if (way, seed) not in done):
+        run = edge.distill(
+            output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}",
+            **{**SETTINGS, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True},
+        )
+        result["runs"].append({"way": way, "seed": seed, "top1": top1(run)})
+        result |= {"machine": machine_name(), "date": date.today().isoformat()}
+        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"seed {seed}, {way}: {result['runs'][-1]['top1']}", flush=True)
+    print(markdown(result))
+    if arguments.readme:
+        write_between_markers(arguments.readme, arguments.table, markdown(result))
+
+
+def top1(model: str | Path) -> dict[str, float]:
+    """Return top-1 by task."""
+    return dict(zip(TASKS, (score.top1 for score in edge.evaluate(model, TASKS)), strict=True))  # type: ignore[union-attr]
+
+
+def scores(result: Result) -> Scores:
+    """Return the figures of the seeds that all ways have."""
+    by_way: Scores = {}
+    for run in result["runs"]:
+        by_way.setdefault(run["way"], {})[run["seed"]] = [100 * run["top1"][task] for task in TASKS]
+    common = sorted(set.intersection(*(set(runs) for runs in by_way.values())))
+    return {way: {seed: runs[seed] for seed in common} for way, runs in by_way.items()}
+
+
+def rows(result: Result, ahead: Mapping[str, str]) -> list[str]:
+    """Return the rows of the table: the teachers, then each way's mean and deviation, and what `ahead` has of it."""
+    lines = [
+        f"| {name} | | {' | '.join(f'{100 * values[task]:.1f}' for task in TASKS)} | |"
+        for name, values in result["teachers"].items()
+    ]
+    for way, runs in scores(result).items():
+        columns = [plus_minus([values[task] for values in runs.values()]) for task in range(len(TASKS))]
+        lines.append(f"| {way} | {len(runs)} | {' | '.join(columns)} | {ahead.get(way, '')} |")
+    return lines
+
+
+def plus_minus(values: list[float], digits: int = 1) -> str:
+    """Return the mean, and with several values the standard deviation."""
+    spread = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return " ± ".join(f"{value:.{digits}f}" for value in spread)
