@@ -208,7 +208,8 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         data(
             "--texts", metavar="FILE",
-            help="Captions or labels without images: one per line, or a table or list as for classify --labels.  "
+            help="Captions or labels without images: one per line, a table or list as for classify --labels, or a "
+            "Parquet file.  "
             "[default: none]",
         ),
         template_option("Data", use="for --texts", default="texts as they are"),

@@ -116,8 +116,7 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
     if training.data is None and training.images is None:
         raise UsageError(f"INT8 needs calibration pairs, and {path} names no data.", hint=_HINT)
     try:
-        texts = [] if training.texts is None else read_texts(training.texts, column=training.csv_caption_key)
-        return load_samples(training, texts)
+        return load_samples(training, read_texts)
     except InputError as error:
         raise UsageError(
             f"INT8 needs calibration pairs, and the model's training pairs cannot be loaded: {error}", hint=_HINT

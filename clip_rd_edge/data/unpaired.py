@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from clip_rd_edge.contract.images import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
+from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
 from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists, is_folder, near_files
@@ -29,7 +30,7 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         data: source of the pairs, as `data.pairs.load_pairs` takes it; None for none.
         images: a folder of images, or any source of pairs, whose captions are not read; None for none.
-        texts: a label file, see `runtime.label_list.read_labels_file`; None for none.
+        texts: a label file, see `runtime.label_list.read_labels_file`, or a Parquet file; None for none.
         templates: prompt templates for the texts, as `contract.templates.parse_templates` takes them.
         csv_img_key, csv_caption_key, json_caption_key, train_data_upsampling_factors: see `load_pairs`.
     """
@@ -179,11 +180,13 @@ def describe_counts(pairs: Pairs) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
-def load_samples(source: TrainingData, texts: Sequence[str] = (), *, reporter: Reporter = SILENT) -> Pairs:
+def load_samples(
+    source: TrainingData, read_texts: Callable[[str, str], Sequence[str]], *, reporter: Reporter = SILENT
+) -> Pairs:
     """Load what a model is trained on: plain pairs if that is all that is named.
 
     Args:
-        texts: the content of `source.texts`.
+        read_texts: `runtime.label_list.read_texts`; returns the content of `source.texts` if it is no Parquet file.
         reporter: receives the progress of indexing.
 
     Raises:
@@ -218,6 +221,11 @@ def load_samples(source: TrainingData, texts: Sequence[str] = (), *, reporter: R
             return pairs
     images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
     templates = parse_templates(source.templates).prompts if source.templates else ()
+    texts: Sequence[str] = ()
+    if source.texts is not None:
+        path = Path(source.texts).expanduser()
+        is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
+        texts = (read_column if is_parquet else read_texts)(source.texts, source.csv_caption_key)
     return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
 
 

@@ -148,8 +148,7 @@ def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
     source = TrainingData(**{name: getattr(config, name) for name in TrainingData.__struct_fields__})
     if load_stored_teachers(config) is not None:
         return _reinforced_pairs(source, reporter)
-    texts = [] if source.texts is None else read_texts(source.texts, column=source.csv_caption_key)
-    return load_samples(source, texts, reporter=reporter)
+    return load_samples(source, read_texts, reporter=reporter)
 
 
 def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPairs:

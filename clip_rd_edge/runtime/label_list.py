@@ -47,7 +47,7 @@ def label_names(labels: Labels) -> list[str] | None:
     return parse_labels([labels]) if isinstance(labels, str) else list(labels)
 
 
-def read_texts(name: str, *, column: str) -> list[str]:
+def read_texts(name: str, column: str) -> list[str]:
     """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def frames(tmp_path: Path) -> Path:
     return folder
 
 
+def given(texts: Sequence[str]) -> Callable[[str, str], Sequence[str]]:
+    """Stand for the reader of label files."""
+    return lambda name, column: texts
+
+
 def widths(samples: Pairs) -> list[int]:
     return [samples.open(index).width for index in range(len(samples))]
 
@@ -41,7 +47,7 @@ def captions(samples: Pairs) -> list[tuple[str, ...]]:
 
 
 def test_a_folder_of_frames_and_a_list_of_labels(frames: Path) -> None:
-    samples = load_samples(TrainingData(images=str(frames), texts="labels.txt"), ["cat", "dog", "cat"])
+    samples = load_samples(TrainingData(images=str(frames), texts="labels.txt"), given(["cat", "dog", "cat"]))
     assert widths(samples) == [10, 11, 12, 13, 14]
     assert captions(samples) == [("cat",), ("dog",), ("cat",), ("dog",), ("cat",)]
     assert pair_count(samples) == 0
@@ -52,19 +58,32 @@ def test_a_folder_of_frames_and_a_list_of_labels(frames: Path) -> None:
 
 def test_more_texts_than_images_share_the_rows(frames: Path) -> None:
     texts = [f"text {number}" for number in range(12)]
-    samples = load_samples(TrainingData(images=str(frames), texts="captions.txt"), texts)
+    samples = load_samples(TrainingData(images=str(frames), texts="captions.txt"), given(texts))
     assert captions(samples)[1] == ("text 1", "text 6", "text 11")
     assert sorted(text for row in captions(samples) for text in row) == sorted(texts)
 
 
+def test_texts_come_from_a_column_of_a_parquet_file(frames: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "captions.parquet"
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"TEXT": ["a cat ", None, "a dog", " ", "a cat"], "url": ["u"] * 5, "width": range(5), "empty": [""] * 5}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    source = TrainingData(images=str(frames), texts=str(path), csv_caption_key="TEXT")
+    assert captions(load_samples(source, given(["unused"])))[:3] == [("a cat",), ("a dog",), ("a cat",)]
+    for column, message in (("text", "no column 'text'.*TEXT"), ("width", "int64"), ("empty", "no text")):
+        with pytest.raises(InputError, match=message):
+            load_samples(TrainingData(images=str(frames), texts=str(path), csv_caption_key=column), given([]))
+
+
 def test_templates_are_filled_with_the_texts(frames: Path) -> None:
     source = TrainingData(images=str(frames), texts="labels.txt", templates=("a photo of a {}.", "one {c}"))
-    samples = load_samples(source, ["cat", "dog"])
+    samples = load_samples(source, given(["cat", "dog"]))
     assert captions(samples)[1] == ("a photo of a dog.", "one dog")
 
 
 def test_images_beside_pairs_are_shown_with_captions_of_pairs(pairs_csv: Path, frames: Path) -> None:
-    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames)))
+    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames)), given([]))
     assert widths(samples) == [48] * 24 + [10, 11, 12, 13, 14]
     assert captions(samples)[:24] == captions(load_pairs(str(pairs_csv)))
     assert captions(samples)[24:] == [captions(samples)[row * 24 // 5] for row in range(5)]
@@ -74,37 +93,45 @@ def test_images_beside_pairs_are_shown_with_captions_of_pairs(pairs_csv: Path, f
 
 
 def test_texts_beside_pairs_are_shown_with_images_of_pairs(pairs_csv: Path) -> None:
-    few = load_samples(TrainingData(data=str(pairs_csv), texts="labels.txt"), ["cat", "dog"])
+    few = load_samples(TrainingData(data=str(pairs_csv), texts="labels.txt"), given(["cat", "dog"]))
     assert captions(few)[24:] == [("cat",), ("dog",)]
     assert few.open(25).tobytes() == few.open(12).tobytes()  # evenly spaced among the 24 pairs
-    many = load_samples(TrainingData(data=str(pairs_csv), texts="texts.txt"), [f"{number}" for number in range(30)])
+    many = load_samples(
+        TrainingData(data=str(pairs_csv), texts="texts.txt"), given([f"{number}" for number in range(30)])
+    )
     assert len(many) == 48
     assert captions(many)[24:26] == [("0", "24"), ("1", "25")]
     assert describe_counts(many) == "24 pairs and 30 texts"
 
 
 def test_all_three_together(pairs_csv: Path, frames: Path) -> None:
-    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt"), ["cat"])
+    samples = load_samples(TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt"), given(["cat"]))
     assert describe_counts(samples) == "24 pairs, 5 images without captions and 1 text"
     assert captions(samples)[24:] == [("cat",)] * 5
 
 
 def test_pairs_alone_stay_as_they_are(pairs_csv: Path) -> None:
-    pairs = load_samples(TrainingData(data=str(pairs_csv)))
+    pairs = load_samples(TrainingData(data=str(pairs_csv)), given([]))
     assert not isinstance(pairs, MixedSamples)
     assert (pair_count(pairs), describe_counts(pairs)) == (24, "24 pairs")
 
 
 def test_whatever_changes_has_another_fingerprint(pairs_csv: Path, frames: Path) -> None:
     source = TrainingData(data=str(pairs_csv), images=str(frames), texts="labels.txt")
-    found = {fingerprint(load_samples(source, ["cat", "dog"])), fingerprint(load_samples(source, ["dog", "cat"]))}
+    found = {
+        fingerprint(load_samples(source, given(["cat", "dog"]))),
+        fingerprint(load_samples(source, given(["dog", "cat"]))),
+    }
     templates = TrainingData(**{**vars_of(source), "templates": ("a {}",)})
-    found.add(fingerprint(load_samples(templates, ["cat", "dog"])))
+    found.add(fingerprint(load_samples(templates, given(["cat", "dog"]))))
     (frames / "0.png").unlink()
-    found.add(fingerprint(load_samples(source, ["cat", "dog"])))
+    found.add(fingerprint(load_samples(source, given(["cat", "dog"]))))
     assert len(found) == 4
     moved = frames.rename(frames.with_name("moved"))
-    assert fingerprint(load_samples(TrainingData(**{**vars_of(source), "images": str(moved)}), ["cat", "dog"])) in found
+    assert (
+        fingerprint(load_samples(TrainingData(**{**vars_of(source), "images": str(moved)}), given(["cat", "dog"])))
+        in found
+    )
 
 
 def vars_of(source: TrainingData) -> dict[str, object]:
@@ -179,7 +206,7 @@ def test_what_is_missing_is_said(
 ) -> None:
     monkeypatch.chdir(frames.parent)
     with pytest.raises(UsageError, match=message) as error:
-        load_samples(TrainingData(**source), texts)  # type: ignore[arg-type]
+        load_samples(TrainingData(**source), given(texts))  # type: ignore[arg-type]
     assert "--" in error.value.hint
 
 

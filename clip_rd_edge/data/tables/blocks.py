@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -127,8 +127,9 @@ class PairFinder:
         return None
 
 
-def require_columns(path: Path, columns: list[str], image_key: str, caption_key: str) -> None:
-    for key, option in ((image_key, IMAGE_OPTION), (caption_key, CAPTION_OPTION)):
+def require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:
+    """Raise InputError if a table lacks a column; `required` has, by name, the options that name them."""
+    for key, option in required.items():
         if key not in columns:
             raise InputError(
                 f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,40 @@ class ParquetTable:
 
 
 def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:
+    """Check that the columns are there and hold text; raises InputError if not."""
+    rows = _rows_with(path, {image_key: IMAGE_OPTION, caption_key: CAPTION_OPTION})
+    return ParquetTable(path, image_key, caption_key, rows)
+
+
+def read_column(name: str, column: str) -> list[str]:
+    """Return the texts of a column of captions, without empty ones.
+
+    Raises:
+        InputError: the file cannot be read, or has no such column of text, or no text in it.
+    """
+    path = Path(name).expanduser()
+    _rows_with(path, {column: CAPTION_OPTION})
+    pyarrow, parquet = _import_pyarrow(path)
+    try:
+        values = parquet.read_table(path, columns=[column], use_threads=False).column(column).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} is damaged: {_first_line(error)}.") from error
+    texts = [value.strip() for value in values if value and value.strip()]
+    if not texts:
+        raise InputError(f"{path} has no text in its column {column!r}.", hint=f"name the column with {CAPTION_OPTION}")
+    return texts
+
+
+def _rows_with(path: Path, columns: Mapping[str, str]) -> int:
+    """Return the number of rows of a file that has these columns of text, by name the options that name them."""
     pyarrow, parquet = _import_pyarrow(path)
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} is not a Parquet file: {_first_line(error)}.") from error
-    require_columns(path, schema.names, image_key, caption_key)
-    for key, option in ((image_key, IMAGE_OPTION), (caption_key, CAPTION_OPTION)):
+    require_columns(path, schema.names, columns)
+    for key, option in columns.items():
         kind = schema.field(key).type
         content = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(content) or pyarrow.types.is_large_string(content)):
@@ -79,7 +105,8 @@ def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:
                 f"{path}: the column {key!r} holds {kind}; expected text, for images the paths of files.",
                 hint=f"name a column of text with {option}",
             )
-    return ParquetTable(path, image_key, caption_key, rows)
+    count: int = rows
+    return count
 
 
 def _import_pyarrow(path: Path) -> tuple[Any, Any]:

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.data.tables.blocks import Block, Fault, PairFinder, numbered, require_columns
+from clip_rd_edge.data.tables.blocks import (
+    CAPTION_OPTION,
+    IMAGE_OPTION,
+    Block,
+    Fault,
+    PairFinder,
+    numbered,
+    require_columns,
+)
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError
 
@@ -180,7 +188,7 @@ def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None
                 f"{path}, line 1: it is not UTF-8 text: {error.reason}.",
                 hint="name a table, and save it as UTF-8 if it is one",
             ) from error
-    require_columns(path, columns, image_key, caption_key)
+    require_columns(path, columns, {image_key: IMAGE_OPTION, caption_key: CAPTION_OPTION})
     return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, reader.line_num)
 
 
