@@ -12,7 +12,8 @@ answers come out, and tells nothing of speed.
 
 For each bundle and processor: the greatest difference of an embedding to the same bundle's here, the centred cosine to
 the embeddings here of the same model in FP32, which is the bundle for ONNX Runtime in the same parent folder, top-1 on
-images of the quickstart's tasks, and what `clip-rd-edge verify` finds there.
+images of the quickstart's tasks, and what `clip-rd-edge verify` finds there. Where that FP32 bundle is not given, it
+runs here alone: emulating floating-point arithmetic is ten times as slow as emulating INT8.
 
 A processor takes minutes to hours: each answer is written to -o as it comes, and the same command goes on from there.
 """
@@ -120,7 +121,7 @@ class Emulated(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run bundles on emulated processors and compare their answers.")
-    parser.add_argument("bundles", type=Path, nargs="+", help="in each parent folder one in FP32, for ONNX Runtime")
+    parser.add_argument("bundles", type=Path, nargs="+", help="one in FP32, for ONNX Runtime, is beside each")
     parser.add_argument("--cpu", nargs="+", choices=PROCESSORS, default=list(PROCESSORS))
     parser.add_argument("--images", type=int, default=190, help="per task of the embedded data set (default: 190)")
     parser.add_argument("--labels", type=int, default=570, help="to choose from, at least the images' (default: all)")
@@ -168,8 +169,10 @@ def run(bundles: Sequence[Path], processors: Sequence[str], questions: Questions
         labels=len(questions.labels),
         answers=(),
     )
-    digests = {bundle: sha256_of(bundle / MANIFEST) for bundle in bundles}
-    titles = {title_of(bundle) for bundle in bundles}
+    places = dict.fromkeys(references.values(), (NATIVE,))
+    places |= dict.fromkeys(bundles, (NATIVE, *processors))
+    digests = {bundle: sha256_of(bundle / MANIFEST) for bundle in places}
+    titles = {title_of(bundle) for bundle in places}
     answers = {  # those of other bundles stay, and those of a changed one go
         key: row
         for key, row in answers_of(output, results).items()
@@ -179,16 +182,17 @@ def run(bundles: Sequence[Path], processors: Sequence[str], questions: Questions
         folder = Path(scratch)
         (folder / "images.txt").write_text("\n".join(questions.images), encoding="utf-8")
         (folder / "texts.txt").write_text("\n".join(questions.labels), encoding="utf-8")
-        here = {bundle: embed(bundle, NATIVE, folder) for bundle in bundles}
+        here = {bundle: embed(bundle, NATIVE, folder) for bundle in places}
         if problems := [rows for rows in here.values() if isinstance(rows, str)]:
             raise SystemExit(f"error: a bundle does not run on this machine: {problems[0]}")
         for bundle, digest in digests.items():
-            for processor in (NATIVE, *processors):
+            for processor in places[bundle]:
                 print(f"{bundle} on {processor}", file=sys.stderr, flush=True)
                 key = (title_of(bundle), processor, digest)
                 if key not in answers:
                     rows = here[bundle] if processor == NATIVE else embed(bundle, processor, folder)
-                    answer = compare(bundle, processor, rows, here[bundle], here[references[bundle]], questions.truth)
+                    fp32 = here[references.get(bundle, bundle)]
+                    answer = compare(bundle, processor, rows, here[bundle], fp32, questions.truth)
                     answers[key] = msgspec.structs.replace(answer, bundle_sha256=digest)
                 results = msgspec.structs.replace(results, answers=tuple(answers.values()))
                 if output:
@@ -198,15 +202,19 @@ def run(bundles: Sequence[Path], processors: Sequence[str], questions: Questions
 
 def references_of(bundles: Sequence[Path]) -> dict[Path, Path]:
     """Each bundle's reference: the FP32 bundle for ONNX Runtime in the same parent folder, which has one model's."""
-    manifests = {bundle: read_manifest(bundle) for bundle in bundles}
-    fp32 = {
-        bundle.resolve().parent: bundle
-        for bundle, manifest in manifests.items()
-        if (manifest.precision, manifest.target) == ("fp32", "onnxruntime")
-    }
-    if missing := [str(bundle) for bundle in bundles if bundle.resolve().parent not in fp32]:
+    references = {}
+    for bundle in bundles:
+        siblings = (path.parent for path in sorted(bundle.resolve().parent.glob(f"*/{MANIFEST}")))
+        # As the command names it where it does: the rows of a bundle are kept by its path.
+        named = [*bundles, *siblings]
+        for other in (path for path in named if path.resolve().parent == bundle.resolve().parent):
+            manifest = read_manifest(other)
+            if (manifest.precision, manifest.target) == ("fp32", "onnxruntime"):
+                references[bundle] = other
+                break
+    if missing := [str(bundle) for bundle in bundles if bundle not in references]:
         raise SystemExit(f"error: no bundle in FP32, for ONNX Runtime, is in the same folder as {', '.join(missing)}")
-    return {bundle: fp32[bundle.resolve().parent] for bundle in bundles}
+    return references
 
 
 def title_of(bundle: Path) -> str:

@@ -52,6 +52,9 @@ def test_each_bundle_is_compared_with_the_float32_one_of_its_own_model(fp32_bund
         write_manifest(bundle, msgspec.structs.replace(manifest, precision="int8", files={}))
     assert references_of(bundles) == {bundle: bundle.parent / "fp32" for bundle in bundles}
     assert [title_of(bundle) for bundle in bundles] == ["resnet10t fp32", "resnet10t int8", "fp32", "int8"]
+    assert references_of(int8) == {bundle: bundle.parent / "fp32" for bundle in int8}
+    for bundle in int8:
+        shutil.rmtree(bundle.parent / "fp32")
     with pytest.raises(SystemExit, match="no bundle in FP32"):
         references_of(int8)
 
