@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,9 @@ from clip_rd_edge.distillation.store.embedding_store import (
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.bank import Bank
 from clip_rd_edge.losses.ensemble import side_by_side
+from clip_rd_edge.utils.arrays import load_array
+
+_Rows = npt.NDArray[np.int64]
 
 
 class TeacherBank(Protocol):
@@ -80,21 +83,28 @@ class StoredBank:
 
     def __init__(self, cache: TeacherCaches, *, size: int, seed: int, device: torch.device) -> None:
         rng = np.random.default_rng(seed)
-        first = cache.caches[0]
-        sides: list[tuple[int, Callable[[TeacherCache, int], Path]]] = [
-            (first.manifest.pairs, lambda cache, shard: image_shard(cache.folder, 0, shard)),
-            (first.captions, lambda cache, shard: text_shard(cache.folder, shard)),
-        ]
-        banks = []
-        for total, path in sides:
-            chosen = np.sort(rng.choice(total, min(size, total), replace=False, shuffle=False))
+        caches, common = cache.caches, _common_captions(cache.caches)
+
+        def side(path: Callable[[TeacherCache, int], Path], totals: list[int], rows: list[_Rows] | None) -> Tensor:
+            count = len(rows[0]) if rows else totals[0]
+            chosen = np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
             parts = [
-                _read_rows(partial(path, each), chosen, total=total, width=each.manifest.embedding_size)
-                for each in cache.caches
+                _read_rows(
+                    partial(path, each),
+                    rows[number][chosen] if rows else chosen,
+                    total=totals[number],
+                    width=each.manifest.embedding_size,
+                )
+                for number, each in enumerate(caches)
             ]
-            rows = _readable(parts, partial(path, first))
-            banks.append(side_by_side([torch.from_numpy(part).to(device).float() for part in rows]))
-        self._bank = Bank(*banks)
+            readable = _readable(parts, partial(path, caches[0]))
+            return side_by_side([torch.from_numpy(part).to(device).float() for part in readable])
+
+        pairs, captions = [each.manifest.pairs for each in caches], [each.captions for each in caches]
+        self._bank = Bank(
+            side(lambda each, shard: image_shard(each.folder, 0, shard), pairs, None),
+            side(lambda each, shard: text_shard(each.folder, shard), captions, common),
+        )
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
         """See `TeacherBank`."""
@@ -111,6 +121,18 @@ class StoredBank:
                 "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
                 hint="omit --teacher-cache, or start a new run",
             )
+
+
+def _common_captions(caches: Sequence[TeacherCache]) -> list[_Rows] | None:
+    """Return the rows of the captions that all caches have, in the same order; None if all have the same ones.
+
+    A caption that could not be read while one of them was built is missing there alone.
+    """
+    keys = [load_array(cache.folder / "texts" / "keys.npy", memory_mapped=True) for cache in caches[1:] and caches]
+    if all(np.array_equal(keys[0], other) for other in keys[1:]):
+        return None
+    common = reduce(np.intersect1d, keys)
+    return [np.searchsorted(own, common) for own in keys]
 
 
 def _read_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -93,6 +94,18 @@ def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache
     np.save(path, rows)
     with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
         stored(cache, 1_000)
+
+
+def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherCache, tmp_path: Path) -> None:
+    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions - 1)
+    shutil.copytree(cache.folder, lacking.folder)
+    for path in (text_shard(lacking.folder, 0), lacking.folder / "texts" / "keys.npy"):
+        np.save(path, np.delete(load_array(path), 5, axis=0))  # it could not be read when this cache was built
+    for caches in ((cache, lacking), (lacking, cache)):
+        bank = StoredBank(TeacherCaches(caches), size=1_000, seed=0, device=CPU)
+        text = bank.with_batch(torch.empty(0), torch.empty(0)).text
+        assert text.shape == (23, 2 * WIDTH)
+        assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
 
 
 def test_a_damaged_cache_is_named(cache: TeacherCache) -> None:
