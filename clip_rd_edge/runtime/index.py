@@ -170,7 +170,7 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
 
     Without a graph, or for more than MAX_TOP results, the search is exact: one matrix product over all rows, limited by
     memory bandwidth. For 100,000 images it takes less time than reading index.json. With a graph, only the rows that it
-    proposes are compared: `python benchmarks/scripts/search.py 100000 --graph` measures both.
+    proposes are compared, if it proposes enough: `python benchmarks/scripts/search.py 100000 --graph` measures both.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):
@@ -178,7 +178,9 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
             f"The index has embeddings of {rows.shape[1]} entries; expected {len(query)}, the model's.",
             hint="delete it and index the folder again",
         )
-    candidates = np.sort(graph.candidates(query, top)) if graph is not None and top <= MAX_TOP else None
+    candidates = graph.candidates(query, top) if graph is not None and top <= MAX_TOP else None
+    if candidates is not None:
+        candidates = np.sort(candidates)
     compared = rows if candidates is None else rows[candidates]
     similarities = require_finite(np.asarray(compared @ query), "An image of the index, or the query,")
     best = top_indices(similarities, top)

@@ -62,11 +62,16 @@ class Graph(NamedTuple):
     rows: Rows
     others: Rows
 
-    def candidates(self, query: Embeddings, top: int) -> Rows:
-        """Return the rows that may be among the `top` nearest to a query (D,)."""
+    def candidates(self, query: Embeddings, top: int) -> Rows | None:
+        """Return the rows that may be among the `top` nearest to a query (D,).
+
+        None if the graph proposes fewer than `top` images that are still there: the others near the query are gone,
+        such as with a folder of similar images.
+        """
         keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
         found = self.rows[keys]
-        return np.concatenate([found[found >= 0], self.others])
+        present = found[found >= 0]
+        return np.concatenate([present, self.others]) if len(present) >= top else None
 
 
 def usearch_is_installed() -> bool:

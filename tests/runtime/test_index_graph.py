@@ -132,6 +132,16 @@ def test_rows_that_a_graph_does_not_have_are_found_and_lost_ones_are_not(tmp_pat
     assert moved_rows(moved, np.array([1]), 3)[[3, 7, 5]].tolist() == [0, -1, -1]
 
 
+def test_images_are_found_though_all_that_were_near_the_query_are_gone(tmp_path: Path) -> None:
+    alike = normalise(embeddings(1)[0] + 0.01 * embeddings(150, seed=1))
+    others = embeddings(1850, seed=2)
+    graph = open_graph(tmp_path, write_graph(tmp_path, build_graph(np.concatenate([alike, others]), threads=1)), 2000)
+    assert graph is not None
+    left = graph._replace(rows=moved_rows(graph.rows, np.arange(150, 2000), 2000))  # less than a tenth is gone
+    index = written(tmp_path / "left", others)
+    assert nearest(index, others, alike[0], top=5, graph=left) == nearest(index, others, alike[0], top=5)
+
+
 def test_a_worn_graph_is_one_that_lost_or_lacks_a_tenth() -> None:
     rows = np.arange(100)
     assert not is_worn(rows, 110)
