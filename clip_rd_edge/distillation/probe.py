@@ -81,7 +81,8 @@ def probe_teachers(
 ) -> Probe:
     """Train a student from each teacher for the same few steps, with the same seed, and rank the teachers by it.
 
-    `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one.
+    `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one. With
+    other tasks, the students that are trained already are measured again.
 
     Args:
         teachers: as `load_clip` takes them.
@@ -96,7 +97,8 @@ def probe_teachers(
     _require_comparison(teachers, tasks)
     for name in teachers:  # all, before the first has run
         require_model(name, pretrained=config.teacher_pretrained)
-    known = {teacher.teacher: teacher for teacher in _read(folder).teachers} if is_file(folder / RESULT) else {}
+    names = [task.name for task in tasks]
+    known = {each.teacher: each for each in _read(folder) if list(each.student_scores) == names}
     found = list[ProbedTeacher]()
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
@@ -161,5 +163,5 @@ def _ranked(config: RunConfig, found: Sequence[ProbedTeacher]) -> Probe:
     return Probe(config.student, config.recipe.steps, tuple(ranking))
 
 
-def _read(folder: Path) -> Probe:
-    return read_json(folder / RESULT, Probe)
+def _read(folder: Path) -> Sequence[ProbedTeacher]:
+    return read_json(folder / RESULT, Probe).teachers if is_file(folder / RESULT) else ()

@@ -99,6 +99,22 @@ def test_an_interrupted_probe_goes_on_with_the_same_call(
         edge.probe_teachers(**{**options, "steps": 4})
 
 
+def test_teachers_are_all_ranked_by_the_same_tasks(
+    source: dict[str, Any], evaluations: list[str], tmp_path: Path
+) -> None:
+    first, second = map(str, source["teachers"])
+    options = {**source, "output": tmp_path / "probe"}
+    edge.probe_teachers(**{**options, "teachers": [first]}, tasks=str(source["data"]))
+    copy = source["data"].with_name("others.csv")
+    copy.write_bytes(source["data"].read_bytes())
+    probe = edge.probe_teachers(**options, tasks=str(copy))
+    assert evaluations == ["teacher 0", "teacher-0"] * 2 + ["teacher 1", "teacher-1"]
+    (names,) = {(*teacher.teacher_scores, *teacher.student_scores) for teacher in probe.teachers}
+    assert [teacher.teacher for teacher in probe.teachers] == [second, first]
+    assert names[0] == names[1]
+    assert "others" in names[0]
+
+
 def test_a_number_of_steps_is_the_default(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
