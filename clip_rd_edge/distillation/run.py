@@ -51,6 +51,7 @@ from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teach
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
+from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
@@ -211,11 +212,16 @@ def _run(
     )
     if processes.is_main:
         student.model.to("cpu")
+        evaluation = last_evaluation(run)
         if config.tuned_share < 1:
             student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
+            if evaluate:  # the run has evaluated the trained weights alone
+                evaluation = evaluate(TorchEncoder(student))
+                scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
+                reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
         setup = dataclasses.replace(setup, student=student)
         plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
-        record = {**provenance(config, setup, steps=steps), "evaluation": last_evaluation(run)}
+        record = {**provenance(config, setup, steps=steps), "evaluation": evaluation}
         save_clip(run / STUDENT_FOLDER, student, provenance=record)
     return run / STUDENT_FOLDER
 
