@@ -74,5 +74,10 @@ def command(output: Path, **options: Any) -> None:
     with console_reporter() as reporter:
         folder = edge.embed(output=output, **drop_none(**options), reporter=reporter)
     if first_process:
-        say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {folder}")
+        if options["layout"] == "mobileclip":
+            shards = sorted(path.stem for path in folder.glob("*.tar"))
+            names = f"{{{shards[0]}..{shards[-1]}}}" if shards[1:] else shards[0]
+            say(f"next: clip-rd-edge distill --data '{folder}/{names}.tar' --teacher stored:{folder}/teachers.json")
+        else:
+            say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {folder}")
         echo(folder)
