@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.unpaired import describe_counts
@@ -28,6 +29,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         pairs: number of rows, whose image and captions do not always belong together.
         left_out: number of samples that are not pairs, such as those in the lost part of a shard.
         samples: the rows in words; empty for runs of before there were others than pairs.
+        teacher_preprocessing: of each teacher, whose fingerprint does not cover it; none for stored teachers and for
+            runs that did not record it yet.
         pairs_sha256: see `data.pairs.fingerprint`.
         teacher_sha256: see `embedding_store.teacher_fingerprint`; those of several teachers in turn; None without one.
     """
@@ -37,6 +40,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     pairs_sha256: str
     teacher_sha256: str | tuple[str, ...] | None
     samples: str = ""
+    teacher_preprocessing: tuple[Preprocessing, ...] = ()
 
 
 def inputs_of(setup: RunSetup) -> RunInputs:
@@ -50,6 +54,7 @@ def inputs_of(setup: RunSetup) -> RunInputs:
         pairs_sha256=fingerprint(setup.pairs),
         teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
         samples=describe_counts(setup.pairs),
+        teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
     )
 
 
@@ -67,6 +72,8 @@ def common_inputs(setup: RunSetup, processes: Processes) -> RunInputs:
     for rank, other in enumerate(others, start=1):
         if other != first:
             describe = _teacher if other.teacher_sha256 != first.teacher_sha256 else _pairs
+            if other.teacher_preprocessing != first.teacher_preprocessing and describe is _pairs:
+                describe = _preprocessing
             actual, expected = describe(other), describe(first)
             raise InputError(
                 f"Process {rank} of the run{processes.where(rank)} reads {actual}, but process 0 {expected}.",
@@ -120,6 +127,10 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
         if was != now:
             change = _change(was, now)
             return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
+    # A run that an older version began did not record it.
+    for name, seen, sees in zip(names, old.teacher_preprocessing, new.teacher_preprocessing, strict=False):
+        if seen != sees:
+            return f"the teacher {name} has other preprocessing of images"
     return None
 
 
@@ -136,6 +147,10 @@ def _teacher(inputs: RunInputs) -> str:
     digests = _all_of(inputs.teacher_sha256)
     many = "s" if len(digests) > 1 else ""
     return f"{'' if many else 'a '}teacher{many} with the {' and '.join(map(_digest, digests))}"
+
+
+def _preprocessing(inputs: RunInputs) -> str:
+    return f"a teacher with the preprocessing {msgspec.json.encode(inputs.teacher_preprocessing).decode()}"
 
 
 def _pairs(inputs: RunInputs) -> str:

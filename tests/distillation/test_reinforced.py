@@ -367,6 +367,24 @@ def test_a_store_of_ours_is_read_back_and_trained_on(own_store: dict[str, Any], 
     run_distillation(own, folder.parent / "run", resume=False)
 
 
+@pytest.mark.parametrize(("per_shard", "names"), [(10, "{00000..00002}"), (100, "00000")])
+def test_the_command_says_how_to_train_on_the_shards(
+    own_store: dict[str, Any],
+    per_shard: int,
+    names: str,
+    command_line: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reinforce, "PAIRS_PER_SHARD", per_shard)
+    folder, teacher = own_store["output"], own_store["teacher"][0]
+    code, output, error = command_line(
+        "embed", "--data", own_store["data"], "--teacher", teacher, "--layout", "mobileclip", "-o", folder
+    )
+    assert (code, output) == (0, f"{folder}\n"), error
+    said = " ".join(error.split()).replace("\n", "")
+    assert f"distill --data '{folder}/{names}.tar' --teacher stored:{folder}/teachers.json" in said
+
+
 def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs_csv: Path, tmp_path: Path) -> None:
     for number, (captions, path) in enumerate((([" one", "two", "three"], "0.png"), (["alone"], "1.png"))):
         with tarfile.open(tmp_path / "captions.tar", "a") as archive:
@@ -394,6 +412,12 @@ def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dic
     assert (folder / "00000.tar").stat().st_mtime_ns == kept
     with pytest.raises(UsageError, match="their augmentations is 3, expected 4"):
         edge.embed(**{**own_store, "views": 4})
+    path = own_store["teacher"][0] / "open_clip_config.json"
+    original = path.read_text()
+    path.write_text(original.replace("0.5", "0.25"))
+    with pytest.raises(UsageError, match="their preprocessing is"):
+        edge.embed(**own_store)
+    path.write_text(original)
     with pytest.raises(UsageError, match="is neither empty nor of reinforced shards"):
         edge.embed(**{**own_store, "output": tmp_path / "first"})
     with pytest.raises(UsageError, match="A Ray cluster fills caches alone"):

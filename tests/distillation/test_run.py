@@ -210,7 +210,15 @@ def other_weights(config: RunConfig) -> str:
     return "the teacher teacher has other weights"
 
 
-@pytest.mark.parametrize("change", [other_captions, reversed_rows, half_the_rows, other_weights])
+def other_preprocessing(config: RunConfig) -> str:
+    path = Path(str(config.teacher), "open_clip_config.json")
+    content = json.loads(path.read_text())
+    content["preprocess_cfg"]["mean"] = [0.25, 0.25, 0.25]
+    path.write_text(json.dumps(content))
+    return "the teacher teacher has other preprocessing of images"
+
+
+@pytest.mark.parametrize("change", [other_captions, reversed_rows, half_the_rows, other_weights, other_preprocessing])
 def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
     config: RunConfig, tmp_path: Path, change: Callable[[RunConfig], str]
 ) -> None:
@@ -368,7 +376,15 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
 ) -> None:
     tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}")
     start, end = weights(teacher), weights(distil(tuned, tmp_path / "run"))
-    between = weights(distil(msgspec.structs.replace(tuned, tuned_share=0.25), tmp_path / "between"))
+    scores = iter([0.1, 0.3])  # of the trained weights, then of those that are saved
+    student = run_distillation(
+        msgspec.structs.replace(tuned, tuned_share=0.25),
+        tmp_path / "between",
+        resume=False,
+        evaluate=lambda _: {"task": next(scores)},
+    )
+    assert json.loads((student / "distillation.json").read_text())["evaluation"] == {"task": 0.3}
+    between = weights(student)
     for name, tensor in between.items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, 0.75 * start[name] + 0.25 * end[name])

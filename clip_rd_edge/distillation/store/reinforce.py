@@ -52,8 +52,9 @@ _QUALITY = 95  # of the JPEGs, which teachers and students see alike
 class ReinforcedManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that reinforced shards depend on."""
 
-    format_version: int = 1
+    format_version: int = 2
     teachers_sha256: tuple[str, ...]
+    preprocessing: tuple[Preprocessing, ...] = ()  # of each teacher; the first version did not have it
     pairs_sha256: str
     image_size: int
     crops: Crops
@@ -96,6 +97,7 @@ def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
     teachers = [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in clips]
     manifest = ReinforcedManifest(
         teachers_sha256=tuple(map(teacher_fingerprint, clips)),
+        preprocessing=tuple(clip.preprocessing for clip in clips),
         pairs_sha256=fingerprint(pairs),
         image_size=max(max(clip.preprocessing.size) for clip in clips),
         crops=Crops(scale=config.recipe.crop_scale, aspect_ratio=1.0),
