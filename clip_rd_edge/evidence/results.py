@@ -92,6 +92,11 @@ def read_run(folder: Path) -> RunResult | None:
     return read_json(path, RunResult) if path.is_file() else None
 
 
+def task_names(result: ModelResult) -> list[str]:
+    """Return the names of the tasks that a model was evaluated on, in order."""
+    return [task.score.task for task in result.tasks]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation over `count` seeds; the deviation is None for a single seed."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -33,6 +34,7 @@ from clip_rd_edge.evidence.results import (
     RunResult,
     TaskResult,
     read_run,
+    task_names,
 )
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -114,14 +116,17 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
 def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     """Collect the finished runs in a suite's folder.
 
+    Runs that were evaluated on other tasks than the teacher are not finished: `run_evidence` evaluates them again.
+
     Raises:
         UsageError: no run is finished.
     """
-    results = (read_run(folder / run.subfolder) for run in suite.runs())
-    runs = tuple(result for result in results if result is not None)
-    if not runs:
+    results = [result for run in suite.runs() if (result := read_run(folder / run.subfolder)) is not None]
+    teacher = read_json(folder / TEACHER_RESULT, ModelResult) if results else None
+    runs = tuple(run for run in results if teacher and task_names(run.result) == task_names(teacher))
+    if teacher is None or not runs:
         raise UsageError(f"{folder} has no finished run of the suite {suite.name}.", hint="run the suite first")
-    return Evidence(suite=suite, teacher=read_json(folder / TEACHER_RESULT, ModelResult), runs=runs)
+    return Evidence(suite=suite, teacher=teacher, runs=runs)
 
 
 def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> str:
@@ -136,9 +141,12 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
 
 def _evaluate_teacher(folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
     path = folder / TEACHER_RESULT
-    if not path.is_file():
-        clip = load_clip(teacher)
-        write_bytes(path, to_json(evaluate_model(TorchEncoder(clip), tasks, name=clip.name)))
+    clip = load_clip(teacher)
+    if path.is_file():
+        known = read_json(path, ModelResult)
+        if (known.model, task_names(known)) == (clip.name, [task.name for task in tasks]):
+            return
+    write_bytes(path, to_json(evaluate_model(TorchEncoder(clip), tasks, name=clip.name)))
 
 
 class _TrainingClock(Reporter):
@@ -168,17 +176,21 @@ def _train_and_evaluate(
     student = run_distillation(
         config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: top1(encoder, tasks)
     )
-    if (run_folder / RESULT).is_file():
+    known = read_run(run_folder)
+    if known is not None and task_names(known.result) == [task.name for task in tasks]:
         return
+    measured = evaluate_model(TorchEncoder(load_clip(str(student))), tasks, name=run.student)
     result = RunResult(
         student=run.student,
         method=run.method.name,
         seed=run.seed,
         cpu_seconds=None if resumed else round(clock.seconds, 1),
-        result=evaluate_model(TorchEncoder(load_clip(str(student))), tasks, name=run.student),
+        result=measured,
         curves=_curves(read_metrics(run_folder)),
         environment=this_environment(),
     )
+    if known is not None:  # of a suite that had other tasks then
+        result = msgspec.structs.replace(known, result=measured)
     write_bytes(run_folder / RESULT, to_json(result))
     # `best` was selected on the test tasks, so only the model of the last step may be evaluated on them.
     for leftover in ("checkpoints", "best"):

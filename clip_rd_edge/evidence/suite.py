@@ -131,8 +131,8 @@ class Run:
 
     @property
     def subfolder(self) -> Path:
-        """The run's folder, relative to the suite's."""
-        return Path("runs") / self.student / self.method.name / f"seed-{self.seed}"
+        """The run's folder, relative to the suite's; a student that is the path of a file makes a single name."""
+        return Path("runs") / re.sub(r"[/\\]+", "-", self.student).lstrip("-.") / self.method.name / f"seed-{self.seed}"
 
 
 def read_evidence(suite: str) -> EvidenceSuite:

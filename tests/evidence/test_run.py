@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
@@ -46,6 +48,31 @@ def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: Evidenc
         runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
     with pytest.raises(UsageError, match="no finished run of the suite small"):
         runs.collect(squares_suite, tmp_path / "out")
+
+
+def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_again(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: RunConfig, run: Path, **_: object) -> Path:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "metrics.jsonl").touch()
+        return Path(teacher)
+
+    monkeypatch.setattr(runs, "run_distillation", train)
+    squares, pairs = squares_suite.tasks
+    one_run = {"methods": squares_suite.methods[:1], "compare_with": (), "seeds": (0,)}
+    first = msgspec.structs.replace(squares_suite, **one_run, tasks=(squares,))
+    runs.run_evidence(first, tmp_path / "out", SILENT, teacher=teacher)
+    both = msgspec.structs.replace(first, tasks=(pairs, squares))
+    shutil.copytree(teacher, tmp_path / "other")
+    evidence = runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
+    assert evidence.teacher.model == "other"
+    names = [[task.score.task for task in result.tasks] for result in (evidence.teacher, evidence.runs[0].result)]
+    assert names == [["pairs", "squares"]] * 2
+    stale = tmp_path / "out" / next(iter(both.runs())).subfolder / "result.json"
+    stale.write_bytes(stale.read_bytes().replace(b'"pairs"', b'"others"'))  # evaluated with another suite
+    with pytest.raises(UsageError, match="no finished run"):
+        runs.collect(both, tmp_path / "out")
 
 
 @pytest.mark.slow

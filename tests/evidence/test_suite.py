@@ -38,6 +38,15 @@ def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> Non
     assert recipe.steps == suite.steps
 
 
+@pytest.mark.parametrize(
+    ("student", "folder"),
+    [("resnet10t.c3_in1k", "resnet10t.c3_in1k"), ("/home/me/mine.json", "home-me-mine.json"), ("../a.json", "a.json")],
+)
+def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, student: str, folder: str) -> None:
+    run = next(msgspec.structs.replace(suite, students=(student,)).runs())
+    assert run.subfolder == Path("runs", folder, "none", "seed-0")
+
+
 def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
     configs = {
         run.method.name: run_config(suite, run, teacher="t", caches=Path("c")) for run in suite.runs() if run.seed == 1
