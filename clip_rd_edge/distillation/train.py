@@ -228,7 +228,7 @@ class _BestRecord(msgspec.Struct):
 def save_if_best(
     run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
 ) -> bool:
-    """Write the student to `RUN/best` if its mean score exceeds that of the student saved there.
+    """Write the student to `RUN/best` if its mean score exceeds that of the student saved there, on the same tasks.
 
     Args:
         evaluation: one score per task, higher is better.
@@ -241,7 +241,8 @@ def save_if_best(
     path = run / BEST_FOLDER / DISTILLATION_FILE
     if path.is_file():
         best = msgspec.json.decode(path.read_bytes(), type=_BestRecord).evaluation
-        if statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
+        same_tasks = best.keys() == evaluation.keys()  # a resumed run may have others
+        if same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
             return False
     save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
     return True

@@ -24,7 +24,7 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.train import interrupted
+from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
 
@@ -442,6 +442,15 @@ def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tm
     assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
     logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:
+    clip = load_clip(str(config.teacher))
+    saved = [
+        save_if_best(tmp_path, clip, scores, provenance=dict)
+        for scores in ({"easy": 0.9}, {"easy": 0.8}, {"hard": 0.3}, {"hard": 0.2}, {"hard": 0.4})
+    ]
+    assert saved == [True, False, True, False, True]
 
 
 def test_a_run_can_be_resumed_on_another_number_of_processes_and_reports_it(config: RunConfig, tmp_path: Path) -> None:
