@@ -167,6 +167,8 @@ class Service:
         body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
+        if not 0 <= body.none_below <= 1:
+            raise InputError(f"none_below is {body.none_below:g}; expected a probability between 0 and 1.")
         classifier = await self._run(self._classifier, body.labels, body.none_below)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
         (predictions,) = classifier.classify_embeddings(row[None], top=_positive(body.top))

@@ -126,8 +126,13 @@ def _limited(items: list[Item]) -> list[Item]:
 
 
 def decode_image(text: str, number: int = 0) -> bytes:
-    """Decode an image file from base64, with or without a data URL's head; raise InputError if it is not base64."""
+    """Decode an image file from base64, with or without a data URL's head; raise InputError if it is not base64.
+
+    Lines may be broken, as the command `base64` breaks them.
+    """
     encoded = text.partition(",")[2] if text.startswith("data:") else text
+    if "\n" in encoded:
+        encoded = "".join(encoded.split())
     try:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -167,6 +167,14 @@ def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour
     assert hit["path"] != str(colour_images / "blue.jpg")
 
 
+def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: Any) -> None:
+    broken = base64.encodebytes(jpeg()).decode()
+    assert "\n" in broken.strip()
+    for image in (broken, f"data:image/jpeg;base64,{broken}"):
+        answer = client.post("/classify", json={"image": image, "labels": ["red", "blue"]})
+        assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
@@ -185,6 +193,7 @@ def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour
         ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
         ("/classify", {"image": encoded(jpeg()), "labels": []}, "No labels"),
         ("/classify", {"image": encoded(jpeg())}, "no label bank"),
+        ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "none_below": 1.5}, "none_below is 1.5; expected"),
         ("/search", {"query": ""}, "either a query or an image"),
         ("/search", {"query": "red", "top": 0}, "top is 0"),
     ],
