@@ -98,7 +98,7 @@ def export(
         reporter.say(plan.note)
 
     # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
-    from clip_rd_edge.convert.calibration import calibration_set
+    from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_set
     from clip_rd_edge.exporters.bundle import export_bundle, export_bundles, package_versions
     from clip_rd_edge.models.encoder import TorchEncoder
     from clip_rd_edge.models.load import load_clip
@@ -112,7 +112,12 @@ def export(
     calibration = None
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
-        calibration = calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=TorchEncoder(clip).tokenize)
+        calibration = calibration_set(
+            pairs,
+            preprocessing=clip.preprocessing,
+            tokenize=TorchEncoder(clip).tokenize,
+            max_bad=calibration_max_bad(as_text(options.get("calibration")), spec),
+        )
     provenance = {"model": spec, "pretrained": pretrained, **package_versions()}
     requests = {}
     for planned in plans:

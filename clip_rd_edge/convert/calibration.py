@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, refuse_unfinished_run
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
-from clip_rd_edge.data.pairs import BadSamples, Pairs, load_pairs
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs, load_pairs
 from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
@@ -56,6 +56,7 @@ def calibration_set(
     preprocessing: Preprocessing,
     tokenize: Callable[[Sequence[str]], TokenIds],
     seed: int = 0,
+    max_bad: float = MAX_BAD_SHARE,
 ) -> CalibrationSet:
     """Sample pairs without replacement: half for calibration and half held out, at most 128 and 192.
 
@@ -63,6 +64,7 @@ def calibration_set(
         pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
         preprocessing, tokenize: of the model that is quantised.
         seed: seed for choosing the pairs, and one caption per pair.
+        max_bad: max fraction of the samples that may be unreadable.
 
     Raises:
         InputError: there are fewer than 32 pairs, or too many of them cannot be read.
@@ -77,7 +79,7 @@ def calibration_set(
         )
     generator = random.Random(seed)
     indices = generator.sample(range(count), min(count, MAX_CALIBRATION + MAX_HELD_OUT))
-    bad = BadSamples(pairs)
+    bad = BadSamples(pairs, max_share=max_bad)
     captions, images = [], []
     for index in indices:
         pair = bad.take(index)
@@ -123,8 +125,24 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
         ) from error
 
 
+def calibration_max_bad(source: str | None, model: str) -> float:
+    """Return the max fraction of unreadable samples of `calibration_pairs`: that which `model` was trained with.
+
+    The default, if `source` names other pairs, or the model records none.
+    """
+    folder = model_folder(model)
+    path = folder / DISTILLATION_FILE if folder else None
+    if source is not None or path is None or not path.is_file():
+        return MAX_BAD_SHARE
+    return read_json(path, _TrainingRecord).configuration.max_bad
+
+
+class _Configuration(TrainingData, frozen=True, kw_only=True):
+    max_bad: float = MAX_BAD_SHARE
+
+
 class _TrainingRecord(msgspec.Struct):
     """The fields of distillation.json that are read here."""
 
     data: str | None = None
-    configuration: TrainingData = msgspec.field(default_factory=TrainingData)
+    configuration: _Configuration = msgspec.field(default_factory=_Configuration)

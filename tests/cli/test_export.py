@@ -11,7 +11,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert import targets
-from clip_rd_edge.convert.calibration import calibration_pairs
+from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_pairs
 from clip_rd_edge.convert.options import require_precision
 from clip_rd_edge.convert.targets import ResolvedTarget, device_names, read_device, resolve_target
 from clip_rd_edge.errors import InputError, UsageError
@@ -129,6 +129,11 @@ def test_the_training_pairs_are_the_default_for_calibration(run_folder: Path, pa
     (student / "distillation.json").write_text(json.dumps(record))
     assert calibration_pairs(None, str(tmp_path)).captions(3) == ("noise number 3",)
     assert calibration_pairs(str(pairs), str(run_folder)).name == str(pairs)
+    assert calibration_max_bad(None, str(tmp_path)) == 0.01
+    record["configuration"]["max_bad"] = 0.3
+    (student / "distillation.json").write_text(json.dumps(record))
+    assert calibration_max_bad(None, str(tmp_path)) == 0.3
+    assert calibration_max_bad(str(pairs), str(tmp_path)) == 0.01
     (student / "distillation.json").write_text("{}")
     with pytest.raises(UsageError, match=r"distillation\.json names no data"):
         calibration_pairs(None, str(tmp_path))

@@ -49,6 +49,16 @@ def test_samples_depend_on_the_seed_and_their_number_is_bounded(tmp_path: Path) 
     assert (len(first.calibrate.ids), len(first.held_out.ids)) == (128, 192)
 
 
+def test_as_many_samples_may_be_unreadable_as_were_in_training(tmp_path: Path) -> None:
+    pairs = _pairs(tmp_path, 60)
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"more than 1\.00%"):
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
+    samples = calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize, max_bad=0.2)
+    assert len(samples.calibrate.ids) + len(samples.held_out.ids) == 60
+
+
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"greys has 31 pairs; at least 32 are needed"):
         calibration_set(_pairs(tmp_path, 31), preprocessing=PREPROCESSING, tokenize=_tokenize)
