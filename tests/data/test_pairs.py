@@ -55,6 +55,11 @@ def test_invalid_tables_are_reported_with_the_line(pairs_csv: Path, content: str
         load_pairs(str(pairs_csv))
 
 
+def test_a_folder_is_not_called_missing(pairs_csv: Path) -> None:
+    with pytest.raises(InputError, match=r"The data file .*pictures is a folder\.$"):
+        load_pairs(str(pairs_csv.parent / "pictures"))
+
+
 @pytest.mark.parametrize(
     ("folder", "name", "message"),
     [
