@@ -46,6 +46,7 @@ PAIRS_PER_SHARD = 1000
 TEACHERS_FILE, _MANIFEST = "teachers.json", "reinforced.json"
 _STAGE = "reinforcing pairs (shards)"
 _OPERATIONS_PER_IMAGE, _STRENGTH = 2, 9 / 30
+_MAX_JPEG_EDGE = 65_500  # of libjpeg
 _QUALITY = 95  # of the JPEGs, which teachers and students see alike
 
 
@@ -175,7 +176,13 @@ class _Writer:
 
     def _files(self, index: int) -> Iterator[tuple[str, bytes]]:
         jpeg = io.BytesIO()
-        self.pairs.open(index).save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
+        opened = self.pairs.open(index)
+        if max(opened.size) > _MAX_JPEG_EDGE:
+            raise InputError(
+                f"The image of pair {index:,} has {opened.width} × {opened.height} pixels; a JPEG has at most "
+                f"{_MAX_JPEG_EDGE:,} along an edge."
+            )
+        opened.save(jpeg, "JPEG", quality=_QUALITY, subsampling=0)
         image = Image.open(jpeg, formats=["JPEG"]).convert("RGB")
         own, *others = self.pairs.captions(index)
         drawn = [self._draw(image.size, index, number) for number in range(self.manifest.augmentations)]
