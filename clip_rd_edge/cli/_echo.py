@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -28,3 +30,12 @@ def echo(
         width = terminal_width(stream)
         text = "\n".join(line if line.startswith("|") else fold(line, width) for line in text.split("\n"))
     click.echo(text, file=stream, nl=nl, color=True)
+
+
+def as_word(path: str | Path) -> str:
+    """Return a path as a word of a command that people copy, quoted where a shell would take it apart."""
+    import shlex
+
+    text = str(path)
+    text = f"./{text}" if text.startswith("-") else text  # which else is an option
+    return shlex.quote(text) if os.name == "posix" else text

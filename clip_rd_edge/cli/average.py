@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option
 
 _weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
@@ -85,5 +85,6 @@ def command(
             chosen = " ←" if point.weight == result.weight else ""
             table.add_row(f"{point.weight:g}{chosen}", *(f"{score:.1%}" for score in point.scores.values()))
         print_table(table, console=stderr)
-    say(f"next: clip-rd-edge export {result.folder} --precision int8 -o {result.folder}-bundle")
+    folder = result.folder
+    say(f"next: clip-rd-edge export {as_word(folder)} --precision int8 -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{result.folder}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -228,6 +228,6 @@ def command(output: Path, **options: Any) -> None:
 
     with console_reporter() as reporter:
         run = edge.distill(output=output, **drop_none(**options), reporter=reporter)
-    say(f"next: clip-rd-edge export {run} --precision int8 -o {run}/bundle")
+    say(f"next: clip-rd-edge export {as_word(run)} --precision int8 -o {as_word(run / 'bundle')}")
     if first_process:
         echo(run / STUDENT_FOLDER)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -77,7 +77,10 @@ def command(output: Path, **options: Any) -> None:
         if options["layout"] == "mobileclip":
             shards = sorted(path.stem for path in folder.glob("*.tar"))
             names = f"{{{shards[0]}..{shards[-1]}}}" if shards[1:] else shards[0]
-            say(f"next: clip-rd-edge distill --data '{folder}/{names}.tar' --teacher stored:{folder}/teachers.json")
+            data, teacher = as_word(folder / f"{names}.tar"), as_word(f"stored:{folder}/teachers.json")
+            say(f"next: clip-rd-edge distill --data {data} --teacher {teacher}")
         else:
-            say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {folder}")
+            say(
+                f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {as_word(folder)}"
+            )
         echo(folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import (
     PRECISION_WORDS,
     GroupedCommand,
@@ -148,7 +148,8 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
         _show(part, name=f"{part.folder.name}: " if bundle.targets else "")
     if options.get("target") != BROWSER and options.get("layout") == "bundle" and not bundle.targets:
         labels_option = "" if is_file(output / LABELS) else ' --labels "a cat" "a dog"'
-        say(f"next: clip-rd-edge verify {output}; clip-rd-edge classify {output} photo.jpg{labels_option}")
+        name = as_word(output)
+        say(f"next: clip-rd-edge verify {name}; clip-rd-edge classify {name} photo.jpg{labels_option}")
     echo(_as_json(bundle) if as_json else output)
 
 

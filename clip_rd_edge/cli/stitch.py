@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
 
 _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("Output")
@@ -58,5 +58,5 @@ def command(classifier: str, output: Path, names: str, text: str, force: bool, *
 
     with console_reporter():
         folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
-    say(f"next: clip-rd-edge export {folder} -o {folder}-bundle")
+    say(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{folder}")

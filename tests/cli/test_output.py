@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.text import Text
 
 import clip_rd_edge
 from clip_rd_edge.cli._console import ConsoleReporter, SafeConsole, console_reporter, print_table
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.utils.printable import printable
 
 Run = Callable[..., tuple[int, str, str]]
@@ -125,3 +127,11 @@ def test_csv_has_no_cell_that_a_spreadsheet_computes(
     for row in list(csv.reader(io.StringIO(output)))[1:]:
         for cell in (row[0], row[2]):
             assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other shells quote in other ways")
+def test_a_path_in_a_command_to_copy_is_one_word() -> None:
+    for path in ("runs/first", "runs/#1 of ü", "it's", "a{0..1}.tar"):
+        assert shlex.split(as_word(path), comments=True) == [path]
+    assert as_word(Path("runs/first")) == "runs/first"
+    assert as_word("-dash") == "./-dash"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -381,8 +382,8 @@ def test_the_command_says_how_to_train_on_the_shards(
         "embed", "--data", own_store["data"], "--teacher", teacher, "--layout", "mobileclip", "-o", folder
     )
     assert (code, output) == (0, f"{folder}\n"), error
-    said = " ".join(error.split()).replace("\n", "")
-    assert f"distill --data '{folder}/{names}.tar' --teacher stored:{folder}/teachers.json" in said
+    words = shlex.split(error.partition("next: ")[2].replace("\\\n", ""))
+    assert words[2:] == ["--data", f"{folder}/{names}.tar", "--teacher", f"stored:{folder}/teachers.json"]
 
 
 def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs_csv: Path, tmp_path: Path) -> None:
@@ -400,6 +401,12 @@ def test_several_captions_become_synthetic_ones(own_store: dict[str, Any], pairs
     assert [caption for caption, _ in sample.own] == ["one"]
     assert list(sample.synthetic) == [("two", 1), ("three", 2)]
     assert read_sample(pairs, 1, stored).synthetic == []
+
+
+def test_an_image_too_wide_for_a_jpeg_is_left_out(own_store: dict[str, Any], pairs_csv: Path) -> None:
+    Image.new("RGB", (65_501, 1)).save(pairs_csv.parent / "pictures" / "3.png")
+    folder = edge.embed(**own_store, max_bad=0.1)
+    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 23
 
 
 def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dict[str, Any], tmp_path: Path) -> None:
