@@ -80,7 +80,6 @@ def command(output: Path, **options: Any) -> None:
             data, teacher = as_word(folder / f"{names}.tar"), as_word(f"stored:{folder}/teachers.json")
             say(f"next: clip-rd-edge distill --data {data} --teacher {teacher}")
         else:
-            say(
-                f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {as_word(folder)}"
-            )
+            cache = as_word(folder)
+            say(f"next: clip-rd-edge distill, with the same data, teacher and views, and --teacher-cache {cache}")
         echo(folder)
