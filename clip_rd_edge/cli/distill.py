@@ -103,8 +103,9 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="Numbers per embedding.  [default: the teacher's, or the sum of all teachers', else 512]",
 )
 @_student(
-    "--pretrained-image", metavar="timm|package|FILE",
-    help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0.  "
+    "--pretrained-image", metavar="timm|package|teacher|FILE",
+    help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0; "
+    "teacher: the (first) teacher's whole image tower, of the same architecture.  "
     "[default: random]",
 )  # fmt: skip
 @_student(

@@ -1,4 +1,4 @@
-"""Images without captions and captions without images, beside pairs or instead of them."""
+"""Images without captions and captions without images, beside pairs or instead of them; or captions alone."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class MixedSamples:
     several, of which training picks one per view. Without texts, they are the captions of pairs. So each row fills a
     place in both towers' batches, and terms that need a matching caption leave it out.
 
+    Texts alone are as many rows as there are texts, without images: see `has_images`.
+
     Attributes:
         pairs: P pairs, or None.
         images: I images, whose captions are not used, or None.
@@ -61,7 +63,7 @@ class MixedSamples:
         templates: each with a place for a text; none for the texts as they are.
 
     Raises:
-        UsageError: there are no images, or no captions.
+        UsageError: there are images, but no captions.
     """
 
     pairs: Pairs | None
@@ -70,10 +72,6 @@ class MixedSamples:
     templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.pairs is None and self.images is None:
-            raise UsageError(
-                "There are captions, but no images to train on.", hint="name some: --images FOLDER, or --data PAIRS"
-            )
         if self.pairs is None and not self.texts:
             raise UsageError(
                 "There are images, but no captions to train on.",
@@ -82,6 +80,11 @@ class MixedSamples:
 
     def __len__(self) -> int:
         return self.pair_count + self.unpaired_count
+
+    @property
+    def has_images(self) -> bool:
+        """Whether each row has an image; only texts alone have none."""
+        return self.pairs is not None or self.images is not None
 
     @property
     def pair_count(self) -> int:
@@ -96,7 +99,8 @@ class MixedSamples:
     @property
     def unpaired_count(self) -> int:
         """U."""
-        return self.image_count or min(len(self.texts), self.pair_count)
+        texts = len(self.texts)
+        return self.image_count or (texts if self.pairs is None else min(texts, self.pair_count))
 
     @property
     def name(self) -> str:
@@ -129,7 +133,7 @@ class MixedSamples:
             self.images.prefetch(own)
 
     def open(self, index: int) -> Image.Image:
-        """Return the image as RGB; raises InputError if it cannot be read."""
+        """Return the image as RGB, of a row that has one; raises InputError if it cannot be read."""
         row = index - self.pair_count
         if row >= 0 and self.images is not None:
             return self.images.open(row)
@@ -165,6 +169,20 @@ def pair_count(pairs: Pairs) -> int:
     return pairs.pair_count if isinstance(pairs, MixedSamples) else len(pairs)
 
 
+def has_images(pairs: Pairs) -> bool:
+    """Return whether the rows have images, as all do but those of texts alone."""
+    return not isinstance(pairs, MixedSamples) or pairs.has_images
+
+
+def require_images(pairs: Pairs) -> None:
+    """Raise a UsageError if there are texts alone."""
+    if not has_images(pairs):
+        raise UsageError(
+            "There are texts alone, but a teacher cache holds embeddings of images.",
+            hint="name images: --images FOLDER, or --data PAIRS; a run on texts alone needs no cache",
+        )
+
+
 def sample_counts(pairs: Pairs) -> dict[str, int]:
     """Return how many `pairs`, `images` without captions and `texts` there are; pairs alone if that is all."""
     if not isinstance(pairs, MixedSamples):
@@ -190,7 +208,7 @@ def load_samples(
         reporter: receives the progress of indexing.
 
     Raises:
-        UsageError: images, captions or both are missing, or templates are given without texts.
+        UsageError: captions are missing, or all is, or templates are given without texts.
         InputError: a source is missing or cannot be read.
     """
     if source.data is None and source.images is None and source.texts is None:

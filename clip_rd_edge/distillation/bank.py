@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import EmbeddingSource
 from clip_rd_edge.distillation.store.embedding_store import (
     SHARD_SIZE,
@@ -61,7 +61,7 @@ def make_bank(config: RunConfig, pairs: int, cache: EmbeddingSource | None, devi
     Raises:
         ConfigError, InputError: the cache is damaged, or too little of it can be used.
     """
-    if not config.recipe.objective.bank:
+    if not config.recipe.objective.bank or is_texts_alone(config):
         return None
     size = config.recipe.bank_size
     if isinstance(cache, TeacherCaches):

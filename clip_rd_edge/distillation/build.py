@@ -18,10 +18,17 @@ from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.data.pairs import BadSamples, Pairs, names_shards, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers, read_stored_teachers
-from clip_rd_edge.data.unpaired import MixedSamples, TrainingData, load_samples, pair_count, sample_counts
+from clip_rd_edge.data.unpaired import (
+    MixedSamples,
+    TrainingData,
+    load_samples,
+    pair_count,
+    require_images,
+    sample_counts,
+)
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
-from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
+from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -31,6 +38,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
@@ -96,7 +104,11 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     require_batch(
         pairs, config.recipe.batch_size, processes=processes.world_size, what="samples" if is_mixed else "pairs"
     )
-    if not pair_count(pairs):
+    if is_texts_alone(config):
+        _require_terms_of_texts(config)
+        if config.teacher_cache is not None:
+            require_images(pairs)
+    elif not pair_count(pairs):
         _require_terms_without_pairs(config)
     stored = load_stored_teachers(config)
     if stored is not None and isinstance(pairs, ReinforcedPairs):
@@ -111,7 +123,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     if config.quantize:
         require_convolutional_tower(student)
     objective = Objective(
-        config.recipe.objective,
+        config.recipe.objective.for_texts() if is_texts_alone(config) else config.recipe.objective,
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
         widths=(student.embedding_size, *widths) if widths else None,
@@ -128,10 +140,26 @@ def _require_terms_without_pairs(config: RunConfig) -> None:
         )
 
 
+def _require_terms_of_texts(config: RunConfig) -> None:
+    if not config.recipe.objective.for_texts().active():
+        raise UsageError(
+            f"The recipe {config.recipe_name} trains on images, of which there are none.",
+            hint="name some: --images FOLDER, or --data PAIRS; or another recipe: --recipe clip-rd",
+        )
+    if config.quantize:
+        raise UsageError(
+            "There are texts alone, but it is the image tower that is trained for INT8.",
+            hint="name images: --images FOLDER, or --data PAIRS",
+        )
+
+
 def lack_of_pairs(config: RunConfig, pairs: Pairs) -> list[str]:
     """Return sentences on what a run cannot do if it has no pairs; none if it has."""
     if pair_count(pairs):
         return []
+    if is_texts_alone(config):
+        trained = ", ".join(config.recipe.objective.for_texts().active())
+        return [f"without images, the text tower alone is trained, by these terms of the objective: {trained}"]
     left_out = [name for name in config.recipe.objective.active() if name in PAIR_TERMS]
     terms = [f"without pairs, these terms of the objective are 0: {', '.join(left_out)}"] if left_out else []
     if config.tasks:
@@ -243,7 +271,9 @@ def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, r
             hint="omit --tuned-share, or name a trained model with --student",
         )
     student = _build_student(config, teachers, name)
-    if config.pretrained_image:
+    if config.pretrained_image == TEACHER:
+        reporter.say(copy_image_tower(student, teachers[0]))
+    elif config.pretrained_image:
         reporter.say(init_image_tower(student, config.pretrained_image))
     if config.pretrained_text:
         reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
@@ -272,6 +302,14 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
         text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
     )
+    if config.pretrained_image == TEACHER:
+        if not teachers:
+            raise UsageError(
+                f"The student is to start from its teacher's image tower, but the recipe {config.recipe_name} has no "
+                "teacher.",
+                hint="choose another --pretrained-image, or another --recipe",
+            )
+        architecture = with_image_of(architecture, teachers[0])
     if config.pretrained_text == TEACHER and teachers:
         return with_text_of(architecture, teachers[0])
     return architecture
@@ -280,7 +318,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
 def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if (stored := load_stored_teachers(config)) is not None:
         return sum(stored.widths)
-    if config.text == TEACHER_TEXT:
+    if config.text == TEACHER_TEXT or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
     return sum(teacher.embedding_size for teacher in teachers) or 512
 
@@ -293,7 +331,8 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     """
     if model_folder(config.student) is not None:
         return load_clip(config.student)
-    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or config.pretrained_text == TEACHER
+    from_teacher = TEACHER in (config.pretrained_image, config.pretrained_text)
+    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or from_teacher
     return _build_student(config, load_teachers(config) if depends else (), name)
 
 

@@ -229,6 +229,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             return f"teacher_cache is {self.teacher_cache}"
         if TEACHER_TEXT in (self.text, self.pretrained_text):
             return "its text tower is asked for"
+        if self.pretrained_image == TEACHER_TEXT:
+            return "its image tower is asked for"
         return ""
 
 
@@ -281,6 +283,11 @@ class DistillOptions(TypedDict, total=False):
     report_to: TrackerName | None
     checkpoint_every: int
     accept_changes: bool
+
+
+def is_texts_alone(config: RunConfig) -> bool:
+    """Return whether a run trains on texts without any images, and so trains no image tower."""
+    return config.data is None and config.images is None
 
 
 _RECIPE_OPTIONS = ("epochs", "steps", "batch_size", "learning_rate", "precision", "ema_decay")

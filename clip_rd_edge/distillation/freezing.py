@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
@@ -17,8 +17,9 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     """Put the student in training mode; freeze what the configuration says.
 
     With `freeze_text`, its text tower is frozen except for the projection; with `freeze_image`, the first groups of
-    layers of its image tower. With `quantize`, it is put in evaluation mode: batch norms are folded into convolutions,
-    so their statistics must not change. With `freeze_norms`, only the batch norms are in evaluation mode.
+    layers of its image tower; without any images, the whole image tower. With `quantize`, it is put in evaluation mode:
+    batch norms are folded into convolutions, so their statistics must not change. With `freeze_norms`, only the batch
+    norms are in evaluation mode.
 
     Raises:
         UsageError, ConfigError: see `freeze_first_layers`.
@@ -32,7 +33,10 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.freeze_text:
         freeze_all_but_projection(student.model.get_submodule("text"))
-    if config.freeze_image:
+    if is_texts_alone(config):
+        image_tower = student.model.get_submodule("visual")
+        image_tower.eval().requires_grad_(False)
+    elif config.freeze_image:
         freeze_first_layers(student, config.freeze_image)
 
 

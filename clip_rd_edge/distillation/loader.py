@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
-from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
@@ -39,7 +39,8 @@ class Batch:
 
     Attributes:
         student_pixels, teacher_pixels: the same crops in the size of the student and of each teacher that needs pixels,
-            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor.
+            (B, 3, H, W) uint8 in channels-last format, for `pixels.Normaliser`; models of one size share a tensor. For
+            texts alone, height and width are 0.
         captions: B captions.
         bad: pairs that could not be read; other pairs took their places.
         teacher_embeddings: image and text embeddings of all teachers from a cache, (B, Σ D_k) float16 each, where those
@@ -71,6 +72,7 @@ class Batch:
 
 _SHARED_MEMORY_HINT = "give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0"
 
+_NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
 View = tuple[int, int]  # epoch and index of the pair
 
 
@@ -152,6 +154,8 @@ class ViewDataset(Dataset[PairView]):
         embeddings = None
         if self.cache is not None and (embeddings := self.cache.lookup(epoch, index, caption)) is None:
             raise InputError(f"The teacher cache lacks pair {index}, which could not be read when the cache was built.")
+        if not has_images(self.pairs):
+            return PairView(_NO_PIXELS, (_NO_PIXELS,) * len(self.teachers), caption, paired=False)
         try:
             image = self.pairs.open(index)
             student, *teachers = crop_levels(image, self.crops.draw(image.size, rng), [self.student, *self.teachers])

@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.build import (
     provenance,
 )
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
-from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference
+from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs, common_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
@@ -228,6 +228,8 @@ def _run(
 
 def _batch_words(config: RunConfig, setup: RunSetup) -> str:
     size = config.recipe.batch_size
+    if is_texts_alone(config):
+        return f"{size} texts"
     return f"{size} images and {size} captions" if isinstance(setup.pairs, MixedSamples) else f"{size} pairs"
 
 

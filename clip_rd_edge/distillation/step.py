@@ -142,7 +142,9 @@ class TrainingStep:
         # Random draws depend only on the position in the run, so a second pass or a resumed run repeats them.
         sequence = np.random.SeedSequence((self.settings.seed, step, self.processes.rank, chunk))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-        pixels = self._normalise(batch.student_pixels)
+        pixels = batch.student_pixels
+        if pixels.numel():  # else there are texts alone
+            pixels = self._normalise(pixels)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             image, text = towers(pixels, batch.captions)
         return image, text
@@ -219,7 +221,9 @@ class _Towers(nn.Module):
         self._embed_texts = embed_texts
 
     def forward(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        return self.image_tower(pixels), self._embed_texts(captions)
+        image = self.image_tower(pixels) if pixels.numel() else None
+        text = self._embed_texts(captions)
+        return torch.zeros_like(text) if image is None else image, text
 
 
 def _part(batch: Batch, part: slice) -> Batch:

@@ -72,7 +72,9 @@ class Teacher:
 
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised."""
+        """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised; zeros if there are none (H = W = 0)."""
+        if not pixels.numel():
+            return torch.zeros(len(pixels), self.clip.embedding_size, device=self._device)
         pixels = self._normalise(pixels)
         with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
             embeddings: Tensor = self._image_tower(pixels)

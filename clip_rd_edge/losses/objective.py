@@ -48,6 +48,8 @@ from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
 TeacherScale = float | Tensor | tuple[float, ...]
 # Terms that need the caption of an image; see above.
 PAIR_TERMS = frozenset({"task", "icl", "vrd_kl", "xrd"})
+# Terms that have a part for texts alone; without images, that of images is 0.
+TEXT_TERMS = frozenset({"fd", "vrd_ce_text"})
 
 
 class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +95,10 @@ class Weights(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def needs_pairs(self) -> bool:
         """Whether nothing is left of the objective without pairs."""
         return PAIR_TERMS.issuperset(self.active())
+
+    def for_texts(self) -> Weights:
+        """Return the weights without terms that need images."""
+        return Weights(**{name: weight for name, weight in self.active().items() if name in TEXT_TERMS})
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,16 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
     [
         (("--images", "--texts", "--template"), (), "There are no training data"),
         (("--texts", "--template"), (), "There are images, but no captions to train on"),
-        (("--images",), (), "There are captions, but no images to train on"),
+        (
+            ("--images",),
+            ("--batch-size", "4", "--recipe", "clip"),
+            "The recipe clip trains on images, of which there are none",
+        ),
+        (
+            ("--images",),
+            ("--batch-size", "4", "--teacher-cache", "c", "--views", "2"),
+            "There are texts alone, but a teacher cache",
+        ),
         (("--texts",), (), "There are templates, but no texts to put into them"),
         ((), ("--images", "nowhere"), "nowhere does not exist"),
         ((), ("--texts", "nowhere.txt"), "Cannot read nowhere.txt"),

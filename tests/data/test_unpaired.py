@@ -15,6 +15,7 @@ from clip_rd_edge.data.unpaired import (
     MixedSamples,
     TrainingData,
     describe_counts,
+    has_images,
     load_images,
     load_samples,
     pair_count,
@@ -192,12 +193,18 @@ def test_each_part_fetches_its_own_groups(pairs_csv: Path) -> None:
     assert (pairs.fetched, images.fetched) == ([0], [0])
 
 
+def test_texts_alone_are_as_many_rows_without_images() -> None:
+    samples = load_samples(TrainingData(texts="labels.txt"), given(["cat", "dog", "cat"]))
+    assert captions(samples) == [("cat",), ("dog",)]
+    assert describe_counts(samples) == "2 texts"
+    assert (pair_count(samples), has_images(samples), list(samples.groups)) == (0, False, [2])
+
+
 @pytest.mark.parametrize(
     ("source", "texts", "message"),
     [
         ({}, [], "There are no training data"),
         ({"images": "frames"}, [], "There are images, but no captions to train on"),
-        ({"texts": "labels.txt"}, ["cat"], "There are captions, but no images to train on"),
         ({"images": "frames", "templates": ("a {}",)}, [], "There are templates, but no texts"),
     ],
 )

@@ -28,8 +28,9 @@ from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
+from clip_rd_edge.distillation.store.embed import embed_teacher
 from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts
@@ -94,7 +95,55 @@ def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Pa
     assert first.keys() == last.keys()
 
 
-@pytest.mark.parametrize("kind", ["live", "cached", "with pairs", "texts beside pairs"])
+def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tmp_path: Path, plots: None) -> None:
+    """A student with its teacher's image tower, and a new text tower."""
+    config = msgspec.structs.replace(
+        config,
+        images=None,
+        student="test_resnet",
+        image_size=40,
+        pretrained_image="teacher",
+        recipe=msgspec.structs.replace(config.recipe, batch_size=4, precision="auto"),
+    )
+    watch = Watch()
+    student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
+    said = " ".join(watch.said)
+    assert "the image tower is initialised from that of teacher" in said
+    assert "4 texts, 6 steps of 4 texts" in said
+    assert "the text tower alone is trained, by these terms of the objective: fd, vrd_ce_text" in said
+    lines = read_metrics(tmp_path / "run")
+    assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/fd", "loss/vrd_ce_text"}
+    assert lines[-1]["loss/fd"] < lines[0]["loss/fd"]
+    trained, teacher = weights(student), load_file(tmp_path / "teacher" / "open_clip_model.safetensors")
+    kept = [name for name in teacher if name.startswith("visual.")]
+    assert kept
+    for name in (*kept, "logit_scale"):
+        assert torch.equal(trained[name], teacher[name]), name
+    record = json.loads((student / "distillation.json").read_text())
+    assert (record["pairs"], record["images"], record["texts"]) == (0, 0, 4)
+
+
+def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, images=None, views=2)
+    with pytest.raises(UsageError, match="There are texts alone, but a teacher cache holds embeddings of images"):
+        embed_teacher(msgspec.structs.replace(config, teacher_precision="fp32"), tmp_path / "cache")
+    recipe = msgspec.structs.replace(config.recipe, batch_size=4)
+    teacher = str(tmp_path / "teacher")
+    config = msgspec.structs.replace(config, recipe=recipe, student=teacher, quantize="int8", views=0)
+    with pytest.raises(UsageError, match="it is the image tower that is trained for INT8"):
+        run_distillation(config, tmp_path / "run", resume=False)
+
+
+def test_the_teachers_image_tower_must_fit_the_student(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, pretrained_image="teacher")
+    with pytest.raises(ConfigError, match="image tower is resnet10t, and that of teacher is test_resnet"):
+        run_distillation(msgspec.structs.replace(config, student="resnet10t"), tmp_path / "run", resume=False)
+    config = msgspec.structs.replace(config, student="test_resnet", embedding_size=8)
+    with pytest.raises(ConfigError, match="embedding size is 8, and that of teacher is 24"):
+        run_distillation(config, tmp_path / "run2", resume=False)
+
+
+@pytest.mark.parametrize("kind", ["live", "cached", "with pairs", "texts beside pairs", "texts alone"])
 @pytest.mark.parametrize("stop_after", [3, 5])
 def test_a_killed_run_resumes_to_the_same_weights(
     config: RunConfig, pairs_csv: Path, tmp_path: Path, kind: str, stop_after: int
@@ -103,6 +152,10 @@ def test_a_killed_run_resumes_to_the_same_weights(
         config = msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"), views=2)
     if kind == "with pairs":
         config = msgspec.structs.replace(config, data=str(pairs_csv), texts=None, templates=())
+    if kind == "texts alone":
+        config = msgspec.structs.replace(
+            config, images=None, recipe=msgspec.structs.replace(config.recipe, batch_size=4)
+        )
     if kind == "texts beside pairs":
         config = msgspec.structs.replace(config, data=str(pairs_csv), images=None)
     config = msgspec.structs.replace(

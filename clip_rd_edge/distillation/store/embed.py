@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.unpaired import require_images
 from clip_rd_edge.distillation.build import load_models_to_embed_with, training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
@@ -47,6 +48,7 @@ def embed_teacher(config: RunConfig, folder: Path, *, cluster: str | None = None
         shown = reporter if processes.is_main else SILENT
         with processes.main_first():
             pairs = training_pairs(config, reporter=shown)
+            require_images(pairs)
         with processes.together():
             teachers = load_models_to_embed_with(config)
             folders = cache_folders(folder, teachers)

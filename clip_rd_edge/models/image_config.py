@@ -1,0 +1,75 @@
+"""A student's image tower that starts as the teacher's whole image tower, projection included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.clip import ClipModel
+
+_TIMM_NAME = "timm_model_name"
+_HINT = "name the teacher's architecture with --student, or omit --pretrained-image"
+
+
+def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
+    """Return a student's configuration with the teacher's image tower and preprocessing, but its own size of images.
+
+    Args:
+        config: of `student_config`.
+
+    Raises:
+        ConfigError: the two have other architectures, or other embedding sizes.
+    """
+    model_cfg, preprocess_cfg = config["model_cfg"], config["preprocess_cfg"]
+    own, source = model_cfg["vision_cfg"], teacher.model_cfg["vision_cfg"]
+    if _architecture(own) != _architecture(source):
+        raise ConfigError(
+            f"The student's image tower is {_architecture(own)}, and that of {teacher.name} is "
+            f"{_architecture(source)}; expected the same.",
+            hint=_HINT,
+        )
+    if model_cfg["embed_dim"] != teacher.embedding_size:
+        raise ConfigError(
+            f"The student's embedding size is {model_cfg['embed_dim']}, and that of {teacher.name} is "
+            f"{teacher.embedding_size}; expected the same: the image tower is to start as the teacher's.",
+            hint=f"--embedding-size {teacher.embedding_size}, or omit --pretrained-image",
+        )
+    vision_cfg = {**source, "timm_model_pretrained": False} if _TIMM_NAME in source else source
+    vision_cfg = {**vision_cfg, "image_size": own["image_size"]}
+    of_teacher = teacher.preprocessing
+    preprocess_cfg = {
+        **preprocess_cfg,
+        "mean": list(of_teacher.mean),
+        "std": list(of_teacher.std),
+        "interpolation": of_teacher.interpolation,
+        "resize_mode": of_teacher.resize_mode,
+    }
+    return {**config, "model_cfg": {**model_cfg, "vision_cfg": vision_cfg}, "preprocess_cfg": preprocess_cfg}
+
+
+def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
+    """Give the student the teacher's image tower and logit scale; return a sentence that says so.
+
+    Raises:
+        ConfigError: the weights do not fit, for instance because the position embeddings are those of another size.
+    """
+    try:
+        student.model.get_submodule("visual").load_state_dict(teacher.model.get_submodule("visual").state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The image tower of {teacher.name} does not fit the student's: {str(error).splitlines()[-1].strip()}",
+            hint=f"--image-size {teacher.preprocessing.size[0]}, or omit --pretrained-image",
+        ) from error
+    with torch.no_grad():
+        student.model.get_parameter("logit_scale").copy_(teacher.model.get_parameter("logit_scale"))
+    return f"the image tower is initialised from that of {teacher.name}"
+
+
+def _architecture(vision_cfg: dict[str, Any]) -> str:
+    """Return what has to agree, in words."""
+    if name := vision_cfg.get(_TIMM_NAME):
+        return str(name)
+    parts = [f"{key} {vision_cfg[key]}" for key in ("width", "layers", "patch_size") if key in vision_cfg]
+    return f"open_clip's of {', '.join(parts)}" if parts else "another one of open_clip's"
