@@ -14,12 +14,22 @@ photographs of `test` and on the emoji, and nothing else is done; their figures 
 
     python benchmarks/scripts/stitched_teacher.py photos --models quickstart/teacher-untuned quickstart/teacher \
         -o benchmarks/results/MACHINE/stitched-teacher.json
+
+With `--seeds`, a stitched model of 112 pixels is taught emoji with each seed in the folder `--runs`, and a student with
+the image tower of each, and a text tower of its own of 128 × 3, learns texts alone. All are evaluated as with
+`--models`, with mean and standard deviation over the seeds. The same command resumes:
+
+    python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 --runs sees \
+        -o benchmarks/results/MACHINE/stitched-teacher.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -37,6 +47,7 @@ from clip_rd_edge.benchmarking.metrics import accuracy_interval
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.data import emoji
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -48,6 +59,15 @@ from clip_rd_edge.utils.host import machine_name
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
+STITCH = "stitch tf_efficientnet_lite0 --names imagenet --text all-MiniLM-L6-v2 --image-size 112 --context-length 16"
+TEACH = (
+    "distill --data emoji --recipe clip --freeze-text --freeze-norms --freeze-image 6 --tuned-share 0.75 --steps 300 "
+    "--batch-size 64 --lr 1e-3 --precision fp32"
+)
+DISTIL = (
+    "distill --student efficientnet_lite0 --image-size 112 --pretrained-image teacher --text tiny --context-length 16 "
+    "--steps 1000 --batch-size 256 --lr 2e-3 --precision fp32"
+)
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Score = dict[str, Any]
 
@@ -144,6 +164,49 @@ def finished(model: Path, photos: Path) -> Score:
     return {"model": model.name, "size": edge, **{name: top(encoder, task) for name, task in tasks.items()}}
 
 
+def nouns() -> list[str]:
+    """Return texts to learn: the captions of the emoji, and the names of ImageNet-1k's and ImageNet-22k's classes."""
+    pairs, info = emoji.training_pairs(), ImageNetInfo("imagenet-22k")
+    captions = [caption for index in range(len(pairs)) for caption in pairs.captions(index)]
+    synonyms = [name for names in read_class_names("imagenet") for name in names[:-1]]
+    first = [str(info.index_to_description(index)).split(", ")[0] for index in range(info.num_classes())]
+    return list(dict.fromkeys(text.strip() for text in (*captions, *synonyms, *first)))
+
+
+def trained(folder: Path, seeds: Sequence[int]) -> list[Path]:
+    """Train what is missing in the folder; return the stitched model, and a teacher and a student per seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, start = folder / "nouns.txt", folder / "stitched"
+    texts.write_text("\n".join(nouns()) + "\n", encoding="utf-8")
+    if not start.is_dir():
+        command_line(STITCH, "-o", start)
+    models = [start]
+    for seed in seeds:
+        teacher, student = folder / f"teacher-{seed}", folder / f"student-{seed}"
+        command_line(TEACH, "--student", start, "--seed", seed, "-o", teacher, "--resume")
+        command_line(DISTIL, "--texts", texts, "--teacher", teacher, "--seed", seed, "-o", student, "--resume")
+        models += [teacher, student]
+    return models
+
+
+def command_line(options: str, *more: object) -> None:
+    subprocess.run([sys.executable, "-m", "clip_rd_edge", *options.split(), *map(str, more)], check=True)
+
+
+def over_seeds(rows: Sequence[Score]) -> dict[str, Score]:
+    """Return mean and standard deviation by the model's name without its seed and the task."""
+    summary: dict[str, Score] = {}
+    for kind in sorted({row["model"].rpartition("-")[0] for row in rows} - {""}):
+        own = [row for row in rows if row["model"].rpartition("-")[0] == kind]
+        summary[kind] = {"seeds": len(own)}
+        for task in ("photographs", *EMOJI):
+            for figure in ("top1", "top5"):
+                values = [row[task][figure] for row in own]
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                summary[kind][f"{task} {figure}"] = {"mean": statistics.fmean(values), "sd": deviation}
+    return summary
+
+
 def top(encoder: TorchEncoder, task: ZeroShotTask) -> Score:
     result: Any = evaluate(encoder, msgspec.structs.replace(task, templates=("{}",)))
     interval = result.top1_interval
@@ -165,13 +228,17 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a stitched model")
     parser.add_argument("--after", type=Path, help="the same model, fine-tuned on emoji with --freeze-norms")
     parser.add_argument("--models", type=Path, nargs="+", help="finished models, which are evaluated alone")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train with these seeds, and evaluate")
+    parser.add_argument("--runs", type=Path, default=Path("sees"), help="folder of what --seeds trains (default: sees)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
-    if arguments.models:
+    models = trained(arguments.runs, arguments.seeds) if arguments.seeds else arguments.models
+    if models:
         if arguments.output.is_file():
             record = {**json.loads(arguments.output.read_text(encoding="utf-8")), **record}
-        record["finished"] = [finished(model, arguments.photos) for model in arguments.models]
+        record["finished"] = [finished(model, arguments.photos) for model in models]
+        record["over_seeds"] = over_seeds(record["finished"])
         write(arguments.output, record)
         return
     record["stitched"] = stitched(
