@@ -196,8 +196,9 @@ def command_line(options: str, *more: object) -> None:
 def over_seeds(rows: Sequence[Score]) -> dict[str, Score]:
     """Return mean and standard deviation by the model's name without its seed and the task."""
     summary: dict[str, Score] = {}
-    for kind in sorted({row["model"].rpartition("-")[0] for row in rows} - {""}):
-        own = [row for row in rows if row["model"].rpartition("-")[0] == kind]
+    kinds = [(row["model"].rpartition("-")[0], row) for row in rows if row["model"].rpartition("-")[2].isdecimal()]
+    for kind in sorted({kind for kind, _ in kinds}):
+        own = [row for its_kind, row in kinds if its_kind == kind]
         summary[kind] = {"seeds": len(own)}
         for task in ("photographs", *EMOJI):
             for figure in ("top1", "top5"):
@@ -237,7 +238,9 @@ def main() -> None:
     if models:
         if arguments.output.is_file():
             record = {**json.loads(arguments.output.read_text(encoding="utf-8")), **record}
-        record["finished"] = [finished(model, arguments.photos) for model in models]
+        rows = {row["model"]: row for row in record.get("finished", [])}
+        rows |= {model.name: finished(model, arguments.photos) for model in models}
+        record["finished"] = list(rows.values())
         record["over_seeds"] = over_seeds(record["finished"])
         write(arguments.output, record)
         return
