@@ -263,7 +263,9 @@ def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, r
                 f"{config.student} already has weights, but other weights to start from were named.",
                 hint="omit --pretrained-image and --pretrained-text",
             )
-        return load_clip(config.student)
+        student = load_clip(config.student)
+        _require_shape(config, student)
+        return student
     if config.tuned_share < 1:
         raise UsageError(
             f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
@@ -278,6 +280,24 @@ def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, r
     if config.pretrained_text:
         reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
     return student
+
+
+def _require_shape(config: RunConfig, student: ClipModel) -> None:
+    """Raise a UsageError if a trained student is asked to have another shape than it has."""
+    actual = {
+        "image_size": max(student.preprocessing.size),
+        "context_length": student.context_length,
+        "embedding_size": student.embedding_size,
+    }
+    defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
+    for name, value in actual.items():
+        asked = getattr(config, name)
+        if asked not in (value, defaults[name]):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{config.student} is trained, and its {name.replace('_', ' ')} is {value}; {asked} was asked for.",
+                hint=f"omit {option}, or name an architecture with --student",
+            )
 
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -47,6 +48,12 @@ def config(pairs_csv: Path, teacher: Path) -> RunConfig:
         image_size=160,
         checkpoint_every=3,
     )
+
+
+def fine_tuning(config: RunConfig, model: Path, **changes: Any) -> RunConfig:
+    """Return a run that trains a trained model, of whatever shape that is."""
+    of_model = {"image_size": 224, "context_length": 77, **changes}
+    return msgspec.structs.replace(config, student=f"local-dir:{model}", **of_model)
 
 
 def distil(
@@ -306,9 +313,7 @@ def test_only_the_projection_of_a_frozen_text_tower_is_trained(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
     recipe = msgspec.structs.replace(config.recipe, objective=load_recipe("clip").objective)
-    tuned = msgspec.structs.replace(
-        config, recipe=recipe, recipe_name="clip", teacher=None, student=f"local-dir:{teacher}", freeze_text=True
-    )
+    tuned = fine_tuning(config, teacher, recipe=recipe, recipe_name="clip", teacher=None, freeze_text=True)
     before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in changed if name.startswith("text.")} == {"text.text_projection"}
@@ -344,7 +349,7 @@ def test_a_student_cannot_have_the_text_tower_of_no_teacher(config: RunConfig, t
 def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_image=2)
+    tuned = fine_tuning(config, teacher, freeze_image=2)
     before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     changed = {name.removeprefix("visual.trunk.") for name in before if not torch.equal(before[name], after[name])}
     frozen = ("conv1.", "bn1.", "layer1.")
@@ -354,7 +359,7 @@ def test_the_first_layers_of_a_frozen_image_tower_keep_weights_and_statistics(
 
 
 def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, teacher: Path, tmp_path: Path) -> None:
-    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_image=9)
+    tuned = fine_tuning(config, teacher, freeze_image=9)
     with pytest.raises(ConfigError, match=r"9 groups of layers of .* were to be frozen, but its image tower has 5"):
         distil(tuned, tmp_path / "run")
 
@@ -362,7 +367,7 @@ def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, tea
 def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}", freeze_norms=True)
+    tuned = fine_tuning(config, teacher, freeze_norms=True)
     before, after = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     statistics = {name for name in before if name.endswith(("running_mean", "running_var"))}
     assert statistics
@@ -374,7 +379,7 @@ def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
 def test_the_saved_student_is_between_its_start_and_the_trained_weights(
     config: RunConfig, teacher: Path, tmp_path: Path
 ) -> None:
-    tuned = msgspec.structs.replace(config, student=f"local-dir:{teacher}")
+    tuned = fine_tuning(config, teacher)
     start, end = weights(teacher), weights(distil(tuned, tmp_path / "run"))
     scores = iter([0.1, 0.3])  # of the trained weights, then of those that are saved
     student = run_distillation(
@@ -390,6 +395,16 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
             torch.testing.assert_close(tensor, 0.75 * start[name] + 0.25 * end[name])
     with pytest.raises(UsageError, match=r"A share of 0\.25 .* but test_vit has no weights to start from"):
         distil(msgspec.structs.replace(config, tuned_share=0.25), tmp_path / "untrained")
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 64), ("context_length", 9), ("embedding_size", 96)])
+def test_a_trained_student_is_not_asked_to_have_another_shape(
+    config: RunConfig, teacher: Path, tmp_path: Path, field: str, value: int
+) -> None:
+    other = fine_tuning(config, teacher, **{field: value})
+    with pytest.raises(UsageError, match=rf"is trained, and its {field.replace('_', ' ')} is \d+; {value} was asked"):
+        distil(other, tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:
