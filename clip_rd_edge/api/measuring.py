@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_rd_edge.api.models import first_answer, load, open_encoder
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -41,7 +41,7 @@ class QuickstartOptions(TypedDict, total=False):
 
 def evaluate(
     model: AnyPath | Model,
-    tasks: AnyPath | Task | Sequence[AnyPath | Task],
+    tasks: AnyPath | Task | Iterable[AnyPath | Task],
     *,
     pretrained: str | None = None,
     threads: int | None = None,
@@ -90,7 +90,7 @@ def benchmark(
     """
     import msgspec
 
-    from clip_rd_edge.benchmarking.answer_cache import FOLDER, AnswerCache
+    from clip_rd_edge.benchmarking.answer_cache import FOLDER, AnswerCache, is_cache
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
     from clip_rd_edge.benchmarking.report.text import write_report
     from clip_rd_edge.benchmarking.results import this_environment
@@ -99,11 +99,10 @@ def benchmark(
     from clip_rd_edge.contract.encoder import as_list
     from clip_rd_edge.utils.files import require_free_output
     from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
-    from clip_rd_edge.utils.paths import is_folder
 
     folder = Path(output)
     # Check everything that can be checked before the long work starts.
-    interrupted = is_folder(folder / FOLDER)
+    interrupted = is_cache(folder / FOLDER)
     require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
     require_matplotlib()
     loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=root)
@@ -238,17 +237,26 @@ def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
 
 
 def load_tasks(
-    tasks: AnyPath | Task | Sequence[AnyPath | Task], *, templates: str | Sequence[str] | None = None
+    tasks: AnyPath | Task | Iterable[AnyPath | Task], *, templates: str | Sequence[str] | None = None
 ) -> list[Task]:
-    """Load tasks by name; arguments as for `evaluate`."""
+    """Load tasks by name; arguments as for `evaluate`.
+
+    Raises:
+        InputError: a task does not exist or is invalid, or `tasks` are of another type.
+    """
     import msgspec
 
     from clip_rd_edge.contract.encoder import as_list
-    from clip_rd_edge.contract.task import ZeroShotTask, with_distinct_names
+    from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask, with_distinct_names
     from clip_rd_edge.contract.templates import parse_templates
     from clip_rd_edge.data.tasks import load_task
 
-    given = [tasks] if isinstance(tasks, str) or not isinstance(tasks, Sequence) else tasks
+    single = isinstance(tasks, str | os.PathLike | ZeroShotTask | RetrievalTask)
+    if isinstance(tasks, bytes) or not (single or isinstance(tasks, Iterable)):
+        raise InputError(
+            f"Tasks of type {type(tasks).__name__} were given; expected a name, a task, or a list of them."
+        )
+    given: Iterable[Any] = [tasks] if single else tasks  # type: ignore[assignment]
     names: list[str | Task] = [as_text(name) for name in given]
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
     loaded = [load_task(name) if isinstance(name, str) else name for name in unique]

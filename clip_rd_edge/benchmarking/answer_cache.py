@@ -7,19 +7,29 @@ from a single run: a resumed benchmark times all models again.
 from __future__ import annotations
 
 import hashlib
-import shutil
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Environment
+from clip_rd_edge.contract.images import ImageFile
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import is_folder
 from clip_rd_edge.utils.structs import read_json
 
 FOLDER = "parts"
+_FILE = re.compile(r"[0-9a-f]{24}\.json|\.[0-9a-f]{24}\.json\.[0-9a-f]{32}\.tmp")  # the latter left by a kill
+
+
+def is_cache(folder: Path) -> bool:
+    """Return whether a folder is a cache: it exists, and holds nothing but a cache's files."""
+    return is_folder(folder) and all(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 class DamagedCacheError(ConfigError):
@@ -73,8 +83,12 @@ class AnswerCache:
         write_bytes(self._path(model, runtime, task), msgspec.json.encode(cached))
 
     def remove(self) -> None:
-        """Delete the cache, once its contents are in the results."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the cache, once its contents are in the results, and nothing else that may be in its folder."""
+        with suppress(OSError):  # the folder is not there, or not empty
+            for path in self.folder.iterdir():
+                if _FILE.fullmatch(path.name):
+                    path.unlink()
+            self.folder.rmdir()
 
     def _path(self, model: str, runtime: str | None, task: Task) -> Path:
         key = (self._software, repr(runtime), _model_state(model), _task_state(task))
@@ -89,7 +103,19 @@ def _model_state(model: str) -> str:
 
 
 def _task_state(task: Task) -> str:
-    images = [str(image) for image in task.images]
+    """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them."""
+    images = (*map(str, task.images), *_file_states(task.images))
     if isinstance(task, ZeroShotTask):
         return repr((task.name, images, task.targets, task.labels, task.templates))
     return repr((task.name, images, task.captions, task.caption_images))
+
+
+def _file_states(images: Iterable[ImageFile]) -> list[tuple[int, int]]:
+    files = dict.fromkeys(getattr(image, "shard", image) for image in images)  # thousands of images share a shard
+    states = []
+    for path in files:
+        with suppress(OSError):  # reported when it is opened
+            if isinstance(path, Path):
+                status = path.stat()
+                states.append((status.st_size, status.st_mtime_ns))
+    return states

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -91,6 +91,12 @@ def image_batch_size(batch_size: int, preprocessing: Preprocessing) -> int:
     return max(1, min(batch_size, _MAX_BATCH_BYTES // (12 * height * width)))
 
 
+def require_top(top: int) -> None:
+    """Raise UsageError if `top`, a number of answers, is not a whole number of at least 1."""
+    if not isinstance(top, int | np.integer) or top < 1:
+        raise UsageError(f"top is {top}; expected a whole number of at least 1.")
+
+
 def top_indices(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.intp]:
     """Return the indices of the `count` largest of values, (N,), largest first; ties keep their order."""
     if count < len(values):
@@ -120,9 +126,22 @@ class TowerEncoder(Encoder, Protocol):
         ...
 
 
-def as_list(texts: str | Sequence[str]) -> list[str]:
-    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise."""
-    return [texts] if isinstance(texts, str) else list(texts)
+def as_list(texts: str | Iterable[str]) -> list[str]:
+    """Return a list of texts, which has one entry for a single text: a str is a sequence of characters otherwise.
+
+    Raises:
+        InputError: `texts` is of another type, or an entry is no text.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    given: Any = texts
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise InputError(f"Texts of type {type(given).__name__} were given; expected a string or a list of strings.")
+    entries = list(given)
+    for number, text in enumerate(entries, start=1):
+        if not isinstance(text, str):
+            raise InputError(f"Text {number} is {text!r}, of type {type(text).__name__}; expected a string.")
+    return entries
 
 
 def require_finite(embeddings: Embeddings, source: str) -> Embeddings:

@@ -9,7 +9,7 @@ import importlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -151,7 +151,7 @@ def as_rgb(image: ImageInput) -> Image.Image:
         InputError: the path cannot be opened, the array has another shape or dtype, or `image` is of another type.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return _given_to_rgb(image)
     if isinstance(image, str | os.PathLike):
         return open_image(Path(image))
     if not isinstance(image, np.ndarray):
@@ -161,15 +161,46 @@ def as_rgb(image: ImageInput) -> Image.Image:
             f"An image is an array of shape {image.shape} and dtype {image.dtype}; expected uint8 of shape "
             "(H, W), (H, W, 3) or (H, W, 4), with channels in the order red, green, blue, alpha."
         )
+    if 0 in image.shape:  # before Pillow, whose versions differ in what they make of it
+        raise InputError(_no_pixels(image.shape[1], image.shape[0]))
     return to_rgb(Image.fromarray(image))
 
 
-def as_images(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    """Return a list of images, which has one entry for a single image."""
-    return [images] if is_single_image(images) else list(images)  # type: ignore[arg-type, list-item]
+def _given_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image that a caller made, or opened: it may be closed, or its file damaged."""
+    if 0 in image.size:
+        raise InputError(_no_pixels(*image.size))
+    try:
+        return to_rgb(image)
+    except Exception as error:
+        raise InputError(
+            f"An image of mode {image.mode} cannot be read: {_reason(error)}.",
+            hint="convert it to RGB, or leave it out",
+        ) from error
 
 
-def is_single_image(images: ImageInput | Sequence[ImageInput]) -> bool:
+def _no_pixels(width: int, height: int) -> str:
+    return f"An image has {width} × {height} pixels; expected at least one."
+
+
+def as_images(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
+    """Return a list of images, which has one entry for a single image.
+
+    Raises:
+        InputError: `images` is neither an image nor a list of them.
+    """
+    if is_single_image(images):
+        return [images]  # type: ignore[list-item]
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
+        raise InputError(
+            f"Images of type {type(images).__name__} were given; expected a path, a PIL image, a numpy array, or a "
+            "list of them.",
+            hint="open the bytes of a file with PIL.Image.open(io.BytesIO(content))",
+        )
+    return list(images)
+
+
+def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:
     """Return whether `images` is a single image; a four-dimensional array is a batch."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
@@ -256,13 +287,16 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
     images = []
     for path, subfolders, names in os.walk(folder, onerror=report):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images += [
-            image
-            for name in names
-            if not name.startswith(".")
-            and (image := Path(path, name)).suffix.lower() in IMAGE_SUFFIXES
-            and image.is_file()
-        ]
+        try:
+            images += [
+                image
+                for name in names
+                if not name.startswith(".")
+                and (image := Path(path, name)).suffix.lower() in IMAGE_SUFFIXES
+                and image.is_file()
+            ]
+        except OSError as error:  # it may be listed but not entered, or was unmounted
+            report(OSError(error.errno, error.strerror, path))
     return sorted(images)
 
 

@@ -15,6 +15,7 @@ from clip_rd_edge.contract.encoder import (
     as_list,
     label_embeddings,
     probabilities,
+    require_top,
     top_indices,
 )
 from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
@@ -70,7 +71,8 @@ class ZeroShotClassifier:
         self.none_below = none_below
         description = encoder.describe()
         self._logit_scale = description.logit_scale
-        self._templates = parse_templates(as_list(templates)).prompts if templates else description.templates
+        words = as_list(templates or ())
+        self._templates = parse_templates(words).prompts if words else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank = bank if self._templates == description.templates else None
         self._cache = cache
@@ -109,7 +111,12 @@ class ZeroShotClassifier:
         return self.classify_embeddings(self._encode(images), top=top)
 
     def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
-        """Like `classify`, for image embeddings, (N, D)."""
+        """Like `classify`, for image embeddings, (N, D).
+
+        Raises:
+            UsageError: `top` is less than 1.
+        """
+        require_top(top)
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
         compared = rows if len(self.labels) > 1 else self.similarities(embeddings)
         return [

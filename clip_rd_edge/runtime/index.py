@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
-from clip_rd_edge.contract.encoder import Embeddings, require_finite, top_indices
+from clip_rd_edge.contract.encoder import Embeddings, require_finite, require_top, top_indices
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
@@ -220,7 +220,9 @@ def search_index(
     Raises:
         InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, or another
             bundle created the index.
+        UsageError: `top` is less than 1.
     """
+    require_top(top)
     if isinstance(query, str) and not query.strip():
         raise InputError("The query is empty.", hint='pass a text, such as "a red car", or the path of an image')
     if isinstance(query, str):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
@@ -38,13 +39,13 @@ def label_names(labels: Labels) -> list[str] | None:
     """Return the labels of a call in Python; None if `labels` is None.
 
     Raises:
-        InputError: as `parse_labels` for a single text, as `read_labels_file` for a path.
+        InputError: as `parse_labels` for a single text, as `read_labels_file` for a path; or a label is no text.
     """
     if labels is None:
         return None
     if isinstance(labels, os.PathLike):
         return read_labels_file(Path(labels))
-    return parse_labels([labels]) if isinstance(labels, str) else list(labels)
+    return parse_labels([labels]) if isinstance(labels, str) else as_list(labels)
 
 
 def read_texts(name: str, column: str) -> list[str]:

@@ -79,7 +79,7 @@ class Model:
         if isinstance(texts, str):
             row: Embeddings = self.encoder.encode_texts([texts])[0]
             return row
-        return self.encoder.encode_texts(list(texts))
+        return self.encoder.encode_texts(as_list(texts))
 
     @overload
     def classify(  # type: ignore[overload-overlap]  # a str, though a sequence, is one image
@@ -130,7 +130,7 @@ class Model:
 
         Raises:
             InputError: an image could not be read, or the labels or templates are invalid.
-            UsageError: `none_below` is not between 0 and 1.
+            UsageError: `none_below` is not between 0 and 1, or `top` is less than 1.
         """
         classifier = self._classifier_for(labels, templates, none_below, cache)
         single = is_single_image(images)
@@ -192,11 +192,10 @@ class Model:
     def _classifier_for(
         self, labels: Labels, templates: Sequence[str] | str | None, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        names = label_names(labels)
-        key = (None if names is None else tuple(names), tuple(as_list(templates or ())), none_below, cache)
-        if self._classifier is None or self._classifier[0] != key:
-            classifier = ZeroShotClassifier(
-                self.encoder, names, templates=templates, none_below=none_below, cache=cache
-            )
-            self._classifier = (key, classifier)
-        return self._classifier[1]
+        names, words = label_names(labels), as_list(templates or ())
+        key = (None if names is None else tuple(names), tuple(words), none_below, cache)
+        kept = self._classifier  # another thread may replace it meanwhile
+        if kept is None or kept[0] != key:
+            kept = (key, ZeroShotClassifier(self.encoder, names, templates=words, none_below=none_below, cache=cache))
+            self._classifier = kept
+        return kept[1]

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
+from clip_rd_edge.benchmarking.accuracy import RetrievalAnswers
+from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError, is_cache
+from clip_rd_edge.benchmarking.metrics import Recall, RetrievalScore
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
+from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.data.tars import TarMember
 
 Open = Callable[[str], Any]
 
@@ -70,3 +74,43 @@ def test_a_damaged_cache_file_is_named(suite: Suite, open_fake: Open, cache: Ans
     with pytest.raises(DamagedCacheError, match=r"is not valid JSON") as caught:
         run_suite(suite, open_fake, cache=cache)
     assert caught.value.hint.startswith(f"remove {path}")
+
+
+def test_answers_on_images_that_were_replaced_are_measured_again(
+    suite: Suite, open_fake: Open, cache: AnswerCache
+) -> None:
+    run_suite(suite, open_fake, cache=cache)
+    image = Path(suite.root or "") / "task" / "red" / "16.png"
+    image.write_bytes((image.parents[1] / "blue" / "24.png").read_bytes())
+    resumed = run_suite(suite, open_fake, cache=cache)
+    assert [row.scores for row in resumed.rows] == [row.scores for row in run_suite(suite, open_fake).rows]
+
+
+def test_images_in_shards_that_were_replaced_are_measured_again(tmp_path: Path, cache: AnswerCache) -> None:
+    shard = tmp_path / "0.tar"
+    task = RetrievalTask(name="t", images=(TarMember(shard, "a.png", 0, 3),), captions=("a",), caption_images=(0,))
+    answers = RetrievalAnswers(
+        score=RetrievalScore(
+            task="t", images=1, captions=1, image_to_text=Recall(at1=1, at5=None, at10=None),
+            text_to_image=Recall(at1=1, at5=None, at10=None),
+        ),
+        correctness=(),
+    )  # fmt: skip
+    shard.write_bytes(b"old")
+    cache.store("m", None, task, answers, row="M")
+    assert cache.find("m", None, task) == answers
+    shard.write_bytes(b"newer")
+    assert cache.find("m", None, task) is None
+
+
+def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(
+    suite: Suite, open_fake: Open, cache: AnswerCache
+) -> None:
+    assert not is_cache(cache.folder)
+    run_suite(suite, open_fake, cache=cache)
+    assert is_cache(cache.folder)
+    mine = cache.folder / "engine.step"
+    mine.write_text("mine")
+    assert not is_cache(cache.folder)
+    cache.remove()
+    assert [path.name for path in cache.folder.iterdir()] == ["engine.step"]

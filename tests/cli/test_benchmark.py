@@ -228,3 +228,15 @@ def test_compare_refuses_a_damaged_result(run: Any, tmp_path: Path, capsys: Any)
 def test_an_output_folder_is_required(run: Any, capsys: Any) -> None:
     assert run("benchmark", "quickstart") == 2
     assert capsys.readouterr().err.startswith("error: -o FOLDER is missing.")
+
+
+def test_a_folder_called_parts_of_the_users_own_is_not_deleted(
+    run: Any, suite: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "project"
+    (output / "parts").mkdir(parents=True)
+    (output / "parts" / "engine.step").write_text("mine")
+    assert run("benchmark", str(suite), "-o", str(output)) == 2
+    assert f"The output {output} already exists and is not empty." in capsys.readouterr().err
+    assert run("benchmark", str(suite), "-o", str(output), "--force") == 0
+    assert [path.name for path in (output / "parts").iterdir()] == ["engine.step"]

@@ -231,3 +231,24 @@ def test_sizes_that_are_not_square_match_open_clip(mode: Any, interpolation: Any
         height, width = rng.integers(9, 200, 2)
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         np.testing.assert_array_equal(preprocess(image, preprocessing), reference(image).numpy())
+
+
+def test_a_folder_whose_files_cannot_be_looked_at_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may be listed but not entered, or one that was unmounted after it was listed."""
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(2, 2))
+    plain = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    reports: list[str] = []
+    found = images.list_images(tmp_path, on_unreadable=lambda error: reports.append(str(error)))
+    assert found == [tmp_path / "a" / "1.png"]
+    assert reports == [f"Cannot read the folder {tmp_path / 'b'}: Permission denied."]
+    with pytest.raises(InputError, match="Cannot read the folder"):
+        images.list_images(tmp_path)

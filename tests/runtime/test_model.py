@@ -1,0 +1,106 @@
+"""The model class of the Python API: what it takes for images, labels and texts, and calls from several threads."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clip_rd_edge as edge
+from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.model import Model
+
+LABELS = ["red", "green"]
+
+
+@pytest.fixture
+def model(colour_bundle: Path) -> Model:
+    return Model(load(colour_bundle, threads=1))
+
+
+def truncated_image() -> Image.Image:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file, "BMP")
+    return Image.open(io.BytesIO(file.getvalue()[:900]))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, r"^Images of type NoneType were given; expected a path, a PIL image, a numpy array, or a list of them"),
+        (b"\x89PNG", r"^Images of type bytes were given"),
+        (np.uint8(3), r"^Images of type uint8 were given"),
+        ([None], r"^An image has type NoneType"),
+        (np.zeros((0, 40, 3), dtype=np.uint8), r"^An image has 40 × 0 pixels"),
+        (Image.new("RGB", (0, 5)), r"^An image has 0 × 5 pixels"),
+        (Image.new("La", (5, 5)), r"^An image of mode La cannot be read: conversion from La to L not supported"),
+        (truncated_image, r"^An image of mode RGB cannot be read: image file is truncated"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_a_sentence(model: Model, images: Any, message: str) -> None:
+    given = images() if callable(images) else images
+    for call in (lambda: model.classify(given, LABELS), lambda: model.encode_images(given)):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model, image: model.classify(image, [1, "red"]), r"Text 1 is 1, of type int; expected a string"),
+        (lambda model, image: model.classify(image, ["red", None]), r"Text 2 is None, of type NoneType"),
+        (lambda model, image: model.classify(image, b"red"), r"Texts of type bytes were given; expected a string"),
+        (lambda model, image: model.classify(image, 3), r"Texts of type int were given"),
+        (lambda model, image: model.classify(image, LABELS, templates=[3]), r"Text 1 is 3, of type int"),
+        (lambda model, image: model.encode_texts(None), r"Texts of type NoneType were given"),
+        (lambda model, image: model.encode_texts([b"red"]), r"Text 1 is b'red', of type bytes"),
+        (lambda model, image: edge.evaluate(model, None), r"Tasks of type NoneType were given"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_a_sentence(
+    model: Model, colour_images: Path, call: Callable[[Model, Path], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(model, colour_images / "red.png")
+
+
+def test_generators_count_as_lists(model: Model, colour_images: Path) -> None:
+    red = colour_images / "red.png"
+    expected = model.classify(red, LABELS, templates=["a {}"])
+    assert model.classify(red, (label for label in LABELS), templates=(text for text in ["a {}"])) == expected
+    assert model.encode_texts(label for label in LABELS).shape == (2, 3)
+    scores = edge.evaluate(model, (task for task in [colour_images.parent / "photos"]))
+    assert scores[0].images == 1
+
+
+@pytest.mark.parametrize("top", [0, -1, 1.5])
+def test_the_number_of_answers_is_at_least_one(
+    model: Model, colour_bundle: Path, colour_images: Path, tmp_path: Path, top: Any
+) -> None:
+    edge.index(colour_bundle, colour_images, tmp_path / "index", threads=1)
+    for call in (
+        lambda: model.classify(colour_images / "red.png", LABELS, top=top),
+        lambda: edge.search(tmp_path / "index", "red", top=top),
+    ):
+        with pytest.raises(UsageError, match=rf"top is {top}; expected a whole number of at least 1"):
+            call()
+
+
+def test_a_thread_answers_with_its_own_labels(model: Model, colour_images: Path) -> None:
+    """Another thread asks with other labels between the two steps of choosing a classifier and using it."""
+    red = colour_images / "red.png"
+
+    class Interrupted(Model):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_classifier" and value is not None and value[0][0] == tuple(LABELS):
+                self.classify(red, ["blue", "yellow"])  # what the other thread does
+
+    answers = Interrupted(model.encoder).classify(red, LABELS)
+    assert {answer.label for answer in answers} == set(LABELS)
