@@ -60,6 +60,7 @@ class Update:
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
         unreadable_images: those of images that could not be read, by their path in the folder.
         approximate: whether search is approximate, because the index has a graph.
+        unmounted: the folder was gone, or empty, when a watch looked at it again: nothing was done.
     """
 
     kept: int = 0
@@ -68,6 +69,7 @@ class Update:
     unreadable: list[str] = field(default_factory=list)
     unreadable_images: dict[str, str] = field(default_factory=dict)
     approximate: bool = False
+    unmounted: bool = False
 
 
 class _Source:
@@ -114,7 +116,8 @@ def update_index(
     index, the update waits for it.
 
     Args:
-        settled: paths in the folder of the images to take; others keep the entry that they have. None takes all.
+        settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
+            folder was unmounted since it was listed. None takes all.
         stop: ends the update after the batch in which it is set, with everything saved that is embedded.
         cluster: address of a Ray cluster whose workers embed the images.
 
@@ -123,6 +126,8 @@ def update_index(
         UsageError: `path` contains something else, or the index of another folder.
     """
     if not is_folder(folder):
+        if settled is not None:
+            return Update(unmounted=True)
         reason = "is a file" if exists(folder) else "does not exist"
         raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
@@ -144,12 +149,16 @@ def _update(
     reporter: Reporter,
 ) -> Update:
     index, rows = _start(encoder, folder.resolve(), path)
+    bundle = str(encoder.folder.resolve())
+    if index.bundle != bundle:  # moved; search looks for it where index.json says, whether an image is new or not
+        index = msgspec.structs.replace(index, bundle=bundle)
+        write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
     names = [name for name in named.values() if is_unicode(name)]
     if not images and settled is not None:  # the folder was unmounted since it was listed
-        return Update(kept=len(index.entries))
+        return Update(kept=len(index.entries), unmounted=True)
     if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
     unsettled = set() if settled is None else set(names) - set(settled)
@@ -248,7 +257,7 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
         raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
     if index.model != empty.model:
         return empty, no_rows
-    return msgspec.structs.replace(index, bundle=empty.bundle), rows
+    return index, rows
 
 
 def _sources(folder: Path, names: list[str]) -> list[_Source]:

@@ -145,9 +145,11 @@ def watch_index(
         messages = images.broken(started) if there else []
         if there and images.differ(settled):
             update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
-            images.take(settled, update)
+            if not update.unmounted:  # else its images are still to be taken
+                images.take(settled, update)
             update.unreadable += messages
-            yield update
+            if not update.unmounted or messages:
+                yield update
         elif messages:
             yield Update(unreadable=messages)
         wait(max(POLL_S, _REST * (clock() - started)))

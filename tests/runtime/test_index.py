@@ -353,3 +353,14 @@ def test_a_mistyped_path_is_not_searched_for_as_a_text(
             search_index(tmp_path / "index", query)
     for text in ("a red/green flag", "red", "node.js", "r" * 5000):
         assert len(search_index(tmp_path / "index", text)) == 4
+
+
+def test_the_bundles_new_path_is_kept_though_no_image_is_new(
+    colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
+) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    embedded.clear()
+    moved = colour_bundle.rename(colour_bundle.with_name("moved"))
+    assert update_index(load(moved), colour_images, index).kept == 4
+    assert embedded == []
+    assert search_index(index, "red", top=1)[0].path.name == "red.png"

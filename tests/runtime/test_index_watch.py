@@ -13,7 +13,7 @@ from PIL import Image
 from support import PATIENCE_S, wait_until
 
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.runtime import index_watch
+from clip_rd_edge.runtime import index_update, index_watch
 from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
@@ -206,3 +206,34 @@ def test_ctrl_c_ends_the_command_with_everything_saved(
     assert (process.returncode, output) == (0, f"{index}\n"), error
     assert "4 embedded, 0 removed: 4 images in the index" in error
     assert len(read_index(index)[0].entries) == 4
+
+
+def test_an_image_that_was_unmounted_before_it_was_embedded_is_embedded_later(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = index_update.list_images
+    lists = iter([listed, lambda *_, **__: [], listed])  # gone between the watch's own list and the second update's
+    monkeypatch.setattr(index_update, "list_images", lambda *args, **options: next(lists)(*args, **options))
+    updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, nothing)
+    assert [update.embedded for update in updates] == [4, 1]
+    assert watched.names() == sorted([*ALL, "new.png"])
+
+
+def test_a_folder_that_goes_away_as_an_update_begins_does_not_end_the_watch(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = watched.folder.with_name("away")
+    stamps = index_watch._stamps
+    counts = iter(range(99))
+
+    def list_and_unmount(folder: Path) -> object:
+        found = stamps(folder)
+        if next(counts) == 2:
+            folder.rename(away)
+        return found
+
+    monkeypatch.setattr(index_watch, "_stamps", list_and_unmount)
+    back = lambda: away.rename(watched.folder)  # noqa: E731
+    updates = watched.watch(paint(watched.folder / "new.png"), nothing, back, nothing)
+    assert [update.embedded for update in updates] == [4, 1]
+    assert watched.names() == sorted([*ALL, "new.png"])
