@@ -94,6 +94,11 @@ def compare_runs(old: Results, new: Results) -> Changes:
     compared_rows = {change.row for change in accuracies}
     if unpaired := [row.label for row, _ in pairs if row.label not in compared_rows]:
         remarks.append(f"Accuracy is not compared: no task has the same examples in both runs: {', '.join(unpaired)}.")
+    remarks += [
+        f"Accuracy on {task} is not compared: the new result lacks it, or has other examples."
+        for task in dict.fromkeys(answers.task for row, _ in pairs for answers in row.correctness)
+        if accuracies and task not in {change.task for change in accuracies}
+    ]
     latencies = () if obstacles else tuple(_latency_changes(old, new, pairs))
     if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
+from clip_rd_edge.data.clip_benchmark import SPLITS
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.load import MAX_THREADS
@@ -127,10 +128,14 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def folder_names(task: str) -> tuple[str, ...]:
     """Return the possible file names of a task: CLIP_benchmark's name, its export folder, or the last part alone.
 
-    `vtab/cifar10` is also found as `wds_vtab-cifar10`, `vtab-cifar10`, `wds_cifar10` and `cifar10`.
+    `vtab/cifar10` is also found as `wds_vtab-cifar10`, `vtab-cifar10`, `wds_cifar10` and `cifar10`. An absolute path,
+    or a split such as `flowers/test`, is not found under its last part: that could be another data set's.
     """
+    task = task.rstrip("/") or task
     dashed, last = task.replace("/", "-"), task.rpartition("/")[2]
-    folders = (task, f"wds_{dashed}", dashed, f"wds_{last}", last)
+    folders: tuple[str, ...] = (task, f"wds_{dashed}", dashed, f"wds_{last}", last)
+    if Path(task).is_absolute() or last in (*SPLITS, ""):
+        folders = (task,)
     return tuple(dict.fromkeys((*folders, f"{task}.csv", f"{task}.tsv")))
 
 
@@ -217,13 +222,17 @@ def commented_suite() -> str:
 
 
 def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
-    """Parse rows from `ROLE=MODEL`. Labels are the roles, with the model's name if several models have the same role.
+    """Parse rows from `ROLE=MODEL`.
+
+    Labels are the roles, with the model's name if several models have the same role, and its path if those have the
+    same name.
 
     Raises:
         ConfigError: an item has another form, or an unknown role.
     """
     items = [model.partition("=") for model in models]
     roles = [role for role, _, _ in items]
+    names = [(role, _last_part(model)) for role, _, model in items]
     rows = []
     for role, _, model in items:
         if role not in get_args(Role) or not model:
@@ -232,7 +241,12 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
                 f"{', '.join(get_args(Role))}.{near_matches(role, get_args(Role))}",
                 hint="pass --model ROLE=MODEL, such as --model student=runs/first",
             )
-        several = roles.count(role) > 1
-        label = f"{role.capitalize()} {model.rstrip('/').rpartition('/')[2]}" if several else role.capitalize()
+        name = _last_part(model)
+        shown = model.rstrip("/") if names.count((role, name)) > 1 else name
+        label = f"{role.capitalize()} {shown}" if roles.count(role) > 1 else role.capitalize()
         rows.append(SuiteRow(label=label, model=model, role=role))  # type: ignore[arg-type]  # one of the roles
     return tuple(rows)
+
+
+def _last_part(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]

@@ -23,6 +23,7 @@ from clip_rd_edge.utils.files import read_text_limited
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
 SPLITS = ("test", "val", "validation")  # in order of preference
+_OTHER_SPLITS = ("train", "training", "valid", "dev")  # that are never chosen, and may be classes, too
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,16 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
     """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg.
 
     Raises:
-        InputError: there are no images, the number of class names differs from the number of subfolders, or the
-            subfolders are named by WordNet ids and there are no class names.
+        InputError: there are no images, the number of class names differs from the number of subfolders, or there are
+            no class names and the subfolders are named by WordNet ids, or look like splits or another level of folders.
     """
     classes = _sort_classes([path for path in data_set.split.iterdir() if path.is_dir() and path.name[0] != "."])
     labels = data_set.labels() or [path.name.replace("_", " ") for path in classes]
     class_names = data_set.metadata_path(CLASS_NAMES)
     if len(labels) != len(classes):
         raise InputError(f"{class_names} has {len(labels)} names for {len(classes)} subfolders.")
+    if not data_set.labels():
+        _require_classes(data_set, classes)
     if classes and labels == [path.name for path in classes] and all(map(_WORDNET_ID.fullmatch, labels)):
         raise InputError(
             f"The subfolders of {data_set.split} are named by WordNet ids, such as {labels[0]}, which mean nothing to "
@@ -130,6 +133,21 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
         templates=templates.prompts,
         templates_from=templates.origin,
     )
+
+
+def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:
+    """Refuse subfolders that hold the folders of the classes, in which every image would be of the wrong class."""
+    above = [path for path in subfolders if any(inner.is_dir() for inner in path.iterdir())]
+    if splits := [path for path in above if path.name.lower() in _OTHER_SPLITS]:
+        raise InputError(
+            f"{data_set.split} has the subfolder {splits[0].name}, which looks like a split and not like a class.",
+            hint=f"name the folder of the classes: {splits[0]}",
+        )
+    if len(subfolders) == 1 and above and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in above[0].iterdir()):
+        raise InputError(
+            f"{data_set.split} has a single class, {above[0].name}, whose images are in subfolders.",
+            hint=f"name the folder of the classes: {above[0]}",
+        )
 
 
 def _sort_classes(classes: list[Path]) -> list[Path]:

@@ -223,3 +223,14 @@ def test_runs_without_a_common_model_are_an_error(results: Results) -> None:
     renamed = tuple(msgspec.structs.replace(row, label=f"My {row.label}") for row in results.rows)
     with pytest.raises(InputError, match="no model in common: Teacher, Alone"):
         compare_runs(results, msgspec.structs.replace(results, rows=renamed))
+
+
+def test_a_task_that_the_new_run_lacks_is_named(results: Results) -> None:
+    def with_two_tasks(row: Any) -> Any:
+        (answers,) = row.correctness
+        return msgspec.structs.replace(row, correctness=(answers, msgspec.structs.replace(answers, task="flowers")))
+
+    old = msgspec.structs.replace(results, rows=tuple(map(with_two_tasks, results.rows)))
+    remark = "Accuracy on flowers is not compared: the new result lacks it, or has other examples."
+    assert remark in compare_runs(old, results).remarks
+    assert not any("flowers" in remark for remark in compare_runs(old, old).remarks)

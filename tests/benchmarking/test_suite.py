@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from PIL import Image
 
@@ -102,3 +103,13 @@ def test_a_task_is_found_under_any_of_clip_benchmarks_names(tmp_path: Path, fold
     assert (task.name, task.labels) == ("cifar10", ("frog", "ship"))
     assert list(suite.missing()) == ["imagenet1k"]
     assert "under any of the names imagenet1k, wds_imagenet1k" in suite.missing()["imagenet1k"]
+
+
+@pytest.mark.parametrize("task", ["gone/", "other/test", "{root}/elsewhere/things"])
+def test_a_task_that_is_missing_is_not_replaced_by_another_folder(tmp_path: Path, task: str) -> None:
+    for folder in ("cats", "dogs", "test/cats", "test/dogs", "things/cats", "things/dogs"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "1.png")
+    suite = read_suite(write(tmp_path, GOOD.replace("emoji:unseen-style", f'"{task.format(root=tmp_path)}"')))
+    with pytest.raises(InputError, match=r"No task named"):
+        Suite.load_tasks(msgspec.structs.replace(suite, root=str(tmp_path), data_root=str(tmp_path)))

@@ -171,3 +171,34 @@ def test_a_table_is_retrieval_with_all_captions_of_an_image(pairs_csv: Path) -> 
     assert isinstance(task, RetrievalTask)
     assert (len(task.images), len(task.captions)) == (24, 25)
     assert (task.captions[24], task.caption_images[24]) == ("another caption of 3", 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "message", "hint"),
+    [
+        (["train/cat/1", "train/dog/1"], "has the subfolder train, which looks like a split", "train"),
+        (["train/cat/1", "valid/cat/1"], "has the subfolder train, which looks like a split", "train"),
+        (["photos/cat/1", "photos/dog/1"], "has a single class, photos, whose images are in subfolders", "photos"),
+    ],
+)
+def test_a_folder_above_the_classes_is_not_taken_for_them(
+    tmp_path: Path, encode_image: Factory, images: list[str], message: str, hint: str
+) -> None:
+    for image in images:
+        path = tmp_path / f"{image}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_image(3))
+    with pytest.raises(InputError, match=message) as caught:
+        load_task(str(tmp_path))
+    assert caught.value.hint == f"name the folder of the classes: {tmp_path / hint}"
+    (tmp_path / "classnames.txt").write_text("\n".join(sorted({image.split("/")[0] for image in images})))
+    assert load_task(str(tmp_path)).images  # the names say that these are the classes
+
+
+def test_a_class_may_be_called_train(tmp_path: Path, encode_image: Factory) -> None:
+    for name in ("train", "car"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(encode_image(3))
+    task = load_task(str(tmp_path))
+    assert isinstance(task, ZeroShotTask)
+    assert task.labels == ("car", "train")
