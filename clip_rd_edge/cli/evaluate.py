@@ -12,6 +12,7 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option, threads_option
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def command(
     """
     import clip_rd_edge as edge
     from clip_rd_edge.api import load_tasks
-    from clip_rd_edge.cli._console import console_reporter, print_table
+    from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter() as reporter:
         # Before the model, so that a mistyped name is reported at once.
@@ -84,15 +85,20 @@ def command(
         loaded_model = edge.load(model, pretrained=pretrained, threads=threads)
         needs_classes = per_class or confusion is not None
         scores = edge.evaluate(loaded_model, loaded_tasks, per_class=needs_classes, reporter=reporter)
-    if confusion is not None:
-        _write_confusion(confusion, scores)
     if as_json:
         from clip_rd_edge.utils.structs import to_json
 
         echo(to_json({"model": loaded_model.describe(), "scores": scores}), nl=False)
-        return
+    else:
+        _print(scores, per_class=per_class)
+    if confusion is not None:  # last: what was measured is shown even if this file cannot be written
+        _write_confusion(confusion, scores)
+
+
+def _print(scores: Sequence[Score], *, per_class: bool) -> None:
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
     from clip_rd_edge.benchmarking.report.text import class_table, score_tables
+    from clip_rd_edge.cli._console import print_table
 
     for table in score_tables(scores):
         print_table(table)
@@ -103,9 +109,13 @@ def command(
 
 
 def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
-    """Write the confusion matrix of each zero-shot score as rows of one CSV file."""
+    """Write the confusion matrix of each zero-shot score as rows of one CSV file.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-    from clip_rd_edge.utils.files import write_text
+    from clip_rd_edge.utils.files import disk_full_error, write_text
 
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -116,4 +126,10 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
         for row in score.per_class:
             for predicted, images in row.predicted.items():
                 writer.writerow((*map(inert_cell, (score.task, row.label, predicted)), images))
-    write_text(path, buffer.getvalue())
+    try:
+        write_text(path, buffer.getvalue())
+    except OSError as error:
+        if disk_full_error(error):
+            raise
+        reason = error.strerror or error
+        raise UsageError(f"The file {path} cannot be written: {reason}.", hint="choose another --confusion") from error

@@ -138,3 +138,15 @@ def test_accuracy_per_class_and_the_confusion_matrix(
     }  # fmt: skip
     assert run("evaluate", "m", "--task", str(task), "--json") == 0
     assert '"per_class"' not in capsys.readouterr().out
+
+
+def test_the_scores_are_printed_even_if_the_confusion_matrix_cannot_be_written(
+    run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("clip_rd_edge.api.models.open_encoder", lambda spec, **options: BlackAndWhite())
+    impossible = str(task / "black" / "1.png" / "confusion.csv")
+    for option in ("--json", "--per-class"):
+        assert run("evaluate", "m", "--task", str(task), "--confusion", impossible, option) == 2
+        out, err = capsys.readouterr()
+        assert "100.0" in out or '"top1": 1.0' in out
+        assert "confusion.csv" in err
