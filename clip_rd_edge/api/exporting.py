@@ -63,7 +63,7 @@ def export(
         options: the other options of `clip-rd-edge export`, under the same names.
 
     Raises:
-        UsageError: `output` is in use, or the options contradict each other.
+        UsageError: `output` is in use, or would replace the model, or the options contradict each other.
         InputError, ConfigError: the model, target, labels or calibration pairs are missing or invalid.
         MissingExtraError: a required package is not installed.
         ClipRdEdgeError: a tower cannot be exported, or no tower is worth shipping in INT8.
@@ -73,10 +73,13 @@ def export(
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.convert.calibration import calibration_pairs
     from clip_rd_edge.convert.targets import BROWSER, plan_exports
-    from clip_rd_edge.utils.files import require_free_output
+    from clip_rd_edge.utils.files import require_apart, require_free_output
 
     spec, output = os.fspath(model), Path(output)
     require_free_output(output, overwrite=force)
+    read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
+    named = [name for name in (pretrained, *read) if isinstance(name, str | os.PathLike)]
+    require_apart(output, [*_folders(spec), *map(Path, named)])
     plans = plan_exports(options)
     plan = plans[0]
     node_modules = options.get("node_modules")
@@ -157,6 +160,14 @@ def export(
 
             write_browser(folder, output, node_modules=Path(node_modules) if node_modules else None, overwrite=force)
     return ExportedBundle(output, converted.manifest, converted.trials)
+
+
+def _folders(spec: str) -> list[Path]:
+    """Return the folders in which a model is: its own, and that of the run."""
+    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
+
+    folder = model_folder(spec)
+    return [Path(spec.removeprefix(LOCAL_DIR)), *([folder] if folder else [])] if spec else []
 
 
 def _report(folder: AnyPath | None) -> Results | None:

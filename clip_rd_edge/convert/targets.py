@@ -261,6 +261,10 @@ def _require_layout_options(options: ExportOptions, layout: Layout, resolved: Re
     if layout != "huggingface":
         if options.get("report") is not None:
             raise UsageError("--report is for the model card of --layout huggingface.", hint="omit --report")
+        if layout == "immich" and options.get("preprocess_in_graph"):
+            raise UsageError("immich does its own preprocessing.", hint="omit --preprocess-in-graph")
+        if layout == "immich" and options.get("labels") is not None:
+            raise UsageError("--layout immich stores no labels.", hint="omit --labels")
         return
     if options.get("preprocess_in_graph"):
         raise UsageError("transformers.js and fastembed preprocess images.", hint="omit --preprocess-in-graph")

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,6 +89,29 @@ def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str
             f"The output {path} already exists and is not empty.",
             hint="choose another -o, or replace it with --force",
         )
+
+
+def require_apart(output: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output that replaces a folder in which something is that is still needed.
+
+    Args:
+        output: a folder that `new_folder` will replace.
+        sources: what the output is made from; those that do not exist are ignored.
+
+    Raises:
+        UsageError: `output` is the working folder or one of the sources, or contains it.
+    """
+    place = output.resolve()
+    for source in sources:
+        inside = source.exists() and place in (source.resolve(), *source.resolve().parents)
+        if inside:
+            relation = "is" if place == source.resolve() else "contains"
+            raise UsageError(
+                f"The output {output} {relation} {source}, which it would replace.", hint="choose another -o"
+            )
+    if place in (Path.cwd(), *Path.cwd().parents):
+        relation = "is" if place == Path.cwd() else "contains"
+        raise UsageError(f"The output {output} {relation} the working folder.", hint="name a new folder in it")
 
 
 def require_utf8_path(path: Path) -> None:

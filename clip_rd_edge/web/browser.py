@@ -190,6 +190,8 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
     require_free_output(output, overwrite=overwrite)
     manifest = read_manifest(bundle)
     _require_supported(bundle, manifest)
+    if bundle.resolve() in output.resolve().parents:
+        raise UsageError(f"The output {output} is inside the bundle, all of which it holds.", hint="choose another -o")
     with new_folder(output) as folder:
         for source in (PAGE, ALONE):  # ALONE replaces api.js
             shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -256,3 +256,26 @@ def test_every_device_supports_its_listed_precisions(name: str) -> None:
     for precision in profile.precisions:
         require_precision(profile.format, precision)
         assert resolve_target(name, format=profile.format, precision=precision).precision == precision
+
+
+def test_an_output_that_would_replace_what_is_read_is_refused(
+    run_folder: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for output in (run_folder, run_folder / "student", run_folder.parent):
+        code, _, error = command_line("export", run_folder, "-o", output, "--force")
+        assert code == 2
+        assert f"The output {output} " in error
+        assert "which it would replace" in error
+    assert (run_folder / "student" / "open_clip_model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path)
+    code, _, error = command_line("export", run_folder, "-o", ".")
+    assert (code, "The output . is the working folder" in error) == (2, True)
+
+
+@pytest.mark.parametrize("option", [("--labels", "a", "b"), ("--preprocess-in-graph",)])
+def test_what_immich_has_no_place_for_is_refused_at_once(
+    tmp_path: Path, command_line: CommandLine, option: tuple[str, ...]
+) -> None:
+    code, _, error = command_line("export", "nowhere", "--layout", "immich", "-o", tmp_path / "out", *option)
+    assert code == 2
+    assert f"hint: omit {option[0]}" in error

@@ -80,3 +80,14 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
         options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
         code, _, error = command_line("export", colour_bundle, *options)
         assert (code, message in error) == (2, True)
+
+
+def test_a_page_inside_its_own_bundle_is_refused(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
+    for output in (colour_bundle / "site", colour_bundle):
+        code, _, error = command_line(
+            "export", colour_bundle, "--target", "browser", "--node-modules", node_modules, "-o", output, "--force"
+        )
+        assert code == 2
+        assert f"The output {output} is" in error
+    assert (colour_bundle / "manifest.json").is_file()
+    assert not (colour_bundle / "site").exists()
