@@ -49,6 +49,9 @@ from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
+_SECOND_NS = 1_000_000_000
+_COARSE_S = 2.0  # FAT keeps times to two seconds
+_UNSURE = -1  # a modification time that the next update does not trust
 
 
 @dataclass(kw_only=True)
@@ -79,6 +82,9 @@ class _Source:
         self.path, self.name = folder / name, name
         stat = self.path.stat()  # before reading: a change in between is noticed by the next update
         self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
+        # Where times are whole seconds, a change just after the file was read would not show.
+        if stat.st_mtime_ns % _SECOND_NS == 0 and abs(time.time() - stat.st_mtime) <= _COARSE_S:
+            self.modified_ns = _UNSURE
         self.sha256 = ""
 
     def read_bytes(self) -> bytes:
@@ -282,7 +288,8 @@ def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Ent
     new: list[_Source] = []
     for source in sources:
         row = rows.get(source.name)
-        if row is not None and source.entry(known[row].sha256) == known[row]:
+        sure = source.modified_ns != _UNSURE
+        if row is not None and sure and source.entry(known[row].sha256) == known[row]:
             kept.append((known[row], row))
             continue
         digest = ""

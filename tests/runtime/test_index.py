@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -364,3 +365,28 @@ def test_the_bundles_new_path_is_kept_though_no_image_is_new(
     assert update_index(load(moved), colour_images, index).kept == 4
     assert embedded == []
     assert search_index(index, "red", top=1)[0].path.name == "red.png"
+
+
+def test_an_image_that_changes_within_a_second_that_the_file_system_does_not_divide_is_noticed(
+    colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    """FAT, zip archives and some network shares keep whole seconds, or two of them."""
+    second = int(time.time())
+    images = [Image.new("RGB", (40, 30), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    path, sizes = colour_images / "frame.bmp", set()
+    for image, name in zip(images, ("red", "green"), strict=True):
+        image.save(path)
+        os.utime(path, (second, second))
+        sizes.add(path.stat().st_size)
+        update_index(load(colour_bundle), colour_images, index)
+        similarities = {hit.path.name: hit.similarity for hit in search_index(index, name)}
+        assert similarities["frame.bmp"] > 0.99
+    assert len(sizes) == 1
+    os.utime(path, (second - 60, second - 60))
+    update_index(load(colour_bundle), colour_images, index)
+    assert {entry.path: entry.modified_ns for entry in read_index(index)[0].entries}["frame.bmp"] == (
+        second - 60
+    ) * 10**9
+    before = files(index)
+    update_index(load(colour_bundle), colour_images, index)
+    assert files(index) == before
