@@ -41,10 +41,11 @@ class ZeroShotClassifier:
 
     Args:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
-        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses the bundle's label
-            bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not loaded.
+        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses those of the bundle's
+            label bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not
+            loaded.
         templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the
-            model's own. The label bank is only used with the model's own templates.
+            model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
             prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
@@ -74,6 +75,7 @@ class ZeroShotClassifier:
         words = as_list(templates or ())
         self._templates = parse_templates(words).prompts if words else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
+        self._bank_labels = bank.names if bank else None
         self._bank = bank if self._templates == description.templates else None
         self._cache = cache
         self._known: dict[str, Embeddings] = {}
@@ -85,11 +87,13 @@ class ZeroShotClassifier:
         """Change the labels; duplicates are removed, and only new labels are embedded by the text tower."""
         names = label_names(labels)
         if names is None:
-            if self._bank is None:
+            if self._bank_labels is None:
                 raise InputError(
                     "No labels were given, and the bundle has no label bank.",
                     hint='pass labels, such as --labels "a cat" "a dog"',
                 )
+            names = list(self._bank_labels)
+        if self._bank and tuple(names) == self._bank.names:
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return
         unique = tuple(dict.fromkeys(names))

@@ -126,3 +126,12 @@ def test_labels_in_the_bank_need_no_text_tower(bundle_with_bank: Path) -> None:
     assert not {"_text_session", "_tokenizer"} & vars(encoder).keys()
     classifier.set_labels(["blue", "green"])
     assert "_text_session" in vars(encoder)
+
+
+def test_the_labels_of_the_bank_are_embedded_with_other_templates(bundle_with_bank: Path) -> None:
+    bank = load(bundle_with_bank).label_bank
+    assert bank is not None
+    classifier = ZeroShotClassifier(load(bundle_with_bank), templates="{}", cache=False)
+    assert classifier.labels == bank.names
+    given = ZeroShotClassifier(load(bundle_with_bank), bank.names, templates="{}", cache=False)
+    assert classifier.classify([RED]) == given.classify([RED])
