@@ -13,7 +13,10 @@ from msgspec import Meta
 from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
+from clip_rd_edge.data.pairs import names_shards
+from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
+from clip_rd_edge.data.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.load import MAX_THREADS
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
@@ -83,24 +86,26 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
             InputError: a task is unknown or empty, or all are missing.
         """
         missing = self.missing()
-        if len(missing) == len(self.tasks):
+        if len(missing) == len(set(self.tasks)):
             raise InputError(
                 f"None of the {len(missing)} tasks of the suite {self.name} is in {self._data_root}: "
                 f"{', '.join(missing)}.",
                 hint="name the folder that contains your copies of the data sets: --root",
             )
-        names = [name for name in self.tasks if name not in missing]
+        names = [name for name in dict.fromkeys(self.tasks) if name not in missing]
         return with_distinct_names([load_task(self._resolve_task(name)) for name in names], names)
 
     def missing(self) -> dict[str, str]:
         """Return the tasks to skip because their data sets were not found, with the reason."""
         if self.missing_tasks == "error":
             return {}
-        return {
+        missing = {
             name: f"{self._data_root} has no folder {name}, under any of the names {', '.join(folder_names(name))}."
             for name in self.tasks
             if self._resolve_task(name) == name and name not in BUILT_IN_TASKS and not exists(name)
         }
+        shards = {name: _missing_shard(self._resolve_task(name)) for name in self.tasks if names_shards(name)}
+        return {name: reason for name, reason in {**missing, **shards}.items() if reason}
 
     def resolve_model(self, row: SuiteRow) -> str:
         """Return a row's model as `open_encoder` accepts it.
@@ -121,6 +126,10 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def _resolve_task(self, name: str) -> str:
         """Return the task's path below the data root if it exists, else its name."""
+        if names_shards(name):
+            parts = (part if is_remote(part) else str(self._data_root / part) for part in name.split(SEPARATOR))
+            below = SEPARATOR.join(parts)
+            return below if _missing_shard(name) else name if _missing_shard(below) else below
         candidates = (self._data_root / folder for folder in folder_names(name))
         return next((str(path) for path in candidates if exists(path)), name)
 
@@ -250,3 +259,12 @@ def parse_models(models: Sequence[str]) -> tuple[SuiteRow, ...]:
 
 def _last_part(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2]
+
+
+def _missing_shard(name: str) -> str:
+    """Return which local shard does not exist, in a sentence; empty if all do."""
+    try:
+        parse_sources(name)
+    except InputError as error:
+        return str(error)
+    return ""

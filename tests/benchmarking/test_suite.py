@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import msgspec
@@ -113,3 +115,26 @@ def test_a_task_that_is_missing_is_not_replaced_by_another_folder(tmp_path: Path
     suite = read_suite(write(tmp_path, GOOD.replace("emoji:unseen-style", f'"{task.format(root=tmp_path)}"')))
     with pytest.raises(InputError, match=r"No task named"):
         Suite.load_tasks(msgspec.structs.replace(suite, root=str(tmp_path), data_root=str(tmp_path)))
+
+
+def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for name, content in ((f"{shard}.png", image.getvalue()), (f"{shard}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    tasks = "[emoji:unseen-style, '{0..1}.tar', '{2..3}.tar']"
+    text = GOOD.replace("[emoji:unseen-style]", tasks) + f"root: {tmp_path}\nmissing_tasks: skip\n"
+    suite = read_suite(write(tmp_path, text))
+    assert suite.missing() == {
+        "{2..3}.tar": f"The shard {tmp_path}/2.tar does not exist (2 of 2 in {tmp_path}/{{2..3}}.tar missing)."
+    }
+    assert [len(task.images) for task in suite.load_tasks()][1:] == [2]
+
+
+def test_a_task_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    suite = read_suite(write(tmp_path, GOOD.replace("unseen-style]", "unseen-style, emoji:unseen-style]")))
+    assert len(suite.load_tasks()) == 1
