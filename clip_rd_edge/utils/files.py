@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError
-from clip_rd_edge.utils.paths import is_file, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 
@@ -103,8 +103,9 @@ def require_apart(output: Path, sources: Iterable[Path]) -> None:
     """
     place = output.resolve()
     for source in sources:
-        inside = source.exists() and place in (source.resolve(), *source.resolve().parents)
-        if inside:
+        with suppress(InputError):  # no path, such as a long label; whoever reads it says so
+            if not exists(source) or place not in (source.resolve(), *source.resolve().parents):
+                continue
             relation = "is" if place == source.resolve() else "contains"
             raise UsageError(
                 f"The output {output} {relation} {source}, which it would replace.", hint="choose another -o"
