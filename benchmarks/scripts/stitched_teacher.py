@@ -66,7 +66,7 @@ TEACH = (
 )
 DISTIL = (
     "distill --student efficientnet_lite0 --image-size 112 --pretrained-image teacher --text tiny --context-length 16 "
-    "--steps 1000 --batch-size 256 --lr 2e-3 --precision fp32"
+    "--steps 3000 --batch-size 256 --lr 2e-3 --precision fp32"
 )
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Score = dict[str, Any]
