@@ -229,6 +229,8 @@ def command(output: Path, **options: Any) -> None:
 
     with console_reporter() as reporter:
         run = edge.distill(output=output, **drop_none(**options), reporter=reporter)
-    say(f"next: clip-rd-edge export {as_word(run)} --precision int8 -o {as_word(run / 'bundle')}")
+    # A run on texts alone has no images to calibrate INT8 with.
+    calibration = "" if options["data"] or options["images"] else " --calibration pairs.csv"
+    say(f"next: clip-rd-edge export {as_word(run)} --precision int8{calibration} -o {as_word(run / 'bundle')}")
     if first_process:
         echo(run / STUDENT_FOLDER)

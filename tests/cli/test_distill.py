@@ -120,6 +120,17 @@ def unpaired(pairs_csv: Path, tmp_path: Path) -> tuple[str | Path, ...]:
     return "--teacher", tmp_path / "teacher", *data, *SMALL, *size
 
 
+def test_after_texts_alone_int8_is_advised_with_what_calibrates_it(
+    command_line: Run, unpaired: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    options = dict(zip(unpaired[::2], unpaired[1::2], strict=True))
+    without_images = [part for name, value in options.items() if name != "--images" for part in (name, value)]
+    size = ("--batch-size", "4")
+    code, _, error = command_line("distill", *without_images, *size, "-o", tmp_path / "run")
+    assert code == 0, error
+    assert "--precision int8 --calibration pairs.csv -o" in error
+
+
 def test_frames_and_a_list_of_labels_give_a_student_and_a_bundle(
     command_line: Run, unpaired: tuple[str | Path, ...], pairs_csv: Path, tmp_path: Path
 ) -> None:
