@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import unpaired
+from quickstart_students import TASKS
 
 from clip_rd_edge.data.tables.load import TablePairs
 
@@ -33,11 +34,11 @@ def test_half_of_the_captions_and_the_other_images_are_all_pairs(
 
 def test_shares_are_of_the_same_seed_and_seeds_that_one_way_lacks_are_left_out() -> None:
     def run(way: str, seed: int, style: float, concepts: float) -> dict[str, object]:
-        return {"data": way, "seed": seed, "top1": dict(zip(unpaired.TASKS, (style, concepts), strict=True))}
+        return {"way": way, "seed": seed, "top1": dict(zip(TASKS, (style, concepts), strict=True))}
 
     runs = [run(unpaired.PAIRS, seed, 0.3, 0.1) for seed in (0, 1, 2)]
     runs += [run("labels", 0, 0.3, 0.06), run("labels", 1, 0.27, 0.09)]
-    table = unpaired.markdown({"teacher": dict.fromkeys(unpaired.TASKS, 0.4), "runs": runs}).splitlines()
+    table = unpaired.markdown({"teachers": {"teacher": dict.fromkeys(TASKS, 0.4)}, "runs": runs}).splitlines()
     assert table[2] == "| teacher | | 40.0 | 40.0 | |"
     assert table[3] == f"| {unpaired.PAIRS} | 2 | 30.0 ± 0.0 | 10.0 ± 0.0 |  |"
     assert table[4] == "| labels | 2 | 28.5 ± 2.1 | 7.5 ± 2.1 | 90 ± 0 % |"
