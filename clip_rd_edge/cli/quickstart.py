@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clip_rd_edge.cli._echo import echo
+from clip_rd_edge.cli._echo import as_word, echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_recipe, complete_student, drop_none, grouped
 from clip_rd_edge.cli.distill import OWN_DATA_EXAMPLE
 
@@ -104,12 +104,12 @@ def _classify_example(folder: Path) -> None:
 def _next_steps(folder: Path) -> str:
     """Return commands to go on with, which work when copied."""
     program = _program()
-    fp32, int8 = (shlex.quote(str(folder / "bundles" / precision)) for precision in ("fp32", "int8"))
+    fp32, int8 = (as_word(folder / "bundles" / precision) for precision in ("fp32", "int8"))
     image, labels = _image_to_try(_unseen_concepts())
     return f"""
 Try next:
   {program} classify {int8} \\
-      {shlex.quote(str(image))} \\
+      {as_word(str(image))} \\
       --labels {" ".join(f'"{label}"' for label in labels)}
   # a web page for camera and images; needs the extra [demo]
   {program} demo {fp32} {int8}
@@ -117,7 +117,7 @@ Try next:
   {program} {OWN_DATA_EXAMPLE}
   # photographs in the report as well, from a Debian package
   python benchmarks/scripts/tuxpaint.py photos
-  {program} quickstart -o {shlex.quote(str(folder))} --photos photos"""
+  {program} quickstart -o {as_word(folder)} --photos photos"""
 
 
 def _program() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -108,10 +109,9 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
     """
     if source is not None:
         return load_pairs(source)
-    folder = model_folder(model)
-    path = folder / DISTILLATION_FILE if folder else None
+    path = _record_of(model)
     refuse_unfinished_run(model)
-    if path is None or not path.is_file():
+    if path is None:
         raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
     record = read_json(path, _TrainingRecord)
     training = msgspec.structs.replace(record.configuration, data=record.data)
@@ -130,11 +130,17 @@ def calibration_max_bad(source: str | None, model: str) -> float:
 
     The default, if `source` names other pairs, or the model records none.
     """
-    folder = model_folder(model)
-    path = folder / DISTILLATION_FILE if folder else None
-    if source is not None or path is None or not path.is_file():
+    path = _record_of(model) if source is None else None
+    if path is None:
         return MAX_BAD_SHARE
     return read_json(path, _TrainingRecord).configuration.max_bad
+
+
+def _record_of(model: str) -> Path | None:
+    """Return the record of a model's training; None if there is none."""
+    folder = model_folder(model)
+    path = folder / DISTILLATION_FILE if folder else None
+    return path if path and path.is_file() else None
 
 
 class _Configuration(TrainingData, frozen=True, kw_only=True):
