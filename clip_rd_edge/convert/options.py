@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -137,19 +138,28 @@ def require_via(via: Via, *, format: Format, precision: Precision) -> None:
         )
 
 
+def require_int8(options: ExportOptions, precisions: Sequence[Precision]) -> None:
+    """Raise UsageError if an option is for INT8, and none of the targets, whose precisions are given, is in INT8."""
+    if "int8" in precisions:
+        return
+    for name in ("calibration", "min_agreement", "max_loss", "fallback"):
+        if options.get(name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is for --precision int8, not {precisions[0]}.",
+                hint=f"omit {option}, or export with --precision int8",
+            )
+
+
 def int8_budget(options: ExportOptions, *, precision: Precision, format: Format) -> Budget:
     """Return the accuracy that the options allow INT8 to cost.
 
     Raises:
-        UsageError: an option does not apply to the format or the precision.
+        UsageError: an option does not apply to the format.
     """
     min_agreement, max_loss = options.get("min_agreement"), options.get("max_loss")
     fallback = options.get("fallback")
-    values = {"--min-agreement": min_agreement, "--max-loss": max_loss, "--fallback": fallback}
-    names = [name for name, value in values.items() if value is not None]
-    if precision != "int8" and names:
-        raise UsageError(f"{names[0]} is for --precision int8, not {precision}.")
-    if format == "trt" and (fallback or max_loss is not None):
+    if precision == "int8" and format == "trt" and (fallback or max_loss is not None):
         name = "--fallback" if fallback else "--max-loss"
         raise UsageError(f"{name} is for ONNX Runtime and OpenVINO; TensorRT's INT8 falls back to FP16 per layer.")
     default = Budget()

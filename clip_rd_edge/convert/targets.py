@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from clip_rd_edge.convert.options import (
     Layout,
     WeightBits,
     int8_budget,
+    require_int8,
     require_precision,
     require_via,
 )
@@ -196,20 +198,28 @@ def plan_exports(options: ExportOptions) -> tuple[ExportPlan, ...]:
     """Plan the export for each target in `target`, which are separated by commas; one plan if there is at most one.
 
     Raises:
-        InputError, UsageError: as `plan_export`, or several targets cannot be exported together.
+        InputError, UsageError: as `plan_export`, or several targets cannot be exported together, or an option is for
+            INT8, in which none of them is.
     """
     target = options.get("target") or ""
     names = [name.strip() for name in target.split(",")]
-    if len(names) == 1:
-        return (plan_export(options),)
-    if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"The target {repeated!r} is named twice in {target!r}.")
+    single: list[ExportOptions] = [options]
+    if len(names) > 1:
+        _require_together(options, names)
+        single = [{**options, "target": name} for name in names]
+    plans = tuple(map(plan_export, single))
+    require_int8(options, [plan.request.precision for plan in plans])
+    return plans
+
+
+def _require_together(options: ExportOptions, targets: Sequence[str]) -> None:
+    """Raise UsageError if several targets cannot be exported together."""
+    if repeated := next((name for name in targets if targets.count(name) > 1), None):
+        raise UsageError(f"The target {repeated!r} is named twice in {options.get('target')!r}.")
     layout = options.get("layout", "bundle")
-    if BROWSER in names or layout != "bundle":
-        what = f"The target {BROWSER}" if BROWSER in names else f"The layout {layout}"
+    if BROWSER in targets or layout != "bundle":
+        what = f"The target {BROWSER}" if BROWSER in targets else f"The layout {layout}"
         raise UsageError(f"{what} cannot be exported for several targets at once.", hint="export it alone")
-    single: list[ExportOptions] = [{**options, "target": name} for name in names]
-    return tuple(plan_export(options) for options in single)
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clip_rd_edge.cli._fold import fold
-from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, read_device
+from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, plan_exports, read_device
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import shipped_path
 
@@ -60,3 +60,16 @@ def test_the_devices_command(command_line: Run) -> None:
 def test_an_option_that_a_layout_does_not_take_is_refused(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan_export(options)
+
+
+@pytest.mark.parametrize("option", ["calibration", "min_agreement", "max_loss", "fallback"])
+def test_an_option_for_int8_needs_a_target_in_int8(option: str) -> None:
+    given: Any = {option: {"calibration": "pairs.csv", "fallback": "fp16"}.get(option, 0.9)}
+    refused: list[tuple[dict[str, str], str]] = [
+        ({}, "fp32"), ({"precision": "fp16"}, "fp16"), ({"target": "sm86"}, "fp16"), ({"target": "sm86,coreml"}, "fp16")
+    ]  # fmt: skip
+    for others, precision in refused:
+        with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is for --precision int8, not {precision}"):
+            plan_exports({**others, **given})
+    plans = plan_exports({"target": "cpu-x86,sm86", **given})
+    assert [plan.request.precision for plan in plans] == ["int8", "fp16"]
