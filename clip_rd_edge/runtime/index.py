@@ -37,7 +37,7 @@ from clip_rd_edge.runtime.index_graph import (
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import is_plain_name, write_bytes
-from clip_rd_edge.utils.paths import is_file, looks_like_path, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.structs import read_json
 
 INDEX_VERSION = 1
@@ -218,8 +218,8 @@ def search_index(
         threads, device: see `runtime.load.load`.
 
     Raises:
-        InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, or another
-            bundle created the index.
+        InputError: the query is empty or the path of no image, there is no index, the bundle has been moved, another
+            bundle created the index, or `folder` has none of its images.
         UsageError: `top` is less than 1.
     """
     require_top(top)
@@ -229,6 +229,7 @@ def search_index(
         query = _text_or_image(query)
     index, rows = read_index(path)
     if folder is not None:
+        _require_images(Path(folder), path, index)
         index = msgspec.structs.replace(index, folder=os.fspath(folder))
     if bundle is None and not is_bundle(Path(index.bundle)):
         raise InputError(
@@ -243,6 +244,19 @@ def search_index(
         )
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
     return nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index))
+
+
+def _require_images(folder: Path, path: Path, index: Index) -> None:
+    """Refuse a folder that has none of the index's images, none of whose results would exist."""
+    if not is_folder(folder):
+        problem = "is not a folder" if exists(folder) else "does not exist"
+        raise InputError(f"The image folder {folder} {problem}.{near_files(folder)}", hint="check --folder")
+    if index.entries and not any(is_file(folder / entry.path) for entry in index.entries):
+        raise InputError(
+            f"The folder {folder} has none of the {len(index.entries):,} images of the index {path}, such as "
+            f"{index.entries[0].path}.",
+            hint=f"name the folder that was at {index.folder} when it was indexed",
+        )
 
 
 def _text_or_image(query: str) -> str | Path:

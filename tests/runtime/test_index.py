@@ -197,6 +197,21 @@ def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_b
     assert (update.kept, update.embedded) == (4, 0)
 
 
+def test_a_folder_that_has_none_of_the_images_is_refused(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    for folder, message in (
+        (tmp_path / "photo", r"photo does not exist\. Did you mean '.*photos'"),
+        (colour_images / "red.png", r"red\.png is not a folder"),
+        (tmp_path, r"has none of the 4 images of the index .*, such as blue\.jpg"),
+    ):
+        with pytest.raises(InputError, match=message):
+            search_index(index, "red", folder=folder)
+    (colour_images / "blue.jpg").unlink()  # one that is gone is no reason
+    assert len(search_index(index, "red", folder=colour_images)) == 4
+
+
 def test_other_preprocessing_embeds_everything_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
     update_index(load(colour_bundle), colour_images, index)
     manifest = read_manifest(colour_bundle)
