@@ -108,7 +108,8 @@ def command(
     if compared is not None:
         code = _compare(*compared, as_json=as_json)
         sys.exit(0 if code == NOT_COMPARED and allow_busy else code)
-    if suite is not None and output is None and (budget_ms or min_accuracy) and is_results(Path(suite)):
+    required = budget_ms is not None or min_accuracy is not None
+    if suite is not None and output is None and required and is_results(Path(suite)):
         echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy), prose=True)
         return
     if suite is None or output is None:

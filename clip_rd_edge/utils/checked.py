@@ -74,7 +74,9 @@ def _has_numbers(kind: inspect.Type) -> bool:
 def _check(name: str, value: Any, kind: inspect.Type) -> None:
     if isinstance(kind, inspect.UnionType):
         numbers = [member for member in kind.types if _has_numbers(member)]
-        if isinstance(value, int | float | list | tuple | dict) and not isinstance(value, bool) and len(numbers) == 1:
+        is_number = isinstance(value, int | float | list | tuple | dict) and not isinstance(value, bool)
+        is_optional = all(_has_numbers(member) or isinstance(member, inspect.NoneType) for member in kind.types)
+        if len(numbers) == 1 and (is_number or (is_optional and value is not None)):
             _check(name, value, numbers[0])
     elif isinstance(kind, inspect.IntType | inspect.FloatType):
         _check_number(name, value, kind)

@@ -27,7 +27,7 @@ class Settings(CheckedStruct, frozen=True, kw_only=True):
 INVALID = [
     ("rate", math.nan), ("rate", math.inf), ("rate", 0.0), ("rate", -1.0), ("rate", 10**400),
     ("steps", -5), ("steps", 2**63), ("steps", 1.5), ("steps", math.nan),
-    ("share", math.nan), ("share", 1.01), ("share", -0.01),
+    ("share", math.nan), ("share", 1.01), ("share", -0.01), ("share", "0.5"),
     ("offset", math.nan), ("offset", -math.inf),
     ("pair", (1, 0)), ("pair", (1,)), ("pair", 3),
     ("many", (0.5, math.nan)), ("many", (math.inf,)),
