@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +16,7 @@ import numpy as np
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.data.pairs import BadSamples, Pairs, names_shards, require_batch
-from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers, read_stored_teachers
+from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
     TrainingData,
@@ -28,20 +27,18 @@ from clip_rd_edge.data.unpaired import (
 )
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
-from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig, is_texts_alone
+from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower, require_quantizable
+from clip_rd_edge.distillation.quantized.tower import require_quantizable
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
+from clip_rd_edge.distillation.student import make_student
+from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
-from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
-from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
-from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -116,12 +113,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     teachers = load_teachers(config)
     widths = stored.widths if stored else tuple(teacher.embedding_size for teacher in teachers)
     seed_everything(config.seed)
-    student = _make_student(config, teachers, name, reporter)
-    require_no_logit_bias(student)
-    if config.freeze_text:
-        require_separate_text_tower(student)
-    if config.quantize:
-        require_convolutional_tower(student)
+    student = make_student(config, teachers, name=name, reporter=reporter)
     objective = Objective(
         config.recipe.objective.for_texts() if is_texts_alone(config) else config.recipe.objective,
         scales=config.recipe.scales,
@@ -211,177 +203,6 @@ def make_dataset(config: RunConfig, setup: RunSetup, *, with_teacher_pixels: boo
         views=config.views,
         max_bad=config.max_bad,
     )
-
-
-def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored.
-
-    Raises:
-        UsageError: one is needed but not named.
-        InputError, ConfigError: one cannot be loaded.
-    """
-    if not config.recipe.objective.needs_teacher:
-        return ()
-    if not config.teachers:
-        raise UsageError(
-            f"The recipe {config.recipe_name} needs a teacher.",
-            hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
-        )
-    if config.stored_teachers is not None:
-        return ()
-    return tuple(load_clip(name, pretrained=config.teacher_pretrained) for name in config.teachers)
-
-
-def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
-    """Return the teachers of a run, one or more.
-
-    Raises:
-        UsageError: the recipe has none.
-        InputError, ConfigError: one cannot be loaded.
-    """
-    teachers = load_teachers(config)
-    if not teachers:
-        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
-    return teachers
-
-
-def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
-    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed.
-
-    Raises:
-        InputError, ConfigError: the file that describes them does not exist or is invalid.
-    """
-    if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
-        return None
-    return read_stored_teachers(Path(config.stored_teachers))
-
-
-def _make_student(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
-    if model_folder(config.student) is not None:
-        if config.pretrained_image or config.pretrained_text:
-            raise UsageError(
-                f"{config.student} already has weights, but other weights to start from were named.",
-                hint="omit --pretrained-image and --pretrained-text",
-            )
-        student = load_clip(config.student)
-        _require_shape(config, student)
-        return student
-    if config.tuned_share < 1:
-        raise UsageError(
-            f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
-            "no weights to start from.",
-            hint="omit --tuned-share, or name a trained model with --student",
-        )
-    student = _build_student(config, teachers, name)
-    if config.pretrained_image == TEACHER:
-        reporter.say(copy_image_tower(student, teachers[0]))
-    elif config.pretrained_image:
-        reporter.say(init_image_tower(student, config.pretrained_image))
-    if config.pretrained_text:
-        reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
-    return student
-
-
-def _require_shape(config: RunConfig, student: ClipModel) -> None:
-    """Raise a UsageError if a trained student is asked to have another shape than it has."""
-    actual = {
-        "image_size": max(student.preprocessing.size),
-        "context_length": student.context_length,
-        "embedding_size": student.embedding_size,
-    }
-    defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
-    for name, value in actual.items():
-        asked = getattr(config, name)
-        if asked not in (value, defaults[name]):
-            option = "--" + name.replace("_", "-")
-            raise UsageError(
-                f"{config.student} is trained, and its {name.replace('_', ' ')} is {value}; {asked} was asked for.",
-                hint=f"omit {option}, or name an architecture with --student",
-            )
-
-
-def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
-    """Return a new student, whose weights are random unless its text tower is that of the first teacher."""
-    architecture = _student_architecture(config, teachers)
-    if config.text != TEACHER_TEXT:
-        return build_student(architecture, name=name)
-    if not teachers:
-        raise UsageError(
-            f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
-            hint="choose another --text, or another --recipe",
-        )
-    return build_with_text_tower_of(teachers[0], architecture, name=name)
-
-
-def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
-    """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
-    architecture = student_config(
-        config.student,
-        embedding_size=config.embedding_size or _embedding_size(config, teachers),
-        image_size=config.image_size,
-        text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
-        context_length=config.context_length,
-    )
-    if config.pretrained_image == TEACHER:
-        if not teachers:
-            raise UsageError(
-                f"The student is to start from its teacher's image tower, but the recipe {config.recipe_name} has no "
-                "teacher.",
-                hint="choose another --pretrained-image, or another --recipe",
-            )
-        architecture = with_image_of(architecture, teachers[0])
-    if config.pretrained_text == TEACHER and teachers:
-        return with_text_of(architecture, teachers[0])
-    return architecture
-
-
-def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
-    if (stored := load_stored_teachers(config)) is not None:
-        return sum(stored.widths)
-    if config.text == TEACHER_TEXT or config.pretrained_image == TEACHER:
-        teachers = teachers[:1]
-    return sum(teacher.embedding_size for teacher in teachers) or 512
-
-
-def empty_student(config: RunConfig, *, name: str) -> ClipModel:
-    """Return the student of a run for a checkpoint's weights; teachers are loaded if the architecture depends on them.
-
-    Raises:
-        UsageError, InputError, ConfigError: as `load_setup`.
-    """
-    if model_folder(config.student) is not None:
-        return load_clip(config.student)
-    from_teacher = TEACHER in (config.pretrained_image, config.pretrained_text)
-    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or from_teacher
-    return _build_student(config, load_teachers(config) if depends else (), name)
-
-
-def require_no_logit_bias(student: ClipModel) -> None:
-    """Check that the student's logits are s · cosine, as the objective has them, without a bias.
-
-    Raises:
-        UsageError: it has a bias, which only a sigmoid loss trains, and a scale that may exceed the objective's max.
-    """
-    if getattr(student.model, "logit_bias", None) is not None:
-        raise UsageError(
-            f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
-            "consists of softmax losses, which do not train a bias.",
-            hint="train another student; the model can be the teacher",
-        )
-
-
-def require_separate_text_tower(student: ClipModel) -> None:
-    """Check that the text tower is a module of its own, which can be frozen.
-
-    Raises:
-        UsageError: its parts lie at the model's top level, as in open_clip's class `CLIP`.
-    """
-    if not hasattr(student.model, "text"):
-        raise UsageError(
-            f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "
-            "OpenAI's; expected a module of its own, which models with custom_text in open_clip's configuration have.",
-            hint="omit --freeze-text",
-        )
 
 
 RECORDED_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "timm", "numpy", "pillow")

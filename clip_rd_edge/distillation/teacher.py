@@ -1,19 +1,67 @@
-"""The teachers during training: frozen, with their own preprocessing and cached captions; or read from a cache."""
+"""The teachers of a run: frozen, with their own preprocessing and cached captions; or read from a cache."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import side_by_side
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
+from clip_rd_edge.models.load import load_clip
+
+
+def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, none if its objective does not need one or their embeddings are stored.
+
+    Raises:
+        UsageError: one is needed but not named.
+        InputError, ConfigError: one cannot be loaded.
+    """
+    if not config.recipe.objective.needs_teacher:
+        return ()
+    if not config.teachers:
+        raise UsageError(
+            f"The recipe {config.recipe_name} needs a teacher.",
+            hint="--teacher local-dir:PATH, or a name with --teacher-pretrained; --recipe clip trains without one",
+        )
+    if config.stored_teachers is not None:
+        return ()
+    return tuple(load_clip(name, pretrained=config.teacher_pretrained) for name in config.teachers)
+
+
+def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:
+    """Return the teachers of a run, one or more.
+
+    Raises:
+        UsageError: the recipe has none.
+        InputError, ConfigError: one cannot be loaded.
+    """
+    teachers = load_teachers(config)
+    if not teachers:
+        raise UsageError(f"The recipe {config.recipe_name} has no teacher.", hint="name another --recipe")
+    return teachers
+
+
+def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
+    """Return the teachers whose embeddings are stored in the data; None if there are none, or none is needed.
+
+    Raises:
+        InputError, ConfigError: the file that describes them does not exist or is invalid.
+    """
+    if config.stored_teachers is None or not config.recipe.objective.needs_teacher:
+        return None
+    return read_stored_teachers(Path(config.stored_teachers))
 
 
 class BatchTeacher(Protocol):

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_rd_edge.distillation.build import require_no_logit_bias, require_separate_text_tower
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, Teacher, caption_batch_size
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
@@ -76,20 +74,3 @@ def test_captions_are_embedded_in_batches_of_one_size_and_only_once() -> None:
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 512), ("mps", 512), ("cpu", 32)])
 def test_captions_on_an_accelerator_come_in_batches_as_large_as_the_images(device: str, expected: int) -> None:
     assert caption_batch_size(512, torch.device(device)) == expected
-
-
-def test_a_student_with_a_logit_bias_is_refused() -> None:
-    student = tiny(0)
-    require_no_logit_bias(student)
-    student.model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
-    with pytest.raises(UsageError, match="test_resnet has a logit bias, as SigLIP's models do"):
-        require_no_logit_bias(student)
-
-
-def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen() -> None:
-    student = tiny(0)
-    require_separate_text_tower(student)
-    del student.model.text
-    with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
-        require_separate_text_tower(student)
-    assert error.value.hint == "omit --freeze-text"

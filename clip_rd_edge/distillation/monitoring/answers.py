@@ -19,9 +19,10 @@ from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.unpaired import pair_count
-from clip_rd_edge.distillation.build import empty_student, training_pairs
+from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder

@@ -9,7 +9,7 @@ from pathlib import Path
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.unpaired import require_images
-from clip_rd_edge.distillation.build import load_models_to_embed_with, training_pairs
+from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.processes.distributed import join_processes
@@ -23,7 +23,7 @@ from clip_rd_edge.distillation.store.store_build import (
     build_cache,
     shard_maker,
 )
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip

@@ -25,7 +25,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
 from clip_rd_edge.data.unpaired import MixedSamples
-from clip_rd_edge.distillation.build import load_models_to_embed_with, training_pairs
+from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
@@ -34,7 +34,7 @@ from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.store.store_build import BATCH_SIZE
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device
 from clip_rd_edge.utils.files import write_bytes

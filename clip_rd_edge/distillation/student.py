@@ -1,0 +1,171 @@
+"""The student of a run: built or loaded as its configuration says, with the weights that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
+from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower
+from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
+from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
+from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+
+def make_student(
+    config: RunConfig, teachers: Sequence[ClipModel], *, name: str, reporter: Reporter = SILENT
+) -> ClipModel:
+    """Return the student of a run with its initial weights: a new one, or a trained model to fine-tune.
+
+    Args:
+        teachers: may determine the student's architecture, and give it weights.
+        name: of a new student.
+
+    Raises:
+        UsageError: the configuration contradicts the student's or the teachers' architecture, or the run cannot train
+            such a student.
+        InputError, ConfigError: the student or its weights cannot be used.
+    """
+    student = _student_to_train(config, teachers, name, reporter)
+    require_no_logit_bias(student)
+    if config.freeze_text:
+        require_separate_text_tower(student)
+    if config.quantize:
+        require_convolutional_tower(student)
+    return student
+
+
+def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: str, reporter: Reporter) -> ClipModel:
+    if model_folder(config.student) is not None:
+        if config.pretrained_image or config.pretrained_text:
+            raise UsageError(
+                f"{config.student} already has weights, but other weights to start from were named.",
+                hint="omit --pretrained-image and --pretrained-text",
+            )
+        student = load_clip(config.student)
+        _require_shape(config, student)
+        return student
+    if config.tuned_share < 1:
+        raise UsageError(
+            f"A share of {config.tuned_share:g} of the trained weights was asked for, but {config.student} has "
+            "no weights to start from.",
+            hint="omit --tuned-share, or name a trained model with --student",
+        )
+    student = _build_student(config, teachers, name)
+    if config.pretrained_image == TEACHER:
+        reporter.say(copy_image_tower(student, teachers[0]))
+    elif config.pretrained_image:
+        reporter.say(init_image_tower(student, config.pretrained_image))
+    if config.pretrained_text:
+        reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
+    return student
+
+
+def _require_shape(config: RunConfig, student: ClipModel) -> None:
+    """Raise a UsageError if a trained student is asked to have another shape than it has."""
+    actual = {
+        "image_size": max(student.preprocessing.size),
+        "context_length": student.context_length,
+        "embedding_size": student.embedding_size,
+    }
+    defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
+    for name, value in actual.items():
+        asked = getattr(config, name)
+        if asked not in (value, defaults[name]):
+            option = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{config.student} is trained, and its {name.replace('_', ' ')} is {value}; {asked} was asked for.",
+                hint=f"omit {option}, or name an architecture with --student",
+            )
+
+
+def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
+    """Return a new student, whose weights are random unless its text tower is that of the first teacher."""
+    architecture = _student_architecture(config, teachers)
+    if config.text != TEACHER_TEXT:
+        return build_student(architecture, name=name)
+    if not teachers:
+        raise UsageError(
+            f"The student is to have its teacher's text tower, but the recipe {config.recipe_name} has no teacher.",
+            hint="choose another --text, or another --recipe",
+        )
+    return build_with_text_tower_of(teachers[0], architecture, name=name)
+
+
+def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
+    """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
+    architecture = student_config(
+        config.student,
+        embedding_size=config.embedding_size or _embedding_size(config, teachers),
+        image_size=config.image_size,
+        text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
+        context_length=config.context_length,
+    )
+    if config.pretrained_image == TEACHER:
+        if not teachers:
+            raise UsageError(
+                f"The student is to start from its teacher's image tower, but the recipe {config.recipe_name} has no "
+                "teacher.",
+                hint="choose another --pretrained-image, or another --recipe",
+            )
+        architecture = with_image_of(architecture, teachers[0])
+    if config.pretrained_text == TEACHER and teachers:
+        return with_text_of(architecture, teachers[0])
+    return architecture
+
+
+def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
+    if (stored := load_stored_teachers(config)) is not None:
+        return sum(stored.widths)
+    if config.text == TEACHER_TEXT or config.pretrained_image == TEACHER:
+        teachers = teachers[:1]
+    return sum(teacher.embedding_size for teacher in teachers) or 512
+
+
+def empty_student(config: RunConfig, *, name: str) -> ClipModel:
+    """Return the student of a run for a checkpoint's weights; teachers are loaded if the architecture depends on them.
+
+    Raises:
+        UsageError, InputError, ConfigError: as `make_student`.
+    """
+    if model_folder(config.student) is not None:
+        return load_clip(config.student)
+    from_teacher = TEACHER in (config.pretrained_image, config.pretrained_text)
+    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or from_teacher
+    return _build_student(config, load_teachers(config) if depends else (), name)
+
+
+def require_no_logit_bias(student: ClipModel) -> None:
+    """Check that the student's logits are s · cosine, as the objective has them, without a bias.
+
+    Raises:
+        UsageError: it has a bias, which only a sigmoid loss trains, and a scale that may exceed the objective's max.
+    """
+    if getattr(student.model, "logit_bias", None) is not None:
+        raise UsageError(
+            f"The student {student.name} has a logit bias, as SigLIP's models do; expected one without: the objective "
+            "consists of softmax losses, which do not train a bias.",
+            hint="train another student; the model can be the teacher",
+        )
+
+
+def require_separate_text_tower(student: ClipModel) -> None:
+    """Check that the text tower is a module of its own, which can be frozen.
+
+    Raises:
+        UsageError: its parts lie at the model's top level, as in open_clip's class `CLIP`.
+    """
+    if not hasattr(student.model, "text"):
+        raise UsageError(
+            f"The text tower of {student.name} cannot be frozen: its parts lie at the top level of the model, as in "
+            "OpenAI's; expected a module of its own, which models with custom_text in open_clip's configuration have.",
+            hint="omit --freeze-text",
+        )
