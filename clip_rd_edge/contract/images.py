@@ -42,7 +42,7 @@ class ImageFile(Protocol):
 
 
 def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image as RGB: first frame, rotated as its EXIF says, transparency on white, 16 bits scaled to 8.
+    """Open an image as RGB: first frame, rotated as its EXIF says, transparency on white, scaled to 8 bits.
 
     Args:
         min_edge: min length of both edges in pixels. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is
@@ -50,8 +50,8 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         max_pixels: limit on width × height, at most MAX_PIXELS; checked before decoding.
 
     Raises:
-        InputError: the file does not exist, is not a regular file, is in none of FORMATS, is damaged, or has more than
-            `max_pixels`.
+        InputError: the file does not exist, is not a regular file, is in none of FORMATS, is damaged, has more than
+            `max_pixels`, or has deep greyscale of an unknown range.
     """
     try:
         with _open(file) as image:
@@ -67,7 +67,8 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         raise
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
         raise InputError(
-            f"Cannot read the image {file}: {_reason(error)}.", hint="convert it to JPEG or PNG, or leave it out"
+            f"Cannot read the image {file}: {_reason(error)}.",
+            hint="convert it to an 8-bit JPEG or PNG, or leave it out",
         ) from error
 
 
@@ -126,17 +127,41 @@ def _register_formats() -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to decoded, upright RGB, as `open_image` does."""
     image.load()  # in PNG files, EXIF comes after the pixels
+    is_12_bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE) == (12,)
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)  # would copy upright images too
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow would clip 16-bit greyscale at 255.
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257.0).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_8_bits(image, is_12_bits=is_12_bits)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(background, image)
     # convert copies RGB images too; a read-only one is memory-mapped from its file and must be copied.
     return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
+    """Scale greyscale of more than 8 bits, which Pillow would clip at 255.
+
+    Integers are levels of 16 bits, unless none is above 255; floats are shares, unless one is above 1.
+
+    Raises:
+        ValueError: the values have another range, such as 12 bits in a PNG of 16, which would make it black.
+    """
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    narrow, wide = (1.0, 255.0) if image.mode == "F" else (255.0, 4095.0 if is_12_bits else 65535.0)
+    top = narrow if high <= narrow * (1 + _OVERSHOOT) else wide
+    # NaN compares as false.
+    if not (low >= -top * _OVERSHOOT and high <= top * (1 + _OVERSHOOT) and (top == narrow or high > wide / 16)):
+        raise ValueError(
+            f"its values range from {low:g} to {high:g}; expected a range from 0 to {narrow:g} or to {wide:g}"
+        )
+    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+
+
+_TIFF_BITS_PER_SAMPLE = 258
+_OVERSHOOT = 1 / 512  # half a level of 8 bits, such as interpolation causes
 
 
 # Accepted forms of an image: a file's path, a PIL image of any mode, or a uint8 array of shape (H, W), (H, W, 3) or
@@ -175,7 +200,7 @@ def _given_to_rgb(image: Image.Image) -> Image.Image:
     except Exception as error:
         raise InputError(
             f"An image of mode {image.mode} cannot be read: {_reason(error)}.",
-            hint="convert it to RGB, or leave it out",
+            hint="convert it to 8 bits per channel, such as RGB, or leave it out",
         ) from error
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.images import as_rgb, open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import InputError
 
@@ -124,6 +125,57 @@ def test_any_mode_is_converted_to_rgb(tmp_path: Path, mode: str, suffix: str) ->
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(tmp_path / "grey.png")
     assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 128, 255], [0, 128, 255]),  # levels of 8 bits in 16 or 32
+        ([0, 257 * 128, 65535], [0, 128, 255]),
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([-0.001, 0.2, 1.001], [0, 51, 255]),  # interpolated
+        ([0.0, 51.4, 255.0], [0, 51, 255]),
+        ([0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_deep_greyscale_is_scaled_by_its_range(tmp_path: Path, values: list[float], expected: list[int]) -> None:
+    deep = np.asarray([values])
+    kinds = ("float32",) if deep.dtype == np.float64 else ("uint16", "int32")
+    for kind in kinds:
+        image = Image.fromarray(deep.astype(kind))
+        image.save(tmp_path / "deep.tif")
+        for opened in (open_image(tmp_path / "deep.tif"), as_rgb(image)):
+            assert np.asarray(opened)[0, :, 0].tolist() == expected, kind
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0, 4095], "from 0 to 4095; expected a range from 0 to 255 or to 65535"),  # 12 bits would be black
+        ([0, 70000], "from 0 to 70000"),
+        ([-300, 20000], "from -300 to 20000"),
+        ([0.0, 3.5], "from 0 to 3.5; expected a range from 0 to 1 or to 255"),
+        ([-1.0, 1.0], "from -1 to 1"),
+        ([15.5, 8848.0], "from 15.5 to 8848"),
+        ([0.5, np.nan], "nan"),
+    ],
+)
+def test_deep_greyscale_of_an_unknown_range_is_refused(tmp_path: Path, values: list[float], message: str) -> None:
+    image = Image.fromarray(np.asarray([values], dtype="int32" if isinstance(values[0], int) else "float32"))
+    image.save(tmp_path / "deep.tif")
+    for given in (tmp_path / "deep.tif", image):
+        with pytest.raises(InputError, match=message) as raised:
+            as_rgb(given)
+        assert "8" in raised.value.hint
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_what_it_says(tmp_path: Path) -> None:
+    pixels = bytes.fromhex("000fff400000")  # 0, 4095, 1024 and 0
+    fields = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 134), (274, 3), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag != 258 else 3, 1, value) for tag, value in fields)
+    header = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + bytes(4)
+    (tmp_path / "deep.tif").write_bytes(header + pixels)
+    assert np.asarray(open_image(tmp_path / "deep.tif"))[0, :, 0].tolist() == [0, 64, 255, 0]  # and upside down
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n then nothing"])
