@@ -258,6 +258,8 @@ def register_heif(file: object) -> None:
 
 # Files in a folder with these suffixes count as images. Those that Pillow cannot open are reported on opening.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+# Subfolders that programs other than the user's own put beside images: macOS into its archives, and Synology's NAS.
+_FOREIGN_FOLDERS = {"__MACOSX", "@eaDir"}
 STDIN = "-"
 
 
@@ -299,8 +301,13 @@ def find_images(
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
 
 
+def is_ignored(name: str) -> bool:
+    """Return whether a file or subfolder of this name is none of the user's images: hidden, or another program's."""
+    return name.startswith(".") or name in _FOREIGN_FOLDERS
+
+
 def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
-    """Return all image files in a folder and its subfolders, sorted; hidden files and folders are excluded.
+    """Return all image files in a folder and its subfolders, sorted, without what `is_ignored`.
 
     Args:
         on_unreadable: called for the folder itself and for each subfolder that cannot be read; see `find_images`.
@@ -311,12 +318,12 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
 
     images = []
     for path, subfolders, names in os.walk(folder, onerror=report):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if not is_ignored(name)]
         try:
             images += [
                 image
                 for name in names
-                if not name.startswith(".")
+                if not is_ignored(name)
                 and (image := Path(path, name)).suffix.lower() in IMAGE_SUFFIXES
                 and image.is_file()
             ]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES, is_ignored, list_images
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.tar_samples import Kind
@@ -78,12 +78,16 @@ def find_data_set(folder: Path) -> DataSet:
     for name in SPLITS:
         # A class may be called `test` too: a split contains folders or shards, a class contains images.
         split = folder / name
-        if split.is_dir() and (_is_sharded(split) or any(path.is_dir() for path in split.iterdir())):
+        if split.is_dir() and (_is_sharded(split) or _subfolders(split)):
             return DataSet(folder, split)
     parent = folder.resolve().parent
     if folder.resolve().name in SPLITS and any((parent / name).is_file() for name in (CLASS_NAMES, TEMPLATES, TYPE)):
         return DataSet(parent, folder)
     return DataSet(folder, folder)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not is_ignored(path.name)]
 
 
 def _is_sharded(folder: Path) -> bool:
@@ -100,7 +104,7 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
         InputError: there are no images, the number of class names differs from the number of subfolders, or there are
             no class names and the subfolders are named by WordNet ids, or look like splits or another level of folders.
     """
-    classes = _sort_classes([path for path in data_set.split.iterdir() if path.is_dir() and path.name[0] != "."])
+    classes = _sort_classes(_subfolders(data_set.split))
     labels = data_set.labels() or [path.name.replace("_", " ") for path in classes]
     class_names = data_set.metadata_path(CLASS_NAMES)
     if len(labels) != len(classes):
@@ -113,12 +117,7 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
             f"a text tower.",
             hint=f"write the class names to {data_set.root / CLASS_NAMES}, one per line, in the order of the ids",
         )
-    samples = [
-        (path, target)
-        for target, subfolder in enumerate(classes)
-        for path in sorted(subfolder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    samples = [(path, target) for target, subfolder in enumerate(classes) for path in list_images(subfolder)]
     if not samples:
         raise InputError(
             f"{data_set.split} has no images in subfolders; expected CLASS/image.jpg.",
@@ -137,7 +136,7 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
 
 def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:
     """Refuse subfolders that hold the folders of the classes, in which every image would be of the wrong class."""
-    above = [path for path in subfolders if any(inner.is_dir() for inner in path.iterdir())]
+    above = [path for path in subfolders if _subfolders(path)]
     if splits := [path for path in above if path.name.lower() in _OTHER_SPLITS]:
         raise InputError(
             f"{data_set.split} has the subfolder {splits[0].name}, which looks like a split and not like a class.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.images import list_images, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.contract.templates import imagenet_templates
 from clip_rd_edge.data.tasks import load_task
@@ -103,6 +103,22 @@ def test_a_class_called_test_is_not_a_split(tmp_path: Path, encode_image: Factor
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(encode_image(1))
     assert zero_shot(tmp_path).labels == ("exam", "test")
+
+
+def test_what_other_programs_put_beside_the_images_is_neither_a_class_nor_an_image(
+    tmp_path: Path, encode_image: Factory
+) -> None:
+    for name in (
+        "cat/1.png", "cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", "cat/@eaDir/1.png/SYNOPHOTO_M.png",
+        "test/2.png", "test/.thumbnails/2.png", "__MACOSX/cat/._1.png", "@eaDir/cat/1.png", ".git/3.png",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode_image(1))
+    task = load_task(str(tmp_path))
+    assert isinstance(task, ZeroShotTask)
+    assert task.labels == ("cat", "test")
+    assert task.images == (tmp_path / "cat/1.png", tmp_path / "test/2.png")
+    assert list_images(tmp_path) == list(task.images)
 
 
 def test_a_data_set_without_templates_gets_clips(image_folders: Path) -> None:
