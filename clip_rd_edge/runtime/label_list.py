@@ -15,7 +15,7 @@ from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_limited
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.paths import exists, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
@@ -74,7 +74,7 @@ def everyday_labels() -> list[str]:
 def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
 
-    The only word may be EVERYDAY, for `everyday_labels`: as a label on its own, it would answer nothing.
+    The word EVERYDAY stands for `everyday_labels`, alone or beside others; a label of that name can be in a file.
 
     White space around a label is dropped, so that two that differ only there are one to a classifier.
 
@@ -83,11 +83,11 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
             file cannot be read (see `read_labels_file`).
     """
     names: list[str] = []
-    if list(words) == [EVERYDAY] and not is_file(EVERYDAY):
-        return everyday_labels()
     for word in words:
         if _is_label_file(word, alone=len(words) == 1):
             names += read_labels_file(Path(word).expanduser())
+        elif word == EVERYDAY:
+            names += everyday_labels()
         else:
             _require_single_label(word, alone=len(words) == 1)
             names.append(word.strip())

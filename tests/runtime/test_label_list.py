@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.runtime.label_list import label_names, parse_labels, read_labels_file
+from clip_rd_edge.runtime.label_list import everyday_labels, label_names, parse_labels, read_labels_file
 
 # Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
 FILES = {
@@ -56,13 +56,18 @@ def test_everyday_names_what_a_classifier_for_imagenet_knows() -> None:
         assert re.search(rf"\b{re.escape(name)}s?\b", classes, re.IGNORECASE), f"{name!r} is no class"
 
 
-def test_everyday_among_other_labels_or_as_a_file_is_what_it_says(
+def test_everyday_is_the_list_beside_other_labels_too_unless_a_file_has_this_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert parse_labels(["everyday", "special"]) == ["everyday", "special"]
+    everyday = everyday_labels()
+    assert parse_labels(["everyday", "a torch"]) == [*everyday, "a torch"]
+    (tmp_path / "mine.txt").write_text("special\neveryday\n")
+    assert parse_labels(["mine.txt", "everyday"]) == ["special", "everyday", *everyday]
     (tmp_path / "everyday").write_text("a pig\n")
     assert parse_labels(["everyday"]) == ["a pig"]
+    with pytest.raises(InputError, match="'everyday' may be a label or the file of that name"):
+        parse_labels(["everyday", "a torch"])
 
 
 # Words that are no label, what the message says, and the words that its hint leads to.
