@@ -208,9 +208,8 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         data(
             "--texts", metavar="FILE",
-            help="Captions or labels without images: one per line, a table or list as for classify --labels, or a "
-            "Parquet file.  "
-            "[default: none]",
+            help="Captions or labels without images: one per line (a line that starts with # and a space is a "
+            "comment), a table or list as for classify --labels, or a Parquet file.  [default: none]",
         ),
         template_option("Data", use="for --texts", default="texts as they are"),
         data(

@@ -35,7 +35,7 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.runtime.label_list import read_texts
+from clip_rd_edge.runtime.label_list import read_labels_file, read_texts
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -316,6 +316,13 @@ def test_pairs_alone_calibrate_int8_where_there_are_enough(config: RunConfig, pa
     assert samples.paired
     assert len(captions) == 34
     assert all(" number " in caption for caption in captions)
+
+
+def test_a_caption_may_begin_with_a_hashtag(tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("# from the archive\n#\n#sunset over the bay\na boat\n")
+    assert read_texts(str(captions), column="title") == ["#sunset over the bay", "a boat"]
+    assert read_labels_file(captions) == ["a boat"]
 
 
 def test_texts_come_from_the_caption_column_of_a_table(tmp_path: Path) -> None:
