@@ -12,9 +12,13 @@ import msgspec
 from msgspec import Meta
 
 from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
+from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.preprocess import MAX_EDGE
 from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
+from clip_rd_edge.data.pairs import names_shards
 from clip_rd_edge.data.reinforced import STORED
+from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
@@ -28,7 +32,7 @@ from clip_rd_edge.utils.checked import (
     Share,
 )
 from clip_rd_edge.utils.commented_yaml import comment_lines, commented_yaml
-from clip_rd_edge.utils.paths import AnyPath, as_text, is_file
+from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
 from clip_rd_edge.utils.structs import convert, read_yaml
 
 if TYPE_CHECKING:
@@ -205,9 +209,10 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.stored_teachers and (problem := self._problem_with_stored_teachers()):
             raise CheckedError(f"the teacher is {STORED}, but {problem}: the embeddings of the shards in data are used")
-        for name in self.teachers:
-            if self.teachers.count(name) > 1:
-                raise CheckedError(f"the teacher {name} is named {self.teachers.count(name)} times; expected once")
+        places = list(map(_place, self.teachers))
+        for name, place in zip(self.teachers, places, strict=True):
+            if places.count(place) > 1:
+                raise CheckedError(f"the teacher {name} is named {places.count(place)} times; expected once")
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -391,12 +396,30 @@ def load_recipe(name: str) -> Recipe:
 
 
 def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str] = CHANGEABLE_ON_RESUME) -> str | None:
-    """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME."""
+    """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME.
+
+    Two names of one file or folder, such as a relative and an absolute path, are no difference.
+    """
     old_fields = _flatten(old)
     for key, value in _flatten(new).items():
-        if key not in ignored and old_fields.get(key) != value:
-            return f"{key}: {old_fields.get(key)} → {value}"
+        old_value = old_fields.get(key)
+        if key not in ignored and old_value != value and not (key in LOCATIONS and _is_same_place(old_value, value)):
+            return f"{key}: {old_value} → {value}"
     return None
+
+
+def _is_same_place(old: object, new: object) -> bool:
+    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+        return len(old) == len(new) and all(map(_is_same_place, old, new))
+    return isinstance(old, str) and isinstance(new, str) and _place(old) == _place(new)
+
+
+def _place(name: str) -> str:
+    """Return the absolute path of the file, the folder or the shards that a name leads to, or else the name."""
+    if names_shards(name):
+        return SEPARATOR.join(part if is_remote(part) else str(Path(part).resolve()) for part in name.split(SEPARATOR))
+    path = model_folder(name) or Path(name.removeprefix(STORED))
+    return str(path.resolve()) if exists(path) else name
 
 
 def _flatten(config: RunConfig) -> dict[str, object]:

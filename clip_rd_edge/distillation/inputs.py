@@ -7,11 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
@@ -23,7 +25,7 @@ _SHOWN_DIGITS = 12
 
 
 class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Fingerprints of data and teacher, which do not depend on the folders that they lie in.
+    """Fingerprints of data, teacher and trained student, which do not depend on the folders that they lie in.
 
     Attributes:
         pairs: number of rows, whose image and captions do not always belong together.
@@ -33,6 +35,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             runs that did not record it yet.
         pairs_sha256: see `data.pairs.fingerprint`.
         teacher_sha256: see `embedding_store.teacher_fingerprint`; those of several teachers in turn; None without one.
+        student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
+            record it yet.
     """
 
     pairs: int
@@ -41,10 +45,11 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     teacher_sha256: str | tuple[str, ...] | None
     samples: str = ""
     teacher_preprocessing: tuple[Preprocessing, ...] = ()
+    student_sha256: str | None = None
 
 
-def inputs_of(setup: RunSetup) -> RunInputs:
-    """Return the fingerprints of a run's data and teacher."""
+def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
+    """Return the fingerprints of a run's data and models."""
     teachers = tuple(map(teacher_fingerprint, setup.teachers))
     if setup.stored is not None:
         teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
@@ -55,11 +60,12 @@ def inputs_of(setup: RunSetup) -> RunInputs:
         teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
         samples=describe_counts(setup.pairs),
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
+        student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
     )
 
 
-def common_inputs(setup: RunSetup, processes: Processes) -> RunInputs:
-    """Return the fingerprints of data and teacher, which must be the same in all processes.
+def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> RunInputs:
+    """Return the fingerprints of data and models, which must be the same in all processes.
 
     Machines that do not share their files may hold different ones under the same names.
 
@@ -67,17 +73,19 @@ def common_inputs(setup: RunSetup, processes: Processes) -> RunInputs:
         InputError: those of a process differ from the main one's.
     """
     with processes.together():
-        inputs = inputs_of(setup)
+        inputs = inputs_of(config, setup)
     first, *others = processes.gather_objects(inputs)
     for rank, other in enumerate(others, start=1):
         if other != first:
             describe = _teacher if other.teacher_sha256 != first.teacher_sha256 else _pairs
             if other.teacher_preprocessing != first.teacher_preprocessing and describe is _pairs:
                 describe = _preprocessing
+            elif other.student_sha256 != first.student_sha256 and describe is _pairs:
+                describe = _student
             actual, expected = describe(other), describe(first)
             raise InputError(
                 f"Process {rank} of the run{processes.where(rank)} reads {actual}, but process 0 {expected}.",
-                hint="give all machines the same data and the same teacher",
+                hint="give all machines the same data and the same models",
             )
     return first
 
@@ -85,15 +93,15 @@ def common_inputs(setup: RunSetup, processes: Processes) -> RunInputs:
 def check_inputs(
     run: Path, inputs: RunInputs, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT
 ) -> None:
-    """Write RUN/inputs.json if there is none yet; else check that data and teacher are still those.
+    """Write RUN/inputs.json if there is none yet; else check that data and models are still those.
 
     Args:
-        inputs: fingerprints of data and teacher.
+        inputs: fingerprints of data and models.
         setup: names them.
         accept_changes: report a difference, and keep the new fingerprints, instead of raising.
 
     Raises:
-        UsageError: data or teacher changed; the message says from what to what.
+        UsageError: data, teacher or trained student changed; the message says from what to what.
         ConfigError: inputs.json is damaged.
     """
     path = run / INPUTS_FILE
@@ -131,6 +139,9 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
     for name, seen, sees in zip(names, old.teacher_preprocessing, new.teacher_preprocessing, strict=False):
         if seen != sees:
             return f"the teacher {name} has other preprocessing of images"
+    if old.student_sha256 and new.student_sha256 and old.student_sha256 != new.student_sha256:
+        change = _change(old.student_sha256, new.student_sha256)
+        return f"the model that it trains on has other weights, another configuration or another tokenizer ({change})"
     return None
 
 
@@ -151,6 +162,10 @@ def _teacher(inputs: RunInputs) -> str:
 
 def _preprocessing(inputs: RunInputs) -> str:
     return f"a teacher with the preprocessing {msgspec.json.encode(inputs.teacher_preprocessing).decode()}"
+
+
+def _student(inputs: RunInputs) -> str:
+    return f"a trained student with the {_digest(inputs.student_sha256 or '')}"
 
 
 def _pairs(inputs: RunInputs) -> str:

@@ -197,7 +197,7 @@ def _run(
         config = _with_measured_precision(config, setup, processes, reporter)
         if processes.is_main:
             write_text(run / RUN_CONFIG_FILE, to_yaml(config))
-    inputs = common_inputs(setup, processes)
+    inputs = common_inputs(config, setup, processes)
     processes.on_main(lambda: check_inputs(run, inputs, setup, accept_changes=accept_changes, reporter=reporter))
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
     student = train(

@@ -170,7 +170,10 @@ def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tm
         run_distillation(one, tmp_path / "run", resume=True)
 
 
-def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig) -> None:
+def test_a_teacher_is_named_once_and_one_in_a_list_is_one(config: RunConfig, tmp_path: Path) -> None:
+    first = save_tiny_teacher(tmp_path / "run" / "student")
+    with pytest.raises(ConfigError, match=r"the teacher .*run is named 2 times; expected once"):
+        resolve("clip-rd", data="p.csv", student="resnet18", teacher=[tmp_path / "run", "b", f"local-dir:{first}"])
     with pytest.raises(ConfigError, match="the teacher a is named 2 times; expected once"):
         resolve("clip-rd", data="emoji", student="resnet18", teacher=["a", "b", "a"])
     assert resolve("clip-rd", data="emoji", student="resnet18", teacher=[Path("a")]).teacher == "a"

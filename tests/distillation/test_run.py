@@ -242,6 +242,18 @@ def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
     distil(config, tmp_path / "run", resume=True)  # with the inputs that were accepted
 
 
+def test_a_trained_student_that_was_replaced_is_noticed(config: RunConfig, tmp_path: Path) -> None:
+    model = save_tiny_teacher(tmp_path / "trained")
+    config = fine_tuning(config, model, tuned_share=0.5)  # of which its last step needs the weights again
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    other_weights(msgspec.structs.replace(config, teacher=str(model)))
+    with pytest.raises(UsageError, match="the model that it trains on has other weights"):
+        distil(config, tmp_path / "run", resume=True)
+    save_tiny_teacher(model)
+    distil(config, tmp_path / "run", resume=True)
+
+
 def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         distil(config, tmp_path / "run", on_step=stop_at(4))
@@ -251,6 +263,21 @@ def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) 
     shutil.copytree(tmp_path / "copy", config.teacher)
     distil(config, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "student").is_dir()
+
+
+def test_other_names_of_the_same_files_resume_a_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = save_tiny_teacher(tmp_path / "trained")
+    config = fine_tuning(config, student)
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.csv").symlink_to(config.data or "")
+    others = {"data": "link.csv", "teacher": "local-dir:./teacher", "student": "trained"}
+    distil(msgspec.structs.replace(config, **others), tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=r"holds a run with another configuration: student: .*trained → teacher"):
+        distil(msgspec.structs.replace(config, student="teacher"), tmp_path / "run", resume=True)
 
 
 def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
