@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import INPUTS_FILE
 from clip_rd_edge.data.pairs import fingerprint
+from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.config import RunConfig
@@ -18,6 +19,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
@@ -117,6 +119,23 @@ def check_inputs(
             )
         reporter.say(f"the run goes on with changed inputs: {difference}")
     write_bytes(path, to_json(inputs))
+
+
+def newer_inputs(config: RunConfig, student: Path) -> list[str]:
+    """Return the names of the data and models of a run that have been written since its student was.
+
+    Shards and what lies elsewhere are not looked at.
+    """
+    finished = (student / WEIGHTS_FILE).stat().st_mtime_ns
+    names = [name for name in (config.data, config.images, config.texts, *config.teachers, config.student) if name]
+    return [name for name in dict.fromkeys(names) if _written_ns(name) > finished]
+
+
+def _written_ns(name: str) -> int:
+    """Return when a table or a model was last written, in ns since the epoch; 0 for what is neither."""
+    folder = model_folder(name)
+    files = [Path(name.removeprefix(STORED))] if folder is None else list(folder.glob("*"))
+    return max((file.stat().st_mtime_ns for file in files if is_file(file)), default=0)
 
 
 def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:

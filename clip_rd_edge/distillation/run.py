@@ -37,7 +37,7 @@ from clip_rd_edge.distillation.build import (
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.inputs import check_inputs, common_inputs
+from clip_rd_edge.distillation.inputs import check_inputs, common_inputs, newer_inputs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
@@ -183,7 +183,11 @@ def _run(
     main_config, is_new = processes.on_main(lambda: _check_folder(config, run, resume=resume, reporter=reporter))
     config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
     if processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()):
-        reporter.say(f"{run} is already finished")
+        newer = newer_inputs(config, run / STUDENT_FOLDER) if processes.is_main else []
+        which = (
+            f"; {' and '.join(newer)} changed since then, which a new run with another -o would use" if newer else ""
+        )
+        reporter.say(f"{run} is already finished{which}")
         return run / STUDENT_FOLDER
     setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
     steps = total_steps(config, setup.pairs)
