@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import shutil
 import signal
 import sys
 import uuid
@@ -138,6 +139,21 @@ def colour_bundle(tmp_path: Path) -> Path:
         templates=("a photo of {}",),
     )
     contract.write_manifest(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def colours_without_text(colour_bundle: Path, tmp_path: Path) -> Path:
+    """The bundle of colours without its text tower, with the labels red, green and blue."""
+    from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+    from clip_rd_edge.contract.label_bank import LabelBank, write_labels
+
+    folder = tmp_path / "colours-without-text"
+    shutil.copytree(colour_bundle, folder)
+    write_labels(folder, LabelBank(("red", "green", "blue"), np.eye(3, dtype=np.float32)))
+    for name in ("text.onnx", "tokenizer.json"):
+        (folder / name).unlink()
+    write_manifest(folder, read_manifest(colour_bundle).without_text())
     return folder
 
 

@@ -70,7 +70,7 @@ def benchmark(
     suite: AnyPath,
     output: AnyPath,
     *,
-    root: str | None = None,
+    root: AnyPath | None = None,
     models: str | Sequence[str] = (),
     budget_ms: float | None = None,
     min_accuracy: float | None = None,
@@ -105,7 +105,7 @@ def benchmark(
     interrupted = is_cache(folder / FOLDER)
     require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
     require_matplotlib()
-    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=root)
+    loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=as_text(root))
     budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}
     loaded = msgspec.structs.replace(loaded, **{name: value for name, value in budget.items() if value is not None})
     if models:

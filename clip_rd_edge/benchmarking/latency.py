@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.benchmarking.metrics import Interval
-from clip_rd_edge.contract.encoder import TowerEncoder, normalise, probabilities, top_indices
+from clip_rd_edge.contract.encoder import TowerEncoder, embeds_texts, normalise, probabilities, top_indices
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -41,7 +41,7 @@ class EncoderCalls:
         self._preprocessing, self._logit_scale = description.preprocessing, description.logit_scale
         # Stacked, as encoders do: `[None]` gives other strides, with which torch is up to 1.5 times slower.
         self.pixels = np.stack([preprocess(self._image, self._preprocessing)])
-        self._ids = encoder.tokenize([TEXT])
+        self._ids = encoder.tokenize([TEXT]) if embeds_texts(encoder) else None
         rng = np.random.default_rng(0)
         self._labels = normalise(rng.standard_normal((labels, description.embedding_size)))
         self._embedding = self._labels[:1]
@@ -51,8 +51,8 @@ class EncoderCalls:
         return self.encoder.encode_pixels(self.pixels)
 
     def embed_text(self) -> object:
-        """Run the text tower: token ids to embedding."""
-        return self.encoder.encode_ids(self._ids)
+        """Run the text tower, if there is one: token ids to embedding."""
+        return None if self._ids is None else self.encoder.encode_ids(self._ids)
 
     def decode(self) -> object:
         """Decode the file to pixels."""
@@ -168,7 +168,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """Latency of one encoder at batch 1, in milliseconds.
 
     Attributes:
-        image, text: one tower alone, from pixels or token ids to the embedding.
+        image, text: one tower alone, from pixels or token ids to the embedding; no `text` if the model has no text
+            tower.
         end_to_end: image file to label: read, decode, resize, image tower, classify. Without `steps`, as in results of
             format version 1, it ends with the embedding.
         rounds: how often each call was timed.
@@ -176,7 +177,7 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     image: Percentiles
-    text: Percentiles
+    text: Percentiles | None
     end_to_end: Percentiles
     rounds: int
     threads: int | None
@@ -246,7 +247,9 @@ def measure_latencies(
                 blocks[label].append(block)
     reporter.update("Latency", len(block_sizes), len(block_sizes))
     steps = _measure_steps(encoder_calls, labels, rounds=min(rounds, _STEP_ROUNDS))
-    rows = {label: _latency([blocks[label] for blocks in samples], steps[label], threads=threads) for label in encoders}
+    rows = {
+        label: _latency([blocks.get(label) for blocks in samples], steps[label], threads=threads) for label in encoders
+    }
     reference_medians = (medians(blocks[REFERENCE]) for blocks in samples)
     reference = ReferenceLatency(**dict(zip(_MEASUREMENTS, reference_medians, strict=True)))
     return Latencies(rows, reference, load.share())
@@ -260,7 +263,9 @@ def _measurement_calls(encoder_calls: Mapping[str, EncoderCalls], threads: int |
     reference = reference_call(threads=threads)
     images, texts, end_to_end = ({REFERENCE: reference} for _ in _MEASUREMENTS)
     for label, calls in encoder_calls.items():
-        images[label], texts[label], end_to_end[label] = calls.embed_image, calls.embed_text, calls.end_to_end
+        images[label], end_to_end[label] = calls.embed_image, calls.end_to_end
+        if embeds_texts(calls.encoder):
+            texts[label] = calls.embed_text
     return images, texts, end_to_end
 
 
@@ -278,7 +283,9 @@ def _measure_steps(encoder_calls: Mapping[str, EncoderCalls], labels: int, *, ro
     }
 
 
-def _latency(measurements: Sequence[list[Milliseconds]], steps: Steps, *, threads: int | None) -> Latency:
-    image, text, end_to_end = map(percentiles, measurements)
-    rounds = min(sum(map(len, blocks)) for blocks in measurements)
+def _latency(measurements: Sequence[list[Milliseconds] | None], steps: Steps, *, threads: int | None) -> Latency:
+    image, text, end_to_end = (percentiles(blocks) if blocks else None for blocks in measurements)
+    assert image is not None
+    assert end_to_end is not None
+    rounds = min(sum(map(len, blocks)) for blocks in measurements if blocks)
     return Latency(image=image, text=text, end_to_end=end_to_end, rounds=rounds, threads=threads, steps=steps)

@@ -116,10 +116,11 @@ def compare_runs(old: Results, new: Results) -> Changes:
 
 def _latency_changes(old: Results, new: Results, pairs: list[tuple[RowResult, RowResult]]) -> Iterator[LatencyChange]:
     for field, name in MEASUREMENTS.items():
-        old_ratios = {row.label: _log_ratios(old, row, field) for row, _ in pairs}
-        new_ratios = {row.label: _log_ratios(new, row, field) for _, row in pairs}
+        measured = [pair for pair in pairs if all(getattr(row.latency, field) for row in pair)]  # text may be left out
+        old_ratios = {row.label: _log_ratios(old, row, field) for row, _ in measured}
+        new_ratios = {row.label: _log_ratios(new, row, field) for _, row in measured}
         pooled = statistics.pooled_deviation([*old_ratios.values(), *new_ratios.values()])
-        for old_row, new_row in pairs:
+        for old_row, new_row in measured:
             ratios = old_ratios[old_row.label], new_ratios[old_row.label]
             change = statistics.relative_change(*ratios)
             noise = statistics.change_noise(*ratios, pooled=pooled)

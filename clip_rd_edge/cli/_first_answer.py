@@ -1,4 +1,4 @@
-"""Process for timing a cold start: opens a model, embeds one image and one text, and reports back.
+"""Process for timing a cold start: opens a model, embeds one image and, if it can, one text, and reports back.
 
 python -m clip_rd_edge.cli._first_answer MODEL RUNTIME THREADS IMAGE
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_rd_edge.api import open_encoder
+from clip_rd_edge.contract.encoder import embeds_texts
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.utils.host import peak_memory_bytes
 
@@ -18,12 +19,13 @@ TEXT = "a photo of a cat"
 
 
 def main() -> None:
-    """Print one line of JSON as soon as both embeddings are computed."""
+    """Print one line of JSON as soon as the embeddings are computed."""
     model, runtime_name, threads, image = sys.argv[1:]
     runtime: Any = runtime_name or None
     encoder = open_encoder(model, runtime=runtime, threads=int(threads))
     encoder.encode_images([open_image(Path(image))])
-    encoder.encode_texts([TEXT])
+    if embeds_texts(encoder):
+        encoder.encode_texts([TEXT])
     print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}), flush=True)
 
 

@@ -56,6 +56,11 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "the bundle.  [default: the model's own, if it was stitched]",
 )  # fmt: skip
 @_bundle(
+    "--text-tower/--no-text-tower", default=True,
+    help="--no-text-tower leaves the text tower out, often the larger part of a bundle: it then embeds images, and "
+    "classifies among the labels of --labels alone.",
+)  # fmt: skip
+@_bundle(
     "--preprocess-in-graph",
     is_flag=True,
     help="Preprocess in image.onnx: it takes uint8 RGB images of any size, one at a time.",
@@ -120,6 +125,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     \b
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     clip-rd-edge export runs/first --target cpu-x86 -o bundle
+    clip-rd-edge export runs/first --precision int8 --labels labels.txt --no-text-tower -o bundle
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle

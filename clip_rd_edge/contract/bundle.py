@@ -12,6 +12,8 @@ image.engine, text.engine   TensorRT targets only: engines, beside the ONNX file
 image.engine.sha256, …      engines built on the device only: the SHA-256 of the ONNX file and of the engine
 tokenizer.json   read by the `tokenizers` library
 labels.npz       optional: embeddings of fixed labels, which then do not need the text tower
+
+A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from clip_rd_edge.utils.files import is_plain_name, sha256_of, size_bytes, write
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
-FORMAT_VERSION = 1
+# A bundle without a text tower has the second version, which readers of the first refuse as newer.
+FORMAT_VERSION, VERSION_WITHOUT_TEXT = 1, 2
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
 # `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
@@ -112,6 +115,8 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The content of manifest.json.
 
     Attributes:
+        tokenizer: of the text tower, also if that was left out.
+        text: None if the text tower was left out: the bundle then embeds images, and knows the labels of its bank.
         files: SHA-256 of every other file, by name.
         checksum: SHA-256 of this file with an empty `checksum`.
 
@@ -128,7 +133,7 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
     preprocessing: Preprocessing
     tokenizer: TokenizerSpec
     image: Tower
-    text: Tower
+    text: Tower | None
     templates: Annotated[tuple[str, ...], Meta(min_length=1, max_length=MAX_TEMPLATES)] = ("{}",)
     parameters: NonNegativeInt = 0
     provenance: dict[str, str] = msgspec.field(default_factory=dict)
@@ -142,8 +147,22 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def towers(self) -> dict[str, Tower]:
-        """Both towers by name, `image` and `text`."""
-        return {"image": self.image, "text": self.text}
+        """The towers by name, `image` and, unless it was left out, `text`."""
+        return {"image": self.image} if self.text is None else {"image": self.image, "text": self.text}
+
+    def require_text(self) -> Tower:
+        """Return the text tower.
+
+        Raises:
+            InputError: it was left out of the bundle.
+        """
+        if self.text is None:
+            raise InputError(
+                f"The bundle of {self.name} has no text tower: it was exported with --no-text-tower, and embeds images "
+                "alone.",
+                hint="export the model again without that option",
+            )
+        return self.text
 
     def files_of(self, tower: Tower) -> tuple[str, ...]:
         """The names of the files that a tower is loaded from, without an engine that the device built."""
@@ -164,9 +183,14 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
             precision=" + ".join(precisions),
             target=self.target if target is None else target,
             image=towers["image"],
-            text=towers["text"],
+            text=towers.get("text"),
             files={},
         )
+
+    def without_text(self) -> Manifest:
+        """Return a manifest without the text tower and without file hashes."""
+        alone = self.with_towers({"image": self.image})
+        return msgspec.structs.replace(alone, format_version=VERSION_WITHOUT_TEXT)
 
 
 def _require_plain(name: str) -> None:
@@ -214,8 +238,11 @@ def read_manifest(folder: Path) -> Manifest:
             hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
-    manifest = read_versioned_json(folder / MANIFEST, Manifest, newest=FORMAT_VERSION, max_bytes=MAX_MANIFEST_BYTES)
-    for name in (*manifest.files_of(manifest.image), *manifest.files_of(manifest.text), TOKENIZER):
+    manifest = read_versioned_json(
+        folder / MANIFEST, Manifest, newest=VERSION_WITHOUT_TEXT, max_bytes=MAX_MANIFEST_BYTES
+    )
+    needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
+    for name in (*needed, *([TOKENIZER] if manifest.text else [])):
         if name not in manifest.files:
             raise ConfigError(
                 f"{folder / MANIFEST} has no checksum of {name}, which the bundle needs.",

@@ -70,6 +70,30 @@ class SharedEncoder(Encoder, Protocol):
         ...
 
 
+@runtime_checkable
+class LabelsEncoder(Encoder, Protocol):
+    """An encoder that may have no text tower, and then knows the labels that it has stored."""
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether it embeds texts."""
+        ...
+
+    def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
+        """Return the stored embeddings of labels, (C, D).
+
+        Raises:
+            InputError: a label is not stored.
+            UsageError: the labels were embedded with other templates.
+        """
+        ...
+
+
+def embeds_texts(encoder: Encoder) -> bool:
+    """Return whether an encoder has a text tower."""
+    return not isinstance(encoder, LabelsEncoder) or encoder.has_text_tower
+
+
 def embed_batches(encoder: Encoder, batches: Sequence[slice], embed: Callable[[slice], Embeddings]) -> Embeddings:
     """Return the rows of all batches, computed by this process or, for a `SharedEncoder`, by several."""
     if isinstance(encoder, SharedEncoder):
@@ -171,12 +195,16 @@ def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
             `a photo of a {}.`
 
     Raises:
-        InputError: there are no labels, a label is empty, or a template has no placeholder.
+        InputError: there are no labels, a label is empty, or a template has no placeholder; or the encoder has no text
+            tower, and a label is none of those that it has stored.
+        UsageError: it has stored them with other templates.
     """
     if not labels:
         raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
     if empty := [i for i, label in enumerate(labels) if not label.strip()]:
         raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
+    if isinstance(encoder, LabelsEncoder) and not embeds_texts(encoder):
+        return encoder.stored_label_embeddings(labels, templates)
     prompts = [fill_template(template, label) for label in labels for template in templates]
     embeddings = encoder.encode_texts(prompts).reshape(len(labels), len(templates), -1)
     return normalise(embeddings.mean(axis=1))

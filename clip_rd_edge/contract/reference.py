@@ -3,6 +3,8 @@
 texts (N,), ids (N, T) int32              texts, and the token ids that the tokenizer turns them into
 images (N, H, W, 3) uint8                 images of the size that the image tower takes
 text_embeddings, image_embeddings (N, D)  float32, L2-normalised: what the files say, evaluated node by node
+
+A bundle without a text tower has no texts: (0,), (0, T) and (0, D).
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ def read_reference(folder: Path) -> Reference | None:
         raise ConfigError(f"{path} has arrays of unexpected types.", hint=_HINT)
     embeddings = [arrays[name].astype(np.float32) for name in ("text_embeddings", "image_embeddings")]
     shapes = (ids.ndim, images.ndim, *(rows.ndim for rows in embeddings))
-    if shapes != (2, 4, 2, 2) or len({len(rows) for rows in (texts, ids, *embeddings, images)}) != 1 or len(texts) < 2:
+    of_texts, of_images = (
+        {len(rows) for rows in group} for group in ((texts, ids, embeddings[0]), (images, embeddings[1]))
+    )
+    if shapes != (2, 4, 2, 2) or len(of_images) != 1 or not max(of_images) >= 2 or of_texts not in (of_images, {0}):
         raise ConfigError(f"{path} has arrays of unexpected shapes.", hint=_HINT)
     return Reference(
         tuple(map(str, texts)), ids.astype(np.int64), images.astype(np.uint8), embeddings[0], embeddings[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 
 
@@ -20,8 +21,12 @@ class ConvertedBundle:
     trials: tuple[Trial, ...] = ()
 
 
-def start_conversion(source: Path, folder: Path, *, calibration: CalibrationSet | None = None) -> Manifest:
+def start_conversion(
+    source: Path, folder: Path, request: ExportRequest, *, calibration: CalibrationSet | None = None
+) -> Manifest:
     """Start a bundle in `folder` from the float32 bundle `source`: copy its tokenizer and return its manifest.
+
+    If the request leaves the text tower out, the manifest has none, and the tokenizer is not copied.
 
     Raises:
         InputError, ConfigError: `source` is not a bundle.
@@ -33,6 +38,8 @@ def start_conversion(source: Path, folder: Path, *, calibration: CalibrationSet 
     require_whole_towers(source, manifest, purpose="every conversion of float32 ONNX")
     if calibration is not None:
         _require_matching_shapes(manifest, calibration)
+    if not request.text_tower:
+        return manifest.without_text()
     shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
     return manifest
 

@@ -262,7 +262,7 @@ def write_fp16(
     Raises:
         UsageError: `source` is not a float32 bundle, or is damaged.
     """
-    manifest = start_conversion(source, folder)
+    manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():

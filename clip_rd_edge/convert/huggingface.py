@@ -64,7 +64,7 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
         towers = read_manifest(bundle)
         require_whole_towers(bundle, towers, purpose="the Hugging Face layout")
         image = _renamed(_load_sorted(bundle / towers.image.file), "pixel_values", "image_embeds")
-        text = _renamed(_load_sorted(bundle / towers.text.file), "padded_ids", "text_embeds")
+        text = _renamed(_load_sorted(bundle / towers.require_text().file), "padded_ids", "text_embeds")
         _take_any_length(text, manifest.tokenizer)
         models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.logit_scale)}
         for name, model in models.items():

@@ -97,7 +97,8 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
     with new_folder(output) as folder:
         image = _rename_input(onnx.load(bundle / manifest.image.file), manifest.image.input_name, "image")
         write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
-        text = _take_int32_ids(onnx.load(bundle / manifest.text.file), manifest.text.input_name)
+        tower = manifest.require_text()
+        text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
         write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
         _write_json(folder / "visual" / "preprocess_cfg.json", {**msgspec.to_builtins(preprocessing), "mode": "RGB"})
         _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)

@@ -54,7 +54,7 @@ def write_litert_fp16(
         UsageError: `source` is not a float32 bundle, or is damaged.
         ConfigError: LiteRT cannot run a tower.
     """
-    manifest = start_conversion(source, folder)
+    manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():

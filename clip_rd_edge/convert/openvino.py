@@ -37,7 +37,7 @@ def write_openvino(
         MissingExtraError: OpenVINO is not installed.
         ConfigError: OpenVINO cannot run a tower.
     """
-    manifest = start_conversion(source, folder)
+    manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():

@@ -57,6 +57,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
         fallback: precision of a tower that INT8 does not improve. None: float32 if the other tower is in INT8; if
             neither is, the export is refused. `none` also refuses it for a single tower.
         labels: names for a label bank, so that a device with fixed labels needs no text tower; None for no bank.
+        text_tower: False leaves the text tower and the tokenizer out.
         threads: number of threads when measuring latency.
         provenance: where the model comes from, for the manifest.
     """
@@ -70,6 +71,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     weight_bits: WeightBits = 7
     fallback: Fallback | None = None
     labels: tuple[str, ...] | None = None
+    text_tower: bool = True
     threads: int = 1
     provenance: dict[str, str] = {}
 
@@ -91,6 +93,8 @@ class ExportOptions(TypedDict, total=False):
         preprocess_in_graph: image.onnx takes uint8 RGB of any size, one image at a time.
         labels: names, or a label file, whose embeddings are stored in the bundle. Default: the model's own, which those
             that `stitch` writes have.
+        text_tower: False leaves the text tower out: the bundle embeds images, and classifies among `labels` alone.
+            Default: True.
         calibration: pairs to calibrate INT8 on, in any form that `distill` takes data. Default: the model's training
             pairs.
         node_modules: where npm has installed the packages for the browser. Default: downloaded once.
@@ -109,6 +113,7 @@ class ExportOptions(TypedDict, total=False):
     report: str | os.PathLike[str] | None
     preprocess_in_graph: bool
     labels: Labels
+    text_tower: bool
     calibration: str | os.PathLike[str] | None
     node_modules: str | os.PathLike[str] | None
     min_agreement: float | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
@@ -37,18 +38,20 @@ def add_reference(folder: Path, encoder: BundleEncoder) -> None:
 
     Args:
         folder: the bundle's folder; its manifest is not yet written.
-        encoder: computes the answers, such as NodeByNode.
+        encoder: computes the answers, such as NodeByNode. Without a text tower, there are none for texts.
 
     Raises:
         ConfigError: a tower does not run.
     """
-    images = reference_images(encoder.manifest.preprocessing.size)
-    ids = encoder.tokenize(HARD_TEXTS)
+    manifest = encoder.manifest
+    images = reference_images(manifest.preprocessing.size)
+    texts = HARD_TEXTS if manifest.text else ()
+    ids = encoder.tokenize(texts) if texts else np.zeros((0, manifest.tokenizer.context_length), dtype=np.int64)
     reference = Reference(
-        texts=HARD_TEXTS,
+        texts=texts,
         ids=ids,
         images=images,
-        text_embeddings=encoder.encode_ids(ids),
+        text_embeddings=encoder.encode_ids(ids) if texts else encoder.encode_texts([]),
         image_embeddings=encoder.encode_images([Image.fromarray(image) for image in images]),
     )
     write_reference(folder, reference)

@@ -254,6 +254,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         weight_bits=resolved.weight_bits,
         fallback=options.get("fallback"),
         labels=None if labels is None else tuple(labels),
+        text_tower=options.get("text_tower", True),
         threads=options.get("threads", 1),
     )
     return ExportPlan(request, "browser" if target == BROWSER else layout, device=target or "", note=resolved.note)
@@ -266,6 +267,8 @@ def _require_layout_options(options: ExportOptions, layout: Layout, resolved: Re
             f"The layout {layout} is ONNX; expected --format onnx, not {resolved.format}.",
             hint=f"omit --layout, or export for ONNX: --format onnx --layout {layout}",
         )
+    if layout != "bundle" and not options.get("text_tower", True):
+        raise UsageError(f"--layout {layout} has both towers.", hint="omit --no-text-tower")
     if layout != "immich" and options.get("as_name") is not None:
         raise UsageError("--as is the name of a model of --layout immich.", hint="omit --as")
     if layout != "huggingface":

@@ -42,7 +42,7 @@ from clip_rd_edge.exporters.onnx import (
     export_text_tower,
 )
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
-from clip_rd_edge.models.clip import ClipModel, parameter_count
+from clip_rd_edge.models.clip import ClipModel, image_parameter_count, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
@@ -175,7 +175,10 @@ def export_bundle(
             request = msgspec.structs.replace(
                 request, provenance={**request.provenance, "calibration": calibration.name}
             )
-        return ConvertedBundle(_finish(folder, converted.manifest, request, source, reporter), converted.trials)
+        manifest = converted.manifest
+        if not request.text_tower:
+            manifest = msgspec.structs.replace(manifest, parameters=image_parameter_count(clip))
+        return ConvertedBundle(_finish(folder, manifest, request, source, reporter), converted.trials)
 
 
 def export_bundles(
@@ -234,7 +237,7 @@ def _finish(
     """Add what was requested and the reference answers to the bundle, and write the manifest.
 
     Args:
-        source: the float32 bundle that it was converted from.
+        source: the float32 bundle that it was converted from, with both towers.
     """
     manifest = msgspec.structs.replace(manifest, provenance=dict(request.provenance))
     if request.preprocess_in_graph:
@@ -244,10 +247,21 @@ def _finish(
     known = manifest if origin == folder else read_manifest(origin)
     if request.labels is not None:
         reporter.update("embedding the labels")
-        write_label_bank(folder, manifest, request.labels, encoder=open_bundle(origin, known, device="cpu"))
+        complete = (origin, known) if known.text else (source, read_manifest(source))
+        write_label_bank(folder, manifest, request.labels, encoder=open_bundle(*complete, device="cpu"))
+    if not request.text_tower:
+        manifest, known = _without_text(folder, manifest), known.without_text()
     reporter.update("computing the reference answers")
     add_reference(folder, converter.reference(origin, known))
     return write_manifest(folder, manifest)
+
+
+def _without_text(folder: Path, manifest: Manifest) -> Manifest:
+    """Delete the files of a text tower that was needed for the labels alone; return the manifest without it."""
+    if manifest.text is not None:
+        for name in (TEXT_MODEL, f"{TEXT_MODEL}{EXTERNAL_DATA_SUFFIX}", TOKENIZER):
+            (folder / name).unlink(missing_ok=True)
+    return manifest.without_text()
 
 
 def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from clip_rd_edge.contract.bundle import Manifest, write_manifest
 from clip_rd_edge.contract.formats import FORMATS, Format, import_named
 from clip_rd_edge.convert.bundle import ConvertedBundle
@@ -120,6 +122,13 @@ def _write_towers(job: Conversion, folder: Path, tools: Toolchain) -> Manifest:
     return write_towers(job.clip, job.source, folder, job.request, tools=tools, reporter=job.reporter)
 
 
+def _write_source(job: Conversion, folder: Path, tools: Toolchain) -> Conversion:
+    """Write both towers in float32 as a bundle to convert; return the job that starts from it."""
+    complete = replace(job, request=msgspec.structs.replace(job.request, text_tower=True))
+    write_manifest(folder, _write_towers(complete, folder, tools))
+    return replace(job, source=folder)
+
+
 class LiteRtConverter(Converter):
     """LiteRT files, converted from PyTorch."""
 
@@ -134,12 +143,10 @@ class LiteRtConverter(Converter):
         if job.request.precision == "fp32":
             return ConvertedBundle(_write_towers(job, job.folder, LITERT_TOOLS))
         with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch)
-            write_manifest(source, _write_towers(job, source, LITERT_TOOLS))
-            job = replace(job, source=source)
+            job = _write_source(job, Path(scratch), LITERT_TOOLS)
             if job.request.precision == "int8":
                 return _write_int8(job)
-            return ConvertedBundle(write_litert_fp16(source, job.folder, job.request, reporter=job.reporter))
+            return ConvertedBundle(write_litert_fp16(job.source, job.folder, job.request, reporter=job.reporter))
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
         """Return an encoder without XNNPACK, whose kernels differ by processor."""
@@ -164,9 +171,8 @@ class ExecuTorchConverter(Converter):
         if job.request.precision == "fp32":
             return ConvertedBundle(_write_towers(job, job.folder, EXECUTORCH_TOOLS))
         with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch)
-            write_manifest(source, _write_towers(job, source, EXECUTORCH_TOOLS))
-            return _write_int8(replace(job, source=source), executorch_backend(job.clip))
+            job = _write_source(job, Path(scratch), EXECUTORCH_TOOLS)
+            return _write_int8(job, executorch_backend(job.clip))
 
     def reference(self, folder: Path, manifest: Manifest) -> BundleEncoder:
         """Return ExecuTorch's encoder: it has no kernels beside those that compute the bundle."""

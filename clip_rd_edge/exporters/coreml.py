@@ -58,7 +58,7 @@ def write_coreml(
         UsageError: `source` is not a float32 bundle, or is damaged.
         ClipRdEdgeError: a tower cannot be converted, or its package declares something else.
     """
-    manifest = start_conversion(source, folder)
+    manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():

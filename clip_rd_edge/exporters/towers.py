@@ -80,7 +80,7 @@ def write_towers(
         UsageError: `source` is not a float32 bundle, or is damaged.
         ClipRdEdgeError: a tower cannot be converted, or its file computes something else than the model.
     """
-    manifest = start_conversion(source, folder)
+    manifest = start_conversion(source, folder, request)
     inputs = hard_inputs(source, manifest)
     towers = {}
     for name, tower in manifest.towers.items():

@@ -56,6 +56,11 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def image_parameter_count(clip: ClipModel) -> int:
+    """Return the number of parameters of a model's image tower, with its projection."""
+    return parameter_count(clip.model.get_submodule("visual"))
+
+
 class ImageTower(nn.Module):
     """Maps pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
 

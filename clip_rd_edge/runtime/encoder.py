@@ -20,7 +20,7 @@ from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact
 from clip_rd_edge.utils.host import lacks_vnni
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BATCH_SIZE = 32
+_WITH_TEXT = "export the model again, with its text tower or with --labels"
+
+
+def _in_words(templates: Sequence[str]) -> str:
+    return f"the template {templates[0]!r}" if len(templates) == 1 else f"a list of {len(templates)} templates"
 
 
 class Placement(NamedTuple):
@@ -140,14 +145,43 @@ class BundleEncoder(ABC):
 
         It changes when the text tower is loaded and does not run where it was meant to.
         """
-        manifest = self.manifest
-        files = [manifest.files.get(name, "") for name in (*manifest.files_of(manifest.text), TOKENIZER)]
-        if not all(files):
+        manifest, text = self.manifest, self.manifest.text
+        files = [manifest.files.get(name, "") for name in (*manifest.files_of(text), TOKENIZER)] if text else []
+        if text is None or not all(files):
             return ""
-        placement = self.placement(manifest.text)
-        where = (placement.runtime, placement.device, manifest.text.precision)
-        content = msgspec.json.encode((files, manifest.tokenizer, where, manifest.text.one_at_a_time))
+        placement = self.placement(text)
+        where = (placement.runtime, placement.device, text.precision)
+        content = msgspec.json.encode((files, manifest.tokenizer, where, text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()
+
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether this bundle embeds texts, beyond the labels of its bank."""
+        return self.manifest.text is not None
+
+    def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
+        """Return the label bank's embeddings of these labels, (C, D), for a bundle without a text tower.
+
+        Raises:
+            InputError: there is no bank, or it does not have a label.
+            UsageError: the templates are not those that its labels were embedded with.
+        """
+        bank, own = self.label_bank, self.manifest.templates
+        bundle = f"The bundle of {self.manifest.name} has no text tower"
+        if bank is None:
+            raise InputError(f"{bundle} and no labels: it embeds images alone.", hint=_WITH_TEXT)
+        if tuple(templates) != own:
+            raise UsageError(
+                f"{bundle}: its labels were embedded with {_in_words(own)}, and {_in_words(templates)} is asked for.",
+                hint=f"{f'use --template {own[0]!r}, or ' if len(own) == 1 else ''}{_WITH_TEXT}",
+            )
+        rows = {name: row for row, name in enumerate(bank.names)}
+        if unknown := next((label for label in labels if label not in rows), None):
+            nearest = near_matches(unknown, bank.names)
+            raise InputError(
+                f"{bundle}, and {unknown!r} is none of its {len(rows):,} labels.{nearest}", hint=_WITH_TEXT
+            )
+        return bank.embeddings[[rows[label] for label in labels]]
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
         """Embed images, (N, D)."""
@@ -178,7 +212,7 @@ class BundleEncoder(ABC):
 
     def encode_ids(self, ids: npt.NDArray[np.int64]) -> Embeddings:
         """Embed token ids, (N, T) to (N, D)."""
-        return self._run(self._text_session, self.manifest.text, ids)
+        return self._run(self._text_session, self.manifest.require_text(), ids)
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
         """Return the token ids of texts, (N, T)."""
@@ -186,6 +220,7 @@ class BundleEncoder(ABC):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        self.manifest.require_text()
         require_intact(self.folder, self.manifest, TOKENIZER)
         return Tokenizer(self.folder / TOKENIZER, self.manifest.tokenizer)
 
@@ -195,7 +230,7 @@ class BundleEncoder(ABC):
 
     @cached_property
     def _text_session(self) -> Any:
-        return self._open_intact(self.manifest.text)
+        return self._open_intact(self.manifest.require_text())
 
     def _open_intact(self, tower: Tower) -> Any:
         for name in self.manifest.files_of(tower):

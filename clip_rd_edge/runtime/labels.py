@@ -27,12 +27,13 @@ def write_label_bank(
     """Embed labels with the bundle's own text tower and templates, and write labels.npz.
 
     Call this before the manifest is written, which has the file's checksum. Embeddings are stored in the precision of
-    the text tower: storing them in INT8 loses less accuracy than the INT8 tower already has.
+    the text tower: storing them in INT8 loses less accuracy than the INT8 tower already has. Without a text tower, they
+    are stored in float16, or in float32 beside an image tower in float32.
 
     Args:
         folder, manifest: the bundle.
         labels: the names, in order.
-        encoder: embeds them in the bundle's place, if that does not run here.
+        encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
 
     Raises:
         InputError: there are no labels, or a label is empty.
@@ -40,8 +41,9 @@ def write_label_bank(
     names = tuple(dict.fromkeys(labels))
     encoder = encoder or open_bundle(folder, manifest, device="cpu")
     embeddings = label_embeddings(encoder, names, manifest.templates)
-    tower = manifest.text.precision
-    precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if tower.startswith("int8") else "fp16"
+    tower = (manifest.text or manifest.image).precision
+    int8 = manifest.text is not None and tower.startswith("int8")
+    precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if int8 else "fp16"
     write_labels(folder, LabelBank(names, embeddings), precision=precision)
 
 

@@ -53,6 +53,17 @@ class Model:
         """A key that changes when text embeddings may change; empty if unknown."""
         return str(getattr(self.encoder, "text_key", ""))
 
+    @property
+    def has_text_tower(self) -> bool:
+        """Whether the model embeds texts; a bundle exported without its text tower does not."""
+        return bool(getattr(self.encoder, "has_text_tower", True))
+
+    def stored_label_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
+        """Return the label bank's embeddings of these labels: see `runtime.encoder.BundleEncoder`."""
+        bundle: Any = self.encoder
+        rows: Embeddings = bundle.stored_label_embeddings(labels, templates)
+        return rows
+
     def encode_images(self, images: ImageInput | Sequence[ImageInput], *, quick: bool = False) -> Embeddings:
         """Embed images.
 

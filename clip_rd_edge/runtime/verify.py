@@ -112,8 +112,10 @@ def _reference(folder: Path, manifest: Manifest) -> Reference | str | None:
     if reference is None:
         return "missing"
     found = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
-    if found != expected or reference.text_embeddings.shape != reference.image_embeddings.shape:
+    if found != expected or reference.text_embeddings.shape[1] != found[-1]:
         return f"has images, ids and embeddings of sizes {found}; the bundle takes {expected}"
+    if (manifest.text is None) != (not reference.texts):
+        return f"has {len(reference.texts)} texts; the bundle has {'no' if manifest.text is None else 'a'} text tower"
     return reference
 
 
@@ -129,12 +131,13 @@ class _Trial(NamedTuple):
 
 def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]:
     image, text = encoder.manifest.image, encoder.manifest.text
-    image_files, texts = set(encoder.manifest.files_of(image)), {*encoder.manifest.files_of(text), TOKENIZER}
+    image_files = set(encoder.manifest.files_of(image))
+    texts = {*encoder.manifest.files_of(text), TOKENIZER} if text else set()
     if reference is None:
-        return [
-            _Trial("image tower", image, image_files, lambda: _embed_noise(encoder), None),
-            _Trial("text tower", text, texts, lambda: encoder.encode_texts([TEXT]), None),
-        ]
+        trials = [_Trial("image tower", image, image_files, lambda: _embed_noise(encoder), None)]
+        if text:
+            trials.append(_Trial("text tower", text, texts, lambda: encoder.encode_texts([TEXT]), None))
+        return trials
     images = [Image.fromarray(array) for array in reference.images]
 
     def embed_texts() -> Embeddings:
@@ -144,10 +147,12 @@ def _trials(encoder: BundleEncoder, reference: Reference | None) -> list[_Trial]
             raise ConfigError(f"The tokenizer turns {text[:40]!r} into other ids here than at the export")
         return encoder.encode_ids(ids)
 
-    return [
-        _Trial("image tower", image, image_files, lambda: encoder.encode_images(images), reference.image_embeddings),
-        _Trial("text tower", text, texts, embed_texts, reference.text_embeddings),
+    trials = [
+        _Trial("image tower", image, image_files, lambda: encoder.encode_images(images), reference.image_embeddings)
     ]
+    if text:
+        trials.append(_Trial("text tower", text, texts, embed_texts, reference.text_embeddings))
+    return trials
 
 
 def _not_run(what: str, broken: set[str]) -> Check:

@@ -104,7 +104,8 @@ class Service:
         if index is not None:
             self._read_index()
         open_image_tower(encoder)
-        encoder.encode_texts(["a photo"])  # the first request waits for neither tower
+        if encoder.has_text_tower:
+            encoder.encode_texts(["a photo"])  # the first request waits for neither tower
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
@@ -124,13 +125,14 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
+        modalities = ["text", "image"] if self.encoder.has_text_tower else ["image"]
         model = {
             "id": self.description.name,
             "object": "model",
             "created": int((self.encoder.folder / "manifest.json").stat().st_mtime),
             "owned_by": "clip-rd-edge",
             "aliases": sorted({self.encoder.folder.resolve().name, "clip-rd-edge"} - {self.description.name}),
-            "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["embedding"]},
+            "architecture": {"input_modalities": modalities, "output_modalities": ["embedding"]},
             "meta": {"n_ctx": self._context_length, "n_embd": self.description.embedding_size},
         }
         return _json({"object": "list", "data": [model]})

@@ -212,6 +212,8 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
             hint="export it without --preprocess-in-graph",
         )
     require_whole_towers(bundle, manifest, purpose="a browser")
+    if manifest.text is None:
+        return
     tokenizer_type = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
     if tokenizer_type not in _TOKENIZERS:
         raise UsageError(
@@ -220,7 +222,7 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
 
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
-    files = ("manifest.json", manifest.image.file, manifest.text.file, TOKENIZER, LABELS)
+    files = ("manifest.json", *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
     loaded = [folder / NPM / _WASM, *(folder / BUNDLE / name for name in files if (folder / BUNDLE / name).is_file())]
     return {"loaded": sum(map(size_bytes, loaded)), "bundle": size_bytes(folder / BUNDLE)}
 
@@ -239,6 +241,7 @@ def write_from_bundle(
         UsageError: an option cannot be applied to an existing bundle, or the bundle is for another runtime.
     """
     fixed = {"pretrained": pretrained, "precision": options.get("precision"), "calibration": options.get("calibration")}
+    fixed["no-text-tower"] = None if options.get("text_tower", True) else True
     for name, value in fixed.items():
         if value is not None:
             raise UsageError(

@@ -35,13 +35,19 @@ class BundleRemovedError(InputError):
 
 
 class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the page shows about a bundle; `bank` is the number of labels in its label bank."""
+    """What the page shows about a bundle.
+
+    Attributes:
+        bank: number of labels in its label bank.
+        texts: whether it embeds other labels, too.
+    """
 
     name: str
     folder: str
     precision: str
     size_bytes: int
     bank: int
+    texts: bool
 
 
 class Classification(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +156,7 @@ class ServedBundle:
             precision=description.precision,
             size_bytes=description.size_bytes,
             bank=len(bank.names) if bank else 0,
+            texts=encoder.has_text_tower,
         )
 
     def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:

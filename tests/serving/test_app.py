@@ -393,3 +393,18 @@ def test_sigterm_lets_a_request_in_progress_finish(
     assert (status, len(items)) == (200, 2000)
     assert process.wait(60) in (0, -signal.SIGTERM)
     assert "Traceback" not in (process.stderr.read() if process.stderr else "")
+
+
+def test_a_bundle_without_a_text_tower_answers_images_and_refuses_texts(colours_without_text: Path) -> None:
+    app = make_app(Service(load(colours_without_text)))
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["architecture"]["input_modalities"] == ["image"]
+        image = f"data:image/jpeg;base64,{encoded(jpeg())}"
+        assert client.post("/v1/embeddings", json={"input": [image]}).json()["data"][0]["embedding"][0] > 0.9
+        refused = client.post("/v1/embeddings", json={"input": ["red"]})
+        assert (refused.status_code, "has no text tower" in refused.text) == (400, True)
+        body = {"image": encoded(jpeg()), "labels": ["blue", "red"]}
+        assert client.post("/classify", json=body).json()["predictions"][0]["label"] == "red"
+        refused = client.post("/classify", json={**body, "labels": ["cyan"]})
+        assert (refused.status_code, "'cyan' is none of its 3 labels" in refused.text) == (400, True)

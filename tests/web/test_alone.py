@@ -176,3 +176,13 @@ def test_the_page_works_without_a_network(site: Site, colour_bundle: Path) -> No
     )
     assert violation == "connect-src"
     page.problems[:] = [text for text in page.problems if "Content Security Policy" not in text]
+
+
+def test_a_bundle_without_a_text_tower_starts_with_its_own_labels(site: Site, colours_without_text: Path) -> None:
+    page = site(colours_without_text)
+    assert page.inner_text("#bank-text") == "the bundle's own 3 labels; it knows no others"
+    assert page.locator("#bank").is_checked()
+    assert page.locator("#bank").is_disabled()
+    red = encode(Image.new("RGB", (20, 20), RED), "PNG")
+    page.set_input_files("#file", {"name": "image", "mimeType": "image/png", "buffer": red})
+    wait_for_lead(page, "red")

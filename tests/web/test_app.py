@@ -482,3 +482,17 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+def test_a_bundle_without_a_text_tower_classifies_among_its_own_labels(
+    colours_without_text: Path, colour_bundle: Path
+) -> None:
+    demo = app.Demo([colours_without_text, colour_bundle], threads=1)
+    with testclient.TestClient(app.make_app(demo), base_url="http://127.0.0.1:8765") as client:
+        bundles = client.get("/api/bundles").json()["bundles"]
+        assert [(bundle["bank"], bundle["texts"]) for bundle in bundles] == [(3, False), (0, True)]
+        assert client.post("/api/classify?bundle=0", content=png()).json()["labels"][0] == "red"
+        key = client.post("/api/labels", content=b'["cyan"]').json()["key"]
+        refused = client.post(f"/api/classify?bundle=0&labels={key}", content=png())
+        assert refused.status_code == 400
+        assert "'cyan' is none of its 3 labels" in refused.json()["error"]

@@ -82,15 +82,15 @@ def latency_noise(results: Results) -> float | None:
     """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
     if results.reference is None:
         return None
-    return max(
-        statistics.run_noise(
-            [
-                statistics.log_ratios(getattr(row.latency, field).blocks, getattr(results.reference, field))
-                for row in results.rows
-            ]
-        )
+    models = {
+        field: [
+            statistics.log_ratios(measured.blocks, getattr(results.reference, field))
+            for row in results.rows
+            if (measured := getattr(row.latency, field))
+        ]
         for field in MEASUREMENTS
-    )
+    }
+    return max(statistics.run_noise(ratios) for ratios in models.values() if ratios)
 
 
 def worst_note(results: Results) -> str:

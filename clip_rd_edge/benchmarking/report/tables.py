@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.latency import Percentiles
@@ -65,7 +65,7 @@ def sections(results: Results) -> list[Section]:
     cost = [
         _lower_is_better("Size, MB", results, sizes, megabytes),
         _lower_is_better("Image tower, ms", results, [latency.image.p50 for latency in latencies], milliseconds),
-        _lower_is_better("Text tower, ms", results, [latency.text.p50 for latency in latencies], milliseconds),
+        _lower_is_better("Text tower, ms", results, _p50s([latency.text for latency in latencies]), milliseconds),
         _lower_is_better("End to end, ms", results, [latency.end_to_end.p50 for latency in latencies], milliseconds),
         *_memory(results),
     ]
@@ -92,6 +92,10 @@ def details(results: Results) -> list[Section]:
     return [Section("Cost", "", tuple(cost)), *_tasks(results, _accuracy_details)]
 
 
+def _p50s(rows: Sequence[Percentiles | None]) -> list[float | None]:
+    return [row.p50 if row else None for row in rows]
+
+
 def _memory(results: Results) -> Iterator[Line]:
     peaks = [row.cold_start.peak_memory_bytes if row.cold_start else None for row in results.rows]
     if all(peaks):
@@ -99,16 +103,27 @@ def _memory(results: Results) -> Iterator[Line]:
         yield _lower_is_better("Peak memory, MB", results, known, formatting.megabytes)
 
 
-def _latency_percentiles(name: str, rows: Sequence[Percentiles]) -> Iterator[Line]:
-    """Yield p50 to p99 with their intervals, as far as they were measured."""
-    if all(row.p50_interval for row in rows):
-        yield _plain(f"{name}, ms, p50, 95 % interval", [_bounds(row.p50_interval) for row in rows])
-    yield _plain(f"{name}, ms, p95", [formatting.milliseconds(row.p95) for row in rows])
-    if all(row.p95_interval for row in rows):
-        yield _plain(f"{name}, ms, p95, 95 % interval", [_bounds(row.p95_interval) for row in rows])
-    if all(row.p99 is not None for row in rows):
-        yield _plain(f"{name}, ms, p99", [formatting.milliseconds(row.p99 or 0) for row in rows])
-        yield _plain(f"{name}, ms, p99, 95 % interval", [_bounds(row.p99_interval) for row in rows])
+def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Iterator[Line]:
+    """Yield p50 to p99 with their intervals, as far as they were measured; None is a model without this tower."""
+
+    def values(field: str) -> list[Any]:
+        return [None if row is None else getattr(row, field) for row in rows]
+
+    def complete(field: str) -> bool:
+        return all(getattr(row, field) is not None for row in rows if row)
+
+    if complete("p50_interval"):
+        yield _plain(f"{name}, ms, p50, 95 % interval", list(map(_bounds, values("p50_interval"))))
+    yield _plain(f"{name}, ms, p95", list(map(_milliseconds, values("p95"))))
+    if complete("p95_interval"):
+        yield _plain(f"{name}, ms, p95, 95 % interval", list(map(_bounds, values("p95_interval"))))
+    if complete("p99"):
+        yield _plain(f"{name}, ms, p99", list(map(_milliseconds, values("p99"))))
+        yield _plain(f"{name}, ms, p99, 95 % interval", list(map(_bounds, values("p99_interval"))))
+
+
+def _milliseconds(value: float | None) -> str:
+    return formatting.NO_VALUE if value is None else formatting.milliseconds(value)
 
 
 def _bounds(interval: Interval | None) -> str:
@@ -212,11 +227,12 @@ def _recall_at_5_and_10(recall: Recall) -> str:
     return f"{formatting.percent(recall.at5)} / {formatting.percent(recall.at10)}"
 
 
-def _lower_is_better(name: str, results: Results, values: Sequence[float], show: Callable[[float], str]) -> Line:
-    """Return a line with the teacher's value over each value."""
+def _lower_is_better(name: str, results: Results, values: Sequence[float | None], show: Callable[[float], str]) -> Line:
+    """Return a line with the teacher's value over each value; None is a model that has none."""
     teacher = _teacher_value(results, values)
     ratios = [formatting.ratio(teacher / value) if teacher and value else "" for value in values]
-    return _line(name, results, [show(value) for value in values], ratios)
+    texts = [formatting.NO_VALUE if value is None else show(value) for value in values]
+    return _line(name, results, texts, ratios)
 
 
 def _higher_is_better(name: str, results: Results, values: Sequence[float | None]) -> Line:

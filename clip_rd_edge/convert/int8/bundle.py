@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower, read_manifest
+from clip_rd_edge.contract.bundle import Tower, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.formats import Format
 from clip_rd_edge.convert.bundle import ConvertedBundle, start_conversion
@@ -55,7 +55,7 @@ def write_int8(
         UsageError: `source` is not a float32 bundle, is damaged, or the calibration set was made for another model.
         ClipRdEdgeError: a tower would fall back although the request does not allow it; the hint names alternatives.
     """
-    manifest = start_conversion(source, folder, calibration=calibration)
+    manifest = start_conversion(source, folder, request, calibration=calibration)
     backend = backend or _BACKENDS.get(request.format, ORT)
     quantized = {
         samples.tower: quantize_tower(
@@ -67,7 +67,8 @@ def write_int8(
             backend=backend,
             reporter=reporter,
         )
-        for samples in _tower_samples(source, manifest, calibration, backend, threads=request.threads)
+        for samples in _tower_samples(source, calibration, backend, threads=request.threads)
+        if samples.tower in manifest.towers
     }
     fallback = request.fallback
     _require_fallback(manifest.name, quantized, fallback)
@@ -81,13 +82,12 @@ def write_int8(
     return ConvertedBundle(manifest.with_towers(towers, target=backend.name), trials)
 
 
-def _tower_samples(
-    source: Path, manifest: Manifest, calibration: CalibrationSet, backend: Backend, *, threads: int
-) -> list[TowerSamples]:
+def _tower_samples(source: Path, calibration: CalibrationSet, backend: Backend, *, threads: int) -> list[TowerSamples]:
     """Return the samples of both towers; an answer is correct if an image's own caption is the nearest.
 
     Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
     """
+    towers = read_manifest(source).towers
     calibrate, held_out = calibration.calibrate, calibration.held_out
     inputs: dict[str, tuple[Inputs, Inputs]] = {
         "image": (calibrate.pixels, held_out.pixels),
@@ -95,15 +95,15 @@ def _tower_samples(
     }
     references = {
         name: embed(backend.open(str(source / tower.file), threads=threads), inputs[name][1])
-        for name, tower in manifest.towers.items()
+        for name, tower in towers.items()
     }
     correct: dict[str, Callable[[Embeddings], Matches]] = {
         "image": partial(top1_matches, captions=references["text"]),
         "text": partial(top1_matches, references["image"]),
     }
     if not calibration.paired:
-        return [TowerSamples(name, *inputs[name], references[name]) for name in manifest.towers]
-    return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in manifest.towers]
+        return [TowerSamples(name, *inputs[name], references[name]) for name in towers]
+    return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in towers]
 
 
 def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:

@@ -53,7 +53,7 @@ def write_engines(
         ClipRdEdgeError: an engine cannot be built, or computes a layer in another type than the ONNX says.
     """
     target = require_target(request.target)
-    manifest = start_conversion(source, folder, calibration=calibration)
+    manifest = start_conversion(source, folder, request, calibration=calibration)
     typed = typed_towers(source, manifest, request, calibration=calibration, reporter=reporter)
     if build is None and target in RTX_TARGETS:
         build = partial(_build_from_onnx, target=target)
@@ -171,17 +171,15 @@ for tower in TOWERS:
 
 
 def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
-    """Write the scripts that build both engines into a bundle's folder, which already holds the ONNX files.
+    """Write the scripts that build the engines into a bundle's folder, which already holds the ONNX files.
 
     Args:
         folder: the bundle's.
         manifest: the bundle's, not yet written.
         title: name of the device, with the software that it needs.
     """
-    towers = [
-        (Path(manifest.image.file).stem, manifest.image.input_name, (3, *manifest.preprocessing.size)),
-        (Path(manifest.text.file).stem, manifest.text.input_name, (manifest.tokenizer.context_length,)),
-    ]
+    shapes = {"image": (3, *manifest.preprocessing.size), "text": (manifest.tokenizer.context_length,)}
+    towers = [(Path(tower.file).stem, tower.input_name, shapes[name]) for name, tower in manifest.towers.items()]
     calls = "\n".join(f"build {name} {input_name} {'x'.join(map(str, shape))}" for name, input_name, shape in towers)
     fields = {
         "name": manifest.name,
@@ -194,5 +192,5 @@ def write_build_files(folder: Path, manifest: Manifest, *, title: str) -> None:
     write_text(folder / BUILD_SHELL, _SHELL.format(calls=calls, max_batch=MAX_BATCH, **fields))
     (folder / BUILD_SHELL).chmod(0o755)
     write_text(folder / BUILD_PYTHON, _PYTHON.format(towers=towers, max_batch=MAX_BATCH, **fields))
-    files = (manifest.image.file, manifest.text.file, TOKENIZER)
+    files = [*(tower.file for tower in manifest.towers.values()), *([TOKENIZER] if manifest.text else [])]
     write_text(folder / CHECKSUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in files))

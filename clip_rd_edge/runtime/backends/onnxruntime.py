@@ -125,7 +125,7 @@ class OrtEncoder(BundleEncoder):
 
     def describe(self) -> Description:
         """Describe this encoder; `device` is the chosen one, or where a loaded tower actually runs."""
-        towers = (self.manifest.image, self.manifest.text)
+        towers = self.manifest.towers.values()
         devices = dict.fromkeys(self._loaded_devices.get(tower.file) or self._device_for(tower) for tower in towers)
         return msgspec.structs.replace(super().describe(), device=" + ".join(devices))
 

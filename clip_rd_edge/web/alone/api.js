@@ -16,7 +16,7 @@ export async function loadChoices(showProgress) {
   if (await navigator.gpu?.requestAdapter()) backends.push(new Backend("webgpu"));
   const onBytes = (loaded) => showProgress(`Loading: ${megabytes(loaded)} of ${megabytes(sizes.loaded)} MB.`);
   const bank = await backends[0].call("bankSize", undefined, onBytes);
-  const info = { name: manifest.name, precision: manifest.precision, size_bytes: sizes.bundle, bank };
+  const info = { name: manifest.name, precision: manifest.precision, size_bytes: sizes.bundle, bank, texts: manifest.text !== null };
   const names = { wasm: `WASM, ${threads} thread${threads > 1 ? "s" : ""}`, webgpu: "WebGPU" };
   return {
     choices: backends.map(({ name }) => ({ ...info, folder: names[name] })),

@@ -27,7 +27,8 @@ export class Model {
     const hasBank = "labels.npz" in model.manifest.files;
     model.bank = hasBank ? readBank(await readNpz(await read(bundleUrl("labels.npz")))) : null;
     // Loaded now, so that new labels need no network later.
-    model.textFiles = [bundleUrl(model.manifest.text.file), bundleUrl("tokenizer.json")].map(prefetch(read));
+    const names = model.manifest.text ? [model.manifest.text.file, "tokenizer.json"] : [];
+    model.textFiles = names.map(bundleUrl).map(prefetch(read));
     if (!model.bank) await model.#openText();
     return model;
   }
@@ -87,6 +88,7 @@ export class Model {
 
   async #openText() {
     if (this.text) return;
+    if (!this.manifest.text) throw new Error("This model knows its own labels alone: it was exported without its text tower.");
     const [tower, json] = await Promise.all(this.textFiles.map((file) => file()));
     this.tokenizer = new Tokenizer(JSON.parse(new TextDecoder().decode(json)), this.manifest.tokenizer);
     this.text = await this.#createSession(tower);

@@ -122,10 +122,12 @@ function remember() {
 
 function select(index) {
   selected = index;
-  const { bank } = choices[index];
+  const { bank, texts } = choices[index];
+  const own = `the bundle's own ${bank.toLocaleString("en")} labels`;
   byId("bank-switch").hidden = !bank;
-  byId("bank-text").textContent = `use the bundle's own ${bank.toLocaleString("en")} labels`;
-  if (!bank) byId("bank").checked = false;
+  byId("bank-text").textContent = texts ? `use ${own}` : `${own}; it knows no others`;
+  byId("bank").disabled = !texts;
+  if (!bank || !texts) byId("bank").checked = !texts;
   labels.useBank(byId("bank").checked);
   remember();
   [...byId("bundles").children].forEach((row, i) => row.classList.toggle("selected", i === index));
