@@ -46,7 +46,7 @@ def train_all(
 
     Args:
         arguments: those of `parser_for`.
-        ways: by name, what `edge.distill` gets beside SETTINGS.
+        ways: by name, what `edge.distill` gets beside SETTINGS, with `{seed}` in the path of a teacher cache.
         teachers: by name, the teachers to evaluate.
         markdown: returns the table.
     """
@@ -57,10 +57,10 @@ def train_all(
         result["teachers"] = {name: top1(teacher) for name, teacher in teachers.items()}
     done = {(run["way"], run["seed"]) for run in result["runs"]}
     for seed, way in ((seed, way) for seed in arguments.seeds for way in ways if (way, seed) not in done):
-        run = edge.distill(
-            output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}",
-            **{**SETTINGS, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True},
-        )
+        options = {**SETTINGS, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True}
+        if "teacher_cache" in options:  # the crops of a seed are its own
+            options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
+        run = edge.distill(output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}", **options)
         result["runs"].append({"way": way, "seed": seed, "top1": top1(run)})
         result |= {"machine": machine_name(), "date": date.today().isoformat()}
         arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

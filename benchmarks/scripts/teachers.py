@@ -4,7 +4,8 @@
     python benchmarks/scripts/teachers.py teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
-Settings are the quickstart's. A student of both teachers is tried as wide as one, with learned projections to both, and
+Settings are the quickstart's, but that the crops of a pair are five per seed, for which both teachers' embeddings are
+stored, as in the suite `bank`. A student of both teachers is tried as wide as one, with learned projections to both, and
 as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
 """
 
@@ -17,13 +18,15 @@ from quickstart_students import Result, parser_for, plus_minus, rows, scores, tr
 import clip_rd_edge as edge
 
 WIDTH = 256  # of each teacher
+VIEWS = 5
 TEACHER_SEEDS = (0, 1)
 TEACHER = "the teacher of seed {}"
-# By name: the seeds of the teachers, and the student's embedding size.
+# By name: the seeds of the teachers, and the student's embedding size. Those of both come first: a store of several
+# teachers' embeddings serves a student of one, too.
 WAYS: dict[str, tuple[tuple[int, ...], int]] = {
-    **{TEACHER.format(seed): ((seed,), WIDTH) for seed in TEACHER_SEEDS},
     "both, 256 numbers": (TEACHER_SEEDS, WIDTH),
     "both, 512 numbers": (TEACHER_SEEDS, 2 * WIDTH),
+    **{TEACHER.format(seed): ((seed,), WIDTH) for seed in TEACHER_SEEDS},
 }
 
 
@@ -67,7 +70,13 @@ def main() -> None:
         for seed in TEACHER_SEEDS
     ]
     ways = {
-        name: {"data": "emoji", "teacher": [teachers[seed] for seed in seeds], "embedding_size": width}
+        name: {
+            "data": "emoji",
+            "teacher": [teachers[seed] for seed in seeds],
+            "embedding_size": width,
+            "views": VIEWS,
+            "teacher_cache": str(arguments.folder / "embeddings-{seed}"),
+        }
         for name, (seeds, width) in WAYS.items()
     }
     itself = {f"{TEACHER.format(seed)}, itself": teacher for seed, teacher in zip(TEACHER_SEEDS, teachers, strict=True)}

@@ -125,7 +125,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     \b
     clip-rd-edge export runs/first --precision int8 --labels labels.txt -o bundle
     clip-rd-edge export runs/first --target cpu-x86 -o bundle
-    clip-rd-edge export runs/first --precision int8 --labels labels.txt --no-text-tower -o bundle
+    clip-rd-edge export runs/first --labels labels.txt --no-text-tower -o bundle
     clip-rd-edge export open_clip:ViT-B-32 --pretrained openai -o vit-b-32
     clip-rd-edge export runs/first --target sm89 -o bundle
     clip-rd-edge export runs/first --format trt -o bundle
