@@ -5,8 +5,8 @@
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
 Settings are the quickstart's, but that the crops of a pair are five per seed, for which both teachers' embeddings are
-stored, as in the suite `bank`. A student of both teachers is tried as wide as one, with learned projections to both, and
-as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
+stored, as in the suite `bank`. A student of both teachers is tried as wide as one, with learned projections to both,
+and as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
 """
 
 from __future__ import annotations

@@ -20,11 +20,16 @@ def preprocess(path, manifest):
     if settings.get("resize_mode", "shortest") != "shortest":
         raise SystemExit("This example only resizes the shorter edge; see docs/bundle-format.md for the other modes.")
     height, width = settings["size"]
+    if height != width:
+        raise SystemExit("This example only makes square images; see docs/bundle-format.md for others.")
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
-    scale = max(height / image.height, width / image.width)
+        image = ImageOps.exif_transpose(file)
+    if image.has_transparency_data:  # laid on white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    shorter = min(image.size)
     method = Image.Resampling[settings.get("interpolation", "bicubic").upper()]
-    image = image.resize((round(image.width * scale), round(image.height * scale)), method)
+    image = image.resize((width * image.width // shorter, height * image.height // shorter), method)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     image = image.crop((left, top, left + width, top + height))
     pixels = (np.asarray(image, dtype=np.float32) / 255 - settings["mean"]) / settings["std"]
