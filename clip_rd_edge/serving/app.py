@@ -25,7 +25,7 @@ from starlette.routing import Route
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Pixels, preprocess
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -169,11 +169,9 @@ class Service:
         body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
-        if not 0 <= body.none_below <= 1:
-            raise InputError(f"none_below is {body.none_below:g}; expected a probability between 0 and 1.")
         classifier = await self._run(self._classifier, body.labels, body.none_below)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
-        (predictions,) = classifier.classify_embeddings(row[None], top=_positive(body.top))
+        (predictions,) = classifier.classify_embeddings(row[None], top=body.top)
         return _json({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
     async def search(self, request: Request) -> Response:
@@ -183,7 +181,7 @@ class Service:
             raise InputError("Expected either a query or an image.")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
         (row,), _ = await self._embed([item])
-        hits = await asyncio.to_thread(self._nearest, row, _positive(body.top))
+        hits = await asyncio.to_thread(self._nearest, row, body.top)
         return _json({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
 
     @property
@@ -296,12 +294,6 @@ def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], E
     return lambda inputs: encode(np.stack(inputs))
 
 
-def _positive(top: int) -> int:
-    if top < 1:
-        raise InputError(f"top is {top}; expected at least 1.")
-    return top
-
-
 def _base64(row: Embeddings) -> str:
     return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
@@ -389,7 +381,7 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
         return _error(400, "The connection was closed before the request was complete.")
     except InputError as error:
         return _error(400, " ".join(filter(None, (str(error), error.hint))))
-    except (UsageError, ClipRdEdgeError) as error:
+    except ClipRdEdgeError as error:
         return _error(500, str(error))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.checked import PositiveInt, Share
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
 _DATA_URL = "data:image/"
@@ -60,8 +61,8 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     image: str
     labels: list[str] | None = None
-    top: int = 5
-    none_below: float = 0.0
+    top: PositiveInt = 5
+    none_below: Share = 0.0
 
 
 class SearchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ class SearchRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     query: str = ""
     image: str = ""
-    top: int = 10
+    top: PositiveInt = 10
 
 
 def llama_items(request: LlamaRequest) -> list[Item]:

@@ -193,9 +193,10 @@ def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: An
         ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
         ("/classify", {"image": encoded(jpeg()), "labels": []}, "No labels"),
         ("/classify", {"image": encoded(jpeg())}, "no label bank"),
-        ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "none_below": 1.5}, "none_below is 1.5; expected"),
+        ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "none_below": 1.5}, "<= 1.0 - at `$.none_below`"),
         ("/search", {"query": ""}, "either a query or an image"),
-        ("/search", {"query": "red", "top": 0}, "top is 0"),
+        ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "top": 0}, "Expected `int` >= 1 - at `$.top`"),
+        ("/search", {"query": "red", "top": 0}, "Expected `int` >= 1 - at `$.top`"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_sentence(client: Any, path: str, body: Any, message: str) -> None:
