@@ -22,6 +22,7 @@ from clip_rd_edge.data.webdataset import SEPARATOR
 from clip_rd_edge.errors import ConfigError, UsageError, near_matches
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
+from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import (
     CheckedError,
     CheckedStruct,
@@ -48,7 +49,6 @@ CHANGEABLE_ON_RESUME = frozenset(
 LOCATIONS = frozenset(
     {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
 ) | frozenset({"pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
-TEACHER_TEXT = "teacher"  # the `text` of a student that has its teacher's text tower
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -201,9 +201,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.text == TEACHER_TEXT and not self.freeze_text:
+        if self.text == TEACHER and not self.freeze_text:
             raise CheckedError("text is teacher, but freeze_text is false; expected true: this tower is kept as it is")
-        if self.text == TEACHER_TEXT and self.pretrained_text:
+        if self.text == TEACHER and self.pretrained_text:
             raise CheckedError(
                 f"text is teacher, which has weights, but pretrained_text is {self.pretrained_text}; expected none"
             )
@@ -232,9 +232,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             return "the run is not on data alone"
         if self.teacher_cache is not None:
             return f"teacher_cache is {self.teacher_cache}"
-        if TEACHER_TEXT in (self.text, self.pretrained_text):
+        if TEACHER in (self.text, self.pretrained_text):
             return "its text tower is asked for"
-        if self.pretrained_image == TEACHER_TEXT:
+        if self.pretrained_image == TEACHER:
             return "its image tower is asked for"
         return ""
 
@@ -331,7 +331,7 @@ def resolve(
         overrides["steps"] = 0
     if "precision" in overrides:
         fields["teacher_precision"] = overrides["precision"]
-    if fields.get("text") == TEACHER_TEXT:
+    if fields.get("text") == TEACHER:
         fields["freeze_text"] = True
     if fields.get("quantize"):
         overrides = {**QUANTIZE_DEFAULTS, **overrides}

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.distillation.config import TEACHER_TEXT, RunConfig
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower
 from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
@@ -90,7 +90,7 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
     """Return a new student, whose weights are random unless its text tower is that of the first teacher."""
     architecture = _student_architecture(config, teachers)
-    if config.text != TEACHER_TEXT:
+    if config.text != TEACHER:
         return build_student(architecture, name=name)
     if not teachers:
         raise UsageError(
@@ -106,7 +106,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
         config.student,
         embedding_size=config.embedding_size or _embedding_size(config, teachers),
         image_size=config.image_size,
-        text="tiny" if config.text == TEACHER_TEXT else config.text,  # a placeholder that costs no time
+        text="tiny" if config.text == TEACHER else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
     )
     if config.pretrained_image == TEACHER:
@@ -125,7 +125,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
 def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if (stored := load_stored_teachers(config)) is not None:
         return sum(stored.widths)
-    if config.text == TEACHER_TEXT or config.pretrained_image == TEACHER:
+    if config.text == TEACHER or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
     return sum(teacher.embedding_size for teacher in teachers) or 512
 
@@ -138,8 +138,7 @@ def empty_student(config: RunConfig, *, name: str) -> ClipModel:
     """
     if model_folder(config.student) is not None:
         return load_clip(config.student)
-    from_teacher = TEACHER in (config.pretrained_image, config.pretrained_text)
-    depends = config.embedding_size == 0 or config.text == TEACHER_TEXT or from_teacher
+    depends = config.embedding_size == 0 or TEACHER in (config.text, config.pretrained_image, config.pretrained_text)
     return _build_student(config, load_teachers(config) if depends else (), name)
 
 

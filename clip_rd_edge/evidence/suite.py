@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
-from clip_rd_edge.distillation.config import TEACHER_TEXT, Precision, Recipe, RunConfig, Seed, load_recipe
+from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
 
@@ -169,7 +170,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         student=run.student,
         image_size=suite.image_size,
         text=suite.text,
-        freeze_text=suite.text == TEACHER_TEXT,
+        freeze_text=suite.text == TEACHER,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,

@@ -171,7 +171,8 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
     }
 
 
-TIMM, PACKAGE, TEACHER = "timm", "package", "teacher"
+TIMM, PACKAGE = "timm", "package"
+TEACHER = "teacher"  # as the source of a tower's weights, or of the whole tower
 _BLOCKS = "transformer.resblocks."
 # These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
 _PROJECTIONS = {"text_projection", "text_projection.weight", "text_projection.bias"}
