@@ -417,15 +417,19 @@ def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dic
     edge.embed(**own_store)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
     assert (folder / "00000.tar").stat().st_mtime_ns == kept
-    with pytest.raises(UsageError, match="their augmentations is 3, expected 4"):
+    with pytest.raises(UsageError, match="its augmentations is 3; expected 4"):
         edge.embed(**{**own_store, "views": 4})
     path = own_store["teacher"][0] / "open_clip_config.json"
     original = path.read_text()
     path.write_text(original.replace("0.5", "0.25"))
-    with pytest.raises(UsageError, match="their preprocessing is"):
+    with pytest.raises(UsageError, match="its preprocessing is"):
         edge.embed(**own_store)
     path.write_text(original)
-    with pytest.raises(UsageError, match="is neither empty nor of reinforced shards"):
+    (folder / "reinforced.json").write_text("{}")
+    with pytest.raises(UsageError, match="is not a store of reinforced shards of this version") as error:
+        edge.embed(**own_store)
+    assert error.value.hint == "choose another --output, or delete it"
+    with pytest.raises(UsageError, match="is neither empty nor a store of reinforced shards"):
         edge.embed(**{**own_store, "output": tmp_path / "first"})
     with pytest.raises(UsageError, match="A Ray cluster fills caches alone"):
         edge.embed(**own_store, ray="auto")

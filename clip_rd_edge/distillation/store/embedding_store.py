@@ -29,7 +29,7 @@ import hashlib
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
             hint="choose another --teacher-cache",
         )
     if is_folder(folder) and any(not path.name.startswith(_OF_A_TEACHER) for path in folder.iterdir()):
-        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
+        raise UsageError(f"{folder} is neither empty nor {_WHAT}.", hint="choose another --teacher-cache")
     return [folder / f"{_OF_A_TEACHER}{teacher_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
 
@@ -225,33 +225,53 @@ def manifests(folder: Path) -> list[Path]:
     return [path for path in (folder / MANIFEST, *sorted(folder.glob(f"{_OF_A_TEACHER}*/{MANIFEST}"))) if is_file(path)]
 
 
+_WHAT = "a teacher cache"
 _OF_A_TEACHER, _SHORT = "teacher-", 16
 
 
-def claim_folder(folder: Path, manifest: CacheManifest) -> None:
-    """Write the manifest into a new cache `folder`, or check that an existing cache has the same one.
+def claim_cache(folder: Path, manifest: CacheManifest) -> None:
+    """Make `folder` the cache of `manifest`; raises as `claim_folder`."""
+    claim_folder(
+        folder / MANIFEST,
+        manifest,
+        what=_WHAT,
+        option="--teacher-cache",
+        ignored=("teacher", "data"),
+    )
+
+
+def claim_folder(
+    path: Path, manifest: msgspec.Struct, *, what: str, option: str, ignored: Collection[str] = ()
+) -> None:
+    """Write a manifest into a new folder, or check that the folder has the same one.
+
+    Args:
+        path: of the manifest in the folder.
+        what: what such a folder is, in an error.
+        option: that names the folder, in a hint.
+        ignored: fields that may differ.
 
     Raises:
-        UsageError: the folder is a cache with another manifest (the first difference is named), or not a cache.
+        UsageError: the folder has another manifest (the first difference is named), or something else.
     """
-    path = folder / MANIFEST
+    folder = path.parent
     if is_file(path):
         try:
-            existing = read_json(path, CacheManifest)
+            existing = read_json(path, type(manifest))
         except ConfigError as error:
             raise UsageError(
-                f"{folder} is not a teacher cache of this version of clip-rd-edge: {error}",
-                hint="choose another --teacher-cache, or delete it",
+                f"{folder} is not {what} of this version of clip-rd-edge: {error}",
+                hint=f"choose another {option}, or delete it",
             ) from error
-        for name in CacheManifest.__struct_fields__:
+        for name in manifest.__struct_fields__:
             actual, expected = getattr(existing, name), getattr(manifest, name)
-            if name not in ("teacher", "data") and actual != expected:
+            if name not in ignored and actual != expected:
                 raise UsageError(
-                    f"The teacher cache {folder} does not fit this run: its {name} is {actual}, expected {expected}.",
-                    hint="choose another --teacher-cache, or use the options that it was made with",
+                    f"{folder} is {what}, but its {name} is {actual}; expected {expected}.",
+                    hint=f"choose another {option}, or use the options that it was made with",
                 )
     elif is_folder(folder) and any(folder.iterdir()):
-        raise UsageError(f"{folder} is neither empty nor a teacher cache.", hint="choose another --teacher-cache")
+        raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
     else:
         write_bytes(path, to_json(manifest))
 

@@ -32,15 +32,15 @@ from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
+from clip_rd_edge.distillation.store.embedding_store import claim_folder, teacher_fingerprint
 from clip_rd_edge.distillation.store.store_build import BATCH_SIZE
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.structs import to_json
 
 PAIRS_PER_SHARD = 1000
 TEACHERS_FILE, _MANIFEST = "teachers.json", "reinforced.json"
@@ -81,7 +81,8 @@ def reinforce(config: RunConfig, folder: Path, *, reporter: Reporter = SILENT) -
             pairs = training_pairs(config, reporter=shown)
         with processes.together():
             writer = _writer(config, pairs)
-        processes.on_main(lambda: _claim(folder, writer.manifest))
+        what = "a store of reinforced shards"
+        processes.on_main(lambda: claim_folder(folder / _MANIFEST, writer.manifest, what=what, option="--output"))
         _write_shards(folder, writer, processes, shown)
         if processes.is_main:
             write_bytes(folder / TEACHERS_FILE, to_json(writer.stored))
@@ -107,24 +108,6 @@ def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
         precision=config.teacher_precision,
     )
     return _Writer(manifest, pairs, teachers, max_bad=config.max_bad)
-
-
-def _claim(folder: Path, manifest: ReinforcedManifest) -> None:
-    """Write the manifest into a new folder, or check that an existing one has the same."""
-    path = folder / _MANIFEST
-    if is_file(path):
-        existing = read_json(path, ReinforcedManifest)
-        for name in ReinforcedManifest.__struct_fields__:
-            actual, expected = getattr(existing, name), getattr(manifest, name)
-            if actual != expected:
-                raise UsageError(
-                    f"The reinforced shards in {folder} are others: their {name} is {actual}, expected {expected}.",
-                    hint="choose another --output, or use the options that they were made with",
-                )
-    elif is_folder(folder) and any(folder.iterdir()):
-        raise UsageError(f"{folder} is neither empty nor of reinforced shards.", hint="choose another --output")
-    else:
-        write_bytes(path, to_json(manifest))
 
 
 def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter: Reporter) -> None:

@@ -25,7 +25,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     CompleteCache,
     caption_key,
     caption_shard,
-    claim_folder,
+    claim_cache,
     image_shard,
     shard_count,
     shard_rows,
@@ -126,7 +126,7 @@ def build_cache(
         InputError: too many pairs cannot be read.
     """
     manifest = maker.manifest
-    processes.on_main(lambda: claim_folder(folder, manifest))
+    processes.on_main(lambda: claim_cache(folder, manifest))
     with processes.together():
         complete = _is_complete(folder, manifest, processes)
     if processes.sum(int(complete))[0] == processes.world_size:
@@ -166,7 +166,7 @@ def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) ->
             f"The teacher cache {folder} is not on a file system that the machines share.",
             hint="choose another --teacher-cache, or copy a complete one to each machine",
         )
-    claim_folder(folder, manifest)
+    claim_cache(folder, manifest)
     return is_file(folder / COMPLETE)
 
 

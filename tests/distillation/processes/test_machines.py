@@ -27,7 +27,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.store.embedding_store import CacheManifest, claim_folder
+from clip_rd_edge.distillation.store.embedding_store import CacheManifest, claim_cache
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 
@@ -199,7 +199,7 @@ def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_c
 
     assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher cache .*other is not on a file system that")
     for name in ("shared", "other"):
-        claim_folder(tmp_path / name, manifest)
+        claim_cache(tmp_path / name, manifest)
         (tmp_path / name / "complete.json").write_text('{"captions": 1}')
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
 
