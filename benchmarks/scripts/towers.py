@@ -28,7 +28,7 @@ from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import prepare_for_quantization, silently
-from clip_rd_edge.convert.int8.candidates import ORT
+from clip_rd_edge.convert.int8.candidates import ORT, CandidateRequest
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, choose
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, latencies
@@ -215,16 +215,16 @@ def prepare(tower: str, folder: Path) -> None:
     model = model.rename(folder / "fp32.onnx")
     np.save(folder / "one.npy", held_out[:1])
     reference = embed(open_session(str(model)), held_out)
-    methods = ORT.candidates(
-        prepare_for_quantization(model, folder),
-        calibrate,
+    request = CandidateRequest(
+        model=prepare_for_quantization(model, folder),
+        samples=calibrate,
         max_error=1 - min_agreement(tower),
         weight_bits=WEIGHT_BITS,
         threads=THREADS,
         reporter=SILENT,
     )
     candidates = []
-    for number, method in enumerate(methods):
+    for number, method in enumerate(ORT.candidates(request)):
         path = folder / f"int8-{number}.onnx"
         path.write_bytes(method.make())
         candidates.append(

@@ -17,8 +17,8 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, Fp16Tower, float32_note, hard_inputs
 from clip_rd_edge.convert.graph import silently, without_progress_bars
-from clip_rd_edge.convert.int8.candidates import Backend, Candidate
-from clip_rd_edge.convert.options import ExportRequest, WeightBits
+from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
@@ -85,20 +85,18 @@ def write_litert_fp16_tower(
     return msgspec.structs.replace(tower, precision="fp16", measured=measured)
 
 
-def litert_candidates(
-    model: Path, samples: Inputs, *, max_error: float, weight_bits: WeightBits, threads: int, reporter: Reporter
-) -> Iterator[Candidate]:
-    """Yield INT8 candidates for a float32 LiteRT file; same arguments as `convert.int8.candidates.candidates`.
+def litert_candidates(request: CandidateRequest) -> Iterator[Candidate]:
+    """Yield INT8 candidates for a float32 LiteRT file.
 
     A tower with several convolutions is quantised statically: whole, or in its convolutions and what is between them,
     because some operators have no kernel in INT8 and others lose too much. Any tower is quantised dynamically, and in
     its weights alone, which saves space.
     """
-    content = model.read_bytes()
+    content = request.model.read_bytes()
     operators = operator_names(content)
     if sum(operators.count(name) for name in _CONVOLUTIONS) > 1:
-        reporter.update("measuring the ranges of INT8")
-        ranges = calibrated(content, samples, threads=threads)
+        request.reporter.update("measuring the ranges of INT8")
+        ranges = calibrated(content, request.samples, threads=request.threads)
         inner = (*_CONVOLUTIONS, *_BETWEEN)
         for name, recipe in {
             "static": static_recipe(("*",)),

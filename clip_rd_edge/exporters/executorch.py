@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import Tower
-from clip_rd_edge.convert.int8.candidates import Backend, Candidate
-from clip_rd_edge.convert.options import WeightBits
+from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporters.executorch_encoder import open_executorch
 from clip_rd_edge.exporters.onnx import root_cause
 from clip_rd_edge.exporters.towers import OTHER_FORMAT, TOWERS, Toolchain, on_cpu
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.reporting import Reporter
 
 EXECUTORCH = "executorch"
 _SUFFIX = ".pte"
@@ -79,23 +76,14 @@ def executorch_backend(clip: ClipModel) -> Backend:
     )
 
 
-def _candidates(
-    clip: ClipModel,
-    model: Path,
-    samples: Inputs,
-    *,
-    max_error: float,
-    weight_bits: WeightBits,
-    threads: int,
-    reporter: Reporter,
-) -> Iterator[Candidate]:
-    """Yield INT8 candidates for the tower whose float32 file is `model`; otherwise as `convert.int8.candidates`.
+def _candidates(clip: ClipModel, request: CandidateRequest) -> Iterator[Candidate]:
+    """Yield INT8 candidates for the tower that the request's file is called after.
 
     A tower with several convolutions is quantised statically: whole, without its matrix products, or in its
     convolutions alone. Any tower's matrix products are quantised dynamically.
     """
-    name = model.stem
-    make = partial(_quantized, clip, name, samples)
+    name = request.model.stem
+    make = partial(_quantized, clip, name, request.samples)
     if (
         name == "image"
         and sum(isinstance(part, nn.Conv2d) for part in clip.model.get_submodule("visual").modules()) > 1

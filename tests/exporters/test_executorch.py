@@ -18,6 +18,7 @@ from torch import nn
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.int8.candidates import CandidateRequest
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
@@ -178,9 +179,15 @@ def test_weights_and_relu_belong_to_their_convolution_and_a_product_does_not() -
 def test_only_a_tower_with_convolutions_is_quantised_statically(
     student: ClipModel, tower: str, names: list[str]
 ) -> None:
-    options: dict[str, Any] = {"max_error": 0.01, "weight_bits": 8, "threads": 1, "reporter": SILENT}
-    candidates = executorch_backend(student).candidates(Path(f"{tower}.pte"), np.zeros((1, 1)), **options)
-    assert [candidate.name for candidate in candidates] == names
+    request = CandidateRequest(
+        model=Path(f"{tower}.pte"),
+        samples=np.zeros((1, 1)),
+        max_error=0.01,
+        weight_bits=8,
+        threads=1,
+        reporter=SILENT,
+    )
+    assert [candidate.name for candidate in executorch_backend(student).candidates(request)] == names
 
 
 @pytest.mark.slow

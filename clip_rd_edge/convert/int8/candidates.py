@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -40,28 +40,34 @@ class Candidate:
     make: Callable[[], bytes]
 
 
-def candidates(
-    model: Path,
-    samples: Inputs,
-    *,
-    max_error: float,
-    weight_bits: WeightBits,
-    threads: int,
-    reporter: Reporter,
-) -> Iterator[Candidate]:
-    """Yield candidates that suit the layers of a tower.
+@dataclass(frozen=True, kw_only=True)
+class CandidateRequest:
+    """A float32 tower to make INT8 candidates of.
 
-    Convolutions are quantised statically: all of them, the robust ones, and those that INT8 makes no slower. If a tower
-    has several layers that are matrix products, these are quantised dynamically. A tower with both combines the two.
-
-    Args:
-        model: a float32 tower that `quant_pre_process` has optimised.
-        samples: inputs to calibrate on.
+    Attributes:
+        model: its file, as `Backend.prepare` has written it.
+        samples: inputs to calibrate on, (N, 3, H, W) float32 or (N, T) int64.
         max_error: 1 − the min centred cosine.
         weight_bits: of the weights that a layer multiplies; see `convert.int8.saturation`.
         threads: number of threads when running the tower.
         reporter: shows progress.
     """
+
+    model: Path
+    samples: Inputs
+    max_error: float
+    weight_bits: WeightBits
+    threads: int
+    reporter: Reporter
+
+
+def candidates(request: CandidateRequest) -> Iterator[Candidate]:
+    """Yield candidates that suit the layers of a tower.
+
+    Convolutions are quantised statically: all of them, the robust ones, and those that INT8 makes no slower. If a tower
+    has several layers that are matrix products, these are quantised dynamically. A tower with both combines the two.
+    """
+    model, samples, weight_bits = request.model, request.samples, request.weight_bits
     graph = onnx.load(model)
     convolutions = [node.name for node in weighted_layers(graph, ("Conv",))]
     products = weighted_layers(graph, ("MatMul", "Gemm"))
@@ -69,39 +75,25 @@ def candidates(
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
-        yield from _static(quantizer)
-        reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
-        errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
-        yield from _partly_static(quantizer, errors, max_error)
-        robust = [layer for layer in layers_within(errors, ERROR_SHARES[0] * max_error) if layer in convolutions]
+        errors = yield from _static(quantizer, request)
+        limit = ERROR_SHARES[0] * request.max_error
+        robust = [layer for layer in layers_within(errors, limit) if layer in convolutions]
         if robust:
-            reporter.update(f"timing {len(robust)} convolutions in INT8, group by group")
+            request.reporter.update(f"timing {len(robust)} convolutions in INT8, group by group")
             dynamic = partial(quantize_dynamically, weight_bits=weight_bits) if len(products) > 1 else None
-            yield from _mixed(quantizer, robust, samples, dynamic=dynamic, threads=threads)
+            yield from _mixed(quantizer, robust, samples, dynamic=dynamic, threads=request.threads)
     if len(products) > 1:
         yield from _dynamic(model, takes_ids=takes_ids, weight_bits=weight_bits)
 
 
-def static_candidates(
-    model: Path,
-    samples: Inputs,
-    *,
-    max_error: float,
-    weight_bits: WeightBits,
-    threads: int,
-    reporter: Reporter,
-) -> Iterator[Candidate]:
-    """Yield static INT8 of all layers and of the robust ones, for any tower; same arguments as `candidates`."""
-    quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
-    yield from _static(quantizer)
-    reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
-    errors = _layer_errors(quantizer, model, samples[:SENSITIVITY_SAMPLES], threads)
-    yield from _partly_static(quantizer, errors, max_error)
-
-
-def _static(quantizer: StaticQuantizer) -> Iterator[Candidate]:
+def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[Candidate, None, Sequence[GroupError]]:
+    """Yield static INT8 of all layers and of the robust ones; return the error of each layer."""
     for method in RANGE_METHODS:
         yield Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
+    request.reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
+    errors = _layer_errors(quantizer, request.model, request.samples[:SENSITIVITY_SAMPLES], request.threads)
+    yield from _partly_static(quantizer, errors, request.max_error)
+    return errors
 
 
 def _layer_errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:
@@ -209,23 +201,6 @@ class Opener(Protocol):
         ...
 
 
-class CandidateGenerator(Protocol):
-    """Yields candidates for a tower; see `candidates`."""
-
-    def __call__(
-        self,
-        model: Path,
-        samples: Inputs,
-        *,
-        max_error: float,
-        weight_bits: WeightBits,
-        threads: int,
-        reporter: Reporter,
-    ) -> Iterator[Candidate]:
-        """Yield the candidates that are worth trying."""
-        ...
-
-
 @dataclass(frozen=True)
 class Backend:
     """A runtime that towers are quantised for and measured in.
@@ -239,23 +214,20 @@ class Backend:
 
     name: str
     open: Opener
-    candidates: CandidateGenerator
+    candidates: Callable[[CandidateRequest], Iterator[Candidate]]
     prepare: Callable[[Path, Path], Path] = prepare_for_quantization
     one_at_a_time: Callable[[bytes], bool] = scales_per_batch
     instruction_sets: Callable[[bytes], tuple[str, ...]] = instruction_sets
 
 
-def openvino_candidates(
-    model: Path, samples: Inputs, *, max_error: float, weight_bits: WeightBits, threads: int, reporter: Reporter
-) -> Iterator[Candidate]:
+def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     """Yield candidates with U8 and with S8 activations: OpenVINO has fast kernels for both, but S8 is not always right.
 
     If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
     tried, because OpenVINO computes it in float.
     """
-    yield from static_candidates(
-        model, samples, max_error=max_error, weight_bits=weight_bits, threads=threads, reporter=reporter
-    )
+    model, samples, weight_bits = request.model, request.samples, request.weight_bits
+    yield from _static(StaticQuantizer(model, samples, weight_bits=weight_bits), request)
     yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits))
     if nncf_is_installed():
         yield Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits))

@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate
+from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate, CandidateRequest
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
@@ -94,15 +94,15 @@ def quantize_tower(
     contents: dict[str, bytes] = {}
     failed: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
-        candidates = backend.candidates(
-            backend.prepare(model, Path(folder)),
-            samples.calibrate,
+        request = CandidateRequest(
+            model=backend.prepare(model, Path(folder)),
+            samples=samples.calibrate,
             max_error=1 - budget.min_agreement(tower),
             weight_bits=weight_bits,
             threads=threads,
             reporter=reporter,
         )
-        for candidate in candidates:
+        for candidate in backend.candidates(request):
             reporter.update(candidate.name)
             result = _open_candidate(candidate, backend, threads)
             if isinstance(result, str):

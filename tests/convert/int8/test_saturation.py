@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
-from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend, Candidate, nncf_is_installed
+from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend, Candidate, CandidateRequest, nncf_is_installed
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets, max_weight
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.utils.reporting import SILENT
@@ -23,8 +23,10 @@ def _candidates(
 ) -> list[Candidate]:
     samples = calibration.calibrate.pixels if tower == "image" else calibration.calibrate.ids
     prepared = prepare_for_quantization(bundle / f"{tower}.onnx", folder)
-    generator = backend.candidates(prepared, samples, max_error=0.01, weight_bits=bits, threads=1, reporter=SILENT)
-    return list(generator)
+    request = CandidateRequest(
+        model=prepared, samples=samples, max_error=0.01, weight_bits=bits, threads=1, reporter=SILENT
+    )
+    return list(backend.candidates(request))
 
 
 def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
