@@ -66,6 +66,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
         names |= set(get_type_hints(api.QuickstartOptions))
     if function is api.serve:
         names = (names | set(get_type_hints(api.ServeOptions))) - {"token"}
+    if function is api.stitch:
+        names |= set(get_type_hints(api.StitchOptions))
     if function is api.export:
         names |= set(get_type_hints(ExportOptions))
     return names

@@ -6,15 +6,33 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from clip_rd_edge.benchmarking.suite import RowRuntime
     from clip_rd_edge.contract.encoder import TowerEncoder
     from clip_rd_edge.runtime.model import Model
+
+
+class StitchOptions(TypedDict, total=False):
+    """Further options of `stitch` and the command line.
+
+    Keys:
+        pretrained: a file of the classifier's weights (.safetensors, .pth). Default: those of an installed package for
+            `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
+        image_size: edge of the input images in pixels. Default: the classifier's own.
+        context_length: tokens per text, at most as many as the sentence encoder supports. Default: 77.
+    """
+
+    pretrained: AnyPath | None
+    image_size: int | None
+    context_length: int
 
 
 def load(
@@ -52,10 +70,9 @@ def stitch(
     *,
     names: AnyPath,
     text: str,
-    pretrained: AnyPath | None = None,
-    image_size: int | None = None,
-    context_length: int = 77,
     force: bool = False,
+    reporter: Reporter = SILENT,
+    **options: Unpack[StitchOptions],
 ) -> Path:
     """Join an image classifier and a sentence encoder to an open_clip model, and return its folder.
 
@@ -69,11 +86,8 @@ def stitch(
             synonyms and descriptions; or `imagenet` for its 1,000 classes.
         text: `all-MiniLM-L6-v2`, a folder or zip archive in the layout of transformers, a name on the Hugging Face hub,
             or an open_clip model as `local-dir:PATH`, whose text tower is used.
-        pretrained: a file of the classifier's weights (.safetensors, .pth); None loads those of an installed package
-            for `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
-        image_size: edge of the input images in pixels; None uses the classifier's own.
-        context_length: tokens per text, at most as many as the sentence encoder supports.
         force: replace an existing `output`.
+        options: the other options of `clip-rd-edge stitch`, under the same names.
 
     Raises:
         UsageError: `output` is in use.
@@ -87,19 +101,14 @@ def stitch(
     require_utf8_path(folder)
     require_free_output(folder, overwrite=force)
 
-    from clip_rd_edge.models.classifier import load_classifier
     from clip_rd_edge.models.load import save_clip
-    from clip_rd_edge.models.sentences import load_sentence_encoder
-    from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_clip
+    from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
     from clip_rd_edge.runtime.label_list import everyday_labels
 
-    class_names = read_class_names(names)
-    image = load_classifier(classifier, pretrained=None if pretrained is None else os.fspath(pretrained))
-    sentences = load_sentence_encoder(text, context_length=context_length)
-    clip = stitch_clip(image, sentences, class_names, image_size=image_size)
+    clip, provenance = stitch_models(classifier, text, read_class_names(names), reporter=reporter, **options)
     if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
         clip = replace(clip, labels=tuple(everyday_labels()))
-    provenance = {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
+    reporter.update("writing the model")
     save_clip(folder, clip, provenance=provenance)
     return folder
 

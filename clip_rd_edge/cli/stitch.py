@@ -56,7 +56,9 @@ def command(classifier: str, output: Path, names: str, text: str, force: bool, *
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, say
 
-    with console_reporter():
-        folder = edge.stitch(classifier, output, names=names, text=text, force=force, **drop_none(**options))
+    with console_reporter() as reporter:
+        folder = edge.stitch(
+            classifier, output, names=names, text=text, force=force, reporter=reporter, **drop_none(**options)
+        )
     say(f"next: clip-rd-edge export {as_word(folder)} -o {as_word(f'{folder}-bundle')}")
     echo(f"local-dir:{folder}")

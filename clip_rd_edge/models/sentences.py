@@ -46,11 +46,9 @@ class SentenceEncoder:
     source: str
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """Return embeddings, (N, D), L2-normalised."""
-        batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        features = torch.cat([self.model(self.tokenizer(list(batch))) for batch in batches])
-        return nn.functional.normalize(features.float(), dim=-1)
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of one batch, (N, D), L2-normalised."""
+        return nn.functional.normalize(self.model(self.tokenizer(list(texts))).float(), dim=-1)
 
 
 def load_sentence_encoder(spec: str, *, context_length: int) -> SentenceEncoder:

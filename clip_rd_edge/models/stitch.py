@@ -22,18 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.models.classifier import ImageClassifier
+from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
-from clip_rd_edge.models.sentences import SentenceEncoder
+from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.files import read_text_limited
+from clip_rd_edge.utils.paths import AnyPath, as_text
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 IMAGENET = "imagenet"
 # Chosen by benchmarks/scripts/stitched_teacher.py.
 RIDGE = 0.3
 LOGIT_SCALE = 20.0
+_TEXTS_PER_BATCH = 64
 
 
 def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ...]:
@@ -62,10 +66,14 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     return tuple(classes)
 
 
-def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]]) -> Tensor:
+def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]], *, reporter: Reporter = SILENT) -> Tensor:
     """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
-    embeddings = text.encode([name for synonyms in names for name in synonyms])
-    chunks = torch.split(embeddings, [len(synonyms) for synonyms in names])
+    texts = [name for synonyms in names for name in synonyms]
+    embeddings = []
+    for batch in in_batches(len(texts), _TEXTS_PER_BATCH):
+        reporter.update("embedding the names of the classes", batch.start, len(texts))
+        embeddings.append(text.encode(texts[batch]))
+    chunks = torch.split(torch.cat(embeddings), [len(synonyms) for synonyms in names])
     means = [chunk.mean(dim=0) for chunk in chunks]
     return nn.functional.normalize(torch.stack(means), dim=-1)
 
@@ -92,12 +100,35 @@ def solve_projection(weight: Tensor, names: Tensor, *, ridge: float = RIDGE) -> 
     return projection.float()
 
 
+def stitch_models(
+    classifier: str,
+    text: str,
+    names: Sequence[Sequence[str]],
+    *,
+    pretrained: AnyPath | None = None,
+    image_size: int | None = None,
+    context_length: int = 77,
+    reporter: Reporter = SILENT,
+) -> tuple[ClipModel, dict[str, Any]]:
+    """Load a classifier and a sentence encoder, and join them; return the model, and where its weights are from.
+
+    Arguments and errors are those of `load_classifier`, `load_sentence_encoder` and `stitch_clip`.
+    """
+    reporter.update("loading the image classifier")
+    image = load_classifier(classifier, pretrained=as_text(pretrained))
+    reporter.update("loading the sentence encoder")
+    sentences = load_sentence_encoder(text, context_length=context_length)
+    clip = stitch_clip(image, sentences, names, image_size=image_size, reporter=reporter)
+    return clip, {"classifier": classifier, "image_weights": image.source, "text_weights": sentences.source}
+
+
 def stitch_clip(
     classifier: ImageClassifier,
     text: SentenceEncoder,
     names: Sequence[Sequence[str]],
     *,
     image_size: int | None = None,
+    reporter: Reporter = SILENT,
 ) -> ClipModel:
     """Join a classifier and a sentence encoder to an open_clip model, whose labels are the first names of the classes.
 
@@ -124,7 +155,9 @@ def stitch_clip(
         "text_cfg": text.text_cfg,
         "custom_text": True,
     }
-    projection = solve_projection(classifier.head.weight.detach(), class_embeddings(text, names))
+    embeddings = class_embeddings(text, names, reporter=reporter)
+    reporter.update("joining the two")
+    projection = solve_projection(classifier.head.weight.detach(), embeddings)
     # The text tower is there already: a small one is built in its place, and replaced.
     placeholder = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
     model = open_clip.CustomTextCLIP(text.embedding_size, model_cfg["vision_cfg"], placeholder).eval()

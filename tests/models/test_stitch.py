@@ -13,10 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 from safetensors.torch import save_file
+from support import Watch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models import stitch
 from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -112,6 +114,22 @@ def test_the_classifier_decides_among_its_own_class_names() -> None:
     # The names' mean is orthogonal to the decision: it shifts all similarities of an image by the same amount.
     similarities = features @ projection.T @ names.T
     assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
+
+
+def test_each_stage_is_reported_and_the_names_one_batch_after_the_other(
+    encoder: Path, names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stitch, "_TEXTS_PER_BATCH", 2)
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    watch, options = Watch(), {"pretrained": weights, "image_size": 64}
+    edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(encoder), reporter=watch, **options)
+    assert watch.updates == [
+        ("loading the image classifier", 0, None),
+        ("loading the sentence encoder", 0, None),
+        *(("embedding the names of the classes", step, 5) for step in (0, 2, 4)),
+        ("joining the two", 0, None),
+        ("writing the model", 0, None),
+    ]
 
 
 def test_all_names_of_a_class_count() -> None:
