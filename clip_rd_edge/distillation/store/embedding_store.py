@@ -8,8 +8,9 @@
     texts/shard-T.npy                  (n, D) float16, for the keys T · SHARD_SIZE to T · SHARD_SIZE + n
     complete.json                      written last: nothing is missing
 
-With a cache, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher is not even
-loaded. A cache is rejected if anything differs that its embeddings depend on; where the data lie does not matter.
+With a cache, epoch e shows view e mod V: the same crops and captions return every V epochs, and the teacher takes no
+part in a step. A cache is rejected if anything differs that its embeddings depend on; where the data lie does not
+matter.
 
 The embeddings of several teachers are several caches side by side, in a folder each: FOLDER/teacher-SHA256, after the
 teacher's fingerprint, so that a run with some of the teachers, or with another one more, finds what is there.
