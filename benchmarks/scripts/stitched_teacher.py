@@ -21,6 +21,11 @@ the image tower of each, and a text tower of its own of 128 × 3, learns texts a
 
     python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 --runs sees \
         -o benchmarks/results/MACHINE/stitched-teacher.json
+
+With `--labels`, the labels of the test tasks are written, one per line, for a bundle that knows them alone:
+
+    python benchmarks/scripts/stitched_teacher.py photos --labels labels.txt
+    clip-rd-edge export sees/teacher-0 --precision int8 --calibration emoji --labels labels.txt --no-text-tower -o int8
 """
 
 from __future__ import annotations
@@ -155,11 +160,18 @@ def between(before: Path, after: Path, photos: Path) -> list[Score]:
     return rows
 
 
+def test_tasks(photos: Path) -> dict[str, ZeroShotTask]:
+    """Return the tasks by which finished models are judged."""
+    return {
+        "photographs": load_zero_shot(photos / "tasks" / "test"),
+        **{name: load_zero_shot(f"emoji:{name}") for name in EMOJI},
+    }
+
+
 def finished(model: Path, photos: Path) -> Score:
     """Evaluate a finished model on the photographs of `test` and on the emoji."""
     encoder = TorchEncoder(load_clip(str(model)))
-    tasks = {"photographs": load_zero_shot(photos / "tasks" / "test")}
-    tasks |= {name: load_zero_shot(f"emoji:{name}") for name in EMOJI}
+    tasks = test_tasks(photos)
     edge = encoder.describe().preprocessing.size[0]
     return {"model": model.name, "size": edge, **{name: top(encoder, task) for name, task in tasks.items()}}
 
@@ -231,8 +243,15 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", help="finished models, which are evaluated alone")
     parser.add_argument("--seeds", type=int, nargs="+", help="train with these seeds, and evaluate")
     parser.add_argument("--runs", type=Path, default=Path("sees"), help="folder of what --seeds trains (default: sees)")
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, help="write the labels of the test tasks here, and do nothing else")
+    parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.labels:
+        labels = dict.fromkeys(label for task in test_tasks(arguments.photos).values() for label in task.labels)
+        arguments.labels.write_text("\n".join(labels) + "\n", encoding="utf-8")
+        return
+    if not arguments.output:
+        parser.error("name an output: -o FILE")
     record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
     models = trained(arguments.runs, arguments.seeds) if arguments.seeds else arguments.models
     if models:

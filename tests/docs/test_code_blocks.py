@@ -25,7 +25,14 @@ import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.benchmarking.suite import read_suite
 from clip_rd_edge.cli.main import COMMANDS, cli
-from clip_rd_edge.contract.bundle import FORMAT_VERSION, Manifest, Measurement, Tower, read_manifest
+from clip_rd_edge.contract.bundle import (
+    FORMAT_VERSION,
+    VERSION_WITHOUT_TEXT,
+    Manifest,
+    Measurement,
+    Tower,
+    read_manifest,
+)
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.convert.targets import plan_exports
@@ -351,7 +358,7 @@ def test_bundle_format_names_every_field() -> None:
         for field in msgspec.structs.fields(kind)
     ]
     assert [name for name in fields if f"`{name}`" not in text and f'"{name}"' not in text] == []
-    assert f"The current format version is **{FORMAT_VERSION}**." in text
+    assert f"The format version is **{FORMAT_VERSION}**, and **{VERSION_WITHOUT_TEXT}** for" in text
 
 
 def test_reference_has_every_command_beside_its_function() -> None:
