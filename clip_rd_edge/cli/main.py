@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -95,6 +99,11 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Entry point: run the command, and report errors as a short message and an exit code."""
+    with _unwound_by_sigterm():
+        _main()
+
+
+def _main() -> None:
     _pass_on_any_path()
     arguments: list[str] = sys.argv[1:]
     debug = "--debug" in arguments
@@ -118,7 +127,9 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if _is_interrupt(error):
+        if _comes_from(error, _Terminated):
+            raise _Terminated from error
+        if _comes_from(error, KeyboardInterrupt):
             echo("Interrupted.", err=True)
             sys.exit(130)
         if isinstance(error, MemoryError):
@@ -134,13 +145,52 @@ def main() -> None:
         sys.exit(1)
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Return whether it comes from Ctrl-C: while a library in C++ is imported, that becomes an ImportError."""
+def _comes_from(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Return whether it comes from a signal's exception: while a library in C++ is imported, that is an ImportError."""
     while error is not None:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, kind):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class _Terminated(BaseException):
+    """SIGTERM has arrived."""
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Within the block, SIGTERM ends the process only after what is unfinished was removed; a second one, at once.
+
+    Commands that have something to save or to answer first handle it themselves.
+    """
+    if not _is_deadly(signal.SIGTERM):
+        yield
+        return
+    process = os.getpid()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != process:  # a worker that was forked
+            signal.raise_signal(number)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except _Terminated:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        signal.raise_signal(signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)  # the first process of a container, which no signal ends by itself
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_deadly(number: int) -> bool:
+    """Return whether a signal would end the process at once, and Python delivers it to this thread."""
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL
 
 
 _NO_MEMORY = ClipRdEdgeError(

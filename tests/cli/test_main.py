@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import PATIENCE_S
 
 from clip_rd_edge.cli.main import COMMANDS, EXTRA_PACKAGES
 from clip_rd_edge.installation import install_command
@@ -195,6 +197,41 @@ def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pyt
     assert code == 1
     assert error.startswith("error: There is no space left on the disk for /mnt/manifest.json")
     assert "hint: free some" in error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("raised", ["_Terminated", "ImportError"])
+def test_sigterm_removes_what_is_unfinished_before_it_ends_the_process(tmp_path: Path, raised: str) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from clip_rd_edge.cli import main
+from clip_rd_edge.utils.files import new_folder
+
+def export(arguments):
+    with new_folder(Path(sys.argv[1])) as folder:
+        (folder / "image.onnx").touch()
+        print(f"writing {{folder}}", flush=True)
+        try:
+            time.sleep(300)
+        except main.{"_Terminated" if raised == "ImportError" else "ClipRdEdgeError"} as error:
+            raise ImportError("cannot import a library in C++") from error
+
+main._run = export
+main.main()"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "bundle")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline().startswith("writing")
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    process.terminate()
+    assert process.communicate(timeout=PATIENCE_S) == ("", "")
+    assert process.returncode == -signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_while_a_library_is_imported_is_an_interruption(
