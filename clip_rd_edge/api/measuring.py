@@ -103,7 +103,7 @@ def benchmark(
     folder = Path(output)
     # Check everything that can be checked before the long work starts.
     interrupted = is_cache(folder / FOLDER)
-    require_free_output(folder, overwrite=force or interrupted, ignoring=(LOCK_FILE,))
+    require_free_output(folder, overwrite=force or interrupted, replaced=False, ignoring=(LOCK_FILE,))
     require_matplotlib()
     loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=as_text(root))
     budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}

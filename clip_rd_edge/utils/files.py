@@ -70,15 +70,16 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str] = ()) -> None:
-    """Refuse an output path that is in use.
+def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, ignoring: Collection[str] = ()) -> None:
+    """Refuse an output path that is in use, or where `new_folder` could not put anything.
 
     Args:
+        replaced: whether `new_folder` will replace `path`, so that the folder around it has to be writable.
         ignoring: names of files in the folder to ignore.
 
     Raises:
         UsageError: `path` is a file or a non-empty folder, and `overwrite` is false; or it is no path that can be
-            written, such as one that is too long.
+            written, such as one that is too long or in a folder that is read-only.
     """
     try:
         in_use = is_file(path) or (is_folder(path) and any(child.name not in ignoring for child in path.iterdir()))
@@ -89,6 +90,21 @@ def require_free_output(path: Path, *, overwrite: bool, ignoring: Collection[str
             f"The output {path} already exists and is not empty.",
             hint="choose another -o, or replace it with --force",
         )
+    if replaced:
+        _require_replaceable(path)
+
+
+def _require_replaceable(path: Path) -> None:
+    around = next(folder for folder in path.absolute().parents if exists(folder))
+    if not is_folder(around):
+        raise unwritable_output(path, NotADirectoryError(errno.ENOTDIR, f"{around} is a file"))
+    if path.is_mount():
+        raise UsageError(
+            f"The output {path} is where a volume is mounted, which cannot be replaced.",
+            hint=f"name a folder in it: -o {path / 'new'}",
+        )
+    if not os.access(around, os.W_OK | os.X_OK):
+        raise unwritable_output(path, PermissionError(errno.EACCES, f"the folder {around} cannot be written to"))
 
 
 def require_apart(output: Path, sources: Iterable[Path]) -> None:
@@ -145,25 +161,41 @@ def new_folder(path: Path) -> Iterator[Path]:
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
     is moved back if the new one cannot take its place.
+
+    Raises:
+        UsageError: `path` cannot be written or replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     try:
         yield temporary
         _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        with _naming(path):
+            if path.exists():
+                path.rename(old)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
         _remove(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise unwritable_output(output, error) from error
 
 
 def _remove(path: Path) -> None:

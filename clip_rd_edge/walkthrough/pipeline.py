@@ -141,7 +141,7 @@ def run_quickstart(
         InputError, ConfigError: the student or the recipe is unknown.
         InterruptedRunError: a signal requested a stop; the same call resumes.
     """
-    require_free_output(settings.folder, overwrite=True)  # stages that are complete stay
+    require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
     # The student is built minutes later, after the teacher is tuned: report a mistyped name at once.
     photo_tasks(settings.photos)
     load_recipe(settings.recipe)

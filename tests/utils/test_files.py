@@ -51,7 +51,10 @@ def test_an_old_folder_is_moved_back_if_the_new_one_cannot_take_its_place(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="Input/output error"), new_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(UsageError, match="out cannot be written: Input/output error"),
+        new_folder(tmp_path / "out") as folder,
+    ):
         (folder / "new").write_text("new")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
 
@@ -96,6 +99,31 @@ def test_an_output_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         require_free_output(tmp_path / "used", overwrite=False)
     require_free_output(tmp_path / "used", overwrite=True)
+
+
+def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(UsageError, match=r"bundle cannot be written: .*file is a file"):
+        require_free_output(tmp_path / "file" / "deep" / "bundle", overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not stop root
+        with pytest.raises(UsageError, match=r"bundle cannot be written: the folder .* cannot be written to"):
+            require_free_output(tmp_path / "deep" / "bundle", overwrite=False)
+        require_free_output(tmp_path / "volume", overwrite=False, replaced=False)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(UsageError, match="is where a volume is mounted, which cannot be replaced") as raised:
+        require_free_output(tmp_path / "volume", overwrite=False)
+    assert raised.value.hint == f"name a folder in it: -o {tmp_path / 'volume' / 'new'}"
+    require_free_output(tmp_path / "volume" / "new", overwrite=False)
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="out cannot be written: (File exists|Not a directory)"), new_folder(tmp_path / "file/out"):
+        pass
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
