@@ -94,7 +94,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
             f"{', preprocessed in its graph' if manifest.image.preprocesses else ''}.",
             hint="omit --layout or --preprocess-in-graph",
         )
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=overwrite) as folder:
         image = _rename_input(onnx.load(bundle / manifest.image.file), manifest.image.input_name, "image")
         write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
         tower = manifest.require_text()

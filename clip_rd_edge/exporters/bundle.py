@@ -161,7 +161,7 @@ def export_bundle(
     """
     require_free_output(output, overwrite=overwrite)
     _require_supported(request, calibration)
-    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if (request.format, request.precision) == ("onnx", "fp32"):
             source = folder
             converted = ConvertedBundle(write_fp32(clip, folder, request, reporter=reporter))
@@ -202,7 +202,7 @@ def export_bundles(
     require_free_output(output, overwrite=overwrite)
     for request in requests.values():
         _require_supported(request, calibration)
-    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "fp32"
         export_bundle(clip, source, ExportRequest(threads=next(iter(requests.values())).threads), reporter=reporter)
         return {

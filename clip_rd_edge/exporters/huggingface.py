@@ -60,7 +60,7 @@ def export_huggingface(
     variants: list[Variant] = ["fp32", "fp16"]
     if request.precision == "int8":
         variants.append("int8")
-    with tempfile.TemporaryDirectory() as scratch, new_folder(output) as folder:
+    with tempfile.TemporaryDirectory() as scratch, new_folder(output, overwrite=overwrite) as folder:
         bundles: dict[Variant, Path] = {variant: Path(scratch) / variant for variant in variants}
         for variant, bundle in bundles.items():
             converted = export_bundle(

@@ -155,15 +155,18 @@ def unwritable_output(path: Path, error: Exception) -> UsageError:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` if the block succeeds and removed otherwise.
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
     is moved back if the new one cannot take its place.
 
+    Args:
+        overwrite: if false, what another process has put there meanwhile is kept.
+
     Raises:
-        UsageError: `path` cannot be written or replaced.
+        UsageError: `path` cannot be written or replaced, or is in use and `overwrite` is false.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with _naming(path):
@@ -173,6 +176,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+        require_free_output(path, overwrite=overwrite, replaced=False)
         with _naming(path):
             if path.exists():
                 path.rename(old)

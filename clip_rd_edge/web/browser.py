@@ -192,7 +192,7 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
     _require_supported(bundle, manifest)
     if bundle.resolve() in output.resolve().parents:
         raise UsageError(f"The output {output} is inside the bundle, all of which it holds.", hint="choose another -o")
-    with new_folder(output) as folder:
+    with new_folder(output, overwrite=overwrite) as folder:
         for source in (PAGE, ALONE):  # ALONE replaces api.js
             shutil.copytree(source, folder, dirs_exist_ok=True)
         (folder / NPM).mkdir()

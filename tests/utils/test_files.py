@@ -29,6 +29,18 @@ def test_new_folder_keeps_the_old_folder_when_interrupted(tmp_path: Path) -> Non
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
+def test_new_folder_keeps_what_another_process_has_put_there_meanwhile(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "out", overwrite=False) as folder:
+            (folder / "mine").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    with pytest.raises(UsageError, match="already exists and is not empty"):
+        write()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/theirs"]
+
+
 def test_new_folder_replaces_the_old_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
@@ -122,7 +134,10 @@ def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="out cannot be written: (File exists|Not a directory)"), new_folder(tmp_path / "file/out"):
+    with (
+        pytest.raises(UsageError, match=r"out cannot be written: (File exists|Not a directory)"),
+        new_folder(tmp_path / "file/out"),
+    ):
         pass
 
 
