@@ -122,7 +122,8 @@ class ZeroShotClassifier:
         """
         require_top(top)
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
-        compared = rows if len(self.labels) > 1 else self.similarities(embeddings)
+        # Without a limit, a single label is answered even if its cosine is negative.
+        compared = rows if len(self.labels) > 1 or not self.none_below else self.similarities(embeddings)
         return [
             [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= self.none_below]
             for row, values in zip(rows, compared, strict=True)

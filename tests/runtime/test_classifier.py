@@ -45,6 +45,13 @@ def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path)
     assert classifier.classify_embeddings(embeddings) == [[("red", 1.0)], []]
 
 
+def test_a_single_label_is_answered_without_a_limit_also_if_its_cosine_is_negative(colour_bundle: Path) -> None:
+    classifier = ZeroShotClassifier(load(colour_bundle), "red")
+    embeddings = -classifier.encoder.encode_images([RED])
+    assert classifier.similarities(embeddings)[0, 0] < -0.9
+    assert classifier.classify_embeddings(embeddings) == [[("red", 1.0)]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "L", "P", "1", "LA", "I;16", "HSV", "path", "array"])
 def test_a_classifier_takes_images_in_any_form(colour_bundle: Path, tmp_path: Path, mode: str) -> None:
     path = tmp_path / "image.png"
