@@ -98,7 +98,7 @@ def _require_replaceable(path: Path) -> None:
     around = next(folder for folder in path.absolute().parents if exists(folder))
     if not is_folder(around):
         raise unwritable_output(path, NotADirectoryError(errno.ENOTDIR, f"{around} is a file"))
-    if path.is_mount():
+    if path.resolve().is_mount():  # of ".", it would say yes
         raise UsageError(
             f"The output {path} is where a volume is mounted, which cannot be replaced.",
             hint=f"name a folder in it: -o {path / 'new'}",
