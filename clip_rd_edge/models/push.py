@@ -58,7 +58,7 @@ def push_folder(
         if _UNREACHABLE.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             raise
         raise UnreachableError(
-            f"The hub at {api.endpoint} could not be reached to upload {folder}: {error}.",
+            f"The hub at {api.endpoint} could not be reached to upload {folder}: {str(error).rstrip('.')}.",
             hint="run the same command again; files that arrived are not uploaded again",
         ) from error
     return str(created)

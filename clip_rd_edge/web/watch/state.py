@@ -15,7 +15,7 @@ from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONF
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.host import is_running
 from clip_rd_edge.utils.lock import LOCK_FILE
-from clip_rd_edge.utils.paths import is_file, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_json, read_yaml
 
 Phase = Literal["starting", "running", "stopped", "finished"]
@@ -109,9 +109,8 @@ def read_run(run: Path) -> RunState:
 
 def _require_run(run: Path) -> None:
     if not is_folder(run):
-        raise InputError(
-            f"The run {run} does not exist.{near_files(run)}", hint="pass the folder that distill writes to with -o"
-        )
+        problem = "is a file; expected its folder." if exists(run) else f"does not exist.{near_files(run)}"
+        raise InputError(f"The run {run} {problem}", hint="pass the folder that distill writes to with -o")
     if is_file(run / RUN_CONFIG_FILE) or is_file(run / LOCK_FILE):
         return
     runs = sorted(path.parent for path in run.glob(f"*/{RUN_CONFIG_FILE}"))

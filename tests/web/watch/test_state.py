@@ -71,6 +71,9 @@ def test_the_last_line_is_the_last_with_a_loss(make_run: MakeRun, tmp_path: Path
 def test_what_is_no_run_is_refused_and_the_runs_in_it_are_named(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing does not exist\."):
         read_run(tmp_path / "nothing")
+    (tmp_path / "pairs.csv").touch()
+    with pytest.raises(InputError, match=r"pairs\.csv is a file; expected its folder\."):
+        read_run(tmp_path / "pairs.csv")
     with pytest.raises(InputError, match=r"has no config\.yaml\.") as raised:
         read_run(tmp_path)
     assert raised.value.hint == "pass the folder that distill writes to"
