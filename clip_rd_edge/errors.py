@@ -97,6 +97,16 @@ def relayed_error(message: str, *, hint: str, exit_code: int) -> ClipRdEdgeError
     return kind(message, hint=hint)
 
 
+def require_known_options(given: Iterable[str], known: Iterable[str], *, command: str) -> None:
+    """Raise UsageError if a call was given an option that it does not have: `**options` takes any name.
+
+    Args:
+        command: the command that has the same options.
+    """
+    if unknown := sorted(set(given) - set(known)):
+        raise UsageError(f"Unknown {command} option {unknown[0]!r}.{near_matches(unknown[0], known)}")
+
+
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return ` Did you mean 'a' or 'b'?` with the names closest to `value`, or an empty string if none is close.
 

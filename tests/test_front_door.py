@@ -292,6 +292,12 @@ def test_a_mistyped_option_is_refused(pairs_csv: Path, tmp_path: Path) -> None:
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, batchsize=8)  # type: ignore[call-arg]
     with pytest.raises(edge.UsageError, match=r"Unknown export option 'precison'\. Did you mean 'precision'"):
         edge.export("run", tmp_path / "bundle", precison="int8")  # type: ignore[call-arg]
+    with pytest.raises(edge.UsageError, match=r"Unknown serve option 'allow_hosts'\. Did you mean 'allow_host'"):
+        edge.serve(tmp_path, allow_hosts=["camera"])  # type: ignore[call-arg]
+    with pytest.raises(edge.UsageError, match=r"Unknown quickstart option 'steps'"):
+        edge.quickstart(tmp_path, steps=3)  # type: ignore[call-arg]
+    with pytest.raises(edge.UsageError, match=r"Unknown stitch option 'size'"):
+        edge.stitch("resnet18", tmp_path / "a", names="imagenet", text="b", size=64)  # type: ignore[call-arg]
     with pytest.raises(edge.InputError, match="No task named 'emoji:unseen'"):  # one task, not its characters
         edge.distill(data=str(pairs_csv), student="resnet18", output=tmp_path, tasks="emoji:unseen")
     with pytest.raises(edge.ConfigError, match=r"The run is invalid: .*batch_size"):

@@ -187,8 +187,10 @@ def quickstart(
         seed: random seed of the student.
         options: the other options of `clip-rd-edge quickstart`, under the same names.
     """
+    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.utils.files import require_utf8_path
 
+    require_known_options(options, QuickstartOptions.__annotations__, command="quickstart")
     require_utf8_path(Path(output))
 
     from clip_rd_edge.walkthrough.pipeline import Settings, run_quickstart

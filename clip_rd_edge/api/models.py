@@ -90,13 +90,15 @@ def stitch(
         options: the other options of `clip-rd-edge stitch`, under the same names.
 
     Raises:
-        UsageError: `output` is in use.
+        UsageError: `output` is in use, or an option is unknown.
         InputError: the classifier, its weights, the names or the sentence encoder do not exist.
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
+    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.utils.files import require_free_output, require_utf8_path
 
+    require_known_options(options, StitchOptions.__annotations__, command="stitch")
     folder = Path(output)
     require_utf8_path(folder)
     require_free_output(folder, overwrite=force)

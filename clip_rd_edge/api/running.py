@@ -162,11 +162,13 @@ def serve(
 
     Raises:
         InputError: there is no bundle or index, or another bundle created the index.
-        UsageError: listening on the address failed.
+        UsageError: listening on the address failed, or an option is unknown.
     """
     from clip_rd_edge import __version__
+    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.runtime.load import load as load_bundle
 
+    require_known_options(options, ServeOptions.__annotations__, command="serve")
     try:
         from clip_rd_edge.serving.app import Limits, Service, make_app
         from clip_rd_edge.web.app import is_loopback, run_server

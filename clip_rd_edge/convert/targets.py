@@ -21,7 +21,7 @@ from clip_rd_edge.convert.options import (
     require_precision,
     require_via,
 )
-from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.errors import InputError, UsageError, near_matches, require_known_options
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.label_list import label_names
 from clip_rd_edge.utils.host import cuda_capability, jetson_name
@@ -229,10 +229,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         InputError: no target has that name, or the labels cannot be read.
         UsageError: options cannot be combined, or an option is unknown.
     """
-    if unknown := sorted(set(options) - set(ExportOptions.__annotations__)):
-        raise UsageError(
-            f"Unknown export option {unknown[0]!r}.{near_matches(unknown[0], ExportOptions.__annotations__)}"
-        )
+    require_known_options(options, ExportOptions.__annotations__, command="export")
     target, layout = options.get("target"), options.get("layout", "bundle")
     if target == BROWSER:
         _require_browser_options(options)

@@ -19,7 +19,7 @@ from clip_rd_edge.data.pairs import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.webdataset import SEPARATOR
-from clip_rd_edge.errors import ConfigError, UsageError, near_matches
+from clip_rd_edge.errors import ConfigError, near_matches, require_known_options
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
@@ -312,10 +312,7 @@ def resolve(
         ConfigError: the recipe does not exist, or a value is invalid.
         UsageError: an option does not exist.
     """
-    if unknown := sorted(set(options) - set(DistillOptions.__annotations__)):
-        raise UsageError(
-            f"Unknown distill option {unknown[0]!r}.{near_matches(unknown[0], DistillOptions.__annotations__)}"
-        )
+    require_known_options(options, DistillOptions.__annotations__, command="distill")
     recipe = os.fspath(recipe)
     given = {**options, "data": data, "student": student, "teacher": teacher}
     fields: dict[str, Any] = {name: as_text(value) for name, value in given.items()}
