@@ -44,7 +44,8 @@ def test_hints_are_found() -> None:
 
 @pytest.mark.parametrize(("path", "command"), list(commands()), ids=str)
 def test_no_hint_names_an_option_that_the_command_lacks(path: tuple[str, ...], command: click.Command) -> None:
-    options = {name for parameter in command.params for name in parameter.opts} | {"--help", "--debug"}
+    names = (name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
+    options = {*names, "--help", "--debug"}
     for hint in hints():
         for part in fitting_hint(hint, cli, path).split(", or "):
             named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", part))
