@@ -29,6 +29,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
 from clip_rd_edge.utils.files import new_folder, require_free_output
+from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
@@ -99,15 +100,27 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.needs_teacher else None,
         text="tiny",
         seed=settings.seed,
+        # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
+        precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
     )
     run_distillation(config, run, resume=True, reporter=reporter)
 
 
-def _config(run: Path, *, recipe: str, steps: int, batch_size: int, learning_rate: float, **rest: Any) -> RunConfig:
+def _config(
+    run: Path,
+    *,
+    recipe: str,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    precision: Precision = "fp32",
+    **rest: Any,
+) -> RunConfig:
     loaded = load_recipe(recipe)
-    # The precision is not measured, or the models would depend on what else the machine is doing; float32 is the faster
-    # one on most processors. A run that an older version began keeps what it measured, which is what `auto` means then.
-    precision: Precision = "auto" if is_file(run / RUN_CONFIG_FILE) else "fp32"
+    # The precision is not measured, or the models would depend on what else the machine is doing. A run that an older
+    # version began keeps what it measured, which is what `auto` means then.
+    if is_file(run / RUN_CONFIG_FILE):
+        precision = "auto"
     return RunConfig(
         recipe_name=recipe,
         recipe=msgspec.structs.replace(

@@ -112,16 +112,23 @@ def precisions(config: RunConfig) -> tuple[str, str]:
     return config.recipe.precision, config.teacher_precision
 
 
-def test_no_training_depends_on_a_measurement_of_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sets", "student"), [(("AVX2", "AMX BF16"), "bf16"), (("AVX-512 BF16",), "fp32"), ((), "fp32")]
+)
+def test_no_training_depends_on_a_measurement_of_time(
+    sets: tuple[str, ...], student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "instruction_sets", lambda: sets)
     configs = configurations(Settings(folder=tmp_path))
     assert {name: precisions(config) for name, config in configs.items()} == {
         "teacher": ("fp32", "fp32"),
-        "student": ("fp32", "fp32"),
-        "student-alone": ("fp32", "fp32"),
+        "student": (student, student),
+        "student-alone": (student, student),
     }
 
 
-def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path) -> None:
+def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "instruction_sets", lambda: ())
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(commented_recipe("clip-rd").replace("precision: auto", "precision: bf16"))
     assert precisions(configurations(Settings(folder=tmp_path, recipe=str(recipe)))["student"]) == ("bf16", "fp32")
