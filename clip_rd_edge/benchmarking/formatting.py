@@ -41,8 +41,10 @@ def signed_interval(bounds: Interval) -> str:
     return f"{signed_points(bounds.low)} to {signed_points(bounds.high)}"
 
 
-def milliseconds(value: float) -> str:
-    """Format a latency with three digits, without the unit: `1.78`, `32.5`, `120`."""
+def milliseconds(value: float | None) -> str:
+    """Format a latency with three digits, without the unit: `1.78`, `32.5`, `120`; a dash for None."""
+    if value is None:
+        return NO_VALUE
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -58,8 +60,10 @@ def rate(value: float) -> str:
     return milliseconds(value)
 
 
-def megabytes(size_bytes: float) -> str:
-    """Format a size in millions of bytes, without the unit: `7.6`, `605`."""
+def megabytes(size_bytes: float | None) -> str:
+    """Format a size in millions of bytes, without the unit: `7.6`, `605`; a dash for None."""
+    if size_bytes is None:
+        return NO_VALUE
     value = size_bytes / 1e6
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 

@@ -203,7 +203,7 @@ def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
         raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
     if empty := [i for i, label in enumerate(labels) if not label.strip()]:
         raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
-    if isinstance(encoder, LabelsEncoder) and not embeds_texts(encoder):
+    if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
         return encoder.stored_label_embeddings(labels, templates)
     prompts = [fill_template(template, label) for label in labels for template in templates]
     embeddings = encoder.encode_texts(prompts).reshape(len(labels), len(templates), -1)

@@ -7,6 +7,7 @@ keys make a reader without INT8 support refuse the file instead of misreading it
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,13 @@ class LabelBank(msgspec.Struct, frozen=True):
 
     names: tuple[str, ...]
     embeddings: Embeddings
+
+    def find(self, labels: Sequence[str]) -> Embeddings | None:
+        """Return the embeddings of labels in their order, or None if one is not in the bank."""
+        rows = {name: row for row, name in enumerate(self.names)}
+        if not all(label in rows for label in labels):
+            return None
+        return self.embeddings[[rows[label] for label in labels]]
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:

@@ -99,11 +99,8 @@ class ZeroShotClassifier:
         unique = tuple(dict.fromkeys(names))
         if others := [name for name in unique if not is_unicode(name)]:
             raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")
-        rows = {name: i for i, name in enumerate(self._bank.names)} if self._bank else {}
-        if self._bank and unique and all(label in rows for label in unique):
-            self._embeddings = self._bank.embeddings[[rows[label] for label in unique]]
-        else:
-            self._embeddings = self._embed(unique)
+        stored = self._bank.find(unique) if self._bank and unique else None
+        self._embeddings = self._embed(unique) if stored is None else stored
         self.labels = unique
 
     def probabilities(self, images: ImageInput | Sequence[ImageInput]) -> Probabilities:

@@ -175,13 +175,14 @@ class BundleEncoder(ABC):
                 f"{bundle}: its labels were embedded with {_in_words(own)}, and {_in_words(templates)} is asked for.",
                 hint=f"{f'use --template {own[0]!r}, or ' if len(own) == 1 else ''}{_WITH_TEXT}",
             )
-        rows = {name: row for row, name in enumerate(bank.names)}
-        if unknown := next((label for label in labels if label not in rows), None):
+        embeddings = bank.find(labels)
+        if embeddings is None:
+            unknown = next(label for label in labels if label not in bank.names)
             nearest = near_matches(unknown, bank.names)
             raise InputError(
-                f"{bundle}, and {unknown!r} is none of its {len(rows):,} labels.{nearest}", hint=_WITH_TEXT
+                f"{bundle}, and {unknown!r} is none of its {len(bank.names):,} labels.{nearest}", hint=_WITH_TEXT
             )
-        return bank.embeddings[[rows[label] for label in labels]]
+        return embeddings
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
         """Embed images, (N, D)."""

@@ -114,16 +114,12 @@ def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Itera
 
     if complete("p50_interval"):
         yield _plain(f"{name}, ms, p50, 95 % interval", list(map(_bounds, values("p50_interval"))))
-    yield _plain(f"{name}, ms, p95", list(map(_milliseconds, values("p95"))))
+    yield _plain(f"{name}, ms, p95", list(map(formatting.milliseconds, values("p95"))))
     if complete("p95_interval"):
         yield _plain(f"{name}, ms, p95, 95 % interval", list(map(_bounds, values("p95_interval"))))
     if complete("p99"):
-        yield _plain(f"{name}, ms, p99", list(map(_milliseconds, values("p99"))))
+        yield _plain(f"{name}, ms, p99", list(map(formatting.milliseconds, values("p99"))))
         yield _plain(f"{name}, ms, p99, 95 % interval", list(map(_bounds, values("p99_interval"))))
-
-
-def _milliseconds(value: float | None) -> str:
-    return formatting.NO_VALUE if value is None else formatting.milliseconds(value)
 
 
 def _bounds(interval: Interval | None) -> str:
@@ -227,12 +223,13 @@ def _recall_at_5_and_10(recall: Recall) -> str:
     return f"{formatting.percent(recall.at5)} / {formatting.percent(recall.at10)}"
 
 
-def _lower_is_better(name: str, results: Results, values: Sequence[float | None], show: Callable[[float], str]) -> Line:
+def _lower_is_better(
+    name: str, results: Results, values: Sequence[float | None], show: Callable[[float | None], str]
+) -> Line:
     """Return a line with the teacher's value over each value; None is a model that has none."""
     teacher = _teacher_value(results, values)
     ratios = [formatting.ratio(teacher / value) if teacher and value else "" for value in values]
-    texts = [formatting.NO_VALUE if value is None else show(value) for value in values]
-    return _line(name, results, texts, ratios)
+    return _line(name, results, [show(value) for value in values], ratios)
 
 
 def _higher_is_better(name: str, results: Results, values: Sequence[float | None]) -> Line:
