@@ -240,7 +240,7 @@ def _batch_words(config: RunConfig, setup: RunSetup) -> str:
 def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
     """Return the configuration to run and whether the run is new; a resumed run keeps its measured precision."""
     config = _with_precision_of_store(config)
-    if config.teacher_cache and not config.views:
+    if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all
         raise UsageError(
             "A teacher cache holds a fixed number of views of each pair, but no number was given.",
             hint="add --views 8, for example: eight crops of each image, over which the epochs cycle",

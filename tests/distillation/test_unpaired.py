@@ -128,6 +128,10 @@ def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_
     with pytest.raises(UsageError, match="There are texts alone, but a teacher cache holds embeddings of images"):
         embed_teacher(msgspec.structs.replace(config, teacher_precision="fp32"), tmp_path / "cache")
     recipe = msgspec.structs.replace(config.recipe, batch_size=4)
+    for views in (0, 2):  # no number of views would make it work
+        cached = msgspec.structs.replace(config, recipe=recipe, teacher_cache=str(tmp_path / "cache"), views=views)
+        with pytest.raises(UsageError, match="There are texts alone"):
+            run_distillation(cached, tmp_path / "run", resume=False)
     teacher = str(tmp_path / "teacher")
     config = msgspec.structs.replace(config, recipe=recipe, student=teacher, quantize="int8", views=0)
     with pytest.raises(UsageError, match="it is the image tower that is trained for INT8"):
