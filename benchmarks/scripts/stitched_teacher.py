@@ -19,7 +19,7 @@ With `--seeds`, a stitched model of 112 pixels is taught emoji with each seed in
 the image tower of each, and a text tower of its own of 128 × 3, learns texts alone. All are evaluated as with
 `--models`, with mean and standard deviation over the seeds. The same command resumes:
 
-    python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 --runs sees \
+    python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 3 4 --runs sees \
         -o benchmarks/results/MACHINE/stitched-teacher.json
 
 With `--labels`, the labels of the test tasks are written, one per line, for a bundle that knows them alone:
