@@ -12,9 +12,11 @@ width D learns one teacher in each part of them; of another width, it has learne
                         loss. Its gradient is that of the divergence from the mean of the teachers' distributions, so
                         the teachers are averaged after the softmax, each at its own scale. Its minimum is their
                         Jensen-Shannon divergence: 0 where they agree.
-    fd, icl, vrd, xrd   as for one teacher with the embeddings t
-    bank                the mean over teachers of the term with the embeddings t^k, the scale γ_k, and part k of the
-                        student's embeddings (of the projected ones) times √K: 0 for a student with the embeddings t
+    fd, bank            the mean over teachers of the term with the embeddings t^k, the scale γ_k, and part k of the
+                        student's embeddings (of the projected ones) times √K: 0 for a student with the embeddings t.
+                        FD is a mean over entries, and those of t are smaller the more teachers stand side by side:
+                        compared with t as a whole, it would weigh K times less than for one teacher
+    icl, vrd, xrd       as for one teacher with the embeddings t
 
 With K = 1, all of them are those of a single teacher.
 """

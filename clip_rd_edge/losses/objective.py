@@ -237,8 +237,10 @@ class _Products:
 
     def feature_distillation(self) -> Tensor:
         block = self._block or slice(None)
-        image = feature_distillation(self.p_v[block], self.t_v[block], pairs=len(self.s_v))
-        return image + feature_distillation(self.p_t[block], self.t_t[block], pairs=len(self.s_v))
+        pairs = ((self.p_v[block], self.t_v[block]), (self.p_t[block], self.t_t[block]))
+        parts = [zip(self._parts(student), self._parts(teacher), strict=True) for student, teacher in pairs]
+        terms = [[feature_distillation(s, t, pairs=len(self.s_v)) for s, t in side] for side in parts]
+        return _mean(image + text for image, text in zip(*terms, strict=True))
 
     def bank_divergence(self) -> Tensor:
         if self._bank is None:

@@ -74,12 +74,16 @@ def expected(term: str, s_v: Array, s_t: Array) -> Any:
             if term == "affinity":
                 total += both_ways(entropy, target) / count
         return total
-    if term == "bank":
+    if term in ("fd", "bank"):
         total = 0.0
         start = 0
         for k, (width, scale) in enumerate(zip(WIDTHS, SCALES, strict=True)):
             part = slice(start, start + width)
             start += width
+            if term == "fd":
+                total += ((np.sqrt(count) * s_v[:, part] - images[k]) ** 2).mean() / count
+                total += ((np.sqrt(count) * s_t[:, part] - texts[k]) ** 2).mean() / count
+                continue
             for student, teacher in ((s_v, images[k]), (s_t, texts[k])):
                 for bank in (BANK_IMAGES[k].numpy(), BANK_TEXTS[k].numpy()):
                     gamma = scale / TEMPERATURE
@@ -87,8 +91,6 @@ def expected(term: str, s_v: Array, s_t: Array) -> Any:
                     total += divergence(gamma * teacher @ bank.T, own) / (4 * count)
         return total
     t_v, t_t = (np.concatenate(parts, axis=1) / np.sqrt(count) for parts in (images, texts))
-    if term == "fd":
-        return ((s_v - t_v) ** 2).mean() + ((s_t - t_t) ** 2).mean()
     if term == "icl":
         return (cross_entropy(CROSS_SCALE * s_v @ t_t.T) + cross_entropy(CROSS_SCALE * s_t @ t_v.T)) / 2
     if term == "vrd_kl":
@@ -143,6 +145,19 @@ def test_a_student_like_its_teachers_has_no_feature_and_no_bank_loss() -> None:
         batch.bank,
     )
     assert evaluate(same, "fd", "bank").item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_same_teacher_twice_weighs_as_much_as_once() -> None:
+    student, teacher = [rows(ROWS, 4, seed) for seed in (0, 1)], [rows(ROWS, 4, seed) for seed in (2, 3)]
+    losses = []
+    for count in (1, 2):
+        weights = Weights(fd=1, hrd=1, icl=1, vrd_kl=1, vrd_ce_image=1, vrd_ce_text=1, xrd=1)
+        objective = in_float64(Objective(weights, scales="raw", widths=(4 * count,) + (4,) * count))
+        batch = EmbeddingBatch(*(side_by_side([part] * count) for part in (*student, *teacher)))
+        scale = torch.tensor(STUDENT_SCALE, dtype=torch.float64)
+        losses.append(objective(batch, scale, (12.0,) * count if count > 1 else 12.0).terms)
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, msg=name)
 
 
 def test_a_student_of_another_width_is_projected_to_all_teachers_together() -> None:
