@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import clip_rd_edge as edge
+from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.contract.encoder import Encoder
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.utils.host import machine_name
 
 TASKS = ("emoji:unseen-style", "emoji:unseen-concepts")
@@ -39,7 +42,7 @@ def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
 def train_all(
     arguments: argparse.Namespace,
     ways: Mapping[str, Mapping[str, Any]],
-    teachers: Mapping[str, Path],
+    teachers: Mapping[str, Encoder],
     markdown: Callable[[Result], str],
 ) -> None:
     """Train a student in each way with each seed, but for those that the output has, and write the figures.
@@ -61,7 +64,7 @@ def train_all(
         if "teacher_cache" in options:  # the crops of a seed are its own
             options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
         run = edge.distill(output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}", **options)
-        result["runs"].append({"way": way, "seed": seed, "top1": top1(run)})
+        result["runs"].append({"way": way, "seed": seed, "top1": top1(edge.load(run).encoder)})
         result |= {"machine": machine_name(), "date": date.today().isoformat()}
         arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"seed {seed}, {way}: {result['runs'][-1]['top1']}", flush=True)
@@ -70,9 +73,9 @@ def train_all(
         write_between_markers(arguments.readme, arguments.table, markdown(result))
 
 
-def top1(model: str | Path) -> dict[str, float]:
+def top1(encoder: Encoder) -> dict[str, float]:
     """Return top-1 by task."""
-    return dict(zip(TASKS, (score.top1 for score in edge.evaluate(model, TASKS)), strict=True))  # type: ignore[union-attr]
+    return {name: evaluate(encoder, load_task(name)).top1 for name in TASKS}  # type: ignore[union-attr]
 
 
 def scores(result: Result) -> Scores:

@@ -11,11 +11,16 @@ and as wide as both together. An interrupted call goes on; finished teachers and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+import numpy as np
+from PIL import Image
 from quickstart_students import Result, parser_for, plus_minus, rows, scores, train_all
 
 import clip_rd_edge as edge
+from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder
 
 WIDTH = 256  # of each teacher
 VIEWS = 5
@@ -37,6 +42,30 @@ def tune_teacher(folder: Path, untuned: Path, *, seed: int, steps: int) -> Path:
         learning_rate=1e-3, seed=seed, image_size=64, context_length=16, embedding_size=WIDTH, checkpoint_every=50,
         precision="fp32", output=folder / f"teacher-{seed}", resume=True,
     )  # fmt: skip
+
+
+class Together:
+    """Several models as one `Encoder`: their embeddings side by side, so that cosines are the means of theirs."""
+
+    def __init__(self, *encoders: Encoder) -> None:
+        self._encoders = encoders
+
+    def describe(self) -> Description:
+        """Return the first model's description, but for the width."""
+        parts = [encoder.describe() for encoder in self._encoders]
+        return msgspec.structs.replace(parts[0], embedding_size=sum(part.embedding_size for part in parts))
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Embeddings:
+        """Embed images, (N, D)."""
+        return self._side_by_side([encoder.encode_images(images) for encoder in self._encoders])
+
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings:
+        """Embed texts, (N, D)."""
+        return self._side_by_side([encoder.encode_texts(texts) for encoder in self._encoders])
+
+    def _side_by_side(self, parts: Sequence[Embeddings]) -> Embeddings:
+        embeddings: Embeddings = np.concatenate(parts, axis=1) / np.float32(len(parts)) ** 0.5
+        return embeddings
 
 
 def markdown(result: Result) -> str:
@@ -79,8 +108,9 @@ def main() -> None:
         }
         for name, (seeds, width) in WAYS.items()
     }
-    itself = {f"{TEACHER.format(seed)}, itself": teacher for seed, teacher in zip(TEACHER_SEEDS, teachers, strict=True)}
-    train_all(arguments, ways, itself, markdown)
+    encoders = [edge.load(teacher).encoder for teacher in teachers]
+    itself = {f"{TEACHER.format(seed)}, itself": teacher for seed, teacher in zip(TEACHER_SEEDS, encoders, strict=True)}
+    train_all(arguments, ways, {**itself, "both teachers, side by side": Together(*encoders)}, markdown)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from quickstart_students import Result, parser_for, plus_minus, rows, scores, train_all
 
+import clip_rd_edge as edge
 from clip_rd_edge.data import emoji
 
 PAIRS = "all pairs"
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     arguments = parser.parse_args()
     ways = {name: {"teacher": arguments.teacher, **data} for name, data in write_data(arguments.folder).items()}
-    train_all(arguments, ways, {"teacher": arguments.teacher}, markdown)
+    train_all(arguments, ways, {"teacher": edge.load(arguments.teacher).encoder}, markdown)
 
 
 if __name__ == "__main__":

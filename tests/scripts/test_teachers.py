@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import teachers
 from quickstart_students import SETTINGS, TASKS
 
@@ -21,6 +25,19 @@ def test_differences_are_those_to_the_students_of_one_teacher() -> None:
         "| the teacher of seed 1 | 2 | 30.5 ± 0.7 | 30.0 ± 0.0 | 10.0 ± 0.0 |",
         "| both, 512 numbers | 2 | 40.5 ± 0.7 | 40.0 ± 0.0 | 15.0 ± 0.0 |",
     ]
+
+
+def test_two_models_together_have_unit_rows_and_mean_cosines() -> None:
+    def random_encoder(seed: int) -> Any:
+        images, texts = (np.random.default_rng(seed + side).normal(size=(4, 8)) for side in (0, 1))
+        rows = [(side / np.linalg.norm(side, axis=1, keepdims=True)).astype(np.float32) for side in (images, texts)]
+        return SimpleNamespace(encode_images=lambda _: rows[0], encode_texts=lambda _: rows[1])
+
+    encoders = [random_encoder(0), random_encoder(2)]
+    images, texts = (getattr(teachers.Together(*encoders), f"encode_{side}")([]) for side in ("images", "texts"))
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, rtol=1e-6)
+    cosines = [encoder.encode_images([]) @ encoder.encode_texts([]).T for encoder in encoders]
+    np.testing.assert_allclose(images @ texts.T, np.mean(cosines, axis=0), atol=1e-6)
 
 
 def test_all_students_have_the_quickstarts_settings_but_for_teachers_and_width() -> None:
