@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -243,6 +244,45 @@ def calibration(student: ClipModel) -> CalibrationSet:
         return Samples(pixels, student.tokenizer(captions).numpy())
 
     return CalibrationSet("noise", calibrate=samples(32), held_out=samples(24))
+
+
+@pytest.fixture(scope="module")
+def remembered_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bundles get the ONNX file of a tower that was exported before, which takes torch seconds.
+
+    `exporters.onnx` is as it is for tests that call it themselves.
+    """
+    from clip_rd_edge.exporters import bundle
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above is that of all workers of this run, and of no other run
+        folder = folder.parent
+    folder /= "remembered-exports"
+    folder.mkdir(exist_ok=True)
+
+    def remembering(export: Callable[[ClipModel, Path], Path]) -> Callable[[ClipModel, Path], Path]:
+        def exported(clip: ClipModel, target: Path) -> Path:
+            digest = hashlib.sha256(
+                f"{export.__name__} {clip.preprocessing} {clip.context_length} {clip.model}".encode()
+            )
+            for name, tensor in clip.model.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            kept = folder / f"{digest.hexdigest()}.onnx"
+            path = target / f"{export.__name__.split('_')[1]}.onnx"
+            if kept.is_file():
+                return Path(shutil.copyfile(kept, path))
+            assert export(clip, target) == path
+            part = kept.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, part)
+            part.replace(kept)
+            return path
+
+        return exported
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("export_image_tower", "export_text_tower"):
+            patch.setattr(bundle, name, remembering(getattr(bundle, name)))
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
+pytestmark = pytest.mark.usefixtures("remembered_exports")
+
 CLIENTS = Path(__file__).parent / "clients"
 HARD_TEXTS = [
     "",
