@@ -1,10 +1,11 @@
-"""Not a test: compute loss and gradients of a step twice, directly or under torchrun. See test_step.py."""
+"""Not a test: compute loss and gradients of steps, each twice, directly or under torchrun. See test_step.py."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.processes.distributed import join_processes
+from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.losses.objective import Objective
@@ -42,32 +43,40 @@ class Messages:
         return send(*args, **kwargs)
 
 
-def main(output: str, name: str, chunks: int, block: int, global_logits: int) -> None:
+def main(folder: Path, *cases: str) -> None:
+    """Compute each case, such as `test_vit chunks=2 block=3 global_logits=0`, and write FOLDER/0.pt and so on."""
     torch.set_num_threads(1)
     messages = Messages()
     with join_processes() as processes:
-        student, teacher = make_model(0, name), make_model(1, name)
-        objective = Objective(load_recipe("clip-rd-bank").objective)
-        settings = StepSettings(chunks=chunks, block=block, global_logits=bool(global_logits))
-        live_teacher = Teacher(teacher, processes.device, autocast=None)
-        bank = QueueBank(PAIRS, processes.device)  # the same in both steps
-        step = TrainingStep(student, live_teacher, objective, processes, settings, bank=bank)
-        pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
-        size = PAIRS // processes.world_size
-        local = slice(processes.rank * size, (processes.rank + 1) * size)
-        parameters = [*student.model.named_parameters(), *objective.named_parameters()]
-        results = []
-        for _ in range(2):
-            for _, parameter in parameters:
-                parameter.grad = None
-            messages.counts.clear()
-            result = step(Batch(pixels[local], (pixels[local],), CAPTIONS[local]), 0)
-            gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
-            record = {"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}
-            results.append({**record, "messages": dict(messages.counts)})
-        if processes.is_main:
-            torch.save(results, output)
+        for number, case in enumerate(cases):
+            name, *settings = case.split()
+            chosen = {key: int(value) for key, value in (setting.split("=") for setting in settings)}
+            results = two_steps(name, StepSettings(**chosen), processes, messages)
+            if processes.is_main:
+                torch.save(results, folder / f"{number}.pt")
+
+
+def two_steps(name: str, settings: StepSettings, processes: Processes, messages: Messages) -> list[dict[str, Any]]:
+    student, teacher = make_model(0, name), make_model(1, name)
+    objective = Objective(load_recipe("clip-rd-bank").objective)
+    live_teacher = Teacher(teacher, processes.device, autocast=None)
+    bank = QueueBank(PAIRS, processes.device)  # the same in both steps
+    step = TrainingStep(student, live_teacher, objective, processes, settings, bank=bank)
+    pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()
+    size = PAIRS // processes.world_size
+    local = slice(processes.rank * size, (processes.rank + 1) * size)
+    parameters = [*student.model.named_parameters(), *objective.named_parameters()]
+    results = []
+    for _ in range(2):
+        for _, parameter in parameters:
+            parameter.grad = None
+        messages.counts.clear()
+        result = step(Batch(pixels[local], (pixels[local],), CAPTIONS[local]), 0)
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
+        record = {"loss": result.loss.total, "terms": result.loss.terms, "gradients": gradients}
+        results.append({**record, "messages": dict(messages.counts)})
+    return results
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +17,52 @@ SCRIPT = Path(__file__).with_name("gradients.py")
 
 
 NO_BATCH_NORM = "test_vit"  # whose statistics would depend on how the batch is split
-
-
-def compute(
-    output: Path,
-    *,
-    student: str = NO_BATCH_NORM,
-    processes: int = 1,
-    chunks: int = 1,
-    block: int = 0,
-    global_logits: bool = False,
-) -> Any:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    arguments = [str(output), student, str(chunks), str(block), str(int(global_logits))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return torch.load(output, weights_only=True)
+CASES = {  # by the number of processes
+    1: (NO_BATCH_NORM, f"{NO_BATCH_NORM} chunks=4", f"{NO_BATCH_NORM} block=3"),
+    2: (
+        NO_BATCH_NORM,
+        f"{NO_BATCH_NORM} global_logits=1",
+        f"{NO_BATCH_NORM} chunks=2 block=3",
+        "resnet18 chunks=2",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return compute(tmp_path_factory.mktemp("one") / "result.pt")[0]
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Any]:
+    """Return a function that returns the results of a case; all cases of some number of processes share one start."""
+
+    @cache
+    def compute(processes: int) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(f"processes-{processes}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(folder), *CASES[processes]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return {
+            case: torch.load(folder / f"{number}.pt", weights_only=True) for number, case in enumerate(CASES[processes])
+        }
+
+    return lambda processes, case: compute(processes)[case]
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [
-        {"processes": 2},
-        pytest.param({"processes": 2, "global_logits": True}, marks=pytest.mark.slow),
-        {"processes": 2, "chunks": 2, "block": 3},
-        {"chunks": 4},
-        {"block": 3},
-    ],
+    ("processes", "case"),
+    [(1, CASES[1][1]), (1, CASES[1][2]), (2, CASES[2][0]), (2, CASES[2][1]), (2, CASES[2][2])],
     ids=[
-        "two processes, local logits",
-        "two processes, global logits",
-        "processes, chunks and blocks",
         "four chunks",
         "blocks",
+        "two processes, local logits",
+        "two processes, global logits",
+        "two processes, chunks and blocks",
     ],
 )
 def test_loss_and_gradients_are_those_of_the_global_batch(
-    expected: Any, variant: dict[str, Any], tmp_path: Path
+    computed: Callable[[int, str], Any], processes: int, case: str
 ) -> None:
-    for actual in compute(tmp_path / "result.pt", **variant):
+    expected = computed(1, NO_BATCH_NORM)[0]
+    for actual in computed(processes, case):
         torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-5, atol=1e-5)
         for name, term in expected["terms"].items():
             torch.testing.assert_close(actual["terms"][name], term, rtol=1e-5, atol=1e-5)
@@ -72,8 +73,9 @@ def test_loss_and_gradients_are_those_of_the_global_batch(
             assert difference <= 1e-5 * scale, name
 
 
-def test_a_step_sends_few_messages_however_many_layers_there_are(tmp_path: Path) -> None:
+def test_a_step_sends_few_messages_however_many_layers_there_are(computed: Callable[[int, str], Any]) -> None:
     # Embeddings; the loss and its gradients; buffers, by dtype; and a few buckets of gradients, after the last chunk.
-    _, result = compute(tmp_path / "result.pt", student="resnet18", processes=2, chunks=2)
-    assert result["messages"].pop("all_reduce") <= 4
-    assert result["messages"] == {"broadcast": 2, "all_gather": 1}
+    _, result = computed(2, CASES[2][3])
+    messages = dict(result["messages"])
+    assert messages.pop("all_reduce") <= 4
+    assert messages == {"broadcast": 2, "all_gather": 1}
