@@ -229,6 +229,20 @@ def test_times_leave_out_the_first_call(page: Any) -> None:
     page.wait_for_function(f"() => {cell} === '2.0 ms'")
 
 
+def test_an_image_that_follows_a_change_of_labels_is_classified_once(page: Any) -> None:
+    requests: list[str] = []
+    page.on("request", lambda request: "api/classify" in request.url and requests.append(request.url))
+    page.evaluate("""() => {
+        const field = document.querySelector("#labels input");
+        field.value = "blue";
+        field.dispatchEvent(new InputEvent("input", { bubbles: true }));
+    }""")
+    send_image(page, BLUE, "drop")
+    wait_for_lead(page, "blue ")
+    page.wait_for_timeout(500)  # a change of labels waits 120 ms for another one
+    assert len(requests) == 1
+
+
 def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")

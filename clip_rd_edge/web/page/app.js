@@ -35,6 +35,7 @@ async function classifyAgain() {
 }
 
 async function update(captureTime = 0) {
+  clearTimeout(timer); // this request has the newest labels and bundle: a change that waits needs none of its own
   const number = ++lastRequest;
   const choice = selected;
   const current = labels.current;
