@@ -29,7 +29,8 @@ def write_data(folder: Path) -> dict[str, dict[str, Path]]:
     rows = [(str(path), captions[0]) for path, captions in zip(pairs.images, pairs.texts, strict=True)]
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     half = [rows[index] for index in sorted(order[: len(rows) // 2])]
-    rest = [(path, "") for path, _ in rows if path not in {path for path, _ in half}]
+    captioned = dict(half)
+    rest = [(path, "") for path, _ in rows if path not in captioned]
     for name, table in (("pairs", rows), ("half", half), ("rest", rest)):
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("filepath", "title"), *table])
