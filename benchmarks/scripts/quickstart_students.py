@@ -34,6 +34,7 @@ def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="of the students, which are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--precision", default=SETTINGS["precision"], help="fp32 on processors without AMX")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a run that it has already is kept")
     parser.add_argument("--readme", type=Path, help=f"replace the table between <!-- {name}: begin --> and its end")
     return parser
@@ -53,14 +54,15 @@ def train_all(
         teachers: by name, the teachers to evaluate.
         markdown: returns the table.
     """
-    result: Result = {"steps": arguments.steps, "settings": SETTINGS, "runs": []}
+    settings = {**SETTINGS, "precision": arguments.precision}
+    result: Result = {"steps": arguments.steps, "settings": settings, "runs": []}
     if arguments.output.is_file():
         result = json.loads(arguments.output.read_text(encoding="utf-8"))
     else:
         result["teachers"] = {name: top1(teacher) for name, teacher in teachers.items()}
     done = {(run["way"], run["seed"]) for run in result["runs"]}
     for seed, way in ((seed, way) for seed in arguments.seeds for way in ways if (way, seed) not in done):
-        options = {**SETTINGS, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True}
+        options = {**settings, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True}
         if "teacher_cache" in options:  # the crops of a seed are its own
             options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
         run = edge.distill(output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}", **options)

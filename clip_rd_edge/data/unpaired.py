@@ -52,7 +52,8 @@ class MixedSamples:
     The images of these rows are those without captions, each once, or if there are none, those of the pairs, for at
     most as many rows as there are texts. Their captions are the texts in turn: with more texts than rows, each row has
     several, of which training picks one per view. Without texts, they are the captions of pairs. So each row fills a
-    place in both towers' batches, and terms that need a matching caption leave it out.
+    place in both towers' batches, and terms that need a matching caption leave it out. For images without captions, a
+    teacher may choose other texts as training goes: see `distillation.choosing`.
 
     Texts alone are as many rows as there are texts, without images: see `has_images`.
 
@@ -147,7 +148,11 @@ class MixedSamples:
             assert self.pairs is not None
             return self.pairs.captions(index if row < 0 else self._pair_of(row))
         texts = self.texts[row % len(self.texts) :: self.unpaired_count]
-        return tuple(fill_template(template, text) for text in texts for template in self.templates) or texts
+        return tuple(prompt for text in texts for prompt in self.prompts(text))
+
+    def prompts(self, text: str) -> tuple[str, ...]:
+        """Return a text in each of the templates; as it is, if there are none."""
+        return tuple(fill_template(template, text) for template in self.templates) or (text,)
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify all parts and their order."""

@@ -35,6 +35,7 @@ from clip_rd_edge.distillation.build import (
     provenance,
 )
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
+from clip_rd_edge.distillation.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import check_inputs, common_inputs, newer_inputs
@@ -47,7 +48,13 @@ from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, st
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
 from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders, manifests, open_caches
 from clip_rd_edge.distillation.store.store_build import build_cache, shard_maker
-from clip_rd_edge.distillation.teacher import BatchTeacher, CachedTeacher, Teacher, TeacherEnsemble
+from clip_rd_edge.distillation.teacher import (
+    BatchTeacher,
+    CachedTeacher,
+    Teacher,
+    TeacherEnsemble,
+    embed_captions,
+)
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
@@ -301,16 +308,24 @@ def _prepare_teacher(
     if not setup.teachers:
         return None, make_dataset(config, setup)
     teachers = _make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
-    if config.teacher_cache is None:
-        return _as_one(teachers), make_dataset(config, setup)
-    dataset = make_dataset(config, setup, with_teacher_pixels=False)
+    teacher = _as_one(teachers)
+    dataset = make_dataset(config, setup, with_teacher_pixels=config.teacher_cache is None)
+    if config.teacher_cache is not None:
+        with processes.together():
+            folders = cache_folders(Path(config.teacher_cache), setup.teachers)
+        for folder, each in zip(folders, teachers, strict=True):
+            build_cache(folder, shard_maker(config, each, setup.pairs, dataset.crops), processes, reporter=reporter)
+        dataset.cache = open_caches(folders)
+        teacher = CachedTeacher(teacher.logit_scale, processes.device)
     with processes.together():
-        folders = cache_folders(Path(config.teacher_cache), setup.teachers)
-    for folder, teacher in zip(folders, teachers, strict=True):
-        build_cache(folder, shard_maker(config, teacher, setup.pairs, dataset.crops), processes, reporter=reporter)
-        teacher.clip.model.to("cpu")
-    dataset.cache = open_caches(folders)
-    return CachedTeacher(_as_one(teachers).logit_scale, processes.device), dataset
+        texts = texts_to_choose_from(config, setup.pairs)
+    if texts:
+        reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
+        teacher = ChoosingTeacher(teacher, texts, partial(embed_captions, teachers), reporter=reporter)
+    if config.teacher_cache is not None:
+        for each in teachers:
+            each.clip.model.to("cpu")
+    return teacher, dataset
 
 
 def _make_teachers(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.bank import TeacherBank
+from clip_rd_edge.distillation.choosing import ChoosingTeacher
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
@@ -110,12 +111,12 @@ class TrainingStep:
         """
         model, processes = self.student.model, self.processes
         processes.broadcast(model.buffers())
-        chunks = list(self._chunks(batch))
+        chunks, targets = self._with_targets(list(self._chunks(batch)))
         if len(chunks) == 1:
             image, text = self._embed(self._synchronised, chunks[0], step, 0)
         else:
             image, text = self._embed_without_graph(chunks, step)
-        embeddings = self._gather(chunks, image, text)
+        embeddings = self._gather(chunks, targets, image, text)
         parameter = model.get_parameter("logit_scale")
         # A leaf of its own: the towers' parameters belong to their backward pass alone.
         log_scale = parameter.detach().clone().requires_grad_(parameter.requires_grad)
@@ -136,6 +137,13 @@ class TrainingStep:
         size = -(-len(batch.captions) // self.settings.chunks)
         for start in range(0, len(batch.captions), size):
             yield _part(batch, slice(start, start + size))
+
+    def _with_targets(self, chunks: list[Batch]) -> tuple[list[Batch], list[tuple[Tensor, Tensor]]]:
+        """Return the chunks, with the texts that a teacher chose, and the embeddings of each if there is a teacher."""
+        if isinstance(self.teacher, ChoosingTeacher):
+            chosen = [self.teacher.choose(chunk) for chunk in chunks]
+            return [chunk for chunk, _ in chosen], [target for _, target in chosen]
+        return chunks, [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
 
     def _embed(self, towers: nn.Module, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
@@ -163,10 +171,12 @@ class TrainingStep:
             buffer.copy_(saved)
         return torch.cat(images), torch.cat(texts)
 
-    def _gather(self, chunks: list[Batch], image: Tensor, text: Tensor) -> EmbeddingBatch:
+    def _gather(
+        self, chunks: list[Batch], targets: list[tuple[Tensor, Tensor]], image: Tensor, text: Tensor
+    ) -> EmbeddingBatch:
         local = [image.detach().float(), text.detach().float()]
-        if self.teacher is not None:
-            images, texts = zip(*(self.teacher.embed(chunk) for chunk in chunks), strict=True)
+        if targets:
+            images, texts = zip(*targets, strict=True)
             local += [torch.cat(images).float(), torch.cat(texts).float()]
         mixed = chunks[0].paired is not None  # in one process, then in all: it depends on the data set
         if mixed:

@@ -149,7 +149,12 @@ def _embed(teachers: Sequence[Teacher], batch: Batch) -> tuple[Tensor, Tensor]:
     images = [
         teacher.embed_images(pixels).float() for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)
     ]
-    return side_by_side(images), side_by_side([teacher.embed_captions(batch.captions) for teacher in teachers])
+    return side_by_side(images), embed_captions(teachers, batch.captions)
+
+
+def embed_captions(teachers: Sequence[Teacher], captions: list[str]) -> Tensor:
+    """Return the embeddings of N captions by all teachers side by side, (N, Σ D_k), L2-normalised."""
+    return side_by_side([teacher.embed_captions(captions) for teacher in teachers])
 
 
 class CachedTeacher:

@@ -22,6 +22,7 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
 from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.build import load_setup, make_dataset
+from clip_rd_edge.distillation.choosing import ChoosingTeacher
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
@@ -29,7 +30,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store.embed import embed_teacher
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
@@ -40,6 +41,7 @@ from clip_rd_edge.runtime.label_list import read_labels_file, read_texts
 STEPS = 6
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
+COLOURS = ["red", "green", "a very dark blue"]
 PAIRED = (True, False, True, True, False, False, True, False)
 
 
@@ -78,6 +80,7 @@ def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Pa
     assert " samples/s, " in watch.messages[-1]  # there are no pairs
     said = " ".join(watch.said)
     assert "without pairs, these terms of the objective are 0: task, icl, vrd_kl, xrd" in said
+    assert "the teacher chooses among 4 texts for each image without a caption" in said
     assert "cannot tell how often the student is right" in said
     record = json.loads((student / "distillation.json").read_text())
     assert (record["pairs"], record["images"], record["texts"], record["data"]) == (0, 24, 4, None)
@@ -204,9 +207,11 @@ def model(seed: int) -> ClipModel:
     return build_student(config, name="vit_tiny_16")
 
 
-def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
+def make_step(processes: Processes, settings: StepSettings, *, chooses: bool) -> TrainingStep:
     objective = Objective(load_recipe("clip-rd-bank").objective)
-    teacher = Teacher(model(1), CPU, autocast=None)
+    teacher: BatchTeacher = (plain := Teacher(model(1), CPU, autocast=None))
+    if chooses:
+        teacher = ChoosingTeacher(plain, [(f"{colour} tea", colour) for colour in COLOURS], plain.embed_captions)
     return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
 
 
@@ -230,6 +235,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("chooses", [False, True], ids=["in turn", "chosen"])
 @pytest.mark.parametrize("paired", [PAIRED, (True,) * 3 + (False,) * 5], ids=["mixed", "no pair in the second half"])
 @pytest.mark.parametrize(
     ("count", "settings"),
@@ -243,12 +249,16 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     ids=["processes", "global logits", "processes, chunks and blocks", "chunks", "blocks"],
 )
 def test_processes_chunks_and_blocks_give_the_gradients_of_the_whole(
-    count: int, settings: StepSettings, paired: tuple[bool, ...]
+    count: int, settings: StepSettings, paired: tuple[bool, ...], chooses: bool
 ) -> None:
-    expected = compute(make_step(Processes(), StepSettings()), paired)
+    expected = compute(make_step(Processes(), StepSettings(), chooses=chooses), paired)
     exchange = Exchange(count)
     steps = [
-        make_step(Threads(rank=rank, world_size=count, exchange=exchange) if count > 1 else Processes(), settings)
+        make_step(
+            Threads(rank=rank, world_size=count, exchange=exchange) if count > 1 else Processes(),
+            settings,
+            chooses=chooses,
+        )
         for rank in range(count)
     ]
     with ThreadPoolExecutor(count) as pool:

@@ -1,0 +1,102 @@
+"""A teacher that chooses the texts to train with: for images without captions, those that fit best."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.data.pairs import Pairs, names_shards
+from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.teacher import BatchTeacher
+from clip_rd_edge.utils.reporting import SILENT, Reporter
+
+# Max number of texts to choose from, for the sake of time: all are embedded before the first step.
+MAX_TEXTS = 16_384
+_BATCH = 1_024  # prompts between two reports of progress
+
+
+class ChoosingTeacher:
+    """Puts the texts that the teacher finds most similar beside images without captions; implements `BatchTeacher`.
+
+    Among texts in turn, one that fits an image is rarely in the batch, and the teacher's scores say little. DIME-FM
+    (Sun et al. 2023) likewise trains with texts that its teacher finds similar to the images. What the teacher chose is
+    no caption: terms that need pairs still leave these rows out.
+
+    Args:
+        teacher: the teacher.
+        texts: T texts to choose from, each with one or more prompts.
+        embed: maps N prompts to the teacher's embeddings, (N, D), L2-normalised.
+        reporter: receives the progress of embedding the texts.
+    """
+
+    def __init__(
+        self,
+        teacher: BatchTeacher,
+        texts: Sequence[tuple[str, ...]],
+        embed: Callable[[list[str]], Tensor],
+        *,
+        reporter: Reporter = SILENT,
+    ) -> None:
+        self.logit_scale = teacher.logit_scale
+        self._teacher, self._texts = teacher, texts
+        prompts, rows = [prompt for group in texts for prompt in group], list[Tensor]()
+        for part in in_batches(len(prompts), _BATCH):
+            rows.append(embed(prompts[part]))
+            reporter.update("embedding the texts to choose from", min(part.stop, len(prompts)), len(prompts))
+        self._rows = torch.cat(rows)
+        counts = torch.tensor([len(group) for group in texts], device=self._rows.device)
+        self._first = (counts.cumsum(0) - counts).tolist()  # row of each text's first prompt
+        of_text = torch.arange(len(texts), device=counts.device).repeat_interleave(counts)
+        sums = self._rows.new_zeros(len(texts), self._rows.shape[1]).index_add_(0, of_text, self._rows)
+        self._means = normalize(sums, dim=-1)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `BatchTeacher`; the captions stay as they are."""
+        return self._teacher.embed(batch)
+
+    def choose(self, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        """Return the batch with a text that fits in each row that is no pair, and its embeddings as of `embed`.
+
+        Which of a text's prompts it is depends on the caption that stood in the row, and so changes from view to view.
+        """
+        image, text = self._teacher.embed(batch)
+        rows = [row for row, own in enumerate(batch.paired or ()) if not own]
+        if not rows:
+            return batch, (image, text)
+        captions, text = list(batch.captions), text.clone()
+        chosen = (image[rows].float() @ self._means.T).argmax(dim=1).tolist()
+        for row, number in zip(rows, chosen, strict=True):
+            prompts = self._texts[number]
+            prompt = zlib.crc32(captions[row].encode()) % len(prompts)
+            captions[row], text[row] = prompts[prompt], self._rows[self._first[number] + prompt]
+        return replace(batch, captions=captions), (image, text)
+
+
+def texts_to_choose_from(config: RunConfig, samples: Pairs) -> list[tuple[str, ...]]:
+    """Return the texts for images without captions, each in its prompts; without texts, the captions of pairs.
+
+    Of more than MAX_TEXTS, a random sample. None if there are no such images, or if there are only captions in shards,
+    which could not be read without fetching all images.
+
+    Raises:
+        InputError: a caption cannot be read.
+    """
+    if not isinstance(samples, MixedSamples) or samples.images is None:
+        return []
+    if not samples.texts and names_shards(str(config.data)):
+        return []
+    count, rng = len(samples.texts) or samples.pair_count, np.random.default_rng(config.seed)
+    chosen = np.sort(rng.choice(count, min(count, MAX_TEXTS), replace=False, shuffle=False)).tolist()
+    if samples.texts:
+        return [samples.prompts(samples.texts[number]) for number in chosen]
+    captions = dict.fromkeys(caption for number in chosen for caption in samples.captions(number))
+    return [(caption,) for caption in captions]

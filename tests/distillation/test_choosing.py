@@ -1,0 +1,160 @@
+"""The texts that a teacher chooses for images without captions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from support import Watch, save_tiny_teacher
+from tiny_runs import tiny_run
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation import choosing
+from clip_rd_edge.distillation.build import training_pairs
+from clip_rd_edge.distillation.choosing import ChoosingTeacher, texts_to_choose_from
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.loader import Batch
+from clip_rd_edge.distillation.run import run_distillation
+from clip_rd_edge.distillation.step import TrainingStep
+
+PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
+# Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.
+EMBEDDINGS = {
+    "a red thing": [1, 0, 0, 0.7], "red": [1, 0, 0, -0.7],
+    "a green thing": [0, 1, 0, 0.7], "green": [0, 1, 0, -0.7],
+    "blue": [0, 0, 1, 0],
+}  # fmt: skip
+IMAGES = {"red": [0.9, 0, 0, 0.1], "green": [0, 0.9, 0.1, 0], "blue": [0, 0, 1, 0]}
+
+
+def embed(prompts: list[str]) -> Tensor:
+    return normalize(torch.tensor([EMBEDDINGS[prompt] for prompt in prompts], dtype=torch.float32), dim=-1)
+
+
+class Colours:
+    """A teacher of images that are named in the batch's captions, as `colour: caption`."""
+
+    logit_scale = 10.0
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = [IMAGES[caption.partition(":")[0]] for caption in batch.captions]
+        return normalize(torch.tensor(images), dim=-1), torch.zeros(len(images), 4)
+
+
+def batch_of(captions: list[str], paired: tuple[bool, ...] | None) -> Batch:
+    return Batch(torch.zeros(len(captions), 3, 1, 1), (), captions, paired=paired)
+
+
+def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "_BATCH", 2)
+    watch = Watch()
+    teacher = ChoosingTeacher(Colours(), PROMPTS, embed, reporter=watch)
+    captions = ["red: in turn", "blue: its own", "green: in turn", "blue: in turn"]
+    paired = (False, True, False, False)
+    batch, (image, text) = teacher.choose(batch_of(captions, paired))
+    assert [batch.captions[0] in PROMPTS[0], batch.captions[2] in PROMPTS[1]] == [True, True]
+    assert (batch.captions[1], batch.captions[3], batch.paired) == ("blue: its own", "blue", paired)
+    assert torch.equal(image, Colours().embed(batch_of(captions, paired))[0])
+    assert torch.equal(text[[0, 2, 3]], embed([batch.captions[row] for row in (0, 2, 3)]))
+    assert torch.equal(text[1], torch.zeros(4))
+    assert teacher.logit_scale == 10.0
+
+
+def test_all_prompts_of_a_text_take_turns() -> None:
+    teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
+    captions = [f"red: {number}" for number in range(20)]
+    first = teacher.choose(batch_of(captions, (False,) * 20))[0].captions
+    assert set(first) == set(PROMPTS[0])
+    assert teacher.choose(batch_of(captions, (False,) * 20))[0].captions == first
+
+
+@pytest.mark.parametrize("paired", [None, (True, True)])
+def test_pairs_stay_as_they_are(paired: tuple[bool, ...] | None) -> None:
+    batch = batch_of(["red: a", "blue: b"], paired)
+    chosen, (_, text) = ChoosingTeacher(Colours(), PROMPTS, embed).choose(batch)
+    assert chosen is batch
+    assert not text.any()
+
+
+@pytest.fixture
+def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    """A run on 24 images and four labels in two prompts each."""
+    save_tiny_teacher(tmp_path / "teacher")
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\nyellow\n")
+    return tiny_run(
+        "clip-rd",
+        {"steps": 2, "batch_size": 6},
+        images=str(pairs_csv.parent / "pictures"),
+        texts=str(tmp_path / "labels.txt"),
+        templates=("a {} picture", "{}"),
+        teacher=str(tmp_path / "teacher"),
+    )
+
+
+def texts_of(config: RunConfig, **changes: object) -> list[tuple[str, ...]]:
+    config = replace_config(config, **changes)
+    return texts_to_choose_from(config, training_pairs(config))
+
+
+def replace_config(config: RunConfig, **changes: object) -> RunConfig:
+    return msgspec.structs.replace(config, **changes)
+
+
+def test_what_a_teacher_chooses_from(config: RunConfig, pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert texts_of(config)[0] == ("a red picture", "red")
+    assert len(texts_of(config)) == 4
+    own = texts_of(config, data=str(pairs_csv), texts=None, templates=())
+    assert own[3] == ("a yellow picture number 3",)
+    assert len(own) == 24
+    # Images that have captions keep them, and texts alone have no images.
+    assert texts_of(config, data=str(pairs_csv), images=None) == []
+    assert texts_of(config, images=None) == []
+    assert texts_of(config, data=str(pairs_csv), images=None, texts=None, templates=()) == []
+    monkeypatch.setattr(choosing, "MAX_TEXTS", 3)
+    some = texts_of(config)
+    assert len(some) == 3
+    assert some == texts_of(config)
+    assert some != texts_of(config, seed=1) or some != texts_of(config, seed=2)
+
+
+def test_captions_in_shards_are_not_read_to_choose_from(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_reading(samples: MixedSamples, index: int) -> tuple[str, ...]:
+        raise AssertionError("reads a caption")
+
+    samples = MixedSamples(training_pairs(config), training_pairs(config))
+    monkeypatch.setattr(MixedSamples, "captions", no_reading)
+    config = replace_config(config, data="shards/{000..002}.tar", texts=None, templates=())
+    assert texts_to_choose_from(config, samples) == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_trains_with_the_texts_that_its_teacher_chose(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    if cached:
+        config = replace_config(config, teacher_cache=str(tmp_path / "cache"), views=2)
+    asked, trained = list[Batch](), list[str]()
+    choose, embed_captions = ChoosingTeacher.choose, TrainingStep._embed_captions
+
+    def recorded(teacher: ChoosingTeacher, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
+        chosen = choose(teacher, batch)
+        image = chosen[1][0].float()
+        best = (image @ teacher._means.T).argmax(dim=1)
+        asked.append(replace(chosen[0], captions=[teacher._texts[int(number)][0] for number in best]))
+        return chosen
+
+    def seen(step: TrainingStep, captions: list[str]) -> Tensor:
+        trained.extend(captions)
+        return embed_captions(step, captions)
+
+    monkeypatch.setattr(ChoosingTeacher, "choose", recorded)
+    monkeypatch.setattr(TrainingStep, "_embed_captions", seen)
+    run_distillation(config, tmp_path / "run", resume=False)
+    labels = [caption.removeprefix("a ").removesuffix(" picture") for caption in trained]
+    assert labels == [text.removeprefix("a ").removesuffix(" picture") for batch in asked for text in batch.captions]
+    assert len(labels) == 12
