@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.files import read_text_limited
+from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import near_files
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
@@ -59,7 +59,7 @@ def _is_template(text: str) -> bool:
 def _read_file(word: str) -> list[str]:
     path = Path(word).expanduser()
     try:
-        lines = [line.strip() for line in read_text_limited(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in text_lines(read_text_limited(path)) if line.strip()]
     except InputError as error:
         suggestion = near_matches(word, [IMAGENET]) or near_files(path)
         raise InputError(

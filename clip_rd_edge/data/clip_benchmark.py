@@ -18,7 +18,7 @@ from clip_rd_edge.data.tars import Shard, TarMember, open_shard
 from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
-from clip_rd_edge.utils.files import read_text_limited
+from clip_rd_edge.utils.files import read_text_limited, text_lines
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
@@ -67,7 +67,7 @@ class DataSet:
         if not path.is_file():
             return []
         # Line numbers are class numbers: skipping an empty line in the middle would shift the classes.
-        lines = [line.strip() for line in read_text_limited(path).strip().splitlines()]
+        lines = [line.strip() for line in text_lines(read_text_limited(path).strip())]
         if "" in lines:
             raise InputError(f"{path}, line {lines.index('') + 1}, is empty.")
         return lines
@@ -179,7 +179,7 @@ def retrieval_from_shards(name: str, shards: Sequence[Shard]) -> RetrievalTask:
     captions: list[str] = []
     caption_images: list[int] = []
     for image, text in _samples(shards, "text"):
-        lines = [line.strip() for line in read_text(text).splitlines() if line.strip()]
+        lines = [line.strip() for line in text_lines(read_text(text)) if line.strip()]
         if not lines:
             raise InputError(f"{text} has no caption.")
         captions += lines

@@ -29,7 +29,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.models.student import student_config
-from clip_rd_edge.utils.files import read_text_limited
+from clip_rd_edge.utils.files import read_text_limited, text_lines
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -53,7 +53,7 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     if str(names) == IMAGENET:
         return _imagenet()
     try:
-        lines = read_text_limited(Path(names)).rstrip().splitlines()
+        lines = text_lines(read_text_limited(Path(names)).rstrip())
     except InputError as error:
         raise InputError(
             f"{error}{near_matches(str(names), [IMAGENET])}",

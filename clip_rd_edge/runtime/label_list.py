@@ -14,7 +14,7 @@ from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.contract.images import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
-from clip_rd_edge.utils.files import read_limited
+from clip_rd_edge.utils.files import read_limited, text_lines
 from clip_rd_edge.utils.paths import exists, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
@@ -181,7 +181,7 @@ def read_labels_file(
     elif suffix in TABLE_SUFFIXES:
         labels = _from_table(text, path, headings)
     else:
-        lines = (line.strip() for line in text.splitlines())
+        lines = (line.strip() for line in text_lines(text))
         labels = [line for line in lines if line and not comment.match(line)]
     if not labels:
         raise InputError(

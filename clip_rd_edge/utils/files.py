@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -308,6 +309,14 @@ def read_text_limited(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise InputError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.", hint="save it as UTF-8"
         ) from error
+
+
+def text_lines(text: str) -> list[str]:
+    """Return the lines of a text file, without their ends (LF, CRLF or CR).
+
+    `str.splitlines` also splits at characters that occur within texts from the web, such as U+0085 and U+2028.
+    """
+    return [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
 
 
 def now_in(folder: Path) -> float:

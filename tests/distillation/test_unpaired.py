@@ -339,6 +339,16 @@ def test_a_caption_may_begin_with_a_hashtag(tmp_path: Path) -> None:
     assert read_labels_file(captions) == ["a boat"]
 
 
+def test_only_line_ends_end_a_caption(tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_bytes("a cat\u2028on a mat\r\na dog\x85by the sea\rred\x0band blue\n".encode())
+    assert read_texts(str(captions), column="title") == [
+        "a cat\u2028on a mat",
+        "a dog\x85by the sea",
+        "red\x0band blue",
+    ]
+
+
 def test_texts_come_from_the_caption_column_of_a_table(tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
     table.write_text("id,Title,label\n1,a red bicycle,bicycle\n2,two dogs,dog\n")
