@@ -21,6 +21,9 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Max number of texts to choose from, for the sake of time: all are embedded before the first step.
 MAX_TEXTS = 16_384
+# One in so many rows keeps its text in turn: otherwise, the student would never see a text that fits no image, and yet
+# have to tell it from those that do.
+KEPT_ROWS = 4
 _BATCH = 1_024  # prompts between two reports of progress
 
 
@@ -64,12 +67,14 @@ class ChoosingTeacher:
         return self._teacher.embed(batch)
 
     def choose(self, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
-        """Return the batch with a text that fits in each row that is no pair, and its embeddings as of `embed`.
+        """Return the batch with texts that fit in rows that are no pairs, and its embeddings as of `embed`.
 
-        Which of a text's prompts it is depends on the caption that stood in the row, and so changes from view to view.
+        About one such row in KEPT_ROWS stays as it is. Which one depends on its crop, and which of a text's prompts is
+        taken on the text that stood there: both change from view to view, but not with the division of a batch.
         """
         image, text = self._teacher.embed(batch)
-        rows = [row for row, own in enumerate(batch.paired or ()) if not own]
+        grey = batch.student_pixels.sum(dim=(1, 2, 3), dtype=torch.int64).tolist()
+        rows = [row for row, own in enumerate(batch.paired or ()) if not own and grey[row] % KEPT_ROWS]
         if not rows:
             return batch, (image, text)
         captions, text = list(batch.captions), text.clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -47,7 +47,9 @@ class Colours:
 
 
 def batch_of(captions: list[str], paired: tuple[bool, ...] | None) -> Batch:
-    return Batch(torch.zeros(len(captions), 3, 1, 1), (), captions, paired=paired)
+    """A batch of white pixels, but for those of a caption `…: kept`, which are black."""
+    levels = torch.tensor([0 if caption.endswith("kept") else 1 for caption in captions], dtype=torch.uint8)
+    return Batch(levels[:, None, None, None].expand(-1, 3, 1, 1), (), captions, paired=paired)
 
 
 def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +73,13 @@ def test_all_prompts_of_a_text_take_turns() -> None:
     first = teacher.choose(batch_of(captions, (False,) * 20))[0].captions
     assert set(first) == set(PROMPTS[0])
     assert teacher.choose(batch_of(captions, (False,) * 20))[0].captions == first
+
+
+def test_some_rows_keep_their_texts_in_turn() -> None:
+    teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
+    batch, (_, text) = teacher.choose(batch_of(["red: in turn", "green: kept", "blue: in turn"], (False,) * 3))
+    assert batch.captions[1:] == ["green: kept", "blue"]
+    assert not text[1].any()
 
 
 @pytest.mark.parametrize("paired", [None, (True, True)])
@@ -133,28 +142,23 @@ def test_captions_in_shards_are_not_read_to_choose_from(config: RunConfig, monke
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_trains_with_the_texts_that_its_teacher_chose(
+def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
+    """A tiny teacher with random weights finds one and the same text nearest to all images."""
     if cached:
-        config = replace_config(config, teacher_cache=str(tmp_path / "cache"), views=2)
-    asked, trained = list[Batch](), list[str]()
-    choose, embed_captions = ChoosingTeacher.choose, TrainingStep._embed_captions
-
-    def recorded(teacher: ChoosingTeacher, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
-        chosen = choose(teacher, batch)
-        image = chosen[1][0].float()
-        best = (image @ teacher._means.T).argmax(dim=1)
-        asked.append(replace(chosen[0], captions=[teacher._texts[int(number)][0] for number in best]))
-        return chosen
+        config = replace_config(config, teacher_cache=str(tmp_path / "cache"), views=8)
+    config = replace_config(config, recipe=msgspec.structs.replace(config.recipe, steps=32))
+    trained = Counter[str]()
+    embed_captions = TrainingStep._embed_captions
 
     def seen(step: TrainingStep, captions: list[str]) -> Tensor:
-        trained.extend(captions)
+        trained.update(caption.removeprefix("a ").removesuffix(" picture") for caption in captions)
         return embed_captions(step, captions)
 
-    monkeypatch.setattr(ChoosingTeacher, "choose", recorded)
     monkeypatch.setattr(TrainingStep, "_embed_captions", seen)
     run_distillation(config, tmp_path / "run", resume=False)
-    labels = [caption.removeprefix("a ").removesuffix(" picture") for caption in trained]
-    assert labels == [text.removeprefix("a ").removesuffix(" picture") for batch in asked for text in batch.captions]
-    assert len(labels) == 12
+    (_, most), *others = trained.most_common()
+    assert sum(trained.values()) == 32 * 6
+    assert most > 0.6 * 32 * 6
+    assert len(others) == 3
