@@ -22,13 +22,6 @@ the image tower of each, and a text tower of its own of 128 × 3, learns texts a
     python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 3 4 --runs sees \
         -o benchmarks/results/MACHINE/stitched-teacher.json
 
-With `--fresh`, the students are others: image towers that begin with random weights, beside their teacher's text tower.
-They learn the emoji, and the photographs of `choose` without captions, for which the teacher chooses texts, in strong
-crops:
-
-    python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 --fresh --runs sees \
-        -o benchmarks/results/MACHINE/stitched-teacher.json
-
 With `--labels`, the labels of the test tasks are written, one per line, for a bundle that knows them alone:
 
     python benchmarks/scripts/stitched_teacher.py photos --labels labels.txt
@@ -61,7 +54,6 @@ from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data import emoji
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
@@ -69,7 +61,6 @@ from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
 from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.structs import to_yaml
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
@@ -82,11 +73,6 @@ DISTIL = (
     "distill --student efficientnet_lite0 --image-size 112 --pretrained-image teacher --text tiny --context-length 16 "
     "--steps 3000 --batch-size 256 --lr 2e-3 --precision fp32"
 )
-FRESH = (
-    "distill --data emoji --student resnet10t --image-size 112 --text teacher --steps 1650 --batch-size 32 --lr 2e-3 "
-    "--precision fp32"
-)
-STRONG_CROPS = (0.3, 1.0)
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Score = dict[str, Any]
 
@@ -199,25 +185,18 @@ def nouns() -> list[str]:
     return list(dict.fromkeys(text.strip() for text in (*captions, *synonyms, *first)))
 
 
-def trained(folder: Path, seeds: Sequence[int], unlabelled: Path | None) -> list[Path]:
-    """Train what is missing in the folder; return the stitched model, and a teacher and a student per seed.
-
-    The students begin with random weights if there are `unlabelled` photographs for them.
-    """
+def trained(folder: Path, seeds: Sequence[int]) -> list[Path]:
+    """Train what is missing in the folder; return the stitched model, and a teacher and a student per seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts, start, strong = folder / "nouns.txt", folder / "stitched", folder / "strong-crops.yaml"
+    texts, start = folder / "nouns.txt", folder / "stitched"
     texts.write_text("\n".join(nouns()) + "\n", encoding="utf-8")
-    strong.write_text(
-        to_yaml(msgspec.structs.replace(load_recipe("clip-rd"), crop_scale=STRONG_CROPS)), encoding="utf-8"
-    )
     if not start.is_dir():
         command_line(STITCH, "-o", start)
     models = [start]
     for seed in seeds:
-        teacher, student = folder / f"teacher-{seed}", folder / f"{'fresh' if unlabelled else 'student'}-{seed}"
+        teacher, student = folder / f"teacher-{seed}", folder / f"student-{seed}"
         command_line(TEACH, "--student", start, "--seed", seed, "-o", teacher, "--resume")
-        options = (FRESH, "--images", unlabelled, "--recipe", strong) if unlabelled else (DISTIL,)
-        command_line(*options, "--texts", texts, "--teacher", teacher, "--seed", seed, "-o", student, "--resume")
+        command_line(DISTIL, "--texts", texts, "--teacher", teacher, "--seed", seed, "-o", student, "--resume")
         models += [teacher, student]
     return models
 
@@ -264,7 +243,6 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", help="finished models, which are evaluated alone")
     parser.add_argument("--seeds", type=int, nargs="+", help="train with these seeds, and evaluate")
     parser.add_argument("--runs", type=Path, default=Path("sees"), help="folder of what --seeds trains (default: sees)")
-    parser.add_argument("--fresh", action="store_true", help="the students of --seeds begin with random weights")
     parser.add_argument("--labels", type=Path, help="write the labels of the test tasks here, and do nothing else")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
@@ -275,8 +253,7 @@ def main() -> None:
     if not arguments.output:
         parser.error("name an output: -o FILE")
     record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
-    unlabelled = arguments.photos / "tasks" / "choose" if arguments.fresh else None
-    models = trained(arguments.runs, arguments.seeds, unlabelled) if arguments.seeds else arguments.models
+    models = trained(arguments.runs, arguments.seeds) if arguments.seeds else arguments.models
     if models:
         if arguments.output.is_file():
             record = {**json.loads(arguments.output.read_text(encoding="utf-8")), **record}
