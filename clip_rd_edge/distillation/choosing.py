@@ -73,8 +73,8 @@ class ChoosingTeacher:
         taken on the text that stood there: both change from view to view, but not with the division of a batch.
         """
         image, text = self._teacher.embed(batch)
-        grey = batch.student_pixels.sum(dim=(1, 2, 3), dtype=torch.int64).tolist()
-        rows = [row for row, own in enumerate(batch.paired or ()) if not own and grey[row] % KEPT_ROWS]
+        apart = [row for row, own in enumerate(batch.paired or ()) if not own]
+        rows = [row for row in apart if int(batch.student_pixels[row].sum(dtype=torch.int64)) % KEPT_ROWS]
         if not rows:
             return batch, (image, text)
         captions, text = list(batch.captions), text.clone()
@@ -89,7 +89,7 @@ class ChoosingTeacher:
 def texts_to_choose_from(config: RunConfig, samples: Pairs) -> list[tuple[str, ...]]:
     """Return the texts for images without captions, each in its prompts; without texts, the captions of pairs.
 
-    Of more than MAX_TEXTS, a random sample. None if there are no such images, or if there are only captions in shards,
+    Of more than MAX_TEXTS, a random sample. Empty if there are no such images, or if there are only captions in shards,
     which could not be read without fetching all images.
 
     Raises:
