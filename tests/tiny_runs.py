@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Watch
+from support import Watch, save_tiny_teacher
 
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
@@ -27,6 +27,20 @@ def tiny_run(recipe_name: str, recipe: dict[str, Any], **settings: Any) -> RunCo
     }  # fmt: skip
     changed = msgspec.structs.replace(load_recipe(recipe_name), **{"precision": "fp32", **recipe})
     return RunConfig(recipe_name=recipe_name, recipe=changed, **{**defaults, **settings})
+
+
+def run_on_images_and_labels(pairs_csv: Path, folder: Path, **settings: Any) -> RunConfig:
+    """Return a run on the 24 images of `pairs_csv` and four labels, one of them twice; `settings` change it.
+
+    Labels and teacher are written to `folder`.
+    """
+    save_tiny_teacher(folder / "teacher")
+    (folder / "labels.txt").write_text("red\n# a comment\ngreen\n\nblue\nred\nyellow\n")
+    defaults: dict[str, Any] = {
+        "images": str(pairs_csv.parent / "pictures"), "texts": str(folder / "labels.txt"),
+        "templates": ("a {} picture",), "teacher": str(folder / "teacher"), "checkpoint_every": 2,
+    }  # fmt: skip
+    return tiny_run("clip-rd", {"steps": 6, "batch_size": 6}, **{**defaults, **settings})
 
 
 def stop_at(number: int) -> Callable[[int], None]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from support import Watch, save_tiny_teacher
-from tiny_runs import tiny_run
+from support import Watch
+from tiny_runs import run_on_images_and_labels
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -93,25 +93,12 @@ def test_pairs_stay_as_they_are(paired: tuple[bool, ...] | None) -> None:
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
     """A run on 24 images and four labels in two prompts each."""
-    save_tiny_teacher(tmp_path / "teacher")
-    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\nyellow\n")
-    return tiny_run(
-        "clip-rd",
-        {"steps": 2, "batch_size": 6},
-        images=str(pairs_csv.parent / "pictures"),
-        texts=str(tmp_path / "labels.txt"),
-        templates=("a {} picture", "{}"),
-        teacher=str(tmp_path / "teacher"),
-    )
+    return run_on_images_and_labels(pairs_csv, tmp_path, templates=("a {} picture", "{}"))
 
 
 def texts_of(config: RunConfig, **changes: object) -> list[tuple[str, ...]]:
-    config = replace_config(config, **changes)
+    config = msgspec.structs.replace(config, **changes)
     return texts_to_choose_from(config, training_pairs(config))
-
-
-def replace_config(config: RunConfig, **changes: object) -> RunConfig:
-    return msgspec.structs.replace(config, **changes)
 
 
 def test_what_a_teacher_chooses_from(config: RunConfig, pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +124,7 @@ def test_captions_in_shards_are_not_read_to_choose_from(config: RunConfig, monke
 
     samples = MixedSamples(training_pairs(config), training_pairs(config))
     monkeypatch.setattr(MixedSamples, "captions", no_reading)
-    config = replace_config(config, data="shards/{000..002}.tar", texts=None, templates=())
+    config = msgspec.structs.replace(config, data="shards/{000..002}.tar", texts=None, templates=())
     assert texts_to_choose_from(config, samples) == []
 
 
@@ -147,8 +134,8 @@ def test_a_run_trains_with_the_texts_that_its_teacher_chose_and_with_all_others(
 ) -> None:
     """A tiny teacher with random weights finds one and the same text nearest to all images."""
     if cached:
-        config = replace_config(config, teacher_cache=str(tmp_path / "cache"), views=8)
-    config = replace_config(config, recipe=msgspec.structs.replace(config.recipe, steps=32))
+        config = msgspec.structs.replace(config, teacher_cache=str(tmp_path / "cache"), views=8)
+    config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=32))
     trained = Counter[str]()
     embed_captions = TrainingStep._embed_captions
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Watch, save_tiny_teacher
+from support import Watch
 from thread_processes import Exchange, Threads
-from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
+from tiny_runs import killed_and_resumed, run_on_images_and_labels, stop_at, weights
 from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
@@ -38,7 +38,6 @@ from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.runtime.label_list import read_labels_file, read_texts
 
-STEPS = 6
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "red", "tea", "a boat at sea", "red"]
 COLOURS = ["red", "green", "a very dark blue"]
@@ -47,18 +46,7 @@ PAIRED = (True, False, True, True, False, False, True, False)
 
 @pytest.fixture
 def config(pairs_csv: Path, tmp_path: Path) -> RunConfig:
-    """A run on 24 images and four labels, two of which are the same."""
-    save_tiny_teacher(tmp_path / "teacher")
-    (tmp_path / "labels.txt").write_text("red\n# a comment\ngreen\n\nblue\nred\nyellow\n")
-    return tiny_run(
-        "clip-rd",
-        {"steps": STEPS, "batch_size": 6},
-        images=str(pairs_csv.parent / "pictures"),
-        texts=str(tmp_path / "labels.txt"),
-        templates=("a {} picture",),
-        teacher=str(tmp_path / "teacher"),
-        checkpoint_every=2,
-    )
+    return run_on_images_and_labels(pairs_csv, tmp_path)
 
 
 class Listener(Watch):
