@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from clip_rd_edge.data.pairs import Pairs, names_shards
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.teacher import BatchTeacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, Targets
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Max number of texts to choose from, for the sake of time: all are embedded before the first step.
@@ -62,28 +61,24 @@ class ChoosingTeacher:
         sums = self._rows.new_zeros(len(texts), self._rows.shape[1]).index_add_(0, of_text, self._rows)
         self._means = normalize(sums, dim=-1)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See `BatchTeacher`; the captions stay as they are."""
-        return self._teacher.embed(batch)
-
-    def choose(self, batch: Batch) -> tuple[Batch, tuple[Tensor, Tensor]]:
-        """Return the batch with texts that fit in rows that are no pairs, and its embeddings as of `embed`.
+    def embed(self, batch: Batch) -> Targets:
+        """See `BatchTeacher`; in rows that are no pairs, texts that fit stand for the batch's.
 
         About one such row in KEPT_ROWS stays as it is. Which one depends on its crop, and which of a text's prompts is
         taken on the text that stood there: both change from view to view, but not with the division of a batch.
         """
-        image, text = self._teacher.embed(batch)
-        apart = [row for row, own in enumerate(batch.paired or ()) if not own]
+        own = self._teacher.embed(batch)
+        apart = [row for row, paired in enumerate(batch.paired or ()) if not paired]
         rows = [row for row in apart if int(batch.student_pixels[row].sum(dtype=torch.int64)) % KEPT_ROWS]
         if not rows:
-            return batch, (image, text)
-        captions, text = list(batch.captions), text.clone()
-        chosen = (image[rows].float() @ self._means.T).argmax(dim=1).tolist()
+            return own
+        captions, text = list(own.captions), own.text.clone()
+        chosen = (own.image[rows].float() @ self._means.T).argmax(dim=1).tolist()
         for row, number in zip(rows, chosen, strict=True):
             prompts = self._texts[number]
             prompt = zlib.crc32(captions[row].encode()) % len(prompts)
             captions[row], text[row] = prompts[prompt], self._rows[self._first[number] + prompt]
-        return replace(batch, captions=captions), (image, text)
+        return Targets(own.image, text, captions)
 
 
 def texts_to_choose_from(config: RunConfig, samples: Pairs) -> list[tuple[str, ...]]:

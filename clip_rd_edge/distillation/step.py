@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.distillation.bank import TeacherBank
-from clip_rd_edge.distillation.choosing import ChoosingTeacher
 from clip_rd_edge.distillation.config import Precision
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Teacher
+from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Targets, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.timing import time_in_turn
@@ -111,7 +110,10 @@ class TrainingStep:
         """
         model, processes = self.student.model, self.processes
         processes.broadcast(model.buffers())
-        chunks, targets = self._with_targets(list(self._chunks(batch)))
+        chunks = list(self._chunks(batch))
+        targets = [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
+        if targets:
+            chunks = [replace(chunk, captions=own.captions) for chunk, own in zip(chunks, targets, strict=True)]
         if len(chunks) == 1:
             image, text = self._embed(self._synchronised, chunks[0], step, 0)
         else:
@@ -137,13 +139,6 @@ class TrainingStep:
         size = -(-len(batch.captions) // self.settings.chunks)
         for start in range(0, len(batch.captions), size):
             yield _part(batch, slice(start, start + size))
-
-    def _with_targets(self, chunks: list[Batch]) -> tuple[list[Batch], list[tuple[Tensor, Tensor]]]:
-        """Return the chunks, with the texts that a teacher chose, and the embeddings of each if there is a teacher."""
-        if isinstance(self.teacher, ChoosingTeacher):
-            chosen = [self.teacher.choose(chunk) for chunk in chunks]
-            return [chunk for chunk, _ in chosen], [target for _, target in chosen]
-        return chunks, [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
 
     def _embed(self, towers: nn.Module, batch: Batch, step: int, chunk: int) -> tuple[Tensor, Tensor]:
         device, autocast = self.processes.device, self.settings.autocast
@@ -171,13 +166,11 @@ class TrainingStep:
             buffer.copy_(saved)
         return torch.cat(images), torch.cat(texts)
 
-    def _gather(
-        self, chunks: list[Batch], targets: list[tuple[Tensor, Tensor]], image: Tensor, text: Tensor
-    ) -> EmbeddingBatch:
+    def _gather(self, chunks: list[Batch], targets: list[Targets], image: Tensor, text: Tensor) -> EmbeddingBatch:
         local = [image.detach().float(), text.detach().float()]
         if targets:
-            images, texts = zip(*targets, strict=True)
-            local += [torch.cat(images).float(), torch.cat(texts).float()]
+            local.append(torch.cat([own.image for own in targets]).float())
+            local.append(torch.cat([own.text for own in targets]).float())
         mixed = chunks[0].paired is not None  # in one process, then in all: it depends on the data set
         if mixed:
             flags = [flag for chunk in chunks for flag in chunk.paired or ()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,19 @@ def load_stored_teachers(config: RunConfig) -> StoredTeachers | None:
     return read_stored_teachers(Path(config.stored_teachers))
 
 
+class Targets(NamedTuple):
+    """What a teacher says of a batch.
+
+    Attributes:
+        image, text: its embeddings, (B, D) each, L2-normalised, without graph.
+        captions: the B texts of `text`, which the student is to embed: those of the batch, or others of its choice.
+    """
+
+    image: Tensor
+    text: Tensor
+    captions: list[str]
+
+
 class BatchTeacher(Protocol):
     """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
 
@@ -72,8 +85,8 @@ class BatchTeacher(Protocol):
         """γ_t, a multiplier, or those of several teachers."""
         ...
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the teacher's image and text embeddings of a batch, (B, D) each, L2-normalised, without graph."""
+    def embed(self, batch: Batch) -> Targets:
+        """Embed the images and captions of a batch."""
         ...
 
 
@@ -114,7 +127,7 @@ class Teacher:
             clip.tokenizer, TextTower(clip.model), device, autocast=autocast, batch_size=caption_batch
         )
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
         return _embed([self], batch)
 
@@ -136,12 +149,12 @@ class TeacherEnsemble:
         self.teachers = teachers
         self.logit_scale = tuple(teacher.logit_scale for teacher in teachers)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
         return _embed(self.teachers, batch)
 
 
-def _embed(teachers: Sequence[Teacher], batch: Batch) -> tuple[Tensor, Tensor]:
+def _embed(teachers: Sequence[Teacher], batch: Batch) -> Targets:
     if len(batch.teacher_pixels) != len(teachers):
         raise ValueError(
             f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(teachers)} teachers."
@@ -149,7 +162,7 @@ def _embed(teachers: Sequence[Teacher], batch: Batch) -> tuple[Tensor, Tensor]:
     images = [
         teacher.embed_images(pixels).float() for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)
     ]
-    return side_by_side(images), embed_captions(teachers, batch.captions)
+    return Targets(side_by_side(images), embed_captions(teachers, batch.captions), batch.captions)
 
 
 def embed_captions(teachers: Sequence[Teacher], captions: list[str]) -> Tensor:
@@ -168,12 +181,12 @@ class CachedTeacher:
         self.logit_scale, self._device = logit_scale, device
         self._norm = math.sqrt(len(logit_scale)) if isinstance(logit_scale, tuple) else 1.0
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
         if batch.teacher_embeddings is None:
             raise ValueError("The batch was loaded without a teacher cache.")
         image, text = (embeddings.to(self._device).float() / self._norm for embeddings in batch.teacher_embeddings)
-        return image, text
+        return Targets(image, text, batch.captions)
 
 
 # Max number of captions in the cache: 100,000 rows of 512 floats are 200 MB.

@@ -21,6 +21,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import TrainingStep
+from clip_rd_edge.distillation.teacher import Targets
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
 # Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.
@@ -41,9 +42,9 @@ class Colours:
 
     logit_scale = 10.0
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch) -> Targets:
         images = [IMAGES[caption.partition(":")[0]] for caption in batch.captions]
-        return normalize(torch.tensor(images), dim=-1), torch.zeros(len(images), 4)
+        return Targets(normalize(torch.tensor(images), dim=-1), torch.zeros(len(images), 4), batch.captions)
 
 
 def batch_of(captions: list[str], paired: tuple[bool, ...] | None) -> Batch:
@@ -58,11 +59,11 @@ def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed, reporter=watch)
     captions = ["red: in turn", "blue: its own", "green: in turn", "blue: in turn"]
     paired = (False, True, False, False)
-    batch, (image, text) = teacher.choose(batch_of(captions, paired))
-    assert [batch.captions[0] in PROMPTS[0], batch.captions[2] in PROMPTS[1]] == [True, True]
-    assert (batch.captions[1], batch.captions[3], batch.paired) == ("blue: its own", "blue", paired)
-    assert torch.equal(image, Colours().embed(batch_of(captions, paired))[0])
-    assert torch.equal(text[[0, 2, 3]], embed([batch.captions[row] for row in (0, 2, 3)]))
+    image, text, chosen = teacher.embed(batch_of(captions, paired))
+    assert [chosen[0] in PROMPTS[0], chosen[2] in PROMPTS[1]] == [True, True]
+    assert (chosen[1], chosen[3]) == ("blue: its own", "blue")
+    assert torch.equal(image, Colours().embed(batch_of(captions, paired)).image)
+    assert torch.equal(text[[0, 2, 3]], embed([chosen[row] for row in (0, 2, 3)]))
     assert torch.equal(text[1], torch.zeros(4))
     assert teacher.logit_scale == 10.0
 
@@ -70,23 +71,23 @@ def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch
 def test_all_prompts_of_a_text_take_turns() -> None:
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
     captions = [f"red: {number}" for number in range(20)]
-    first = teacher.choose(batch_of(captions, (False,) * 20))[0].captions
+    first = teacher.embed(batch_of(captions, (False,) * 20)).captions
     assert set(first) == set(PROMPTS[0])
-    assert teacher.choose(batch_of(captions, (False,) * 20))[0].captions == first
+    assert teacher.embed(batch_of(captions, (False,) * 20)).captions == first
 
 
 def test_some_rows_keep_their_texts_in_turn() -> None:
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed)
-    batch, (_, text) = teacher.choose(batch_of(["red: in turn", "green: kept", "blue: in turn"], (False,) * 3))
-    assert batch.captions[1:] == ["green: kept", "blue"]
+    _, text, chosen = teacher.embed(batch_of(["red: in turn", "green: kept", "blue: in turn"], (False,) * 3))
+    assert chosen[1:] == ["green: kept", "blue"]
     assert not text[1].any()
 
 
 @pytest.mark.parametrize("paired", [None, (True, True)])
 def test_pairs_stay_as_they_are(paired: tuple[bool, ...] | None) -> None:
     batch = batch_of(["red: a", "blue: b"], paired)
-    chosen, (_, text) = ChoosingTeacher(Colours(), PROMPTS, embed).choose(batch)
-    assert chosen is batch
+    _, text, chosen = ChoosingTeacher(Colours(), PROMPTS, embed).embed(batch)
+    assert chosen == batch.captions
     assert not text.any()
 
 
