@@ -25,6 +25,7 @@ from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Targets, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
+from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.timing import time_in_turn
 
@@ -88,10 +89,12 @@ class TrainingStep:
         self.processes, self.settings = processes, settings
         self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
-        self._text_tower: nn.Module = TextTower(student.model)
+        text_tower = TextTower(student.model)
         if settings.compile:
             self._image_tower.compile()
-            self._text_tower.compile()
+            text_tower.compile()
+        # Each length would be compiled apart.
+        self._text_tower = CaptionTower(text_tower, student.model, whole=settings.compile)
         embed_texts: Callable[[list[str]], Tensor] = self._embed_captions
         if settings.freeze_text:
             embed_texts = FrozenTextTower(
@@ -153,8 +156,7 @@ class TrainingStep:
         return image, text
 
     def _embed_captions(self, captions: list[str]) -> Tensor:
-        ids = self.student.tokenizer(captions).to(self.processes.device)
-        embeddings: Tensor = self._text_tower(ids)
+        embeddings: Tensor = self._text_tower(self.student.tokenizer(captions))
         return embeddings
 
     @torch.no_grad()

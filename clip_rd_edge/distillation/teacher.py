@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import side_by_side
+from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
 
@@ -123,9 +124,8 @@ class Teacher:
         self._image_tower = ImageTower(to_device(clip.model, device).eval())
         self._normalise = Normaliser(clip.preprocessing, device)
         self._device, self._autocast = device, autocast
-        self.embed_captions = CaptionCache(
-            clip.tokenizer, TextTower(clip.model), device, autocast=autocast, batch_size=caption_batch
-        )
+        tower = CaptionTower(TextTower(clip.model), clip.model)
+        self.embed_captions = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
 
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
@@ -196,23 +196,25 @@ MAX_CACHED_CAPTIONS = 100_000
 class CaptionCache:
     """Maps N captions to rows (N, D). Each caption is computed once, without gradient, when first requested.
 
+    Batches are of captions of about the same length, and padded to one size for each: the last bits of a matrix product
+    may depend on its shape, and a resumed run, whose cache is empty, must reproduce an uninterrupted one bit for bit.
+
     Args:
-        encode: maps token ids (b, T) to rows (b, D), on `device`.
-        autocast: dtype that `encode` runs in; None for float32.
-        batch_size: b. The last batch is padded: the last bits of a matrix product may depend on its shape, and a
-            resumed run, whose cache is empty, must reproduce an uninterrupted one bit for bit.
+        tower: on `device`.
+        autocast: dtype that `tower` runs in; None for float32.
+        batch_size: of the shortest captions; for longer ones it is smaller.
     """
 
     def __init__(
         self,
         tokenizer: Callable[[list[str]], Tensor],
-        encode: Callable[[Tensor], Tensor],
+        tower: CaptionTower,
         device: torch.device,
         *,
         autocast: torch.dtype | None,
         batch_size: int = CPU_CAPTION_BATCH,
     ) -> None:
-        self._tokenizer, self._encode, self._batch_size = tokenizer, encode, batch_size
+        self._tokenizer, self._tower, self._batch_size = tokenizer, tower, batch_size
         self._device, self._autocast = device, autocast
         self._rows: dict[str, Tensor] = {}
 
@@ -220,17 +222,31 @@ class CaptionCache:
     def __call__(self, captions: list[str]) -> Tensor:
         missing = list(dict.fromkeys(caption for caption in captions if caption not in self._rows))
         computed: dict[str, Tensor] = {}
-        for part in in_batches(len(missing), self._batch_size):
-            batch = missing[part]
-            ids = self._tokenizer(batch + [""] * (self._batch_size - len(batch))).to(self._device)
+        for batch, ids, length in self._batches(missing):
             with torch.autocast(self._device.type, dtype=self._autocast, enabled=self._autocast is not None):
-                rows = self._encode(ids).float()
+                rows = self._tower.compute(ids, length).float()
             computed.update(zip(batch, rows, strict=False))
         stacked = torch.stack([computed[c] if c in computed else self._rows[c] for c in captions])
         for caption, row in computed.items():
             if len(self._rows) < MAX_CACHED_CAPTIONS:
                 self._rows[caption] = row.clone()  # a view would keep the whole batch alive
         return stacked
+
+    def _batches(self, captions: list[str]) -> Iterator[tuple[list[str], Tensor, int]]:
+        """Yield captions of one length, their ids with those of padding, and that length."""
+        if not captions:
+            return
+        *all_ids, padding = self._tokenizer([*captions, ""])
+        lengths = self._tower.lengths(torch.stack(all_ids))
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            # A last batch of each length, mostly padding, should not cost more than one of whole contexts.
+            shortest = LENGTHS[0] if self._tower.cuts else length
+            size = max(1, min(self._batch_size, self._batch_size * shortest // length))
+            for part in in_batches(len(rows), size):
+                own = rows[part]
+                ids = torch.stack([*(all_ids[row] for row in own), *[padding] * (size - len(own))])
+                yield [captions[row] for row in own], ids, length
 
 
 class FrozenTextTower:
@@ -241,9 +257,8 @@ class FrozenTextTower:
     ) -> None:
         self._text = clip.model.get_submodule("text")
         self._projection_name = projection_name(self._text)
-        self._cached_features = CaptionCache(
-            clip.tokenizer, self._encode, device, autocast=autocast, batch_size=caption_batch
-        )
+        tower = CaptionTower(_Features(self._text, self._projection_name), self._text)
+        self._cached_features = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Embed B captions, (B, D), L2-normalised, with a graph through the projection."""
@@ -252,13 +267,21 @@ class FrozenTextTower:
         projected = projection(features) if isinstance(projection, nn.Module) else features @ projection
         return nn.functional.normalize(projected.float(), dim=-1)
 
-    def _encode(self, ids: Tensor) -> Tensor:
-        projection = getattr(self._text, self._projection_name)
-        setattr(self._text, self._projection_name, nn.Identity() if isinstance(projection, nn.Module) else None)
+
+class _Features(nn.Module):
+    """A text tower without its last projection."""
+
+    def __init__(self, text: nn.Module, projection_name: str) -> None:
+        super().__init__()
+        self.text, self._projection_name = text, projection_name
+
+    def forward(self, ids: Tensor) -> Tensor:
+        projection = getattr(self.text, self._projection_name)
+        setattr(self.text, self._projection_name, nn.Identity() if isinstance(projection, nn.Module) else None)
         try:
-            features: Tensor = self._text(ids)
+            features: Tensor = self.text(ids)
         finally:
-            setattr(self._text, self._projection_name, projection)
+            setattr(self.text, self._projection_name, projection)
         return features
 
 

@@ -15,6 +15,7 @@ from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_b
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
 from clip_rd_edge.utils.files import size_bytes
 
@@ -34,6 +35,7 @@ class TorchEncoder:
         self.folder = folder
         self._image_tower = image_tower or ImageTower(clip.model)
         self._text_tower = TextTower(clip.model)
+        self._caption_tower: nn.Module = CaptionTower(self._text_tower, clip.model)
 
     def describe(self) -> Description:
         """Describe this encoder."""
@@ -60,9 +62,11 @@ class TorchEncoder:
         return np.concatenate(batches) if batches else self._no_embeddings()
 
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
-        """Embed texts, (N, D)."""
-        texts = as_list(texts)
-        batches = [self.encode_ids(self.tokenize(texts[batch])) for batch in in_batches(len(texts), BATCH_SIZE)]
+        """Embed texts, (N, D), at the cost of their own lengths; `encode_ids` always computes whole contexts."""
+        texts, batches = as_list(texts), list[Embeddings]()
+        for batch in in_batches(len(texts), BATCH_SIZE):
+            ids = self.tokenize(texts[batch])
+            batches.append(self._run(self._callable_for(self._caption_tower, len(ids)), ids))
         return np.concatenate(batches) if batches else self._no_embeddings()
 
     def tokenize(self, texts: str | Sequence[str]) -> npt.NDArray[np.int64]:
@@ -103,6 +107,7 @@ class CompiledEncoder(TorchEncoder):
 
     def __init__(self, clip: ClipModel, *, folder: Path | None = None) -> None:
         super().__init__(clip, folder=folder)
+        self._caption_tower = self._text_tower  # each length would be compiled apart
         self._compiled: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
 
     def describe(self) -> Description:

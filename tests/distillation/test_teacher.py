@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import open_clip
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, Teacher, caption_batch_size
 from clip_rd_edge.losses.objective import Objective, Weights
+from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -56,19 +58,44 @@ def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
     assert torch.equal(embeddings.teacher_text, text.half().float())
 
 
-def test_captions_are_embedded_in_batches_of_one_size_and_only_once() -> None:
-    sizes = list[int]()
+class FirstIds(nn.Module):
+    """Stands for a text tower of CLIP's: returns the first three ids, and remembers the shapes of all it is given."""
 
-    def encode(ids: Tensor) -> Tensor:
-        sizes.append(len(ids))
-        return ids[:, :3].float()
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = list[tuple[int, ...]]()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.attn_mask, self.pool_type = torch.zeros(77, 77), "argmax"
 
-    cache = CaptionCache(tiny(0).tokenizer, encode, torch.device("cpu"), autocast=None, batch_size=4)
-    first = cache([*CAPTIONS, "red"])
-    assert sizes == [4, 4]
-    assert torch.equal(first, tiny(0).tokenizer([*CAPTIONS, "red"])[:, :3].float())
+    def forward(self, ids: Tensor) -> Tensor:
+        self.shapes.append(tuple(ids.shape))
+        return ids[:, :3] * self.weight
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+def test_captions_are_embedded_only_once_in_batches_of_one_size_for_each_length(cuts: bool) -> None:
+    tower, captions = FirstIds(), [*CAPTIONS, "red", "a long caption with twelve tokens in all of it", "tea " * 50]
+    tokenizer = open_clip.SimpleTokenizer()
+    cache = CaptionCache(
+        tokenizer, CaptionTower(tower, tower, whole=not cuts), torch.device("cpu"), autocast=None, batch_size=4
+    )
+    first = cache(captions)
+    expected = [(4, 8), (4, 8), (2, 16), (1, 64)] if cuts else [(4, 77), (4, 77)]
+    assert tower.shapes == expected
+    assert torch.equal(first, tokenizer(captions)[:, :3].float())
     assert torch.equal(cache(CAPTIONS), first[:6])
-    assert sizes == [4, 4]
+    assert tower.shapes == expected
+
+
+def test_a_captions_embedding_does_not_depend_on_what_else_is_in_its_batch() -> None:
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="128x2")
+    torch.manual_seed(0)
+    clip = build_student(config, name="test_resnet")
+    captions = [" ".join(["a", "red", "cat", "on", "two", "boats"] * 9)[:length] for length in range(4, 140, 3)]
+    whole = Teacher(clip, torch.device("cpu"), autocast=None).embed_captions(captions)
+    teacher = Teacher(clip, torch.device("cpu"), autocast=None)
+    for row in reversed(range(len(captions))):
+        assert torch.equal(teacher.embed_captions([captions[row]])[0], whole[row])
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", 512), ("mps", 512), ("cpu", 32)])

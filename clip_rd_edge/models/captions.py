@@ -1,0 +1,89 @@
+"""A text tower that computes no more positions than each text needs: a context has 77, a caption some 15."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+# Texts are computed together with those of about the same length: that number of positions, or the whole context.
+LENGTHS = (8, 16, 32, 64)
+# Tensors of open_clip's own towers that have a row, and maybe a column, per position; those of Hugging Face adapt.
+_ROWS, _ROWS_AND_COLUMNS = "positional_embedding", "attn_mask"
+_MASKED_POOLERS = ("MeanPooler", "ClsPooler", "ClsLastHiddenStatePooler")
+
+
+class CaptionTower(nn.Module):
+    """Computes what a text tower returns for token ids (N, T), without the positions after a text's end.
+
+    They have no influence on the result where a token attends to those before it alone, as in CLIP, or not to padding,
+    as in towers of Hugging Face. In all other towers, every position is computed.
+
+    Args:
+        tower: maps ids (N, T) to rows (N, D), such as a `TextTower`.
+        model: the open_clip model, or its text tower, whose weights `tower` uses.
+        whole: compute every position in any case.
+
+    Attributes:
+        cuts: whether there are texts of which less is computed.
+    """
+
+    def __init__(self, tower: nn.Module, model: nn.Module, *, whole: bool = False) -> None:
+        super().__init__()
+        self.tower = tower
+        self._text: Any = getattr(model, "text", model)
+        self._needed = None if whole else _needed_positions(self._text)
+        self.cuts = self._needed is not None
+        tensors = {id(getattr(self._text, own, None)): own for own in (_ROWS, _ROWS_AND_COLUMNS)}
+        named = chain(tower.named_parameters(), tower.named_buffers())
+        self._positional = {name: tensors[id(tensor)] for name, tensor in named if id(tensor) in tensors}
+
+    def lengths(self, input_ids: Tensor) -> list[int]:
+        """Return how many positions are computed for each text, given ids (N, T) on any device."""
+        whole = input_ids.shape[1]
+        if self._needed is None:
+            return [whole] * len(input_ids)
+        return [next((n for n in LENGTHS if need <= n < whole), whole) for need in self._needed(input_ids).tolist()]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        lengths = self.lengths(input_ids)
+        rows = {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
+        computed = torch.cat([self.compute(input_ids[own], length) for length, own in rows.items()])
+        order = torch.tensor([row for own in rows.values() for row in own]).argsort()
+        return computed[order.to(computed.device)]
+
+    def compute(self, input_ids: Tensor, length: int) -> Tensor:
+        """Return the rows of texts that need no more than the first `length` positions."""
+        ids = input_ids[:, :length].to(next(self.tower.parameters()).device)
+        cut = {}
+        if length < input_ids.shape[1]:
+            cut = {name: self._part(own, slice(length)) for name, own in self._positional.items()}
+        rows: Tensor = functional_call(self.tower, cut, (ids,))
+        return rows
+
+    def _part(self, name: str, part: slice) -> Tensor:
+        tensor: Tensor = getattr(self._text, name)
+        return tensor[part, part] if name == _ROWS_AND_COLUMNS else tensor[part]
+
+
+def _needed_positions(text: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return what maps ids (N, T) to the number of positions that matter, (N,); None if all do."""
+    if hasattr(text, "pooler"):  # Hugging Face's
+        padding = getattr(text.config, "pad_token_id", None)
+        if padding is None or type(text.pooler).__name__ not in _MASKED_POOLERS:
+            return None
+        return lambda ids: ids.shape[1] - (ids != padding).int().flip(1).argmax(1)
+    appends = getattr(text, "cls_emb", None) is not None  # a token after the padding, as in CoCa
+    if appends or getattr(text, "attn_mask", None) is None:
+        return None
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    end = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
+    if pool == "argmax":
+        return lambda ids: ids.argmax(1) + 1
+    if pool == "eos" and end is not None:
+        return lambda ids: (ids == end).int().argmax(1) + 1
+    return None
