@@ -109,9 +109,9 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     "[default: random]",
 )  # fmt: skip
 @_student(
-    "--pretrained-text", metavar="teacher|FILE",
-    help="Initial weights of the student's text tower: evenly spaced layers of the (first) teacher's or of a "
-    "checkpoint's.  "
+    "--pretrained-text", metavar="tokens|teacher|FILE",
+    help="Initial weights of the student's text tower. tokens: only those of the token embeddings, which are what the "
+    "teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. FILE: of a checkpoint's.  "
     "[default: random]",
 )  # fmt: skip
 @_student("--freeze-text", is_flag=True, help="Train only the projection of the text tower.")

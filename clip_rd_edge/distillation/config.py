@@ -23,6 +23,7 @@ from clip_rd_edge.errors import ConfigError, near_matches, require_known_options
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
+from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.checked import (
     CheckedError,
     CheckedStruct,
@@ -132,7 +133,8 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
             between the two, which are not part of the student.
-        pretrained_image, pretrained_text: initial weights of the towers; see `models.student`.
+        pretrained_image, pretrained_text: initial weights of the towers; see `models.student` and
+            `models.text_weights`.
         teacher_precision: precision that the teacher computes in; `auto` measures it separately from the student's.
         teacher_cache: folder with the teacher's embeddings, which are computed only once; needs `views`.
         views: number of distinct views (crop and caption) of a pair, over which the epochs cycle; 0 draws new ones
@@ -232,7 +234,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
             return "the run is not on data alone"
         if self.teacher_cache is not None:
             return f"teacher_cache is {self.teacher_cache}"
-        if TEACHER in (self.text, self.pretrained_text):
+        if self.text == TEACHER or self.pretrained_text in (TEACHER, TOKENS):
             return "its text tower is asked for"
         if self.pretrained_image == TEACHER:
             return "its image tower is asked for"

@@ -15,8 +15,9 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, init_text_tower, student_config
+from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.models.text_weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -64,7 +65,9 @@ def _student_to_train(config: RunConfig, teachers: Sequence[ClipModel], name: st
         reporter.say(copy_image_tower(student, teachers[0]))
     elif config.pretrained_image:
         reporter.say(init_image_tower(student, config.pretrained_image))
-    if config.pretrained_text:
+    if config.pretrained_text == TOKENS:
+        reporter.say(init_token_embeddings(student, teachers, reporter))
+    elif config.pretrained_text:
         reporter.say(init_text_tower(student, config.pretrained_text, teachers[0] if teachers else None))
     return student
 

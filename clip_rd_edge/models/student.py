@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,6 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
         ConfigError: open_clip cannot build it, for instance because the trunk does not support this image size.
     """
     import open_clip
-    import torch
 
     model_cfg = dict(config["model_cfg"])
     arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
@@ -147,7 +145,6 @@ def _preset(student: str) -> dict[str, Any]:
 def _timm_preset(trunk: str) -> dict[str, Any]:
     """Return the configuration of any timm trunk, with the mean and standard deviation of its pretrained weights."""
     import timm
-    import torch
 
     if not timm.is_model(trunk):
         known = [*preset_names(), *timm.list_models()]
@@ -173,9 +170,6 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
 
 TIMM, PACKAGE = "timm", "package"
 TEACHER = "teacher"  # as the source of a tower's weights, or of the whole tower
-_BLOCKS = "transformer.resblocks."
-# These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
-_PROJECTIONS = {"text_projection", "text_projection.weight", "text_projection.bias"}
 
 
 def init_image_tower(student: ClipModel, source: str) -> str:
@@ -214,44 +208,6 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     return f"the image tower is initialised from {origin}"
 
 
-def init_text_tower(student: ClipModel, source: str, teacher: ClipModel | None) -> str:
-    """Initialise the student's text tower with evenly spaced layers of another text tower.
-
-    Args:
-        source: `teacher`, or an open_clip checkpoint file.
-
-    Returns:
-        A sentence that describes what was done.
-
-    Raises:
-        ConfigError: the source is not an open_clip text transformer, or has another width or vocabulary.
-        InputError: the file does not exist, or there is no teacher.
-    """
-    if source == TEACHER and teacher is None:
-        raise InputError(
-            "--pretrained-text teacher needs a teacher.", hint="name a teacher with --teacher, or pass a file"
-        )
-    state = _text_state(teacher.model.state_dict() if teacher and source == TEACHER else _read_checkpoint(source))
-    text = student.model.get_submodule("text")
-    layers, source_layers = _layer_count(text.state_dict()), _layer_count(state)
-    if not source_layers:
-        raise ConfigError(f"The text weights of {source} are not those of an open_clip text transformer.")
-    if layers > source_layers:
-        raise ConfigError(
-            f"The student's text tower has {layers} layers, but the weights of {source} have only {source_layers}.",
-            hint=f"--text WIDTHx{source_layers}, or fewer layers",
-        )
-    selected = evenly_spaced(layers, total=source_layers)
-    text.load_state_dict(_matching_weights(text, _select_layers(state, selected), source), strict=False)
-    names = "all" if layers == source_layers else f"layers {', '.join(str(i + 1) for i in selected)}"
-    return f"the text tower is initialised from {names} of the {source_layers} layers of {source}"
-
-
-def evenly_spaced(count: int, *, total: int) -> list[int]:
-    """Return `count` evenly spaced indices below `total`, including the first and the last; [0] for a count of 1."""
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [0]
-
-
 def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
     import timm
 
@@ -288,59 +244,3 @@ def _classifier_names(trunk: nn.Module) -> set[str]:
     classifiers: Any = getattr(trunk, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     return {k for k in trunk.state_dict() if any(k.startswith(f"{prefix}.") for prefix in prefixes)}
-
-
-def _read_checkpoint(source: str) -> Mapping[str, Tensor]:
-    import open_clip
-
-    if not is_file(source):
-        raise InputError(
-            f"The text weights file {source} does not exist.",
-            hint="pass the path of an open_clip checkpoint, or: teacher",
-        )
-    try:
-        state: Mapping[str, Tensor] = open_clip.factory.load_state_dict(source)
-    except Exception as error:  # a damaged file may raise any type
-        raise unreadable_weights(source, error) from error
-    return state
-
-
-def _text_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the text tower's weights of a CLIP model: under `text.`, or at the top level in older models."""
-    prefixed = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-    return prefixed or {k: v for k, v in state.items() if not k.startswith("visual.")}
-
-
-def _layer_count(state: Mapping[str, Tensor]) -> int:
-    return len({k.removeprefix(_BLOCKS).split(".")[0] for k in state if k.startswith(_BLOCKS)})
-
-
-def _select_layers(state: Mapping[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
-    """Return the weights with only these layers, renumbered."""
-    kept = {k: v for k, v in state.items() if not k.startswith(_BLOCKS)}
-    for new, old in enumerate(layers):
-        prefix = f"{_BLOCKS}{old}."
-        kept |= {f"{_BLOCKS}{new}.{k.removeprefix(prefix)}": v for k, v in state.items() if k.startswith(prefix)}
-    return kept
-
-
-def _matching_weights(text: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return the weights that the tower can load: only the positions it has, and a projection only of equal shape."""
-    matching: dict[str, Tensor] = {}
-    for name, parameter in text.named_parameters():
-        weights = state.get(name, torch.empty(0))
-        if name == "positional_embedding":
-            weights = weights[: len(parameter)]
-        if weights.shape == parameter.shape:
-            matching[name] = weights
-        elif name not in _PROJECTIONS:
-            raise ConfigError(
-                f"The text weights of {source} do not match the student: {name} is {_shape(weights)} in the weights "
-                f"and {_shape(parameter)} in the student.",
-                hint=f"--text {len(state.get('ln_final.weight', ()))}xLAYERS gives the student the same width",
-            )
-    return matching
-
-
-def _shape(tensor: Tensor) -> str:
-    return " × ".join(map(str, tensor.shape)) if tensor.numel() else "missing"

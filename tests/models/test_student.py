@@ -17,9 +17,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.models.student import (
     build_student,
-    evenly_spaced,
     init_image_tower,
-    init_text_tower,
     preset_names,
     student_config,
 )
@@ -115,49 +113,6 @@ def clip(text: str, *, trunk: str = "test_resnet", length: int = 8, width: int =
 def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
     save_file(state, str(path))
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])]
-)
-def test_layers_are_evenly_spaced_from_first_to_last(count: int, total: int, expected: list[int]) -> None:
-    assert evenly_spaced(count, total=total) == expected
-
-
-def test_a_text_tower_is_initialised_from_the_teachers_layers() -> None:
-    teacher, student = clip("64x4", length=12, width=48), clip("64x2", seed=1)
-    message = init_text_tower(student, "teacher", teacher)
-    student_state, teacher_state = student.model.state_dict(), teacher.model.state_dict()
-    assert "layers 1, 4 of the 4 layers of teacher" in message
-    for new, old in ((0, 0), (1, 3)):
-        name = "text.transformer.resblocks.{}.attn.in_proj_weight"
-        assert torch.equal(student_state[name.format(new)], teacher_state[name.format(old)])
-    assert torch.equal(student_state["text.positional_embedding"], teacher_state["text.positional_embedding"][:8])
-    assert student_state["text.text_projection"].shape == (64, 32)  # the teacher's is wider, so this stays random
-
-
-def test_a_text_tower_is_initialised_from_a_checkpoint_in_the_older_format(tmp_path: Path) -> None:
-    student, other = clip("64x1"), clip("64x1", seed=1)
-    state = {k.removeprefix("text."): v for k, v in other.model.state_dict().items() if k.startswith("text.")}
-    init_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
-    other_state = other.model.state_dict()
-    assert all(torch.equal(v, other_state[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
-
-
-def test_text_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
-    student = clip("64x2")
-    with pytest.raises(ConfigError, match="is 8 × 128 in the weights and 8 × 64 in the student") as error:
-        init_text_tower(student, "teacher", clip("128x2"))
-    assert "--text 128xLAYERS" in error.value.hint
-    with pytest.raises(ConfigError, match="has 2 layers, but the weights of teacher have only 1"):
-        init_text_tower(student, "teacher", clip("64x1"))
-    with pytest.raises(InputError, match="needs a teacher"):
-        init_text_tower(student, "teacher", None)
-    with pytest.raises(InputError, match=r"text weights file nothing\.pt does not exist"):
-        init_text_tower(student, "nothing.pt", None)
-    (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="could not be read"):
-        init_text_tower(student, str(tmp_path / "damaged.pt"), None)
 
 
 def test_an_image_trunk_is_initialised_from_a_timm_file(tmp_path: Path) -> None:

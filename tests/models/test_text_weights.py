@@ -1,0 +1,127 @@
+"""What a student's text tower starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import Watch
+
+from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models import text_weights
+from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.text_weights import evenly_spaced, init_text_tower, init_token_embeddings
+
+
+def clip(text: str, *, length: int = 8, width: int = 32, seed: int = 0) -> ClipModel:
+    torch.manual_seed(seed)
+    config = student_config("test_resnet", embedding_size=width, image_size=32, text=text, context_length=length)
+    return build_student(config, name="student" if seed else "teacher")
+
+
+def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
+    save_file(state, str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"), [(6, 12, [0, 2, 4, 7, 9, 11]), (1, 12, [0]), (3, 3, [0, 1, 2])]
+)
+def test_layers_are_evenly_spaced_from_first_to_last(count: int, total: int, expected: list[int]) -> None:
+    assert evenly_spaced(count, total=total) == expected
+
+
+def test_a_text_tower_is_initialised_from_the_teachers_layers() -> None:
+    teacher, student = clip("64x4", length=12, width=48), clip("64x2", seed=1)
+    message = init_text_tower(student, "teacher", teacher)
+    student_state, teacher_state = student.model.state_dict(), teacher.model.state_dict()
+    assert "layers 1, 4 of the 4 layers of teacher" in message
+    for new, old in ((0, 0), (1, 3)):
+        name = "text.transformer.resblocks.{}.attn.in_proj_weight"
+        assert torch.equal(student_state[name.format(new)], teacher_state[name.format(old)])
+    assert torch.equal(student_state["text.positional_embedding"], teacher_state["text.positional_embedding"][:8])
+    assert student_state["text.text_projection"].shape == (64, 32)  # the teacher's is wider, so this stays random
+
+
+def test_a_text_tower_is_initialised_from_a_checkpoint_in_the_older_format(tmp_path: Path) -> None:
+    student, other = clip("64x1"), clip("64x1", seed=1)
+    state = {k.removeprefix("text."): v for k, v in other.model.state_dict().items() if k.startswith("text.")}
+    init_text_tower(student, saved(tmp_path / "clip.safetensors", state), None)
+    other_state = other.model.state_dict()
+    assert all(torch.equal(v, other_state[k]) for k, v in student.model.state_dict().items() if k.startswith("text."))
+
+
+def test_text_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
+    student = clip("64x2")
+    with pytest.raises(ConfigError, match="is 8 × 128 in the weights and 8 × 64 in the student") as error:
+        init_text_tower(student, "teacher", clip("128x2"))
+    assert "--text 128xLAYERS" in error.value.hint
+    with pytest.raises(ConfigError, match="has 2 layers, but the weights of teacher have only 1"):
+        init_text_tower(student, "teacher", clip("64x1"))
+    with pytest.raises(InputError, match="needs a teacher"):
+        init_text_tower(student, "teacher", None)
+    with pytest.raises(InputError, match=r"text weights file nothing\.pt does not exist"):
+        init_text_tower(student, "nothing.pt", None)
+    (tmp_path / "damaged.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="could not be read"):
+        init_text_tower(student, str(tmp_path / "damaged.pt"), None)
+
+
+def token_embeddings(model: ClipModel) -> torch.Tensor:
+    return model.model.get_parameter("text.token_embedding.weight")
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """Only some 500 of the 49,408 tokens have a text, so that the tests are fast."""
+    texts = text_weights._token_texts(clip("64x1").tokenizer)
+    tokens = {number: text for number, text in texts.items() if number % 97 == 3}
+    monkeypatch.setattr(text_weights, "_token_texts", lambda _: tokens)
+    return tokens
+
+
+@torch.no_grad()
+def test_tokens_are_as_similar_as_the_teacher_finds_their_texts(few_tokens: dict[int, str]) -> None:
+    teacher, student = clip("64x2", width=48), clip("64x1", seed=1)
+    before, rows, watch = token_embeddings(student).clone(), list(few_tokens), Watch()
+    message = init_token_embeddings(student, [teacher], watch)
+    after = token_embeddings(student)
+    assert f"{len(few_tokens):,} tokens" in message
+    others = [row for row in range(len(after)) if row not in few_tokens]
+    assert torch.equal(after[others], before[others])
+    assert torch.equal(after[rows, 48:], before[rows, 48:])  # of 64 columns, the teacher has 48
+    own = after[rows, :48]
+    torch.testing.assert_close(own.square().mean().sqrt(), before.std(), rtol=1e-3, atol=0)
+    text = TextTower(teacher.model.eval())(teacher.tokenizer(list(few_tokens.values())))
+    text = text - text.mean(0)
+    own = own * (text.norm() / own.norm())
+    torch.testing.assert_close(own @ own.T, text @ text.T, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_narrow_tower_gets_the_largest_components_of_all_teachers(few_tokens: dict[int, str]) -> None:
+    teachers, student = [clip("64x1", width=48), clip("128x1", width=40)], clip("64x1", seed=1)
+    init_token_embeddings(student, teachers)
+    assert [each.model.training for each in teachers] == [True, True]  # as they were
+    texts = list(few_tokens.values())
+    rows = torch.cat([TextTower(each.model.eval())(each.tokenizer(texts)) for each in teachers], dim=1)
+    values = torch.linalg.svdvals(rows - rows.mean(0))[:64]
+    own = torch.linalg.svdvals(token_embeddings(student)[list(few_tokens)])
+    torch.testing.assert_close(own / own.norm(), values / values.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_parts_of_characters_and_special_tokens_have_no_text() -> None:
+    tokenizer = clip("64x1").tokenizer
+    texts = text_weights._token_texts(tokenizer)
+    assert (texts[tokenizer.encoder["cat</w>"]], texts[tokenizer.encoder["Ã©</w>"]]) == ("cat", "é")
+    assert tokenizer.encoder["Ã"] not in texts  # the first byte of a character of two
+    assert not {tokenizer.sot_token_id, tokenizer.eot_token_id} & texts.keys()
+    assert 40_000 < len(texts) < 49_406
+
+
+def test_token_embeddings_need_a_teacher() -> None:
+    with pytest.raises(InputError, match="--pretrained-text tokens needs a teacher"):
+        init_token_embeddings(clip("64x1"), [])
