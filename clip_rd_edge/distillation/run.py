@@ -61,6 +61,7 @@ from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -196,7 +197,10 @@ def _run(
         )
         reporter.say(f"{run} is already finished{which}")
         return run / STUDENT_FOLDER
-    setup = load_setup(config, name=run.resolve().name, processes=processes, reporter=reporter)
+    start = config
+    if config.pretrained_text == TOKENS and processes.from_main(bool(list_checkpoints(run))):
+        start = msgspec.structs.replace(config, pretrained_text=None)  # a checkpoint will replace what takes its time
+    setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
     steps = total_steps(config, setup.pairs)
     if is_new:
         reporter.say(

@@ -25,7 +25,7 @@ from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Targets, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
-from clip_rd_edge.models.captions import CaptionTower
+from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.utils.timing import time_in_turn
 
@@ -94,7 +94,7 @@ class TrainingStep:
             self._image_tower.compile()
             text_tower.compile()
         # Each length would be compiled apart.
-        self._text_tower = CaptionTower(text_tower, student.model, whole=settings.compile)
+        self._text_tower = CaptionTower(text_tower, student.model, choices=() if settings.compile else LENGTHS)
         embed_texts: Callable[[list[str]], Tensor] = self._embed_captions
         if settings.freeze_text:
             embed_texts = FrozenTextTower(

@@ -17,7 +17,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import side_by_side
-from clip_rd_edge.models.captions import LENGTHS, CaptionTower
+from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
 
@@ -241,7 +241,7 @@ class CaptionCache:
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
             # A last batch of each length, mostly padding, should not cost more than one of whole contexts.
-            shortest = LENGTHS[0] if self._tower.cuts else length
+            shortest = self._tower.choices[0] if self._tower.choices else length
             size = max(1, min(self._batch_size, self._batch_size * shortest // length))
             for part in in_batches(len(rows), size):
                 own = rows[part]

@@ -29,12 +29,14 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
         settings: further keys that differ from the recipe's, such as `bank_temperature`.
+        pretrained_text: what the text tower starts from, as in `RunConfig`; random weights by default.
     """
 
     name: str
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    pretrained_text: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +173,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         image_size=suite.image_size,
         text=suite.text,
         freeze_text=suite.text == TEACHER,
+        pretrained_text=run.method.pretrained_text,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# Texts are computed together with those of about the same length: that number of positions, or the whole context.
+# Texts are computed together with those of about the same length.
 LENGTHS = (8, 16, 32, 64)
 # Tensors of open_clip's own towers that have a row, and maybe a column, per position; those of Hugging Face adapt.
 _ROWS, _ROWS_AND_COLUMNS = "positional_embedding", "attn_mask"
@@ -26,18 +26,18 @@ class CaptionTower(nn.Module):
     Args:
         tower: maps ids (N, T) to rows (N, D), such as a `TextTower`.
         model: the open_clip model, or its text tower, whose weights `tower` uses.
-        whole: compute every position in any case.
+        choices: ascending; a text is computed with the first number of positions that is enough, or else with all T.
 
     Attributes:
-        cuts: whether there are texts of which less is computed.
+        choices: empty if every position matters.
     """
 
-    def __init__(self, tower: nn.Module, model: nn.Module, *, whole: bool = False) -> None:
+    def __init__(self, tower: nn.Module, model: nn.Module, *, choices: Sequence[int] = LENGTHS) -> None:
         super().__init__()
         self.tower = tower
         self._text: Any = getattr(model, "text", model)
-        self._needed = None if whole else _needed_positions(self._text)
-        self.cuts = self._needed is not None
+        self._needed = _needed_positions(self._text)
+        self.choices = tuple(choices) if self._needed else ()
         tensors = {id(getattr(self._text, own, None)): own for own in (_ROWS, _ROWS_AND_COLUMNS)}
         named = chain(tower.named_parameters(), tower.named_buffers())
         self._positional = {name: tensors[id(tensor)] for name, tensor in named if id(tensor) in tensors}
@@ -45,9 +45,10 @@ class CaptionTower(nn.Module):
     def lengths(self, input_ids: Tensor) -> list[int]:
         """Return how many positions are computed for each text, given ids (N, T) on any device."""
         whole = input_ids.shape[1]
-        if self._needed is None:
+        if not self.choices or self._needed is None:
             return [whole] * len(input_ids)
-        return [next((n for n in LENGTHS if need <= n < whole), whole) for need in self._needed(input_ids).tolist()]
+        needed = self._needed(input_ids).tolist()
+        return [next((n for n in self.choices if need <= n < whole), whole) for need in needed]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         lengths = self.lengths(input_ids)

@@ -175,7 +175,7 @@ def _token_texts(tokenizer: Any) -> dict[int, str]:
 def _embedded(texts: list[str], teacher: ClipModel, reporter: Reporter) -> Tensor:
     """Return the teacher's embeddings of the texts, on the CPU."""
     teacher.model.to(default_device())
-    tower, rows = CaptionTower(TextTower(teacher.model), teacher.model), list[Tensor]()
+    tower, rows = CaptionTower(TextTower(teacher.model), teacher.model, choices=range(2, 17)), list[Tensor]()
     with evaluation_mode(teacher.model):
         for part in in_batches(len(texts), _BATCH):
             rows.append(tower(teacher.tokenizer(texts[part])).cpu())

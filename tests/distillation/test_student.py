@@ -1,14 +1,21 @@
-"""Which models can be the student of a run."""
+"""Which models can be the student of a run, and what new ones start from."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from support import Watch, save_tiny_teacher
+from tiny_runs import killed_and_resumed, tiny_run
 
+from clip_rd_edge.distillation import student as module
+from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.text_weights import TOKENS
 
 
 @pytest.fixture
@@ -30,3 +37,28 @@ def test_a_text_tower_that_is_no_module_of_its_own_cannot_be_frozen(student: Cli
     with pytest.raises(UsageError, match="The text tower of test_resnet cannot be frozen") as error:
         require_separate_text_tower(student)
     assert error.value.hint == "omit --freeze-text"
+
+
+def test_token_embeddings_are_initialised_once_in_a_run(
+    pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = list[list[str]]()
+
+    def double(student: ClipModel, teachers: list[ClipModel], reporter: object) -> str:
+        starts.append([teacher.name for teacher in teachers])
+        with torch.no_grad():
+            student.model.get_parameter("text.token_embedding.weight").mul_(2)
+        return "token embeddings are doubled"
+
+    monkeypatch.setattr(module, "init_token_embeddings", double)
+    save_tiny_teacher(tmp_path / "teacher")
+    settings = {"data": str(pairs_csv), "teacher": str(tmp_path / "teacher"), "checkpoint_every": 2}
+    config = tiny_run("clip-rd", {"steps": 6, "batch_size": 6}, pretrained_text=TOKENS, **settings)
+    killed_and_resumed(config, tmp_path, after=3)
+    assert starts == [["teacher"], ["teacher"]]  # of the run without interruption, and of the other before it
+
+
+def test_token_embeddings_need_a_teacher(pairs_csv: Path, tmp_path: Path) -> None:
+    config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=TOKENS, data=str(pairs_csv))
+    with pytest.raises(InputError, match="--pretrained-text tokens needs a teacher"):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch())

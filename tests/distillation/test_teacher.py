@@ -12,7 +12,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, Teacher, caption_batch_size
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.captions import CaptionTower
+from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -76,9 +76,8 @@ class FirstIds(nn.Module):
 def test_captions_are_embedded_only_once_in_batches_of_one_size_for_each_length(cuts: bool) -> None:
     tower, captions = FirstIds(), [*CAPTIONS, "red", "a long caption with twelve tokens in all of it", "tea " * 50]
     tokenizer = open_clip.SimpleTokenizer()
-    cache = CaptionCache(
-        tokenizer, CaptionTower(tower, tower, whole=not cuts), torch.device("cpu"), autocast=None, batch_size=4
-    )
+    captions_tower = CaptionTower(tower, tower, choices=LENGTHS if cuts else ())
+    cache = CaptionCache(tokenizer, captions_tower, torch.device("cpu"), autocast=None, batch_size=4)
     first = cache(captions)
     expected = [(4, 8), (4, 8), (2, 16), (1, 64)] if cuts else [(4, 77), (4, 77)]
     assert tower.shapes == expected

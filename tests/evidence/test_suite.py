@@ -38,6 +38,15 @@ def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> Non
     assert recipe.steps == suite.steps
 
 
+def test_a_methods_text_tower_can_start_from_elsewhere(suite: EvidenceSuite) -> None:
+    methods = tuple(
+        msgspec.structs.replace(m, pretrained_text="tokens" if m.name == "clip-rd" else None) for m in suite.methods
+    )
+    runs = msgspec.structs.replace(suite, methods=methods).runs()
+    starts = {run.method.name: run_config(suite, run, teacher="t", caches=Path("c")).pretrained_text for run in runs}
+    assert {name for name, start in starts.items() if start == "tokens"} == {"clip-rd"}
+
+
 @pytest.mark.parametrize(
     ("student", "folder"),
     [("resnet10t.c3_in1k", "resnet10t.c3_in1k"), ("/home/me/mine.json", "home-me-mine.json"), ("../a.json", "a.json")],
