@@ -28,10 +28,12 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import student_config
+from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.utils.files import new_folder, require_free_output
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.structs import read_yaml
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
 
 
@@ -90,6 +92,7 @@ def train_baseline(settings: Settings, reporter: Reporter) -> None:
 
 
 def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
+    teacher = settings.folder / "teacher" if load_recipe(recipe).objective.needs_teacher else None
     config = _config(
         run,
         recipe=recipe,
@@ -97,13 +100,20 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         batch_size=32,
         learning_rate=2e-3,
         student=settings.student,
-        teacher=str(settings.folder / "teacher") if load_recipe(recipe).objective.needs_teacher else None,
+        teacher=str(teacher) if teacher else None,
         text="tiny",
+        pretrained_text=_text_start(run) if teacher else None,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
         precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
     )
     run_distillation(config, run, resume=True, reporter=reporter)
+
+
+def _text_start(run: Path) -> str | None:
+    """Return what a student's text tower starts from; a run that an older version began keeps its random weights."""
+    config = run / RUN_CONFIG_FILE
+    return read_yaml(config, RunConfig).pretrained_text if is_file(config) else TOKENS
 
 
 def _config(

@@ -127,6 +127,19 @@ def test_no_training_depends_on_a_measurement_of_time(
     }
 
 
+def test_students_of_a_teacher_start_from_its_token_embeddings(tmp_path: Path) -> None:
+    configs = configurations(Settings(folder=tmp_path))
+    assert {name: config.pretrained_text for name, config in configs.items()} == {
+        "teacher": None,
+        "student": "tokens",
+        "student-alone": None,
+    }
+    old = msgspec.structs.replace(configs["student"], pretrained_text=None)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / RUN_CONFIG_FILE).write_text(to_yaml(old), encoding="utf-8")
+    assert configurations(Settings(folder=tmp_path))["student"].pretrained_text is None
+
+
 def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "instruction_sets", lambda: ())
     recipe = tmp_path / "mine.yaml"
