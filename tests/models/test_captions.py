@@ -54,6 +54,16 @@ def test_clips_texts_come_out_the_same_without_what_follows_their_ends(make: Any
     assert torch.equal(tower.compute(ids[:1], 77), whole(ids[:1]))
 
 
+def test_a_text_of_any_length_has_room_for_its_end() -> None:
+    model = custom()
+    tower = CaptionTower(TextTower(model), model)
+    ids = open_clip.get_tokenizer("ViT-B-32")(["tea " * count for count in range(80)])
+    ends = [min(count + 2, 77) for count in range(80)]
+    assert (ids.argmax(1) + 1).tolist() == ends
+    assert tower.lengths(ids) == [next(length for length in (8, 16, 32, 64, 77) if end <= length) for end in ends]
+    torch.testing.assert_close(tower(ids), TextTower(model)(ids))
+
+
 def test_gradients_are_those_of_the_whole_context() -> None:
     model = custom()
     ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
