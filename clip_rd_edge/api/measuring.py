@@ -175,7 +175,7 @@ def quickstart(
     output: AnyPath = "quickstart",
     *,
     student: str = "resnet10t",
-    recipe: str = "clip-rd",
+    recipe: str = "clip-rd-bank",
     seed: int = 0,
     reporter: Reporter = SILENT,
     **options: Unpack[QuickstartOptions],

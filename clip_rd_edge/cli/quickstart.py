@@ -33,8 +33,8 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
     help="The student: resnet10t, mobilevit_xxs, … or any timm name.",
 )  # fmt: skip
 @_training(
-    "--recipe", default="clip-rd", show_default=True, metavar="NAME|FILE", shell_complete=complete_recipe,
-    help="Training recipe: clip-rd, clip-kd, tinyclip, …",
+    "--recipe", default="clip-rd-bank", show_default=True, metavar="NAME|FILE", shell_complete=complete_recipe,
+    help="Training recipe: clip-rd-bank, clip-rd, clip-kd, tinyclip, …",
 )  # fmt: skip
 @_training("--seed", type=int, default=0, show_default=True, metavar="N", help="Random seed of the student.")
 @_training("--with-baseline", is_flag=True, help="Also train the same student without a teacher, for comparison.")

@@ -33,7 +33,6 @@ from clip_rd_edge.utils.files import new_folder, require_free_output
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
-from clip_rd_edge.utils.structs import read_yaml
 from clip_rd_edge.walkthrough.teacher import CONTEXT_LENGTH, EMBEDDING_SIZE, build_teacher
 
 
@@ -53,7 +52,7 @@ class Settings:
 
     folder: Path
     student: str = "resnet10t"
-    recipe: str = "clip-rd"
+    recipe: str = "clip-rd-bank"
     seed: int = 0
     with_baseline: bool = False
     teacher_steps: int = 600
@@ -62,6 +61,7 @@ class Settings:
 
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
+VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
@@ -102,18 +102,14 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         student=settings.student,
         teacher=str(teacher) if teacher else None,
         text="tiny",
-        pretrained_text=_text_start(run) if teacher else None,
+        pretrained_text=TOKENS if teacher else None,
+        views=VIEWS,
+        teacher_cache=str(settings.folder / "teacher-cache") if teacher else None,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
         precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
     )
     run_distillation(config, run, resume=True, reporter=reporter)
-
-
-def _text_start(run: Path) -> str | None:
-    """Return what a student's text tower starts from; a run that an older version began keeps its random weights."""
-    config = run / RUN_CONFIG_FILE
-    return read_yaml(config, RunConfig).pretrained_text if is_file(config) else TOKENS
 
 
 def _config(

@@ -127,17 +127,14 @@ def test_no_training_depends_on_a_measurement_of_time(
     }
 
 
-def test_students_of_a_teacher_start_from_its_token_embeddings(tmp_path: Path) -> None:
+def test_students_of_a_teacher_start_from_its_tokens_and_share_its_cache(tmp_path: Path) -> None:
     configs = configurations(Settings(folder=tmp_path))
-    assert {name: config.pretrained_text for name, config in configs.items()} == {
-        "teacher": None,
-        "student": "tokens",
-        "student-alone": None,
+    cache = str(tmp_path / "teacher-cache")
+    assert {name: (c.recipe_name, c.pretrained_text, c.views, c.teacher_cache) for name, c in configs.items()} == {
+        "teacher": ("clip", None, 0, None),
+        "student": ("clip-rd-bank", "tokens", 5, cache),
+        "student-alone": ("clip", None, 5, None),
     }
-    old = msgspec.structs.replace(configs["student"], pretrained_text=None)
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / RUN_CONFIG_FILE).write_text(to_yaml(old), encoding="utf-8")
-    assert configurations(Settings(folder=tmp_path))["student"].pretrained_text is None
 
 
 def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
