@@ -59,7 +59,7 @@ class EpochOrder:
     def _begin(self, epoch: int) -> None:
         self._epoch, self._order = epoch, (-1, np.empty(0, np.int64))
         if len(self) <= self._window:
-            self._windows, self._ends = [np.arange(len(self._sizes))], np.asarray([len(self)])
+            self._windows, self._ends = [np.arange(len(self._sizes))], np.asarray([len(self)], np.int64)
             return
         shuffled = np.random.default_rng((self._seed, epoch)).permutation(len(self._sizes))
         ends = np.cumsum(self._sizes[shuffled])

@@ -129,8 +129,9 @@ class SampleGroups:
         characters = np.zeros((count, width + _SUFFIX_BYTES), np.uint8)
         characters[:, :width] = names.view(np.uint8).reshape(count, width)
         columns = np.arange(characters.shape[1], dtype=np.int16)
-        is_dot, last_slash = characters == _DOT, -1
-        if (slash := characters == _SLASH).any():
+        is_dot, slash = characters == _DOT, characters == _SLASH
+        last_slash = np.full(count, -1, np.int16)
+        if slash.any():
             last_slash = np.where(slash, columns, np.int16(-1)).max(1)
             is_dot &= columns > last_slash[:, None]
         dot = is_dot.argmax(1)

@@ -151,7 +151,7 @@ def difference(
         [[primary_metric(result.score) - primary_metric(other.score) for result, other in task] for task in pairs],
         axis=0,
     )
-    over_seeds, same_sign = spread(differences), bool(differences.min() > 0 or differences.max() < 0)
+    over_seeds, same_sign = spread(differences.tolist()), bool(differences.min() > 0 or differences.max() < 0)
     if not all(result.hits and other.hits for task in pairs for result, other in task):
         return Difference(over_seeds, same_sign, None)
     rng = np.random.default_rng(seed)

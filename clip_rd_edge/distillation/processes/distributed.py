@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -226,7 +226,8 @@ def join_processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        # Newer releases of torch declare a number for processes outside of the group, of which there are none.
+        control: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         members: list[Member] = [this_member()] * world_size
         dist.all_gather_object(members, this_member(), group=control)
