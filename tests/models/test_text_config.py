@@ -14,8 +14,9 @@ import torch
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, TextTower
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, init_text_tower, student_config
+from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.models.text_weights import init_text_tower
 
 WIDTH, LAYERS = 64, 2
 SIZES = ("width", "heads", "layers")
