@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import Pairs, names_shards
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.teacher import BatchTeacher, Targets
+from clip_rd_edge.models.captions import embed_with_progress
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Max number of texts to choose from, for the sake of time: all are embedded before the first step.
@@ -23,7 +23,6 @@ MAX_TEXTS = 16_384
 # One in so many rows keeps its text in turn: otherwise, the student would never see a text that fits no image, and yet
 # have to tell it from those that do.
 KEPT_ROWS = 4
-_BATCH = 1_024  # prompts between two reports of progress
 
 
 class ChoosingTeacher:
@@ -50,11 +49,8 @@ class ChoosingTeacher:
     ) -> None:
         self.logit_scale = teacher.logit_scale
         self._teacher, self._texts = teacher, texts
-        prompts, rows = [prompt for group in texts for prompt in group], list[Tensor]()
-        for part in in_batches(len(prompts), _BATCH):
-            rows.append(embed(prompts[part]))
-            reporter.update("embedding the texts to choose from", min(part.stop, len(prompts)), len(prompts))
-        self._rows = torch.cat(rows)
+        prompts = [prompt for group in texts for prompt in group]
+        self._rows = embed_with_progress(prompts, embed, stage="embedding the texts to choose from", reporter=reporter)
         counts = torch.tensor([len(group) for group in texts], device=self._rows.device)
         self._first = (counts.cumsum(0) - counts).tolist()  # row of each text's first prompt
         of_text = torch.arange(len(texts), device=counts.device).repeat_interleave(counts)

@@ -237,9 +237,7 @@ class CaptionCache:
         if not captions:
             return
         *all_ids, padding = self._tokenizer([*captions, ""])
-        lengths = self._tower.lengths(torch.stack(all_ids))
-        for length in sorted(set(lengths)):
-            rows = [row for row, own in enumerate(lengths) if own == length]
+        for length, rows in self._tower.rows_by_length(torch.stack(all_ids)).items():
             # A last batch of each length, mostly padding, should not cost more than one of whole contexts.
             shortest = self._tower.choices[0] if self._tower.choices else length
             size = max(1, min(self._batch_size, self._batch_size * shortest // length))

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.utils.reporting import Reporter
+
 # Texts are computed together with those of about the same length.
 LENGTHS = (8, 16, 32, 64)
+_BATCH = 1_024  # texts between two reports of progress
 # Tensors of open_clip's own towers that have a row, and maybe a column, per position; those of Hugging Face adapt.
 _ROWS, _ROWS_AND_COLUMNS = "positional_embedding", "attn_mask"
 _MASKED_POOLERS = ("MeanPooler", "ClsPooler", "ClsLastHiddenStatePooler")
@@ -36,7 +40,7 @@ class CaptionTower(nn.Module):
         super().__init__()
         self.tower = tower
         self._text: Any = getattr(model, "text", model)
-        self._needed = _needed_positions(self._text)
+        self._needed = _needed_positions(self._text) if choices else None
         self.choices = tuple(choices) if self._needed else ()
         tensors = {id(getattr(self._text, own, None)): own for own in (_ROWS, _ROWS_AND_COLUMNS)}
         named = chain(tower.named_parameters(), tower.named_buffers())
@@ -45,14 +49,18 @@ class CaptionTower(nn.Module):
     def lengths(self, input_ids: Tensor) -> list[int]:
         """Return how many positions are computed for each text, given ids (N, T) on any device."""
         whole = input_ids.shape[1]
-        if not self.choices or self._needed is None:
+        if self._needed is None:
             return [whole] * len(input_ids)
         needed = self._needed(input_ids).tolist()
         return [next((n for n in self.choices if need <= n < whole), whole) for need in needed]
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def rows_by_length(self, input_ids: Tensor) -> dict[int, list[int]]:
+        """Return the rows of the texts that are computed together, by `lengths`, the shortest first."""
         lengths = self.lengths(input_ids)
-        rows = {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
+        return {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.rows_by_length(input_ids)
         computed = torch.cat([self.compute(input_ids[own], length) for length, own in rows.items()])
         order = torch.tensor([row for own in rows.values() for row in own]).argsort()
         return computed[order.to(computed.device)]
@@ -69,6 +77,17 @@ class CaptionTower(nn.Module):
     def _part(self, name: str, part: slice) -> Tensor:
         tensor: Tensor = getattr(self._text, name)
         return tensor[part, part] if name == _ROWS_AND_COLUMNS else tensor[part]
+
+
+def embed_with_progress(
+    texts: list[str], embed: Callable[[list[str]], Tensor], *, stage: str, reporter: Reporter
+) -> Tensor:
+    """Embed N texts, (N, D), part by part, and report how many are done."""
+    rows = list[Tensor]()
+    for part in in_batches(len(texts), _BATCH):
+        rows.append(embed(texts[part]))
+        reporter.update(stage, min(part.stop, len(texts)), len(texts))
+    return torch.cat(rows)
 
 
 def _needed_positions(text: Any) -> Callable[[Tensor], Tensor] | None:

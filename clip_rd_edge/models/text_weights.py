@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.models.captions import CaptionTower
+from clip_rd_edge.models.captions import CaptionTower, embed_with_progress
 from clip_rd_edge.models.classifier import unreadable_weights
 from clip_rd_edge.models.clip import ClipModel, TextTower, default_device, evaluation_mode
 from clip_rd_edge.models.student import TEACHER
@@ -18,7 +17,6 @@ from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 TOKENS = "tokens"  # as the source of the token embeddings alone
-_BATCH = 1_024  # tokens between two reports of progress
 _BLOCKS = "transformer.resblocks."
 # These may stay random if shapes differ: a projection depends on the embedding size it was trained for.
 _PROJECTIONS = {"text_projection", "text_projection.weight", "text_projection.bias"}
@@ -147,7 +145,7 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
     rows = torch.cat([_embedded(list(distinct), teacher, reporter) for teacher in teachers], dim=1).double()
     rows = rows[[distinct[text] for text in texts.values()]]
     rows -= rows.mean(dim=0)
-    embedding = student.model.get_submodule("text.token_embedding").get_parameter("weight")
+    embedding = student.model.get_parameter("text.token_embedding.weight")
     width = min(embedding.shape[1], rows.shape[1])
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :width]  # of the largest variance first
     components = rows @ directions
@@ -175,9 +173,11 @@ def _token_texts(tokenizer: Any) -> dict[int, str]:
 def _embedded(texts: list[str], teacher: ClipModel, reporter: Reporter) -> Tensor:
     """Return the teacher's embeddings of the texts, on the CPU."""
     teacher.model.to(default_device())
-    tower, rows = CaptionTower(TextTower(teacher.model), teacher.model, choices=range(2, 17)), list[Tensor]()
+    tower = CaptionTower(TextTower(teacher.model), teacher.model, choices=range(2, 17))
+
+    def embed(part: list[str]) -> Tensor:
+        rows: Tensor = tower(teacher.tokenizer(part))
+        return rows.cpu()
+
     with evaluation_mode(teacher.model):
-        for part in in_batches(len(texts), _BATCH):
-            rows.append(tower(teacher.tokenizer(texts[part])).cpu())
-            reporter.update(f"embedding tokens with {teacher.name}", min(part.stop, len(texts)), len(texts))
-    return torch.cat(rows)
+        return embed_with_progress(texts, embed, stage=f"embedding tokens with {teacher.name}", reporter=reporter)

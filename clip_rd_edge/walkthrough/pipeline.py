@@ -92,7 +92,13 @@ def train_baseline(settings: Settings, reporter: Reporter) -> None:
 
 
 def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: str) -> None:
-    teacher = settings.folder / "teacher" if load_recipe(recipe).objective.needs_teacher else None
+    taught: dict[str, Any] = {}
+    if load_recipe(recipe).objective.needs_teacher:
+        taught = {
+            "teacher": str(settings.folder / "teacher"),
+            "teacher_cache": str(settings.folder / "teacher-cache"),
+            "pretrained_text": TOKENS,
+        }
     config = _config(
         run,
         recipe=recipe,
@@ -100,14 +106,12 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         batch_size=32,
         learning_rate=2e-3,
         student=settings.student,
-        teacher=str(teacher) if teacher else None,
         text="tiny",
-        pretrained_text=TOKENS if teacher else None,
         views=VIEWS,
-        teacher_cache=str(settings.folder / "teacher-cache") if teacher else None,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
         precision="bf16" if "AMX BF16" in instruction_sets() else "fp32",
+        **taught,
     )
     run_distillation(config, run, resume=True, reporter=reporter)
 

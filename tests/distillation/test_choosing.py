@@ -22,6 +22,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teacher import Targets
+from clip_rd_edge.models import captions as captions_module
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
 # Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.
@@ -54,7 +55,7 @@ def batch_of(captions: list[str], paired: tuple[bool, ...] | None) -> Batch:
 
 
 def test_the_text_nearest_to_an_image_takes_the_place_of_its_caption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "_BATCH", 2)
+    monkeypatch.setattr(captions_module, "_BATCH", 2)
     watch = Watch()
     teacher = ChoosingTeacher(Colours(), PROMPTS, embed, reporter=watch)
     captions = ["red: in turn", "blue: its own", "green: in turn", "blue: in turn"]
