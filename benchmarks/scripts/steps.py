@@ -3,10 +3,12 @@
     python benchmarks/scripts/steps.py compiled resnet18 mobilevit_s
     python benchmarks/scripts/steps.py whole-contexts resnet10t resnet18 --text standard \\
         -o benchmarks/results/MACHINE/captions.json
+    python benchmarks/scripts/steps.py torch-depthwise efficientnet_lite0 --image-size 64 --text tiny --batch-size 64
 
-`compiled` runs the towers through torch.compile, `whole-contexts` computes all 77 positions of every caption. Captions
-are the definitions of ImageNet's classes, which are about as long as captions of the web. One thread, no teacher; times
-are of the clock, ratios medians over the steps with their 10th and 90th percentiles.
+`compiled` runs the towers through torch.compile, `whole-contexts` computes all 77 positions of every caption, and
+`torch-depthwise` leaves the gradients of all depthwise convolutions to torch. Captions are the definitions of
+ImageNet's classes, which are about as long as captions of the web. One thread, no teacher; times are of the clock,
+ratios medians over the steps with their 10th and 90th percentiles.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from open_clip import SimpleTokenizer
 from timm.data import ImageNetInfo
 
+from clip_rd_edge.distillation import depthwise
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -59,6 +62,10 @@ def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
     }
     if arguments.way == "whole-contexts":
         steps[arguments.way]._text_tower = CaptionTower(TextTower(other.model), other.model, choices=())
+    if arguments.way == "torch-depthwise":
+        for module in other.model.modules():
+            if isinstance(module, torch.nn.Conv2d) and type(module).__module__ == depthwise.__name__:
+                module.__class__ = torch.nn.Conv2d
     pixels = torch.randint(256, (size, 3, arguments.image_size, arguments.image_size)).byte()
     seconds: dict[str, list[float]] = {way: [] for way in steps}
     for number in range(arguments.steps + 1):
@@ -83,7 +90,7 @@ def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare training steps with those computed in another way.")
-    parser.add_argument("way", choices=["compiled", "whole-contexts"])
+    parser.add_argument("way", choices=["compiled", "whole-contexts", "torch-depthwise"])
     parser.add_argument("students", nargs="+")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--text", default="small")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.distillation.bank import TeacherBank
 from clip_rd_edge.distillation.config import Precision
+from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -90,6 +91,8 @@ class TrainingStep:
         self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
         text_tower = TextTower(student.model)
+        if processes.device.type == "cpu" and not settings.compile:
+            speed_up_small_maps(student.model)
         if settings.compile:
             self._image_tower.compile()
             text_tower.compile()

@@ -1,0 +1,110 @@
+"""The gradient of depthwise convolutions on small maps: that of torch, and where it is used."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import create_conv2d
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clip_rd_edge.distillation.depthwise import speed_up_small_maps
+
+
+def is_fast(output: Tensor) -> bool:
+    return type(output.grad_fn).__name__ == "_SmallMapConvolutionBackward"
+
+
+def two_convolutions(kernel: int | tuple[int, int], channels: int = 4, **options: Any) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """Return the same convolution as torch has it, and sped up."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(channels, channels, kernel, **{"groups": channels} | options).double()
+    fast = copy.deepcopy(plain)
+    speed_up_small_maps(fast)
+    return plain, fast
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((2, 2), (5, 5), (1, 1), (2, 2)),
+        ((4, 4), (5, 5), (2, 2), (2, 2)),
+        ((2, 2), (3, 3), (1, 1), (1, 1)),
+        ((1, 1), (3, 3), (2, 2), (1, 1)),
+        ((3, 3), (7, 7), (2, 2), (3, 3)),
+        ((2, 9), (5, 3), (1, 2), (2, 1)),
+        ((9, 2), (5, 5), (3, 1), (2, 3)),
+        ((2, 3), (5, 5), (1, 1), (4, 4)),
+    ],
+)
+def test_gradients_are_torchs(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    image = torch.randn((3, 4, *size), dtype=torch.double).requires_grad_()
+    outputs, gradients = [], []
+    for module in two_convolutions(kernel, stride=stride, padding=padding):
+        output = module(image)
+        weights = torch.randn(output.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+        outputs.append(output)
+        gradients.append(torch.autograd.grad(output, [image, *module.parameters()], weights))
+    assert [is_fast(output) for output in outputs] == [False, True]
+    assert torch.equal(*outputs)
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (5, 5)),  # the kernel fits
+        ({"groups": 2}, (2, 2)),
+        ({"dilation": 2, "padding": 4}, (2, 2)),
+        ({"padding": "same"}, (2, 2)),
+        ({"padding_mode": "circular"}, (2, 2)),
+    ],
+)
+def test_other_convolutions_stay_torchs(options: dict[str, Any], size: tuple[int, int]) -> None:
+    for module in two_convolutions(5, **{"padding": 2} | options):
+        assert not is_fast(module(torch.zeros((1, 4, *size), dtype=torch.double)))
+
+
+def test_frozen_weights_and_single_images_stay_torchs() -> None:
+    _, module = two_convolutions(5, padding=2)
+    image = torch.zeros((1, 4, 2, 2), dtype=torch.double)
+    assert is_fast(module(image))
+    assert not is_fast(module(image[0]))
+    module.requires_grad_(False)
+    assert not is_fast(module(image.requires_grad_()))
+
+
+def test_names_and_copies_stay_and_convolutions_are_found_once() -> None:
+    plain, fast = two_convolutions(3, padding=1)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    assert isinstance(fast, nn.Conv2d)
+    another = copy.deepcopy(fast)
+    speed_up_small_maps(another)
+    assert type(another) is type(fast)
+    assert is_fast(another(torch.zeros((1, 4, 2, 2), dtype=torch.double)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_timms_layers_checkpointing_and_autocast(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = create_conv2d(4, 4, 5, stride=1, padding="same", depthwise=True)
+    fast = copy.deepcopy(plain)
+    speed_up_small_maps(fast)
+    image = torch.randn(3, 4, 2, 2, requires_grad=True)
+    gradients = []
+    for module, kept in ((plain, True), (fast, True), (fast, False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = module(image) if kept else checkpoint(module, image, use_reentrant=False)
+        assert output.dtype == dtype
+        gradients.append(torch.autograd.grad(output.sum(), [image, *module.parameters()]))
+    for own, torchs, checkpointed in zip(gradients[1], gradients[0], gradients[2], strict=True):
+        assert own.dtype == torchs.dtype == torch.float32
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5  # of the rounding of what they see
+        torch.testing.assert_close(own, torchs, rtol=tolerance, atol=tolerance)
+        assert torch.equal(own, checkpointed)
