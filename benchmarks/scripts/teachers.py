@@ -21,16 +21,17 @@ from quickstart_students import Result, parser_for, plus_minus, rows, scores, tr
 
 import clip_rd_edge as edge
 from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder
+from clip_rd_edge.walkthrough.pipeline import EMBEDDING_SIZE, FROZEN_LAYERS
 
-WIDTH = 256  # of each teacher
+WIDTH = EMBEDDING_SIZE  # of each teacher
 VIEWS = 5
 TEACHER_SEEDS = (0, 1)
 TEACHER = "the teacher of seed {}"
 # By name: the seeds of the teachers, and the student's embedding size. Those of both come first: a store of several
 # teachers' embeddings serves a student of one, too.
 WAYS: dict[str, tuple[tuple[int, ...], int]] = {
-    "both, 256 numbers": (TEACHER_SEEDS, WIDTH),
-    "both, 512 numbers": (TEACHER_SEEDS, 2 * WIDTH),
+    "both, 384 numbers": (TEACHER_SEEDS, WIDTH),
+    "both, 768 numbers": (TEACHER_SEEDS, 2 * WIDTH),
     **{TEACHER.format(seed): ((seed,), WIDTH) for seed in TEACHER_SEEDS},
 }
 
@@ -38,9 +39,10 @@ WAYS: dict[str, tuple[tuple[int, ...], int]] = {
 def tune_teacher(folder: Path, untuned: Path, *, seed: int, steps: int) -> Path:
     """Tune the embedded teacher as the quickstart does, but for the seed."""
     return edge.distill(
-        data="emoji", recipe="clip", student=f"local-dir:{untuned}", freeze_text=True, steps=steps, batch_size=64,
-        learning_rate=1e-3, seed=seed, image_size=64, context_length=16, embedding_size=WIDTH, checkpoint_every=50,
-        precision="fp32", output=folder / f"teacher-{seed}", resume=True,
+        data="emoji", recipe="clip", student=f"local-dir:{untuned}", freeze_text=True, freeze_image=FROZEN_LAYERS,
+        freeze_norms=True, steps=steps, batch_size=64, learning_rate=1e-3, seed=seed, image_size=64,
+        context_length=16, embedding_size=WIDTH, checkpoint_every=50, precision="fp32",
+        output=folder / f"teacher-{seed}", resume=True,
     )  # fmt: skip
 
 
@@ -92,7 +94,7 @@ def markdown(result: Result) -> str:
 def main() -> None:
     parser = parser_for("teachers", steps=1100)
     parser.add_argument("--untuned", type=Path, required=True, help="the embedded teacher before it is tuned")
-    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--teacher-steps", type=int, default=400)
     arguments = parser.parse_args()
     teachers = [
         tune_teacher(arguments.folder, arguments.untuned, seed=seed, steps=arguments.teacher_steps)

@@ -44,7 +44,7 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
 )  # fmt: skip
 @_training(
     "--teacher-steps", type=click.IntRange(1), metavar="N",
-    help="Training steps of the teacher, of 64 pairs each.  [default: 600]",
+    help="Training steps of the teacher, of 64 pairs each.  [default: 400]",
 )  # fmt: skip
 @_report(
     "--photos", type=PathName(), metavar="FOLDER",

@@ -82,7 +82,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     views: PositiveInt
     evaluate_every: PositiveInt
     log_every: PositiveInt
-    teacher_steps: PositiveInt = 600
+    teacher_steps: PositiveInt = 400
     threads: Threads = 1
 
     def __post_init__(self) -> None:

@@ -156,5 +156,5 @@ def test_a_run_whose_precision_an_older_version_measured_keeps_it(tmp_path: Path
     weights.touch()
     (tmp_path / "teacher" / RUN_CONFIG_FILE).write_text(to_yaml(old), encoding="utf-8")
     pipeline.tune_teacher(settings, SILENT)  # refuses a run with other settings
-    with pytest.raises(UsageError, match="another configuration: steps: 600 → 500"):
+    with pytest.raises(UsageError, match="another configuration: steps: 400 → 500"):
         pipeline.tune_teacher(Settings(folder=tmp_path, teacher_steps=500), SILENT)

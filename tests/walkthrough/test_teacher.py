@@ -13,16 +13,17 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS
-from clip_rd_edge.walkthrough import teacher
+from clip_rd_edge.utils.reporting import SILENT
+from clip_rd_edge.walkthrough import pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return teacher.build_teacher(tmp_path_factory.mktemp("untuned") / "teacher", image_size=64)
+    return pipeline.build_teacher(tmp_path_factory.mktemp("untuned") / "teacher", SILENT)
 
 
 def test_the_image_trunk_has_the_published_weights(folder: Path) -> None:
-    published = torch.load(CLASSIFIERS[teacher.IMAGE_ARCHITECTURE].verified(), weights_only=True)
+    published = torch.load(CLASSIFIERS[pipeline.CLASSIFIER].verified(), weights_only=True)
     trunk = load_clip(str(folder)).model.get_submodule("visual.trunk").state_dict()
     assert torch.equal(trunk["conv_stem.weight"], published["_conv_stem.weight"])
     assert torch.equal(trunk["conv_head.weight"], published["_conv_head.weight"])
@@ -51,8 +52,8 @@ def test_the_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_other_than_the_published_ones_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    weights = dataclasses.replace(CLASSIFIERS[teacher.IMAGE_ARCHITECTURE], sha256="0" * 64)
-    monkeypatch.setitem(CLASSIFIERS, teacher.IMAGE_ARCHITECTURE, weights)
+    weights = dataclasses.replace(CLASSIFIERS[pipeline.CLASSIFIER], sha256="0" * 64)
+    monkeypatch.setitem(CLASSIFIERS, pipeline.CLASSIFIER, weights)
     with pytest.raises(InputError, match="is not the published file"):
-        teacher.build_teacher(tmp_path / "teacher", image_size=64)
+        pipeline.build_teacher(tmp_path / "teacher", SILENT)
     assert list(tmp_path.iterdir()) == []
