@@ -20,6 +20,7 @@ from clip_rd_edge.utils.host import machine_name
 TASKS = ("emoji:unseen-style", "emoji:unseen-concepts")
 SETTINGS: dict[str, Any] = {
     "student": "resnet10t", "image_size": 64, "text": "tiny", "context_length": 16, "embedding_size": 384,
+    "recipe": "clip-rd-bank", "pretrained_text": "tokens", "views": 5,
     "batch_size": 32, "learning_rate": 0.002, "precision": "bf16", "workers": 0, "checkpoint_every": 50,
 }  # fmt: skip
 Result = dict[str, Any]

@@ -4,9 +4,9 @@
     python benchmarks/scripts/teachers.py teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
-Settings are the quickstart's, but that the crops of a pair are five per seed, for which both teachers' embeddings are
-stored, as in the suite `bank`. A student of both teachers is tried as wide as one, with learned projections to both,
-and as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
+Settings are the quickstart's; both teachers' embeddings are stored. A student of both teachers is tried as wide as one,
+with learned projections to both, and as wide as both together. An interrupted call goes on; finished teachers and
+students are in the folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder
 from clip_rd_edge.walkthrough.pipeline import EMBEDDING_SIZE, FROZEN_LAYERS
 
 WIDTH = EMBEDDING_SIZE  # of each teacher
-VIEWS = 5
 TEACHER_SEEDS = (0, 1)
 TEACHER = "the teacher of seed {}"
 # By name: the seeds of the teachers, and the student's embedding size. Those of both come first: a store of several
@@ -105,7 +104,6 @@ def main() -> None:
             "data": "emoji",
             "teacher": [teachers[seed] for seed in seeds],
             "embedding_size": width,
-            "views": VIEWS,
             "teacher_cache": str(arguments.folder / "embeddings-{seed}"),
         }
         for name, (seeds, width) in WAYS.items()

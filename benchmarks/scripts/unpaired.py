@@ -20,8 +20,6 @@ import clip_rd_edge as edge
 from clip_rd_edge.data import emoji
 
 PAIRS = "all pairs"
-# What the quickstart's student has beyond SETTINGS.
-QUICKSTART = {"recipe": "clip-rd-bank", "pretrained_text": "tokens", "views": 5}
 
 
 def write_data(folder: Path) -> dict[str, dict[str, Path]]:
@@ -65,7 +63,7 @@ def main() -> None:
     ways = {}
     for number, (name, data) in enumerate(write_data(arguments.folder).items()):
         cache = str(arguments.folder / f"embeddings-{number}-{{seed}}")
-        ways[name] = {"teacher": arguments.teacher, "teacher_cache": cache, **QUICKSTART, **data}
+        ways[name] = {"teacher": arguments.teacher, "teacher_cache": cache, **data}
     train_all(arguments, ways, {"teacher": edge.load(arguments.teacher).encoder}, markdown)
 
 
