@@ -136,8 +136,8 @@ def test_an_error_of_click_looks_like_the_packages_own(
 
 def test_the_quickstart_names_both_of_its_extras(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    for module in ("pipeline", "teacher"):  # loaded by other tests, perhaps
-        monkeypatch.delitem(sys.modules, f"clip_rd_edge.walkthrough.{module}", raising=False)
+    for module in ("walkthrough.pipeline", "models.stitch"):  # loaded by other tests, perhaps; the latter imports torch
+        monkeypatch.delitem(sys.modules, f"clip_rd_edge.{module}", raising=False)
     code, _, error = command_line("quickstart")
     assert code == 2
     assert "error: `quickstart` needs the package 'torch'" in error
