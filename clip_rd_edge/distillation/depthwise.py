@@ -3,7 +3,7 @@
 oneDNN, which computes torch's convolutions on CPUs, has no fast kernel for that gradient, neither in float32 nor in
 bfloat16, and takes 10 to 50 times as long as for the convolution itself (seen with torch 2.13 and 2.15). This is where
 small images end up: at 64 pixels, the last kernels of EfficientNet, 5 × 5, slide over 4 × 4 and 2 × 2 pixels, and
-half of a step was spent there.
+a third of a step was spent there.
 """
 
 from __future__ import annotations
@@ -76,10 +76,12 @@ def _of_weight(input: Tensor, weight: Tensor, gradient: Tensor, stride: Pair, pa
     """Return the gradient of the weights, (C, 1, kernel height, kernel width)."""
     result = torch.zeros_like(weight)
     rows, columns = (
-        [_overlap(tap, weight.shape[2 + k], input.shape[2 + k], gradient.shape[2 + k], stride[k], padding[k])
-         for tap in range(weight.shape[2 + k])]
-        for k in range(2)
-    )  # fmt: skip
+        [
+            _overlap(tap, input.shape[k], gradient.shape[k], stride[k - 2], padding[k - 2])
+            for tap in range(weight.shape[k])
+        ]
+        for k in (2, 3)
+    )
     for i, (out_rows, in_rows) in enumerate(rows):
         for j, (out_columns, in_columns) in enumerate(columns):
             seen = input[:, :, in_rows, in_columns]
@@ -87,7 +89,7 @@ def _of_weight(input: Tensor, weight: Tensor, gradient: Tensor, stride: Pair, pa
     return result
 
 
-def _overlap(tap: int, kernel: int, size: int, out_size: int, stride: int, padding: int) -> tuple[slice, slice]:
+def _overlap(tap: int, size: int, out_size: int, stride: int, padding: int) -> tuple[slice, slice]:
     """Return which outputs see a pixel through a weight of the kernel rather than padding, and which pixels these are.
 
     Output y sees pixel y · stride + tap - padding.
