@@ -64,7 +64,7 @@ def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
         steps[arguments.way]._text_tower = CaptionTower(TextTower(other.model), other.model, choices=())
     if arguments.way == "torch-depthwise":
         for module in other.model.modules():
-            if isinstance(module, torch.nn.Conv2d) and type(module).__module__ == depthwise.__name__:
+            if isinstance(module, depthwise._DepthwiseConvolution):
                 module.__class__ = torch.nn.Conv2d
     pixels = torch.randint(256, (size, 3, arguments.image_size, arguments.image_size)).byte()
     seconds: dict[str, list[float]] = {way: [] for way in steps}

@@ -91,11 +91,11 @@ class TrainingStep:
         self._normalise = Normaliser(student.preprocessing, processes.device)
         self._image_tower: nn.Module = image_tower or ImageTower(student.model)
         text_tower = TextTower(student.model)
-        if processes.device.type == "cpu" and not settings.compile:
-            speed_up_small_maps(student.model)
         if settings.compile:
             self._image_tower.compile()
             text_tower.compile()
+        elif processes.device.type == "cpu":
+            speed_up_small_maps(student.model)
         # Each length would be compiled apart.
         self._text_tower = CaptionTower(text_tower, student.model, choices=() if settings.compile else LENGTHS)
         embed_texts: Callable[[list[str]], Tensor] = self._embed_captions

@@ -137,6 +137,12 @@ def test_students_of_a_teacher_start_from_its_tokens_and_share_its_cache(tmp_pat
     }
 
 
+def test_the_teacher_keeps_its_texts_its_first_layers_and_what_its_norms_have_seen(tmp_path: Path) -> None:
+    teacher = configurations(Settings(folder=tmp_path))["teacher"]
+    assert (teacher.freeze_text, teacher.freeze_image, teacher.freeze_norms) == (True, 4, True)
+    assert (teacher.recipe.steps, teacher.embedding_size) == (400, 384)
+
+
 def test_the_precision_of_the_users_own_recipe_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "instruction_sets", lambda: ())
     recipe = tmp_path / "mine.yaml"
