@@ -25,7 +25,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageE
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
 from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
-from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle
+from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle, distinct_names
 
 PAGE = Path(__file__).with_name("page")
 MAX_PARALLEL = 2  # images classified at the same time
@@ -48,7 +48,10 @@ class Demo:
     """
 
     def __init__(self, bundles: Sequence[Path], *, labels: Sequence[str] | None = None, threads: int | None = None):
-        self.served = [ServedBundle(folder, threads=threads) for folder in bundles]
+        names = distinct_names(bundles)
+        self.served = [
+            ServedBundle(folder, shown=name, threads=threads) for folder, name in zip(bundles, names, strict=True)
+        ]
         self.start_labels = list(labels or [])
         self.label_sets = LabelSets()
         self.pending = 0  # classify requests in progress or queued

@@ -38,6 +38,7 @@ class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the page shows about a bundle.
 
     Attributes:
+        folder: the name of its folder, or more of the path; see `distinct_names`.
         bank: number of labels in its label bank.
         texts: whether it embeds other labels, too.
     """
@@ -82,11 +83,12 @@ class ServedBundle:
 
     Args:
         folder: the bundle's folder.
+        shown: what the page calls it; None for the name of the folder.
         threads: threads per tower; None uses every core.
     """
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, shown: str | None = None, threads: int | None = None) -> None:
+        self.folder, self._shown = folder, shown or folder.resolve().name
         self._threads = threads
         self._lock = threading.Lock()
         self._manifest_stat: tuple[int, int] | None = None  # modification time and size of the manifest last opened
@@ -152,7 +154,7 @@ class ServedBundle:
         bank = encoder.label_bank
         return BundleInfo(
             name=description.name,
-            folder=self.folder.resolve().name,
+            folder=self._shown,
             precision=description.precision,
             size_bytes=description.size_bytes,
             bank=len(bank.names) if bank else 0,
@@ -177,6 +179,17 @@ class ServedBundle:
                 if not self._turns[other].locked():
                     del self._turns[other]
         return classifier
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Return for each folder as much of the end of its path as no other has: `int8`, or `a/int8` and `b/int8`."""
+    paths = [folder.resolve().parts for folder in folders]
+    names = []
+    for path in paths:
+        others = {other for other in paths if other != path}
+        lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
+        names.append("/".join(path[-next(lengths, len(path)) :]))
+    return names
 
 
 class LabelSets:

@@ -70,6 +70,15 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
 
 
+def test_bundles_in_folders_of_the_same_name_are_told_apart(colour_bundle: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / path for path in ("a/bundles/int8", "b/bundles/int8", "b/bundles/fp32")]
+    for folder in folders:
+        shutil.copytree(colour_bundle, folder)
+    served = app.Demo([*folders, folders[0]], threads=1).served
+    names = [bundle.info().folder for bundle in served]
+    assert names == ["a/bundles/int8", "b/bundles/int8", "fp32", "a/bundles/int8"]
+
+
 def test_classify(client: Any, key: str) -> None:
     for bundle in (0, 1):
         response = client.post(f"/api/classify?bundle={bundle}&labels={key}", content=png())
