@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import is_file
@@ -37,11 +38,13 @@ class ImageClassifier:
     Attributes:
         architecture: timm's name, without the tag of the weights.
         source: where the weights come from, for the provenance of what is built from them.
+        preprocessing: how the weights expect images.
     """
 
     architecture: str
     model: nn.Module
     source: str
+    preprocessing: Preprocessing
 
     @property
     def head(self) -> nn.Linear:
@@ -62,7 +65,7 @@ class ImageClassifier:
     @property
     def image_size(self) -> int:
         """Edge of the input in pixels that the weights were trained for."""
-        return int(self.model.default_cfg["input_size"][-1])  # type: ignore[index]
+        return max(self.preprocessing.size)
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
@@ -127,6 +130,12 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
             f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}",
             hint=f"torchvision's are named {TORCHVISION}NAME, such as {TORCHVISION}resnet18",
         )
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if "." in spec and spec not in tags:
+        raise InputError(
+            f"timm has no weights named {spec!r}.{near_matches(spec, tags)}",
+            hint=f"omit the tag: {architecture}" + (f"; known are {', '.join(tags)}" if tags else ""),
+        )
     packaged = CLASSIFIERS.get(architecture)
     if pretrained is None and packaged and "." not in spec and packaged.is_installed():
         model = timm.create_model(architecture)
@@ -147,7 +156,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
     head = head if isinstance(head, str) else str(head[0])
     if f"{head}.weight" not in weights:
         raise ConfigError(f"The weights {pretrained} do not match {architecture}: {head}.weight is missing.")
-    model = timm.create_model(architecture, num_classes=len(weights[f"{head}.weight"]))
+    model = timm.create_model(spec, num_classes=len(weights[f"{head}.weight"]))
     if f"{head}.bias" not in weights:
         weights = {**weights, f"{head}.bias": torch.zeros(len(weights[f"{head}.weight"]))}
     _load(model, weights, architecture=architecture, source=pretrained)
@@ -194,17 +203,30 @@ def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifie
         expected, actual = theirs(pixels), model(pixels)
     if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise no_equivalent
-    return _checked(architecture, model, source=pretrained or f"torchvision, {name}")
+    expected_input = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return _checked(
+        architecture,
+        model,
+        source=pretrained or f"torchvision, {name}",
+        preprocessing=Preprocessing(
+            size=(expected_input.crop_size[0],) * 2, mean=tuple(expected_input.mean), std=tuple(expected_input.std)
+        ),
+    )
 
 
-def _checked(architecture: str, model: Any, *, source: str) -> ImageClassifier:
+def _checked(
+    architecture: str, model: Any, *, source: str, preprocessing: Preprocessing | None = None
+) -> ImageClassifier:
     head = model.get_classifier()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"The last layer of {architecture} is {type(head).__name__}; expected one linear layer that maps features "
             "to classes."
         )
-    return ImageClassifier(architecture, model.eval(), source)
+    if preprocessing is None:
+        own = model.pretrained_cfg  # that of the tag
+        preprocessing = Preprocessing(size=own["input_size"][-2:], mean=own["mean"], std=own["std"])
+    return ImageClassifier(architecture, model.eval(), source, preprocessing)
 
 
 def _load(model: nn.Module, weights: Mapping[str, Tensor], *, architecture: str, source: str) -> None:

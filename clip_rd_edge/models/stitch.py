@@ -149,6 +149,8 @@ def stitch_clip(
         )
     image_size = image_size or classifier.image_size
     config = student_config(classifier.architecture, embedding_size=text.embedding_size, image_size=image_size)
+    expected = classifier.preprocessing  # not timm's default weights'
+    preprocess_cfg = {**config["preprocess_cfg"], "mean": list(expected.mean), "std": list(expected.std)}
     model_cfg = {
         "embed_dim": text.embedding_size,
         "vision_cfg": config["model_cfg"]["vision_cfg"],
@@ -166,7 +168,7 @@ def stitch_clip(
     _verify(model.visual, classifier, projection, image_size=image_size)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(LOGIT_SCALE))
-    open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
+    open_clip.model.set_model_preprocess_cfg(model, preprocess_cfg)
     return ClipModel(
         name=f"{classifier.architecture} + {text.source}",
         model=model,

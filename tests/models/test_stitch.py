@@ -173,6 +173,26 @@ def test_a_classifier_of_torchvision_becomes_timms(
     open_clip.create_model(f"local-dir:{tmp_path / 'teacher'}")
 
 
+# Mean and size of these weights are not those of timm's default weights for the architecture.
+@pytest.mark.parametrize(
+    ("spec", "theirs", "mean", "size"),
+    [
+        ("tf_efficientnet_b0.ap_in1k", timm.create_model("tf_efficientnet_b0", num_classes=4), 0.5, 224),
+        ("torchvision:efficientnet_b1", torchvision.models.efficientnet_b1(num_classes=4), 0.485, 240),
+    ],
+)
+def test_images_are_prepared_as_the_weights_expect(
+    spec: str, theirs: torch.nn.Module, mean: float, size: int, encoder: Path, names: Path, tmp_path: Path
+) -> None:
+    weights = random_classifier(tmp_path / "w.pth", theirs)
+    classifier = load_classifier(spec, pretrained=str(weights))
+    assert classifier.preprocessing.size == (size, size)
+    folder = edge.stitch(spec, tmp_path / "teacher", names=names, text=str(encoder), pretrained=weights, image_size=64)
+    prepared = load_clip(str(folder)).preprocessing
+    assert (prepared.size, prepared.mean[0]) == ((64, 64), mean)
+    assert prepared.std == classifier.preprocessing.std
+
+
 def test_torchvisions_classifiers_without_an_equivalent_are_refused(tmp_path: Path) -> None:
     weights = random_classifier(tmp_path / "w.pth", torchvision.models.squeezenet1_1(num_classes=4))
     with pytest.raises(ConfigError, match="squeezenet1_1 has no equivalent in timm"):
@@ -228,6 +248,8 @@ def test_what_does_not_fit_is_reported_in_one_sentence(encoder: Path, names: Pat
         edge.stitch("resnet10t", tmp_path / "teacher", **arguments)
     with pytest.raises(InputError, match="No classifier named 'test_resnets' in timm"):
         edge.stitch("test_resnets", tmp_path / "teacher", **arguments)
+    with pytest.raises(InputError, match=r"no weights named 'resnet18\.nobody'"):
+        edge.stitch("resnet18.nobody", tmp_path / "teacher", **arguments)
     with pytest.raises(InputError, match=r"w2\.pth does not exist"):
         edge.stitch("test_resnet", tmp_path / "teacher", **{**arguments, "pretrained": tmp_path / "w2.pth"})
     assert not (tmp_path / "teacher").exists()
