@@ -107,6 +107,12 @@ def require_known_options(given: Iterable[str], known: Iterable[str], *, command
         raise UsageError(f"Unknown {command} option {unknown[0]!r}.{near_matches(unknown[0], known)}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message that is not blank, or else the error's type; no full stop."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__).rstrip(".")
+
+
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return ` Did you mean 'a' or 'b'?` with the names closest to `value`, or an empty string if none is close.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import is_file
 
@@ -146,7 +146,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
             model = timm.create_model(spec, pretrained=True)
         except Exception as error:  # timm, the hub client and torch raise many types
             raise InputError(
-                f"timm's weights for {spec} could not be fetched: {_first_line(error)}.",
+                f"timm's weights for {spec} could not be fetched: {first_line(error)}.",
                 hint="download them on a machine with network access, and pass the file: --pretrained FILE",
             ) from error
         return _checked(architecture, model, source=f"timm, {spec}")
@@ -176,7 +176,7 @@ def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifie
             theirs = torchvision.models.get_model(name, weights="DEFAULT")
         except Exception as error:  # torch and urllib raise many types
             raise InputError(
-                f"torchvision's weights for {name} could not be fetched: {_first_line(error)}.",
+                f"torchvision's weights for {name} could not be fetched: {first_line(error)}.",
                 hint="download them on a machine with network access, and pass the file: --pretrained FILE",
             ) from error
     else:
@@ -252,7 +252,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputError:
     """Return the error about a file of weights that a library could not read."""
     # torch advises to load such files without its protection.
-    reason = "it holds more than tensors, or none" if "weights_only" in str(error) else _first_line(error).rstrip(".")
+    reason = "it holds more than tensors, or none" if "weights_only" in str(error) else first_line(error)
     return InputError(
         f"The weights {os.fspath(path)} could not be read: {reason}.",
         hint="pass a .safetensors file, or one that torch.save(model.state_dict(), FILE) wrote",
@@ -262,7 +262,3 @@ def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputE
 def _is_counter(name: str) -> bool:
     """Return whether a tensor only counts batches: not all libraries save it."""
     return name.endswith("num_batches_tracked")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

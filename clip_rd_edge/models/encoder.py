@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.errors import UsageError, first_line
 from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
 from clip_rd_edge.utils.files import size_bytes
@@ -126,5 +126,4 @@ class CompiledEncoder(TorchEncoder):
         try:
             return super()._run(tower, inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, or an unsupported model
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"torch.compile does not work on {self.clip.name} here: {reason}") from error
+            raise UsageError(f"torch.compile does not work on {self.clip.name} here: {first_line(error)}.") from error

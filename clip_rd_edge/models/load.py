@@ -30,7 +30,7 @@ from clip_rd_edge.contract.checkpoint import (
     refuse_unfinished_run,
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.files import new_folder
@@ -331,10 +331,11 @@ def _loading_error(subject: str, error: Exception) -> InputError | ConfigError:
             hint="download it on a machine with network access, and pass a folder with the model and its tokenizer as "
             "local-dir:PATH",
         )
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "hf-hub:" in subject:
-        return InputError(f"{subject} could not be fetched: {first_line}.", hint="check the name, or log in to the hub")
-    return ConfigError(f"{subject} could not be loaded: {first_line}.")
+        return InputError(
+            f"{subject} could not be fetched: {first_line(error)}.", hint="check the name, or log in to the hub"
+        )
+    return ConfigError(f"{subject} could not be loaded: {first_line(error)}.")
 
 
 def _resolves(url: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
-from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError, first_line
 from clip_rd_edge.utils.paths import exists, is_file
 
 # By name: the hub's client has changed its HTTP library more than once.
@@ -86,10 +86,9 @@ def _model_folder(folder: Path) -> Path:
 
 def _refusal(repo: str, error: Exception) -> ClipRdEdgeError:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if status in _UNAUTHORISED:
         return UsageError(
             f"The hub does not let you write to {repo} (status {status}).",
             hint="hf auth login with a token that may write, or set HF_TOKEN",
         )
-    return ClipRdEdgeError(f"The hub refused the upload to {repo}: {reason.rstrip('.')}.")
+    return ClipRdEdgeError(f"The hub refused the upload to {repo}: {first_line(error)}.")

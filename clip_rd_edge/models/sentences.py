@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
 from clip_rd_edge.utils.paths import is_file, is_folder
@@ -139,8 +139,7 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
         model = _build(text_cfg, embedding_size=int(width))
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
     except Exception as error:  # transformers raises many types
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line}.") from error
+        raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
     return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.encoder import in_batches
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import preprocessing_of
@@ -203,9 +203,8 @@ def _verify(visual: nn.Module, classifier: ImageClassifier, projection: Tensor, 
     try:
         actual, expected = visual(pixels), classifier.features(pixels) @ projection.T
     except Exception as error:  # trunks raise many types for sizes that they do not support
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{classifier.architecture} cannot take images of {image_size} × {image_size} pixels: {first_line}.",
+            f"{classifier.architecture} cannot take images of {image_size} × {image_size} pixels: {first_line(error)}.",
             hint=f"--image-size {classifier.image_size}",
         ) from error
     if actual.shape != expected.shape or not torch.allclose(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.classifier import load_classifier, unreadable_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.packaged import CLASSIFIERS
@@ -121,8 +121,9 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
         with torch.no_grad():  # a trunk that does not support the size fails here, not in the middle of a run
             features = model.eval().encode_image(torch.zeros(2, 3, height, width))
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"The student {name} cannot be built at {height} × {width} pixels: {first_line}.") from error
+        raise ConfigError(
+            f"The student {name} cannot be built at {height} × {width} pixels: {first_line(error)}."
+        ) from error
     if features.shape != (2, model_cfg["embed_dim"]):
         raise ConfigError(f"The student {name} returns shape {tuple(features.shape)} for 2 images; expected (2, D).")
     open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
@@ -225,16 +226,15 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
     try:
         return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
     except Exception as error:  # timm, the hub client and torch raise many types
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if source == TIMM:
             raise InputError(
-                f"timm's weights for {name} could not be fetched: {first_line}.",
+                f"timm's weights for {name} could not be fetched: {first_line(error)}.",
                 hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
             ) from error
         if "weights_only" in str(error):
             raise unreadable_weights(source, error) from error
         raise ConfigError(
-            f"The image weights {source} do not match {name}: {first_line.rstrip('.')}.",
+            f"The image weights {source} do not match {name}: {first_line(error)}.",
             hint=f"pass weights of timm's {name}, as --pretrained-image timm would load them",
         ) from error
 

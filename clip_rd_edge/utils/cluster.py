@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError, relayed_error
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError, first_line, relayed_error
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,9 +46,8 @@ def map_on_cluster(address: str, make: Callable[[], Callable[[T], R]], items: It
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise UsageError(
-                f"There is no Ray cluster at {address}: {reason}.", hint="start one with ray start --head"
+                f"There is no Ray cluster at {address}: {first_line(error)}.", hint="start one with ray start --head"
             ) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()

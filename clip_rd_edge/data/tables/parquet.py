@@ -9,7 +9,7 @@ from typing import Any
 
 from clip_rd_edge.data.tables.blocks import CAPTION_OPTION, IMAGE_OPTION, Block, PairFinder, numbered, require_columns
 from clip_rd_edge.data.tables.packed import Pair, pack
-from clip_rd_edge.errors import InputError, MissingExtraError
+from clip_rd_edge.errors import InputError, MissingExtraError, first_line
 
 PARQUET_SUFFIX = ".parquet"
 _BLOCK_ROWS = 1 << 14
@@ -40,7 +40,7 @@ class ParquetTable:
                     _BLOCK_ROWS, columns=list({self.image_key, self.caption_key}), use_threads=False
                 )
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"{self.path} is damaged: {_first_line(error)}.") from error
+            raise InputError(f"{self.path} is damaged: {first_line(error)}.") from error
 
     def read(self, place: Any) -> Block:
         """See `Table`."""
@@ -81,7 +81,7 @@ def read_column(name: str, column: str) -> list[str]:
     try:
         values = parquet.read_table(path, columns=[column], use_threads=False).column(column).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} is damaged: {_first_line(error)}.") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}.") from error
     texts = [value.strip() for value in values if value and value.strip()]
     if not texts:
         raise InputError(f"{path} has no text in its column {column!r}.", hint=f"name the column with {CAPTION_OPTION}")
@@ -95,7 +95,7 @@ def _rows_with(path: Path, columns: Mapping[str, str]) -> int:
         with parquet.ParquetFile(path, memory_map=True) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path} is not a Parquet file: {_first_line(error)}.") from error
+        raise InputError(f"{path} is not a Parquet file: {first_line(error)}.") from error
     require_columns(path, schema.names, columns)
     for key, option in columns.items():
         kind = schema.field(key).type
@@ -116,7 +116,3 @@ def _import_pyarrow(path: Path) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("pyarrow", extra="parquet", purpose=f"Reading {path}") from error
     return pyarrow, pyarrow.parquet
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from clip_rd_edge.distillation.processes.heartbeat import Store, open_store, store_key
-from clip_rd_edge.errors import LostProcessError
+from clip_rd_edge.errors import LostProcessError, first_line
 from clip_rd_edge.utils.host import is_running
 
 _POLL_S = 0.2
@@ -71,10 +71,9 @@ def lost_error(error: RuntimeError, rank: int, members: Sequence[Member]) -> Los
     lost = find_lost(rank, members, _connect())
     own = members[rank].host
     if not lost:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         hosts = dict.fromkeys(member.host for member in members if member.host != own)
         return LostProcessError(
-            f"The connection to another process of the run failed: {reason}.",
+            f"The connection to another process of the run failed: {first_line(error)}.",
             hint=f"see the output on {' and '.join(hosts) or own}; resume with the same command and --resume",
         )
     names = " and ".join(f"{other} (on {members[other].host})" for other in lost)
