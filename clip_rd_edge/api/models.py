@@ -27,12 +27,13 @@ class StitchOptions(TypedDict, total=False):
         pretrained: a file of the classifier's weights (.safetensors, .pth). Default: those of an installed package for
             `tf_efficientnet_lite0`, else those that timm or torchvision publishes.
         image_size: edge of the input images in pixels. Default: the classifier's own.
-        context_length: tokens per text, at most as many as the sentence encoder supports. Default: 77.
+        context_length: tokens per text, at most as many as the sentence encoder supports. Default: 77, or fewer if it
+            supports fewer. An open_clip model has its own.
     """
 
     pretrained: AnyPath | None
     image_size: int | None
-    context_length: int
+    context_length: int | None
 
 
 def load(

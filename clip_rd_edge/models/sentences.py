@@ -10,22 +10,32 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.checkpoint import model_folder
-from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
+from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
+from clip_rd_edge.models.text_config import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
 _POOLERS = {
     "pooling_mode_mean_tokens": "mean_pooler",
-    "pooling_mode_max_tokens": "max_pooler",
     "pooling_mode_cls_token": "cls_last_hidden_state_pooler",
 }
+
+
+_CONTEXT_LENGTH = 77
+
+
+class _Module(msgspec.Struct, frozen=True):
+    """An entry of sentence-transformers' modules.json."""
+
+    type: str
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,24 @@ class SentenceEncoder:
         return nn.functional.normalize(self.model(self.tokenizer(list(texts))).float(), dim=-1)
 
 
-def load_sentence_encoder(spec: str, *, context_length: int) -> SentenceEncoder:
+def load_sentence_encoder(spec: str, *, context_length: int | None = None) -> SentenceEncoder:
     """Load a sentence encoder.
 
     Args:
         spec: a folder in the layout of sentence-transformers or transformers, or a zip archive of one; the name of such
             a repository on the Hugging Face hub; or an open_clip model as `local-dir:PATH` or `hf-hub:ORG/REPO`, whose
             text tower is used. `all-MiniLM-L6-v2` is loaded from an installed package where there is one.
-        context_length: T, the number of token ids per text.
+        context_length: T, the number of token ids per text. None for 77, or the encoder's maximum, if that is less; an
+            open_clip model has its own.
 
     Raises:
         InputError: it does not exist, or could not be fetched.
-        ConfigError: open_clip cannot hold it.
+        ConfigError: it is damaged, or open_clip cannot hold it.
+        UsageError: an open_clip model has another context length.
     """
     if spec.startswith("hf-hub:") or (model_folder(spec) is not None):
-        return _text_tower_of(spec)
+        return _text_tower_of(spec, context_length)
+    context_length = context_length or _CONTEXT_LENGTH
     packaged = SENTENCE_ENCODERS.get(spec.removeprefix("sentence-transformers/"))
     if packaged and packaged.is_installed():
         with _extracted(packaged.verified()) as folder:
@@ -79,32 +92,20 @@ def load_sentence_encoder(spec: str, *, context_length: int) -> SentenceEncoder:
     return _hugging_face(path, context_length=context_length, name=Path(spec).name, source=spec)
 
 
-def _text_tower_of(spec: str) -> SentenceEncoder:
-    from open_clip.model import convert_to_custom_text_state_dict
-
+def _text_tower_of(spec: str, context_length: int | None) -> SentenceEncoder:
     clip = load_clip(spec)
-    if clip.model_cfg.get("quick_gelu"):
+    if context_length not in (None, clip.context_length):
+        raise UsageError(
+            f"The context length of {spec} is {clip.context_length}; {context_length} was asked for.",
+            hint="omit --context-length",
+        )
+    model = separate_text_tower(clip)
+    if has_quick_gelu(clip.model):
         raise ConfigError(
             f"The text tower of {spec} has QuickGELU, which open_clip configures for both towers together.",
             hint="name another text model",
         )
-    text_cfg = clip.model_cfg["text_cfg"]
-    if hasattr(clip.model, "text"):
-        model = clip.model.get_submodule("text")
-    else:  # open_clip's CLIP has the modules of its text tower at the top level
-        state = convert_to_custom_text_state_dict(clip.model.state_dict())
-        model = _build(text_cfg, embedding_size=clip.embedding_size)
-        model.load_state_dict({k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")})
-    return SentenceEncoder(text_cfg, model.eval(), clip.tokenizer, clip.embedding_size, spec)
-
-
-def _build(text_cfg: dict[str, Any], *, embedding_size: int) -> nn.Module:
-    """Return a text tower, built by open_clip beside an image tower that is discarded."""
-    import open_clip
-
-    image_tower = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 8}
-    text: nn.Module = open_clip.CustomTextCLIP(embedding_size, image_tower, text_cfg).text
-    return text
+    return SentenceEncoder(clip.model_cfg["text_cfg"], model.eval(), clip.tokenizer, clip.embedding_size, spec)
 
 
 def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) -> SentenceEncoder:
@@ -120,7 +121,13 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
             f"The sentence encoder {source} has no config.json.",
             hint="name a folder that transformers can load, a zip archive of one, or an open_clip model",
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types
+        raise ConfigError(
+            f"The config.json of the sentence encoder {source} could not be read: {first_line(error)}.",
+            hint="a newer transformers may know it, or the file is damaged",
+        ) from error
     supported = open_clip.hf_configs.arch_dict
     if config.model_type not in supported:
         raise ConfigError(
@@ -136,7 +143,7 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
         "context_length": min(context_length, getattr(config, "max_position_embeddings", context_length)),
     }
     try:
-        model = _build(text_cfg, embedding_size=int(width))
+        model = build_text_tower(text_cfg, embedding_size=int(width))
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text_cfg["context_length"])
     except Exception as error:  # transformers raises many types
         raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
@@ -147,7 +154,7 @@ def _pooler(folder: Path, source: str) -> str:
     """Return open_clip's name of the pooling that sentence-transformers records; the mean where it records none."""
     modules = folder / "modules.json"
     if modules.is_file():
-        kinds = [str(module["type"]).rpartition(".")[2] for module in read_json_objects(modules)]
+        kinds = [module.type.rpartition(".")[2] for module in _read(modules, list[_Module], source)]
         if unsupported := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
             raise ConfigError(
                 f"open_clip cannot hold the layer {unsupported[0]} of the sentence encoder {source}; expected a "
@@ -156,7 +163,7 @@ def _pooler(folder: Path, source: str) -> str:
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return "mean_pooler"
-    modes = [name for name, value in read_json_objects(pooling).items() if value is True]
+    modes = [name for name, value in _read(pooling, dict[str, Any], source).items() if value is True]
     modes = [name for name in modes if name.startswith("pooling_mode_")]
     if len(modes) != 1 or modes[0] not in _POOLERS:
         raise ConfigError(
@@ -164,6 +171,13 @@ def _pooler(folder: Path, source: str) -> str:
             f"expected one of {', '.join(_POOLERS)}."
         )
     return _POOLERS[modes[0]]
+
+
+def _read(path: Path, kind: Any, source: str) -> Any:
+    try:
+        return msgspec.convert(read_json_objects(path), kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path.name} of the sentence encoder {source} is invalid: {error}.") from error
 
 
 @contextmanager

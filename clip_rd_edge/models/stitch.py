@@ -107,7 +107,7 @@ def stitch_models(
     *,
     pretrained: AnyPath | None = None,
     image_size: int | None = None,
-    context_length: int = 77,
+    context_length: int | None = None,
     reporter: Reporter = SILENT,
 ) -> tuple[ClipModel, dict[str, Any]]:
     """Load a classifier and a sentence encoder, and join them; return the model, and where its weights are from.

@@ -44,7 +44,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
         return config  # `init_text_tower` names both widths
     carried = {name: value for name, value in source.items() if name not in _OWN}
     model_cfg = {**model_cfg, "text_cfg": {**text_cfg, "heads": 8, **carried}}
-    if _has_quick_gelu(teacher.model):
+    if has_quick_gelu(teacher.model):
         model_cfg["quick_gelu"] = True
     inherited = {**config, "model_cfg": model_cfg}
     _require_same_features(inherited, teacher)
@@ -61,8 +61,6 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
         ConfigError: the embedding sizes differ, the teacher's text tower cannot be separated from it, or the student
             cannot be built.
     """
-    import open_clip
-
     model_cfg = config["model_cfg"]
     if model_cfg["embed_dim"] != teacher.embedding_size:
         raise ConfigError(
@@ -70,30 +68,51 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
             f"{teacher.embedding_size}; expected the same.",
             hint="omit --embedding-size, or choose another --text",
         )
-    if hasattr(teacher.model, "text_decoder"):
-        raise ConfigError(
-            f"The text tower of {teacher.name} also returns token features, as in CoCa; expected one that returns "
-            "embeddings alone.",
-            hint="choose another --text",
-        )
     source = teacher.model_cfg["text_cfg"]
     if source.get("proj_type") == "none":
         raise ConfigError(
             f"The text tower of {teacher.name} has no projection to the embedding's size, which a student trains.",
             hint="choose another --text",
         )
-    quick_gelu = {"quick_gelu": True} if _has_quick_gelu(teacher.model) else {}
-    if hasattr(teacher.model, "text"):
-        student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu}}, name=name)
-        text: Any = copy.deepcopy(teacher.model.get_submodule("text"))
-        model: Any = student.model
-        model.text, model.context_length, model.vocab_size = text.train(), text.context_length, text.vocab_size
-    else:
-        student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu, "text_cfg": source}}, name=name)
-        state = open_clip.model.convert_to_custom_text_state_dict(teacher.model.state_dict())
-        text = student.model.get_submodule("text")
-        text.load_state_dict({key: state[f"text.{key}"] for key in text.state_dict()})
+    text: Any = copy.deepcopy(separate_text_tower(teacher))
+    quick_gelu = {"quick_gelu": True} if has_quick_gelu(teacher.model) else {}
+    student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu}}, name=name)
+    model: Any = student.model
+    model.text, model.context_length, model.vocab_size = text.train(), text.context_length, text.vocab_size
     return replace(student, tokenizer=teacher.tokenizer, model_cfg={**student.model_cfg, "text_cfg": source})
+
+
+def separate_text_tower(clip: ClipModel) -> nn.Module:
+    """Return the text tower of a model as a module of its own: a copy, where its parts lie at the model's top level.
+
+    Raises:
+        ConfigError: it also returns token features.
+    """
+    import open_clip
+
+    if hasattr(clip.model, "text_decoder"):
+        raise ConfigError(
+            f"The text tower of {clip.name} also returns token features, as in CoCa; expected one that returns "
+            "embeddings alone.",
+            hint="choose another --text",
+        )
+    if hasattr(clip.model, "text"):
+        return clip.model.get_submodule("text")
+    text = build_text_tower(
+        clip.model_cfg["text_cfg"], embedding_size=clip.embedding_size, quick_gelu=has_quick_gelu(clip.model)
+    )
+    state = open_clip.model.convert_to_custom_text_state_dict(clip.model.state_dict())
+    text.load_state_dict({key: state[f"text.{key}"] for key in text.state_dict()})
+    return text
+
+
+def build_text_tower(text_cfg: dict[str, Any], *, embedding_size: int, quick_gelu: bool = False) -> nn.Module:
+    """Return a text tower, built by open_clip beside an image tower that is discarded."""
+    import open_clip
+
+    image_tower = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 8}
+    text: nn.Module = open_clip.CustomTextCLIP(embedding_size, image_tower, text_cfg, quick_gelu=quick_gelu).text
+    return text
 
 
 def _refusal(text_cfg: dict[str, Any], source: dict[str, Any], teacher: ClipModel) -> str:
@@ -131,7 +150,8 @@ def _text_tower(model: nn.Module) -> nn.Module:
     return text
 
 
-def _has_quick_gelu(model: nn.Module) -> bool:
+def has_quick_gelu(model: nn.Module) -> bool:
+    """Return whether a model's text tower has OpenAI's approximation of GELU; False for a tower of Hugging Face."""
     # Not from the configuration: a pretrained tag may set it, too.
     transformer = _text_tower(model).get_submodule("transformer")
     return any(type(module).__name__ == "QuickGELU" for module in transformer.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from support import Watch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models import stitch
 from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -265,15 +266,67 @@ def test_sentence_encoders_that_open_clip_cannot_hold_are_refused(encoder: Path,
         edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
     (broken / "modules.json").unlink()
     (broken / "1_Pooling").mkdir()
-    (broken / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
-    with pytest.raises(ConfigError, match=r"cannot hold the pooling .* pooling_mode_lasttoken"):
-        edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+    for mode in ("pooling_mode_lasttoken", "pooling_mode_max_tokens"):  # open_clip has the latter, but it raises
+        (broken / "1_Pooling" / "config.json").write_text(f'{{"{mode}": true}}')
+        with pytest.raises(ConfigError, match=f"cannot hold the pooling .* {mode}; expected one of"):
+            edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
     (broken / "config.json").write_text('{"model_type": "distilbert"}')
     with pytest.raises(ConfigError, match="of type 'distilbert'"):
         edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
     (broken / "config.json").unlink()
     with pytest.raises(InputError, match=r"has no config\.json"):
         edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{}"),
+        ("config.json", "[1]"),
+        ("config.json", '{"model_type": "of-next-year"}'),
+        ("config.json", '{"model_type"'),
+        ("modules.json", '{"a": 1}'),
+        ("modules.json", '[{"name": "0"}]'),
+        ("1_Pooling/config.json", "[1]"),
+    ],
+)
+def test_damaged_sentence_encoders_are_refused(
+    file: str, content: str, encoder: Path, names: Path, tmp_path: Path
+) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    (broken / "1_Pooling").mkdir()
+    (broken / file).write_text(content)
+    with pytest.raises((ConfigError, InputError), match="broken") as refusal:
+        edge.stitch("test_resnet", tmp_path / "teacher", names=names, text=str(broken), pretrained=weights)
+    assert "\n" not in str(refusal.value)
+
+
+def test_text_towers_of_open_clip_that_do_not_fit_are_refused(names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    arguments = {"names": names, "pretrained": weights}
+    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=12)
+    save_clip(tmp_path / "clip", build_student(config, name="tiny"), provenance={})
+    with pytest.raises(UsageError, match="context length of .*clip is 12; 8 was asked for"):
+        edge.stitch("test_resnet", tmp_path / "teacher", text=str(tmp_path / "clip"), context_length=8, **arguments)
+    coca = tmp_path / "coca"
+    vision = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 16, "attentional_pool": True}
+    model_cfg = {
+        "embed_dim": 16, "vision_cfg": {**vision, "output_tokens": True}, "custom_text": True,
+        "text_cfg": {
+            "context_length": 12, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1, "embed_cls": True,
+            "output_tokens": True,
+        },
+        "multimodal_cfg": {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    coca.mkdir()
+    (coca / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    built = open_clip.CoCa(**{key: value for key, value in model_cfg.items() if key != "custom_text"})
+    save_file({k: v.clone() for k, v in built.state_dict().items()}, coca / "open_clip_model.safetensors")
+    with pytest.raises(ConfigError, match="also returns token features, as in CoCa"):
+        edge.stitch("test_resnet", tmp_path / "teacher", text=f"local-dir:{coca}", **arguments)
 
 
 def test_the_command_prints_the_model(encoder: Path, names: Path, tmp_path: Path, command_line) -> None:  # type: ignore[no-untyped-def]
