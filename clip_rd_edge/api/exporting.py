@@ -59,7 +59,7 @@ def export(
 
     Args:
         model: as for `load`, except that a bundle is accepted only with `target="browser"`.
-        force: replace an existing `output`.
+        force: replace an earlier export in `output`; a folder with anything else is refused.
         options: the other options of `clip-rd-edge export`, under the same names.
 
     Raises:
@@ -71,15 +71,14 @@ def export(
     import msgspec
 
     from clip_rd_edge.contract.bundle import is_bundle
+    from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.convert.calibration import calibration_pairs
     from clip_rd_edge.convert.targets import BROWSER, plan_exports
-    from clip_rd_edge.utils.files import require_apart, require_free_output
 
     spec, output = os.fspath(model), Path(output)
-    require_free_output(output, overwrite=force)
     read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
     named = [name for name in (pretrained, *read) if isinstance(name, str | os.PathLike)]
-    require_apart(output, [*_folders(spec), *map(Path, named)])
+    require_output(output, "export", overwrite=force, sources=[*_folders(spec), *map(Path, named)])
     plans = plan_exports(options)
     plan = plans[0]
     node_modules = options.get("node_modules")

@@ -87,7 +87,7 @@ def stitch(
             synonyms and descriptions; or `imagenet` for its 1,000 classes.
         text: `all-MiniLM-L6-v2`, a folder or zip archive in the layout of transformers, a name on the Hugging Face hub,
             or an open_clip model as `local-dir:PATH`, whose text tower is used.
-        force: replace an existing `output`.
+        force: replace an earlier stitched model in `output`; a folder with anything else is refused.
         options: the other options of `clip-rd-edge stitch`, under the same names.
 
     Raises:
@@ -96,13 +96,16 @@ def stitch(
         ConfigError: the weights do not match the classifier, the number of names is not that of its classes, or
             open_clip cannot hold one of the two models.
     """
+    from clip_rd_edge.contract.checkpoint import LOCAL_DIR
+    from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.errors import require_known_options
-    from clip_rd_edge.utils.files import require_free_output, require_utf8_path
+    from clip_rd_edge.utils.files import require_utf8_path
 
     require_known_options(options, StitchOptions.__annotations__, command="stitch")
     folder = Path(output)
     require_utf8_path(folder)
-    require_free_output(folder, overwrite=force)
+    read = [Path(os.fspath(name).removeprefix(LOCAL_DIR)) for name in (names, text, options.get("pretrained")) if name]
+    require_output(folder, "stitched model", overwrite=force, sources=read)
 
     from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models

@@ -177,7 +177,7 @@ def average(
         tasks: measure the models between the two on these at every tenth; see the result's `curve`, and average.png in
             the output.
         templates: as for `evaluate`.
-        force: replace an existing `output`.
+        force: replace an earlier average in `output`; a folder with anything else is refused.
 
     Raises:
         UsageError: `output` is in use or holds one of the two models, or the best weight has no task to be measured on.

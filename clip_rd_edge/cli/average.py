@@ -44,7 +44,7 @@ class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click
 )  # fmt: skip
 @template_option("Evaluation", default="the task's own")
 @_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
-@_output("--force", is_flag=True, help="Replace the output if it exists.")
+@_output("--force", is_flag=True, help="Replace an earlier average in FOLDER; a folder with anything else is refused.")
 def command(
     first: str,
     second: str,

@@ -109,7 +109,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     "[default: fp32, but if INT8 improves neither tower, the export is refused]",
 )  # fmt: skip
 @_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder of the bundle.")
-@_output("--force", is_flag=True, help="Replace the output if it exists.")
+@_output("--force", is_flag=True, help="Replace an earlier export in FOLDER; a folder with anything else is refused.")
 @_output(
     "--threads",
     type=click.IntRange(1),

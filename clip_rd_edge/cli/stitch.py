@@ -40,7 +40,9 @@ _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("O
     help="Max tokens per text.  [default: 77, or the encoder's, if fewer]",
 )  # fmt: skip
 @_output("-o", "--output", required=True, type=PathName(), metavar="FOLDER", help="Folder for the model.")
-@_output("--force", is_flag=True, help="Replace the output if it exists.")
+@_output(
+    "--force", is_flag=True, help="Replace an earlier stitched model in FOLDER; a folder with anything else is refused."
+)
 def command(classifier: str, output: Path, names: str, text: str, force: bool, **options: Any) -> None:
     """Join CLASSIFIER and a sentence encoder through the names of the classes: zero-shot, without training images.
 

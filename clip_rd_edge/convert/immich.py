@@ -23,8 +23,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import UsageError, near_matches
-from clip_rd_edge.utils.files import new_folder, require_free_output, write_bytes, write_text
+from clip_rd_edge.utils.files import new_folder, write_bytes, write_text
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.
 MODELS = {
@@ -82,7 +83,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
     Raises:
         UsageError: `output` is in use, or immich does not support the model's preprocessing.
     """
-    require_free_output(output, overwrite=overwrite)
+    require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)
     require_whole_towers(bundle, manifest, purpose="a model folder for immich")
     preprocessing = manifest.preprocessing

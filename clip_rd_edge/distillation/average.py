@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +15,7 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.monitoring.metrics import plot_average
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
@@ -23,7 +24,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.utils.files import require_free_output, require_utf8_path
+from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json_objects
 
@@ -84,7 +85,7 @@ def average_models(
         weight: a number from 0 to 1; or `best` for that of the highest mean accuracy on the tasks among the weights of
             the curve, of equal ones the nearest to 0.5.
         tasks: what the models are measured on, with every tenth and the weight itself.
-        force: replace an existing folder.
+        force: replace an earlier average in `folder`; a folder with anything else is refused.
 
     Raises:
         UsageError: `folder` is in use or holds one of the two models, or `best` has no tasks to be measured on.
@@ -98,8 +99,8 @@ def average_models(
             hint="name labelled images: --task my-images/, or a number: --weight 0.5",
         )
     require_utf8_path(folder)
-    require_free_output(folder, overwrite=force)
-    _require_elsewhere(folder, names)
+    sources = [source for name in names if (source := model_folder(name))]
+    require_output(folder, "average", overwrite=force, sources=sources)
     reporter.update("loading both models")
     first, second = (load_clip(name) for name in names)
     require_same_model(first, second)
@@ -153,13 +154,6 @@ def require_same_model(first: ClipModel, second: ClipModel) -> None:
 
 
 _PROBE = "A photo of two Cats, 42 dogs & a naïve zebra."
-
-
-def _require_elsewhere(folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        source = model_folder(name)
-        if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
-            raise UsageError(f"The output {folder} holds the model {name}.", hint="choose another -o")
 
 
 def _best(curve: Sequence[CurvePoint]) -> float:

@@ -23,6 +23,7 @@ from clip_rd_edge.contract.bundle import (
     write_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
@@ -47,7 +48,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.files import new_folder, require_free_output, write_bytes
+from clip_rd_edge.utils.files import new_folder, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 _PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")
@@ -148,7 +149,7 @@ def export_bundle(
         request: format, precision and the other parameters.
         calibration: samples to calibrate and evaluate INT8 on; only INT8 needs them.
         source: the model's float32 bundle, if there is one, so that it is not exported again for other precisions.
-        overwrite: replace an existing `output`.
+        overwrite: replace an earlier export in `output`.
         reporter: shows progress.
 
     Raises:
@@ -159,7 +160,7 @@ def export_bundle(
         ClipRdEdgeError: a tower cannot be exported, its file computes something else than the model, or INT8 is not
             worth shipping for any tower and the fallback does not allow another precision.
     """
-    require_free_output(output, overwrite=overwrite)
+    require_output(output, "export", overwrite=overwrite)
     _require_supported(request, calibration)
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:
         if (request.format, request.precision) == ("onnx", "fp32"):
@@ -199,7 +200,7 @@ def export_bundles(
     Raises:
         UsageError, InputError, MissingExtraError, ClipRdEdgeError: as `export_bundle`; then nothing is written.
     """
-    require_free_output(output, overwrite=overwrite)
+    require_output(output, "export", overwrite=overwrite)
     for request in requests.values():
         _require_supported(request, calibration)
     with new_folder(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as scratch:

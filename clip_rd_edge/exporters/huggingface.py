@@ -9,6 +9,7 @@ import msgspec
 
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.contract.bundle import read_manifest
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import Variant, require_supported, write_huggingface
@@ -18,7 +19,7 @@ from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.model_card import write_model_card
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_open_clip
-from clip_rd_edge.utils.files import new_folder, require_free_output
+from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 
@@ -49,7 +50,7 @@ def export_huggingface(
         UsageError: `output` is in use, or one of the clients does not support the model.
         ClipRdEdgeError: as `export_bundle`.
     """
-    require_free_output(output, overwrite=overwrite)
+    require_output(output, "export", overwrite=overwrite)
     require_supported(clip.preprocessing, clip.name)
     if "hf_model_name" in clip.model_cfg.get("text_cfg", {}):
         raise UsageError(

@@ -27,9 +27,10 @@ from clip_rd_edge.contract.bundle import (
     require_whole_towers,
     write_manifest,
 )
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
 from clip_rd_edge.runtime.labels import write_label_bank
-from clip_rd_edge.utils.files import new_folder, require_free_output, size_bytes, write_bytes
+from clip_rd_edge.utils.files import new_folder, size_bytes, write_bytes
 from clip_rd_edge.utils.paths import cache_home, is_file
 from clip_rd_edge.utils.structs import to_json
 
@@ -180,14 +181,14 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
         bundle: an ONNX bundle.
         output: the folder to write.
         node_modules: see `find_packages`.
-        overwrite: replace `output` if it exists.
+        overwrite: replace an earlier export in `output`.
 
     Raises:
         UsageError: `output` exists, the bundle is for another runtime, or its tokenizer type is not supported.
         InputError, ConfigError: the folder is not a valid bundle.
         ClipRdEdgeError: the npm packages are not available; see `find_packages`.
     """
-    require_free_output(output, overwrite=overwrite)
+    require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)
     _require_supported(bundle, manifest)
     if bundle.resolve() in output.resolve().parents:

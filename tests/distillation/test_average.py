@@ -147,7 +147,7 @@ def test_an_output_that_is_in_use_or_holds_a_model_is_refused(models: tuple[Path
         edge.average(*models, tmp_path / "between")
     assert edge.average(*models, tmp_path / "between", weight=1, force=True).weight == 1
     for folder in (models[0], tmp_path):
-        with pytest.raises(UsageError, match=r"The output .* holds the model .*first"):
+        with pytest.raises(UsageError, match=r"The output .* (is|contains) .*first.*, which it would replace"):
             edge.average(*models, folder, force=True)
 
 
