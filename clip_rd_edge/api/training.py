@@ -268,7 +268,7 @@ def watch(
 
     Args:
         run: the folder that `distill` writes to.
-        output: write the page as it is now into this file, and serve nothing.
+        output: write the page as it is now into this file, new or an earlier page, and serve nothing.
         task: whose images the student is asked about; None takes the run's first task, else its training pairs.
         answers: compute what the student of the newest checkpoint answers; without PyTorch, the page says what to
             install.
@@ -277,15 +277,18 @@ def watch(
 
     Raises:
         InputError: the folder is not that of a run, or there is no such task.
-        UsageError: listening on the address failed.
+        UsageError: listening on the address failed, or `output` is a file that is no such page.
     """
+    from clip_rd_edge.contract.outputs import require_output_file
     from clip_rd_edge.installation import install_command
     from clip_rd_edge.utils.files import write_text
-    from clip_rd_edge.web.watch.page import render
+    from clip_rd_edge.web.watch.page import is_page, render
     from clip_rd_edge.web.watch.state import Answers, read_run
 
     folder = Path(run)
     state = read_run(folder)
+    if output is not None:
+        require_output_file(Path(output), is_page, what="an earlier page of watch", option="-o")
     if task is not None:
         load_tasks([task])
     now: Callable[[], Answers] = Answers

@@ -47,7 +47,7 @@ _tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
 @_output(
     "--confusion", type=PathName(dir_okay=False), metavar="FILE",
     help="Write the confusion matrices as CSV: one row per task, class and predicted label that occur together, with "
-    "the number of images.  [default: none]",
+    "the number of images. Of files that exist, only an earlier one of these is replaced.  [default: none]",
 )  # fmt: skip
 @_output("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(
@@ -78,6 +78,8 @@ def command(
     from clip_rd_edge.api import load_tasks
     from clip_rd_edge.cli._console import console_reporter
 
+    if confusion is not None:
+        _require_free(confusion)
     with console_reporter() as reporter:
         # Before the model, so that a mistyped name is reported at once.
         loaded_tasks = load_tasks(tasks, templates=templates)
@@ -108,6 +110,20 @@ def _print(scores: Sequence[Score], *, per_class: bool) -> None:
                 print_table(class_table(score))
 
 
+_COLUMNS = ("task", "class", "predicted", "images")
+
+
+def _require_free(path: Path) -> None:
+    """Refuse a file that is there and is no table of confusions, before the long work."""
+    from clip_rd_edge.contract.outputs import require_output_file
+
+    header = f"{','.join(_COLUMNS)}\n".encode()
+    require_output_file(
+        path, lambda beginning: beginning.startswith(header), what="an earlier table of confusions",
+        option="--confusion",
+    )  # fmt: skip
+
+
 def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
     """Write the confusion matrix of each zero-shot score as rows of one CSV file.
 
@@ -119,7 +135,7 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
 
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("task", "class", "predicted", "images"))
+    writer.writerow(_COLUMNS)
     for score in scores:
         if not isinstance(score, ZeroShotScore):
             continue

@@ -1,4 +1,4 @@
-"""What `--force` may replace: an earlier output of the same kind, and no other folder.
+"""What an output may replace: an earlier one of the same kind, a folder only with `--force`, and nothing else.
 
 A folder is recognised by the files that every such output has, and refused if it holds any file that none of them has:
 a list of labels that somebody put into a bundle's folder is not lost.
@@ -6,7 +6,7 @@ a list of labels that somebody put into a bundle's folder is not lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, MANIFEST, MAX_MANIFEST_B
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, WEIGHTS_FILE
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import read_limited, require_apart, require_free_output, unwritable_output
-from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.paths import exists, is_file, is_folder
 
 OutputKind = Literal["export", "average", "stitched model"]
 
@@ -81,6 +81,35 @@ def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: It
             f"The output {path} is not replaced: beside an earlier {kind}, it holds {stray}.",
             hint=f"choose another -o, or move {stray} elsewhere",
         )
+
+
+def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what: str, option: str) -> None:
+    """Refuse a file that is in use, unless it is an earlier output of the same kind.
+
+    Args:
+        is_earlier: tells it by the first 4,096 bytes.
+        what: such an output, in the error.
+        option: that names the file, in the hint.
+
+    Raises:
+        UsageError: it is refused.
+        InputError: the path is too long, or the file cannot be read.
+    """
+    if not exists(path):
+        return
+    beginning = b""
+    if is_file(path):
+        try:
+            with path.open("rb") as file:
+                beginning = file.read(4096)
+        except OSError as error:
+            raise unwritable_output(path, error, hint=f"choose another {option}") from error
+        if not beginning or is_earlier(beginning):
+            return
+    raise UsageError(
+        f"The file {path} is not replaced: it exists, and is not {what}.",
+        hint=f"choose another {option}, or remove that file yourself",
+    )
 
 
 def _stray(folder: Path, kind: OutputKind) -> str | None:

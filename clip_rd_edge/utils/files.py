@@ -148,11 +148,11 @@ def require_utf8_path(path: Path) -> None:
         ) from None
 
 
-def unwritable_output(path: Path, error: Exception) -> UsageError:
+def unwritable_output(path: Path, error: Exception, *, hint: str = "choose another -o") -> UsageError:
     """Return the error for an output that cannot be written."""
     cause = error.__cause__ or error
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    return UsageError(f"The output {path} cannot be written: {reason}.", hint="choose another -o")
+    return UsageError(f"The output {path} cannot be written: {reason}.", hint=hint)
 
 
 @contextmanager

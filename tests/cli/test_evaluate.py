@@ -140,6 +140,24 @@ def test_accuracy_per_class_and_the_confusion_matrix(
     assert '"per_class"' not in capsys.readouterr().out
 
 
+def test_the_confusion_matrix_replaces_only_an_earlier_one(
+    run: Run, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    opened = list[str]()
+    monkeypatch.setattr(
+        "clip_rd_edge.api.models.open_encoder", lambda spec, **options: opened.append(spec) or BlackAndWhite()
+    )
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption\na.jpg,a cat\n")
+    command = ("evaluate", "m", "--task", str(task), "--confusion", str(table))
+    assert run(*command) == 2
+    assert "pairs.csv is not replaced: it exists, and is not an earlier table" in capsys.readouterr().err
+    assert (table.read_text(), opened) == ("image,caption\na.jpg,a cat\n", [])
+    table.unlink()
+    for _ in range(2):
+        assert run(*command) == 0
+
+
 def test_the_scores_are_printed_even_if_the_confusion_matrix_cannot_be_written(
     run: Run, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

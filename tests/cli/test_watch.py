@@ -34,6 +34,16 @@ def test_the_page_is_written_into_a_file(command_line: Run, run: Path, tmp_path:
     assert sorted(run.iterdir()) == files
 
 
+def test_the_page_replaces_only_an_earlier_one(command_line: Run, run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert command_line("watch", run, "--no-answers", "-o", page)[0] == 0
+    page.write_text("<!doctype html>\n<title>My home page</title>")
+    code, _, error = command_line("watch", run, "--no-answers", "-o", page)
+    assert (code, "page.html is not replaced: it exists, and is not an earlier page" in error) == (2, True)
+    assert "My home page" in page.read_text()
+
+
 def test_the_page_is_served_until_ctrl_c(run: Path) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "watch", str(run), "--no-answers", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -17,6 +17,14 @@ _LINKS = """<link rel="icon" href="icon.svg" type="image/svg+xml">
 <script type="module" src="watch.js"></script>"""
 
 
+_TITLE_ENDS = ": clip-rd-edge watch"
+
+
+def is_page(beginning: bytes) -> bool:
+    """Return whether a file that begins like this is a page that `render` made."""
+    return beginning.startswith(b"<!doctype html>") and f"{_TITLE_ENDS}</title>".encode() in beginning
+
+
 def render(state: RunState, answers: Answers, *, served: bool) -> str:
     """Return the page as HTML.
 
@@ -27,7 +35,7 @@ def render(state: RunState, answers: Answers, *, served: bool) -> str:
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     done = f"{state.step / state.steps:.0%}, " if state.steps and state.phase == "running" else ""
     return template.substitute(
-        title=escape(f"{done}{state.name}: clip-rd-edge watch"),
+        title=escape(f"{done}{state.name}{_TITLE_ENDS}"),
         head=_LINKS if served else f"<style>\n{style}</style>",
         name=escape(state.name),
         lead=_lead(state),
