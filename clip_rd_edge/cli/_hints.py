@@ -15,7 +15,7 @@ _ALWAYS = {"-h", "--help", "--debug", "--version"}
 # What an option of other commands is called in a command.
 _RENAMED = {
     "distill": {"--pretrained": "--teacher-pretrained"},
-    "embed": {"--pretrained": "--teacher-pretrained"},
+    "embed": {"--pretrained": "--teacher-pretrained", "--teacher-cache": "-o"},
     "probe-teachers": {"--pretrained": "@TAG"},
 }
 

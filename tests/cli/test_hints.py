@@ -61,6 +61,7 @@ def test_no_hint_names_an_option_that_the_command_lacks(path: tuple[str, ...], c
         ("distill", "fix them, or accept them: --max-bad 0.1", "fix them, or accept them: --max-bad 0.1"),
         ("distill", "add --pretrained with a tag", "add --teacher-pretrained with a tag"),
         ("distill", "pass the file: --pretrained-image FILE", "pass the file: --pretrained-image FILE"),
+        ("embed", "choose another --teacher-cache", "choose another -o"),
         ("evaluate", "add --pretrained with a tag", "add --pretrained with a tag"),
         ("index", "choose another -o, or replace it with --force", "choose another -o"),
         ("search", "export the bundle again with --labels", "export the bundle again with --labels"),

@@ -45,7 +45,7 @@ from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import disk_full_error, unwritable_output, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
 
@@ -206,8 +206,10 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
     """Return the folder of each teacher's cache: `folder` itself, or those of several teachers in it.
 
     Raises:
-        UsageError: there are several teachers, but `folder` is something else than caches of several.
+        UsageError: `folder` is a file, or there are several teachers and it is something else than their caches.
     """
+    if is_file(folder):
+        raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another --teacher-cache")
     beside = is_folder(folder) and any(folder.glob(f"{_OF_A_TEACHER}*"))
     if len(teachers) == 1 and not beside:
         return [folder]
@@ -256,6 +258,8 @@ def claim_folder(
         UsageError: the folder has another manifest (the first difference is named), or something else.
     """
     folder = path.parent
+    if is_file(folder):
+        raise UsageError(f"The output {folder} is a file; expected a folder.", hint=f"choose another {option}")
     if is_file(path):
         try:
             existing = read_json(path, type(manifest))
@@ -274,7 +278,12 @@ def claim_folder(
     elif is_folder(folder) and any(folder.iterdir()):
         raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
     else:
-        write_bytes(path, to_json(manifest))
+        try:
+            write_bytes(path, to_json(manifest))
+        except OSError as error:
+            if disk_full_error(error):
+                raise
+            raise unwritable_output(folder, error, hint=f"choose another {option}") from error
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -68,6 +68,18 @@ def test_a_worker_with_other_data_is_refused(
         edge.embed(output=tmp_path / "store", ray="auto", **source)
 
 
+@pytest.mark.parametrize("layout", ["cache", "mobileclip"])
+def test_an_output_that_is_a_file_or_within_one_is_refused(source: dict[str, Any], tmp_path: Path, layout: Any) -> None:
+    notes = tmp_path / "notes.csv"
+    notes.write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.csv is a file; expected a folder") as error:
+        edge.embed(output=notes, layout=layout, **source)
+    assert error.value.hint
+    with pytest.raises(UsageError, match="cannot be written: Not a directory"):
+        edge.embed(output=notes / "store", layout=layout, **source)
+    assert notes.read_text() == "mine"
+
+
 def test_a_recipe_without_a_teacher_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="The recipe clip has no teacher"):
         edge.embed(output=tmp_path / "store", recipe="clip", **source)
