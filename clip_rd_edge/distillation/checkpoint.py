@@ -7,16 +7,20 @@ import io
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
+from clip_rd_edge.distillation.monitoring.trackers import TENSORBOARD_FOLDER, TRACKING_FILE
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.files import new_folder, sha256_of
+from clip_rd_edge.errors import ConfigError, InterruptedRunError, LostProcessError, UsageError
+from clip_rd_edge.utils.files import disk_full_error, new_folder, sha256_of
+from clip_rd_edge.utils.lock import LOCK_FILE
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 KEPT_CHECKPOINTS = 2  # the second newest is a fallback in case the newest is damaged on disk
 CHECKPOINTS_FOLDER = "checkpoints"
+BEST_FOLDER = "best"  # the best student by the run's own evaluations
 STATE_FILE, CHECKSUM_FILE = "state.pt", "state.pt.sha256"
 
 
@@ -37,6 +42,32 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Restore a state that `state_dict` returned."""
         ...
+
+
+# What a run writes before its first checkpoint.
+_WRITTEN_FIRST = (RUN_CONFIG_FILE, INPUTS_FILE, METRICS_FILE, TRACKING_FILE)
+
+
+@contextmanager
+def no_trace_of_failure(run: Path, processes: Processes) -> Iterator[None]:
+    """Within the block, a new run that fails before its first checkpoint leaves nothing in its folder.
+
+    The corrected command then begins anew. A run that was interrupted or lost a process, or whose disk is full, stays:
+    the same command goes on with it. Metrics stay if they may say what went wrong: that of bad input, the error says.
+    """
+    is_new = processes.is_main and not any(path.name != LOCK_FILE for path in run.iterdir())
+    try:
+        yield
+    except (InterruptedRunError, LostProcessError):
+        raise
+    except Exception as error:
+        known = isinstance(error, UsageError) or not read_metrics(run)
+        if is_new and known and not (disk_full_error(error) or list_checkpoints(run) or (run / BEST_FOLDER).exists()):
+            with suppress(OSError):
+                for name in _WRITTEN_FIRST:
+                    (run / name).unlink(missing_ok=True)
+                shutil.rmtree(run / TENSORBOARD_FOLDER, ignore_errors=True)
+        raise
 
 
 def save_checkpoint(run: Path, step: int, parts: Mapping[str, Stateful]) -> Path:

@@ -14,6 +14,7 @@ from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
+from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
@@ -97,6 +98,8 @@ def check_inputs(
 ) -> None:
     """Write RUN/inputs.json if there is none yet; else check that data and models are still those.
 
+    A run without a checkpoint starts again, with whatever is there now.
+
     Args:
         inputs: fingerprints of data and models.
         setup: names them.
@@ -112,7 +115,7 @@ def check_inputs(
         difference = _difference(old, inputs, setup)
         if difference is None:
             return
-        if not accept_changes:
+        if not accept_changes and list_checkpoints(run):
             raise UsageError(
                 f"{run} began with other inputs: {difference}.",
                 hint="restore them, start a new run with another -o, or go on with the new ones: --accept-changes",

@@ -34,7 +34,7 @@ from clip_rd_edge.distillation.build import (
     make_dataset,
     provenance,
 )
-from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints
+from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode
@@ -98,7 +98,7 @@ def run_distillation(
         try:
             with join_processes() as processes, _named_losses(processes, request):
                 processes.agree(None)  # one that failed before it joined says so here
-                with _sole_writer(run, processes):
+                with _sole_writer(run, processes), no_trace_of_failure(run, processes):
                     return _run(
                         config,
                         run,

@@ -20,7 +20,13 @@ from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
-from clip_rd_edge.distillation.checkpoint import Stateful, load_checkpoint, save_checkpoint, seed_everything
+from clip_rd_edge.distillation.checkpoint import (
+    BEST_FOLDER,
+    Stateful,
+    load_checkpoint,
+    save_checkpoint,
+    seed_everything,
+)
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
@@ -216,9 +222,6 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch
         compile=config.compile,
         seed=config.seed,
     )
-
-
-BEST_FOLDER = "best"
 
 
 class _BestRecord(msgspec.Struct):

@@ -26,7 +26,7 @@ from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
 
 STEPS = 8
@@ -240,6 +240,41 @@ def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=watch)
     assert any(difference in sentence for sentence in watch.said)
     distil(config, tmp_path / "run", resume=True)  # with the inputs that were accepted
+
+
+def spoil_an_image(config: RunConfig) -> Path:
+    image = next(Path(str(config.data)).parent.rglob("*.png"))
+    image.rename(image.with_suffix(".good"))
+    image.write_bytes(b"no image")
+    return image
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing_for_the_corrected_command(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(config, max_bad=0.0, checkpoint_every=100)
+    image = spoil_an_image(config)
+    (tmp_path / "empty").mkdir()
+    for run in (tmp_path / "run", tmp_path / "empty"):
+        with pytest.raises(InputError, match="1 of "):
+            distil(config, run)
+    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / "empty").iterdir())
+    image.with_suffix(".good").rename(image)
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(1))
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_a_run_without_a_checkpoint_is_resumed_with_the_inputs_that_are_there_now(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(2))
+    difference, watch = other_captions(config), Watch(on_step=stop_at(2))
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=True, reporter=watch)
+    assert any(difference in sentence for sentence in watch.said)
 
 
 def test_a_trained_student_that_was_replaced_is_noticed(config: RunConfig, tmp_path: Path) -> None:
