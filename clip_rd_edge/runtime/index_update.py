@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import list_images
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
@@ -42,7 +42,7 @@ from clip_rd_edge.runtime.index_graph import (
     write_graph,
     write_rows,
 )
-from clip_rd_edge.utils.files import sha256_of, write_bytes
+from clip_rd_edge.utils.files import disk_full_error, sha256_of, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode
@@ -130,6 +130,7 @@ def update_index(
     Raises:
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
         UsageError: `path` contains something else, or the index of another folder.
+        DiskFullError: there is no space left; what was saved before is kept.
     """
     if not is_folder(folder):
         if settled is not None:
@@ -140,8 +141,23 @@ def update_index(
         if not is_unicode(str(location)):
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
-    with exclusive_writer(path, on_wait=reporter.say):
-        return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
+    try:
+        with exclusive_writer(path, on_wait=reporter.say):
+            return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
+    except Exception as error:
+        if (full := disk_full_error(error)) is None:
+            raise
+        raise _without_space(path, full) from error
+
+
+def _without_space(path: Path, error: DiskFullError) -> DiskFullError:
+    """Return the error of a full disk, with what is left of the index."""
+    count = len(read_index(path)[0].entries) if is_index(path) else 0
+    kept = f"{path} is an index of the {count:,} images that were saved before" if count else f"{path} is no index yet"
+    return DiskFullError(
+        f"{str(error).partition(';')[0]}; {kept}.",
+        hint="free some space, then run the same command again, which embeds those that are missing",
+    )
 
 
 def _update(

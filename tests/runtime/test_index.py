@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +23,7 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import top_indices
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
@@ -127,6 +129,31 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
     # A partly written file beside them is ignored.
     (index / ".index.json.abc.tmp").write_text("{")
     assert len(names(index)) == 64
+
+
+def test_a_full_disk_keeps_what_was_saved_before_and_says_so(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(60):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
+    encoder, write_index, free = load(colour_bundle), indexing.write_index, [0]
+    monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1)
+
+    def write(*arguments: Any) -> Any:
+        if not free[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        free[0] -= 1
+        return write_index(*arguments)
+
+    monkeypatch.setattr(indexing, "write_index", write)
+    with pytest.raises(DiskFullError, match=r"no space left on the disk; .* is no index yet\."):
+        update_index(encoder, colour_images, index)
+    free[0] = 1
+    with pytest.raises(DiskFullError, match="is an index of the 32 images that were saved before") as error:
+        update_index(encoder, colour_images, index)
+    assert "run the same command again" in error.value.hint
+    free[0] = 9
+    assert update_index(encoder, colour_images, index).kept == 32
 
 
 def _count(path: Path) -> int:
