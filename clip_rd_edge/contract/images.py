@@ -8,6 +8,7 @@ import glob
 import importlib
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.utils.paths import exists, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_folder, kind_of, near_files
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -66,10 +67,23 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
     except ClipRdEdgeError:
         raise
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error
-        raise InputError(
-            f"Cannot read the image {file}: {_reason(error)}.",
-            hint="convert it to an 8-bit JPEG or PNG, or leave it out",
-        ) from error
+        raise InputError(f"Cannot read the image {file}: {_reason(error)}.", hint=_hint(file, error)) from error
+
+
+_DANGLING = "it is a link to something that does not exist"
+_DANGLING_HINT = "mount the disk that it leads to, or remove the link"
+
+
+def _hint(file: ImageFile, error: Exception) -> str:
+    """Return what to do about an image that cannot be read."""
+    name = str(file)
+    if not isinstance(error, FileNotFoundError):
+        return "convert it to an 8-bit JPEG or PNG, or leave it out"
+    if name.startswith("~"):
+        return "only a shell knows ~: pass Path(…).expanduser()"
+    if glob.has_magic(name):
+        return "pass the files that match, such as sorted(glob.glob(…))"
+    return "check the path"
 
 
 def _reason(error: Exception) -> str:
@@ -99,16 +113,27 @@ def _open(file: ImageFile) -> Image.Image:
         return Image.open(source, formats=_registered_formats())
     except UnidentifiedImageError:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as content:
-            if not is_heic(content.read(HEADER_BYTES)):
-                raise
+            header = content.read(HEADER_BYTES)
+        if not header:
+            raise InputError(
+                f"Cannot read the image {file}: it is empty.", hint="copy it again, or leave it out"
+            ) from None
+        if not is_heic(header):
+            raise
         register_heif(file)
         return Image.open(source, formats=_registered_formats())
 
 
 def _require_regular(path: Path) -> None:
     """Refuse a named pipe or a device: opening one could wait forever, and reading one need not end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"Cannot read the image {path}: it is not a regular file.")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"Cannot read the image {path}: {_DANGLING}.", hint=_DANGLING_HINT) from None
+        raise
+    if not stat.S_ISREG(mode):
+        raise InputError(f"Cannot read the image {path}: it is not a regular file, but {kind_of(mode)}.")
 
 
 def _registered_formats() -> list[str]:
@@ -178,7 +203,7 @@ def as_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, Image.Image):
         return _given_to_rgb(image)
     if isinstance(image, str | os.PathLike):
-        return open_image(Path(image))
+        return open_image(image_path(image))
     if not isinstance(image, np.ndarray):
         raise InputError(f"An image has type {type(image).__name__}; expected a path, a PIL image or a numpy array.")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
@@ -189,6 +214,21 @@ def as_rgb(image: ImageInput) -> Image.Image:
     if 0 in image.shape:  # before Pillow, whose versions differ in what they make of it
         raise InputError(_no_pixels(image.shape[1], image.shape[0]))
     return to_rgb(Image.fromarray(image))
+
+
+def image_path(image: str | os.PathLike[str]) -> Path:
+    """Return the path of an image file; raise InputError for an address on the web, of which Path makes another."""
+    name = os.fspath(image)
+    if isinstance(name, str) and _ADDRESS.match(name):
+        raise InputError(
+            f"The image {name!r} is an address; expected a path, a PIL image or an array.", hint="download it first"
+        )
+    if not name:
+        raise InputError("The path of an image is empty.", hint="check the variable it came from")
+    return Path(name)
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def _given_to_rgb(image: Image.Image) -> Image.Image:
@@ -291,12 +331,12 @@ def find_images(
             yield from (Path(line) for line in lines if line.strip())
         elif is_folder(path):
             yield from _require_any(list_images(path, on_unreadable=on_unreadable), f"The folder {path} has no images.")
-        elif exists(path):
+        elif exists(path) or path.is_symlink():
             yield path
         elif glob.has_magic(name):
             # Path.glob does not accept absolute patterns.
             matches = (Path(match) for match in sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
-            yield from _require_any((match for match in matches if match.is_file()), f"No image matches {name}.")
+            yield from _require_any(filter(_is_file_or_link, matches), f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
 
@@ -309,27 +349,62 @@ def is_ignored(name: str) -> bool:
 def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
     """Return all image files in a folder and its subfolders, sorted, without what `is_ignored`.
 
+    Links are followed, but for one to a folder that it is in. One to an image that does not exist is returned, so that
+    it counts as an image that cannot be read.
+
     Args:
-        on_unreadable: called for the folder itself and for each subfolder that cannot be read; see `find_images`.
+        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read; see
+            `find_images`.
     """
 
     def report(error: OSError) -> None:
         on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
 
     images = []
-    for path, subfolders, names in os.walk(folder, onerror=report):
-        subfolders[:] = [name for name in subfolders if not is_ignored(name)]
+    # Of each folder that is still to be listed, the real paths of it and of those on the way to it.
+    chains: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
+    for path, subfolders, names in os.walk(folder, onerror=report, followlinks=True):
+        chain = chains.pop(path)
+        followed = []
+        for name in subfolders:
+            inner = os.path.join(path, name)  # noqa: PTH118  # as os.walk names it
+            real = os.path.realpath(inner) if os.path.islink(inner) else os.path.join(chain[-1], name)  # noqa: PTH114, PTH118
+            if not is_ignored(name) and real not in chain:  # else it is a link that leads back
+                followed.append(name)
+                chains[inner] = (*chain, real)
+        subfolders[:] = followed
         try:
-            images += [
-                image
-                for name in names
-                if not is_ignored(name)
-                and (image := Path(path, name)).suffix.lower() in IMAGE_SUFFIXES
-                and image.is_file()
-            ]
+            for name in names:
+                if is_ignored(name):
+                    continue
+                image = Path(path, name)
+                if image.suffix.lower() in IMAGE_SUFFIXES:
+                    images += [image] if _is_file_or_link(image) else []
+                elif leads_nowhere(image):
+                    on_unreadable(dead_link_error(image))
         except OSError as error:  # it may be listed but not entered, or was unmounted
             report(OSError(error.errno, error.strerror, path))
     return sorted(images)
+
+
+def leads_nowhere(path: Path) -> bool:
+    """Return whether this is a link to something that does not exist, and that by its name may be a folder."""
+    return not path.suffix and path.is_symlink() and not path.exists()
+
+
+def dead_link_error(folder: Path) -> InputError:
+    """Return the error for a folder that `leads_nowhere`."""
+    return InputError(f"Cannot read the folder {folder}: {_DANGLING}.", hint=_DANGLING_HINT)
+
+
+def _is_file_or_link(path: Path) -> bool:
+    """Return whether this is a file, or a link that leads to none: opening that says why it cannot be read."""
+    try:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    except OSError:
+        if path.is_symlink():  # into a folder that may not be entered
+            return True
+        raise
 
 
 def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES, is_ignored, list_images
+from clip_rd_edge.contract.images import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.tar_samples import Kind
@@ -101,9 +101,12 @@ def image_folder_task(data_set: DataSet) -> ZeroShotTask:
     """Return the zero-shot task of a data set with one subfolder of images per class, CLASS/…/image.jpg.
 
     Raises:
-        InputError: there are no images, the number of class names differs from the number of subfolders, or there are
-            no class names and the subfolders are named by WordNet ids, or look like splits or another level of folders.
+        InputError: there are no images, a link leads to no folder, the number of class names differs from the number of
+            subfolders, or there are no class names and the subfolders are named by WordNet ids, or look like splits or
+            another level of folders.
     """
+    if lost := sorted(path for path in data_set.split.iterdir() if leads_nowhere(path) and not is_ignored(path.name)):
+        raise dead_link_error(lost[0])  # without a word, the task would have a class less
     classes = _sort_classes(_subfolders(data_set.split))
     labels = data_set.labels() or [path.name.replace("_", " ") for path in classes]
     class_names = data_set.metadata_path(CLASS_NAMES)

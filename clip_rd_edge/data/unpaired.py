@@ -20,7 +20,7 @@ from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
 from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import exists, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -272,7 +272,7 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
         images = TablePairs(source, paths, (("",),) * len(paths))
     elif not exists(Path(source)):
         raise InputError(
-            f"The source of images {source} does not exist.{near_files(Path(source))}",
+            f"The source of images {source} {why_no_file(Path(source))}",
             hint="name a folder of images, a table or shards",
         )
     elif Path(source).suffix.lower() in IMAGE_SUFFIXES:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.contract.images import list_images, open_image
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
@@ -184,11 +184,13 @@ def _update(
     if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
     unsettled = set() if settled is None else set(names) - set(settled)
-    kept, new = _compare(index.entries, _sources(folder, [name for name in names if name not in unsettled]))
+    sources, broken = _sources(folder, [name for name in names if name not in unsettled])
+    kept, new = _compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
     update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
-    update.unreadable += map(str, folders)
+    update.unreadable += [*map(str, folders), *broken.values()]
+    update.unreadable_images.update(broken)
     update.unreadable += [
         f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
         for image, name in named.items()
@@ -282,13 +284,22 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
     return index, rows
 
 
-def _sources(folder: Path, names: list[str]) -> list[_Source]:
-    """Return the files, without those that were deleted since they were listed."""
-    sources = []
+def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, str]]:
+    """Return the files without those that were deleted since they were listed, and messages about links to nothing."""
+    sources, messages = [], {}
     for name in names:
-        with suppress(FileNotFoundError):
+        try:
             sources.append(_Source(folder, name))
-    return sources
+        except OSError as error:
+            path = folder / name
+            if path.is_symlink():
+                try:
+                    open_image(path)
+                except InputError as reason:
+                    messages[name] = str(reason)
+            elif not isinstance(error, FileNotFoundError):
+                raise
+    return sources, messages
 
 
 def _printable(path: Path) -> str:

@@ -99,7 +99,9 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
         try:
             stat = path.stat()
         except OSError:
-            continue
+            if not path.is_symlink():
+                continue
+            stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
         stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return stamps
 

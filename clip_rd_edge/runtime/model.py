@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list, in_batches
-from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb, is_single_image, open_image
+from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb, image_path, is_single_image, open_image
 from clip_rd_edge.contract.preprocess import fast_decode_edge
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import embed_images
@@ -175,14 +175,16 @@ class Model:
             yield classifier.classify([frame], top=top)[0]
 
     def _encode(self, images: Sequence[ImageInput], quick: bool) -> Embeddings:
-        files = [Path(image) for image in images if isinstance(image, str | os.PathLike)]
+        files = [image_path(image) for image in images if isinstance(image, str | os.PathLike)]
         if len(files) == len(images) > 1:
             return self._encode_files(files, quick)
         min_edge = fast_decode_edge(self.describe().preprocessing) if quick else None
         parts = [self._no_rows()]
         for batch in in_batches(len(images), BATCH_SIZE):
             rgb_images = [
-                open_image(Path(image), min_edge=min_edge) if isinstance(image, str | os.PathLike) else as_rgb(image)
+                open_image(image_path(image), min_edge=min_edge)
+                if isinstance(image, str | os.PathLike)
+                else as_rgb(image)
                 for image in images[batch]
             ]
             parts.append(self.encoder.encode_images(rgb_images))

@@ -43,6 +43,22 @@ def exists(path: AnyPath) -> bool:
     return _mode(path) != 0
 
 
+def why_no_file(path: Path) -> str:
+    """Return why a path that `is_file` denies names no file, such as `does not exist. Did you mean 'a.csv'?`."""
+    if mode := _mode(path):
+        return f"is {kind_of(mode)}."
+    if _exists(path, Path.is_symlink):
+        return "is a link to something that does not exist."
+    return f"does not exist.{near_files(path)}"
+
+
+def kind_of(mode: int) -> str:
+    """Return what something is that is no regular file, by its mode as from `Path.stat`."""
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+
+
 def _mode(path: AnyPath) -> int:
     """Return the type and the permissions of what is at a path, or 0 if there is nothing."""
     try:
@@ -82,7 +98,8 @@ def near_files(path: Path) -> str:
     if not _exists(path.parent, Path.is_dir):
         return ""
     prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
-    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".")]
+    # Its own name is among them if it is a link that leads nowhere.
+    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".") and file.name != path.name]
     return near_matches(path.name, names, prefix=prefix)
 
 

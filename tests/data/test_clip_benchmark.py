@@ -218,3 +218,10 @@ def test_a_class_may_be_called_train(tmp_path: Path, encode_image: Factory) -> N
     task = load_task(str(tmp_path))
     assert isinstance(task, ZeroShotTask)
     assert task.labels == ("car", "train")
+
+
+def test_a_class_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "frog").mkdir()
+    (tmp_path / "cat").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(InputError, match="cat: it is a link to something that does not exist"):
+        load_task(str(tmp_path))

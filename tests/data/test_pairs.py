@@ -244,3 +244,15 @@ def test_the_fingerprint_changes_with_the_data(pairs_csv: Path, change: str) -> 
         rest.pop()
     pairs_csv.write_text("\n".join([header, first, second, *rest]))
     assert fingerprint(load_pairs(str(pairs_csv))) != original
+
+
+@pytest.mark.parametrize(("kind", "message"), [("pipe", "is a pipe"), ("link", "is a link to something that does not")])
+def test_a_table_that_is_no_file_is_called_what_it_is(tmp_path: Path, kind: str, message: str) -> None:
+    path = tmp_path / "pairs.csv"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=f"pairs.csv {message}") as caught:
+        load_pairs(str(path))
+    assert "Did you mean" not in str(caught.value)

@@ -226,3 +226,13 @@ def test_sources_without_images_are_refused(tmp_path: Path) -> None:
         load_images(str(tmp_path / "table.csv"), column="filepath")
     with pytest.raises(InputError, match="nowhere does not exist"):
         load_images(str(tmp_path / "nowhere"), column="filepath")
+
+
+def test_links_in_a_folder_of_images_are_followed(frames: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "phone").symlink_to(frames)
+    (tmp_path / "links" / "dead.png").symlink_to(tmp_path / "gone.png")
+    images = load_images(str(tmp_path / "links"), column="filepath")
+    assert len(images) == 1 + len(load_images(str(frames), column="filepath"))
+    with pytest.raises(InputError, match="a link to something that does not exist"):
+        images.open(0)

@@ -170,6 +170,20 @@ def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, co
     assert update_index(encoder, colour_images, index).embedded == 1
 
 
+def test_a_link_to_nothing_is_reported_and_a_linked_folder_is_indexed(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "phone").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "phone" / "1.png")
+    (colour_images / "phone").symlink_to(tmp_path / "phone")
+    (colour_images / "dead.png").symlink_to(tmp_path / "gone.png")
+    update = update_index(load(colour_bundle), colour_images, index)
+    assert update.embedded == 5
+    assert "phone/1.png" in names(index)
+    (message,) = update.unreadable
+    assert "dead.png: it is a link to something that does not exist" in message
+
+
 def test_a_strip_in_a_folder_is_embedded_and_does_not_end_the_others(
     colour_bundle: Path, colour_images: Path, index: Path
 ) -> None:

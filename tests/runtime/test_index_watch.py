@@ -130,6 +130,17 @@ def test_a_file_that_stays_broken_is_reported_once(watched: Folder) -> None:
     assert watched.names() == sorted([*ALL, "broken.png"])
 
 
+def test_a_link_to_nothing_is_reported_once_and_followed_when_there_is_something(
+    watched: Folder, tmp_path: Path
+) -> None:
+    (watched.folder / "link.png").symlink_to(tmp_path / "late.png")
+    updates = watched.watch(nothing, nothing, watched.skip(BROKEN_S), nothing, nothing)
+    (message,) = [message for update in updates for message in update.unreadable]
+    assert "link.png: it is a link to something that does not exist" in message
+    assert watched.watch(paint(tmp_path / "late.png"), nothing, nothing)[-1].embedded == 1
+    assert "link.png" in watched.names()
+
+
 def test_a_file_that_is_written_when_the_watch_starts_is_waited_for(watched: Folder) -> None:
     late = watched.folder / "late.png"
     late.write_bytes(b"only the beg")  # written just now

@@ -16,7 +16,7 @@ from clip_rd_edge.data.tables.packed import GROUP_ROWS
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, open_parquet
 from clip_rd_edge.data.tables.text import open_csv
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.paths import is_file, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def read_table(path: Path, *, image_key: str, caption_key: str, separator: str |
 def _open_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> Table:
     """Open a table and check its columns; arguments and errors as for `data.pairs.load_pairs`."""
     if not is_file(path):
-        reason = "is a folder." if is_folder(path) else f"does not exist.{near_files(path)}"
         raise InputError(
-            f"The data file {path} {reason}",
-            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji",
+            f"The data file {path} {why_no_file(path)}",
+            hint="name a CSV file with the columns filepath,title, shards (….tar), or emoji"
+            if not exists(path) or is_folder(path)
+            else "write it into a file: a table is read more than once",
         )
     if path.suffix == PARQUET_SUFFIX:
         return open_parquet(path, image_key, caption_key)
