@@ -165,7 +165,7 @@ def as_list(texts: str | Iterable[str]) -> list[str]:
     for number, text in enumerate(entries, start=1):
         if not isinstance(text, str):
             raise InputError(f"Text {number} is {text!r}, of type {type(text).__name__}; expected a string.")
-    return entries
+    return [str(text) for text in entries]  # those of a numpy array are of a type that msgspec does not encode
 
 
 def require_finite(embeddings: Embeddings, source: str) -> Embeddings:

@@ -14,7 +14,9 @@ from clip_rd_edge.contract.encoder import (
     Probabilities,
     as_list,
     label_embeddings,
+    normalise,
     probabilities,
+    require_finite,
     require_top,
     top_indices,
 )
@@ -22,10 +24,11 @@ from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.label_list import Labels, label_names
+from clip_rd_edge.runtime.label_list import LabelNames, Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.printable import is_unicode
 
+_NO_LENGTH = 1e-12  # up to which `normalise` divides by this instead
 Similarities = npt.NDArray[np.float32]
 
 
@@ -41,9 +44,9 @@ class ZeroShotClassifier:
 
     Args:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
-        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses those of the bundle's
-            label bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not
-            loaded.
+        labels: labels and label files, or a single one, read as on the command line (see `runtime.label_list`); None
+            uses those of the bundle's label bank. If the bank contains all labels, their embeddings are taken from it
+            and the text tower is not loaded.
         templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
@@ -92,7 +95,7 @@ class ZeroShotClassifier:
                     "No labels were given, and the bundle has no label bank.",
                     hint='pass labels, such as --labels "a cat" "a dog"',
                 )
-            names = list(self._bank_labels)
+            names = LabelNames(self._bank_labels)
         if self._bank and tuple(names) == self._bank.names:
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return
@@ -112,12 +115,15 @@ class ZeroShotClassifier:
         return self.classify_embeddings(self._encode(images), top=top)
 
     def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
-        """Like `classify`, for image embeddings, (N, D).
+        """Like `classify`, for image embeddings of any length, (N, D), or a single one, (D,).
 
         Raises:
+            InputError: the embeddings are of another shape or no numbers, or one is zero or has an entry that is not
+                finite.
             UsageError: `top` is less than 1.
         """
         require_top(top)
+        embeddings = self._unit_rows(embeddings)
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
         # Without a limit, a single label is answered even if its cosine is negative.
         compared = rows if len(self.labels) > 1 or not self.none_below else self.similarities(embeddings)
@@ -127,12 +133,35 @@ class ZeroShotClassifier:
         ]
 
     def similarities(self, embeddings: Embeddings) -> Similarities:
-        """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C)."""
-        rows: Similarities = embeddings @ self._embeddings.T
+        """Return the cosine similarity of image embeddings, (N, D), to each label, (N, C); as `classify_embeddings`."""
+        rows: Similarities = self._unit_rows(embeddings) @ self._embeddings.T
         return rows
 
+    def _unit_rows(self, embeddings: Embeddings) -> Embeddings:
+        """Return the embeddings that a caller has, (N, D), divided by their lengths; errors: `classify_embeddings`."""
+        width = self._embeddings.shape[1]
+        hint = f"pass what encode_images of this model returns: (N, {width}), or ({width},) for one image"
+        try:
+            rows = np.asarray(embeddings)
+        except (TypeError, ValueError, RuntimeError) as error:  # rows of several lengths, or a tensor on a GPU
+            raise InputError(f"Image embeddings are no array: {error}.", hint=hint) from error
+        if rows.dtype.kind not in "fiu" or rows.ndim not in (1, 2) or rows.shape[-1] != width:
+            raise InputError(
+                f"Image embeddings have the shape {rows.shape} and the type {rows.dtype}; expected numbers of shape "
+                f"(N, {width}).",
+                hint=hint,
+            )
+        rows = rows.reshape(-1, width).astype(np.float64)  # in which no length overflows
+        lengths = np.linalg.norm(rows, axis=1)
+        if (wrong := np.flatnonzero(~(np.isfinite(lengths) & (lengths > _NO_LENGTH)))).size:
+            problem = "is zero" if lengths[wrong[0]] <= _NO_LENGTH else "has an entry that is not a finite number"
+            raise InputError(
+                f"Image embedding {wrong[0] + 1} of {len(rows):,} {problem}.", hint="leave it out, or embed it again"
+            )
+        return normalise(rows)
+
     def _encode(self, images: ImageInput | Sequence[ImageInput]) -> Embeddings:
-        return self.encoder.encode_images([as_rgb(image) for image in as_images(images)])
+        return require_finite(self.encoder.encode_images([as_rgb(image) for image in as_images(images)]), "The model")
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""

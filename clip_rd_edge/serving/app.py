@@ -31,12 +31,13 @@ from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import Index, model_key, nearest, read_graph, read_index
 from clip_rd_edge.runtime.index_graph import Graph
+from clip_rd_edge.runtime.label_list import LabelNames
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.utils.host import resident_memory_bytes
-from clip_rd_edge.utils.structs import decode_request
+from clip_rd_edge.utils.structs import UnknownFieldError, decode_request
 from clip_rd_edge.web.app import read_body
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
@@ -258,7 +259,8 @@ class Service:
     def _classifier(self, labels: Sequence[str] | None, none_below: float) -> ZeroShotClassifier:
         key = (label_key(labels) if labels is not None else "", none_below)
         if key not in self._classifiers:
-            classifier = ZeroShotClassifier(self.encoder, labels, none_below=none_below, cache=False)
+            names = None if labels is None else LabelNames(labels)  # a client may not have files read here
+            classifier = ZeroShotClassifier(self.encoder, names, none_below=none_below, cache=False)
             self._classifiers[key] = classifier
             while len(self._classifiers) > _MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
@@ -379,6 +381,8 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
         return _error(408, "The request did not arrive in time.")
     except ClientDisconnect:
         return _error(400, "The connection was closed before the request was complete.")
+    except UnknownFieldError as error:
+        return _error(422, f"{error} {error.hint}")
     except InputError as error:
         return _error(400, " ".join(filter(None, (str(error), error.hint))))
     except ClipRdEdgeError as error:

@@ -1,7 +1,7 @@
 """What clients send and get: requests in the forms of llama.cpp and OpenAI, and our own for classify and search.
 
 Sources: llama.cpp's server (`tools/server/README.md`, /embeddings and /props) and OpenAI's API reference (embeddings).
-Fields that are not listed here are ignored, as both servers do.
+Fields that are not listed here are ignored in the former, as both servers do, and refused in ours.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OpenAiRequest(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: int | None = None
 
 
-class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /classify.
 
     Attributes:
@@ -65,7 +65,7 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True):
     none_below: Share = 0.0
 
 
-class SearchRequest(msgspec.Struct, frozen=True, kw_only=True):
+class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /search: a text or an image in base64, and how many images to return."""
 
     query: str = ""
@@ -168,7 +168,8 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": answer}} for path, text in gets.items()}
     for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
         sent = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"summary": text, "requestBody": sent, "responses": answers}}
+        refused = {} if path.endswith("/embeddings") else {"422": {"description": "a field is unknown"}}
+        paths[path] = {"post": {"summary": text, "requestBody": sent, "responses": {**answers, **refused}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "clip-rd-edge", "version": version},

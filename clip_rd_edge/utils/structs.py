@@ -66,12 +66,24 @@ def _json_objects(content: bytes, source: Path) -> Any:
 V = TypeVar("V")
 
 
+class UnknownFieldError(InputError):
+    """A client sent a field that its request does not have."""
+
+
 def decode_request(body: bytes, kind: type[V]) -> V:
-    """Decode JSON that a client sent; raise InputError, without a place, if it is not JSON or of another form."""
+    """Decode JSON that a client sent.
+
+    Raises:
+        UnknownFieldError: it has a field that `kind` does not have, and forbids.
+        InputError: it is not JSON or of another form; the message names no place.
+    """
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.MsgspecError as error:
         reason = str(error).rstrip(".")
+        if "unknown field" in reason:
+            suggestion, hint = _near_keys(reason, kind)
+            raise UnknownFieldError(f"The request is invalid: {reason}.{suggestion}", hint=f"{hint}.") from error
     except UnicodeDecodeError as error:
         reason = f"it is not UTF-8: {error.reason} at byte {error.start:,}"
     except RecursionError:
@@ -122,14 +134,18 @@ def convert(raw: Any, kind: type[T], *, source: str) -> T:
         message = str(error)
         suggestion = hint = ""
         if "unknown field" in message:
-            unknown, *location = message.split("`")[1::2]
-            keys = _keys_at(location[0] if location else "$", kind)
-            suggestion = near_matches(unknown, keys)
-            hint = f"the keys there are {', '.join(dict.fromkeys(keys))}"
+            suggestion, hint = _near_keys(message, kind)
         raise ConfigError(f"{source} is invalid: {message}.{suggestion}", hint=hint) from error
 
 
-def _keys_at(location: str, kind: type[T]) -> list[str]:
+def _near_keys(message: str, kind: type[Any]) -> tuple[str, str]:
+    """Return, for msgspec's message about an unknown field, the keys that are near it, and a hint with all keys."""
+    unknown, *location = message.split("`")[1::2]
+    keys = _keys_at(location[0] if location else "$", kind)
+    return near_matches(unknown, keys), f"the keys there are {', '.join(dict.fromkeys(keys))}"
+
+
+def _keys_at(location: str, kind: type[Any]) -> list[str]:
     """Return the known keys at a location such as `$.rows[2].model`."""
     kinds: list[msgspec.inspect.Type] = [msgspec.inspect.type_info(kind)]
     for key in re.sub(r"\[[^]]*\]", "", location).split(".")[1:]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.runtime.model import Model
 
 RED, GREY = Image.new("RGB", (9, 9), (250, 5, 5)), Image.new("RGB", (9, 9), (100, 100, 100))
 LABELS = ["blue", "red", "green"]
@@ -90,7 +92,7 @@ def test_only_new_labels_go_through_the_text_tower(colour_bundle: Path, monkeypa
 
 
 def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path) -> None:
-    labels = ["红", "red " * 500, "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
+    labels = ["红", "red " * 500 + "red", "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
     classifier = ZeroShotClassifier(load(colour_bundle), [*labels, *labels])
     assert classifier.labels == tuple(labels)
     probabilities = classifier.probabilities([RED])
@@ -142,3 +144,51 @@ def test_the_labels_of_the_bank_are_embedded_with_other_templates(bundle_with_ba
     assert classifier.labels == bank.names
     given = ZeroShotClassifier(load(bundle_with_bank), bank.names, templates="{}", cache=False)
     assert classifier.classify([RED]) == given.classify([RED])
+
+
+def test_labels_may_be_a_numpy_array_and_name_files(colour_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("red\nblue\n")
+    model = Model(load(colour_bundle))
+    given = np.array(["green", str(tmp_path / "labels.txt")])
+    for _ in range(2):  # the second time, the labels are known
+        assert {label for label, _ in model.classify(RED, labels=given)} == {"red", "green", "blue"}
+    assert ZeroShotClassifier(model, labels=given).labels == ("green", "red", "blue")
+    assert len(model.classify(RED, labels=["green", "red", "blue"])) == 3
+    with pytest.raises(InputError, match="looks like the path"):
+        model.classify(RED, labels=["red", "nope.txt"])
+
+
+def test_embeddings_of_any_length_give_the_probabilities_of_unit_ones(colour_bundle: Path) -> None:
+    model = Model(load(colour_bundle))
+    classifier = ZeroShotClassifier(model, LABELS)
+    rows = model.encode_images([RED, GREY])
+    expected = classifier.classify_embeddings(rows, top=3)
+    for scaled in (7 * rows, 1e30 * rows, (0.01 * rows).astype(np.float16), 7 * rows.astype(np.float64), rows.tolist()):
+        for answer, own in zip(classifier.classify_embeddings(scaled, top=3), expected, strict=True):
+            assert [label for label, _ in answer] == [label for label, _ in own]
+            assert [p for _, p in answer] == pytest.approx([p for _, p in own], abs=2e-2)
+    np.testing.assert_allclose(classifier.similarities(7 * rows), classifier.similarities(rows), atol=1e-6)
+    (single,) = classifier.classify_embeddings(model.encode_images(RED), top=3)
+    assert single == expected[0]
+    assert classifier.classify_embeddings(rows[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows * [[1], [0], [1]], "Image embedding 2 of 3 is zero"),
+        (lambda rows: rows * [[1], [1], [np.nan]], "Image embedding 3 of 3 has an entry that is not a finite"),
+        (lambda rows: rows * [[np.inf], [1], [1]], "Image embedding 1 of 3 has an entry that is not a finite"),
+        (lambda rows: rows[:, :2], r"the shape \(3, 2\) .*; expected numbers of shape \(N, "),
+        (lambda rows: rows[None], r"the shape \(1, 3, "),
+        (lambda rows: rows.astype(str), "the type <U"),
+        (lambda rows: "photo.jpg", "the shape \\(\\)"),
+        (lambda rows: [[1.0], [1.0, 2.0]], "are no array"),
+    ],
+)
+def test_embeddings_that_are_none_are_refused(
+    colour_bundle: Path, change: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    model = Model(load(colour_bundle))
+    with pytest.raises(InputError, match=message):
+        ZeroShotClassifier(model, LABELS).classify_embeddings(change(model.encode_images([RED, GREY, RED])))

@@ -160,6 +160,13 @@ def test_images_are_classified_and_searched_for(client: Any, colour_images: Path
         assert hit["path"] == str(colour_images / "blue.jpg")
 
 
+def test_a_clients_labels_name_no_file_of_the_server(client: Any, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("a secret\n")
+    for label in (str(tmp_path / "secret.txt"), "everyday"):
+        answer = client.post("/classify", json={"image": encoded(jpeg()), "labels": ["red", label]})
+        assert label in [prediction["label"] for prediction in answer.json()["predictions"]]
+
+
 def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path) -> None:
     (colour_images / "blue.jpg").unlink()
     update_index(load(colour_bundle), colour_images, tmp_path / "index")
@@ -205,6 +212,19 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(client: Any, path: s
     error = response.json()["error"]
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("path", "field", "near"), [("/classify", "label", "labels"), ("/search", "qeury", "query")])
+def test_a_misspelled_field_of_our_own_requests_is_refused(client: Any, path: str, field: str, near: str) -> None:
+    response = client.post(path, json={"image": encoded(jpeg()), field: ["red", "blue"]})
+    assert response.status_code == 422, response.text
+    message = response.json()["error"]["message"]
+    assert f"unknown field `{field}`. Did you mean {near!r}? the keys there are" in message
+
+
+def test_fields_that_clients_of_other_servers_send_are_ignored(client: Any) -> None:
+    for path, body in (("/v1/embeddings", {"input": "red", "user": "me"}), ("/embeddings", {"input": "red", "id": 1})):
+        assert client.post(path, json=body).status_code == 200
 
 
 def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_bundle: Path) -> None:
