@@ -332,3 +332,23 @@ def test_no_function_has_more_than_eight_parameters() -> None:
                 if count > 8 and not (path.parent.name == "cli" and node.name == "command"):
                     violations.append(f"{path.name}: {node.name} takes {count}")
     assert violations == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: edge.load(None), "model is None, of type NoneType; expected a path or a name"),
+        (lambda: edge.load(3), "model is 3, of type int"),
+        (lambda: edge.load(""), "model is empty"),
+        (lambda: edge.distill(data="emoji", student="resnet18", output=None), "output is None"),
+        (lambda: edge.index("bundle", None, "index"), "folder is None"),
+        (
+            lambda: edge.evaluate("bundle", "emoji", template="a {}"),
+            "Unknown evaluate option 'template'. .* 'templates'",
+        ),
+        (lambda: edge.load("bundle", thread=1), "Unknown load option 'thread'. Did you mean 'threads'"),
+    ],
+)
+def test_a_call_with_a_wrong_argument_is_refused_in_one_sentence(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(edge.UsageError, match=message):
+        call()

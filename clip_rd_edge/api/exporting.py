@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -44,6 +45,7 @@ class ExportedBundle(os.PathLike[str]):
         return str(self.folder)
 
 
+@checked_call
 def export(
     model: AnyPath,
     output: AnyPath,
@@ -175,6 +177,7 @@ def _report(folder: AnyPath | None) -> Results | None:
     return None if folder is None else read_results(Path(folder))
 
 
+@checked_call
 def verify(bundle: AnyPath, *, threads: int | None = None, device: str = "auto") -> list[Check]:
     """Check a bundle's files, run both towers, and compare their answers with the exporter's, without PyTorch.
 

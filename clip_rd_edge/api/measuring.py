@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.api.models import first_answer, load, open_encoder
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import AnyPath, as_text
@@ -39,6 +40,7 @@ class QuickstartOptions(TypedDict, total=False):
     photos: AnyPath | None
 
 
+@checked_call
 def evaluate(
     model: AnyPath | Model,
     tasks: AnyPath | Task | Iterable[AnyPath | Task],
@@ -66,6 +68,7 @@ def evaluate(
     return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
 
 
+@checked_call
 def benchmark(
     suite: AnyPath,
     output: AnyPath,
@@ -122,6 +125,7 @@ def benchmark(
     return results
 
 
+@checked_call
 def compare(old: AnyPath, new: AnyPath) -> Changes:
     """Compare two benchmark results, files or folders: regressions, improvements and noise."""
     from clip_rd_edge.benchmarking.regression import compare_runs
@@ -130,6 +134,7 @@ def compare(old: AnyPath, new: AnyPath) -> Changes:
     return compare_runs(read_results(Path(old)), read_results(Path(new)))
 
 
+@checked_call
 def recommend(results: AnyPath, *, budget_ms: float | None = None, min_accuracy: float | None = None) -> str:
     """Return a sentence that recommends a model of a finished benchmark; nothing is measured.
 
@@ -171,6 +176,7 @@ def spread(results: AnyPath | Sequence[AnyPath]) -> str:
     return seeds_table([read_results(Path(path)) for path in paths])
 
 
+@checked_call
 def quickstart(
     output: AnyPath = "quickstart",
     *,
@@ -202,6 +208,7 @@ def quickstart(
     return run_quickstart(settings, reporter, partial(open_encoder, threads=1), first_answer)
 
 
+@checked_call
 def evidence_run(
     suite: AnyPath, output: AnyPath, *, teacher: str | None = None, reporter: Reporter = SILENT
 ) -> Evidence:
@@ -225,6 +232,7 @@ def evidence_run(
     return evidence
 
 
+@checked_call
 def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
     """Return the tables of an evidence file as Markdown. Nothing is trained.
 

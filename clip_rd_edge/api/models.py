@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -36,6 +37,7 @@ class StitchOptions(TypedDict, total=False):
     context_length: int | None
 
 
+@checked_call
 def load(
     model: AnyPath,
     *,
@@ -65,6 +67,7 @@ def load(
     return Model(open_encoder(os.fspath(model), pretrained=pretrained, threads=threads, runtime=runtime, device=device))
 
 
+@checked_call
 def stitch(
     classifier: str,
     output: AnyPath,
@@ -119,6 +122,7 @@ def stitch(
     return folder
 
 
+@checked_call
 def push(
     folder: AnyPath, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -41,6 +42,7 @@ class ServeOptions(TypedDict, total=False):
     allow_host: Sequence[str]
 
 
+@checked_call
 def index(
     bundle: AnyPath,
     folder: AnyPath,
@@ -64,6 +66,7 @@ def index(
     return update_index(encoder, Path(folder), Path(output), cluster=ray, reporter=reporter)
 
 
+@checked_call
 def watch_index(
     bundle: AnyPath,
     folder: AnyPath,
@@ -89,6 +92,7 @@ def watch_index(
     return watch(encoder, Path(folder), Path(output), stop=stop, reporter=reporter)
 
 
+@checked_call
 def search(
     index: AnyPath,
     query: str | ImageInput,
@@ -115,6 +119,7 @@ def search(
     )
 
 
+@checked_call
 def demo(
     bundles: AnyPath | Sequence[AnyPath],
     *,
@@ -142,6 +147,7 @@ def demo(
     )
 
 
+@checked_call
 def serve(
     bundle: AnyPath,
     index: AnyPath | None = None,

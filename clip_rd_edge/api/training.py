@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.api.measuring import load_tasks
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.utils.paths import AnyPath
@@ -51,6 +52,7 @@ class EmbedOptions(TypedDict, total=False):
     train_data_upsampling_factors: str | None
 
 
+@checked_call
 def distill(
     *,
     data: AnyPath | None = None,
@@ -101,6 +103,7 @@ def distill(
     return run
 
 
+@checked_call
 def embed(
     *,
     data: AnyPath | None = None,
@@ -155,6 +158,7 @@ def embed(
     return folder
 
 
+@checked_call
 def average(
     first: AnyPath,
     second: AnyPath,
@@ -214,6 +218,7 @@ def recipe(name: str | None = None) -> str:
     return describe_recipes() if name is None else commented_recipe(name)
 
 
+@checked_call
 def probe_teachers(
     teachers: Sequence[AnyPath],
     *,
@@ -253,6 +258,7 @@ def probe_teachers(
     return probe_teachers([os.fspath(name) for name in teachers], Path(output), config, tasks, reporter=reporter)
 
 
+@checked_call
 def watch(
     run: AnyPath,
     output: AnyPath | None = None,

@@ -1,0 +1,49 @@
+"""Calls of the Python API, checked before they begin: Python's own errors name neither the argument nor a near name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from clip_rd_edge.errors import UsageError, require_known_options
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def checked_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Return the function with its calls checked: that options exist, and that each `AnyPath` is a path.
+
+    A function with `**options` checks their names itself.
+
+    Raises:
+        UsageError: they do not, or it is not.
+    """
+    parameters = inspect.signature(function).parameters
+    open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    paths = {name: kind for name, kind in function.__annotations__.items() if kind in ("AnyPath", "AnyPath | None")}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not open_ended:
+            require_known_options(kwargs, parameters, command=function.__name__)
+        given: dict[str, Any] = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        for name, kind in paths.items():
+            if name in given and not (given[name] is None and kind != "AnyPath"):
+                _require_path(name, given[name])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _require_path(name: str, value: Any) -> None:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(
+            f"{name} is {value!r}, of type {type(value).__name__}; expected a path or a name.",
+            hint="pass a text or a pathlib.Path",
+        )
+    if not os.fspath(value):
+        raise UsageError(f"{name} is empty.", hint="check the variable it came from; . is this folder")
