@@ -67,3 +67,6 @@ def command(
             echo(f"{hit.path}\0", nl=False)
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
+    if gone := sum(not hit.path.is_file() for hit in hits):
+        where = "index the folder again" if folder else "say where the folder is now with --folder, or index it again"
+        echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)

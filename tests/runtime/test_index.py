@@ -324,6 +324,20 @@ def test_the_index_and_search_commands(
     assert (code, "is not the one that created the index" in error) == (2, True)
 
 
+def test_search_says_that_images_are_gone(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    (colour_images / "blue.jpg").unlink()
+    code, output, error = command_line("search", index, "blue", "--top", "2")
+    assert (code, len(output.splitlines())) == (0, 2)
+    assert "warning: Of these 2 images, 1 are not there any more." in error
+    assert "--folder" in error
+    colour_images.rename(tmp_path / "moved")
+    code, output, error = command_line("search", index, "red", "--top", "1", "--folder", tmp_path / "moved")
+    assert (code, error) == (0, "")
+
+
 def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothing(
     colour_bundle: Path, colour_images: Path, index: Path
 ) -> None:
