@@ -124,6 +124,7 @@ def command(
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load
 
+    _require_bundle(bundle, images)
     folders: list[InputError] = []  # that cannot be read
     paths = list(find_images(images, lines=_lines(sys.stdin, null=null), on_unreadable=folders.append))
     for error in folders:
@@ -149,6 +150,26 @@ def command(
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+
+
+def _require_bundle(bundle: Path, images: Sequence[str]) -> None:
+    """Refuse what is no bundle before images are looked for: the arguments may be swapped.
+
+    Raises:
+        InputError: it is none; the hint names the bundle if it is among the images.
+    """
+    from clip_rd_edge.contract.bundle import is_bundle, read_manifest
+
+    if is_bundle(bundle):
+        return
+    try:
+        read_manifest(bundle)
+    except InputError as error:
+        if other := next((name for name in images if name and is_bundle(Path(name))), None):
+            raise InputError(
+                str(error), hint=f"name the bundle first: clip-rd-edge classify {other} {bundle}"
+            ) from error
+        raise
 
 
 def _lines(stream: TextIO, *, null: bool) -> Iterator[str]:

@@ -179,6 +179,11 @@ def read_labels_file(
             f"The label file {path} is not UTF-8 text: {error.reason} at byte {error.start}.",
             hint="save it as UTF-8 text, one label per line",
         ) from error
+    if "\0" in text:
+        raise InputError(
+            f"The label file {path} is not UTF-8 text: it has NUL characters, as UTF-16 has.",
+            hint="save it as UTF-8 text, one label per line",
+        )
     suffix = path.suffix.lower()
     if suffix in STRUCTURED_SUFFIXES:
         labels = _from_structure(_parse(text, path), path)

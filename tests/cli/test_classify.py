@@ -189,3 +189,11 @@ def test_a_newline_in_a_file_name_breaks_no_line_and_null_passes_it_on(
     assert output.splitlines() == ["0.982\t" + rf"{colour_images}/a\nred.png"]
     _, output, _ = command_line("search", tmp_path / "index", "red", "--top", "1", "--null")
     assert output == f"{renamed}\0"
+
+
+def test_swapped_arguments_are_named(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
+    photo = colour_images / "red.png"
+    code, _, error = command_line("classify", photo, colour_bundle, "--labels", "red", "blue")
+    assert code == 2
+    assert f"{photo} is not a bundle" in error
+    assert f"clip-rd-edge classify {colour_bundle} {photo}" in " ".join(error.split())

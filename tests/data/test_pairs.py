@@ -256,3 +256,34 @@ def test_a_table_that_is_no_file_is_called_what_it_is(tmp_path: Path, kind: str,
     with pytest.raises(InputError, match=f"pairs.csv {message}") as caught:
         load_pairs(str(path))
     assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        (b"filepath,title,title\n1.png,a,b\n", "has 2 columns 'title'; expected one", "--csv-caption-key"),
+        ("filepath,title\n1.png,a\n".encode("utf-16-le"), "is not UTF-8 text: .* as UTF-16 has", "as UTF-8"),
+        (b"PK\x03\x04\x14\0\0\0", "is a zip archive or an Excel workbook", "save the workbook as CSV"),
+    ],
+)
+def test_a_header_that_cannot_be_right_is_refused_in_one_sentence(
+    tmp_path: Path, content: bytes, message: str, hint: str
+) -> None:
+    (tmp_path / "pairs.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_pairs(str(tmp_path / "pairs.csv"))
+    assert hint in caught.value.hint
+
+
+def test_a_column_named_twice_may_be_one_that_is_not_read(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    (tmp_path / "pairs.csv").write_text("note,filepath,title,note\nx,1.png,a frog,y\nx,1.png,a dog,y\n")
+    assert load_pairs(str(tmp_path / "pairs.csv")).captions(1) == ("a dog",)
+
+
+def test_a_row_that_names_a_folder_is_called_that(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "1.png")
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pairs.csv").write_text("filepath,title\n1.png,a\n1.png,b\npics,c\n")
+    (message,) = load_pairs(str(tmp_path / "pairs.csv")).left_out
+    assert message.endswith("line 4: the image 'pics' is a folder")

@@ -165,3 +165,9 @@ def test_white_space_around_a_label_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text(" a dog \n")
     assert parse_labels([" a cat", "a cat ", str(tmp_path / "labels.txt")]) == ["a cat", "a cat", "a dog"]
     assert parse_labels(["a cat", "  "]) == ["a cat", ""]  # which the classifier refuses
+
+
+def test_utf_16_without_a_mark_is_not_taken_for_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes("a cat\na dog\n".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"is not UTF-8 text: .* UTF-16"):
+        read_labels_file(tmp_path / "labels.txt")

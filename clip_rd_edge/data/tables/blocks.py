@@ -106,6 +106,8 @@ class PairFinder:
         """Return the pair that a row is, or the reason why it is none."""
         image = self.image(name)
         if image is None:
+            if name and any(_is_folder(folder + name) for folder in ("", *self._folders)):
+                return f"the image {name!r} is a folder"
             if Path(name).is_absolute():
                 return f"the image {name!r} does not exist"
             if len(self._folders) == 1:
@@ -127,14 +129,30 @@ class PairFinder:
         return None
 
 
+def _is_folder(path: str) -> bool:
+    try:
+        return os.path.isdir(path)  # noqa: PTH112  # as above
+    except ValueError:  # with a NUL, before Python 3.13
+        return False
+
+
 def require_columns(path: Path, columns: Sequence[str], required: Mapping[str, str]) -> None:
-    """Raise InputError if a table lacks a column; `required` has, by name, the options that name them."""
+    """Raise InputError if a table lacks a column, or has several of that name.
+
+    Args:
+        required: by name, the options that name them.
+    """
     for key, option in required.items():
         if key not in columns:
             raise InputError(
                 f"{path} has no column {key!r}; its columns are {', '.join(map(repr, columns)) or 'none'}."
                 f"{near_matches(key, columns)}",
                 hint=f"name the column with {option}",
+            )
+        if columns.count(key) > 1:  # pandas, and so open_clip, takes the first, and csv.DictReader the last
+            raise InputError(
+                f"{path} has {columns.count(key)} columns {key!r}; expected one.",
+                hint=f"rename the others, or name another column with {option}",
             )
 
 

@@ -30,6 +30,7 @@ _BLOCK_BYTES = 1 << 21  # some 20,000 rows
 _MAX_LINE_BYTES = 1 << 24
 _ROW_BYTES = 100  # about: a path and a caption
 _BOM = b"\xef\xbb\xbf"
+_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class CsvTable:
         """See `Table`; reads the rows that begin in the block."""
         start, stop = place
         finder = PairFinder(self.path, self.caption_key)
-        image, caption = (
-            len(self.columns) - 1 - self.columns[::-1].index(k) for k in (self.image_key, self.caption_key)
-        )
+        image, caption = (self.columns.index(key) for key in (self.image_key, self.caption_key))
         fields, pairs, left_out, last = len(self.columns), list[Pair](), list[tuple[int, str]](), 0
         with self.path.open("rb") as file:
             file.seek(start)
@@ -111,9 +110,6 @@ class CsvTable:
                 hint = 'a quote that begins a field must end it, and is doubled within it: "a 5"" nail"'
                 return finish(Fault(last + 1, str(error), hint))
             return finish()
-
-    def _position(self, key: str) -> int:
-        return len(self.columns) - 1 - self.columns[::-1].index(key)  # the last one of that name
 
     def in_order(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """See `Table`.
@@ -172,6 +168,7 @@ class _Lines(Iterator[str]):
 def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None) -> CsvTable:
     with path.open("rb") as file:
         head = file.read(_MAX_HEADER)
+        _require_text(path, head)
         start = len(_BOM) if head.startswith(_BOM) else 0
         first_line = (head[start:].splitlines() or [b""])[0]
         header = first_line.decode(errors="replace")
@@ -190,6 +187,19 @@ def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None
             ) from error
     require_columns(path, columns, {image_key: IMAGE_OPTION, caption_key: CAPTION_OPTION})
     return CsvTable(path, image_key, caption_key, separator, tuple(columns), lines.end, reader.line_num)
+
+
+def _require_text(path: Path, head: bytes) -> None:
+    """Refuse a file that would decode as UTF-8, but is something else."""
+    if head.startswith(_ZIP):
+        raise InputError(
+            f"{path} is a zip archive or an Excel workbook, and not a table as text.",
+            hint="save the workbook as CSV in UTF-8, or unpack the archive",
+        )
+    if b"\0" in (head.splitlines() or [b""])[0]:
+        raise InputError(
+            f"{path} is not UTF-8 text: its first line has NUL bytes, as UTF-16 has.", hint="save the table as UTF-8"
+        )
 
 
 def _separator_of(path: Path, header: str, keys: set[str]) -> str:
