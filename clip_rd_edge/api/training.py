@@ -242,14 +242,16 @@ def probe_teachers(
             default.
 
     Raises:
-        UsageError: there is no task, a teacher is named twice, `output` has other runs, or an option is invalid.
+        UsageError: there is no task, a teacher is named twice, `output` has other runs, torchrun started several
+            processes, or an option is invalid.
         InputError, ConfigError: a teacher, the data, the student or the recipe is missing or invalid.
         InterruptedRunError: a signal stopped the runs; their state was saved.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers
+    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers, require_one_process
     from clip_rd_edge.utils.files import require_utf8_path
 
+    require_one_process()
     require_utf8_path(Path(output))
     if not options.get("epochs") and not options.get("steps"):
         options["steps"] = DEFAULT_STEPS

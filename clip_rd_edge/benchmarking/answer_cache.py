@@ -91,7 +91,7 @@ class AnswerCache:
             self.folder.rmdir()
 
     def _path(self, model: str, runtime: str | None, task: Task) -> Path:
-        key = (self._software, repr(runtime), _model_state(model), _task_state(task))
+        key = (self._software, repr(runtime), _model_state(model), task_state(task))
         return self.folder / f"{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.json"
 
 
@@ -102,7 +102,7 @@ def _model_state(model: str) -> str:
     return repr((model, stats))
 
 
-def _task_state(task: Task) -> str:
+def task_state(task: Task) -> str:
     """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them."""
     images = (*map(str, task.images), *_file_states(task.images))
     if isinstance(task, ZeroShotTask):

@@ -18,6 +18,7 @@ _probe, _output = grouped("Probe"), grouped("Output")
 # Options of distill that make no sense here, or are declared below.
 _NOT_SHARED = {"teacher", "teacher_pretrained", "teacher_cache", "tasks", "steps", "epochs", "quantize", "tuned_share"}
 _NOT_SHARED |= {"output", "resume", "accept_changes", "checkpoint_every", "report_to", "evaluate_every"}
+_NOT_SHARED |= {"global_logits"}  # for several processes
 
 
 @click.command("probe-teachers", cls=GroupedCommand, short_help="Rank teachers for a student by short runs.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import evaluate
+from clip_rd_edge.benchmarking.answer_cache import task_state
 from clip_rd_edge.benchmarking.metrics import Score, ZeroShotScore, primary_metric
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.config import RunConfig
@@ -54,11 +57,17 @@ class ProbedTeacher(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """Content of probe.json: the teachers, the best for the student first."""
+    """Content of probe.json: the teachers, the best for the student first.
+
+    Attributes:
+        tasks: the fingerprint of each task by its name, which other images and labels may share; empty in a file of an
+            older version.
+    """
 
     student: str
     steps: int
     teachers: tuple[ProbedTeacher, ...]
+    tasks: dict[str, str] = {}
 
     def is_certain(self) -> bool:
         """Return whether the first is ahead of the second by more than chance on some zero-shot task.
@@ -82,7 +91,7 @@ def probe_teachers(
     """Train a student from each teacher for the same few steps, with the same seed, and rank the teachers by it.
 
     `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one. With
-    other tasks, the students that are trained already are measured again.
+    other tasks, also of the same names, the students that are trained already are measured again.
 
     Args:
         teachers: as `load_clip` takes them.
@@ -90,15 +99,17 @@ def probe_teachers(
         tasks: what teachers and students are measured on.
 
     Raises:
-        UsageError: a teacher is named twice, there is no task or no teacher, or `folder` holds other runs.
+        UsageError: a teacher is named twice, there is no task or no teacher, `folder` holds other runs, or several
+            processes were started.
         InputError, ConfigError: a teacher, the data or the student cannot be used.
         InterruptedRunError: a signal requested a stop.
     """
+    require_one_process()
     _require_comparison(teachers, tasks)
     for name in teachers:  # all, before the first has run
         require_model(name, pretrained=config.teacher_pretrained)
-    names = [task.name for task in tasks]
-    known = {each.teacher: each for each in _read(folder) if list(each.student_scores) == names}
+    fingerprints = {task.name: hashlib.sha256(task_state(task).encode()).hexdigest() for task in tasks}
+    known = _measured_before(folder, fingerprints)
     found = list[ProbedTeacher]()
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
@@ -117,8 +128,21 @@ def probe_teachers(
                     student_scores=_scores(load_clip(str(student)), tasks),
                 )
             )
-            write_bytes(folder / RESULT, to_json(_ranked(config, found)))
-    return _ranked(config, found)
+            write_bytes(folder / RESULT, to_json(_ranked(config, found, fingerprints)))
+    return _ranked(config, found, fingerprints)
+
+
+def require_one_process() -> None:
+    """Refuse several processes: those of torchrun join each other once, but there is a run per teacher.
+
+    Raises:
+        UsageError: torchrun started several.
+    """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UsageError(
+            f"Teachers are ranked by a single process, but {count} were started.",
+            hint="its runs are short: start it without torchrun",
+        )
 
 
 @contextmanager
@@ -158,10 +182,15 @@ def _scores(clip: ClipModel, tasks: Sequence[Task]) -> dict[str, Score]:
     return {task.name: evaluate(encoder, task) for task in tasks}
 
 
-def _ranked(config: RunConfig, found: Sequence[ProbedTeacher]) -> Probe:
+def _ranked(config: RunConfig, found: Sequence[ProbedTeacher], fingerprints: dict[str, str]) -> Probe:
     ranking = sorted(found, key=lambda teacher: teacher.student_mean, reverse=True)
-    return Probe(config.student, config.recipe.steps, tuple(ranking))
+    return Probe(config.student, config.recipe.steps, tuple(ranking), fingerprints)
 
 
-def _read(folder: Path) -> Sequence[ProbedTeacher]:
-    return read_json(folder / RESULT, Probe).teachers if is_file(folder / RESULT) else ()
+def _measured_before(folder: Path, fingerprints: dict[str, str]) -> dict[str, ProbedTeacher]:
+    """Return the teachers in probe.json by name, if they were measured on these tasks; the order is that of a table."""
+    if not is_file(folder / RESULT):
+        return {}
+    probe = read_json(folder / RESULT, Probe)
+    is_same = list(probe.tasks.items()) == list(fingerprints.items())
+    return {teacher.teacher: teacher for teacher in probe.teachers} if is_same else {}

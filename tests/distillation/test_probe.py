@@ -14,6 +14,7 @@ from support import Watch
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.cli.probe_teachers import command
 from clip_rd_edge.distillation import probe as probing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.probe import Probe, ProbedTeacher
@@ -115,6 +116,28 @@ def test_teachers_are_all_ranked_by_the_same_tasks(
     assert "others" in names[0]
 
 
+def test_another_task_of_the_same_name_is_measured_again(
+    source: dict[str, Any], evaluations: list[str], tmp_path: Path
+) -> None:
+    options = {**source, "teachers": source["teachers"][:1], "output": tmp_path / "probe"}
+
+    def evaluated_on(task: Path) -> int:
+        evaluations.clear()
+        edge.probe_teachers(**options, tasks=str(task))
+        return len(evaluations)
+
+    assert [evaluated_on(source["data"]), evaluated_on(source["data"])] == [2, 0]
+    lines = source["data"].read_text().replace("pictures/", f"{source['data'].parent}/pictures/").splitlines()
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / source["data"].name
+    other.write_text("\n".join(lines[:9]))
+    assert [evaluated_on(other), evaluated_on(other)] == [2, 0]
+    result = tmp_path / "probe" / "probe.json"
+    older = {name: value for name, value in json.loads(result.read_text()).items() if name != "tasks"}
+    result.write_text(json.dumps(older))
+    assert [evaluated_on(other), evaluated_on(other)] == [2, 0]
+
+
 def test_a_number_of_steps_is_the_default(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +182,17 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(UsageError, match=message):
         edge.probe_teachers(**options)
     assert not (tmp_path / "probe").exists()
+
+
+def test_several_processes_are_refused_before_anything_else(
+    source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="ranked by a single process, but 2 were started") as error:
+        edge.probe_teachers(**source, tasks=str(tmp_path / "missing"), output=tmp_path / "probe")
+    assert error.value.hint == "its runs are short: start it without torchrun"
+    assert not (tmp_path / "probe").exists()
+    assert "global_logits" not in {parameter.name for parameter in command.params}
 
 
 def test_the_command_prints_a_table_or_json(command_line: Run, source: dict[str, Any], tmp_path: Path) -> None:
