@@ -28,6 +28,7 @@ from clip_rd_edge.data.unpaired import (
 from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
+from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.loader import ViewDataset
 from clip_rd_edge.distillation.pixels import crops_for
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -79,7 +80,8 @@ def load_setup(
         processes: the processes that share a batch. The main one indexes the shards; the others read its index.
 
     Raises:
-        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised.
+        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised or
+            would train nothing.
         InputError, ConfigError: data, teacher or student cannot be used, in any of the processes.
     """
     require_quantizable(config)
@@ -114,6 +116,7 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     widths = stored.widths if stored else tuple(teacher.embedding_size for teacher in teachers)
     seed_everything(config.seed)
     student = make_student(config, teachers, name=name, reporter=reporter)
+    set_training_mode(student, config)  # refuses what cannot be frozen, before anything is written or cached
     objective = Objective(
         config.recipe.objective.for_texts() if is_texts_alone(config) else config.recipe.objective,
         scales=config.recipe.scales,

@@ -12,6 +12,8 @@ from clip_rd_edge.distillation.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 
+_SCALES = ("logit_scale", "logit_bias")  # parameters outside of the towers
+
 
 def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     """Put the student in training mode; freeze what the configuration says.
@@ -22,7 +24,7 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
     norms are in evaluation mode.
 
     Raises:
-        UsageError, ConfigError: see `freeze_first_layers`.
+        UsageError, ConfigError: see `freeze_first_layers`; or nothing of the student is left to train.
     """
     student.model.train(config.quantize is None)
     if config.freeze_norms:
@@ -38,6 +40,25 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
         image_tower.eval().requires_grad_(False)
     elif config.freeze_image:
         freeze_first_layers(student, config.freeze_image)
+    _require_trained_part(student, config)
+
+
+def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
+    """Raise a UsageError if no tower has a parameter to train, as without images and a projection of the text tower.
+
+    The logit scale, which belongs to no tower, changes no answer.
+    """
+    trained = (name for name, parameter in student.model.named_parameters() if parameter.requires_grad)
+    if all(name in _SCALES for name in trained):
+        reasons = [
+            *(["there are no images to train the image tower on"] if is_texts_alone(config) else []),
+            *(["its frozen text tower has no projection to train"] if config.freeze_text else []),
+        ]
+        raise UsageError(
+            f"Nothing of {student.name} would be trained: {' and '.join(reasons) or 'all of it is frozen'}.",
+            hint="name images: --images FOLDER, or --data PAIRS; or train the text tower: another --text, and no "
+            "--freeze-text",
+        )
 
 
 def freeze_all_but_projection(text: nn.Module) -> None:
@@ -56,7 +77,7 @@ def freeze_first_layers(student: ClipModel, count: int) -> None:
     none flows through them to the input.
 
     Raises:
-        UsageError: the image tower is not a timm trunk.
+        UsageError: the image tower is not a timm trunk, or timm has no groups of its layers.
         ConfigError: it has no more groups than that.
     """
     from timm.models import group_parameters
@@ -67,6 +88,11 @@ def freeze_first_layers(student: ClipModel, count: int) -> None:
             hint="omit --freeze-image",
         )
     trunk: Any = student.model.get_submodule("visual.trunk")
+    if not hasattr(trunk, "group_matcher"):
+        raise UsageError(
+            f"The first layers of {student.name} cannot be frozen: timm does not say how its layers form groups.",
+            hint="omit --freeze-image, or name another --student",
+        )
     groups: dict[int, list[str]] = group_parameters(trunk, trunk.group_matcher())
     if count >= len(groups):
         raise ConfigError(

@@ -15,7 +15,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, student_config
+from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, student_config, text_size
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text_weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -78,16 +78,29 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
         "image_size": max(student.preprocessing.size),
         "context_length": student.context_length,
         "embedding_size": student.embedding_size,
+        "text": _text_size_of(student),
     }
+    asked_for = {name: getattr(config, name) for name in actual}
+    if config.text != TEACHER:
+        size = text_size(config.text)
+        asked_for["text"] = f"{size.width}x{size.layers}"
     defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
     for name, value in actual.items():
-        asked = getattr(config, name)
-        if asked not in (value, defaults[name]):
+        if asked_for[name] != value and getattr(config, name) != defaults[name]:
             option = "--" + name.replace("_", "-")
+            what = "text tower" if name == "text" else name.replace("_", " ")
             raise UsageError(
-                f"{config.student} is trained, and its {name.replace('_', ' ')} is {value}; {asked} was asked for.",
+                f"{config.student} is trained, and its {what} is {value}; {getattr(config, name)} was asked for.",
                 hint=f"omit {option}, or name an architecture with --student",
             )
+
+
+def _text_size_of(student: ClipModel) -> str:
+    """Return the size of a text tower as `text_size` takes it; the name of one from Hugging Face."""
+    text_cfg = student.model_cfg["text_cfg"]
+    if name := text_cfg.get("hf_model_name"):
+        return str(name)
+    return f"{text_cfg.get('width', 512)}x{text_cfg.get('layers', 12)}"  # open_clip's defaults
 
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:

@@ -437,6 +437,7 @@ def test_an_image_tower_has_only_so_many_layers_to_freeze(config: RunConfig, tea
     tuned = fine_tuning(config, teacher, freeze_image=9)
     with pytest.raises(ConfigError, match=r"9 groups of layers of .* were to be frozen, but its image tower has 5"):
         distil(tuned, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_frozen_batch_norms_keep_their_statistics_and_train_their_scales(
@@ -472,14 +473,25 @@ def test_the_saved_student_is_between_its_start_and_the_trained_weights(
         distil(msgspec.structs.replace(config, tuned_share=0.25), tmp_path / "untrained")
 
 
-@pytest.mark.parametrize(("field", "value"), [("image_size", 64), ("context_length", 9), ("embedding_size", 96)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("image_size", 64), ("context_length", 9), ("embedding_size", 96), ("text", "tiny")]
+)
 def test_a_trained_student_is_not_asked_to_have_another_shape(
     config: RunConfig, teacher: Path, tmp_path: Path, field: str, value: int
 ) -> None:
     other = fine_tuning(config, teacher, **{field: value})
-    with pytest.raises(UsageError, match=rf"is trained, and its {field.replace('_', ' ')} is \d+; {value} was asked"):
+    with pytest.raises(UsageError, match=rf"is trained, and its {field.replace('_', ' ')}.* is \w+; {value} was asked"):
         distil(other, tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_trained_student_is_not_asked_to_have_its_teachers_text_tower(
+    config: RunConfig, teacher: Path, tmp_path: Path
+) -> None:
+    other = fine_tuning(config, teacher, text="teacher", freeze_text=True)
+    with pytest.raises(UsageError, match="is trained, and its text tower is 64x1; teacher was asked for") as error:
+        distil(other, tmp_path / "run")
+    assert error.value.hint == "omit --text, or name an architecture with --student"
 
 
 def test_precision_is_measured_and_saved(config: RunConfig, tmp_path: Path) -> None:

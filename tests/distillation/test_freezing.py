@@ -1,0 +1,41 @@
+"""What of a student is trained: refusals. What is frozen keeps its weights: see test_run.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import tiny_run
+
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.errors import UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.student import build_student, student_config
+
+
+@pytest.fixture
+def student() -> ClipModel:
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
+    return build_student(config, name="test_resnet")
+
+
+@pytest.fixture
+def texts_alone() -> RunConfig:
+    return tiny_run("clip-rd", {}, texts="labels.txt", teacher="teacher", freeze_text=True)
+
+
+def test_a_run_that_would_train_nothing_is_refused(student: ClipModel, texts_alone: RunConfig) -> None:
+    set_training_mode(student, texts_alone)
+    trained = {name for name, parameter in student.model.named_parameters() if parameter.requires_grad}
+    assert trained == {"text.text_projection", "logit_scale"}
+    student.model.get_submodule("text").proj = torch.nn.Identity()  # as in towers of Hugging Face without a projection
+    message = "would be trained: there are no images to train the image tower on and its frozen text tower has no proj"
+    with pytest.raises(UsageError, match=message):
+        set_training_mode(student, texts_alone)
+
+
+def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")  # as in csatv2
+    with pytest.raises(UsageError, match="The first layers of test_resnet cannot be frozen: timm does not") as error:
+        set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", freeze_image=1))
+    assert error.value.hint == "omit --freeze-image, or name another --student"
