@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RECIPES = Path(__file__).parent / "recipes"
+RECIPE_SUFFIXES = (".yaml", ".yml")  # of recipes that are files of the user's own
 # Fields that may change when a run is resumed: they affect output or speed, but no batch and no loss.
 CHANGEABLE_ON_RESUME = frozenset(
     {"log_every", "checkpoint_every", "evaluate_every", "tasks", "report_to", "workers", "max_bad", "teacher_cache"}
@@ -385,7 +386,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: the recipe does not exist (the message suggests similar names), or a key or value is invalid.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = Path(name) if name.endswith(RECIPE_SUFFIXES) else RECIPES / f"{name}.yaml"
     if not is_file(path) and path.parent == RECIPES:
         raise ConfigError(
             f"There is no recipe {name!r}.{near_matches(name, recipe_names())}",
@@ -397,9 +398,12 @@ def load_recipe(name: str) -> Recipe:
 def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str] = CHANGEABLE_ON_RESUME) -> str | None:
     """Return the first difference as `key: old → new`, or None; a resumed run ignores CHANGEABLE_ON_RESUME.
 
-    Two names of one file or folder, such as a relative and an absolute path, are no difference.
+    Two names of one file or folder, such as a relative and an absolute path, are no difference; nor are two recipe
+    files, since what they say is compared.
     """
     old_fields = _flatten(old)
+    if old.recipe_name.endswith(RECIPE_SUFFIXES) and new.recipe_name.endswith(RECIPE_SUFFIXES):
+        ignored = {*ignored, "recipe_name"}
     for key, value in _flatten(new).items():
         old_value = old_fields.get(key)
         if key not in ignored and old_value != value and not (key in LOCATIONS and _is_same_place(old_value, value)):

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import msgspec
 
-from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
+from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.contract.run_folder import INPUTS_FILE
+from clip_rd_edge.contract.run_folder import INPUTS_FILE, RUN_CONFIG_FILE
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
-from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 
 _SHOWN_DIGITS = 12
 
@@ -103,7 +103,8 @@ def check_inputs(
     Args:
         inputs: fingerprints of data and models.
         setup: names them.
-        accept_changes: report a difference, and keep the new fingerprints, instead of raising.
+        accept_changes: report a difference, and keep the new fingerprints, instead of raising, unless the run is
+            finished.
 
     Raises:
         UsageError: data, teacher or trained student changed; the message says from what to what.
@@ -115,13 +116,47 @@ def check_inputs(
         difference = _difference(old, inputs, setup)
         if difference is None:
             return
-        if not accept_changes and list_checkpoints(run):
+        is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
+        if is_finished or (not accept_changes and list_checkpoints(run)):
             raise UsageError(
                 f"{run} began with other inputs: {difference}.",
-                hint="restore them, start a new run with another -o, or go on with the new ones: --accept-changes",
+                hint="name those that it was finished with, or start a new run with another -o"
+                if is_finished
+                else "restore them, start a new run with another -o, or go on with the new ones: --accept-changes",
             )
         reporter.say(f"the run goes on with changed inputs: {difference}")
     write_bytes(path, to_json(inputs))
+
+
+def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> frozenset[str]:
+    """Return the fields of a run's configuration that RUN/inputs.json decides, whatever path they name.
+
+    A path says little: it may be relative to another working directory, or that of a copy on another machine.
+
+    Args:
+        old: the configuration that the run began with.
+
+    Raises:
+        ConfigError: inputs.json is damaged.
+    """
+    if not is_file(run / INPUTS_FILE):
+        return frozenset()
+    fields = {
+        name for name in ("data", "images", "texts") if (getattr(old, name) is None) is (getattr(new, name) is None)
+    }
+    if len(old.teachers) == len(new.teachers):
+        fields.add("teacher")
+    if read_json(run / INPUTS_FILE, RunInputs).student_sha256 and model_folder(new.student) is not None:
+        fields.add("student")
+    return frozenset(fields)
+
+
+def record_locations(run: Path, config: RunConfig) -> None:
+    """Have RUN/config.yaml name the paths that the run reads now."""
+    old = read_yaml(run / RUN_CONFIG_FILE, RunConfig)
+    new = msgspec.structs.replace(old, **{name: getattr(config, name) for name in LOCATIONS})
+    if new != old:
+        write_text(run / RUN_CONFIG_FILE, to_yaml(new))
 
 
 def newer_inputs(config: RunConfig, student: Path) -> list[str]:

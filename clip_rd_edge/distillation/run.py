@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -36,9 +37,21 @@ from clip_rd_edge.distillation.build import (
 )
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
 from clip_rd_edge.distillation.choosing import ChoosingTeacher, texts_to_choose_from
-from clip_rd_edge.distillation.config import LOCATIONS, RunConfig, first_difference, is_texts_alone
+from clip_rd_edge.distillation.config import (
+    CHANGEABLE_ON_RESUME,
+    LOCATIONS,
+    RunConfig,
+    first_difference,
+    is_texts_alone,
+)
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.inputs import check_inputs, common_inputs, newer_inputs
+from clip_rd_edge.distillation.inputs import (
+    check_inputs,
+    common_inputs,
+    newer_inputs,
+    record_locations,
+    sources_known_by_content,
+)
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
@@ -188,21 +201,17 @@ def _run(
     with processes.together():
         _require_same_options(main_config, config)
     # Only the main process needs to see the run's folder: machines need not share their files.
-    main_config, is_new = processes.on_main(lambda: _check_folder(config, run, resume=resume, reporter=reporter))
+    main_config, state = processes.on_main(lambda: _check_folder(config, run, resume=resume, reporter=reporter))
     config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
-    if processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()):
-        newer = newer_inputs(config, run / STUDENT_FOLDER) if processes.is_main else []
-        which = (
-            f"; {' and '.join(newer)} changed since then, which a new run with another -o would use" if newer else ""
-        )
-        reporter.say(f"{run} is already finished{which}")
-        return run / STUDENT_FOLDER
+    is_finished = processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file())
+    if is_finished and state != "moved":
+        return _finished(config, run, processes, reporter)
     start = config
     if config.pretrained_text == TOKENS and processes.from_main(bool(list_checkpoints(run))):
         start = msgspec.structs.replace(config, pretrained_text=None)  # a checkpoint will replace what takes its time
     setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
     steps = total_steps(config, setup.pairs)
-    if is_new:
+    if state == "new":
         reporter.say(
             f"{describe_counts(setup.pairs)}, {steps:,} steps of {_batch_words(config, setup)}, "
             f"learning rate {config.recipe.learning_rate:g}"
@@ -214,6 +223,9 @@ def _run(
             write_text(run / RUN_CONFIG_FILE, to_yaml(config))
     inputs = common_inputs(config, setup, processes)
     processes.on_main(lambda: check_inputs(run, inputs, setup, accept_changes=accept_changes, reporter=reporter))
+    processes.on_main(lambda: record_locations(run, config))
+    if is_finished:
+        return _finished(config, run, processes, reporter)
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
     student = train(
         config,
@@ -241,6 +253,14 @@ def _run(
     return run / STUDENT_FOLDER
 
 
+def _finished(config: RunConfig, run: Path, processes: Processes, reporter: Reporter) -> Path:
+    """Say that there is nothing to do, and which inputs changed since; return the student's folder."""
+    newer = newer_inputs(config, run / STUDENT_FOLDER) if processes.is_main else []
+    which = f"; {' and '.join(newer)} changed since then, which a new run with another -o would use" if newer else ""
+    reporter.say(f"{run} is already finished{which}")
+    return run / STUDENT_FOLDER
+
+
 def _batch_words(config: RunConfig, setup: RunSetup) -> str:
     size = config.recipe.batch_size
     if is_texts_alone(config):
@@ -248,8 +268,13 @@ def _batch_words(config: RunConfig, setup: RunSetup) -> str:
     return f"{size} images and {size} captions" if isinstance(setup.pairs, MixedSamples) else f"{size} pairs"
 
 
-def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Reporter) -> tuple[RunConfig, bool]:
-    """Return the configuration to run and whether the run is new; a resumed run keeps its measured precision."""
+def _check_folder(
+    config: RunConfig, run: Path, *, resume: bool, reporter: Reporter
+) -> tuple[RunConfig, Literal["new", "same", "moved"]]:
+    """Return the configuration to run and what the run is; a resumed run keeps its measured precision.
+
+    Of a run that was `moved`, data or models have paths that may lead elsewhere: their content has to be compared.
+    """
     config = _with_precision_of_store(config)
     if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all
         raise UsageError(
@@ -258,20 +283,21 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
         )
     path = run / RUN_CONFIG_FILE
     if not any(path.name != LOCK_FILE for path in run.iterdir()):
-        return config, True
+        return config, "new"
     if not resume:
         raise UsageError(
             f"The output {run} already exists and is not empty.",
             hint="choose another -o, or continue that run with --resume",
         )
     if not path.is_file():
-        return config, True
+        return config, "new"
     old = read_yaml(path, RunConfig)
     if config.recipe.precision == "auto":
         config = _with_precision(config, student=old.recipe.precision)
     if config.teacher_precision == "auto":
         config = _with_precision(config, teacher=old.teacher_precision)
-    if difference := first_difference(old, config):
+    sources = sources_known_by_content(run, old, config)
+    if difference := first_difference(old, config, ignored=CHANGEABLE_ON_RESUME | sources):
         raise UsageError(
             f"{run} holds a run with another configuration: {difference}.",
             hint="use the same options as before, or choose another -o",
@@ -281,7 +307,7 @@ def _check_folder(config: RunConfig, run: Path, *, resume: bool, reporter: Repor
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "
             "stay the same, but batch norms and dropout see other parts of a batch"
         )
-    return config, False
+    return config, "moved" if first_difference(old, config) else "same"
 
 
 def _with_precision_of_store(config: RunConfig) -> RunConfig:

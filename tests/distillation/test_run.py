@@ -28,6 +28,7 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.utils.structs import read_yaml
 
 STEPS = 8
 
@@ -311,8 +312,34 @@ def test_other_names_of_the_same_files_resume_a_run(
     (tmp_path / "link.csv").symlink_to(config.data or "")
     others = {"data": "link.csv", "teacher": "local-dir:./teacher", "student": "trained"}
     distil(msgspec.structs.replace(config, **others), tmp_path / "run", resume=True)
-    with pytest.raises(UsageError, match=r"holds a run with another configuration: student: .*trained → teacher"):
+    other_weights(config)
+    with pytest.raises(UsageError, match=r"began with other inputs: the .* has other weights") as error:
         distil(msgspec.structs.replace(config, student="teacher"), tmp_path / "run", resume=True)
+    assert "accept-changes" not in error.value.hint
+
+
+def test_a_run_is_resumed_from_another_working_directory(
+    config: RunConfig, pairs_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = distil(config, tmp_path / "uninterrupted")
+    run, inner = tmp_path / "run", tmp_path / "inner"
+    inner.mkdir()
+    (inner / "other.csv").write_text("\n".join(pairs_csv.read_text().splitlines()[:20]).replace("pict", "../pict"))
+    here = msgspec.structs.replace(config, data=pairs_csv.name, teacher="teacher")
+    there = msgspec.structs.replace(config, data=f"../{pairs_csv.name}", teacher="../teacher")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MemoryError):
+        distil(here, run, on_step=stop_at(4))
+    monkeypatch.chdir(inner)
+    other = msgspec.structs.replace(there, data="other.csv")
+    for _ in ("unfinished", "finished"):
+        with pytest.raises(UsageError, match=r"began with other inputs: other\.csv had 24 pairs, and now has 19 pairs"):
+            distil(other, run, resume=True)
+        with pytest.raises(UsageError, match="another configuration: images: None → "):
+            distil(msgspec.structs.replace(there, images=there.data), run, resume=True)
+        assert_same_weights(distil(there, run, resume=True), expected)
+        recorded = read_yaml(run / "config.yaml", RunConfig)
+        assert (recorded.data, recorded.teacher) == (there.data, there.teacher)
 
 
 def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
