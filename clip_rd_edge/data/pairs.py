@@ -130,9 +130,22 @@ def load_pairs(
         raise InputError(
             f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
             f"{example}",
-            hint="add pairs, or train on the built-in data set with --data emoji",
+            hint=_hint_about_left_out(pairs) if pairs.left_out else _HINT_TOO_FEW,
         )
     return pairs
+
+
+_HINT_TOO_FEW = "add pairs, or train on the built-in data set with --data emoji"
+
+
+def _hint_about_left_out(pairs: Pairs) -> str:
+    """Return what to do about samples that are there, but cannot be used."""
+    if names_shards(pairs.name):
+        return "each sample needs an image and a caption, as .txt or in a .json: see --json-caption-key"
+    return (
+        "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
+        "table; a caption is not empty"
+    )
 
 
 def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: str = "pairs") -> None:

@@ -55,6 +55,17 @@ def test_invalid_tables_are_reported_with_the_line(pairs_csv: Path, content: str
         load_pairs(str(pairs_csv))
 
 
+def test_a_table_whose_rows_were_all_left_out_hints_at_their_paths(pairs_csv: Path) -> None:
+    pairs_csv.write_text(pairs_csv.read_text().replace("pictures/", "pictures\\"))
+    with pytest.raises(InputError, match=r"has 0 pairs; .* 24 were left out; the first: ") as error:
+        load_pairs(str(pairs_csv))
+    assert "check these rows: an image is a local file, with / between folders" in error.value.hint
+    pairs_csv.write_text("filepath,title\n")
+    with pytest.raises(InputError, match="has 0 pairs") as error:
+        load_pairs(str(pairs_csv))
+    assert "add pairs" in error.value.hint
+
+
 def test_a_folder_is_not_called_missing(pairs_csv: Path) -> None:
     with pytest.raises(InputError, match=r"The data file .*pictures is a folder\.$"):
         load_pairs(str(pairs_csv.parent / "pictures"))
