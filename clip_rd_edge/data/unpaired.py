@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
-from clip_rd_edge.data.webdataset import ShardPairs, parse_sources
+from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -26,6 +27,9 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     """What a model is trained on. `distillation.config.RunConfig` has the same fields.
+
+    A ~ at the beginning of a path stands for the home folder, here and nowhere else: a shell leaves it as it is in
+    quotes, and Python knows none.
 
     Attributes:
         data: source of the pairs, as `data.pairs.load_pairs` takes it; None for none.
@@ -43,6 +47,12 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     csv_caption_key: str = "title"
     json_caption_key: str | None = None
     train_data_upsampling_factors: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "images", "texts"):
+            if isinstance(source := getattr(self, name), str):
+                parts = source.split(SEPARATOR) if names_shards(source) else [source]
+                msgspec.structs.force_setattr(self, name, SEPARATOR.join(map(os.path.expanduser, parts)))
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,7 @@ def load_samples(
     templates = parse_templates(source.templates).prompts if source.templates else ()
     texts: Sequence[str] = ()
     if source.texts is not None:
-        path = Path(source.texts).expanduser()
+        path = Path(source.texts)
         is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
         texts = (read_column if is_parquet else read_texts)(source.texts, source.csv_caption_key)
     return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)

@@ -64,7 +64,7 @@ def read_texts(name: str, column: str) -> list[str]:
     Raises:
         InputError: as `read_labels_file`.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if not exists(path):
         raise InputError(
             f"Cannot read {name}: there is no such file.{near_files(path)}",

@@ -75,7 +75,7 @@ def read_column(name: str, column: str) -> list[str]:
     Raises:
         InputError: the file cannot be read, or has no such column of text, or no text in it.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     _rows_with(path, {column: CAPTION_OPTION})
     pyarrow, parquet = _import_pyarrow(path)
     try:
