@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.
 PRINTING = {"as_json", "as_csv", "null", "confusion"}
-# Options of distill that concern a single teacher or run.
+# Options of distill that concern a single teacher or run, or several processes.
 OF_ONE_RUN = {"teacher_pretrained", "teacher_cache", "epochs", "quantize", "tuned_share", "accept_changes"}
-OF_ONE_RUN |= {"checkpoint_every", "report_to", "evaluate_every"}
+OF_ONE_RUN |= {"checkpoint_every", "report_to", "evaluate_every", "global_logits"}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "benchmark": (api.benchmark, {"compared", "init", "allow_busy"}),  # --compare is edge.compare
     "demo": (api.demo, {"open_page"}),
