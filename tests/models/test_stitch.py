@@ -308,7 +308,7 @@ def test_text_towers_of_open_clip_that_do_not_fit_are_refused(names: Path, tmp_p
     arguments = {"names": names, "pretrained": weights}
     config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=12)
     save_clip(tmp_path / "clip", build_student(config, name="tiny"), provenance={})
-    with pytest.raises(UsageError, match="context length of .*clip is 12; 8 was asked for"):
+    with pytest.raises(UsageError, match=r"context length of .*clip is 12; 8 was asked for"):
         edge.stitch("test_resnet", tmp_path / "teacher", text=str(tmp_path / "clip"), context_length=8, **arguments)
     coca = tmp_path / "coca"
     vision = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 8, "image_size": 16, "attentional_pool": True}
