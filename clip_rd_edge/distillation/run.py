@@ -290,6 +290,12 @@ def _check_folder(
             hint="choose another -o, or continue that run with --resume",
         )
     if not path.is_file():
+        # What is left of a run that was killed at its start is hidden.
+        if strangers := sorted(own.name for own in run.iterdir() if not own.name.startswith(".")):
+            raise UsageError(
+                f"There is no run in {run} to resume: it has no {RUN_CONFIG_FILE}, but {strangers[0]}.",
+                hint="choose another -o: a run would replace files in that folder",
+            )
         return config, "new"
     old = read_yaml(path, RunConfig)
     if config.recipe.precision == "auto":

@@ -390,6 +390,10 @@ def test_resuming_a_finished_run_names_the_inputs_that_changed_since(config: Run
 
 def test_a_folder_in_use_or_of_another_run_is_rejected(config: RunConfig, tmp_path: Path) -> None:
     distil(config, tmp_path / "run")
+    (tmp_path / "mine" / "student").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no run in .*mine to resume: it has no config\.yaml, but student"):
+        run_distillation(config, tmp_path / "mine", resume=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["student"]
     with pytest.raises(UsageError, match="not empty"):
         distil(config, tmp_path / "run")
     with pytest.raises(UsageError, match="seed: 0 → 1"):
