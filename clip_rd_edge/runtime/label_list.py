@@ -213,7 +213,10 @@ def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
     try:
         for row in reader:
             if any("\n" in cell or "\r" in cell for cell in row):
-                raise csv.Error("a quoted field holds several lines")
+                raise InputError(
+                    f"The label file {path}, line {reader.line_num}: a quoted field holds several lines.",
+                    hint="write each text on one line, and close the quote, if it was left open",
+                )
             if any(cell.strip() for cell in row):
                 rows.append(row)
     except csv.Error as error:

@@ -171,3 +171,10 @@ def test_utf_16_without_a_mark_is_not_taken_for_labels(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes("a cat\na dog\n".encode("utf-16-le"))
     with pytest.raises(InputError, match=r"is not UTF-8 text: .* UTF-16"):
         read_labels_file(tmp_path / "labels.txt")
+
+
+def test_a_field_of_several_lines_is_refused_with_a_hint_that_fits(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text('label\n"a cat\non a mat"\n')
+    with pytest.raises(InputError, match=r"labels\.csv, line 3: a quoted field holds several lines") as refusal:
+        read_labels_file(tmp_path / "labels.csv")
+    assert refusal.value.hint.startswith("write each text on one line")
