@@ -200,6 +200,8 @@ def run_quickstart(
         InterruptedRunError: a signal requested a stop; the same call resumes.
     """
     require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
+    report = settings.folder / "report"
+    require_free_output(report, overwrite=is_file(report / RESULTS))  # it is replaced, and may be somebody's own
     # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.
     photo_tasks(settings.photos)
     load_recipe(settings.recipe)

@@ -82,6 +82,14 @@ def test_a_folder_without_photographs_is_refused_before_any_training(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_that_is_somebodys_own_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="report already exists and is not empty"):
+        edge.quickstart(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
 def test_a_student_that_takes_no_images_of_this_size_is_refused_before_any_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="The student levit_128s cannot be built at 64 × 64 pixels"):
         edge.quickstart(tmp_path / "quickstart", student="levit_128s")
