@@ -24,7 +24,7 @@ from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.label_list import LabelNames, Labels, label_names
+from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.printable import is_unicode
 
@@ -44,9 +44,9 @@ class ZeroShotClassifier:
 
     Args:
         encoder: any `Encoder`, such as the one that `clip_rd_edge.runtime.load.load` returns.
-        labels: labels and label files, or a single one, read as on the command line (see `runtime.label_list`); None
-            uses those of the bundle's label bank. If the bank contains all labels, their embeddings are taken from it
-            and the text tower is not loaded.
+        labels: label names, a single label, or a label file (see `runtime.label_list`); None uses those of the bundle's
+            label bank. If the bank contains all labels, their embeddings are taken from it and the text tower is not
+            loaded.
         templates: a prompt template with one `{}`, several, a file of them, or `imagenet` for CLIP's 80; None uses the
             model's own. The bank's embeddings are only used with the model's own templates; others embed its labels.
         none_below: omit predictions with a probability below this, between 0 and 1; an image may then have no
@@ -95,7 +95,7 @@ class ZeroShotClassifier:
                     "No labels were given, and the bundle has no label bank.",
                     hint='pass labels, such as --labels "a cat" "a dog"',
                 )
-            names = LabelNames(self._bank_labels)
+            names = list(self._bank_labels)
         if self._bank and tuple(names) == self._bank.names:
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return

@@ -24,7 +24,7 @@ STRUCTURED_SUFFIXES = (".json", ".yaml", ".yml")
 LABEL_FILE_SUFFIXES = (".txt", ".names", ".list", *TABLE_SUFFIXES, *STRUCTURED_SUFFIXES)
 # The keys and column headings, in any case, under which other programs write class names.
 HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name", "classname", "classnames", "id2label")
-# Labels in Python: labels and label files, as on the command line: a list of them, or a single one; a path; or None.
+# Labels in Python: a list of them as they are; a text, which is one label or the path of a label file; a path; or None.
 Labels = Sequence[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
@@ -36,21 +36,20 @@ _COMMENT_AMONG_CAPTIONS = re.compile(r"#(\s|$)")  # a caption may begin with a #
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
 
 
-class LabelNames(list[str]):
-    """Labels that are read already, or come from a client: none of them names a file."""
+def label_names(labels: Labels) -> list[str] | None:
+    """Return the labels of a call in Python; None if `labels` is None.
 
-
-def label_names(labels: Labels) -> LabelNames | None:
-    """Return the labels of a call in Python; None if `labels` is None, and LabelNames as they are.
+    A list often holds what others wrote, such as the clients of a service. So none of its labels names a file, which
+    would then be read and shown to them.
 
     Raises:
-        InputError: as `parse_labels` for texts, as `read_labels_file` for a path; or a label is no text.
+        InputError: as `parse_labels` for a single text, as `read_labels_file` for a path; or a label is no text.
     """
-    if labels is None or isinstance(labels, LabelNames):
-        return labels
+    if labels is None:
+        return None
     if isinstance(labels, os.PathLike):
-        return LabelNames(read_labels_file(Path(labels)))
-    return parse_labels(as_list(labels)) or LabelNames()
+        return read_labels_file(Path(labels))
+    return parse_labels([labels]) if isinstance(labels, str) else as_list(labels)
 
 
 def read_texts(name: str, column: str) -> list[str]:
@@ -79,7 +78,7 @@ def everyday_labels() -> list[str]:
     return read_labels_file(_EVERYDAY_FILE)
 
 
-def parse_labels(words: Sequence[str]) -> LabelNames | None:
+def parse_labels(words: Sequence[str]) -> list[str] | None:
     """Return the labels of a command line, where each word is a label or the path of a label file; None for no words.
 
     The word EVERYDAY stands for `everyday_labels`, alone or beside others; a label of that name can be in a file.
@@ -90,7 +89,7 @@ def parse_labels(words: Sequence[str]) -> LabelNames | None:
         InputError: a word looks like the path of a file that does not exist, or like a list of several labels; or a
             file cannot be read (see `read_labels_file`).
     """
-    names = LabelNames()
+    names: list[str] = []
     for word in words:
         if _is_label_file(word, alone=len(words) == 1):
             names += read_labels_file(Path(word).expanduser())

@@ -14,7 +14,7 @@ from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb, image_pa
 from clip_rd_edge.contract.preprocess import fast_decode_edge
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import embed_images
-from clip_rd_edge.runtime.label_list import LabelNames, Labels, label_names
+from clip_rd_edge.runtime.label_list import Labels, label_names
 
 BATCH_SIZE = 32
 
@@ -205,12 +205,9 @@ class Model:
     def _classifier_for(
         self, labels: Labels, templates: Sequence[str] | str | None, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        words = as_list(templates or ())
-        kept = self._classifier  # another thread may replace it meanwhile
-        # Looking for label files among a thousand labels would cost as much as a small tower does, for each frame.
-        same = kept is not None and isinstance(labels, list | tuple) and tuple(labels) == kept[0][0]
-        names = LabelNames(labels) if same else label_names(labels)  # type: ignore[arg-type]
+        names, words = label_names(labels), as_list(templates or ())
         key = (None if names is None else tuple(names), tuple(words), none_below, cache)
+        kept = self._classifier  # another thread may replace it meanwhile
         if kept is None or kept[0] != key:
             kept = (key, ZeroShotClassifier(self.encoder, names, templates=words, none_below=none_below, cache=cache))
             self._classifier = kept

@@ -31,7 +31,6 @@ from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import Index, model_key, nearest, read_graph, read_index
 from clip_rd_edge.runtime.index_graph import Graph
-from clip_rd_edge.runtime.label_list import LabelNames
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
@@ -259,8 +258,7 @@ class Service:
     def _classifier(self, labels: Sequence[str] | None, none_below: float) -> ZeroShotClassifier:
         key = (label_key(labels) if labels is not None else "", none_below)
         if key not in self._classifiers:
-            names = None if labels is None else LabelNames(labels)  # a client may not have files read here
-            classifier = ZeroShotClassifier(self.encoder, names, none_below=none_below, cache=False)
+            classifier = ZeroShotClassifier(self.encoder, labels, none_below=none_below, cache=False)
             self._classifiers[key] = classifier
             while len(self._classifiers) > _MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)

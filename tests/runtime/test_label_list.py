@@ -122,16 +122,10 @@ def test_unusual_labels_are_taken_as_they_are(words: list[str]) -> None:
     assert parse_labels(words) == words
 
 
-def test_a_list_in_python_is_read_as_on_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "labels.txt").write_text("pig,dog\nno/such.txt\n")
-    file = str(tmp_path / "labels.txt")
-    read = label_names(["a cow", file, "everyday"])
-    assert read == parse_labels(["a cow", file, "everyday"])
-    assert label_names(np.array(["a cow", file])) == ["a cow", "pig,dog", "no/such.txt"]
-    assert label_names(read) is read  # what a file names is not taken for another file
-    for word in ("csv/labels.txt", "pig,dog"):
-        with pytest.raises(InputError, match="looks like"):
-            label_names(["a cow", word])
+def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("not for clients\n")
+    labels = ["pig,dog", str(tmp_path / "secret.txt"), "no/such.txt", "everyday"]
+    assert label_names(labels) == label_names(tuple(labels)) == label_names(np.array(labels)) == labels
     assert label_names("a pig") == ["a pig"]
     assert label_names(()) == []
     assert label_names(None) is parse_labels([]) is None
