@@ -19,7 +19,7 @@ A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +30,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from clip_rd_edge.utils.files import is_plain_name, sha256_of, size_bytes, write_bytes
+from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, size_bytes, write_bytes
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
@@ -223,6 +223,20 @@ def is_bundle(folder: Path) -> bool:
     return is_file(folder / MANIFEST)
 
 
+def listed_files(folder: Path) -> Collection[str] | None:
+    """Return the names in a bundle's manifest, which is not checked; None for other folders.
+
+    Web pages, teacher caches and others have a manifest.json, too.
+    """
+    try:
+        content = msgspec.json.decode(read_limited(folder / MANIFEST, MAX_MANIFEST_BYTES))
+    except (InputError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    files = content.get("files") if isinstance(content, dict) else None
+    is_ours = isinstance(files, dict) and {"format_version", "embedding_size", "preprocessing"} <= content.keys()
+    return files if is_ours else None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer.
 
@@ -234,8 +248,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_bundle(folder):
         reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
         hint = "create one with clip-rd-edge export"
-        if inner := sorted(path.parent for path in folder.glob(f"*/{MANIFEST}")):
-            hint = f"it holds one bundle per target: {', '.join(map(str, inner))}"
+        found = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
+        if inner := sorted(path for path in found if listed_files(path) is not None):
+            hint = f"there are bundles in it: {', '.join(map(str, inner))}"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
     manifest = read_versioned_json(

@@ -11,13 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import msgspec
-
-from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, MANIFEST, MAX_MANIFEST_BYTES, STAMP_SUFFIX
+from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, MANIFEST, STAMP_SUFFIX, listed_files
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, WEIGHTS_FILE
-from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import read_limited, require_apart, require_free_output, unwritable_output
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.utils.files import require_apart, require_free_output, unwritable_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.structs import read_json_objects
 
 OutputKind = Literal["export", "average", "stitched model"]
 
@@ -115,8 +114,7 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
 def _stray(folder: Path, kind: OutputKind) -> str | None:
     """Return a file that is no part of an earlier output; empty if the folder is none, None if it is one."""
     if kind != "export":
-        record = _read_object(folder / DISTILLATION_FILE)
-        return _outside(folder, _MODEL) if _RECORDED[kind] in record else ""
+        return _outside(folder, _MODEL) if _RECORDED[kind] in _record(folder) else ""
     if (layout := _bundle_layout(folder)) is not None:
         return _outside(folder, layout)
     targets = [child for child in sorted(folder.iterdir()) if _bundle_layout(child) is not None]
@@ -134,9 +132,8 @@ def _stray(folder: Path, kind: OutputKind) -> str | None:
 
 def _bundle_layout(folder: Path) -> _Layout | None:
     """Return what a bundle's folder may hold, by its manifest; None for other folders, such as those of web pages."""
-    manifest = _read_object(folder / MANIFEST)
-    listed = manifest.get("files")
-    if not (isinstance(listed, dict) and {"format_version", "embedding_size", "preprocessing"} <= manifest.keys()):
+    listed = listed_files(folder)
+    if listed is None:
         return None
     return _Layout((MANIFEST,), (MANIFEST, *(_literally(name) for name in listed), *_BUILT_ON_DEVICE))
 
@@ -145,10 +142,10 @@ def _literally(name: str) -> str:
     return name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def _record(folder: Path) -> dict[str, object]:
     try:
-        content = msgspec.json.decode(read_limited(path, MAX_MANIFEST_BYTES))
-    except (InputError, msgspec.DecodeError, UnicodeDecodeError):
+        content = read_json_objects(folder / DISTILLATION_FILE)
+    except (InputError, ConfigError):
         return {}
     return content if isinstance(content, dict) else {}
 

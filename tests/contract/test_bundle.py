@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from clip_rd_edge.contract.bundle import MANIFEST, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
@@ -61,6 +62,17 @@ def test_a_number_that_no_model_has_is_refused(colour_bundle: Path, keys: tuple[
     edit(colour_bundle, keys, value)
     with pytest.raises(ConfigError, match=rf"manifest\.json is invalid: .*{keys[-1]}"):
         read_manifest(colour_bundle)
+
+
+def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colour_bundle, tmp_path / "run" / "bundles" / "int8")
+    (tmp_path / "run" / "teacher-cache").mkdir()
+    (tmp_path / "run" / "teacher-cache" / MANIFEST).write_text('{"format_version": 1, "files": {}}')
+    with pytest.raises(InputError, match="run is not a bundle") as refusal:
+        read_manifest(tmp_path / "run")
+    assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'run' / 'bundles' / 'int8'}"
 
 
 @pytest.mark.parametrize("name", ["image.onnx", "text.onnx", "tokenizer.json"])
