@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.images import list_images, open_image
+from clip_rd_edge.contract.image_files import list_images
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import fast_decode_edge, preprocess
 from clip_rd_edge.runtime.embed import BATCH_SIZE, embed_images
 from clip_rd_edge.runtime.encoder import BundleEncoder

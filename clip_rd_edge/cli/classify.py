@@ -119,7 +119,7 @@ def command(
     # numpy's matrix products are small here: more threads only take cores from the model. numpy reads this at import.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-    from clip_rd_edge.contract.images import find_images
+    from clip_rd_edge.contract.image_files import find_images
     from clip_rd_edge.runtime.classifier import ZeroShotClassifier
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.runtime.load import load

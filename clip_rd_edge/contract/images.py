@@ -10,7 +10,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
-from clip_rd_edge.utils.paths import exists, is_folder, kind_of, near_files
+from clip_rd_edge.utils.paths import kind_of
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
 # few people use or test. The format is determined by a file's content, whatever its name.
@@ -70,8 +70,8 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         raise InputError(f"Cannot read the image {file}: {_reason(error)}.", hint=_hint(file, error)) from error
 
 
-_DANGLING = "it is a link to something that does not exist"
-_DANGLING_HINT = "mount the disk that it leads to, or remove the link"
+DANGLING = "it is a link to something that does not exist"
+DANGLING_HINT = "mount the disk that it leads to, or remove the link"
 
 
 def _hint(file: ImageFile, error: Exception) -> str:
@@ -130,7 +130,7 @@ def _require_regular(path: Path) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            raise InputError(f"Cannot read the image {path}: {_DANGLING}.", hint=_DANGLING_HINT) from None
+            raise InputError(f"Cannot read the image {path}: {DANGLING}.", hint=DANGLING_HINT) from None
         raise
     if not stat.S_ISREG(mode):
         raise InputError(f"Cannot read the image {path}: it is not a regular file, but {kind_of(mode)}.")
@@ -294,124 +294,3 @@ def register_heif(file: object) -> None:
             hint="pip install pillow-heif, or convert it to JPEG",
         ) from error
     pillow_heif.register_heif_opener()
-
-
-# Files in a folder with these suffixes count as images. Those that Pillow cannot open are reported on opening.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-# Subfolders that programs other than the user's own put beside images: macOS into its archives, and Synology's NAS.
-_FOREIGN_FOLDERS = {"__MACOSX", "@eaDir"}
-STDIN = "-"
-
-
-def _raise(error: InputError) -> None:
-    raise error
-
-
-def find_images(
-    names: Iterable[str], *, lines: Iterable[str] = (), on_unreadable: Callable[[InputError], None] = _raise
-) -> Iterator[Path]:
-    """Yield the image files for each name, in the order of the names; folders and globs are expanded in sorted order.
-
-    Args:
-        names: files, folders (searched recursively), globs such as `photos/**/*.jpg`, which some shells do not expand,
-            and `-` for `lines`.
-        lines: paths without the newline or NUL that ends them; blank ones are skipped.
-        on_unreadable: called for each subfolder that cannot be read; the others are searched if it returns.
-
-    Raises:
-        InputError: a name is empty, a file or folder does not exist, a folder has no images, or a glob matches nothing.
-    """
-    for name in names:
-        if not name:
-            raise InputError(
-                "The name of an image or folder is empty.", hint="check the variable it came from; . is this folder"
-            )
-        path = Path(name)
-        if name == STDIN:
-            yield from (Path(line) for line in lines if line.strip())
-        elif is_folder(path):
-            yield from _require_any(list_images(path, on_unreadable=on_unreadable), f"The folder {path} has no images.")
-        elif exists(path) or path.is_symlink():
-            yield path
-        elif glob.has_magic(name):
-            # Path.glob does not accept absolute patterns.
-            matches = (Path(match) for match in sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
-            yield from _require_any(filter(_is_file_or_link, matches), f"No image matches {name}.")
-        else:
-            raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
-
-
-def is_ignored(name: str) -> bool:
-    """Return whether a file or subfolder of this name is none of the user's images: hidden, or another program's."""
-    return name.startswith(".") or name in _FOREIGN_FOLDERS
-
-
-def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
-    """Return all image files in a folder and its subfolders, sorted, without what `is_ignored`.
-
-    Links are followed, but for one to a folder that it is in. One to an image that does not exist is returned, so that
-    it counts as an image that cannot be read.
-
-    Args:
-        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read; see
-            `find_images`.
-    """
-
-    def report(error: OSError) -> None:
-        on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
-
-    images = []
-    # Of each folder that is still to be listed, the real paths of it and of those on the way to it.
-    chains: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
-    for path, subfolders, names in os.walk(folder, onerror=report, followlinks=True):
-        chain = chains.pop(path)
-        followed = []
-        for name in subfolders:
-            inner = os.path.join(path, name)  # noqa: PTH118  # as os.walk names it
-            real = os.path.realpath(inner) if os.path.islink(inner) else os.path.join(chain[-1], name)  # noqa: PTH114, PTH118
-            if not is_ignored(name) and real not in chain:  # else it is a link that leads back
-                followed.append(name)
-                chains[inner] = (*chain, real)
-        subfolders[:] = followed
-        try:
-            for name in names:
-                if is_ignored(name):
-                    continue
-                image = Path(path, name)
-                if image.suffix.lower() in IMAGE_SUFFIXES:
-                    images += [image] if _is_file_or_link(image) else []
-                elif leads_nowhere(image):
-                    on_unreadable(dead_link_error(image))
-        except OSError as error:  # it may be listed but not entered, or was unmounted
-            report(OSError(error.errno, error.strerror, path))
-    return sorted(images)
-
-
-def leads_nowhere(path: Path) -> bool:
-    """Return whether this is a link to something that does not exist, and that by its name may be a folder."""
-    return not path.suffix and path.is_symlink() and not path.exists()
-
-
-def dead_link_error(folder: Path) -> InputError:
-    """Return the error for a folder that `leads_nowhere`."""
-    return InputError(f"Cannot read the folder {folder}: {_DANGLING}.", hint=_DANGLING_HINT)
-
-
-def _is_file_or_link(path: Path) -> bool:
-    """Return whether this is a file, or a link that leads to none: opening that says why it cannot be read."""
-    try:
-        return path.is_file() or (path.is_symlink() and not path.exists())
-    except OSError:
-        if path.is_symlink():  # into a folder that may not be entered
-            return True
-        raise
-
-
-def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:
-    """Yield `paths`; raise InputError with `message` if there are none."""
-    empty = True
-    for path in paths:
-        empty = False
-        yield path
-    if empty:
-        raise InputError(message, hint=f"name image files ({', '.join(sorted(IMAGE_SUFFIXES))}), or a folder of them")

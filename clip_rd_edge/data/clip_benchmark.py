@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
+from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
 from clip_rd_edge.data.tar_samples import Kind

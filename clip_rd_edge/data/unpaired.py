@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.encoder import fill_template
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES, list_images
+from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs

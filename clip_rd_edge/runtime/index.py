@@ -24,7 +24,8 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest, is_bundle
 from clip_rd_edge.contract.encoder import Embeddings, require_finite, require_top, top_indices
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES, ImageInput, as_rgb
+from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
+from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.index_graph import (

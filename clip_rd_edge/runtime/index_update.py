@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.images import list_images, open_image
+from clip_rd_edge.contract.image_files import list_images
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from clip_rd_edge.contract.images import list_images
+from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index_update import Update, update_index

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_rd_edge.contract.encoder import as_list
-from clip_rd_edge.contract.images import IMAGE_SUFFIXES
+from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.contract.images import list_images, open_image
+from clip_rd_edge.contract.image_files import list_images
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.contract.templates import imagenet_templates
 from clip_rd_edge.data.tasks import load_task

@@ -1,0 +1,67 @@
+"""Which files are images: in folders that cannot be read, behind links, and behind links that lead nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.contract.image_files import find_images, list_images
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.errors import InputError
+
+
+def test_a_folder_whose_files_cannot_be_looked_at_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may be listed but not entered, or one that was unmounted after it was listed."""
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    plain = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    reports: list[str] = []
+    found = list_images(tmp_path, on_unreadable=lambda error: reports.append(str(error)))
+    assert found == [tmp_path / "a" / "1.png"]
+    assert reports == [f"Cannot read the folder {tmp_path / 'b'}: Permission denied."]
+    with pytest.raises(InputError, match="Cannot read the folder"):
+        list_images(tmp_path)
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder with links to a folder and a file elsewhere, to nothing, and back to itself."""
+    for name in ("real/1.png", "real/2.png", "links/frog/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    links = tmp_path / "links"
+    (links / "cat").symlink_to(tmp_path / "real")
+    (links / "frog" / "4.png").symlink_to(tmp_path / "real" / "1.png")
+    (links / "frog" / "5.png").symlink_to(tmp_path / "gone.png")
+    (links / "frog" / "back").symlink_to(links)
+    (tmp_path / "real" / "round").symlink_to(links)
+    return links
+
+
+def test_links_are_followed_and_those_that_lead_back_end(linked: Path) -> None:
+    listed = [path.relative_to(linked).as_posix() for path in list_images(linked)]
+    assert listed == ["cat/1.png", "cat/2.png", "frog/3.png", "frog/4.png", "frog/5.png"]
+
+
+@pytest.mark.parametrize("name", ["frog", "frog/5.png", "frog/*.png"])
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(linked: Path, name: str) -> None:
+    dead = linked / "frog" / "5.png"
+    assert dead in find_images([str(linked / name)])
+    with pytest.raises(InputError, match=r"5\.png: it is a link to something that does not exist\.$"):
+        open_image(dead)
+
+
+def test_a_link_to_a_folder_that_does_not_exist_is_reported(linked: Path) -> None:
+    (linked / "nas").symlink_to(linked / "unmounted")
+    reports: list[str] = []
+    assert list_images(linked, on_unreadable=lambda error: reports.append(str(error)))
+    assert reports == [f"Cannot read the folder {linked / 'nas'}: it is a link to something that does not exist."]
