@@ -182,13 +182,17 @@ class ServedBundle:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Return for each folder as much of the end of its path as no other has: `int8`, or `a/int8` and `b/int8`."""
+    """Return a name for each folder, and where two are the same, the folder around it in which they differ.
+
+    Such as `int8`; `a/int8` and `b/int8`; or, for `a/bundles/int8` and `b/bundles/int8`, `a/…/int8` and `b/…/int8`.
+    """
     paths = [folder.resolve().parts for folder in folders]
     names = []
     for path in paths:
         others = {other for other in paths if other != path}
         lengths = (n for n in range(1, len(path)) if all(other[-n:] != path[-n:] for other in others))
-        names.append("/".join(path[-next(lengths, len(path)) :]))
+        length = next(lengths, len(path))
+        names.append("/".join(path[-length:] if length < 3 else (path[-length], "…", path[-1])))
     return names
 
 

@@ -145,7 +145,7 @@ function createRow(choice, index) {
   radio.name = "bundle";
   radio.checked = index === selected;
   radio.addEventListener("change", () => select(index));
-  label.append(radio, choice.folder);
+  label.append(radio, choice.folder.replaceAll("/", "/\u200b")); // where a line may end
   label.title = choice.name;
   head.append(label);
   row.append(head);
