@@ -6,10 +6,11 @@ import hashlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 import numpy as np
@@ -176,6 +177,8 @@ def _update(
     if index.bundle != bundle:  # moved; search looks for it where index.json says, whether an image is new or not
         index = msgspec.structs.replace(index, bundle=bundle)
         write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
+    if not index.entries and is_index(path) and (old := read_index(path)[0]).model != index.model:
+        reporter.say(f"another model made {path}: its {len(old.entries):,} images are embedded again")
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
@@ -184,12 +187,18 @@ def _update(
         return Update(kept=len(index.entries), unmounted=True)
     if not images and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
-    unsettled = set() if settled is None else set(names) - set(settled)
+    if not images:
+        raise InputError(
+            f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
+            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
+        )
+    hidden = _hidden(folder, {entry.path for entry in index.entries} - set(names)) if folders else set[str]()
+    unsettled = hidden if settled is None else hidden | (set(names) - set(settled))
     sources, broken = _sources(folder, [name for name in names if name not in unsettled])
     kept, new = _compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
-    update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names)))
+    update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names) - hidden))
     update.unreadable += [*map(str, folders), *broken.values()]
     update.unreadable_images.update(broken)
     update.unreadable += [
@@ -303,6 +312,24 @@ def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, s
     return sources, messages
 
 
+def _hidden(folder: Path, names: Collection[str]) -> set[str]:
+    """Return the images, of those that are not found, that may still be there, in folders that cannot be read."""
+    around = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
+    closed = {parent for parent in around if not _can_be_listed(folder / parent)}
+    return {name for name in names if closed.intersection(PurePosixPath(name).parents)}
+
+
+def _can_be_listed(folder: Path) -> bool:
+    """Return whether a folder can be read, or is not there at all."""
+    try:
+        next(folder.iterdir(), None)
+    except (FileNotFoundError, NotADirectoryError):
+        return not folder.is_symlink()  # what it leads to may be unmounted
+    except OSError:
+        return False
+    return True
+
+
 def _printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
@@ -311,12 +338,14 @@ def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Ent
     """Split the files into those already in the index, with their rows, and those to embed."""
     rows = {entry.path: row for row, entry in enumerate(known)}
     sizes = {entry.size_bytes for entry in known}
+    # Where several images have the size and time of one, as bitmaps from an archive may, they may have changed places.
+    stamps = Counter((entry.size_bytes, entry.modified_ns) for entry in known)
     contents = {entry.sha256: row for row, entry in enumerate(known)}
     kept: list[tuple[Entry, int]] = []
     new: list[_Source] = []
     for source in sources:
         row = rows.get(source.name)
-        sure = source.modified_ns != _UNSURE
+        sure = source.modified_ns != _UNSURE and stamps[source.size_bytes, source.modified_ns] == 1
         if row is not None and sure and source.entry(known[row].sha256) == known[row]:
             kept.append((known[row], row))
             continue

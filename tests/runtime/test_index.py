@@ -95,6 +95,48 @@ def test_moved_copied_or_touched_images_are_not_embedded_again(
     assert nearest(known, rows, encoder.encode_texts(["green"]), top=1)[0].path == colour_images / "more" / "moved.png"
 
 
+def test_images_of_the_same_size_and_time_that_change_places_are_noticed(
+    colour_bundle: Path, colour_images: Path, index: Path, embedded: list[int]
+) -> None:
+    pair = [colour_images / name for name in ("1.bmp", "2.bmp")]
+    for path, colour in zip(pair, ((250, 0, 0), (0, 250, 0)), strict=True):
+        Image.new("RGB", (9, 9), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    pair[0].rename(colour_images / "aside")
+    pair[1].rename(pair[0])
+    (colour_images / "aside").rename(pair[1])
+    assert update_index(encoder, colour_images, index).embedded == 0
+    assert sum(embedded) == 6
+    known, rows = read_index(index)
+    found = [hit.path for hit in nearest(known, rows, encoder.encode_texts(["green"]), top=2)]
+    assert pair[0] in found
+    assert pair[1] not in found
+
+
+def test_images_that_may_only_be_unmounted_stay(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk" / "sub").mkdir(parents=True)
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(tmp_path / "disk" / "sub" / "blue.png")
+    (colour_images / "disk").symlink_to(tmp_path / "disk")
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    before = names(index)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.removed, names(index)) == (5, 0, before)
+    assert "disk: it is a link to something that does not exist" in update.unreadable[0]
+    (colour_images / "disk").unlink()
+    assert update_index(encoder, colour_images, index).removed == 1
+    colour_images.rename(tmp_path / "away")
+    colour_images.mkdir()
+    with pytest.raises(InputError, match=r"has no images, but .* has 4 of it, and stays as it is"):
+        update_index(encoder, colour_images, index)
+    assert len(names(index)) == 4
+
+
 def test_an_interrupted_update_keeps_its_progress(
     colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +248,9 @@ def test_another_model_embeds_everything_again(colour_bundle: Path, colour_image
     with (colour_bundle / "image.onnx").open("ab") as file:
         file.write(b"\x3a\x00")  # an empty graph, which protobuf merges: the same model in a different file
     write_manifest(colour_bundle, read_manifest(colour_bundle))
-    assert update_index(load(colour_bundle), colour_images, index).embedded == 4
+    watch = Watch()
+    assert update_index(load(colour_bundle), colour_images, index, reporter=watch).embedded == 4
+    assert watch.said == [f"another model made {index}: its 4 images are embedded again"]
 
 
 def test_a_bundle_in_bfloat16_is_another_model_than_the_float32_one_with_the_same_file(colour_bundle: Path) -> None:
