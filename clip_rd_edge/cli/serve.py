@@ -79,7 +79,8 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
 
 def _token(file: Path | None) -> str:
     if file is None:
-        return os.environ.get(TOKEN_VARIABLE, "")
+        token, source = os.environ.get(TOKEN_VARIABLE, ""), f"The token in {TOKEN_VARIABLE}"
+        return _sendable(token.strip(), source) if token else ""
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -87,4 +88,12 @@ def _token(file: Path | None) -> str:
         raise InputError(f"Cannot read the token from {file}: {reason}.", hint="check the path") from error
     if not token:
         raise InputError(f"The token file {file} is empty.", hint="write the token into it, or omit --token-file")
+    return _sendable(token, f"The token in {file}")
+
+
+def _sendable(token: str, source: str) -> str:
+    """Return a token that an HTTP header can carry; raise InputError for others, which no client could send."""
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        reason = "has characters that an HTTP header does not carry" if token else "is white space alone"
+        raise InputError(f"{source} {reason}.", hint="use letters and digits, such as: openssl rand -hex 32")
     return token

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from clip_rd_edge.contract.bundle import MANIFEST
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Pixels, preprocess
@@ -43,7 +44,7 @@ from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_
 
 RETRY_AFTER_S = 1
 OPENERS = 2  # threads that decode images
-_FEW_TEXTS = 4  # that are tokenised at once: a change of threads takes longer
+_FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -92,6 +93,7 @@ class Service:
         self.encoder, self.metrics = encoder, Metrics()
         self.active_requests = self.pending_items = 0
         self.description = encoder.describe()
+        self._created = int((encoder.folder / MANIFEST).stat().st_mtime)  # now: the folder may go while this runs
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="opener")
         size, batches = self.limits.max_batch, self.metrics.batches
@@ -129,7 +131,7 @@ class Service:
         model = {
             "id": self.description.name,
             "object": "model",
-            "created": int((self.encoder.folder / "manifest.json").stat().st_mtime),
+            "created": self._created,
             "owned_by": "clip-rd-edge",
             "aliases": sorted({self.encoder.folder.resolve().name, "clip-rd-edge"} - {self.description.name}),
             "architecture": {"input_modalities": modalities, "output_modalities": ["embedding"]},
@@ -179,9 +181,13 @@ class Service:
         body = decode_request(await request.body(), protocol.SearchRequest)
         if bool(body.query.strip()) == bool(body.image):
             raise InputError("Expected either a query or an image.")
+        protocol.require_length(body.query, "The query")
         item = Item(image=protocol.decode_image(body.image)) if body.image else Item(text=body.query)
         (row,), _ = await self._embed([item])
-        hits = await asyncio.to_thread(self._nearest, row, body.top)
+        try:
+            hits = await asyncio.to_thread(self._nearest, row, body.top)
+        except InputError as error:  # not the client's: the index was removed, or replaced by another bundle's
+            raise ClipRdEdgeError(str(error)) from error
         return _json({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
 
     @property
@@ -234,7 +240,7 @@ class Service:
         return [next(rows_of_texts if item.text is not None else rows_of_images) for item in items], tokens
 
     async def _embed_texts(self, texts: Sequence[str]) -> tuple[Embeddings, int]:
-        if len(texts) <= _FEW_TEXTS:
+        if sum(map(len, texts)) <= _FEW_CHARACTERS:
             ids = self.encoder.tokenize(texts)
         else:
             loop = asyncio.get_running_loop()

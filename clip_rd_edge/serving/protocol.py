@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -16,8 +17,10 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import PositiveInt, Share
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
-_DATA_URL = "data:image/"
+_DATA_URL = "data:image/"  # in any case
 MAX_ITEMS = 2048  # per request, as OpenAI's
+MAX_TEXT_LENGTH = 100_000  # characters: tokenising millions takes seconds, and models read a few hundred at most
+_DATA = re.compile(r"data:[\w/+.-]*;base64,", re.IGNORECASE)
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -85,10 +88,11 @@ def llama_items(request: LlamaRequest) -> list[Item]:
 
 
 def _llama_item(element: str | LlamaItem, number: int) -> Item:
-    if isinstance(element, str):
-        return Item(text=element)
-    if not element.multimodal_data:
-        return Item(text=element.prompt_string)
+    text = element if isinstance(element, str) else element.prompt_string
+    if isinstance(element, str) or not element.multimodal_data:
+        if MEDIA_MARKER in text:
+            raise InputError(f"Item {number} has {MEDIA_MARKER}, the place of an image, but no image.")
+        return Item(text=text)
     if len(element.multimodal_data) > 1 or element.prompt_string.replace(MEDIA_MARKER, "").strip():
         raise InputError(
             f"Item {number} has {len(element.multimodal_data)} images and the prompt {element.prompt_string[:80]!r}; "
@@ -107,12 +111,15 @@ def openai_items(request: OpenAiRequest, *, embedding_size: int) -> list[Item]:
     if request.dimensions not in (None, embedding_size):
         raise InputError(f"dimensions is {request.dimensions}; this model has {embedding_size}.")
     texts = [request.input] if isinstance(request.input, str) else request.input
-    return _limited(
-        [
-            Item(image=decode_image(text, number)) if text.startswith(_DATA_URL) else Item(text=text)
-            for number, text in enumerate(texts)
-        ]
-    )
+    return _limited([_openai_item(text, number) for number, text in enumerate(texts)])
+
+
+def _openai_item(text: str, number: int) -> Item:
+    if text[: len(_DATA_URL)].lower() == _DATA_URL:
+        return Item(image=decode_image(text, number))
+    if head := _DATA.match(text):
+        raise InputError(f"Item {number} begins with {head[0]!r}; expected a text, or an image: {_DATA_URL}…;base64,…")
+    return Item(text=text)
 
 
 def _limited(items: list[Item]) -> list[Item]:
@@ -123,7 +130,14 @@ def _limited(items: list[Item]) -> list[Item]:
     for number, item in enumerate(items):
         if item.image is None and not (item.text or "").strip():
             raise InputError(f"Item {number} is empty.")
+        require_length(item.text or "", f"Item {number}")
     return items
+
+
+def require_length(text: str, name: str) -> None:
+    """Raise InputError if a text is longer than MAX_TEXT_LENGTH."""
+    if len(text) > MAX_TEXT_LENGTH:
+        raise InputError(f"{name} has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}.")
 
 
 def decode_image(text: str, number: int = 0) -> bytes:
@@ -131,7 +145,7 @@ def decode_image(text: str, number: int = 0) -> bytes:
 
     Lines may be broken, as the command `base64` breaks them.
     """
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
     if "\n" in encoded:
         encoded = "".join(encoded.split())
     try:

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -225,6 +226,50 @@ def test_a_misspelled_field_of_our_own_requests_is_refused(client: Any, path: st
 def test_fields_that_clients_of_other_servers_send_are_ignored(client: Any) -> None:
     for path, body in (("/v1/embeddings", {"input": "red", "user": "me"}), ("/embeddings", {"input": "red", "id": 1})):
         assert client.post(path, json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/embeddings", {"content": "<__media__>"}, "Item 0 has <__media__>, the place of an image, but no image"),
+        ("/embeddings", {"content": [{"prompt_string": "look <__media__>"}]}, "but no image"),
+        ("/v1/embeddings", {"input": "DATA:IMAGE/PNG;base64,AAAA"}, "Cannot read the image"),
+        ("/v1/embeddings", {"input": ["a", "data:text/plain;base64,AAAA"]}, "Item 1 begins with 'data:text/"),
+        ("/v1/embeddings", {"input": "a" * 100_001}, "Item 0 has 100,001 characters; the limit is 100,000"),
+        ("/search", {"query": "a" * 100_001}, "The query has 100,001 characters"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_to_embed_is_refused(client: Any, path: str, body: dict[str, Any], message: str) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+    assert client.post("/v1/embeddings", json={"input": "data: a red thing"}).status_code == 200
+
+
+def test_what_goes_from_the_disk_is_not_the_clients_mistake(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, tmp_path / "index")
+    service = Service(encoder, index=tmp_path / "index")
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+        assert client.post("/search", json={"query": "red"}).status_code == 200
+        shutil.rmtree(tmp_path / "index")
+        shutil.rmtree(colour_bundle)
+        assert client.post("/search", json={"query": "red"}).status_code == 500
+        assert client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("token", ["  ", "gehéim", "two words", "a\tb"])
+def test_a_token_that_no_client_can_send_is_refused(
+    token: str, colour_bundle: Path, tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text(token, encoding="utf-8")
+    code, _, error = command_line("serve", colour_bundle, "--token-file", tmp_path / "token")
+    assert (code, "token" in error) == (2, True)
+    monkeypatch.setenv("CLIP_RD_EDGE_TOKEN", token)
+    code, _, error = command_line("serve", colour_bundle)
+    assert (code, "The token in CLIP_RD_EDGE_TOKEN" in error) == (2, True)
 
 
 def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_bundle: Path) -> None:
