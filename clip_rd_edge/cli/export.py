@@ -155,7 +155,10 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     if options.get("target") != BROWSER and options.get("layout") == "bundle" and not bundle.targets:
         labels_option = "" if is_file(output / LABELS) else ' --labels "a cat" "a dog"'
         name = as_word(output)
-        say(f"next: clip-rd-edge verify {name}; clip-rd-edge classify {name} photo.jpg{labels_option}")
+        use = f"classify {name} photo.jpg{labels_option}"
+        if labels_option and not options["text_tower"]:
+            use = f"index {name} photos/ -o photos.index"
+        say(f"next: clip-rd-edge verify {name}; clip-rd-edge {use}")
     echo(_as_json(bundle) if as_json else output)
 
 

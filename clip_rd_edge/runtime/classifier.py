@@ -11,6 +11,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.encoder import (
     Embeddings,
     Encoder,
+    LabelsEncoder,
     Probabilities,
     as_list,
     label_embeddings,
@@ -91,6 +92,8 @@ class ZeroShotClassifier:
         names = label_names(labels)
         if names is None:
             if self._bank_labels is None:
+                if isinstance(self.encoder, LabelsEncoder) and not self.encoder.has_text_tower:
+                    self.encoder.stored_label_embeddings((), self._templates)  # raises: it has neither
                 raise InputError(
                     "No labels were given, and the bundle has no label bank.",
                     hint='pass labels, such as --labels "a cat" "a dog"',

@@ -85,6 +85,9 @@ class ServedBundle:
         folder: the bundle's folder.
         shown: what the page calls it; None for the name of the folder.
         threads: threads per tower; None uses every core.
+
+    Raises:
+        InputError, ConfigError: it is no bundle, is damaged, or embeds images alone.
     """
 
     def __init__(self, folder: Path, *, shown: str | None = None, threads: int | None = None) -> None:
@@ -97,6 +100,11 @@ class ServedBundle:
         self._turns: dict[str, threading.Lock] = {}  # by the key of the labels: one thread at a time embeds them
         read_manifest(folder)  # raises a clear error for a folder that is not a bundle
         self._info = self._describe(self.encoder())
+        if not (self._info.texts or self._info.bank):
+            raise InputError(
+                f"The bundle {folder} has no text tower and no labels: there is nothing to classify images among.",
+                hint="export it with --labels, or without --no-text-tower",
+            )
 
     def encoder(self) -> BundleEncoder:
         """Return an encoder for the current content of the folder.

@@ -26,6 +26,8 @@ from support import patient_server
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.load import load
 from clip_rd_edge.web import app, guard, limits, models
 from clip_rd_edge.web.app import _listen, is_loopback
 
@@ -68,6 +70,16 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
         assert "https://" not in response.text
     assert client.get("/../app.py").status_code == 404
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
+
+
+def test_a_bundle_that_embeds_images_alone_is_refused(colours_without_text: Path) -> None:
+    manifest = read_manifest(colours_without_text)
+    (colours_without_text / "labels.npz").unlink()
+    write_manifest(colours_without_text, manifest)
+    with pytest.raises(InputError, match="has no text tower and no labels: there is nothing to classify"):
+        app.Demo([colours_without_text])
+    with pytest.raises(InputError, match="has no text tower and no labels: it embeds images alone"):
+        ZeroShotClassifier(load(colours_without_text))
 
 
 def test_bundles_in_folders_of_the_same_name_are_told_apart(colour_bundle: Path, tmp_path: Path) -> None:
