@@ -19,7 +19,7 @@ from clip_rd_edge.data.pairs import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.webdataset import SEPARATOR
-from clip_rd_edge.errors import ConfigError, near_matches, require_known_options
+from clip_rd_edge.errors import ConfigError, UsageError, near_matches, require_known_options
 from clip_rd_edge.losses.logits import PUBLISHED_START, ScaleKind
 from clip_rd_edge.losses.objective import Weights
 from clip_rd_edge.models.student import TEACHER
@@ -327,7 +327,12 @@ def resolve(
         names = tuple(map(as_text, teacher))
         fields["teacher"] = names if len(names) > 1 else names[0] if names else None
     overrides = {name: value for name in _RECIPE_OPTIONS if (value := fields.pop(name, None)) is not None}
-    if "epochs" in overrides and "steps" not in overrides:
+    if "epochs" in overrides and overrides.get("steps"):
+        raise UsageError(
+            f"{overrides['epochs']} epochs and {overrides['steps']} steps were both asked for; expected one of them.",
+            hint="omit --epochs or --steps",
+        )
+    if "epochs" in overrides:
         overrides["steps"] = 0
     if "precision" in overrides:
         fields["teacher_precision"] = overrides["precision"]

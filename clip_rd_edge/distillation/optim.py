@@ -116,7 +116,8 @@ class RunOptimizer:
             run: folder of the run, whose last checkpoint an error names.
 
         Raises:
-            ClipRdEdgeError: loss or gradients were not finite for MAX_CONSECUTIVE_SKIPS steps in a row.
+            ClipRdEdgeError: loss or gradients were not finite for MAX_CONSECUTIVE_SKIPS steps in a row, or in all steps
+                of a run.
         """
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
         set_learning_rate(self._optimizer, self.learning_rate)
@@ -151,13 +152,14 @@ class RunOptimizer:
             self._consecutive_skips = 0
             return
         self.skipped += 1
-        if overflow and self.loss_scale > 1.0:
-            return  # the scaler is still searching for its scale; this is not divergence
-        self._consecutive_skips += 1
-        if self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        if not (overflow and self.loss_scale > 1.0):  # else the scaler is still searching for its scale
+            self._consecutive_skips += 1
+        nothing_learnt = self.skipped == step + 1 == self._steps
+        if nothing_learnt or self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
             checkpoints = list_checkpoints(run)
             last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
             raise ClipRdEdgeError(
-                f"The loss was not finite for {self._consecutive_skips} steps in a row, up to step {step + 1}; {last}.",
+                f"The loss was not finite for {self.skipped if nothing_learnt else self._consecutive_skips} steps in a "
+                f"row, up to step {step + 1}; {last}.",
                 hint="try a lower learning rate, or precision: fp32",
             )

@@ -39,7 +39,7 @@ from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, st
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
-from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
@@ -151,7 +151,16 @@ def train(
                     save_checkpoint(run, step, parts)
                 raise interrupted(request, run, step, steps) from None
             waited += time.perf_counter() - waiting_since
-            result = training_step(batch, step, loss_scale=optimizer.loss_scale)
+            try:
+                result = training_step(batch, step, loss_scale=optimizer.loss_scale)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its "
+                    "spread.",
+                    hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
+                ) from error
             loss = result.loss.total.item()
             optimizer.apply(step, loss, run=run)
 

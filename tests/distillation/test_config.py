@@ -9,7 +9,7 @@ import pytest
 
 from clip_rd_edge.distillation.config import Recipe, RunConfig, first_difference, load_recipe, recipe_names, resolve
 from clip_rd_edge.distillation.optim import build_optimizer, learning_rate_at
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 
 
@@ -163,3 +163,9 @@ def test_the_teachers_text_tower_is_frozen() -> None:
         RunConfig(recipe_name="clip-rd", recipe=load_recipe("clip-rd"), data="d", student="s", text="teacher")
     with pytest.raises(ConfigError, match="but pretrained_text is teacher; expected none"):
         resolve("clip-rd", data="d", student="s", teacher="t", text="teacher", pretrained_text="teacher")
+
+
+def test_epochs_and_steps_together_are_refused() -> None:
+    with pytest.raises(UsageError, match="2 epochs and 4 steps were both asked for"):
+        resolve("clip-rd", data="d", student="s", epochs=2, steps=4)
+    assert resolve("clip-rd", data="d", student="s", epochs=2).recipe.steps == 0

@@ -409,6 +409,27 @@ def test_a_non_finite_loss_stops_the_run(config: RunConfig, tmp_path: Path, monk
     assert read_metrics(tmp_path / "run")[0]["loss"] is None
 
 
+def test_a_run_whose_every_step_is_skipped_makes_no_student(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clip_rd_edge.losses.objective as objective
+
+    monkeypatch.setitem(objective._TERMS, "xrd", lambda products: products.student().rows.sum() * float("nan"))
+    short = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=2))
+    with pytest.raises(ClipRdEdgeError, match="not finite for 2 steps in a row, up to step 2; no checkpoint"):
+        distil(short, tmp_path / "run")
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_take_it(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="sees a single image in a part of a batch") as refusal:
+        distil(msgspec.structs.replace(config, student="test_resnet", image_size=32, accumulate=6), tmp_path / "run")
+    assert "--accumulate" in refusal.value.hint
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_teacher_is_an_error(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs a teacher"):
         distil(msgspec.structs.replace(config, teacher=None), tmp_path / "run")
