@@ -37,17 +37,24 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
         hits: for a zero-shot task, one character per image, `1` if it was classified correctly and `0` if not, so that
             models can be compared in pairs.
         geometry: for a retrieval task, computed from its image-caption pairs.
+        content: a fingerprint of the task's questions and images; empty in a file of an older version.
     """
 
     score: Score
+    content: str = ""
     hits: str = ""
     geometry: Geometry | None = None
 
 
 class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of one model on all tasks of the suite, in order."""
+    """The results of one model on all tasks of the suite, in order.
+
+    Attributes:
+        weights: of the teacher, a fingerprint of what it computes with; empty in a file of an older version.
+    """
 
     model: str
+    weights: str = ""
     parameters: int
     tasks: tuple[TaskResult, ...]
 
@@ -92,9 +99,22 @@ def read_run(folder: Path) -> RunResult | None:
     return read_json(path, RunResult) if path.is_file() else None
 
 
-def task_names(result: ModelResult) -> list[str]:
-    """Return the names of the tasks that a model was evaluated on, in order."""
-    return [task.score.task for task in result.tasks]
+def has_tasks(result: ModelResult, others: Sequence[tuple[str, str]]) -> bool:
+    """Return whether a model was evaluated on these tasks, in this order; results of older versions have no content.
+
+    Args:
+        others: name and content of each.
+    """
+    own = tasks_of(result)
+    return len(own) == len(others) and all(
+        name == other and (content == theirs or "" in (content, theirs))
+        for (name, content), (other, theirs) in zip(own, others, strict=True)
+    )
+
+
+def tasks_of(result: ModelResult) -> list[tuple[str, str]]:
+    """Return name and content of the tasks that a model was evaluated on, in order."""
+    return [(task.score.task, task.content) for task in result.tasks]
 
 
 @dataclass(frozen=True)

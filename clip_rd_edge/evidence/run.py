@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_d
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.store.store_build import CACHING_STAGE
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence.report import write_evidence
@@ -33,8 +35,9 @@ from clip_rd_edge.evidence.results import (
     ModelResult,
     RunResult,
     TaskResult,
+    has_tasks,
     read_run,
-    task_names,
+    tasks_of,
 )
 from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -67,8 +70,19 @@ def top1(encoder: Encoder, tasks: Sequence[Task]) -> dict[str, float]:
 def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
     if isinstance(task, ZeroShotTask):
         answers = zero_shot(encoder, task)
-        return TaskResult(score=answers.score, hits="".join("01"[int(hit)] for hit in answers.hits(task)))
-    return TaskResult(score=evaluate(encoder, task), geometry=_geometry(encoder, task))
+        hits = "".join("01"[int(hit)] for hit in answers.hits(task))
+        return TaskResult(score=answers.score, hits=hits, content=_content(task))
+    return TaskResult(score=evaluate(encoder, task), geometry=_geometry(encoder, task), content=_content(task))
+
+
+def _content(task: Task) -> str:
+    """Return a fingerprint of a task's questions and of the names and sizes of its images, wherever they lie."""
+    files = [(Path(str(image)).name, image.stat().st_size if isinstance(image, Path) else 0) for image in task.images]
+    if isinstance(task, ZeroShotTask):
+        questions: Any = (task.targets, task.labels, task.templates)
+    else:
+        questions = (task.captions, task.caption_images)
+    return hashlib.sha256(repr((files, questions)).encode()).hexdigest()
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
@@ -95,7 +109,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         teacher: model name, as in `load_clip`; None tunes the embedded teacher in `folder`.
 
     Raises:
-        UsageError: another process is writing to `folder`, or a run in it has other settings.
+        UsageError: another process is writing to `folder`, or a run in it has other settings or another teacher.
         InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
     torch.set_num_threads(suite.threads)
@@ -105,7 +119,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
         tasks = with_distinct_names([load_task(name) for name in suite.tasks], suite.tasks)
-        _evaluate_teacher(folder, teacher, tasks)
+        _evaluate_teacher(suite, folder, teacher, tasks)
         for number, run in enumerate(runs, start=2):
             reporter.begin(str(run), number, len(runs) + 1)
             _train_and_evaluate(suite, run, folder, teacher=teacher, tasks=tasks, reporter=reporter)
@@ -123,7 +137,7 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
     """
     results = [result for run in suite.runs() if (result := read_run(folder / run.subfolder)) is not None]
     teacher = read_json(folder / TEACHER_RESULT, ModelResult) if results else None
-    runs = tuple(run for run in results if teacher and task_names(run.result) == task_names(teacher))
+    runs = tuple(run for run in results if teacher and has_tasks(run.result, tasks_of(teacher)))
     if teacher is None or not runs:
         raise UsageError(f"{folder} has no finished run of the suite {suite.name}.", hint="run the suite first")
     return Evidence(suite=suite, teacher=teacher, runs=runs)
@@ -139,14 +153,25 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
     return str(folder / TEACHER)
 
 
-def _evaluate_teacher(folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
+def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
     path = folder / TEACHER_RESULT
     clip = load_clip(teacher)
+    weights = teacher_fingerprint(clip)
     if path.is_file():
         known = read_json(path, ModelResult)
-        if (known.model, task_names(known)) == (clip.name, [task.name for task in tasks]):
+        if known.weights not in ("", weights) and any(read_run(folder / run.subfolder) for run in suite.runs()):
+            raise UsageError(
+                f"{folder} has finished runs beside another teacher, {known.model}, or one with other weights.",
+                hint="name that teacher again, or choose another -o",
+            )
+        if known.model == clip.name and has_tasks(known, _named(tasks)):
             return
-    write_bytes(path, to_json(evaluate_model(TorchEncoder(clip), tasks, name=clip.name)))
+    result = evaluate_model(TorchEncoder(clip), tasks, name=clip.name)
+    write_bytes(path, to_json(msgspec.structs.replace(result, weights=weights)))
+
+
+def _named(tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    return [(task.name, _content(task)) for task in tasks]
 
 
 class _TrainingClock(Reporter):
@@ -177,7 +202,7 @@ def _train_and_evaluate(
         config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: top1(encoder, tasks)
     )
     known = read_run(run_folder)
-    if known is not None and task_names(known.result) == [task.name for task in tasks]:
+    if known is not None and has_tasks(known.result, _named(tasks)):
         return
     measured = evaluate_model(TorchEncoder(load_clip(str(student))), tasks, name=run.student)
     result = RunResult(

@@ -69,6 +69,15 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     assert evidence.teacher.model == "other"
     names = [[task.score.task for task in result.tasks] for result in (evidence.teacher, evidence.runs[0].result)]
     assert names == [["pairs", "squares"]] * 2
+    Image.new("RGB", (41, 40), "red").save(tmp_path / "squares" / "red" / "two.png")  # the same name, another task
+    again = runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
+    assert [len(result.tasks[1].hits) for result in (again.teacher, again.runs[0].result)] == [7, 7]
+    shutil.rmtree(tmp_path / "other")
+    config = student_config("test_resnet", embedding_size=24, image_size=32, text="tiny", context_length=12)
+    save_clip(tmp_path / "other", build_student(config, name="teacher"), provenance={})
+    with pytest.raises(UsageError, match="finished runs beside another teacher, other, or one with other weights"):
+        runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
+    assert runs.collect(both, tmp_path / "out") == again
     stale = tmp_path / "out" / next(iter(both.runs())).subfolder / "result.json"
     stale.write_bytes(stale.read_bytes().replace(b'"pairs"', b'"others"'))  # evaluated with another suite
     with pytest.raises(UsageError, match="no finished run"):
