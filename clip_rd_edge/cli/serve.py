@@ -95,5 +95,5 @@ def _sendable(token: str, source: str) -> str:
     """Return a token that an HTTP header can carry; raise InputError for others, which no client could send."""
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         reason = "has characters that an HTTP header does not carry" if token else "is white space alone"
-        raise InputError(f"{source} {reason}.", hint="use letters and digits, such as: openssl rand -hex 32")
+        raise InputError(f"{source} {reason}.", hint="use a long row of random letters and digits")
     return token
