@@ -130,8 +130,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
             f"No classifier named {spec!r} in timm.{near_matches(architecture, timm.list_models())}",
             hint=f"torchvision's are named {TORCHVISION}NAME, such as {TORCHVISION}resnet18",
         )
-    tags = timm.list_pretrained(f"{architecture}.*")
-    if "." in spec and spec not in tags:
+    if "." in spec and spec not in (tags := timm.list_pretrained(f"{architecture}.*")):
         raise InputError(
             f"timm has no weights named {spec!r}.{near_matches(spec, tags)}",
             hint=f"omit the tag: {architecture}" + (f"; known are {', '.join(tags)}" if tags else ""),

@@ -15,7 +15,6 @@ from clip_rd_edge.contract.encoder import (
     Probabilities,
     as_list,
     label_embeddings,
-    normalise,
     probabilities,
     require_finite,
     require_top,
@@ -29,7 +28,7 @@ from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.printable import is_unicode
 
-_NO_LENGTH = 1e-12  # up to which `normalise` divides by this instead
+_NO_LENGTH = 1e-12  # up to this, an embedding has no direction
 Similarities = npt.NDArray[np.float32]
 
 
@@ -129,7 +128,7 @@ class ZeroShotClassifier:
         embeddings = self._unit_rows(embeddings)
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
         # Without a limit, a single label is answered even if its cosine is negative.
-        compared = rows if len(self.labels) > 1 or not self.none_below else self.similarities(embeddings)
+        compared = rows if len(self.labels) > 1 or not self.none_below else embeddings @ self._embeddings.T
         return [
             [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= self.none_below]
             for row, values in zip(rows, compared, strict=True)
@@ -161,7 +160,8 @@ class ZeroShotClassifier:
             raise InputError(
                 f"Image embedding {wrong[0] + 1} of {len(rows):,} {problem}.", hint="leave it out, or embed it again"
             )
-        return normalise(rows)
+        unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
+        return unit
 
     def _encode(self, images: ImageInput | Sequence[ImageInput]) -> Embeddings:
         return require_finite(self.encoder.encode_images([as_rgb(image) for image in as_images(images)]), "The model")

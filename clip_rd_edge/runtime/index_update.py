@@ -172,13 +172,11 @@ def _update(
     cluster: str | None,
     reporter: Reporter,
 ) -> Update:
-    index, rows = _start(encoder, folder.resolve(), path)
+    index, rows = _start(encoder, folder.resolve(), path, reporter)
     bundle = str(encoder.folder.resolve())
     if index.bundle != bundle:  # moved; search looks for it where index.json says, whether an image is new or not
         index = msgspec.structs.replace(index, bundle=bundle)
         write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
-    if not index.entries and is_index(path) and (old := read_index(path)[0]).model != index.model:
-        reporter.say(f"another model made {path}: its {len(old.entries):,} images are embedded again")
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
@@ -270,7 +268,7 @@ def _keep_graph(
     return True
 
 
-def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Embeddings]:
+def _start(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter = SILENT) -> tuple[Index, Embeddings]:
     """Return the index at `path`, or an empty one if there is none or another model created it."""
     empty = Index(
         version=INDEX_VERSION,
@@ -290,6 +288,7 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path) -> tuple[Index, Emb
     if index.folder != empty.folder:
         raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
     if index.model != empty.model:
+        reporter.say(f"another model made {path}: its {len(index.entries):,} images are embedded again")
         return empty, no_rows
     return index, rows
 
