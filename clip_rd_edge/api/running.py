@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.contract.images import ImageInput
     from clip_rd_edge.runtime.doctor import Finding
-    from clip_rd_edge.runtime.index import Hit
+    from clip_rd_edge.runtime.index import Hits
     from clip_rd_edge.runtime.index_update import Update
     from clip_rd_edge.runtime.label_list import Labels
 
@@ -103,8 +103,10 @@ def search(
     exact: bool = False,
     threads: int | None = None,
     device: str = "auto",
-) -> list[Hit]:
-    """Return the images of an index that are nearest to a text or an image, nearest first.
+) -> Hits:
+    """Return the images of an index that are nearest to a text or an image, nearest first, as a list of `Hit`.
+
+    Its attribute `missing` is the number of images that are not in the index yet, if indexing was interrupted.
 
     Args:
         query: a text, the path of an image file, a PIL image or an array.

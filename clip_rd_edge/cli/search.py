@@ -70,3 +70,9 @@ def command(
     if gone := sum(not hit.path.is_file() for hit in hits):
         where = "index the folder again" if folder else "say where the folder is now with --folder, or index it again"
         echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)
+    if hits.missing:
+        echo(
+            f"warning: {one_line(index)} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
+            "interrupted, or is still running; the same index command goes on",
+            err=True,
+        )

@@ -3,6 +3,7 @@
     index.json           image folder, bundle, and per image its path, size, modification time and SHA-256
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry
     graph-KEY.…          from a million images on: for approximate search, see `runtime.index_graph`
+    next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
 holds a valid, older index. Writers wait for each other (`utils.lock`). Readers take no lock, so that a folder that they
@@ -42,7 +43,7 @@ from clip_rd_edge.utils.paths import exists, is_file, is_folder, looks_like_path
 from clip_rd_edge.utils.structs import read_json
 
 INDEX_VERSION = 1
-INDEX_FILE, _ROWS = "index.json", "embeddings-"
+INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
@@ -63,6 +64,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         model: `model_key` of that bundle.
         embeddings: name of the embeddings file, which has one row per entry.
         graph: the files of approximate search; None if search is exact.
+        missing: number of images that were still to be embedded when it was saved.
     """
 
     version: int
@@ -72,6 +74,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     embeddings: str
     entries: list[Entry]
     graph: GraphFiles | None = None
+    missing: int = 0
 
 
 class Hit(NamedTuple):
@@ -79,6 +82,18 @@ class Hit(NamedTuple):
 
     path: Path
     similarity: float
+
+
+class Hits(list[Hit]):
+    """The images nearest to a query, nearest first.
+
+    Attributes:
+        indexed: number of images in the index.
+        missing: number of images that are not in it yet, because indexing was interrupted or is still running.
+    """
+
+    indexed: int = 0
+    missing: int = 0
 
 
 def model_key(manifest: Manifest) -> str:
@@ -207,7 +222,7 @@ def search_index(
     exact: bool = False,
     threads: int | None = None,
     device: str = AUTO,
-) -> list[Hit]:
+) -> Hits:
     """Search the index at `path` for the images nearest to a query; nearest first.
 
     Args:
@@ -244,7 +259,9 @@ def search_index(
             hint=f"create it again: clip-rd-edge index {encoder.folder} {index.folder} -o {path}",
         )
     embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
-    return nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index))
+    hits = Hits(nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index)))
+    hits.indexed, hits.missing = len(index.entries), index.missing
+    return hits
 
 
 def _require_images(folder: Path, path: Path, index: Index) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import (
     INDEX_FILE,
     INDEX_VERSION,
+    NEXT,
     Entry,
     Index,
     delete,
@@ -120,8 +122,8 @@ def update_index(
 
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
-    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. If another process is writing to the
-    index, the update waits for it.
+    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. Another model's index stays until all images
+    are embedded again. If another process is writing to the index, the update waits for it.
 
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
@@ -172,11 +174,13 @@ def _update(
     cluster: str | None,
     reporter: Reporter,
 ) -> Update:
-    index, rows = _start(encoder, folder.resolve(), path, reporter)
+    saved_at, index, rows = _start(encoder, folder.resolve(), path, reporter)
+    if saved_at == path:  # what was begun with another model has been given up
+        shutil.rmtree(path / NEXT, ignore_errors=True)
     bundle = str(encoder.folder.resolve())
     if index.bundle != bundle:  # moved; search looks for it where index.json says, whether an image is new or not
         index = msgspec.structs.replace(index, bundle=bundle)
-        write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
+        write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
@@ -204,7 +208,7 @@ def _update(
         for image, name in named.items()
         if not is_unicode(name)
     ]
-    if entries == index.entries and not new and is_index(path):
+    if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
     graph = None
@@ -214,7 +218,8 @@ def _update(
 
     def save() -> tuple[Index, Embeddings]:
         merged = np.concatenate(parts)
-        return write_index(path, msgspec.structs.replace(index, entries=entries, graph=graph), merged), merged
+        current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=len(new) - done)
+        return write_index(saved_at, current, merged), merged
 
     last_saved, done = time.monotonic(), 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
@@ -237,6 +242,11 @@ def _update(
                 last_saved = time.monotonic()
     finally:
         saved, merged = save()
+    if saved_at != path:
+        if saved.missing:
+            return update
+        saved = write_index(path, saved, merged)
+        shutil.rmtree(saved_at, ignore_errors=True)
     update.approximate = _keep_graph(path, saved, merged, encoder.threads, stop, reporter)
     return update
 
@@ -268,8 +278,13 @@ def _keep_graph(
     return True
 
 
-def _start(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter = SILENT) -> tuple[Index, Embeddings]:
-    """Return the index at `path`, or an empty one if there is none or another model created it."""
+def _start(
+    encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter = SILENT
+) -> tuple[Path, Index, Embeddings]:
+    """Return the index to go on with, empty if there is none, and the folder to save it in.
+
+    That is `path`, or NEXT in it while another model's index is there.
+    """
     empty = Index(
         version=INDEX_VERSION,
         folder=str(folder),
@@ -283,14 +298,20 @@ def _start(encoder: BundleEncoder, folder: Path, path: Path, reporter: Reporter 
         ours = {path / LOCK_FILE, *leftovers(path)}
         if is_file(path) or (is_folder(path) and set(path.iterdir()) - ours):
             raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
-        return empty, no_rows
+        return path, empty, no_rows
     index, rows = read_index(path)
     if index.folder != empty.folder:
         raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
-    if index.model != empty.model:
-        reporter.say(f"another model made {path}: its {len(index.entries):,} images are embedded again")
-        return empty, no_rows
-    return index, rows
+    if index.model == empty.model:
+        return path, index, rows
+    reporter.say(
+        f"another model made {path}: its {len(index.entries):,} images are embedded again, and it stays until then"
+    )
+    if is_index(path / NEXT):
+        index, rows = read_index(path / NEXT)
+        if (index.folder, index.model) == (empty.folder, empty.model):
+            return path / NEXT, index, rows
+    return path / NEXT, empty, no_rows
 
 
 def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, str]]:

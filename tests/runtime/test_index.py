@@ -250,7 +250,56 @@ def test_another_model_embeds_everything_again(colour_bundle: Path, colour_image
     write_manifest(colour_bundle, read_manifest(colour_bundle))
     watch = Watch()
     assert update_index(load(colour_bundle), colour_images, index, reporter=watch).embedded == 4
-    assert watch.said == [f"another model made {index}: its 4 images are embedded again"]
+    said = f"another model made {index}: its 4 images are embedded again, and it stays until then"
+    assert watch.said == [said]
+
+
+def test_another_models_index_stays_whole_until_all_images_are_embedded_again(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(100):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
+    old = load(colour_bundle)
+    update_index(old, colour_images, index)
+    shutil.copytree(colour_bundle, tmp_path / "other")
+    with (tmp_path / "other" / "image.onnx").open("ab") as file:
+        file.write(b"\x3a\x00")
+    write_manifest(tmp_path / "other", read_manifest(tmp_path / "other"))
+    encoder = load(tmp_path / "other")
+    monkeypatch.setattr(indexing, "SAVE_EVERY_S", -1)
+
+    def interrupt(done: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update_index(encoder, colour_images, index, reporter=Watch("embedding", interrupt))
+    hits = search_index(index, "red", top=200)
+    assert (len(hits), hits.missing) == (104, 0)
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.embedded) == (64, 40)
+    hits = search_index(index, "red", top=200)
+    assert (len(hits), hits.missing, read_index(index)[0].model) == (104, 0, model_key(encoder.manifest))
+    assert {path.suffix for path in index.iterdir()} == {".json", ".npy"}
+
+
+def test_search_says_that_an_index_is_unfinished(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path
+) -> None:
+    for i in range(100):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
+
+    def interrupt(done: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update_index(load(colour_bundle), colour_images, index, reporter=Watch("embedding", interrupt))
+    code, output, error = command_line("search", index, "red", "--top", "1")
+    assert (code, len(output.splitlines())) == (0, 1)
+    assert "has 64 of 104 images: indexing was interrupted" in " ".join(error.split())
+    assert command_line("index", colour_bundle, colour_images, "-o", index)[0] == 0
+    assert command_line("search", index, "red", "--top", "1")[2] == ""
 
 
 def test_a_bundle_in_bfloat16_is_another_model_than_the_float32_one_with_the_same_file(colour_bundle: Path) -> None:
