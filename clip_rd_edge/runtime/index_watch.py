@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.encoder import BundleEncoder
+from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.utils.paths import is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -106,6 +107,15 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
     return stamps
 
 
+def _written(path: Path) -> Stamp | None:
+    """Return the stamp of an index, which another process may have removed or written."""
+    try:
+        stat = (path / INDEX_FILE).stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def watch_index(
     encoder: BundleEncoder,
     folder: Path,
@@ -120,6 +130,7 @@ def watch_index(
 
     A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, and
     reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
+    An index that somebody removes, or writes an older copy over, is brought up to date again.
 
     Args:
         stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
@@ -130,13 +141,14 @@ def watch_index(
         What each update has done; the first as soon as the images that are there are in the index.
 
     Raises:
-        InputError, UsageError: as `update_index`, at the start.
+        InputError: as `update_index`, at the start.
+        UsageError: as `update_index`, or somebody has put another model's index there since the start.
     """
     if not is_folder(folder):
         raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
     stop = stop or threading.Event()
     wait = wait or stop.wait
-    images, waiting = _Images(folder), False
+    images, waiting, written = _Images(folder), False, _written(path)
     while not stop.is_set():
         started = clock()
         there = images.look(started)
@@ -145,10 +157,17 @@ def watch_index(
         waiting = not there
         settled = images.settled(started) if there else {}
         messages = images.broken(started) if there else []
-        if there and images.differ(settled):
+        replaced = _written(path) != written
+        if replaced and is_index(path) and read_index(path)[0].model != model_key(encoder.manifest):
+            raise UsageError(
+                f"Another model's index has been put at {path}: it stays, and the watch ends.",
+                hint="watch with the bundle that made it, or choose another -o",
+            )
+        if there and (replaced or images.differ(settled)):
             update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
             if not update.unmounted:  # else its images are still to be taken
                 images.take(settled, update)
+                written = _written(path)
             update.unreadable += messages
             if not update.unmounted or messages:
                 yield update

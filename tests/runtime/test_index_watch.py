@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 from support import PATIENCE_S, wait_until
 
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
-from clip_rd_edge.runtime.index import read_index
+from clip_rd_edge.runtime.index import model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
@@ -171,6 +173,36 @@ def test_an_unmounted_folder_empties_no_index(watched: Folder) -> None:
     assert sum(update.removed for update in updates) == 0
     with pytest.raises(InputError, match="does not exist"):
         next(iter(watch_index(watched.encoder, away, watched.index)))
+
+
+def test_an_index_that_is_removed_or_put_back_to_an_older_copy_is_brought_up_to_date(
+    watched: Folder, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+
+    def put_back() -> None:
+        shutil.rmtree(watched.index)
+        shutil.copytree(old, watched.index)
+
+    updates = watched.watch(
+        lambda: shutil.copytree(watched.index, old) and None, paint(watched.folder / "new.png"), nothing, nothing,
+        lambda: shutil.rmtree(watched.index), nothing, put_back, nothing, nothing,
+    )  # fmt: skip
+    assert [update.embedded for update in updates] == [4, 1, 5, 1]
+    assert "new.png" in watched.names()
+
+
+def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
+    watched: Folder, colour_bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colour_bundle, tmp_path / "other")
+    with (tmp_path / "other" / "image.onnx").open("ab") as file:
+        file.write(b"\x3a\x00")
+    write_manifest(tmp_path / "other", read_manifest(tmp_path / "other"))
+    other = load(tmp_path / "other", threads=1)
+    with pytest.raises(UsageError, match="Another model's index has been put at"):
+        watched.watch(lambda: update_index(other, watched.folder, watched.index) and None, nothing)
+    assert read_index(watched.index)[0].model == model_key(other.manifest)
 
 
 def test_an_empty_folder_is_waited_for(colour_bundle: Path, tmp_path: Path) -> None:
