@@ -81,6 +81,10 @@ class ConfigError(UsageError):
     """A recipe, suite, manifest or model configuration is invalid."""
 
 
+class NotFiniteError(ConfigError):
+    """A model's embeddings are not finite numbers."""
+
+
 class MissingExtraError(UsageError):
     """A required optional dependency is not installed."""
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.errors import InputError, NotFiniteError, UsageError
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -172,10 +172,10 @@ def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
     """Return the embeddings if all entries are finite.
 
     Raises:
-        ConfigError: one is not; with it, all comparisons are false, and the answer would be wrong without a word.
+        NotFiniteError: one is not; with it, all comparisons are false, and the answer would be wrong without a word.
     """
     if not np.isfinite(embeddings).all():
-        raise ConfigError(
+        raise NotFiniteError(
             f"{source} has embeddings with entries that are not finite numbers.",
             hint="the model is damaged, or its precision does not work on this device; check a bundle with "
             "clip-rd-edge verify",

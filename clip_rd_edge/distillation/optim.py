@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import Recipe
 from clip_rd_edge.distillation.step import clamp_scales
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import ClipRdEdgeError, NotFiniteError
 from clip_rd_edge.losses.objective import Objective
 
 
@@ -107,6 +108,19 @@ class RunOptimizer:
         """The model to evaluate and save: the moving average if there is one, else the trained model."""
         return self._average.module if self._average is not None else self._model
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the last step had a finite loss, and has left finite weights."""
+        return self._consecutive_skips == 0 and self.is_finite
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weights, and the statistics of batch norms, are finite; a mask holds −inf."""
+        buffers = (buffer for buffer in self._model.buffers() if buffer.is_floating_point())
+        return all(bool(values.isfinite().all()) for values in self._parameters) and not any(
+            bool(values.isnan().any() or values.isposinf().any()) for values in buffers
+        )
+
     def apply(self, step: int, loss: float, *, run: Path) -> None:
         """Update the weights with the current gradients, and clear the gradients. Skipped if they are not finite.
 
@@ -156,10 +170,24 @@ class RunOptimizer:
             self._consecutive_skips += 1
         nothing_learnt = self.skipped == step + 1 == self._steps
         if nothing_learnt or self._consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-            checkpoints = list_checkpoints(run)
-            last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
-            raise ClipRdEdgeError(
-                f"The loss was not finite for {self.skipped if nothing_learnt else self._consecutive_skips} steps in a "
-                f"row, up to step {step + 1}; {last}.",
-                hint="try a lower learning rate, or precision: fp32",
-            )
+            count = self.skipped if nothing_learnt else self._consecutive_skips
+            raise diverged_error(run, f"the loss was not finite for {count} steps in a row, up to step {step + 1}")
+
+
+def diverged_error(run: Path, reason: str) -> ClipRdEdgeError:
+    """Return the error for a run that cannot go on, with its last good checkpoint: others are not written."""
+    checkpoints = list_checkpoints(run)
+    last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+    return ClipRdEdgeError(
+        f"The run has diverged: {reason}; {last}.",
+        hint="begin a new run, with another -o, with a lower learning rate, or precision: fp32",
+    )
+
+
+@contextmanager
+def named_divergence(run: Path) -> Iterator[None]:
+    """Within the block, a student whose embeddings are not finite is the sign of a run that has diverged."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise diverged_error(run, "the student's embeddings are not finite numbers") from error

@@ -55,6 +55,7 @@ from clip_rd_edge.distillation.inputs import (
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
+from clip_rd_edge.distillation.optim import named_divergence
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
@@ -247,7 +248,8 @@ def _run(
                 scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
                 reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
         setup = dataclasses.replace(setup, student=student)
-        plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
+        with named_divergence(run):
+            plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
         record = {**provenance(config, setup, steps=steps), "evaluation": evaluation}
         save_clip(run / STUDENT_FOLDER, student, provenance=record)
     return run / STUDENT_FOLDER

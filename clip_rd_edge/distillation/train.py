@@ -33,7 +33,7 @@ from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_load
 from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker
-from clip_rd_edge.distillation.optim import RunOptimizer
+from clip_rd_edge.distillation.optim import RunOptimizer, diverged_error, named_divergence
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.quantized.tower import Quantization
@@ -127,13 +127,15 @@ def train(
         processes.broadcast(saved_student.model.buffers())  # those that are saved
         try:
             # Several processes stop together, after a round of batches.
-            with request.at_once() if processes.world_size == 1 else nullcontext():
+            with request.at_once() if processes.world_size == 1 else nullcontext(), named_divergence(run):
                 evaluation = evaluate(EncoderOfAllProcesses(encoder, processes, request))
         except Stopped:
             return {}
         if processes.is_main:
             save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
         return evaluation
+
+    saved, due = start, False  # the last step that was saved, and whether there is a newer one to save
 
     with stop_on_signals() as request, request.deferred(), tracker:
         is_evaluated = log is None or log.is_evaluated(start)
@@ -147,9 +149,10 @@ def train(
                 with request.at_once() if processes.world_size == 1 else nullcontext():
                     batch = next(batches)
             except Stopped:
-                if step > start:
+                if step > saved and optimizer.is_sound:
                     save_checkpoint(run, step, parts)
-                raise interrupted(request, run, step, steps) from None
+                    saved = step
+                raise interrupted(request, run, saved, steps) from None
             waited += time.perf_counter() - waiting_since
             try:
                 result = training_step(batch, step, loss_scale=optimizer.loss_scale)
@@ -194,12 +197,17 @@ def train(
                 reporter.say(f"step {done:,}: {progress.evaluation_message()}")
             dataset.bad.check_total(bad)
             stopping = stop_requests > 0
-            if done == steps or stopping or done % config.checkpoint_every == 0:
-                if processes.is_main:
-                    save_checkpoint(run, done, parts)
+            due = due or done % config.checkpoint_every == 0
+            if done == steps or stopping or due:
+                if processes.sum(int(not optimizer.is_sound)) == [0]:  # else the older checkpoint is the better one
+                    if processes.is_main:
+                        save_checkpoint(run, done, parts)
+                    saved, due = done, False
+                elif processes.sum(int(not optimizer.is_finite)) != [0]:
+                    raise diverged_error(run, f"weights are not finite after step {done:,}")
                 processes.barrier()
             if stopping:
-                raise interrupted(request, run, done, steps)
+                raise interrupted(request, run, saved, steps)
         if request:  # during the evaluation of a run whose last step was done before
             raise interrupted(request, run, steps, steps)
     return saved_student

@@ -421,6 +421,17 @@ def test_a_run_whose_every_step_is_skipped_makes_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_so(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, steps=4, learning_rate=1e6)
+    config = msgspec.structs.replace(config, recipe=recipe, checkpoint_every=1)
+    for resume in (False, True):  # the same run to the same end
+        with pytest.raises(ClipRdEdgeError, match=r"has diverged: .* good checkpoint is .*step-1\.") as error:
+            distil(config, tmp_path / "run", resume=resume)
+        assert "lower learning rate" in error.value.hint
+        assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-1"]
+    assert not (tmp_path / "run" / "student").exists()
+
+
 def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_take_it(
     config: RunConfig, tmp_path: Path
 ) -> None:
