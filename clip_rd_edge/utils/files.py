@@ -161,7 +161,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -172,7 +172,11 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        unheld = temporary.with_suffix(".new")
+        unheld.mkdir()
+        held = _hold(unheld)
+        unheld.rename(temporary)  # only now, as nobody removes what is held
+        _remove_abandoned(path)
     try:
         yield temporary
         _sync(temporary)
@@ -190,6 +194,37 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         _remove(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Lock a folder until the file descriptor is closed, or the process ends.
+
+    None if somebody else holds it, or where folders cannot be locked, as on Windows and on network shares.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+    return None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `new_folder(path)` that no living process holds."""
+    with suppress(OSError):
+        for folder in path.parent.iterdir():
+            match = _LEFTOVER.fullmatch(folder.name)
+            is_ours = match is not None and (match["name"], match["kind"]) == (path.name, "tmp") and folder.is_dir()
+            if is_ours and (held := _hold(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
 
 
 @contextmanager
@@ -226,7 +261,7 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>tmp|old)")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>new|tmp|old)")
 
 
 def remove_leftovers(folder: Path) -> None:
