@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -337,14 +338,23 @@ def make_app(service: Service, *, token: str = "", loopback: bool = True, names:
         for method, handlers in (("POST", posts), ("GET", gets))
         for path, handler in handlers.items()
     ]
-    guard = Middleware(Guard, loopback=loopback, names=names, token_required=bool(token))
+    guard = Middleware(Guard, loopback=loopback, names=names, token_required=bool(token), respond=_error)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         service.close()
 
-    return Starlette(routes=routes, middleware=[guard], lifespan=lifespan)
+    unrouted: dict[Any, Any] = {HTTPException: _unrouted}
+    return Starlette(routes=routes, middleware=[guard], lifespan=lifespan, exception_handlers=unrouted)
+
+
+async def _unrouted(request: Request, error: HTTPException) -> Response:
+    """Answer a request that no handler takes."""
+    allowed = (error.headers or {}).get("Allow", "")
+    expected = f"{request.method} is not answered, but {allowed}" if allowed else "there is nothing; see /openapi.json"
+    message = f"At {request.url.path}, {expected}."
+    return _error(error.status_code, message, headers=dict(error.headers or {}))
 
 
 def _answer(path: str, handler: Handler, service: Service, token: str) -> Handler:
@@ -425,6 +435,11 @@ async def _unless_it_leaves(handler: Handler, request: Request) -> Response:
 
 
 def _error(status: int, message: str, *, headers: dict[str, str] | None = None) -> Response:
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 503: "unavailable_error"}
+    kinds = {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        503: "unavailable_error",
+    }
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return _json({"error": {"code": status, "message": message, "type": kind, "param": None}}, status, headers)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 25_000_000
@@ -61,12 +61,19 @@ class Guard:
         names: further host names that requests may use.
         token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
             no check.
+        respond: makes the response of a refusal from its status and message.
     """
 
     def __init__(
-        self, app: ASGIApp, *, loopback: bool, names: Collection[str] = (), token_required: bool = False
+        self,
+        app: ASGIApp,
+        *,
+        loopback: bool,
+        names: Collection[str] = (),
+        token_required: bool = False,
+        respond: Callable[[int, str], Response] | None = None,
     ) -> None:
-        self.app = app
+        self.app, self._respond = app, respond or error_response
         self.loopback = loopback
         self.names = {name.lower() for name in names}
         self.token_required = token_required
@@ -82,10 +89,10 @@ class Guard:
         refusal = self._refusal(headers)
         if refusal is not None:
             status, message = refusal
-            await error_response(status, message)(scope, receive, _with_headers(send))
+            await self._respond(status, message)(scope, receive, _with_headers(send))
             return
         if not scope["path"].isprintable():  # no file and no route; NUL is an error where files are looked for
-            await error_response(404, "Not found.")(scope, receive, _with_headers(send))
+            await self._respond(404, "Not found.")(scope, receive, _with_headers(send))
             return
         body = _Body()
 

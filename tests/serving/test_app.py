@@ -272,6 +272,26 @@ def test_a_token_that_no_client_can_send_is_refused(
     assert (code, "The token in CLIP_RD_EDGE_TOKEN" in error) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "code", "kind"),
+    [
+        ("GET", "/v1/nothing", {}, 404, "not_found_error"),
+        ("GET", "/v1/%00", {}, 404, "not_found_error"),
+        ("GET", "/v1/embeddings", {}, 405, "invalid_request_error"),
+        ("GET", "/v1/models", {"Host": "evil.example"}, 403, "permission_error"),
+        ("POST", "/v1/embeddings", {"Content-Length": "9" * 12}, 413, "invalid_request_error"),
+    ],
+)
+def test_what_no_handler_answers_is_an_error_in_openais_form(
+    client: Any, method: str, path: str, headers: dict[str, str], code: int, kind: str
+) -> None:
+    answer = client.request(method, path, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["type"], error["param"]) == (code, code, kind, None)
+    assert error["message"]
+    assert answer.headers.get("Allow") == ("POST" if code == 405 else None)
+
+
 def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_bundle: Path) -> None:
     encoder = load(colour_bundle)
     foreign = {"Host": "evil.example", "Origin": "http://evil.example"}
