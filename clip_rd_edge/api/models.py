@@ -170,7 +170,9 @@ def open_encoder(
 
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
+    from clip_rd_edge.runtime.load import require_threads
 
+    require_threads(threads)
     if threads is not None:
         torch.set_num_threads(threads)
     kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder

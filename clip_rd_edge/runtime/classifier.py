@@ -69,8 +69,8 @@ class ZeroShotClassifier:
         none_below: float = 0.0,
         cache: bool = True,
     ) -> None:
-        if not 0 <= none_below <= 1:
-            raise UsageError(f"none_below is {none_below}; expected a probability between 0 and 1.")
+        if not (isinstance(none_below, int | float | np.floating) and 0 <= none_below <= 1):
+            raise UsageError(f"none_below is {none_below!r}; expected a probability between 0 and 1.")
         self.encoder = encoder
         self.none_below = none_below
         description = encoder.describe()

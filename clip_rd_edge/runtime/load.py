@@ -6,6 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.errors import UsageError
@@ -45,7 +47,7 @@ def load(
     folder = Path(bundle)
     manifest = read_manifest(folder)
     require_intact_manifest(folder, manifest)
-    if runtime is not None and runtime not in RUNTIMES:
+    if runtime is not None and runtime not in tuple(RUNTIMES):  # which also takes what cannot be hashed
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
 
@@ -60,16 +62,21 @@ def open_bundle(
     spin: bool = True,
 ) -> BundleEncoder:
     """Like `load`, for a bundle whose manifest has been read already."""
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(
-            f"The number of threads is {threads:,}; expected 1 to {MAX_THREADS:,}.",
-            hint=f"this machine has {os.cpu_count()} cores",
-        )
+    require_threads(threads)
     engine = runtime or _runtime_for(device, manifest)
     _require_readable(manifest, engine)
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
     encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
     return encoder
+
+
+def require_threads(threads: int | None) -> None:
+    """Raise UsageError if a number of threads is neither None nor a whole number from 1 to MAX_THREADS."""
+    if threads is not None and not (isinstance(threads, int | np.integer) and 1 <= threads <= MAX_THREADS):
+        raise UsageError(
+            f"The number of threads is {threads!r}; expected 1 to {MAX_THREADS:,}.",
+            hint=f"this machine has {os.cpu_count()} cores",
+        )
 
 
 def _require_readable(manifest: Manifest, engine: Runtime) -> None:

@@ -38,6 +38,8 @@ def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
     assert grey == []
     with pytest.raises(UsageError, match=r"none_below is 1\.5"):
         ZeroShotClassifier(load(colour_bundle), LABELS, none_below=1.5)
+    with pytest.raises(UsageError, match=r"none_below is '0\.5'; expected a probability"):
+        ZeroShotClassifier(load(colour_bundle), LABELS, none_below="0.5")  # type: ignore[arg-type]
 
 
 def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path) -> None:

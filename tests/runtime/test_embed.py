@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_a_subfolder_that_cannot_be_read_is_named_and_the_others_are_searched(wi
         list_images(without_more)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1_025, 100_000, 2**40])
-def test_absurd_numbers_of_threads_are_refused_before_any_starts(colour_bundle: Path, threads: int) -> None:
+@pytest.mark.parametrize("threads", [0, -1, 1_025, 100_000, 2**40, 1.5, "2", [1]])
+def test_absurd_numbers_of_threads_are_refused_before_any_starts(colour_bundle: Path, threads: Any) -> None:
     with pytest.raises(UsageError, match=r"number of threads is .* expected 1 to 1,024"):
         load(colour_bundle, threads=threads)
