@@ -89,13 +89,13 @@ def benchmark(
         root: folder of the data sets; None uses the suite's.
         models: `ROLE=MODEL` entries that override the suite's models.
         budget_ms, min_accuracy: max latency and min accuracy of a recommended model.
-        force: write into `output` even if it is not empty.
+        force: write into `output` even if it is not empty; files of an earlier report are replaced, and no others.
     """
     import msgspec
 
     from clip_rd_edge.benchmarking.answer_cache import FOLDER, AnswerCache, is_cache
     from clip_rd_edge.benchmarking.report.plot import require_matplotlib
-    from clip_rd_edge.benchmarking.report.text import write_report
+    from clip_rd_edge.benchmarking.report.text import require_report_folder, write_report
     from clip_rd_edge.benchmarking.results import this_environment
     from clip_rd_edge.benchmarking.run import run_suite
     from clip_rd_edge.benchmarking.suite import find_suite, parse_models, read_suite
@@ -107,6 +107,7 @@ def benchmark(
     # Check everything that can be checked before the long work starts.
     interrupted = is_cache(folder / FOLDER)
     require_free_output(folder, overwrite=force or interrupted, replaced=False, ignoring=(LOCK_FILE,))
+    require_report_folder(folder)
     require_matplotlib()
     loaded = read_suite(find_suite(os.fspath(suite)), rows=parse_models(as_list(models)), data_root=as_text(root))
     budget = {"budget_ms": budget_ms, "min_accuracy": min_accuracy}

@@ -59,7 +59,7 @@ _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "no
     type=PathName(),
     help="Folder for the report.  [required to measure]",
 )
-@_output("--force", is_flag=True, help="Write into FOLDER even if it is not empty.")
+@_output("--force", is_flag=True, help="Write into FOLDER even if it is not empty; only an earlier report is replaced.")
 def command(
     suite: str | None,
     init: bool,

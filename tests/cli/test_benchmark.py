@@ -113,7 +113,15 @@ def test_a_folder_in_use_is_refused_unless_forced(run: Any, suite: Path, tmp_pat
     assert run("benchmark", str(suite), "-o", str(tmp_path / "report")) == 2
     assert "already exists and is not empty" in capsys.readouterr().err
     assert run.opened == []
-    assert run("benchmark", str(suite), "-o", str(tmp_path / "report"), "--force") == 0
+    for name in ("report.md", "results.json"):
+        (tmp_path / "report" / name).write_text("mine")
+        assert run("benchmark", str(suite), "-o", str(tmp_path / "report"), "--force") == 2
+        assert f"{name} is not replaced" in " ".join(capsys.readouterr().err.split())
+        assert (tmp_path / "report" / name).read_text() == "mine"
+        (tmp_path / "report" / name).unlink()
+    assert run.opened == []
+    for _ in range(2):
+        assert run("benchmark", str(suite), "-o", str(tmp_path / "report"), "--force") == 0
     assert (tmp_path / "report" / "mine.txt").read_text() == "mine"
 
 

@@ -20,8 +20,10 @@ from clip_rd_edge.benchmarking.report.method import facts, remarks, samples_note
 from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.tables import RELATIVE_NOTE, Cell, Section, details, differences, sections
 from clip_rd_edge.benchmarking.results import RESULTS, Answer, Results, write_results
+from clip_rd_edge.contract.outputs import require_output_file
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.paths import exists
 
 
 def write_between_markers(document: Path, name: str, table: str) -> None:
@@ -40,6 +42,18 @@ def write_between_markers(document: Path, name: str, table: str) -> None:
 
 
 MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"
+
+
+def require_report_folder(folder: Path) -> None:
+    """Refuse a folder where a file of the user's has the name of one of a report's.
+
+    Raises:
+        UsageError: it has one, such as a report.md without a benchmark's results.json beside it.
+    """
+    require_output_file(folder / RESULTS, lambda beginning: b'"suite":' in beginning, what="a benchmark's", option="-o")
+    if not exists(folder / RESULTS):
+        for name in (MARKDOWN, HTML, PLOT):
+            require_output_file(folder / name, lambda beginning: False, what="an earlier report's", option="-o")
 
 
 def write_report(results: Results, folder: Path) -> None:
