@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -203,7 +204,10 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 10, "svg.hashsalt": "clip-rd-edge"}):
+    texts = [heading(rows[0][1].task), *(row.label for row, _ in rows)]
+    settings = {"font.size": 10, "font.family": ["sans-serif", *_further_fonts(texts)], "svg.hashsalt": "clip-rd-edge"}
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # no installed font has it
         figure = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor=palette.ground)
         FigureCanvasAgg(figure)
         _fill(figure.add_subplot(), rows, palette)
@@ -214,7 +218,32 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     return buffer.getvalue()
 
 
+def _further_fonts(texts: Iterable[str]) -> list[str]:
+    """Return installed font families for the characters of texts, such as Chinese, that the default font lacks."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+
+    def lacking(path: str, characters: set[str]) -> set[str]:
+        try:
+            font = get_font(path)
+        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+            return characters
+        return {character for character in characters if not font.get_char_index(ord(character))}
+
+    missing = lacking(findfont(FontProperties()), {character for character in "".join(texts) if character > "~"})
+    if not missing:
+        return []
+    regular = [font for font in fontManager.ttflist if (font.style, font.weight) == ("normal", 400)]
+    lacks = {font.name: lacking(font.fname, missing) for font in regular if not font.name.startswith("Last Resort")}
+    families = list[str]()
+    while lacks and missing - lacks[best := min(lacks, key=lambda name: (len(missing & lacks[name]), name))]:
+        families.append(best)
+        missing = missing & lacks[best]
+    return families
+
+
 def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Palette) -> None:
+    from matplotlib import rcParams
+
     x = np.asarray([row.latency.image.p50 for row, _ in rows])
     y = np.asarray([100 * score.top1 for _, score in rows])
     low = np.asarray([100 * score.top1_interval.low for _, score in rows])
@@ -230,7 +259,8 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     names = [f"{row.label}\n{formatting.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
     place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours, line=front)
     title = f"{heading(rows[0][1].task)}: top-1, %"
-    axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight="bold", pad=10)
+    weight = "bold" if rcParams["font.family"] == ["sans-serif"] else "normal"  # which further fonts may not have
+    axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight=weight, pad=10)
     legend = "Area: size on disk. Bar: 95 % confidence interval. Dotted: Pareto front."
     axes.set_xlabel(
         f"Image tower, ms per image (log scale)\n{legend}", color=palette.muted, fontsize=9, linespacing=1.5
