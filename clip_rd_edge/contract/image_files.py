@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 # Subfolders that programs other than the user's own put beside images: macOS into its archives, and Synology's NAS.
 _FOREIGN_FOLDERS = {"__MACOSX", "@eaDir"}
 STDIN = "-"
+_SEPARATORS = re.escape(os.sep + (os.altsep or ""))
+_ANY_DEPTH = re.compile(rf"(?:^|(?<=[{_SEPARATORS}]))(?:\*\*(?:[{_SEPARATORS}]|$))+")
 
 
 def _raise(error: InputError) -> None:
@@ -49,11 +52,23 @@ def find_images(
         elif exists(path) or path.is_symlink():
             yield path
         elif glob.has_magic(name):
-            # Path.glob does not accept absolute patterns.
-            matches = (Path(match) for match in sorted(glob.glob(name, recursive=True)))  # noqa: PTH207
-            yield from _require_any(filter(_is_file_or_link, matches), f"No image matches {name}.")
+            yield from _require_any(filter(_is_file_or_link, sorted(_glob(name))), f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
+
+
+def _glob(pattern: str) -> set[Path]:
+    """Return what a pattern matches; its ** stands for the folders that `list_images` searches.
+
+    That of `glob` follows a link to a folder that it is in again and again, up to 40 times.
+    """
+    any_depth = _ANY_DEPTH.search(pattern)
+    if any_depth is None:
+        return {Path(match) for match in glob.glob(pattern)}  # noqa: PTH207  Path.glob takes no absolute patterns
+    before, after = pattern[: any_depth.start()], pattern[any_depth.end() :] or "*"
+    starts = glob.glob(before) if before else [""]  # noqa: PTH207
+    folders = (folder for start in starts for folder, _ in _walk(start or os.curdir))
+    return {match for folder in folders for match in _glob(os.path.join(glob.escape(folder), after))}  # noqa: PTH118
 
 
 def is_ignored(name: str) -> bool:
@@ -76,18 +91,7 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
         on_unreadable(InputError(f"Cannot read the folder {error.filename}: {error.strerror or error}."))
 
     images = []
-    # Of each folder that is still to be listed, the real paths of it and of those on the way to it.
-    chains: dict[str, tuple[str, ...]] = {os.fspath(folder): (os.path.realpath(folder),)}
-    for path, subfolders, names in os.walk(folder, onerror=report, followlinks=True):
-        chain = chains.pop(path)
-        followed = []
-        for name in subfolders:
-            inner = os.path.join(path, name)  # noqa: PTH118  # as os.walk names it
-            real = os.path.realpath(inner) if os.path.islink(inner) else os.path.join(chain[-1], name)  # noqa: PTH114, PTH118
-            if not is_ignored(name) and real not in chain:  # else it is a link that leads back
-                followed.append(name)
-                chains[inner] = (*chain, real)
-        subfolders[:] = followed
+    for path, names in _walk(os.fspath(folder), report):
         try:
             for name in names:
                 if is_ignored(name):
@@ -100,6 +104,26 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
         except OSError as error:  # it may be listed but not entered, or was unmounted
             report(OSError(error.errno, error.strerror, path))
     return sorted(images)
+
+
+def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folder and its subfolders, without what `is_ignored`, each with the names of its files.
+
+    Links are followed, but for one to a folder that it is in.
+    """
+    # Of each folder that is still to be listed, the real paths of it and of those on the way to it.
+    chains: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
+    for path, subfolders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        chain = chains.pop(path)
+        followed = []
+        for name in subfolders:
+            inner = os.path.join(path, name)  # noqa: PTH118  # as os.walk names it
+            real = os.path.realpath(inner) if os.path.islink(inner) else os.path.join(chain[-1], name)  # noqa: PTH114, PTH118
+            if not is_ignored(name) and real not in chain:  # else it is a link that leads back
+                followed.append(name)
+                chains[inner] = (*chain, real)
+        subfolders[:] = followed
+        yield path, names
 
 
 def leads_nowhere(path: Path) -> bool:

@@ -52,6 +52,20 @@ def test_links_are_followed_and_those_that_lead_back_end(linked: Path) -> None:
     assert listed == ["cat/1.png", "cat/2.png", "frog/3.png", "frog/4.png", "frog/5.png"]
 
 
+def test_a_glob_of_any_depth_matches_the_images_of_the_folder_and_each_once(
+    linked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):  # glob's own ** would look for 8 to the power of 40 folders
+        (linked / "frog" / f"round-{number}").symlink_to(linked)
+    (linked / "[a]").mkdir()
+    (linked / "[a]" / "6.png").touch()
+    for pattern in ("**/*.png", "**", "**/**/*"):
+        assert list(find_images([str(linked.parent / "lin*" / pattern)])) == list_images(linked)
+    assert list(find_images([str(linked / "[[]a]" / "**")])) == [linked / "[a]" / "6.png"]
+    monkeypatch.chdir(linked)
+    assert list(find_images(["**/5.png"])) == [Path("frog/5.png")]
+
+
 @pytest.mark.parametrize("name", ["frog", "frog/5.png", "frog/*.png"])
 def test_a_link_to_nothing_is_an_image_that_cannot_be_read(linked: Path, name: str) -> None:
     dead = linked / "frog" / "5.png"
