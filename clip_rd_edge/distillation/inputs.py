@@ -19,7 +19,7 @@ from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
@@ -40,6 +40,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         teacher_sha256: see `embedding_store.teacher_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
+        image_weights_sha256: of the file that the student's image tower starts from; None for what is no file, and for
+            runs that did not record it yet.
     """
 
     pairs: int
@@ -49,6 +51,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     samples: str = ""
     teacher_preprocessing: tuple[Preprocessing, ...] = ()
     student_sha256: str | None = None
+    image_weights_sha256: str | None = None
 
 
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
@@ -56,6 +59,7 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     teachers = tuple(map(teacher_fingerprint, setup.teachers))
     if setup.stored is not None:
         teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
+    image_weights = Path(config.pretrained_image) if config.pretrained_image else None
     return RunInputs(
         pairs=len(setup.pairs),
         left_out=len(setup.pairs.left_out),
@@ -64,6 +68,7 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         samples=describe_counts(setup.pairs),
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
         student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
+        image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
     )
 
 
@@ -85,6 +90,8 @@ def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> R
                 describe = _preprocessing
             elif other.student_sha256 != first.student_sha256 and describe is _pairs:
                 describe = _student
+            elif other.image_weights_sha256 != first.image_weights_sha256 and describe is _pairs:
+                describe = _image_weights
             actual, expected = describe(other), describe(first)
             raise InputError(
                 f"Process {rank} of the run{processes.where(rank)} reads {actual}, but process 0 {expected}.",
@@ -145,8 +152,11 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
         name for name in ("data", "images", "texts") if (getattr(old, name) is None) is (getattr(new, name) is None)
     }
     if len(old.teachers) == len(new.teachers):
-        fields.add("teacher")
-    if read_json(run / INPUTS_FILE, RunInputs).student_sha256 and model_folder(new.student) is not None:
+        fields |= {"teacher", "teacher_pretrained"}
+    inputs = read_json(run / INPUTS_FILE, RunInputs)
+    if inputs.image_weights_sha256 and new.pretrained_image and is_file(Path(new.pretrained_image)):
+        fields.add("pretrained_image")
+    if inputs.student_sha256 and model_folder(new.student) is not None:
         fields.add("student")
     return frozenset(fields)
 
@@ -199,6 +209,9 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
     if old.student_sha256 and new.student_sha256 and old.student_sha256 != new.student_sha256:
         change = _change(old.student_sha256, new.student_sha256)
         return f"the model that it trains on has other weights, another configuration or another tokenizer ({change})"
+    if old.image_weights_sha256 and new.image_weights_sha256 and old.image_weights_sha256 != new.image_weights_sha256:
+        change = _change(old.image_weights_sha256, new.image_weights_sha256)
+        return f"the image weights that the student starts from are others ({change})"
     return None
 
 
@@ -223,6 +236,10 @@ def _preprocessing(inputs: RunInputs) -> str:
 
 def _student(inputs: RunInputs) -> str:
     return f"a trained student with the {_digest(inputs.student_sha256 or '')}"
+
+
+def _image_weights(inputs: RunInputs) -> str:
+    return f"image weights with the {_digest(inputs.image_weights_sha256 or '')}"
 
 
 def _pairs(inputs: RunInputs) -> str:

@@ -342,6 +342,26 @@ def test_a_run_is_resumed_from_another_working_directory(
         assert (recorded.data, recorded.teacher) == (there.data, there.teacher)
 
 
+def test_image_weights_to_start_from_are_known_by_their_content(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    for name in ("weights", "others"):
+        model = timm.create_model(config.student, pretrained=False)
+        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MemoryError):
+        distil(msgspec.structs.replace(config, pretrained_image="weights.pth"), tmp_path / "run", on_step=stop_at(4))
+    monkeypatch.chdir(tmp_path / "inner")
+    with pytest.raises(UsageError, match="image weights that the student starts from are others"):
+        distil(msgspec.structs.replace(config, pretrained_image="../others.pth"), tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=r"pretrained_image: weights\.pth → timm"):
+        distil(msgspec.structs.replace(config, pretrained_image="timm"), tmp_path / "run", resume=True)
+    distil(msgspec.structs.replace(config, pretrained_image="../weights.pth"), tmp_path / "run", resume=True)
+
+
 def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
     run, number = tmp_path / "run", "0" * 32
     with pytest.raises(MemoryError):
