@@ -149,7 +149,7 @@ def train(
                 with request.at_once() if processes.world_size == 1 else nullcontext():
                     batch = next(batches)
             except Stopped:
-                if step > saved and optimizer.is_sound:
+                if step > saved and optimizer.is_finite:
                     save_checkpoint(run, step, parts)
                     saved = step
                 raise interrupted(request, run, saved, steps) from None
@@ -199,7 +199,10 @@ def train(
             stopping = stop_requests > 0
             due = due or done % config.checkpoint_every == 0
             if done == steps or stopping or due:
-                if processes.sum(int(not optimizer.is_sound)) == [0]:  # else the older checkpoint is the better one
+                # A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last
+                # chance to save, the older checkpoint is the better one.
+                fit = optimizer.is_finite if stopping else optimizer.is_sound
+                if processes.sum(int(not fit)) == [0]:
                     if processes.is_main:
                         save_checkpoint(run, done, parts)
                     saved, due = done, False
