@@ -30,7 +30,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, NonNegativeFloat, NonNegativeInt, PositiveFloat
-from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, size_bytes, write_bytes
+from clip_rd_edge.utils.files import is_plain_name, read_limited, sha256_of, write_bytes
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
@@ -291,8 +291,3 @@ def require_whole_towers(folder: Path, manifest: Manifest, *, purpose: str) -> N
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
     """Return the names of files whose SHA-256 does not match the manifest."""
     return [name for name, digest in manifest.files.items() if sha256_of(folder / name) != digest]
-
-
-def bundle_size_bytes(folder: Path) -> int:
-    """Return the size of a bundle on disk, in bytes."""
-    return size_bytes(folder)

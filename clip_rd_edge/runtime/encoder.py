@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower, bundle_size_bytes
+from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
@@ -23,6 +23,7 @@ from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact
+from clip_rd_edge.utils.files import size_bytes
 from clip_rd_edge.utils.host import lacks_vnni
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class BundleEncoder(ABC):
             logit_scale=manifest.logit_scale,
             templates=manifest.templates,
             parameters=manifest.parameters,
-            size_bytes=bundle_size_bytes(self.folder),
+            size_bytes=size_bytes(self.folder),
         )
 
     @cached_property
