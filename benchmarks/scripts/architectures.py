@@ -30,8 +30,8 @@ from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, choose
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
-from clip_rd_edge.exporters.onnx import evaluating, export_image_tower
-from clip_rd_edge.models.clip import ImageTower, parameter_count
+from clip_rd_edge.exporters.onnx import export_image_tower
+from clip_rd_edge.models.clip import ImageTower, evaluation_mode, parameter_count
 from clip_rd_edge.models.student import preset_names
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
@@ -146,7 +146,7 @@ def prepare_files(work: Path, name: str) -> None:
             prepare(tower_name(name), new)
             return
         clip = model_of(tower_name(name))
-        with evaluating(clip.model):
+        with evaluation_mode(clip.model):
             export_image_tower(clip, new).rename(new / "fp32.onnx")
         np.save(new / "one.npy", np.random.default_rng(0).standard_normal((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32))
 

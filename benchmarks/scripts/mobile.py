@@ -42,8 +42,8 @@ from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.coreml import require_declared, write_package
 from clip_rd_edge.exporters.executorch import EXECUTORCH_TOOLS
 from clip_rd_edge.exporters.litert import LITERT_TOOLS
-from clip_rd_edge.exporters.onnx import IMAGE_INPUT, IMAGE_OUTPUT, evaluating, export_image_tower
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.exporters.onnx import IMAGE_INPUT, IMAGE_OUTPUT, export_image_tower
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.student import build_student, preset_names, student_config
 from clip_rd_edge.runtime.backends.litert import open_litert
@@ -153,7 +153,7 @@ def convert(preset: str, format: str) -> Converted:
     clip = build_student(student_config(preset, embedding_size=256, text="tiny"), name=preset)
     use_all_layers(clip.model)
     pixels = hard_pixels(clip.preprocessing)
-    with tempfile.TemporaryDirectory() as name, evaluating(clip.model):
+    with tempfile.TemporaryDirectory() as name, evaluation_mode(clip.model):
         try:
             if format == "coreml":
                 return _packages(preset, clip, pixels, Path(name))

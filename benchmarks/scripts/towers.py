@@ -33,8 +33,8 @@ from clip_rd_edge.convert.int8.select import MeasuredCandidate, choose
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, latencies
 from clip_rd_edge.data.emoji import training_pairs
-from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import build_student, student_config
@@ -209,7 +209,7 @@ def samples_of(clip: ClipModel, tower: str) -> tuple[Inputs, Inputs]:
 def prepare(tower: str, folder: Path) -> None:
     """Write all files that are timed later."""
     clip = model_of(tower)
-    with evaluating(clip.model):
+    with evaluation_mode(clip.model):
         model = (export_text_tower if tower == TEXT else export_image_tower)(clip, folder)
         calibrate, held_out = samples_of(clip, tower)
     model = model.rename(folder / "fp32.onnx")

@@ -38,12 +38,11 @@ from clip_rd_edge.exporters.onnx import (
     IMAGE_OUTPUT,
     TEXT_INPUT,
     TEXT_OUTPUT,
-    evaluating,
     export_image_tower,
     export_text_tower,
 )
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
-from clip_rd_edge.models.clip import ClipModel, image_parameter_count, parameter_count
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode, image_parameter_count, parameter_count
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
@@ -62,7 +61,7 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
     Raises:
         ClipRdEdgeError: a tower cannot be exported, or its file computes something else than the model.
     """
-    with evaluating(clip.model):
+    with evaluation_mode(clip.model):
         reporter.update("exporting the image tower")
         export_image_tower(clip, folder)
         reporter.update("exporting the text tower")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
 
@@ -65,7 +65,7 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
     example = example.to(next(tower.parameters()).device)
     is_large = sum(tensor.nbytes for tensor in tower.state_dict().values()) > MAX_FILE_BYTES
     try:
-        with evaluating(tower), without_fast_path(), silently(), torch.no_grad():
+        with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
             torch.onnx.export(
                 tower,
                 (example,),
@@ -98,18 +98,6 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode; afterwards restore each submodule's mode, since parts may be frozen."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 @contextlib.contextmanager

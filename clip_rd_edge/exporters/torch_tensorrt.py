@@ -25,10 +25,10 @@ from clip_rd_edge.convert.targets import RTX_TARGETS
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
-from clip_rd_edge.exporters.onnx import evaluating, root_cause, without_fast_path
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.exporters.onnx import root_cause, without_fast_path
+from clip_rd_edge.exporters.towers import TOWERS
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 
-_TOWERS = {"image": ImageTower, "text": TextTower}
 _CAPABILITIES = {**{name: name for name in RTX_TARGETS}, "jetson-orin": "sm87", "jetson-thor": "sm110"}
 _EXAMPLE_BATCH = 2  # a batch size of 1 would be treated as a constant
 _HINT = "omit --via: engines are then built from ONNX, without a GPU"
@@ -57,8 +57,8 @@ def engine_builder(torch_tensorrt: Any, clip: ClipModel, source: Path) -> Engine
     inputs = hard_inputs(source, read_manifest(source))
 
     def build(name: str, typed: TypedTower) -> bytes:
-        tower = copy.deepcopy(_TOWERS[name](clip.model)).to(_device())
-        with evaluating(tower), without_fast_path(), silently(), torch.no_grad():
+        tower = copy.deepcopy(TOWERS[name](clip.model)).to(_device())
+        with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
             if typed.precision == "fp16":
                 tower = _to_fp16(tower, name, inputs[name])
             example = torch.from_numpy(inputs[name][:_EXAMPLE_BATCH]).to(_device())

@@ -19,8 +19,8 @@ from clip_rd_edge.convert.int8.candidates import Opener
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.exporters.onnx import evaluating, without_fast_path
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.exporters.onnx import without_fast_path
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -55,7 +55,7 @@ class Toolchain:
 def on_cpu(module: nn.Module) -> Iterator[nn.Module]:
     """Move a module to the CPU to be traced, without the messages of what traces it; afterwards it is as it was."""
     device = next(module.parameters()).device
-    with evaluating(module), without_fast_path(), silently(), torch.no_grad():
+    with evaluation_mode(module), without_fast_path(), silently(), torch.no_grad():
         try:
             yield module.cpu()
         finally:

@@ -13,8 +13,8 @@ import torch
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.convert.parity import Inputs, agreement, embed
-from clip_rd_edge.exporters.onnx import evaluating, export_image_tower, export_text_tower
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import preprocessing_of
 from clip_rd_edge.models.student import build_student, preset_names, student_config
@@ -56,7 +56,7 @@ def ids_for(clip: ClipModel, vocabulary: int) -> Inputs:
 def test_a_preset(preset: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     clip = build_student(student_config(preset, embedding_size=512, text="tiny"), name=preset)
-    with evaluating(clip.model):
+    with evaluation_mode(clip.model):
         check(export_image_tower(clip, tmp_path), pixels_for(clip), TorchEncoder(clip).encode_pixels)
 
 
