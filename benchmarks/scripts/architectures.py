@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from publishing import add_output_options, publish
 from towers import Prepared, kind_of, model_of, prepare
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, choose
 from clip_rd_edge.convert.options import Budget
@@ -35,8 +35,7 @@ from clip_rd_edge.models.clip import ImageTower, evaluation_mode, parameter_coun
 from clip_rd_edge.models.student import preset_names
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
-from clip_rd_edge.utils.files import new_folder, write_bytes
-from clip_rd_edge.utils.structs import to_json
+from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
 BASELINE = "baseline"
@@ -231,8 +230,7 @@ def baseline_call(work: Path) -> Call:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path, help="folder for prepared files")
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--readme", type=Path, help="Markdown file with markers for the table")
+    add_output_options(parser, "architectures")
     parser.add_argument("--only", nargs="+", choices=[*TEACHERS, *preset_names()], default=[*TEACHERS, *preset_names()])
     parser.add_argument("--prepare", action="store_true", help="only prepare the files")
     args = parser.parse_args()
@@ -262,12 +260,7 @@ def main() -> None:
         weights="random",
         rows=tuple(rows),
     )
-    table = architectures_table(results)
-    print(table)
-    if args.output:
-        write_bytes(args.output, to_json(results))
-    if args.readme:
-        write_between_markers(args.readme, "architectures", table)
+    publish(results, architectures_table(results), args)
 
 
 def load_pixels(work: Path, name: str) -> np.ndarray:

@@ -17,14 +17,13 @@ import json
 import resource
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from publishing import add_output_options, publish
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
@@ -133,8 +132,7 @@ def main() -> None:
     parser.add_argument("--text", default="standard")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a row that it has already is kept")
-    parser.add_argument("--readme", type=Path, help="replace the table between <!-- bank-cost: begin --> and its end")
+    add_output_options(parser, "bank-cost", required=True)
     arguments = parser.parse_args()
     rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"] if arguments.output.is_file() else []
     for name in arguments.students:
@@ -142,10 +140,7 @@ def main() -> None:
         rows.append(measure(student, int(pixels), arguments))
         sizes = {key: getattr(arguments, key) for key in ("entries", "width")}
         result = {**sizes, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(markdown(rows))
-    if arguments.readme:
-        write_between_markers(arguments.readme, "bank-cost", markdown(rows))
+        publish(result, markdown(rows), arguments)
 
 
 if __name__ == "__main__":

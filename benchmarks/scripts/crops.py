@@ -8,17 +8,15 @@ Draws only; no image is read. Both get the default range of areas, and torchvisi
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torchvision
+from publishing import add_output_options, publish
 from torchvision.transforms import RandomResizedCrop
 
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.pixels import Crops
 
@@ -85,10 +83,7 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--readme", type=Path, help="replace the table between <!-- crops: begin --> and <!-- crops: end -->"
-    )
+    add_output_options(parser, "crops", required=True)
     arguments = parser.parse_args()
     draw: dict[str, Callable[[tuple[int, int]], Boxes]] = {"torchvision": torchvisions, "clip-rd-edge": ours}
     rows: list[dict[str, object]] = [
@@ -99,11 +94,7 @@ def main() -> None:
         for width, height in SIZES
     ]
     result = {"scale": CROPS.scale, "draws": DRAWS, "torchvision": torchvision.__version__, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = markdown(rows)
-    print(table)
-    if arguments.readme:
-        write_between_markers(arguments.readme, "crops", table)
+    publish(result, markdown(rows), arguments)
 
 
 if __name__ == "__main__":

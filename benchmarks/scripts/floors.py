@@ -16,16 +16,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import msgspec
 import tomllib
 from PIL import Image
+from publishing import add_output_options, here_and_now, publish
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
-from clip_rd_edge.utils.host import machine_name
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -109,8 +107,7 @@ def table(outcomes: list[Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an ONNX bundle")
-    parser.add_argument("-o", "--output", type=Path, help="write the outcomes to this JSON file")
-    parser.add_argument("--readme", type=Path, help="write the table between the markers `floors` of this file")
+    add_output_options(parser, "floors")
     options = parser.parse_args()
     outcomes = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,16 +115,7 @@ def main() -> None:
             for releases in RESOLUTIONS:
                 outcomes.append(measure(python, version, releases, options.bundle.resolve(), Path(scratch)))
                 print(outcomes[-1], file=sys.stderr, flush=True)
-    print(table(outcomes))
-    if options.output:
-        content = {
-            "machine": machine_name(),
-            "date": date.today().isoformat(),
-            "outcomes": msgspec.to_builtins(outcomes),
-        }
-        options.output.write_text(json.dumps(content, indent=2) + "\n")
-    if options.readme:
-        write_between_markers(options.readme, "floors", table(outcomes))
+    publish({**here_and_now(), "outcomes": msgspec.to_builtins(outcomes)}, table(outcomes), options)
     sys.exit(any(outcome.error for outcome in outcomes))
 
 

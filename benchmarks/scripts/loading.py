@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import tarfile
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,16 +30,15 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from publishing import add_output_options, here_and_now, publish
 from torch import Tensor
 from torchvision import transforms
 
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, resize_crop
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops, Normaliser, crop_levels
-from clip_rd_edge.utils.host import machine_name
 
 SIZES = ((512, 384), (1536, 1024))
 CROPS = Crops(scale=(0.9, 1.0), aspect_ratio=1.0)
@@ -142,10 +139,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, help="the folder that tuxpaint.py wrote")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--readme", type=Path, help="replace the table between <!-- loading: begin --> and <!-- loading: end -->"
-    )
+    add_output_options(parser, "loading", required=True)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -179,17 +173,14 @@ def main() -> None:
             print(rows[-1])
     levels = STUDENT.size[0] * STUDENT.size[1] * 3
     result = {
-        "machine": machine_name(),
-        "date": date.today().isoformat(),
+        **here_and_now(),
         "versions": {name: version(name) for name in ("pillow", "torch", "torchvision", "webdataset")},
         "images": len(photos),
         "rounds": arguments.rounds,
         "sizes": rows,
         "bytes_per_image": {"clip-rd-edge": levels, "float32 for two models": 2 * 4 * levels},
     }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if arguments.readme:
-        write_between_markers(arguments.readme, "loading", markdown(rows))
+    publish(result, markdown(rows), arguments)
 
 
 def markdown(rows: list[dict[str, object]]) -> str:

@@ -19,13 +19,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from scale import publish
+from publishing import add_output_options, here_and_now, publish
 
 WARM_UP_STEPS = 3
 PREFIX = "gloo:"  # of the profiler's names of messages
@@ -41,8 +40,7 @@ class Interval(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Count messages per step, and how much of them is hidden.")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the markers `messages` for the table")
+    add_output_options(parser, "messages")
     parser.add_argument("--students", nargs="+", default=["resnet50", "mobilevit_s"])
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together (default: 32)")
     parser.add_argument("--image-size", type=int, default=224)
@@ -53,17 +51,14 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker, arguments)
         return
-    from clip_rd_edge.utils.host import machine_name
-
     record: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": machine_name(),
+        **here_and_now(),
         "processes": arguments.processes,
         "batch_size": arguments.batch_size,
         "image_size": arguments.image_size,
         "students": {student: watch(student, arguments) for student in arguments.students},
     }
-    publish(record, table(record), "messages", arguments)
+    publish(record, table(record), arguments)
 
 
 def watch(student: str, arguments: argparse.Namespace) -> dict[str, Any]:

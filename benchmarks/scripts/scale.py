@@ -30,11 +30,11 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from publishing import add_output_options, here_and_now, publish
 
 CAPTION = "a photograph of something"
 IMAGES = 100_000  # files that a table names
@@ -44,8 +44,7 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure indexing and reading of millions of samples.")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the markers `scale` for the table")
+    add_output_options(parser, "scale")
     parser.add_argument("--shards", type=int, default=1200)
     parser.add_argument("--samples", type=int, default=12_500, help="per shard (default: 12,500)")
     parser.add_argument("--of", nargs="+", choices=list(MAKERS), default=list(MAKERS), help="which data sets")
@@ -56,8 +55,7 @@ def main() -> None:
         print(json.dumps(measure(arguments.child)))
         return
     record: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": machine(),
+        **here_and_now(),
         "samples": arguments.shards * arguments.samples,
         "shards": arguments.shards,
     }
@@ -65,19 +63,7 @@ def main() -> None:
     for kind in arguments.of:
         measured[kind] = starts(kind, arguments.shards, arguments.samples)
     record["data sets"] = {kind: measured[kind] for kind in MAKERS if kind in measured}
-    publish(record, table(record), "scale", arguments)
-
-
-def publish(record: dict[str, Any], table: str, marker: str, arguments: argparse.Namespace) -> None:
-    """Print a table, write the record to `arguments.output`, and the table between the marks of `arguments.readme`."""
-    from clip_rd_edge.benchmarking.report.text import write_between_markers
-    from clip_rd_edge.utils.files import write_text
-
-    print(table)
-    if arguments.output:
-        write_text(arguments.output, json.dumps(record, indent=2) + "\n")
-    if arguments.readme:
-        write_between_markers(arguments.readme, marker, table)
+    publish(record, table(record), arguments)
 
 
 def earlier(record: dict[str, Any], output: Path | None) -> dict[str, Any]:
@@ -86,13 +72,6 @@ def earlier(record: dict[str, Any], output: Path | None) -> dict[str, Any]:
         return {}
     before = json.loads(output.read_text())
     return dict(before["data sets"]) if all(before[key] == record[key] for key in record) else {}
-
-
-def machine() -> str:
-    """Return the name of this machine."""
-    from clip_rd_edge.utils.host import machine_name
-
-    return machine_name()
 
 
 def starts(kind: str, shards: int, samples: int) -> dict[str, Figures]:

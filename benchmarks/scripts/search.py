@@ -17,20 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from publishing import add_output_options, here_and_now, publish
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.encoder import Embeddings, normalise
 from clip_rd_edge.runtime.index import INDEX_VERSION, Entry, Index, nearest, read_graph, read_index, write_index
 from clip_rd_edge.runtime.index_graph import build_graph, write_graph
-from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.structs import to_json
 
 TOP, QUERIES = 10, 100
 
@@ -209,18 +205,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="embedding size")
     parser.add_argument("--graph", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="threads that build the graph")
-    parser.add_argument("-o", "--output", type=Path, help="a JSON file")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the markers `search` for the table")
+    add_output_options(parser, "search")
     args = parser.parse_args()
-    results = Results(machine=machine_name(), date=date.today().isoformat(), rows=())
+    results = Results(**here_and_now(), rows=())
     for count in args.images:
         row = measure(count, args.size, graph=args.graph, threads=args.threads)
         results = msgspec.structs.replace(results, rows=(*results.rows, row))
-        print(table(results), flush=True)
-        if args.output:
-            write_bytes(args.output, to_json(results))
-    if args.readme:
-        write_between_markers(args.readme, "search", table(results))
+        publish(results, table(results), args)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from scale import publish
+from publishing import add_output_options, here_and_now, publish
 from unreliable_server import UnreliableServer
 
 SIZE, BATCH, WINDOW_SHARDS = (512, 384), 64, 3
@@ -297,17 +296,14 @@ def yes(flag: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare batches from S3 and HTTP with those from disk.")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the markers `streaming` for the table")
+    add_output_options(parser, "streaming")
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--samples", type=int, default=256, help="per shard (default: 256)")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    from clip_rd_edge.utils.host import machine_name
-
     with tempfile.TemporaryDirectory() as name:
-        record = {"date": date.today().isoformat(), "machine": machine_name(), **measure(Path(name), arguments)}
-    publish(record, table(record), "streaming", arguments)
+        record = {**here_and_now(), **measure(Path(name), arguments)}
+    publish(record, table(record), arguments)
 
 
 if __name__ == "__main__":

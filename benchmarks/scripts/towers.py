@@ -22,9 +22,9 @@ import numpy as np
 import onnx
 import open_clip
 import torch
+from publishing import add_output_options, publish
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import prepare_for_quantization, silently
@@ -313,8 +313,7 @@ def open_variant(name: str, path: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path, help="folder for prepared files and intermediate results")
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--readme", type=Path, help="Markdown file with markers for the table")
+    add_output_options(parser, "towers")
     parser.add_argument("--towers", nargs="+", choices=list(TOWERS), default=list(TOWERS))
     parser.add_argument("--prepare", action="store_true", help="only prepare the files")
     args = parser.parse_args()
@@ -335,12 +334,7 @@ def main() -> None:
     if args.prepare:
         return
     results = Towers(environment=this_environment(), threads=THREADS, weights="random", towers=tuple(rows))
-    table = towers_table(results)
-    print(table)
-    if args.output:
-        write_bytes(args.output, to_json(results))
-    if args.readme:
-        write_between_markers(args.readme, "towers", table)
+    publish(results, towers_table(results), args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""Where a script's figures go: to a JSON file, and as a table into a Markdown file.
+
+Imports the package when it is called: some scripts measure the memory of processes that have not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def add_output_options(parser: argparse.ArgumentParser, marker: str, *, required: bool = False) -> None:
+    """Add -o, and --readme for a table between the markers of this name."""
+    parser.add_argument("-o", "--output", type=Path, required=required, help="JSON file to write")
+    parser.add_argument(
+        "--readme", type=Path, help=f"Markdown file, for the table between <!-- {marker}: begin --> and its end"
+    )
+    parser.set_defaults(marker=marker)
+
+
+def here_and_now() -> dict[str, str]:
+    """Return the machine and the date of a measurement."""
+    from clip_rd_edge.utils.host import machine_name
+
+    return {"machine": machine_name(), "date": date.today().isoformat()}
+
+
+def publish(record: Any, table: str, arguments: argparse.Namespace) -> None:
+    """Print the table, and write it and the record, a dict or a struct, where the options of the script say."""
+    from clip_rd_edge.benchmarking.report.text import write_between_markers
+    from clip_rd_edge.utils.files import write_text
+
+    print(table)
+    if arguments.output:
+        content = record if isinstance(record, dict) else msgspec.to_builtins(record)
+        write_text(arguments.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if arguments.readme:
+        write_between_markers(arguments.readme, arguments.marker, table)
