@@ -8,6 +8,7 @@ always resizes columns first. Never imports torch.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -28,30 +29,15 @@ def with_preprocessing(model: onnx.ModelProto, preprocessing: Preprocessing) -> 
         model: pixel_values (N, 3, H, W) float32 -> image_embedding, of opset 18 or later.
         preprocessing: the model's.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    pixels = graph.input[0].name
-    prefix = _preprocessing_graph(preprocessing, pixels)
+    result = copy.deepcopy(model)
+    graph = result.graph
+    prefix = _preprocessing_graph(preprocessing, graph.input[0].name)
     nodes = [*prefix.nodes, *graph.node]
     del graph.node[:], graph.input[:]
     graph.node.extend(nodes)
     graph.initializer.extend(prefix.constants)
     graph.input.append(helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3]))
-    return copy
-
-
-def preprocessing_model(preprocessing: Preprocessing) -> onnx.ModelProto:
-    """Return the preprocessing alone: image (1, height, width, 3) uint8 -> pixel_values (1, 3, H, W) float32."""
-    steps = _preprocessing_graph(preprocessing, "pixel_values")
-    graph = helper.make_graph(
-        steps.nodes,
-        "preprocessing",
-        [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, [1, "height", "width", 3])],
-        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, 3, *preprocessing.size])],
-        initializer=steps.constants,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return result
 
 
 def _preprocessing_graph(preprocessing: Preprocessing, output: str) -> _Graph:
