@@ -26,6 +26,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.structs import to_json
 
 Variant = Literal["fp32", "fp16", "int8"]
 SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
@@ -71,8 +72,8 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
             onnx.checker.check_model(model)
             write_bytes(folder / "onnx" / f"{name}{SUFFIXES[variant]}.onnx", model.SerializeToString())
     _write_tokenizer(bundles["fp32"] / TOKENIZER, folder, manifest.tokenizer)
-    _write_json(folder / "config.json", _model_config(manifest))
-    _write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
+    write_bytes(folder / "config.json", to_json(_model_config(manifest)))
+    write_bytes(folder / "preprocessor_config.json", to_json(_preprocessor_config(manifest.preprocessing)))
 
 
 def require_supported(preprocessing: Preprocessing, name: str) -> None:
@@ -220,7 +221,7 @@ def _write_tokenizer(path: Path, folder: Path, spec: TokenizerSpec) -> None:
         "clean_up_tokenization_spaces": False,
         **specials,
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_bytes(folder / "tokenizer_config.json", to_json(config))
 
 
 def _to_special_tokens(content: dict[str, Any], end_id: int) -> dict[str, Any]:
@@ -307,7 +308,3 @@ def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

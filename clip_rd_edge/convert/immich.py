@@ -14,7 +14,6 @@ open_clip's at the even one. Every other value of its preprocessing is equal up 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, req
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.utils.files import new_folder, write_bytes, write_text
+from clip_rd_edge.utils.structs import to_json
 
 # The models of open_clip that immich knows, by the size of their embeddings; the first is the default.
 MODELS = {
@@ -101,9 +101,10 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
         tower = manifest.require_text()
         text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
         write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
-        _write_json(folder / "visual" / "preprocess_cfg.json", {**msgspec.to_builtins(preprocessing), "mode": "RGB"})
+        preprocess_cfg = {**msgspec.to_builtins(preprocessing), "mode": "RGB"}
+        write_bytes(folder / "visual" / "preprocess_cfg.json", to_json(preprocess_cfg))
         _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)
-        _write_json(folder / "config.json", _model_config(manifest))
+        write_bytes(folder / "config.json", to_json(_model_config(manifest)))
 
 
 def _model_config(manifest: Manifest) -> dict[str, Any]:
@@ -142,8 +143,5 @@ def _write_tokenizer(path: Path, folder: Path, manifest: Manifest) -> None:
             normalizers.Sequence([lower, tokenizer.normalizer]) if tokenizer.normalizer is not None else lower
         )
     write_text(folder / TOKENIZER, tokenizer.to_str())
-    _write_json(folder / "tokenizer_config.json", {"pad_token": tokenizer.id_to_token(manifest.tokenizer.pad_id)})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    config = {"pad_token": tokenizer.id_to_token(manifest.tokenizer.pad_id)}
+    write_bytes(folder / "tokenizer_config.json", to_json(config))
