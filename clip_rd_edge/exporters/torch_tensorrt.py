@@ -23,6 +23,7 @@ from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.parity import Inputs, agreement
 from clip_rd_edge.convert.targets import RTX_TARGETS
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder
+from clip_rd_edge.convert.tensorrt.engine import MAX_BATCH
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
 from clip_rd_edge.exporters.onnx import root_cause, without_fast_path
@@ -121,15 +122,15 @@ def _to_fp16(tower: nn.Module, name: str, inputs: Inputs) -> nn.Module:
     return fp16
 
 
-def _build_engine(torch_tensorrt: Any, tower: nn.Module, name: str, example: Tensor, *, max_batch: int = 8) -> bytes:
-    """Return the content of an engine for batches of 1 to `max_batch`, tuned for 1."""
+def _build_engine(torch_tensorrt: Any, tower: nn.Module, name: str, example: Tensor) -> bytes:
+    """Return the content of an engine for batches of 1 to MAX_BATCH, tuned for 1."""
     shape = tuple(example.shape[1:])
     try:
         program = torch.export.export(
-            tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=max_batch)},)
+            tower, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
         )
         spec = torch_tensorrt.Input(
-            min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(max_batch, *shape), dtype=example.dtype
+            min_shape=(1, *shape), opt_shape=(1, *shape), max_shape=(MAX_BATCH, *shape), dtype=example.dtype
         )
         convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
         return bytes(convert(program, arg_inputs=[spec]))

@@ -13,7 +13,7 @@ from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.targets import RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
-from clip_rd_edge.convert.tensorrt.engine import build_engine, mistyped_layers
+from clip_rd_edge.convert.tensorrt.engine import MAX_BATCH, build_engine, mistyped_layers
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
@@ -91,7 +91,6 @@ def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
 
 
 BUILD_SHELL, BUILD_PYTHON, CHECKSUMS = "build.sh", "build.py", "SHA256SUMS"
-MAX_BATCH = 8
 
 _SHELL = """#!/usr/bin/env bash
 # Builds the engines of {name}. Run it on the device ({title}); it takes minutes.

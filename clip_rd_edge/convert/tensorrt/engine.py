@@ -14,6 +14,8 @@ from typing import Any
 
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 
+MAX_BATCH = 8  # of every engine, however it is built
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -23,18 +25,12 @@ class Engine:
     log: str
 
 
-def build_engine(
-    model: bytes,
-    *,
-    target: str,
-    max_batch: int = 8,
-) -> Engine:
-    """Build an engine for batches of 1 to `max_batch`, tuned for 1.
+def build_engine(model: bytes, *, target: str) -> Engine:
+    """Build an engine for batches of 1 to MAX_BATCH, tuned for 1.
 
     Args:
         model: content of a strongly typed ONNX file with one input, whose first dimension is the batch.
         target: one of RTX_TARGETS.
-        max_batch: max batch size of the engine.
 
     Raises:
         MissingExtraError: TensorRT for RTX is not installed.
@@ -57,7 +53,7 @@ def build_engine(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), 0)
-    config.add_optimization_profile(_profile(builder, network.get_input(0), max_batch))
+    config.add_optimization_profile(_profile(builder, network.get_input(0)))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = _first_reason(logger.errors)
@@ -72,10 +68,10 @@ def _import_tensorrt_rtx() -> Any:
         raise MissingExtraError("tensorrt-rtx-cu13-bindings", extra="rtx", purpose="Building an engine") from error
 
 
-def _profile(builder: Any, input_tensor: Any, max_batch: int) -> Any:
+def _profile(builder: Any, input_tensor: Any) -> Any:
     profile = builder.create_optimization_profile()
     shape = tuple(input_tensor.shape)[1:]
-    profile.set_shape(input_tensor.name, (1, *shape), (1, *shape), (max_batch, *shape))
+    profile.set_shape(input_tensor.name, (1, *shape), (1, *shape), (MAX_BATCH, *shape))
     return profile
 
 
