@@ -19,11 +19,10 @@ from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, Fp16Tower, float32_note, ha
 from clip_rd_edge.convert.graph import silently, without_progress_bars
 from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.timing import time_in_turn
 
 LITERT = "litert"
 # Operators are quantised by the names of their outputs, which begin with the modules that they come from. Those of the
@@ -43,9 +42,7 @@ _CALIBRATION_SAMPLES = 64  # ranges are those of minimum and maximum, each sampl
 Recipe = list[dict[str, Any]]
 
 
-def write_litert_fp16(
-    source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT, timer: Timer = time_in_turn
-) -> Manifest:
+def write_litert_fp16(source: Path, folder: Path, request: ExportRequest, *, reporter: Reporter = SILENT) -> Manifest:
     """Write the towers of the float32 LiteRT bundle `source` with float16 weights; return their manifest, not written.
 
     A CPU computes them in float32; a phone's GPU or NPU in float16.
@@ -59,15 +56,11 @@ def write_litert_fp16(
     towers = {}
     for name, tower in manifest.towers.items():
         reporter.update(f"{name} tower: float16 weights")
-        towers[name] = write_litert_fp16_tower(
-            source, folder, tower, inputs[name], threads=request.threads, timer=timer
-        )
+        towers[name] = write_litert_fp16_tower(source, folder, tower, inputs[name], threads=request.threads)
     return manifest.with_towers(towers)
 
 
-def write_litert_fp16_tower(
-    source: Path, folder: Path, tower: Tower, inputs: Inputs, *, threads: int, timer: Timer = time_in_turn
-) -> Tower:
+def write_litert_fp16_tower(source: Path, folder: Path, tower: Tower, inputs: Inputs, *, threads: int) -> Tower:
     """Write one tower of the float32 LiteRT bundle `source` with float16 weights; return its manifest entry."""
     file = source / tower.file
     content = quantize(file.read_bytes(), fp16_recipe())
@@ -80,7 +73,7 @@ def write_litert_fp16_tower(
         shutil.copy2(file, folder / tower.file)
         return msgspec.structs.replace(tower, note=float32_note(Fp16Tower(None, parity, ())))
     write_bytes(folder / tower.file, content)
-    latencies_ms = latencies(sessions, inputs, timer=timer)
+    latencies_ms = latencies(sessions, inputs)
     measured = measurement(parity, latencies_ms["fp16"], reference_ms=latencies_ms["fp32"], threads=threads)
     return msgspec.structs.replace(tower, precision="fp16", measured=measured)
 

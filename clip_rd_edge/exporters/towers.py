@@ -17,14 +17,13 @@ from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.candidates import Opener
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.onnx import without_fast_path
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.timing import time_in_turn
 
 MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
 TOWERS = {"image": ImageTower, "text": TextTower}
@@ -70,7 +69,6 @@ def write_towers(
     *,
     tools: Toolchain,
     reporter: Reporter = SILENT,
-    timer: Timer = time_in_turn,
 ) -> Manifest:
     """Write a model's towers in float32 into `folder`; return their manifest, not yet written.
 
@@ -99,7 +97,7 @@ def write_towers(
                 f"{file} differs from the model by {parity.max_difference:.2g}; expected at most {MAX_DIFFERENCE:g}.",
                 hint=OTHER_FORMAT,
             )
-        latencies_ms = latencies(sessions, inputs[name], timer=timer)
+        latencies_ms = latencies(sessions, inputs[name])
         measured = measurement(
             parity, latencies_ms[tools.target], reference_ms=latencies_ms["onnx"], threads=request.threads
         )
