@@ -91,13 +91,11 @@ def markdown_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,
     """
     rule = ["---" if i in left else "---:" for i in range(len(rows[0]))]
     lines = [rows[0], rule, *rows[1:]]
-    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-    return inert_markdown(" ".join(text.splitlines())).replace("|", "&#124;")
+    return "\n".join(
+        f"| {' | '.join(inert_markdown(cell).replace('|', '&#124;') for cell in line)} |" for line in lines
+    )
 
 
 def inert_markdown(text: str) -> str:
-    """Return Markdown in which names from elsewhere are neither HTML nor links nor images, but are seen as they are."""
-    return printable(text).replace("<", "&lt;").replace("](", "]&#40;").replace("][", "]&#91;")
+    """Return one line of Markdown in which names from elsewhere are no HTML, links or images, but seen as they are."""
+    return printable(" ".join(text.splitlines())).replace("<", "&lt;").replace("](", "]&#40;").replace("][", "]&#91;")

@@ -82,13 +82,14 @@ def write_model_card(
         training: facts about the training by name, such as the teacher and the data.
     """
     manifest = manifests["fp32"]
-    parts = [_HEADER, f"# {_line(manifest.name)}", _summary(manifest), "## Use", _use(manifest)]
+    parts = [_HEADER, f"# {inert_markdown(manifest.name)}", _summary(manifest), "## Use"]
+    parts += [_USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))]
     parts += ["## Files", _files_table(folder, manifests)]
     parts += ["Agreement is the mean cosine with the float32 embeddings, each side centred, as measured by the export."]
     if results is not None:
         parts += ["## Figures", *_figures(folder, results)]
     if training:
-        rows = [["", ""], *([f"**{_line(name)}**", _line(value)] for name, value in training.items())]
+        rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
         parts += ["## Training", markdown_table(rows, left=range(2))]
     parts += ["## Limits", _LIMITS, "## Licence", _licence(training)]
     write_text(folder / _CARD, "\n\n".join(parts) + "\n")
@@ -103,10 +104,6 @@ def _summary(manifest: Manifest) -> str:
     )
 
 
-def _use(manifest: Manifest) -> str:
-    return _USE.replace("EMBEDDING_SIZE", str(manifest.embedding_size))
-
-
 def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
     rows = [["Precision", "Tower", "File", "MB", "Computes in", "Agreement"]]
     for variant, manifest in manifests.items():
@@ -119,7 +116,7 @@ def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
                     {VISION: "image", TEXT: "text", BOTH: "both"}[name],
                     f"`{file}`",
                     f"{size_bytes(folder / file) / 1e6:,.1f}",
-                    "" if tower is None else _line(tower.precision),
+                    "" if tower is None else inert_markdown(tower.precision),
                     "" if measured is None else f"{measured.centred_cosine:.4f}",
                 ]
             )
@@ -128,7 +125,7 @@ def _files_table(folder: Path, manifests: Mapping[Variant, Manifest]) -> str:
 
 def _figures(folder: Path, results: Results) -> list[str]:
     environment = results.environment
-    where = f"Measured on {_line(environment.machine)}, {environment.date[:10]}, by `clip-rd-edge benchmark`."
+    where = f"Measured on {inert_markdown(environment.machine)}, {environment.date[:10]}, by `clip-rd-edge benchmark`."
     parts = [where, figures_table(results)]
     plot = draw(results, file_format="png")
     if plot is not None:
@@ -148,7 +145,3 @@ def _licence(training: Mapping[str, str]) -> str:
         f"{text} The built-in emoji data are Twemoji graphics (© Twitter, Inc. and other contributors, CC BY 4.0) and "
         "OpenMoji graphics (© OpenMoji, CC BY-SA 4.0), changed: laid on white, scaled."
     )
-
-
-def _line(text: str) -> str:
-    return inert_markdown(" ".join(text.splitlines()))

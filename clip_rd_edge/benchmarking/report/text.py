@@ -76,7 +76,10 @@ def markdown(results: Results, *, plot: bool) -> str:
     Args:
         plot: whether accuracy-latency.png exists beside it.
     """
-    parts = [f"# {_line(results.suite.name)}: accuracy, latency, size", "\n\n".join(map(_line, headline(results)))]
+    parts = [
+        f"# {inert_markdown(results.suite.name)}: accuracy, latency, size",
+        "\n\n".join(map(inert_markdown, headline(results))),
+    ]
     notes = [RELATIVE_NOTE] if results.first("teacher") else []
     parts += ["## Comparison", *notes, figures_table(results)]
     if results.skipped:
@@ -98,12 +101,8 @@ def markdown(results: Results, *, plot: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _line(text: str) -> str:
-    return inert_markdown(" ".join(text.splitlines()))
-
-
 def _list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {_line(item)}" for item in items)
+    return "\n".join(f"- {inert_markdown(item)}" for item in items)
 
 
 def figures_table(results: Results) -> str:
