@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TextIO
-from urllib.parse import urlsplit
 
 import click
 
-from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, grouped, threads_option
+from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
 
-_page, _server = grouped("Page"), grouped("Server")
+_page = grouped("Page")
 
 
 @click.command("demo", cls=GroupedCommand, short_help="Try bundles on a local web page, with a camera or image files.")
@@ -22,17 +21,7 @@ _page, _server = grouped("Page"), grouped("Server")
     help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify).  [default: the bundle\'s '
     "label bank, else the page's own]",
 )  # fmt: skip
-@_server(
-    "--host",
-    metavar="ADDRESS",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen on; 0.0.0.0 opens the page to the network.",
-)
-@_server(
-    "--port", metavar="N", type=click.IntRange(0, 65535), default=8765, show_default=True,
-    help="Port to listen on; 0 uses any free port.",
-)  # fmt: skip
+@server_options(8765)
 @threads_option
 @_page("--open", "open_page", is_flag=True, help="Open the page in your browser.")
 def command(
@@ -50,21 +39,15 @@ def command(
     """
     import clip_rd_edge as edge
     from clip_rd_edge.runtime.label_list import parse_labels
-    from clip_rd_edge.web.app import is_loopback, network_urls
 
     def ready(url: str) -> None:
-        others = network_urls(host, urlsplit(url).port or port)
-        for address in dict.fromkeys([url, *others]):
-            echo(address)
-        if others:
+        if others := print_addresses(url, host):
             _print_qr_code(others[0])
-        if not is_loopback(host):
-            echo(
-                "warning: Anyone on this network can use the page and send images to it; there is no password and no "
-                "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
-                err=True,
-            )
-        echo("Press Ctrl-C to stop.", err=True)
+        print_how_to_stop(
+            host,
+            warning="Anyone on this network can use the page and send images to it; there is no password and no "
+            "encryption. Browsers on other machines do not allow the camera, because the page is not https.",
+        )
         if open_page:
             click.launch(url)
 

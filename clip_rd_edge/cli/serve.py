@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
-from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, drop_none, grouped, threads_option
+from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
 from clip_rd_edge.errors import InputError
 
 TOKEN_VARIABLE = "CLIP_RD_EDGE_TOKEN"
@@ -20,14 +19,7 @@ _server, _limits = grouped("Server"), grouped("Limits")
 @click.command("serve", cls=GroupedCommand, short_help="Serve a bundle to other programs over HTTP.")
 @click.argument("bundle", type=PathName())
 @click.argument("index", required=False, type=PathName())
-@_server(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
-    help="Address to listen on; 0.0.0.0 for the network.",
-)  # fmt: skip
-@_server(
-    "--port", metavar="N", type=click.IntRange(0, 65535), default=8766, show_default=True,
-    help="Port to listen on; 0 uses any free port.",
-)  # fmt: skip
+@server_options(8766)
 @_server(
     "--token-file", type=PathName(), metavar="FILE",
     help=f"File with the bearer token that requests need.  [default: the variable {TOKEN_VARIABLE}, else none]",
@@ -65,14 +57,9 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
     token = _token(token_file)
 
     def ready(url: str) -> None:
-        from clip_rd_edge.web.app import network_urls
-
-        for address in dict.fromkeys([url, *network_urls(host, urlsplit(url).port or options["port"])]):
-            echo(address)
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
-            echo(f"warning: The server {access}; there is no encryption.", err=True)
-        echo("Press Ctrl-C to stop.", err=True)
+        print_addresses(url, host)
+        access = "needs the token" if token else "can be used by anyone on this network, because there is no token"
+        print_how_to_stop(host, warning=f"The server {access}; there is no encryption.")
 
     edge.serve(bundle, index, host=host, port=port, token=token, ready=ready, **drop_none(**options))
 

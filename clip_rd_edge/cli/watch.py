@@ -8,8 +8,9 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
+from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
 
-_page, _server = grouped("Page"), grouped("Server")
+_page = grouped("Page")
 
 
 @click.command("watch", cls=GroupedCommand, short_help="Watch a run on a page: curves, time left, sample answers.")
@@ -31,14 +32,7 @@ _page, _server = grouped("Page"), grouped("Server")
     help="Threads for the answers; the run needs the others.",
 )  # fmt: skip
 @_page("--open", "open_page", is_flag=True, help="Open the page in your browser.")
-@_server(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
-    help="Address to listen on; 0.0.0.0 opens the page to the network.",
-)  # fmt: skip
-@_server(
-    "--port", type=click.IntRange(0, 65535), default=8767, show_default=True, metavar="N",
-    help="Port to listen on; 0 uses any free port.",
-)  # fmt: skip
+@server_options(8767)
 def command(
     run: Path, output: Path | None, task: str | None, answers: bool, threads: int, open_page: bool, host: str, port: int
 ) -> None:
@@ -56,15 +50,10 @@ def command(
     from clip_rd_edge.cli._console import say
 
     def ready(url: str) -> None:
-        from urllib.parse import urlsplit
-
-        from clip_rd_edge.web.app import is_loopback, network_urls
-
-        for address in dict.fromkeys([url, *network_urls(host, urlsplit(url).port or port)]):
-            echo(address)
-        if not is_loopback(host):
-            echo("warning: Anyone on this network can see the page; there is no password and no encryption.", err=True)
-        echo("Press Ctrl-C to stop.", err=True)
+        print_addresses(url, host)
+        print_how_to_stop(
+            host, warning="Anyone on this network can see the page; there is no password and no encryption."
+        )
         if open_page:
             click.launch(url)
 
