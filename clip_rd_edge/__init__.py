@@ -55,14 +55,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ERRORS = (
-    "ClipRdEdgeError",
-    "ConfigError",
-    "InputError",
-    "InterruptedRunError",
-    "MissingExtraError",
-    "UsageError",
-)
 _CLASSES = {
     "Model": "clip_rd_edge.runtime.model",
     "Prediction": "clip_rd_edge.runtime.classifier",
@@ -116,7 +108,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = "clip_rd_edge.errors" if name in _ERRORS else _CLASSES.get(name, "clip_rd_edge.api")
+    default = "clip_rd_edge.errors" if name.endswith("Error") else "clip_rd_edge.api"
+    module = _CLASSES.get(name, default)
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value  # later accesses bypass __getattr__
     return value
