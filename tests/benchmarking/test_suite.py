@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from PIL import Image
 
-from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, read_suite
+from clip_rd_edge.benchmarking.suite import Suite, SuiteRow, find_suite, parse_models, read_suite
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.errors import ConfigError, InputError
 
@@ -138,3 +138,23 @@ def test_shards_are_found_under_the_root_and_skipped_only_if_they_are_missing(tm
 def test_a_task_that_is_named_twice_counts_once(tmp_path: Path) -> None:
     suite = read_suite(write(tmp_path, GOOD.replace("unseen-style]", "unseen-style, emoji:unseen-style]")))
     assert len(suite.load_tasks()) == 1
+
+
+def test_models_from_the_command_line() -> None:
+    rows = parse_models(["teacher=hf-hub:o/m", "student=runs/a", "student=runs/b/"])
+    assert [(row.label, row.model, row.role) for row in rows] == [
+        ("Teacher", "hf-hub:o/m", "teacher"),
+        ("Student a", "runs/a", "student"),
+        ("Student b", "runs/b/", "student"),
+    ]
+
+
+@pytest.mark.parametrize("model", ["runs/a", "pupil=runs/a", "student="])
+def test_a_model_without_a_role_is_refused(model: str) -> None:
+    with pytest.raises(ConfigError, match="is not ROLE=MODEL with one of the roles teacher, baseline, student"):
+        parse_models([model])
+
+
+def test_models_whose_folders_have_the_same_name_are_told_apart_by_their_paths() -> None:
+    rows = parse_models(["student=runs/a/best", "student=runs/b/best", "student=runs/c", "exported=best"])
+    assert [row.label for row in rows] == ["Student runs/a/best", "Student runs/b/best", "Student c", "Exported"]
