@@ -114,29 +114,31 @@ def _digest(task: Task) -> str:
 BATCH_SIZE = 64
 
 
-def evaluate(
-    encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT, seed: int = 0
-) -> Score:
+def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT) -> Score:
     """Score an encoder on a task of either kind; arguments and errors as in `zero_shot` and `retrieval`.
 
     Args:
         per_class: fill in `ZeroShotScore.per_class`.
     """
+    answers = answer(encoder, task, reporter=reporter)
+    if not (per_class and isinstance(task, ZeroShotTask) and isinstance(answers, ZeroShotAnswers)):
+        return answers.score
+    predicted, targets = np.asarray(answers.answers), np.asarray(task.targets)
+    return msgspec.structs.replace(answers.score, per_class=class_scores(predicted, targets, task.labels))
+
+
+def answer(encoder: Encoder, task: Task, *, reporter: Reporter = SILENT) -> Answers:
+    """Have an encoder answer a task of either kind; arguments and errors as in `zero_shot` and `retrieval`."""
     if isinstance(task, ZeroShotTask):
-        answers = zero_shot(encoder, task, reporter=reporter, seed=seed)
-        if not per_class:
-            return answers.score
-        predicted, targets = np.asarray(answers.answers), np.asarray(task.targets)
-        return msgspec.structs.replace(answers.score, per_class=class_scores(predicted, targets, task.labels))
-    return retrieval(encoder, task, reporter=reporter).score
+        return zero_shot(encoder, task, reporter=reporter)
+    return retrieval(encoder, task, reporter=reporter)
 
 
-def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT, seed: int = 0) -> ZeroShotAnswers:
+def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILENT) -> ZeroShotAnswers:
     """Classify a task's images zero-shot among its labels.
 
     Args:
         reporter: receives the progress after each batch, with the task's name as the stage.
-        seed: seed of the bootstrap.
 
     Raises:
         InputError: the task has no images, or an image cannot be read.
@@ -155,7 +157,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
         images=len(targets),
         classes=len(task.labels),
         top1=float(hits.mean()),
-        top1_interval=accuracy_interval(hits, seed=seed),
+        top1_interval=accuracy_interval(hits),
         top5=top_k_accuracy(ranked, targets, 5) if len(task.labels) >= 5 else None,
         mean_per_class=mean_per_class(hits, targets),
         templates=_describe_templates(task),

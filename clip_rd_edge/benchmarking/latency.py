@@ -96,14 +96,14 @@ class Percentiles(msgspec.Struct, frozen=True):
     blocks: tuple[float, ...] = msgspec.field(name="sittings", default=())
 
 
-def percentiles(blocks: Sequence[Milliseconds], *, seed: int = 0) -> Percentiles:
+def percentiles(blocks: Sequence[Milliseconds]) -> Percentiles:
     """Compute the percentiles of the latencies in B timing blocks.
 
     Calls of one block resemble each other more than calls of different blocks. The bootstrap therefore resamples
     blocks first and then calls within them; resampling calls alone would give intervals that are too narrow.
     """
     p50, p95, p99 = (float(value) for value in np.percentile(np.concatenate(blocks), _PERCENTILES))
-    resamples = _resample(blocks, np.random.default_rng(seed))
+    resamples = _resample(blocks, np.random.default_rng(0))
     lows, highs = np.percentile(np.percentile(resamples, _PERCENTILES, axis=1), [2.5, 97.5], axis=1)
     at50, at95, at99 = (Interval(float(low), float(high)) for low, high in zip(lows, highs, strict=True))
     return Percentiles(p50, p95, p99, at50, at95, at99, medians(blocks))
@@ -145,6 +145,7 @@ def reference_call(*, threads: int | None) -> Callable[[], object]:
 
 BLOCKS = 10
 _MIN_ROUNDS = 2  # per block
+_MAX_SECONDS = 20.0  # for each of image tower, text tower and end to end
 _STEP_ROUNDS, _STEP_SECONDS = 50, 3.0
 Calls = dict[str, Callable[[], object]]
 
@@ -211,7 +212,6 @@ def measure_latencies(
     labels: int = 1_000,
     threads: int | None = None,
     rounds: int = 50,
-    max_seconds: float = 20.0,
     reporter: Reporter = SILENT,
 ) -> Latencies:
     """Time all encoders in turn, so that a slow-down of the machine affects all of them alike.
@@ -225,7 +225,6 @@ def measure_latencies(
         labels: number of labels to classify among.
         threads: the number of threads that the encoders were opened with; it is recorded, not set.
         rounds: max number of times each call is timed.
-        max_seconds: time limit for each of image tower, text tower and end to end.
         reporter: receives the number of finished blocks.
 
     Raises:
@@ -241,7 +240,7 @@ def measure_latencies(
     for number, size in enumerate(block_sizes):
         reporter.update("Latency", number, len(block_sizes))
         for calls, blocks in zip(measurements, samples, strict=True):
-            seconds = max_seconds / len(block_sizes)
+            seconds = _MAX_SECONDS / len(block_sizes)
             times = time_in_turn(calls, rounds=size, warmup=1, max_seconds=seconds, min_rounds=_MIN_ROUNDS)
             for label, block in times.items():
                 blocks[label].append(block)

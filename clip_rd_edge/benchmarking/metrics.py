@@ -175,23 +175,18 @@ def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
     return Recall(at1=float(ranked_positives[:, 0].mean()), at5=at[5], at10=at[10])
 
 
-def recall(similarities: Similarities, positive: Hits) -> Recall:
-    """Return the recall of N queries over M candidates; both arguments are (N, M)."""
-    return recall_from_ranks(positives_by_rank(similarities, positive), candidates=similarities.shape[1])
-
-
-def accuracy_interval(hits: Hits, *, seed: int = 0) -> Interval:
+def accuracy_interval(hits: Hits) -> Interval:
     """Return the 95 % percentile bootstrap interval of the mean of N hits.
 
     A resample of N hits and misses contains Binomial(N, mean) hits. Sampling that number directly is the same
     bootstrap without a loop.
     """
     count = len(hits)
-    means = np.random.default_rng(seed).binomial(count, hits.mean(), RESAMPLES) / count
+    means = np.random.default_rng(0).binomial(count, hits.mean(), RESAMPLES) / count
     return _percentiles(means)
 
 
-def difference_interval(hits: Hits, reference: Hits, *, seed: int = 0, level: float = 0.95) -> Interval:
+def difference_interval(hits: Hits, reference: Hits, *, level: float = 0.95) -> Interval:
     """Return the paired percentile bootstrap interval of mean(hits) − mean(reference).
 
     Most examples are easy or hard for both models. Pairing by example removes that shared variance, so that smaller
@@ -199,7 +194,7 @@ def difference_interval(hits: Hits, reference: Hits, *, seed: int = 0, level: fl
     """
     count = len(hits)
     won, lost = (hits & ~reference).mean(), (reference & ~hits).mean()
-    draws = np.random.default_rng(seed).multinomial(count, [won, lost, 1 - won - lost], RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(count, [won, lost, 1 - won - lost], RESAMPLES)
     return _percentiles((draws[:, 0] - draws[:, 1]) / count, level=level)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, correctness_of, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of
 from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
 from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
 from clip_rd_edge.benchmarking.metrics import difference_interval
@@ -86,16 +86,10 @@ def _cached_or_new_answers(
     cached = cache.find(model, row.runtime, task) if cache else None
     if cached is not None:
         return cached
-    answers = _evaluate(encoder, task, PrefixedReporter(reporter, f"{row.label}: "))
+    answers = answer(encoder, task, reporter=PrefixedReporter(reporter, f"{row.label}: "))
     if cache:
         cache.store(model, row.runtime, task, answers, row=row.label)
     return answers
-
-
-def _evaluate(encoder: TowerEncoder, task: Task, reporter: Reporter) -> Answers:
-    if isinstance(task, ZeroShotTask):
-        return zero_shot(encoder, task, reporter=reporter)
-    return retrieval(encoder, task, reporter=reporter)
 
 
 TaskAnswers = tuple[ZeroShotTask, Mapping[str, ZeroShotAnswers]]  # a task, and each model's predictions by label

@@ -19,7 +19,7 @@ THUMBNAIL_EDGE = 128  # max pixels
 
 
 def choose_samples(
-    rows: Sequence[RowResult], task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers], *, seed: int = 0
+    rows: Sequence[RowResult], task: ZeroShotTask, answers: Mapping[str, ZeroShotAnswers]
 ) -> tuple[Sample, ...]:
     """Sample images at random: up to SAMPLES_PER_OUTCOME that the last row classified correctly, then as many errors.
 
@@ -32,7 +32,7 @@ def choose_samples(
     teachers = [row.label for row in rows if row.role == "teacher"]
     shown = {label: answers[label] for label in (*teachers[:1], rows[-1].label)}
     hits = shown[rows[-1].label].hits(task)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     indices: list[int] = []
     for candidates in (np.flatnonzero(hits), np.flatnonzero(~hits)):
         indices += rng.permutation(candidates)[:SAMPLES_PER_OUTCOME].tolist()

@@ -152,14 +152,11 @@ def runs_of(evidence: Evidence, student: str, method: str) -> dict[int, RunResul
     return {run.seed: run for run in evidence.runs if (run.student, run.method) == (student, method)}
 
 
-def difference(
-    runs: dict[int, RunResult], reference: dict[int, RunResult], tasks: Sequence[int], *, seed: int = 0
-) -> Difference | None:
+def difference(runs: dict[int, RunResult], reference: dict[int, RunResult], tasks: Sequence[int]) -> Difference | None:
     """Return `runs` minus `reference`, averaged over tasks, or None if they have no seed in common.
 
     Args:
         tasks: indices of the tasks in the suite, which count alike.
-        seed: seed of the bootstrap.
     """
     pairs = [
         [(runs[s].result.tasks[task], reference[s].result.tasks[task]) for s in sorted(runs.keys() & reference)]
@@ -174,7 +171,7 @@ def difference(
     over_seeds, same_sign = spread(differences.tolist()), bool(differences.min() > 0 or differences.max() < 0)
     if not all(result.hits and other.hits for task in pairs for result, other in task):
         return Difference(over_seeds, same_sign, None)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = np.mean([_resampled(task, rng) for task in pairs], axis=0)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Difference(over_seeds, same_sign, Interval(float(low), float(high)))
