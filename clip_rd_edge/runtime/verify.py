@@ -22,7 +22,6 @@ from clip_rd_edge.contract.bundle import (
     read_manifest,
 )
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
@@ -63,9 +62,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     agreement: float | None = None
 
 
-def verify_bundle(
-    folder: Path, *, threads: int | None = None, runtime: Runtime | None = None, device: str = AUTO
-) -> list[Check]:
+def verify_bundle(folder: Path, *, threads: int | None = None, device: str = AUTO) -> list[Check]:
     """Check the SHA-256 of every file of a bundle, then run each intact tower and compare its answers.
 
     A tower passes if it runs where it was meant to (its engine on the GPU, not its ONNX file on the CPU) and its
@@ -74,7 +71,7 @@ def verify_bundle(
 
     Args:
         folder: the bundle.
-        threads, runtime, device: as for `load`.
+        threads, device: as for `load`.
 
     Raises:
         InputError: the folder is not a bundle.
@@ -89,7 +86,7 @@ def verify_bundle(
     if isinstance(reference, str):
         checks.append(Check(what=REFERENCE, passed=False, detail=reference))
         reference = None
-    encoder = open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device)
+    encoder = open_bundle(folder, manifest, threads=threads, device=device)
     for tower in _trials(encoder, reference):
         needed = tower.files & broken
         checks.append(_not_run(tower.what, needed) if needed else _check_tower(encoder, tower))

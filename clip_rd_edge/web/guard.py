@@ -17,6 +17,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clip_rd_edge.utils.checked import is_natural
+
 MAX_BODY_BYTES = 25_000_000
 MAX_BODIES_BYTES = 200_000_000  # of all requests that are received or answered at a time
 _HEADERS = {  # of every response
@@ -133,7 +135,7 @@ class Guard:
             if origin is not None and origin.partition("://")[2] != host:
                 return 403, f"Requests from pages of {origin} are not allowed."
         length = headers.get("content-length", "0")
-        if not (length.isdecimal() and len(length) < _MAX_DIGITS) or int(length) > MAX_BODY_BYTES:
+        if not is_natural(length) or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()
         return None
 
@@ -174,9 +176,6 @@ def allowed_host(host: str, *, loopback: bool) -> bool:
         hostname = socket.gethostname().lower()
         return not loopback and name in {hostname, f"{hostname}.local"}
     return address.is_loopback or not loopback
-
-
-_MAX_DIGITS = 20
 
 
 def _hostname(host: str) -> str:

@@ -26,6 +26,7 @@ from clip_rd_edge.runtime.load import load
 MAX_PIXELS = 50_000_000  # of an uploaded image: photos of current phones are below that
 MAX_LABELS = 2_000
 MAX_LABEL_LENGTH = 300  # characters
+MAX_SETS = 64  # label lists that are kept
 BANK_TOP = 20  # labels returned when classifying among a bundle's own labels
 _MAX_CLASSIFIERS = 8  # label lists cached per bundle
 
@@ -205,14 +206,9 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 class LabelSets:
-    """Recently sent label lists, by key, so that a camera's frames need not each carry up to 2,000 labels.
+    """The last MAX_SETS label lists that were sent, by key, so that the frames of a camera need not each carry one."""
 
-    Args:
-        max_sets: max number of lists to keep; the oldest are dropped.
-    """
-
-    def __init__(self, max_sets: int = 64) -> None:
-        self._max_sets = max_sets
+    def __init__(self) -> None:
         self._sets: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def add(self, labels: Sequence[Any]) -> str:
@@ -233,7 +229,7 @@ class LabelSets:
         key = label_key(labels)
         self._sets[key] = tuple(labels)
         self._sets.move_to_end(key)
-        while len(self._sets) > self._max_sets:
+        while len(self._sets) > MAX_SETS:
             self._sets.popitem(last=False)
         return key
 
