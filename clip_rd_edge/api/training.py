@@ -188,9 +188,8 @@ def average(
         ConfigError: the models differ in more than their weights, or the weight is not between 0 and 1.
         InputError: a model or a task does not exist.
     """
-    loaded = (
-        load_tasks(tasks, templates=templates) if tasks else []
-    )  # before the models: a mistyped name is said at once
+    # Before the models, so that a mistyped name is reported at once.
+    loaded = load_tasks(tasks, templates=templates) if tasks else []
 
     from clip_rd_edge.distillation.average import average_models
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -64,8 +65,7 @@ def float_tensors(graph: onnx.GraphProto) -> set[str]:
 
 def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
     """Return a copy of a model whose outputs include the named tensors, so that a session returns their values."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    present = {output.name for output in copy.graph.output}
-    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
-    return copy
+    extended = copy.deepcopy(model)
+    present = {output.name for output in extended.graph.output}
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
+    return extended

@@ -7,6 +7,7 @@ activations.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,19 +41,18 @@ def quantize_symmetrically(
         layers: names of the Conv, MatMul and Gemm nodes to quantise; None means all with constant weights.
         max_weight: largest level of a weight.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    selected = [node for node in weighted_layers(copy) if layers is None or node.name in layers]
-    writer = _QdqWriter(copy.graph, ranges, max_weight=max_weight)
+    quantized = copy.deepcopy(model)
+    selected = [node for node in weighted_layers(quantized) if layers is None or node.name in layers]
+    writer = _QdqWriter(quantized.graph, ranges, max_weight=max_weight)
     for node in selected:
         node.input[0] = writer.activation(node.input[0])
         node.input[1] = writer.weight(node)
-    nodes = {node.name: node for node in copy.graph.node}
+    nodes = {node.name: node for node in quantized.graph.node}
     for name, tensor in _residual_branches(model, selected).items():
         add = nodes[name]
         add.input[list(add.input).index(tensor)] = writer.activation(tensor)
     writer.finish()
-    return copy
+    return quantized
 
 
 def _residual_branches(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> dict[str, str]:
