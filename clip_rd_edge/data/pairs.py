@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
@@ -194,6 +195,7 @@ class BadSamples:
     def __init__(self, pairs: Pairs, *, max_share: float = MAX_BAD_SHARE) -> None:
         self._pairs, self._max_share = pairs, max_share
         self._reasons: dict[int, str] = {}  # by the index of the bad pair
+        self._shared = 0  # of these, the number that all processes know
         samples = len(pairs) + self.left_out
         self.allowed = math.floor(max_share * samples)
         self._check(pairs.left_out)
@@ -208,8 +210,13 @@ class BadSamples:
 
     @property
     def bad_pairs(self) -> int:
-        """Number of pairs that could not be read in this process."""
+        """Number of pairs that could not be read, in this process or in those that have shared theirs."""
         return len(self._reasons)
+
+    @property
+    def unshared(self) -> int:
+        """Number of bad pairs that other processes may not know yet."""
+        return len(self._reasons) - self._shared
 
     def add(self, bad: Iterable[BadPair]) -> None:
         """Count bad pairs, each only once.
@@ -221,14 +228,20 @@ class BadSamples:
         self._reasons.update(new)
         self._check(tuple(new.values()))
 
-    def check_total(self, bad_pairs: int) -> None:
-        """Apply the limit to the sum over all processes; a pair that failed in two of them counts twice.
+    def share(self, gather: Callable[[list[BadPair]], list[list[BadPair]]]) -> None:
+        """Count the bad pairs of all processes. Over the epochs, each process meets the same ones: they count once.
+
+        Args:
+            gather: returns what each process passes to it.
 
         Raises:
-            InputError: the number of bad samples exceeds the limit.
+            InputError: as `add`, in all processes.
         """
-        if self.left_out + bad_pairs > self.allowed:
-            self._refuse(self.left_out + bad_pairs, next(reversed(self._reasons.values()), "found by another process"))
+        own = list(islice(self._reasons.items(), self._shared, None))
+        bad = list(chain.from_iterable(gather(own)))
+        self._reasons.update(bad)
+        self._shared = len(self._reasons)
+        self._check([reason for _, reason in bad[-1:]])
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
         """Read the first valid pair from `index` on.

@@ -170,7 +170,9 @@ def train(
             done = step + 1
             evaluation = scores(done)
             elapsed = time.perf_counter() - started
-            bad, stop_requests = processes.sum(dataset.bad.bad_pairs, int(bool(request)))
+            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
+            if unshared:
+                dataset.bad.share(processes.gather_objects)
             progress = Progress(
                 step=done,
                 steps=steps,
@@ -178,7 +180,7 @@ def train(
                 samples_per_second=(done - start) * recipe.batch_size / elapsed,
                 data_wait=waited / elapsed,
                 evaluation=evaluation,
-                bad=dataset.bad.left_out + bad,
+                bad=len(dataset.bad),
                 skipped=optimizer.skipped,
                 memory_bytes=peak_memory_on(processes.device),
                 samples="samples" if isinstance(setup.pairs, MixedSamples) else "pairs",
@@ -195,7 +197,6 @@ def train(
             reporter.update("training", done, steps, progress.message())
             if evaluation:
                 reporter.say(f"step {done:,}: {progress.evaluation_message()}")
-            dataset.bad.check_total(bad)
             stopping = stop_requests > 0
             due = due or done % config.checkpoint_every == 0
             if done == steps or stopping or due:

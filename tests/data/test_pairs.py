@@ -224,11 +224,15 @@ def test_samples_left_out_count_as_bad(tmp_path: Path, write_tar: Callable[..., 
         BadSamples(load_pairs(str(path)), max_share=0.09)
 
 
-def test_bad_pairs_of_other_processes_count(damaged: Pairs) -> None:
+def test_bad_pairs_of_other_processes_count_each_once(damaged: Pairs) -> None:
     bad = BadSamples(damaged, max_share=0.1)  # two of 24
-    bad.check_total(2)
-    with pytest.raises(InputError, match=r"3 of 24 samples .* found by another process"):
-        bad.check_total(3)
+    bad.add([(5, "damaged")])
+    bad.share(lambda own: [own, [(5, "damaged"), (6, "damaged")]])
+    bad.add([(6, "met later, in another epoch")])
+    assert (len(bad), bad.unshared) == (2, 0)
+    bad.share(lambda own: [own, []])
+    with pytest.raises(InputError, match=r"3 of 24 samples .* more than 10\.00%: found there"):
+        bad.share(lambda own: [own, [(23, "found there")]])
 
 
 def test_the_fingerprint_is_that_of_the_content_and_not_of_its_location(pairs_csv: Path, tmp_path: Path) -> None:
