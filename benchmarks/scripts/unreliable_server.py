@@ -43,7 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._answer(404, {}, b"")
             return
-        content, status, headers = path.read_bytes(), 200, {"ETag": f'"{path.stat().st_mtime_ns}"'}
+        content, status, headers = path.read_bytes(), 200, {self.server.version_header: f'"{path.stat().st_mtime_ns}"'}
         if not self.server.ignores_ranges:
             headers["Accept-Ranges"] = "bytes"
             if span := self.headers.get("Range"):
@@ -113,6 +113,7 @@ class UnreliableServer(ThreadingHTTPServer):
 
     daemon_threads = True
     ignores_ranges = False
+    version_header = "ETag"
 
     def __init__(
         self, folder: Path = Path(), *, target: str = "", latency_s: float = 0.0, failing_share: float = 0.0

@@ -28,7 +28,9 @@ _RETRY_DELAYS_S = (0.5, 1, 2, 4, 8, 16, 30, 30, 30)
 _CONNECT_TIMEOUT_S = 30.0
 _READ_TIMEOUT_S = 60.0
 _CREDENTIALS_HINT = "check the credentials that its store expects, such as AWS_PROFILE for s3://"
+# Under these names, file systems of fsspec say what changes with the content; without any, when it changed.
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId", "LastModified")
+_OTHER_VERSION_KEYS = ("blob_id", "Last-Modified", "last_modified", "mtime", "modified", "modificationTime")
 _T = TypeVar("_T")
 
 
@@ -93,7 +95,8 @@ def _remote_version(url: str) -> Version:
     file_system, path = _file_system(url)
     info = _with_retries(url, partial(_info, file_system, path))
     size = info.get("size")
-    return Version(-1 if size is None else int(size), " ".join(str(info[key]) for key in _VERSION_KEYS if key in info))
+    keys = [key for key in _VERSION_KEYS if key in info] or [key for key in _OTHER_VERSION_KEYS if key in info]
+    return Version(-1 if size is None else int(size), " ".join(str(info[key]) for key in keys))
 
 
 def _info(file_system: Any, path: str) -> dict[str, Any]:
@@ -160,8 +163,8 @@ def _part(file_system: Any, path: str, start: int, stop: int) -> bytes:
     content: bytes = file_system.cat_file(path, start=start, end=stop)
     if len(content) != stop - start:
         # A server that ignores the range sends the whole file.
-        if len(content) >= stop and start == 0:
-            return content
+        if len(content) >= stop:
+            return content[start:]
         raise OSError(f"{len(content):,} bytes came where {stop - start:,} were asked for")
     return content
 

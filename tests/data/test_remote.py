@@ -69,22 +69,28 @@ def test_each_shard_is_fetched_once(server: UnreliableServer) -> None:
     assert sorted(server.requests) == [f"/{i:03d}.tar" for i in range(SHARDS)]  # only to ask for their versions
 
 
-def test_what_an_ended_process_has_fetched_is_continued(server: UnreliableServer, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_what_an_ended_process_has_fetched_is_continued(
+    server: UnreliableServer, shards: Path, tmp_path: Path, ignores_ranges: bool
+) -> None:
+    server.ignores_ranges = ignores_ranges
     part, content = tmp_path / "000.part", (shards / "000.tar").read_bytes()
     part.write_bytes(b"x" * 1000)
     remote.fetch(remote.RemoteShard(f"{server.url}/000.tar"), part)
     assert part.read_bytes() == b"x" * 1000 + content[1000:]
 
 
+@pytest.mark.parametrize("version_header", ["ETag", "Last-Modified"])
 def test_a_shard_that_changed_is_fetched_again(
-    server: UnreliableServer, write_tar: Factory, encode_image: Factory
+    server: UnreliableServer, write_tar: Factory, encode_image: Factory, version_header: str
 ) -> None:
+    server.version_header = version_header
     source = f"{server.url}/{{000..001}}.tar"
     before = contents(load_pairs(source))
     write_tar(
         server.folder / "001.tar",
         {f"{i}.{s}": encode_image(9) if s == "png" else b"new" for i in (0, 1) for s in ("png", "txt")},
-    )
+    )  # of the same size, as tars are whole blocks
     remote._remote_version.cache_clear()
     after = contents(load_pairs(source))
     assert after[:3] == before[:3]
