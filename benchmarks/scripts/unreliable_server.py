@@ -39,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def _serve(self, fault: str) -> None:
-        path = Path(self.server.folder, self.path.lstrip("/"))
+        path = Path(self.server.folder, self.path.partition("?")[0].lstrip("/"))
         if not path.is_file():
             self._answer(404, {}, b"")
             return

@@ -17,12 +17,14 @@ from PIL import Image
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-TAR_SUFFIXES = (".tar", ".tar}")
+# Compressed ones are refused as such, and not as tables.
+TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")
 
 
 def names_shards(source: str) -> bool:
     """Return whether a source of pairs names WebDataset shards."""
-    return source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
+    path = source.partition("?")[0] if "://" in source else source  # such as .tar?download=true
+    return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
 
 
 class Pairs(Protocol):

@@ -42,7 +42,9 @@ class RemoteShard:
 
     @property
     def name(self) -> str:
-        """The file's name, without folders."""
+        """The file's name, without folders and without the query of a URL."""
+        if not self.url.startswith(PIPE):
+            return PurePosixPath(self.url.partition("?")[0]).name
         words = self.url.removeprefix(PIPE).split()
         return PurePosixPath(next((word for word in words if word.endswith(".tar")), words[0])).name
 

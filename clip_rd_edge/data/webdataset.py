@@ -164,7 +164,8 @@ def _shard_paths(pattern: str) -> tuple[ShardFile, ...]:
     missing = [path for path in paths if not is_file(path)]
     if missing:
         raise InputError(
-            f"The shard {missing[0]} does not exist ({len(missing)} of {len(paths)} in {pattern} missing)."
+            f"The shard {missing[0]} does not exist ({len(missing)} of {len(paths)} in {pattern} missing).",
+            hint="write a range in braces, as {00000..00012}: * is not expanded" if "*" in pattern else "",
         )
     return paths
 

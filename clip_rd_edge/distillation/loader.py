@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import DiskFullError, InputError, UnreachableError
+from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError, UnreachableError
 
 HalfArray = npt.NDArray[np.float16]
 
@@ -72,6 +73,7 @@ class Batch:
 
 _SHARED_MEMORY_HINT = "give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0"
 
+_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)")
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
 View = tuple[int, int]  # epoch and index of the pair
 
@@ -224,6 +226,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
         UnreachableError: during iteration, if a shard cannot be fetched.
+        LostProcessError: during iteration, if a worker process was killed.
     """
     if workers < 0:
         workers = min(8, (os.cpu_count() or 1) // 2)
@@ -251,6 +254,22 @@ def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
         kind = type(error)
         reason = str(error).strip().splitlines()[-1].rpartition(f"{kind.__name__}: ")[2]
         raise kind(reason, hint=_SHARED_MEMORY_HINT if kind is DiskFullError else "") from error
+    except RuntimeError as error:
+        raise lost_worker(error) or error from error
+
+
+def lost_worker(error: BaseException) -> LostProcessError | None:
+    """Return the error of a run one of whose workers was killed, or None if this is another error.
+
+    torch's signal handler raises it wherever the training process happens to be.
+    """
+    if not (killed := _KILLED.search(str(error))):
+        return None
+    return LostProcessError(
+        f"A loader process (pid {killed[1]}) was ended from outside, most likely for want of memory.",
+        hint="give the machine or container more memory, or use fewer --workers; resume with the same command and "
+        "--resume",
+    )
 
 
 def _collate(views: list[PairView]) -> Batch:

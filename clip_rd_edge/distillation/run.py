@@ -52,7 +52,7 @@ from clip_rd_edge.distillation.inputs import (
     record_locations,
     sources_known_by_content,
 )
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, lost_worker, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
 from clip_rd_edge.distillation.optim import named_divergence
@@ -107,6 +107,7 @@ def run_distillation(
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
         DiskFullError: there is no space left on the disk; the checkpoints that are complete are kept.
+        LostProcessError: another process of the run, or one that loads its data, was killed.
     """
     with stop_on_signals() as request:
         try:
@@ -128,6 +129,8 @@ def run_distillation(
                 f"Stopped by {request.signal_name}; {where}.", hint="resume with the same command and --resume"
             ) from None
         except Exception as error:  # torch and safetensors hide the type of what the system reports
+            if killed := lost_worker(error):
+                raise killed from error
             if (full := disk_full_error(error)) is None:
                 raise
             raise _without_space(run, full) from error

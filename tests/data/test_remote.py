@@ -146,3 +146,9 @@ def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.Monkey
 def test_a_remote_shard_is_named_like_its_file() -> None:
     assert remote.RemoteShard("pipe:aws s3 cp s3://a/b/00012.tar -").name == "00012.tar"
     assert remote.RemoteShard("https://example.org/a/00012.tar").name == "00012.tar"
+    assert remote.RemoteShard("https://example.org/a/00012.tar?download=true").name == "00012.tar"
+
+
+def test_a_url_with_a_query_names_shards(server: UnreliableServer, shards: Path) -> None:
+    pairs = load_pairs(f"{server.url}/{{000..003}}.tar?download=true")
+    assert fingerprint(pairs) == fingerprint(load_pairs(f"{shards}/{{000..003}}.tar"))

@@ -208,15 +208,19 @@ def test_a_text_of_any_size_is_a_bad_sample(tmp_path: Path, write_tar: Factory, 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])
 def test_a_file_that_is_not_a_tar_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "0.tar"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"0\.tar is not an uncompressed tar"):
-        load_pairs(str(path))
+    for name in ("0.tar", "0.tar.gz", "0.tgz"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"0\.t\S+ is not an uncompressed tar"):
+            load_pairs(str(path))
 
 
 def test_missing_shards_are_refused(shards: Path) -> None:
     with pytest.raises(InputError, match=r"shard .*002\.tar does not exist \(2 of 4 "):
         load_pairs(f"{shards}/{{000..003}}.tar")
+    with pytest.raises(InputError, match="does not exist") as caught:
+        load_pairs(f"{shards}/*.tar")
+    assert "braces" in caught.value.hint
 
 
 def test_a_tar_is_indexed_once_and_again_when_it_changes(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
+import signal
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +21,7 @@ from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.errors import DiskFullError, InputError
+from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -191,3 +193,20 @@ def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_cs
     with pytest.raises(DiskFullError, match=r"pass a batch of 0\.0 MB through shared memory: File too large") as caught:
         next(loader)
     assert "--workers 0" in caught.value.hint
+
+
+class Killed(ViewDataset):
+    """Ends its worker process as the kernel does when memory runs out."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(view)
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
+    dataset = Killed(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    loader = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
+        next(loader)
+    assert "--workers" in caught.value.hint
