@@ -14,9 +14,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined,unused-ignore]
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_rd_edge.distillation.processes.heartbeat import heartbeat
+from clip_rd_edge.distillation.processes.heartbeat import heartbeat, open_store
 from clip_rd_edge.distillation.processes.roll_call import Member, this_member
 from clip_rd_edge.errors import ClipRdEdgeError, relayed_error
 from clip_rd_edge.models.clip import default_device
@@ -24,6 +25,7 @@ from clip_rd_edge.models.clip import default_device
 # Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
 # ends closes its connections, which the others notice at once; see `heartbeat` for one that is stopped.
 _LONGEST_WAIT = timedelta(days=7)
+_CONNECTION_S = 1800.0  # until all have started, as torch's own
 _BUCKET_MB = 64  # of gradients per message
 T = TypeVar("T")
 
@@ -224,7 +226,7 @@ def join_processes() -> Iterator[Processes]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_store_after_restart())
     try:
         # Newer releases of torch declare a number for processes outside of the group, of which there are none.
         control: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
@@ -235,6 +237,20 @@ def join_processes() -> Iterator[Processes]:
             yield Processes(rank, world_size, device, control, tuple(members))
     finally:
         dist.destroy_process_group()
+
+
+def _store_after_restart() -> dict[str, Any]:
+    """Return the arguments with which processes that torchrun has started again find each other, else none.
+
+    Its store may still have the addresses of those that ended, for which the new ones would wait. On several machines,
+    launchers may count restarts differently, so that torch's own ways have to do.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restart == "0" or not of_agent or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store = PrefixStore(f"clip-rd-edge/restart-{restart}", cast(Any, open_store(_CONNECTION_S)))
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
 
 
 def tell_failure(error: ClipRdEdgeError) -> None:

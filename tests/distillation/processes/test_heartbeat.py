@@ -14,9 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from support import PATIENCE_S, wait_until
 
 from clip_rd_edge.distillation.processes import heartbeat
+from clip_rd_edge.distillation.processes.distributed import _store_after_restart
 from clip_rd_edge.distillation.processes.heartbeat import Heartbeat, silence_error
 
 INTERVAL_S = 0.03  # times MAX_MISSED: longer than a busy machine keeps one thread waiting
@@ -177,3 +179,21 @@ def test_the_others_end_when_a_process_is_stopped(tmp_path: Path, stopped: int) 
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_processes_that_torchrun_starts_again_do_not_meet_those_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "1", "WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _store_after_restart() == {}
+    server.set("address", "of a process that ended")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    arguments = _store_after_restart()
+    assert (arguments["rank"], arguments["world_size"]) == (1, 2)
+    assert not arguments["store"].check(["address"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # machines may count restarts differently
+    assert _store_after_restart() == {}
