@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,6 +52,7 @@ class StepSettings:
         freeze_text: train only the projection of the student's text tower.
         caption_batch: captions per pass through a frozen text tower; see `teacher.caption_batch_size`.
         compile: run the student's towers through torch.compile.
+        recompute: the backward pass computes layers again, as with gradient checkpointing.
         seed: with step, process and chunk, seeds the random draws of a step, such as dropout.
     """
 
@@ -62,6 +63,7 @@ class StepSettings:
     freeze_text: bool = False
     caption_batch: int = CPU_CAPTION_BATCH
     compile: bool = False
+    recompute: bool = False
     seed: int = 0
 
 
@@ -130,14 +132,14 @@ class TrainingStep:
         log_scale = parameter.detach().clone().requires_grad_(parameter.requires_grad)
         loss, gradients = self._backward_to_embeddings(embeddings, log_scale, loss_scale)
         if len(chunks) == 1:
-            _backward((image, text), gradients)
+            self._backward((image, text), gradients)
         else:
             sizes = [len(chunk.captions) for chunk in chunks]
             parts = zip(*(torch.split(gradient, sizes) for gradient in gradients), strict=True)
             for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
                 is_last = number == len(chunks) - 1
                 with nullcontext() if is_last else processes.accumulate(self._synchronised):
-                    _backward(self._embed(self._synchronised, chunk, step, number), list(part))
+                    self._backward(self._embed(self._synchronised, chunk, step, number), list(part))
         parameter.grad = log_scale.grad
         return StepResult(loss, embeddings)
 
@@ -164,12 +166,16 @@ class TrainingStep:
 
     @torch.no_grad()
     def _embed_without_graph(self, chunks: list[Batch], step: int) -> tuple[Tensor, Tensor]:
-        # A second pass, with a graph, follows: restore the buffers, or batch norms would count the batch twice.
-        buffers = [buffer.clone() for buffer in self.student.model.buffers()]
-        images, texts = zip(*(self._embed(self._towers, chunk, step, i) for i, chunk in enumerate(chunks)), strict=True)
-        for buffer, saved in zip(self.student.model.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
+        with _buffers_kept(self.student.model):  # a second pass, with a graph, follows
+            embedded = [self._embed(self._towers, chunk, step, i) for i, chunk in enumerate(chunks)]
+        images, texts = zip(*embedded, strict=True)
         return torch.cat(images), torch.cat(texts)
+
+    def _backward(self, outputs: tuple[Tensor, Tensor], gradients: list[Tensor]) -> None:
+        """Backpropagate through the outputs that have a graph; a frozen tower has none."""
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+        with _buffers_kept(self.student.model) if self.settings.recompute else nullcontext():
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
     def _gather(self, chunks: list[Batch], targets: list[Targets], image: Tensor, text: Tensor) -> EmbeddingBatch:
         local = [image.detach().float(), text.detach().float()]
@@ -245,10 +251,14 @@ def _part(batch: Batch, part: slice) -> Batch:
     )
 
 
-def _backward(outputs: tuple[Tensor, Tensor], gradients: list[Tensor]) -> None:
-    """Backpropagate through the outputs that have a graph; a frozen tower has none."""
-    pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
-    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what the block does to a model's buffers: batch norms would count a batch that passes twice as two."""
+    saved = [buffer.clone() for buffer in model.buffers()]
+    yield
+    with torch.no_grad():
+        for buffer, own in zip(model.buffers(), saved, strict=True):
+            buffer.copy_(own)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

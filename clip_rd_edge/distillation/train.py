@@ -241,6 +241,7 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch
         freeze_text=config.freeze_text,
         caption_batch=caption_batch(config, device),
         compile=config.compile,
+        recompute=config.gradient_checkpointing,
         seed=config.seed,
     )
 

@@ -75,6 +75,19 @@ def test_two_processes_give_the_loss_and_gradients_of_one(settings: StepSettings
             assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_gradient_checkpointing_counts_a_batch_once_in_the_batch_norms(chunks: int) -> None:
+    def buffers(checkpointing: bool) -> dict[str, Tensor]:
+        student = model(0, "test_resnet")
+        student.model.train()
+        student.model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        settings = StepSettings(chunks=chunks, recompute=checkpointing)
+        compute(TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings))
+        return dict(student.model.named_buffers())
+
+    assert_close(buffers(checkpointing=True), buffers(checkpointing=False))
+
+
 @pytest.mark.parametrize("settings", [StepSettings(chunks=4), StepSettings(block=3)], ids=["chunks", "blocks"])
 def test_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
     settings: StepSettings, expected: dict[str, Tensor]
