@@ -194,7 +194,8 @@ def difference_interval(hits: Hits, reference: Hits, *, level: float = 0.95) -> 
     """
     count = len(hits)
     won, lost = (hits & ~reference).mean(), (reference & ~hits).mean()
-    draws = np.random.default_rng(0).multinomial(count, [won, lost, 1 - won - lost], RESAMPLES)
+    same = max(0.0, 1 - won - lost)  # rounding may leave less than 0 where no example is alike
+    draws = np.random.default_rng(0).multinomial(count, [won, lost, same], RESAMPLES)
     return _percentiles((draws[:, 0] - draws[:, 1]) / count, level=level)
 
 

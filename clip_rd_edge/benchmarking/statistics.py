@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.benchmarking.formatting import markdown_table
+from clip_rd_edge.benchmarking.formatting import NO_VALUE, markdown_table
 from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.errors import InputError
@@ -74,8 +74,8 @@ def run_noise(models: Sequence[LogRatios]) -> float:
 def seeds_table(runs: Sequence[Results]) -> str:
     """Build a Markdown table of accuracy over several runs: one row per model, one column per task.
 
-    Cells are `mean ± standard deviation (min to max)` in percent. Only models that every run measured are shown. The
-    last rows are ratios, paired by run.
+    Cells are `mean ± standard deviation (min to max)` in percent, and `–` for a task that a run lacks for this model.
+    Only models that every run measured are shown. The last rows are ratios, paired by run; `–` where one is to 0.
 
     Raises:
         InputError: fewer than two runs, or runs with no model or task in common.
@@ -86,16 +86,34 @@ def seeds_table(runs: Sequence[Results]) -> str:
         {row.label: {score.task: primary_metric(score) for score in row.scores} for row in run.rows} for run in runs
     ]
     labels = [label for label in scores[0] if all(label in run for run in scores)]
-    tasks = [task for task in scores[0][labels[0]] if all(task in run[labels[0]] for run in scores)] if labels else []
+    tasks = [*dict.fromkeys(task for label in labels for task in scores[0][label] if _has_all(scores, label, task))]
     if not tasks:
         raise InputError("The results have no model and task in common.")
     lines = [["model", *tasks]]
     for label in labels:
-        lines.append([label, *(_spread([100 * run[label][task] for run in scores], "") for task in tasks)])
+        lines.append([label, *(_mean_cell(scores, label, task) for task in tasks)])
     for student, reference in _student_references(runs[0], labels):
-        ratios = ([run[student][task] / run[reference][task] for run in scores] for task in tasks)
-        lines.append([f"{student} / {reference}", *(_spread(values, "×") for values in ratios)])
+        lines.append([f"{student} / {reference}", *(_ratio_cell(scores, student, reference, task) for task in tasks)])
     return markdown_table(lines)
+
+
+_Scores = Sequence[dict[str, dict[str, float]]]  # of each run, by the row's label and the task
+
+
+def _has_all(scores: _Scores, label: str, task: str) -> bool:
+    return all(task in run[label] for run in scores)
+
+
+def _mean_cell(scores: _Scores, label: str, task: str) -> str:
+    return _spread([100 * run[label][task] for run in scores], "") if _has_all(scores, label, task) else NO_VALUE
+
+
+def _ratio_cell(scores: _Scores, label: str, reference: str, task: str) -> str:
+    if not (_has_all(scores, label, task) and _has_all(scores, reference, task)):
+        return NO_VALUE
+    if any(run[reference][task] == 0 for run in scores):  # of which nothing is a multiple
+        return NO_VALUE
+    return _spread([run[label][task] / run[reference][task] for run in scores], "×")
 
 
 def _student_references(run: Results, labels: Sequence[str]) -> list[tuple[str, str]]:

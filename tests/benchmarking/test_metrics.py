@@ -79,6 +79,13 @@ def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:
     assert interval.high - interval.low < (unpaired.high - unpaired.low) / 4
 
 
+@pytest.mark.parametrize(("count", "won"), [(5, 4), (10, 9), (10, 10)])
+def test_a_paired_interval_needs_no_example_that_is_alike(count: int, won: int) -> None:
+    hits = np.arange(count) < won
+    interval = difference_interval(hits, ~hits)  # 1 − 0.9 − 0.1 is less than 0
+    assert interval.low <= (2 * won - count) / count <= interval.high
+
+
 def test_metrics_equal_clip_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
     retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")

@@ -34,6 +34,20 @@ def test_seeds_table_has_means_spreads_and_paired_ratios(results: Results) -> No
     assert cells[f"{roles['student']} / {roles['teacher']}"] == "0.65× ± 0.21 (0.50 to 0.80)"
 
 
+def test_seeds_table_leaves_out_ratios_to_zero_and_what_a_run_lacks(results: Results) -> None:
+    roles = {row.role: row.label for row in results.rows}
+    nothing = with_top1(results, dict.fromkeys(roles, 0.5) | {"teacher": 0.0})
+    lines = seeds_table([nothing, results]).splitlines()
+    ratio = next(line for line in lines if f"{roles['student']} / {roles['teacher']}" in line)
+    assert ratio.split(" | ")[1].strip(" |") == "–"
+    second = msgspec.structs.replace(results.rows[0].scores[0], task="second")
+    rows = [msgspec.structs.replace(row, scores=(*row.scores, second)) for row in results.rows]
+    fewer = msgspec.structs.replace(results, rows=(results.rows[0], *rows[1:]))
+    lines = seeds_table([msgspec.structs.replace(results, rows=tuple(rows)), fewer]).splitlines()
+    assert ["±" in cell for cell in lines[2].split(" | ")] == [False, True, False]
+    assert ["±" in cell for cell in lines[3].split(" | ")] == [False, True, True]
+
+
 def test_a_single_result_has_no_spread(results: Results) -> None:
     with pytest.raises(InputError, match="at least 2"):
         seeds_table([results])
