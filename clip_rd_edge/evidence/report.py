@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
 _DIFFERENCES_NOTE = (
-    "Differences in top-1, in percentage points, paired by seed; in parentheses the 95 % confidence interval, by "
+    "Differences in {}, in percentage points, paired by seed; in parentheses the 95 % confidence interval, by "
     "bootstrap over images, each resampled together with all its seeds. Bold: the interval excludes zero, and the "
     "difference has the same sign for all seeds."
 )
@@ -48,7 +49,8 @@ _GEOMETRY_NOTE = (
 
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
-    parts = [_settings(evidence), _score_table(evidence), _DIFFERENCES_NOTE]
+    _, measure = _compared(evidence)
+    parts = [_settings(evidence), _score_table(evidence), _DIFFERENCES_NOTE.format(measure)]
     parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
     if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
         parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
@@ -82,7 +84,8 @@ def _cost(evidence: Evidence) -> str:
 
 
 def _score_table(evidence: Evidence) -> str:
-    headings = [f"{_task_name(evidence, task)}, {name}" for task in evidence.teacher.tasks for name in _figures(task)]
+    tasks = evidence.teacher.tasks
+    headings = [f"{_task_name(evidence, task)}, {name}" for task in tasks for name in _figures(task, tasks)]
     if not (len(_zero_shot(evidence)) > 1 and _mean_top1(evidence, evidence.teacher)):
         return _means_table(evidence, headings, _values, show=percent)
 
@@ -97,32 +100,44 @@ def _zero_shot(evidence: Evidence) -> list[int]:
     return [i for i, task in enumerate(evidence.teacher.tasks) if isinstance(task.score, ZeroShotScore)]
 
 
+def _compared(evidence: Evidence) -> tuple[list[int], str]:
+    """Return the indices of the tasks that methods are compared on, and in what: zero-shot tasks, if there are any."""
+    if zero_shot := _zero_shot(evidence):
+        return zero_shot, _TOP1
+    return list(range(len(evidence.teacher.tasks))), _IMAGE_TO_TEXT
+
+
 def _mean_top1(evidence: Evidence, result: ModelResult) -> float:
     return float(np.mean([primary_metric(result.tasks[i].score) for i in _zero_shot(evidence)]))
 
 
-def _figures(task: TaskResult) -> dict[str, float]:
-    """Return the figures that a table shows of a task, by name; a task with few labels has no top-5.
+def _figures(task: TaskResult, tasks: Sequence[TaskResult]) -> dict[str, float]:
+    """Return the figures that a table shows of one of the tasks, by name; one with few labels has no top-5.
 
-    Image-to-text retrieval is left out: with one label as the caption of each image, it equals top-1.
+    Image-to-text retrieval is left out where it equals top-1: with the labels of a built-in task, one for each image.
     """
     score = task.score
+    figures: dict[str, float | None]
     if isinstance(score, ZeroShotScore):
-        figures = {"top-1": score.top1, "top-5": score.top5}
+        figures = {_TOP1: score.top1, "top-5": score.top5}
     else:
-        figures = {"text → image R@1": score.text_to_image.at1}
+        figures = {_IMAGE_TO_TEXT: score.image_to_text.at1, "text → image R@1": score.text_to_image.at1}
+        own = [other.score for other in tasks if f"{other.score.task}, retrieval" == score.task]
+        if any(isinstance(other, ZeroShotScore) and score.captions == other.images == other.classes for other in own):
+            del figures[_IMAGE_TO_TEXT]
     return {name: value for name, value in figures.items() if value is not None}
 
 
 def _values(result: ModelResult) -> list[float]:
     """Return the figures of all tasks in order, the same for every model of a suite."""
-    return [value for task in result.tasks for value in _figures(task).values()]
+    return [value for task in result.tasks for value in _figures(task, result.tasks).values()]
 
 
 def _difference_table(evidence: Evidence, reference: str) -> str:
-    columns = {_task_name(evidence, evidence.teacher.tasks[i]): [i] for i in _zero_shot(evidence)}
+    compared, _ = _compared(evidence)
+    columns = {_task_name(evidence, evidence.teacher.tasks[i]): [i] for i in compared}
     if len(columns) > 1:
-        columns["mean of the tasks"] = _zero_shot(evidence)
+        columns["mean of the tasks"] = compared
     lines = [["student", f"method − `{reference}`", "seeds", *columns]]
     for student, method, runs in _rows(evidence):
         if method == reference:
@@ -242,9 +257,10 @@ GEOMETRY = {"positive": "own caption", "negative": "others' captions", "gap": "g
 
 
 def learning_curves(evidence: Evidence) -> bytes:
-    """Plot top-1 of each zero-shot task over training, one column per student."""
+    """Plot top-1 of each zero-shot task, or else R@1 of each task, over training, one column per student."""
     names = list(dict.fromkeys(name for run in evidence.runs for name in run.curves if name.startswith("evaluation/")))
-    figure, grid = _grid(evidence, len(names), "Top-1 over training, %")
+    _, measure = _compared(evidence)
+    figure, grid = _grid(evidence, len(names), f"{measure[0].upper()}{measure[1:]} over training, %")
     for row, name in enumerate(names):
         for column, student in enumerate(evidence.suite.students):
             axes = grid[row][column]

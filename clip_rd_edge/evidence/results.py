@@ -34,14 +34,16 @@ class TaskResult(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one model on one task.
 
     Attributes:
-        hits: for a zero-shot task, one character per image, `1` if it was classified correctly and `0` if not, so that
-            models can be compared in pairs.
+        hits: one character per image, `1` if its label or one of its captions ranks first and `0` if not, so that
+            models can be compared in pairs; empty for a retrieval task in a file of an older version.
         geometry: for a retrieval task, computed from its image-caption pairs.
-        content: a fingerprint of the task's questions and images; empty in a file of an older version.
+        content, images: fingerprints of the task's questions and images, and of the images alone, in order; empty in a
+            file of an older version.
     """
 
     score: Score
     content: str = ""
+    images: str = ""
     hits: str = ""
     geometry: Geometry | None = None
 
@@ -133,7 +135,8 @@ class Difference:
     Attributes:
         same_sign: whether the difference has the same sign for all seeds.
         interval: 95 % confidence interval by bootstrap over images, each resampled together with all its seeds. It
-            covers other images, not other trainings. None without hits.
+            covers other images, not other trainings. Tasks of the same images are resampled together. None without
+            hits.
     """
 
     spread: Spread
@@ -172,16 +175,26 @@ def difference(runs: dict[int, RunResult], reference: dict[int, RunResult], task
     if not all(result.hits and other.hits for task in pairs for result, other in task):
         return Difference(over_seeds, same_sign, None)
     rng = np.random.default_rng(0)
-    draws = np.mean([_resampled(task, rng) for task in pairs], axis=0)
+    groups = _by_images(pairs)
+    draws = np.average([_resampled(group, rng) for group in groups], axis=0, weights=list(map(len, groups)))
     low, high = np.percentile(draws, [2.5, 97.5])
     return Difference(over_seeds, same_sign, Interval(float(low), float(high)))
 
 
-def _resampled(
-    pairs: Sequence[tuple[TaskResult, TaskResult]], rng: np.random.Generator
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Return the mean difference of a task's hits in RESAMPLES draws of its images."""
-    # Seeds share the images: an image is resampled with all of its seeds, or the interval would be too narrow.
+_Pairs = list[tuple[TaskResult, TaskResult]]  # one per seed
+
+
+def _by_images(tasks: Sequence[_Pairs]) -> list[_Pairs]:
+    """Return the pairs of each task, those of tasks with the same images, such as in other languages, as one."""
+    groups: dict[str, _Pairs] = {}
+    for number, pairs in enumerate(tasks):
+        groups.setdefault(pairs[0][0].images or str(number), []).extend(pairs)
+    return list(groups.values())
+
+
+def _resampled(pairs: _Pairs, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the mean difference of the hits in RESAMPLES draws of the images that the pairs share."""
+    # An image is resampled with all of its seeds and tasks, or the interval would be too narrow.
     per_image = np.mean([_hits(result.hits) - _hits(other.hits) for result, other in pairs], axis=0)
     # In N draws with replacement, the counts of the few distinct values follow a multinomial distribution.
     values, counts = np.unique(per_image, return_counts=True)

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 import torch
 
-from clip_rd_edge.benchmarking.accuracy import evaluate, zero_shot
-from clip_rd_edge.benchmarking.metrics import primary_metric
+from clip_rd_edge.benchmarking.accuracy import evaluate, retrieval, zero_shot
+from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.images import open_image
@@ -62,27 +62,38 @@ def evaluate_model(encoder: Encoder, tasks: Sequence[Task], *, name: str) -> Mod
     )
 
 
-def top1(encoder: Encoder, tasks: Sequence[Task]) -> dict[str, float]:
-    """Return top-1 of each zero-shot task, by name, for the learning curves."""
-    return {task.name: zero_shot(encoder, task).score.top1 for task in tasks if isinstance(task, ZeroShotTask)}
+def curve_scores(encoder: Encoder, tasks: Sequence[Task]) -> dict[str, float]:
+    """Return what the learning curves show, by task: top-1 of zero-shot tasks, or R@1 where there are none."""
+    shown = [task for task in tasks if isinstance(task, ZeroShotTask)] or tasks
+    return {task.name: primary_metric(evaluate(encoder, task)) for task in shown}
 
 
 def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
     if isinstance(task, ZeroShotTask):
         answers = zero_shot(encoder, task)
-        hits = "".join("01"[int(hit)] for hit in answers.hits(task))
-        return TaskResult(score=answers.score, hits=hits, content=_content(task))
-    return TaskResult(score=evaluate(encoder, task), geometry=_geometry(encoder, task), content=_content(task))
+        hits, geometry = answers.hits(task), None
+        score: Score = answers.score
+    else:
+        retrieved = retrieval(encoder, task)
+        hits, geometry = retrieved.correctness[0].hits(), _geometry(encoder, task)
+        score = retrieved.score
+    digits = "".join("01"[int(hit)] for hit in hits)
+    images = hashlib.sha256(repr(_files(task)).encode()).hexdigest()
+    return TaskResult(score=score, content=_content(task), images=images, hits=digits, geometry=geometry)
+
+
+def _files(task: Task) -> list[tuple[str, int]]:
+    """Return the names and sizes of a task's images, wherever they lie."""
+    return [(Path(str(image)).name, image.stat().st_size if isinstance(image, Path) else 0) for image in task.images]
 
 
 def _content(task: Task) -> str:
-    """Return a fingerprint of a task's questions and of the names and sizes of its images, wherever they lie."""
-    files = [(Path(str(image)).name, image.stat().st_size if isinstance(image, Path) else 0) for image in task.images]
+    """Return a fingerprint of a task's questions and images."""
     if isinstance(task, ZeroShotTask):
         questions: Any = (task.targets, task.labels, task.templates)
     else:
         questions = (task.captions, task.caption_images)
-    return hashlib.sha256(repr((files, questions)).encode()).hexdigest()
+    return hashlib.sha256(repr((_files(task), questions)).encode()).hexdigest()
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
@@ -199,7 +210,7 @@ def _train_and_evaluate(
     resumed, clock = run_folder.is_dir(), _TrainingClock(reporter)
     # Also called for a finished run, because it raises an error if that run has other settings.
     student = run_distillation(
-        config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: top1(encoder, tasks)
+        config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: curve_scores(encoder, tasks)
     )
     known = read_run(run_folder)
     if known is not None and has_tasks(known.result, _named(tasks)):

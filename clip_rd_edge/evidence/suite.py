@@ -66,7 +66,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
 
     name: str
     data: str
-    tasks: tuple[str, ...]
+    tasks: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     students: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     methods: Annotated[tuple[Method, ...], msgspec.Meta(min_length=1)]
     compare_with: tuple[str, ...] = ()

@@ -69,7 +69,11 @@ def model_result(name: str, correct: int) -> ModelResult:
     )
     recall = Recall(at1=top1, at5=None, at10=None)
     retrieval = RetrievalScore(
-        task="emoji, unseen style, retrieval", images=5, captions=5, image_to_text=recall, text_to_image=recall
+        task="emoji, unseen style, retrieval",
+        images=IMAGES,
+        captions=IMAGES,
+        image_to_text=recall,
+        text_to_image=recall,
     )
     tasks = (
         TaskResult(score=zero_shot, hits="1" * correct + "0" * (IMAGES - correct)),

@@ -37,6 +37,20 @@ def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) ->
     assert "Geometry" not in text
 
 
+def test_a_suite_of_retrieval_tasks_alone_is_compared_in_their_recall(make: Make) -> None:
+    def retrieval_alone(result: ModelResult) -> ModelResult:
+        zero_shot, retrieval = result.tasks
+        return msgspec.structs.replace(result, tasks=(msgspec.structs.replace(retrieval, hits=zero_shot.hits),))
+
+    evidence = make(CORRECT)
+    runs = tuple(msgspec.structs.replace(run, result=retrieval_alone(run.result)) for run in evidence.runs)
+    text = markdown(msgspec.structs.replace(evidence, teacher=retrieval_alone(evidence.teacher), runs=runs))
+    assert "retrieval, image → text R@1 | unseen style, retrieval, text → image R@1 |" in text
+    assert "Differences in image → text R@1, in percentage points" in text
+    assert "top-1" not in text.lower()
+    assert "| test_vit | `clip-rd` | 1 | **+40.0 (+" in text
+
+
 def test_a_task_with_few_labels_has_no_column_for_top_5(make: Make) -> None:
     def four_labels(result: ModelResult) -> ModelResult:
         task = result.tasks[0]

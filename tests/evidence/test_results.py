@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from clip_rd_edge.benchmarking.metrics import difference_interval
-from clip_rd_edge.evidence.results import Difference, Evidence, difference, runs_of, spread
+from clip_rd_edge.evidence.results import Difference, Evidence, RunResult, difference, runs_of, spread
 
 from .conftest import IMAGES, Make
 
@@ -45,6 +46,20 @@ def test_more_seeds_on_the_same_images_do_not_narrow_the_interval(make: Make) ->
     ours, theirs = np.arange(IMAGES) < 12, np.arange(IMAGES) < 4
     assert one_seed.interval is not None
     assert one_seed.interval.low == pytest.approx(difference_interval(ours, theirs).low, abs=0.051)
+
+
+def test_tasks_of_the_same_images_are_resampled_together(make: Make) -> None:
+    evidence = make({("none", 0): 4, ("clip-rd", 0): 12, ("none", 1): 5, ("clip-rd", 1): 9})
+
+    def in_two_languages(runs: dict[int, RunResult]) -> dict[int, RunResult]:
+        tasks = {s: (msgspec.structs.replace(run.result.tasks[0], images="same"),) * 2 for s, run in runs.items()}
+        results = {s: msgspec.structs.replace(run.result, tasks=tasks[s]) for s, run in runs.items()}
+        return {s: msgspec.structs.replace(run, result=results[s]) for s, run in runs.items()}
+
+    ours, theirs = (in_two_languages(runs_of(evidence, "test_vit", method)) for method in ("clip-rd", "none"))
+    one, two = difference(ours, theirs, [0]), difference(ours, theirs, [0, 1])
+    assert one is not None
+    assert one == two  # what another language adds is no further image
 
 
 def test_tasks_count_alike_in_their_mean_and_are_resampled_apart(make: Make) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.suite import EvidenceSuite
-from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT
@@ -67,6 +69,10 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     shutil.copytree(teacher, tmp_path / "other")
     evidence = runs.run_evidence(both, tmp_path / "out", SILENT, teacher=str(tmp_path / "other"))
     assert evidence.teacher.model == "other"
+    assert [len(task.hits) for task in evidence.runs[0].result.tasks] == [len(load_task(pairs).images), 6]
+    encoder = TorchEncoder(load_clip(teacher))
+    curves = [runs.curve_scores(encoder, [load_task(name) for name in tasks]) for tasks in ((pairs,), (pairs, squares))]
+    assert [list(scores) for scores in curves] == [["pairs"], ["squares"]]
     names = [[task.score.task for task in result.tasks] for result in (evidence.teacher, evidence.runs[0].result)]
     assert names == [["pairs", "squares"]] * 2
     Image.new("RGB", (41, 40), "red").save(tmp_path / "squares" / "red" / "two.png")  # the same name, another task

@@ -69,6 +69,7 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
     [
         ("steps: 2", "stepps: 2", "unknown field `stepps`.*Did you mean 'steps'"),
         ("steps: 2", "steps: 0", "`int` >= 1.*steps"),
+        ("tasks:\n- emoji:unseen-style\n- emoji:unseen-style:retrieval", "tasks: []", "length >= 1.*tasks"),
         ("xrd: 0", "xdr: 0", "clip-rd-without-xrd is invalid.*`xdr`.*Did you mean 'xrd'"),
         ("recipe: clip-rd\n", "recipe: clip-dr\n", "no recipe 'clip-dr'"),
         ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
