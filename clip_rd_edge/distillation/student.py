@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower
 from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
@@ -41,6 +43,9 @@ def make_student(
         require_separate_text_tower(student)
     if config.quantize:
         require_convolutional_tower(student)
+    if config.templates:  # the prompts that it learns are those to classify with
+        prompts = parse_templates(config.templates).prompts
+        return replace(student, templates=tuple(prompt.replace("{c}", "{}") for prompt in prompts))
     return student
 
 

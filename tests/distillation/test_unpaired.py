@@ -72,6 +72,7 @@ def test_images_and_labels_alone_train_a_student(config: RunConfig, tmp_path: Pa
     assert "cannot tell how often the student is right" in said
     record = json.loads((student / "distillation.json").read_text())
     assert (record["pairs"], record["images"], record["texts"], record["data"]) == (0, 24, 4, None)
+    assert record["templates"] == ["a {} picture"]  # which an export puts its labels into
     facts = training_facts(str(student))
     assert (facts["images"], facts["image_source"]) == ("24", "pictures")
     lines = read_metrics(tmp_path / "run")
