@@ -23,7 +23,7 @@ from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.graph import float_tensors, prepare_for_quantization, with_outputs
+from clip_rd_edge.convert.graph import file_content, float_tensors, prepare_for_quantization, with_outputs
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import (
     HARD_TEXTS,
@@ -246,7 +246,7 @@ def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = onnx.load(prepare_for_quantization(model, Path(scratch)))
     float32_nodes = overflowing_nodes(prepared, inputs)
-    content = to_fp16(prepared, keep_float32=float32_nodes).SerializeToString()
+    content = file_content(to_fp16(prepared, keep_float32=float32_nodes))
     parity = agreement(embed(open_session(str(model)), inputs), embed(open_session(content), inputs))
     return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity, tuple(float32_nodes))
 

@@ -57,6 +57,23 @@ def prepare_for_quantization(model: Path, folder: Path) -> Path:
     return path
 
 
+def file_content(model: onnx.ModelProto) -> bytes:
+    """Return the content of a model's file as the ONNX format requires it: nodes sorted, no unused operator sets.
+
+    ONNX Runtime's quantiser appends its nodes, and its optimiser imports every set that it knows. It reads such files,
+    but `onnx.checker` and other runtimes refuse them. Sorts the model in place.
+    """
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    ONNXModel(model).topological_sort()
+    used = {"", "ai.onnx", *(node.domain for node in model.graph.node)}
+    imports = [opset for opset in model.opset_import if opset.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    content: bytes = model.SerializeToString()
+    return content
+
+
 def float_tensors(graph: onnx.GraphProto) -> set[str]:
     """Return the names of the float32 activations, without weights, of a graph with inferred shapes."""
     described = (*graph.input, *graph.output, *graph.value_info)

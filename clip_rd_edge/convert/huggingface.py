@@ -64,8 +64,8 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
     for variant, bundle in bundles.items():
         towers = read_manifest(bundle)
         require_whole_towers(bundle, towers, purpose="the Hugging Face layout")
-        image = _renamed(_load_sorted(bundle / towers.image.file), "pixel_values", "image_embeds")
-        text = _renamed(_load_sorted(bundle / towers.require_text().file), "padded_ids", "text_embeds")
+        image = _renamed(onnx.load(bundle / towers.image.file), "pixel_values", "image_embeds")
+        text = _renamed(onnx.load(bundle / towers.require_text().file), "padded_ids", "text_embeds")
         _take_any_length(text, manifest.tokenizer)
         models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.logit_scale)}
         for name, model in models.items():
@@ -85,15 +85,6 @@ def require_supported(preprocessing: Preprocessing, name: str) -> None:
             f"{name} takes {height} × {width} with resize mode {preprocessing.resize_mode}.",
             hint="omit --layout",
         )
-
-
-def _load_sorted(path: Path) -> onnx.ModelProto:
-    """Load a tower with its nodes in the order that ONNX requires; those that ONNX Runtime quantised are in none."""
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    model = onnx.load(path)
-    ONNXModel(model).topological_sort()
-    return model
 
 
 def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:
@@ -210,8 +201,7 @@ def _write_tokenizer(path: Path, folder: Path, spec: TokenizerSpec) -> None:
         specials = _to_special_tokens(content, spec.end_id)
     else:
         specials = {"pad_token": Tokenizer.from_file(str(path)).id_to_token(spec.pad_id)}
-    existing = content["normalizer"]
-    content["normalizer"] = {"type": "Sequence", "normalizers": [*_cleaning(spec), *([existing] if existing else [])]}
+    content["normalizer"] = normalizer_with_cleaning(content["normalizer"], spec)
     content["truncation"] = content["padding"] = None
     write_text(folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
     config = {
@@ -250,10 +240,13 @@ def _to_special_tokens(content: dict[str, Any], end_id: int) -> dict[str, Any]:
     return {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
 
 
-def _cleaning(spec: TokenizerSpec) -> list[dict[str, Any]]:
-    """Return normalizers that clean texts as open_clip does, except what needs code.
+def normalizer_with_cleaning(existing: dict[str, Any] | None, spec: TokenizerSpec) -> dict[str, Any]:
+    """Return the normalizer of a tokenizer file that also cleans texts as open_clip does, except what needs code.
 
     That is HTML entities, full-width letters and text that was decoded with a wrong encoding.
+
+    Args:
+        existing: the normalizer of the bundle's file, for texts that were cleaned before.
     """
     replaced = [("[\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), *_LIGATURES.items()]
     if spec.clean == "canonicalize":
@@ -262,7 +255,9 @@ def _cleaning(spec: TokenizerSpec) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = [{"type": "NFC"}]
     steps += ({"type": "Replace", "pattern": {"Regex": old}, "content": new} for old, new in replaced)
     steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-    return steps if spec.clean == "whitespace" else [*steps, {"type": "Lowercase"}]
+    if spec.clean != "whitespace":
+        steps.append({"type": "Lowercase"})
+    return {"type": "Sequence", "normalizers": [*steps, *([existing] if existing else [])]}
 
 
 def _model_config(manifest: Manifest) -> dict[str, Any]:

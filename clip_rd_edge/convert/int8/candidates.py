@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import onnx
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import prepare_for_quantization, silently
+from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, silently
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
@@ -189,8 +189,7 @@ def quantize_by_nncf(model: Path, samples: Inputs, weight_bits: WeightBits) -> b
         fix = nncf.OverflowFix.ENABLE if weight_bits == 7 else nncf.OverflowFix.DISABLE
         settings = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
         quantized = nncf.quantize(graph, data, model_type=kind, subset_size=len(samples), advanced_parameters=settings)
-    content: bytes = quantized.SerializeToString()
-    return content
+    return file_content(quantized)
 
 
 class Opener(Protocol):
@@ -237,8 +236,7 @@ def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits) -> bytes:
     graph = onnx.load(model)
     ranges = measure_ranges(graph, quantized_inputs(graph), samples)
     quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits])
-    content: bytes = quantized.SerializeToString()
-    return content
+    return file_content(quantized)
 
 
 ORT = Backend("onnxruntime", open_session, candidates)

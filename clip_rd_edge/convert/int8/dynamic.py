@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from clip_rd_edge.convert.graph import silently
+from clip_rd_edge.convert.graph import file_content, silently
 from clip_rd_edge.convert.options import WeightBits
 
 
@@ -52,4 +52,4 @@ def quantize_dynamically(
             weight_type=QuantType.QInt8,  # U8 weights are several times slower
             extra_options={"MatMulConstBOnly": True},
         )
-        return target.read_bytes()
+        return file_content(onnx.load(target))

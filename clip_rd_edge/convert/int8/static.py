@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 
-from clip_rd_edge.convert.graph import float_tensors, silently
+from clip_rd_edge.convert.graph import file_content, float_tensors, silently
 from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
@@ -53,8 +53,7 @@ class StaticQuantizer:
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
         """Return the model with `layers`, a subset of `self.layers`, in INT8, as file content."""
         if not layers:  # an empty list means all layers to the library
-            unchanged: bytes = self._model.SerializeToString()
-            return unchanged
+            return file_content(self._model)
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -77,8 +76,7 @@ class StaticQuantizer:
                 extra_options={"TensorQuantOverrides": self._overrides},
             )
             quantizer.quantize_model()
-        content: bytes = quantizer.model.model.SerializeToString()
-        return content
+        return file_content(quantizer.model.model)
 
     @cached_property
     def _overrides(self) -> dict[str, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.convert.graph import prepare_for_quantization
@@ -17,6 +18,9 @@ def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(fp32_bundle: Path
     source = prepare_for_quantization(bundle / "text.onnx", tmp_path)
     content = quantize_dynamically(source, matrix_products=True, token_embeddings=True, per_channel=True)
     assert scales_per_batch(content)
+    quantized = onnx.load_from_string(content)
+    onnx.checker.check_model(quantized, full_check=True)
+    assert [opset.domain for opset in quantized.opset_import] == [""]
     assert not scales_per_batch(source.read_bytes())
     (bundle / "text.onnx").write_bytes(content)
     manifest = read_manifest(bundle)
