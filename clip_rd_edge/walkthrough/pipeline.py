@@ -24,7 +24,7 @@ from clip_rd_edge.data import emoji
 from clip_rd_edge.distillation.config import Precision, RunConfig, load_recipe
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import InputError, InterruptedRunError
-from clip_rd_edge.exporters.bundle import export_bundle
+from clip_rd_edge.exporters.bundle import export_bundle, package_versions
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
@@ -264,7 +264,12 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
         precision=precision,
         fallback="fp32",  # machines on which INT8 does not pay off still get a report
         labels=tuple(concept.name for concept in emoji.concepts()),
-        provenance={"model": "quickstart", "recipe": settings.recipe, "student": settings.student},
+        provenance={
+            "model": "quickstart",
+            "recipe": settings.recipe,
+            "student": settings.student,
+            **package_versions(),
+        },
     )
     converted = export_bundle(
         clip,

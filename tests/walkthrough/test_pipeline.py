@@ -21,7 +21,10 @@ pytest.importorskip("resvg_py")
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
+from clip_rd_edge.convert.bundle import ConvertedBundle
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.distillation.config import RunConfig, commented_recipe
+from clip_rd_edge.exporters.bundle import package_versions
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import to_yaml
 from clip_rd_edge.walkthrough import pipeline
@@ -139,6 +142,20 @@ def test_no_training_depends_on_a_measurement_of_time(
         "student": (student, student),
         "student-alone": (student, student),
     }
+
+
+def test_a_bundle_records_the_versions_that_exported_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+
+    def record(clip: object, folder: Path, request: ExportRequest, **_: object) -> ConvertedBundle:
+        requests.append(request)
+        return ConvertedBundle(None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "load_clip", lambda _: None)
+    monkeypatch.setattr(pipeline, "export_bundle", record)
+    pipeline._export_floats(Settings(folder=tmp_path), SILENT)
+    assert all(request.provenance.items() >= package_versions().items() for request in requests)
+    assert [request.precision for request in requests] == ["fp32", "fp16"]
 
 
 def test_students_of_a_teacher_start_from_its_tokens_and_share_its_cache(tmp_path: Path) -> None:
