@@ -9,7 +9,7 @@ textual/tokenizer.json, textual/tokenizer_config.json
 immich's server takes models by name, and knows the size of each one's embeddings: a student takes the name of a model
 of the same size. Sources: `CLIP_MODEL_INFO` of the server, `OpenClipVisualEncoder` and `OpenClipTextualEncoder` of the
 machine-learning service. Where the middle of an image lies between two pixels, its crop begins at the lower one, and
-open_clip's at the even one. Every other value of its preprocessing is equal up to rounding.
+open_clip's at the even one. Every other value of its preprocessing of images is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.convert.huggingface import normalizer_with_cleaning
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.utils.files import new_folder, write_bytes, write_text
 from clip_rd_edge.utils.structs import to_json
@@ -88,7 +89,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
     require_whole_towers(bundle, manifest, purpose="a model folder for immich")
     preprocessing = manifest.preprocessing
     height, width = preprocessing.size
-    if manifest.image.preprocesses or preprocessing.resize_mode == "longest" or height != width:
+    if manifest.image.preprocesses or preprocessing.resize_mode != "shortest" or height != width:
         raise UsageError(
             "immich does its own preprocessing: it resizes the shortest edge and crops a square; "
             f"{manifest.name} takes {height} × {width} with resize mode {preprocessing.resize_mode}"
@@ -133,15 +134,11 @@ def _take_int32_ids(model: onnx.ModelProto, input_name: str) -> onnx.ModelProto:
 
 
 def _write_tokenizer(path: Path, folder: Path, manifest: Manifest) -> None:
-    from tokenizers import Tokenizer, normalizers
+    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    if manifest.tokenizer.clean == "lower":
-        # A bundle's runtime lower-cases the text before tokenising; immich expects the tokenizer file to do it.
-        lower = normalizers.Lowercase()
-        tokenizer.normalizer = (
-            normalizers.Sequence([lower, tokenizer.normalizer]) if tokenizer.normalizer is not None else lower
-        )
-    write_text(folder / TOKENIZER, tokenizer.to_str())
-    config = {"pad_token": tokenizer.id_to_token(manifest.tokenizer.pad_id)}
-    write_bytes(folder / "tokenizer_config.json", to_json(config))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # A bundle's runtime cleans a text before tokenising; immich expects the tokenizer file to do it.
+    content["normalizer"] = normalizer_with_cleaning(content["normalizer"], manifest.tokenizer)
+    write_text(folder / TOKENIZER, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+    pad_token = Tokenizer.from_file(str(path)).id_to_token(manifest.tokenizer.pad_id)
+    write_bytes(folder / "tokenizer_config.json", to_json({"pad_token": pad_token}))

@@ -40,17 +40,19 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     tokenizer.enable_padding(length=16, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
     tokenizer.enable_truncation(max_length=16)
     session = open_session(str(folder / "textual" / "model.onnx"))
-    for text in ("a Red House!", "two dogs " * 30):
+    # The last ones as a phone's keyboard, a Mac's file name and a PDF write them.
+    for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats"):
         ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
         (embedding,) = session.run(None, {"text": ids})
         np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)
 
 
-def test_preprocessing_that_immich_does_not_support_is_refused(colour_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["longest", "squash"])
+def test_preprocessing_that_immich_does_not_support_is_refused(colour_bundle: Path, tmp_path: Path, mode: str) -> None:
     manifest = read_manifest(colour_bundle)
-    padded = msgspec.structs.replace(manifest.preprocessing, resize_mode="longest")
-    write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=padded))
-    with pytest.raises(UsageError, match="takes 8 × 8 with resize mode longest"):
+    other = msgspec.structs.replace(manifest.preprocessing, resize_mode=mode)
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, preprocessing=other))
+    with pytest.raises(UsageError, match=f"takes 8 × 8 with resize mode {mode}"):
         write_immich(colour_bundle, tmp_path / "immich")
     assert not (tmp_path / "immich").exists()
 
