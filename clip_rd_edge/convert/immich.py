@@ -14,6 +14,7 @@ open_clip's at the even one. Every other value of its preprocessing of images is
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
