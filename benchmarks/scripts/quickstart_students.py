@@ -66,7 +66,7 @@ def train_all(
         options = {**settings, **ways[way], "steps": arguments.steps, "seed": seed, "resume": True}
         if "teacher_cache" in options:  # the crops of a seed are its own
             options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
-        run = edge.distill(output=arguments.folder / f"{'-'.join(way.replace(',', '').split())}-{seed}", **options)
+        run = edge.distill(output=run_folder(arguments, way, seed), **options)
         result["runs"].append({"way": way, "seed": seed, "top1": top1(edge.load(run).encoder)})
         result |= {"machine": machine_name(), "date": date.today().isoformat()}
         arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -74,6 +74,12 @@ def train_all(
     print(markdown(result))
     if arguments.readme:
         write_between_markers(arguments.readme, arguments.table, markdown(result))
+
+
+def run_folder(arguments: argparse.Namespace, way: str, seed: int) -> Path:
+    """Return the folder of a student."""
+    folder: Path = arguments.folder
+    return folder / f"{'-'.join(way.replace(',', '').split())}-{seed}"
 
 
 def top1(encoder: Encoder) -> dict[str, float]:

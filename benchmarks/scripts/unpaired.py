@@ -5,19 +5,27 @@
         -o benchmarks/results/MACHINE/unpaired.json --readme benchmarks/README.md
 
 Settings and steps are the quickstart's. Each concept of the built-in data has its name as its only caption, and the
-list of labels has all these names. An interrupted call goes on; finished students are in the folder.
+list of labels has all these names. So half of the captions lack many names altogether: a second table has the top-1 on
+the names that they have, and on the others. An interrupted call goes on; finished students are in the folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
-from quickstart_students import Result, parser_for, plus_minus, rows, scores, train_all
+from quickstart_students import TASKS, Result, parser_for, plus_minus, rows, run_folder, scores, train_all
 
 import clip_rd_edge as edge
+from clip_rd_edge.benchmarking.accuracy import zero_shot
+from clip_rd_edge.benchmarking.metrics import Hits
+from clip_rd_edge.benchmarking.report.text import write_between_markers
+from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data import emoji
+from clip_rd_edge.data.tasks import load_task
 
 PAIRS = "all pairs"
 
@@ -34,11 +42,13 @@ def write_data(folder: Path) -> dict[str, dict[str, Path]]:
     for name, table in (("pairs", rows), ("half", half), ("rest", rest)):
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("filepath", "title"), *table])
+    half_captioned = {"data": folder / "half.csv", "images": folder / "rest.csv"}
     (folder / "labels.txt").write_text("\n".join(dict.fromkeys(name for _, name in rows)) + "\n", encoding="utf-8")
     return {
         PAIRS: {"data": folder / "pairs.csv"},
         "all images, no caption, list of labels": {"images": folder / "pairs.csv", "texts": folder / "labels.txt"},
-        "all images, half of the captions": {"data": folder / "half.csv", "images": folder / "rest.csv"},
+        "all images, half of the captions": half_captioned,
+        "all images, half of the captions, list of labels": {**half_captioned, "texts": folder / "labels.txt"},
         "half of the pairs, nothing else": {"data": folder / "half.csv"},
     }
 
@@ -56,6 +66,40 @@ def markdown(result: Result) -> str:
     return "\n".join(head + rows(result, shares))
 
 
+def publish_names(arguments: argparse.Namespace) -> None:
+    """Write the top-1 of the finished students on the unseen style, by whether half of the captions have the name."""
+    with (arguments.folder / "half.csv").open(encoding="utf-8", newline="") as file:
+        kept = {row["title"] for row in csv.DictReader(file)}
+    task = load_task(TASKS[0])
+    assert isinstance(task, ZeroShotTask)
+    result = json.loads(arguments.output.read_text(encoding="utf-8"))
+    for run in result["runs"]:
+        encoder = edge.load(run_folder(arguments, run["way"], run["seed"])).encoder
+        run["by_name"] = top1_by_name(zero_shot(encoder, task).hits(task), task, kept)
+    arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.readme:
+        write_between_markers(arguments.readme, f"{arguments.table}-names", names_markdown(result))
+
+
+def top1_by_name(hits: Hits, task: ZeroShotTask, kept: set[str]) -> dict[str, float]:
+    """Return the top-1 on the images whose name is in `kept`, and on the others."""
+    in_kept = np.array([task.labels[target] in kept for target in task.targets])
+    return {"kept": float(hits[in_kept].mean()), "lost": float(hits[~in_kept].mean())}
+
+
+def names_markdown(result: Result) -> str:
+    """Return the top-1 of each way by name, over the seeds that all ways have."""
+    lines = [
+        "| trained on | names that half of the captions have | other names |",
+        "| --- | ---: | ---: |",
+    ]
+    for way, runs in scores(result).items():
+        of_way = [run["by_name"] for run in result["runs"] if run["way"] == way and run["seed"] in runs]
+        columns = [plus_minus([100 * run[names] for run in of_way]) for names in ("kept", "lost")]
+        lines.append(f"| {way} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = parser_for("unpaired", steps=1100)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -65,6 +109,7 @@ def main() -> None:
         cache = str(arguments.folder / f"embeddings-{number}-{{seed}}")
         ways[name] = {"teacher": arguments.teacher, "teacher_cache": cache, **data}
     train_all(arguments, ways, {"teacher": edge.load(arguments.teacher).encoder}, markdown)
+    publish_names(arguments)
 
 
 if __name__ == "__main__":
