@@ -42,7 +42,10 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Maps images and texts to embeddings: float32, L2-normalised rows, shape (N, D)."""
+    """Maps images and texts to embeddings: float32, L2-normalised rows, shape (N, D).
+
+    An encoder raises NotFiniteError rather than return entries that are not finite numbers.
+    """
 
     def describe(self) -> Description:
         """Describe this encoder."""

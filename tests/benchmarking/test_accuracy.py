@@ -12,7 +12,7 @@ from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.benchmarking.accuracy import evaluate, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]
 
@@ -67,13 +67,6 @@ def test_images_are_embedded_in_batches(
     zero_shot(encoder, colour_task, reporter=watch)
     assert encoder.batches == [4, 2]
     assert [(step, total) for _, step, total in watch.updates] == [(4, 6), (6, 6)]
-
-
-def test_nan_is_an_error_rather_than_a_low_score(make_encoder: Make, colour_task: ZeroShotTask) -> None:
-    encoder = make_encoder(name="broken")
-    encoder.encode_pixels = lambda pixels: np.full((len(pixels), 3), np.nan, dtype=np.float32)
-    with pytest.raises(ClipRdEdgeError, match=r"broken returns NaN or infinity for the images from .*red"):
-        zero_shot(encoder, colour_task)
 
 
 def test_a_task_without_images_or_captions_is_an_error(
