@@ -91,7 +91,6 @@ def load_pairs(
     *,
     image_key: str = "filepath",
     caption_key: str = "title",
-    separator: str | None = None,
     weights: str | None = None,
     json_key: str | None = None,
     reporter: Reporter = SILENT,
@@ -104,7 +103,6 @@ def load_pairs(
             Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
             the table's folder.
         image_key, caption_key: names of the table's two columns.
-        separator: of the table; None means the one of comma, tab, semicolon and | that the header has.
         weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
         json_key, reporter: see `data.webdataset.ShardPairs`.
 
@@ -125,9 +123,7 @@ def load_pairs(
     else:
         from clip_rd_edge.data.tables.load import table_pairs
 
-        pairs = table_pairs(
-            Path(source), image_key=image_key, caption_key=caption_key, separator=separator, reporter=reporter
-        )
+        pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
     if len(pairs) < 2:
         example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""
         raise InputError(

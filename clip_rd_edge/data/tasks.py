@@ -55,7 +55,7 @@ def load_task(name: str) -> Task:
         return retrieval_from_shards(name, shards)
     path = Path(name)
     if name.endswith(TABLE_SUFFIXES) and is_file(path):
-        return _from_table(read_table(path, image_key="filepath", caption_key="title", separator=None), path.stem)
+        return _from_table(read_table(path, image_key="filepath", caption_key="title"), path.stem)
     if not is_folder(path):
         raise InputError(
             f"No task named {name!r}: it is neither a folder of images nor one of {', '.join(BUILT_IN_TASKS)}."

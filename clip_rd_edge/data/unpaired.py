@@ -289,7 +289,7 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
         raise InputError(f"{source} is a single image; expected many.", hint="name the folder of the images")
     else:
         # The path of an image takes the place of its caption.
-        images = table_pairs(Path(source), image_key=column, caption_key=column, separator=None, reporter=reporter)
+        images = table_pairs(Path(source), image_key=column, caption_key=column, reporter=reporter)
     if not len(images):
         example = (
             f" {len(images.left_out):,} were left out; the first: {images.left_out[0]}." if images.left_out else ""

@@ -68,25 +68,23 @@ class TablePairs:
             yield f"{path.name}\0{size}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
 
 
-def table_pairs(
-    path: Path, *, image_key: str, caption_key: str, separator: str | None, reporter: Reporter = SILENT
-) -> Pairs:
+def table_pairs(path: Path, *, image_key: str, caption_key: str, reporter: Reporter = SILENT) -> Pairs:
     """Return the pairs of a table, from memory if it is small; arguments and errors as for `data.pairs.load_pairs`."""
-    table = _open_table(path, image_key=image_key, caption_key=caption_key, separator=separator)
+    table = _open_table(path, image_key=image_key, caption_key=caption_key)
     if table.rows <= INDEXED_ROWS:
         return _in_memory(table)
-    return index_table(table, key=[image_key, caption_key, str(separator)], reporter=reporter)
+    return index_table(table, key=[image_key, caption_key], reporter=reporter)
 
 
-def read_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> TablePairs:
+def read_table(path: Path, *, image_key: str, caption_key: str) -> TablePairs:
     """Read pairs from a table into memory; arguments and errors as for `data.pairs.load_pairs`.
 
     A row that is not a pair is left out with a message that names its line.
     """
-    return _in_memory(_open_table(path, image_key=image_key, caption_key=caption_key, separator=separator))
+    return _in_memory(_open_table(path, image_key=image_key, caption_key=caption_key))
 
 
-def _open_table(path: Path, *, image_key: str, caption_key: str, separator: str | None) -> Table:
+def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
     """Open a table and check its columns; arguments and errors as for `data.pairs.load_pairs`."""
     if not is_file(path):
         raise InputError(
@@ -97,7 +95,7 @@ def _open_table(path: Path, *, image_key: str, caption_key: str, separator: str 
         )
     if path.suffix == PARQUET_SUFFIX:
         return open_parquet(path, image_key, caption_key)
-    return open_csv(path, image_key, caption_key, separator)
+    return open_csv(path, image_key, caption_key)
 
 
 def _in_memory(table: Table) -> TablePairs:

@@ -165,14 +165,14 @@ class _Lines(Iterator[str]):
                 yield line
 
 
-def open_csv(path: Path, image_key: str, caption_key: str, separator: str | None) -> CsvTable:
+def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
     with path.open("rb") as file:
         head = file.read(_MAX_HEADER)
         _require_text(path, head)
         start = len(_BOM) if head.startswith(_BOM) else 0
         first_line = (head[start:].splitlines() or [b""])[0]
         header = first_line.decode(errors="replace")
-        separator = separator or _separator_of(path, header, {image_key, caption_key})
+        separator = _separator_of(path, header, {image_key, caption_key})
         file.seek(start)
         lines = _Lines(file, start)
         reader = csv.reader(lines, delimiter=separator, strict=True)

@@ -33,7 +33,7 @@ def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_memory(path: Path) -> TablePairs:
-    return read_table(path, image_key="filepath", caption_key="title", separator=None)
+    return read_table(path, image_key="filepath", caption_key="title")
 
 
 def write_rows(path: Path, rows: list[tuple[str, str]], **options: Any) -> None:
