@@ -41,8 +41,8 @@ def signed_interval(bounds: Interval) -> str:
     return f"{signed_points(bounds.low)} to {signed_points(bounds.high)}"
 
 
-def milliseconds(value: float | None) -> str:
-    """Format a latency with three digits, without the unit: `1.78`, `32.5`, `120`; a dash for None."""
+def three_digits(value: float | None) -> str:
+    """Format a latency or a rate with about three digits, without the unit: `1.78`, `32.5`, `120`; a dash for None."""
     if value is None:
         return NO_VALUE
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
@@ -53,11 +53,6 @@ def seconds(value: float | None) -> str:
     if value is None:
         return NO_VALUE
     return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
-
-
-def rate(value: float) -> str:
-    """Format a rate per second with about three digits: `9.74`, `97.4`, `974`."""
-    return milliseconds(value)
 
 
 def megabytes(size_bytes: float | None) -> str:

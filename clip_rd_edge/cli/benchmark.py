@@ -186,7 +186,7 @@ def _latency_table(changes: Changes) -> Table:
 
     table = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
     for change in changes.latencies:
-        latencies = (formatting.milliseconds(change.old_ms), formatting.milliseconds(change.new_ms))
+        latencies = (formatting.three_digits(change.old_ms), formatting.three_digits(change.new_ms))
         difference = (formatting.signed_percent(change.change), f"± {100 * change.noise:.1f} %")
         table.add_row(f"{change.row}, {change.what}", *latencies, *difference, _verdict(change))
     return table

@@ -235,7 +235,7 @@ def write_report(evidence: Evidence, folder: Path) -> list[Path]:
     return paths
 
 
-def publish(source: Path, page: Path) -> list[Path]:
+def publish(source: Path, page: Path) -> None:
     """Write the tables of the JSON file `source` between the markers in `page`, and the figures beside `source`.
 
     Raises:
@@ -248,7 +248,6 @@ def publish(source: Path, page: Path) -> list[Path]:
     write_between_markers(page, name, markdown(evidence))
     for path, png in figures.items():
         write_bytes(path, png)
-    return [page, *figures]
 
 
 # Okabe and Ito's palette, which most colour-blind readers can distinguish; the first colour is black.

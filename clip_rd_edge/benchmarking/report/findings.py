@@ -36,7 +36,7 @@ def recommendation(results: Results) -> str | None:
         reason = f"the most accurate of {len(suitable)} models that meet this"
     else:
         reason = f"the fastest model that is not significantly less accurate than {best}"
-    figures = f"{formatting.milliseconds(_p95_ms(row))} ms and {formatting.percent(score.top1)} % on {score.task}"
+    figures = f"{formatting.three_digits(_p95_ms(row))} ms and {formatting.percent(score.top1)} % on {score.task}"
     return f"For {requirements}, choose **{choice}**: {figures}, {reason}."
 
 
@@ -54,9 +54,9 @@ def _describe_extremes(scored: dict[str, tuple[RowResult, ZeroShotScore]]) -> st
     fastest = min(scored, key=lambda label: _p95_ms(scored[label][0]))
     best = max(scored, key=lambda label: scored[label][1].top1)
     return (
-        f"the fastest, {fastest}, takes {formatting.milliseconds(_p95_ms(scored[fastest][0]))} ms at "
+        f"the fastest, {fastest}, takes {formatting.three_digits(_p95_ms(scored[fastest][0]))} ms at "
         f"{formatting.percent(scored[fastest][1].top1)} %, and the most accurate, {best}, takes "
-        f"{formatting.milliseconds(_p95_ms(scored[best][0]))} ms at {formatting.percent(scored[best][1].top1)} %"
+        f"{formatting.three_digits(_p95_ms(scored[best][0]))} ms at {formatting.percent(scored[best][1].top1)} %"
     )
 
 
@@ -159,7 +159,7 @@ def above_chance(score: ZeroShotScore) -> bool:
 
 def _shipped_against_teacher(results: Results, shipped: RowResult, teacher: RowResult) -> str:
     shipped_ms, teacher_ms = shipped.latency.end_to_end.p50, teacher.latency.end_to_end.p50
-    times = f"{formatting.milliseconds(shipped_ms)} ms vs {formatting.milliseconds(teacher_ms)} ms"
+    times = f"{formatting.three_digits(shipped_ms)} ms vs {formatting.three_digits(teacher_ms)} ms"
     sizes = " vs ".join(f"{formatting.megabytes(row.description.size_bytes)} MB" for row in (shipped, teacher))
     accuracy = _accuracy_kept(results, shipped, teacher)
     subject = f"{shipped.label} {accuracy}, is" if accuracy else f"Compared with the teacher, {shipped.label} is"
@@ -242,6 +242,6 @@ def _summary(row: RowResult, results: Results) -> str:
     score = headline_score(results, row)
     accuracy = f"reaches **{formatting.percent(score.top1)} %** top-1 on {score.task}, " if score else ""
     return (
-        f"{row.label} {accuracy}takes **{formatting.milliseconds(row.latency.image.p50)} ms** per image in its image "
+        f"{row.label} {accuracy}takes **{formatting.three_digits(row.latency.image.p50)} ms** per image in its image "
         f"tower and needs **{formatting.megabytes(row.description.size_bytes)} MB** on disk."
     )

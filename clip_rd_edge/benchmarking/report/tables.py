@@ -61,7 +61,7 @@ def sections(results: Results) -> list[Section]:
     """Return the main table: cost first, then each task in the suite's order."""
     latencies = [row.latency for row in results.rows]
     sizes = [row.description.size_bytes for row in results.rows]
-    megabytes, milliseconds = formatting.megabytes, formatting.milliseconds
+    megabytes, milliseconds = formatting.megabytes, formatting.three_digits
     cost = [
         _lower_is_better("Size, MB", results, sizes, megabytes),
         _lower_is_better("Image tower, ms", results, [latency.image.p50 for latency in latencies], milliseconds),
@@ -114,41 +114,42 @@ def _latency_percentiles(name: str, rows: Sequence[Percentiles | None]) -> Itera
 
     if complete("p50_interval"):
         yield _plain(f"{name}, ms, p50, 95 % interval", list(map(_bounds, values("p50_interval"))))
-    yield _plain(f"{name}, ms, p95", list(map(formatting.milliseconds, values("p95"))))
+    yield _plain(f"{name}, ms, p95", list(map(formatting.three_digits, values("p95"))))
     if complete("p95_interval"):
         yield _plain(f"{name}, ms, p95, 95 % interval", list(map(_bounds, values("p95_interval"))))
     if complete("p99"):
-        yield _plain(f"{name}, ms, p99", list(map(formatting.milliseconds, values("p99"))))
+        yield _plain(f"{name}, ms, p99", list(map(formatting.three_digits, values("p99"))))
         yield _plain(f"{name}, ms, p99, 95 % interval", list(map(_bounds, values("p99_interval"))))
 
 
 def _bounds(interval: Interval | None) -> str:
     if interval is None:
         return formatting.NO_VALUE
-    return f"{formatting.milliseconds(interval.low)} to {formatting.milliseconds(interval.high)}"
+    return f"{formatting.three_digits(interval.low)} to {formatting.three_digits(interval.high)}"
 
 
 def _steps(results: Results) -> Iterator[Line]:
     steps = [row.latency.steps for row in results.rows if row.latency.steps]
     if len(steps) == len(results.rows):
-        yield _plain("Decoding, ms", [formatting.milliseconds(row.decode) for row in steps])
-        yield _plain("Preprocessing, ms", [formatting.milliseconds(row.preprocess) for row in steps])
+        yield _plain("Decoding, ms", [formatting.three_digits(row.decode) for row in steps])
+        yield _plain("Preprocessing, ms", [formatting.three_digits(row.preprocess) for row in steps])
         name = f"Classifying among {steps[0].labels:,} labels, ms"
-        yield _plain(name, [formatting.milliseconds(row.classify) for row in steps])
+        yield _plain(name, [formatting.three_digits(row.classify) for row in steps])
 
 
 def _throughput(results: Results) -> Iterator[Line]:
     rows = results.rows
     if all(row.throughput for row in rows):
-        yield _plain("Images per second, batch 1", [formatting.rate(1000 / row.latency.image.p50) for row in rows])
+        rates = [formatting.three_digits(1000 / row.latency.image.p50) for row in rows]
+        yield _plain("Images per second, batch 1", rates)
         for i, throughput in enumerate(rows[0].throughput):
-            rates = [formatting.rate(row.throughput[i].images_per_second) for row in rows]
+            rates = [formatting.three_digits(row.throughput[i].images_per_second) for row in rows]
             yield _plain(f"Images per second, batch {throughput.batch}", rates)
     if any(row.cold_start for row in rows):
         seconds = [formatting.seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
         yield _plain("Cold start to first answer, s", seconds)
     if all(row.energy_joules is not None for row in rows):
-        millijoules = [formatting.milliseconds(1000 * (row.energy_joules or 0)) for row in rows]
+        millijoules = [formatting.three_digits(1000 * (row.energy_joules or 0)) for row in rows]
         yield _plain("Energy per image, mJ", millijoules)
 
 

@@ -35,7 +35,7 @@ def expected_figures(row: RowResult) -> list[str]:
     latency = row.latency
     figures = [formatting.megabytes(row.description.size_bytes), formatting.millions(row.description.parameters)]
     for percentiles in (latency.image, latency.text, latency.end_to_end):
-        figures += [formatting.milliseconds(percentiles.p50), formatting.milliseconds(percentiles.p95)]
+        figures += [formatting.three_digits(percentiles.p50), formatting.three_digits(percentiles.p95)]
     for score in row.scores:
         if isinstance(score, ZeroShotScore):
             figures += [formatting.percent(value) for value in (score.top1, score.top5, score.mean_per_class)]
@@ -275,7 +275,7 @@ def test_terminal_table_shows_latency_and_relative_accuracy(with_retrieval: Resu
     text = render(with_retrieval)
     for row in with_retrieval.rows:
         assert row.label in text
-        assert formatting.milliseconds(row.latency.end_to_end.p50) in text
+        assert formatting.three_digits(row.latency.end_to_end.p50) in text
     assert "67\u00a0%" in text
 
 
@@ -291,7 +291,7 @@ def test_terminal_tables_cut_nothing_and_fit(with_retrieval: Results, width: int
     assert text.count("End to end, ms") == len(tables)
     for row in with_retrieval.rows:
         assert text.count(f" {row.label}") >= 1
-        assert text.count(formatting.milliseconds(row.latency.end_to_end.p50)) >= 1
+        assert text.count(formatting.three_digits(row.latency.end_to_end.p50)) >= 1
 
 
 def test_score_tables_fit_80_columns(with_retrieval: Results) -> None:
