@@ -155,9 +155,9 @@ def open_encoder(
 ) -> TowerEncoder:
     """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
     from clip_rd_edge.contract.bundle import is_bundle
-    from clip_rd_edge.contract.checkpoint import model_folder
+    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
 
-    path = Path(spec.removeprefix("local-dir:"))
+    path = Path(spec.removeprefix(LOCAL_DIR))
     if is_bundle(path):
         if runtime == "torch" or runtime == "torch-compile":
             raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")

@@ -136,12 +136,12 @@ def embed(
     from clip_rd_edge.distillation.store.embed import embed_teacher
 
     folder = Path(output)
-    told: dict[str, Any] = {**options, "views": views}
-    layout = told.pop("layout", "cache")
-    told["precision"] = told.get("precision") or "fp32"
-    told["student"] = told.get("student") or "resnet18"
+    settings: dict[str, Any] = {**options, "views": views}
+    layout = settings.pop("layout", "cache")
+    settings["precision"] = settings.get("precision") or "fp32"
+    settings["student"] = settings.get("student") or "resnet18"
     with _told_to_all_processes():
-        config = resolve(recipe, data=data, teacher=teacher, **told)
+        config = resolve(recipe, data=data, teacher=teacher, **settings)
         if config.stored_teachers is not None:
             raise UsageError(
                 f"The teacher is {config.teacher}, whose embeddings are stored already; expected a model.",

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
@@ -115,7 +116,7 @@ class Suite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         if row.model.startswith(_HUB):
             return row.model
-        folder = Path(self.root or ".") / row.model.removeprefix("local-dir:")
+        folder = Path(self.root or ".") / row.model.removeprefix(LOCAL_DIR)
         if not is_folder(folder):
             raise InputError(f"There is no model folder {folder}.")
         return str(folder)
@@ -216,7 +217,7 @@ def check_suite(suite: Suite, *, source: str) -> None:
 EXAMPLE = Suite(
     name="my-suite",
     rows=(
-        SuiteRow(label="Teacher", model="local-dir:teacher", role="teacher"),
+        SuiteRow(label="Teacher", model=f"{LOCAL_DIR}teacher", role="teacher"),
         SuiteRow(label="Student", model="runs/first", role="student"),
         SuiteRow(label="ONNX FP32", model="bundles/fp32", role="exported"),
         SuiteRow(label="ONNX INT8", model="bundles/int8", role="quantised"),

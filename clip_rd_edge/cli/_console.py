@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -82,15 +81,6 @@ def json_line(content: object) -> str:
     except UnicodeEncodeError:
         return json.dumps(content)
     return line
-
-
-def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
-    """Return an empty table: the first column and those named in `left` are left-aligned, the others right-aligned."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return table
 
 
 class ConsoleReporter(Reporter):

@@ -66,7 +66,7 @@ def command(
     export and distill take. Two models that were trained from different random weights have nothing good between them.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter, plain_table, print_table, say, stderr
+    from clip_rd_edge.cli._console import console_reporter, print_table, say, stderr
 
     with console_reporter() as reporter:
         result = edge.average(
@@ -80,6 +80,8 @@ def command(
             reporter=reporter,
         )
     if result.curve:
+        from clip_rd_edge.benchmarking.report.text import plain_table
+
         table = plain_table("Weight of the second", *result.curve[0].scores)
         for point in result.curve:
             chosen = " ←" if point.weight == result.weight else ""

@@ -182,7 +182,7 @@ def _exit_code(changes: Changes) -> int:
 
 def _latency_table(changes: Changes) -> Table:
     from clip_rd_edge.benchmarking import formatting
-    from clip_rd_edge.cli._console import plain_table
+    from clip_rd_edge.benchmarking.report.text import plain_table
 
     table = plain_table("p50", "Old, ms", "New, ms", "Change", "Noise", "", left=("",))
     for change in changes.latencies:
@@ -194,7 +194,7 @@ def _latency_table(changes: Changes) -> Table:
 
 def _accuracy_table(changes: list[AccuracyChange]) -> Table:
     from clip_rd_edge.benchmarking import formatting
-    from clip_rd_edge.cli._console import plain_table
+    from clip_rd_edge.benchmarking.report.text import plain_table
 
     table = plain_table("Accuracy, %", "Old", "New", "Points", "Paired interval", "", left=("",))
     for change in changes:

@@ -60,7 +60,7 @@ def command(teachers: tuple[str, ...], output: Path, as_json: bool, **options: A
 
 def _table(probe: Probe) -> Any:
     from clip_rd_edge.benchmarking.metrics import primary_metric
-    from clip_rd_edge.cli._console import plain_table
+    from clip_rd_edge.benchmarking.report.text import plain_table
 
     tasks = probe.teachers[0].student_scores
     table = plain_table(f"Teacher of {probe.student}, {probe.steps:,} steps, %", *tasks, "Mean", "Teacher's own")

@@ -81,29 +81,29 @@ class StoredBank:
         InputError: none of the chosen images or captions could be read when the cache was built.
     """
 
-    def __init__(self, cache: TeacherCaches, *, size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, stored: TeacherCaches, *, size: int, seed: int, device: torch.device) -> None:
         rng = np.random.default_rng(seed)
-        caches, common = cache.caches, _common_captions(cache.caches)
+        caches, common = stored.caches, _common_captions(stored.caches)
 
         def side(path: Callable[[TeacherCache, int], Path], totals: list[int], rows: list[_Rows] | None) -> Tensor:
             count = len(rows[0]) if rows else totals[0]
             chosen = np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False))
             parts = [
                 _read_rows(
-                    partial(path, each),
+                    partial(path, cache),
                     rows[number][chosen] if rows else chosen,
                     total=totals[number],
-                    width=each.manifest.embedding_size,
+                    width=cache.manifest.embedding_size,
                 )
-                for number, each in enumerate(caches)
+                for number, cache in enumerate(caches)
             ]
             readable = _readable(parts, partial(path, caches[0]))
             return side_by_side([torch.from_numpy(part).to(device).float() for part in readable])
 
-        pairs, captions = [each.manifest.pairs for each in caches], [each.captions for each in caches]
+        pairs, captions = [cache.manifest.pairs for cache in caches], [cache.captions for cache in caches]
         self._bank = Bank(
-            side(lambda each, shard: image_shard(each.folder, 0, shard), pairs, None),
-            side(lambda each, shard: text_shard(each.folder, shard), captions, common),
+            side(lambda cache, shard: image_shard(cache.folder, 0, shard), pairs, None),
+            side(lambda cache, shard: text_shard(cache.folder, shard), captions, common),
         )
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:

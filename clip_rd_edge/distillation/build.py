@@ -63,7 +63,7 @@ class RunSetup:
     @property
     def teacher_names(self) -> list[str]:
         """The names of all teachers."""
-        return [each.name for each in (self.stored.teachers if self.stored else self.teachers)]
+        return [teacher.name for teacher in (self.stored.teachers if self.stored else self.teachers)]
 
 
 def load_setup(

@@ -110,7 +110,7 @@ def probe_teachers(
         require_model(name, pretrained=config.teacher_pretrained)
     fingerprints = {task.name: hashlib.sha256(task_state(task).encode()).hexdigest() for task in tasks}
     known = _measured_before(folder, fingerprints)
-    found = list[ProbedTeacher]()
+    probed = list[ProbedTeacher]()
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
             reporter.begin(name, number, len(teachers))
@@ -118,18 +118,18 @@ def probe_teachers(
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
             if name in known:
-                found.append(known[name])
+                probed.append(known[name])
                 continue
             reporter.update("evaluating teacher and student")
-            found.append(
+            probed.append(
                 ProbedTeacher(
                     teacher=name,
                     teacher_scores=_scores(load_clip(name, pretrained=config.teacher_pretrained), tasks),
                     student_scores=_scores(load_clip(str(student)), tasks),
                 )
             )
-            write_bytes(folder / RESULT, to_json(_ranked(config, found, fingerprints)))
-    return _ranked(config, found, fingerprints)
+            write_bytes(folder / RESULT, to_json(_ranked(config, probed, fingerprints)))
+    return _ranked(config, probed, fingerprints)
 
 
 def require_one_process() -> None:
@@ -182,8 +182,8 @@ def _scores(clip: ClipModel, tasks: Sequence[Task]) -> dict[str, Score]:
     return {task.name: evaluate(encoder, task) for task in tasks}
 
 
-def _ranked(config: RunConfig, found: Sequence[ProbedTeacher], fingerprints: dict[str, str]) -> Probe:
-    ranking = sorted(found, key=lambda teacher: teacher.student_mean, reverse=True)
+def _ranked(config: RunConfig, probed: Sequence[ProbedTeacher], fingerprints: dict[str, str]) -> Probe:
+    ranking = sorted(probed, key=lambda teacher: teacher.student_mean, reverse=True)
     return Probe(config.student, config.recipe.steps, tuple(ranking), fingerprints)
 
 

@@ -354,8 +354,8 @@ def _prepare_teacher(
     if config.teacher_cache is not None:
         with processes.together():
             folders = cache_folders(Path(config.teacher_cache), setup.teachers)
-        for folder, each in zip(folders, teachers, strict=True):
-            build_cache(folder, shard_maker(config, each, setup.pairs, dataset.crops), processes, reporter=reporter)
+        for folder, live in zip(folders, teachers, strict=True):
+            build_cache(folder, shard_maker(config, live, setup.pairs, dataset.crops), processes, reporter=reporter)
         dataset.cache = open_caches(folders)
         teacher = CachedTeacher(teacher.logit_scale, processes.device)
     with processes.together():
@@ -364,8 +364,8 @@ def _prepare_teacher(
         reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
         teacher = ChoosingTeacher(teacher, texts, partial(embed_captions, teachers), reporter=reporter)
     if config.teacher_cache is not None:
-        for each in teachers:
-            each.clip.model.to("cpu")
+        for live in teachers:
+            live.clip.model.to("cpu")
     return teacher, dataset
 
 

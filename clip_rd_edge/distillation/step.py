@@ -244,7 +244,7 @@ def _part(batch: Batch, part: slice) -> Batch:
     pixels, embeddings, paired = batch.teacher_pixels, batch.teacher_embeddings, batch.paired
     return Batch(
         batch.student_pixels[part],
-        tuple(each[part] for each in pixels),
+        tuple(images[part] for images in pixels),
         batch.captions[part],
         teacher_embeddings=None if embeddings is None else (embeddings[0][part], embeddings[1][part]),
         paired=None if paired is None else paired[part],
@@ -296,8 +296,7 @@ def choose_teacher_precision(
     """Return the precision of the teachers, and the reason as a sentence."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
-    teachers = {name: make_teachers(AUTOCAST[name]) for name in measured_precisions(device)}
-    calls = {name: partial(_embed_images, each, batch) for name, each in teachers.items()}
+    calls = {name: partial(_embed_images, make_teachers(AUTOCAST[name]), batch) for name in measured_precisions(device)}
     return _measure_precision(calls, "embedding a batch's images", device)
 
 

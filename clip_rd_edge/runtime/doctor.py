@@ -142,12 +142,12 @@ def _openvino() -> list[Finding]:
     try:
         from clip_rd_edge.runtime.backends.openvino import available_processors
 
-        found = available_processors()
+        available = available_processors()
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
         detail = f"cannot be imported: {' '.join(str(error).split())}"
         return [Finding(what="OpenVINO", state="missing", detail=detail, remedy="pip install -U openvino")]
-    devices = [name for name, processor in OPENVINO_PROCESSORS.items() if processor in found]
-    detail = f"{version('openvino')} for {', '.join(found)}: --device {' or '.join(devices)}"
+    devices = [name for name, processor in OPENVINO_PROCESSORS.items() if processor in available]
+    detail = f"{version('openvino')} for {', '.join(available)}: --device {' or '.join(devices)}"
     return [Finding(what="OpenVINO", state="ok", detail=detail)]
 
 
@@ -188,9 +188,9 @@ def _disk_usage(packages: list[Footprint]) -> Finding:
 
 def _torch_tensorrt() -> Finding:
     """Report torch-tensorrt, the alternative way from PyTorch to TensorRT, and what it needs."""
-    found = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package))
+    packages = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package))
     detail = (
-        f"{found or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
+        f"{packages or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
         "a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
     )
     return Finding(what="torch-tensorrt", state="ok", detail=detail)

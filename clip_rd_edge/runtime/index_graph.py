@@ -69,8 +69,8 @@ class Graph(NamedTuple):
         such as with a folder of similar images.
         """
         keys = self.index.search(query, max(_CANDIDATES, 4 * top)).keys.astype(np.int64)
-        found = self.rows[keys]
-        present = found[found >= 0]
+        rows = self.rows[keys]
+        present = rows[rows >= 0]
         return np.concatenate([present, self.others]) if len(present) >= top else None
 
 

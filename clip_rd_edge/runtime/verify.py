@@ -108,9 +108,9 @@ def _reference(folder: Path, manifest: Manifest) -> Reference | str | None:
     expected = (*manifest.preprocessing.size, manifest.tokenizer.context_length, manifest.embedding_size)
     if reference is None:
         return "missing"
-    found = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
-    if found != expected or reference.text_embeddings.shape[1] != found[-1]:
-        return f"has images, ids and embeddings of sizes {found}; the bundle takes {expected}"
+    sizes = (*reference.images.shape[1:3], reference.ids.shape[1], reference.image_embeddings.shape[1])
+    if sizes != expected or reference.text_embeddings.shape[1] != sizes[-1]:
+        return f"has images, ids and embeddings of sizes {sizes}; the bundle takes {expected}"
     if (manifest.text is None) != (not reference.texts):
         return f"has {len(reference.texts)} texts; the bundle has {'no' if manifest.text is None else 'a'} text tower"
     return reference
@@ -194,11 +194,11 @@ def _compare(tower: Tower, count: int, agreement: float, difference: float, plac
     lowest = MIN_AGREEMENT.get(computed, MIN_AGREEMENT["int8"])
     detail = f"lowest centred cosine of {count} answers with the exporter's {agreement:.5f}, at least {lowest} expected"
     if computed == "fp32" and not difference <= MAX_DIFFERENCE:
-        found = f"an answer differs from the exporter's by {difference:.1g}, at most {MAX_DIFFERENCE:g} expected"
-        return found, found
+        problem = f"an answer differs from the exporter's by {difference:.1g}, at most {MAX_DIFFERENCE:g} expected"
+        return problem, problem
     if not agreement >= lowest:
-        found = f"wrong answers: {detail}"
-        return found, found
+        problem = f"wrong answers: {detail}"
+        return problem, problem
     return detail, ""
 
 

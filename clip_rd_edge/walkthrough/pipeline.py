@@ -16,6 +16,7 @@ from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
 from clip_rd_edge.benchmarking.throughput import Launch
 from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.int8.select import Trial
@@ -107,7 +108,7 @@ def tune_teacher(settings: Settings, reporter: Reporter) -> None:
         steps=settings.teacher_steps,
         batch_size=64,
         learning_rate=1e-3,
-        student=f"local-dir:{start}",
+        student=f"{LOCAL_DIR}{start}",
         freeze_text=True,
         freeze_image=FROZEN_LAYERS,
         freeze_norms=True,

@@ -217,10 +217,10 @@ def network_urls(host: str, port: int) -> list[str]:
     if host == "::":
         addresses.append(_source_address(socket.AF_INET6, "2001:db8::1"))
     try:
-        found = socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(socket.gethostname(), port, type=socket.SOCK_STREAM)
     except OSError:
-        found = []
-    addresses += [str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET or host == "::"]
+        resolved = []
+    addresses += [str(entry[4][0]) for entry in resolved if entry[0] == socket.AF_INET or host == "::"]
     usable = (address for address in addresses if address and not is_loopback(address) and "%" not in address)
     return [url_of(address, port) for address in dict.fromkeys(usable)]
 

@@ -165,7 +165,7 @@ def terminal_tables(results: Results, width: int) -> list[Table]:
 
 
 def _terminal_table(results: Results, shown: Sequence[Section], models: slice) -> Table:
-    table = _rich_table("", *(row.label for row in results.rows[models]))
+    table = plain_table("", *(row.label for row in results.rows[models]))
     for section in shown:
         table.add_section()
         table.add_row(Text(section.title, style="bold"))
@@ -187,7 +187,7 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
     tables = []
     if zero_shot:
         headings = ("Images", "Labels", "Top-1", "95 %\ninterval", "Top-5", "Mean per\nclass")
-        table = _rich_table("Zero-shot, %", *headings)
+        table = plain_table("Zero-shot, %", *headings)
         for score in zero_shot:
             counts = (f"{score.images:,}", f"{score.classes:,}")
             top1 = (percent(score.top1), interval(score.top1_interval))
@@ -196,7 +196,7 @@ def score_tables(scores: Sequence[Score]) -> list[Table]:
         table.caption_justify = "left"
         tables.append(table)
     if retrieval:
-        table = _rich_table("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
+        table = plain_table("Retrieval, R@1 / 5 / 10, %", "Images", "Captions", "Image → text", "Text → image")
         for recalls in retrieval:
             counts = (f"{recalls.images:,}", f"{recalls.captions:,}")
             table.add_row(recalls.task, *counts, _recall(recalls.image_to_text), _recall(recalls.text_to_image))
@@ -213,7 +213,7 @@ def _templates_note(scores: Sequence[ZeroShotScore]) -> str:
 
 def class_table(score: ZeroShotScore) -> Table:
     """Return a table of the classes of one task, lowest recall first; classes without images come last."""
-    table = _rich_table(score.task, "Images", "Recall, %", "Precision, %")
+    table = plain_table(score.task, "Images", "Recall, %", "Precision, %")
     table.add_column("Most often mistaken for")
     for row in sorted(score.per_class, key=lambda row: 2.0 if row.recall is None else row.recall):
         mistakes = ((label, count) for label, count in row.predicted.items() if label != row.label)
@@ -223,11 +223,12 @@ def class_table(score: ZeroShotScore) -> Table:
     return table
 
 
-def _rich_table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table: the first column and those named in `left` are left-aligned, the others right-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first)
     for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table
 
 

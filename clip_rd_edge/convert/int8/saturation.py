@@ -42,8 +42,8 @@ def max_weight(model: onnx.ModelProto) -> int | None:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
     levels = [_levels(node.input[1], producers, constants) for node in model.graph.node if node.op_type in _LAYERS]
-    found = [int(np.abs(values.astype(np.int16)).max()) for values in levels if values is not None and values.size]
-    return max(found, default=None)
+    largest = [int(np.abs(values.astype(np.int16)).max()) for values in levels if values is not None and values.size]
+    return max(largest, default=None)
 
 
 def _levels(

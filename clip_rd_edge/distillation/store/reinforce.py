@@ -220,5 +220,5 @@ def _levels(images: Sequence[Image.Image], model: Preprocessing) -> torch.Tensor
 
 
 def _side_by_side(embeddings: Sequence[torch.Tensor]) -> HalfArray:
-    joined: HalfArray = torch.cat([each.float().cpu() for each in embeddings], dim=1).numpy().astype(np.float16)
+    joined: HalfArray = torch.cat([part.float().cpu() for part in embeddings], dim=1).numpy().astype(np.float16)
     return joined
