@@ -16,11 +16,13 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.bundle import Manifest
+    from clip_rd_edge.convert.calibration import CalibrationSet
     from clip_rd_edge.convert.int8.select import Trial
-    from clip_rd_edge.convert.options import ExportOptions
-    from clip_rd_edge.convert.targets import Device
+    from clip_rd_edge.convert.options import ExportOptions, ExportRequest
+    from clip_rd_edge.convert.targets import Device, ExportPlan
+    from clip_rd_edge.data.pairs import Pairs
+    from clip_rd_edge.models.clip import ClipModel
     from clip_rd_edge.runtime.verify import Check
 
 
@@ -70,8 +72,7 @@ def export(
         MissingExtraError: a required package is not installed.
         ClipRdEdgeError: a tower cannot be exported, or no tower is worth shipping in INT8.
     """
-    import msgspec
-
+    from clip_rd_edge.benchmarking.results import read_results
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.convert.calibration import calibration_pairs
@@ -83,16 +84,16 @@ def export(
     require_output(output, "export", overwrite=force, sources=[*_folders(spec), *map(Path, named)])
     plans = plan_exports(options)
     plan = plans[0]
-    node_modules = options.get("node_modules")
-    results = _report(options.get("report"))
+    node_modules = Path(folder) if (folder := options.get("node_modules")) else None
+    results = None if (report := options.get("report")) is None else read_results(Path(report))
     bundle = Path(spec) if is_bundle(Path(spec)) else None
     if bundle and options.get("target") != BROWSER:
         raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
     if plan.layout == BROWSER:
-        from clip_rd_edge.web.browser import find_packages, write_from_bundle
+        from clip_rd_edge.web.browser import find_packages, write_browser, write_from_bundle
 
         reporter.update("looking for onnxruntime-web")
-        find_packages(Path(node_modules) if node_modules else None)
+        find_packages(node_modules)
         if bundle:
             bundled = {**options, "labels": plan.request.labels}
             return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
@@ -102,10 +103,8 @@ def export(
         reporter.say(plan.note)
 
     # PyTorch takes seconds to import: by now, mistakes in the options have been reported.
-    from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_set
-    from clip_rd_edge.exporters.bundle import export_bundle, export_bundles, package_versions
-    from clip_rd_edge.models.encoder import TorchEncoder
-    from clip_rd_edge.models.load import load_clip
+    from clip_rd_edge.exporters.bundle import export_bundle, export_bundles
+    from clip_rd_edge.models.load import load_clip, training_facts
 
     reporter.update("loading the model")
     clip = load_clip(spec, pretrained=pretrained)
@@ -116,26 +115,17 @@ def export(
     calibration = None
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
-        calibration = calibration_set(
-            pairs,
-            preprocessing=clip.preprocessing,
-            tokenize=TorchEncoder(clip).tokenize,
-            max_bad=calibration_max_bad(as_text(options.get("calibration")), spec),
-        )
-    provenance = {"model": spec, "pretrained": pretrained, **package_versions()}
-    requests = {}
-    for planned in plans:
-        recorded = {key: value for key, value in {**provenance, "device": planned.device}.items() if value}
-        labels = planned.request.labels or (clip.labels if plan.layout in ("bundle", BROWSER) else ()) or None
-        requests[planned.device] = msgspec.structs.replace(planned.request, provenance=recorded, labels=labels)
+        calibration = _calibration_set(pairs, clip, as_text(options.get("calibration")), spec)
+    requests = {planned.device: _request(planned, clip, spec, pretrained) for planned in plans}
     if len(plans) > 1:
         bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
         exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
         return ExportedBundle(output, exported[0].manifest, exported[0].trials, tuple(exported))
     request = requests[plan.device]
-    if plan.layout == "huggingface":
+    if plan.layout == "bundle":
+        converted = export_bundle(clip, output, request, calibration=calibration, overwrite=force, reporter=reporter)
+    elif plan.layout == "huggingface":
         from clip_rd_edge.exporters.huggingface import export_huggingface
-        from clip_rd_edge.models.load import training_facts
 
         converted = export_huggingface(
             clip,
@@ -147,20 +137,40 @@ def export(
             overwrite=force,
             reporter=reporter,
         )
-        return ExportedBundle(output, converted.manifest, converted.trials)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = output if plan.layout == "bundle" else Path(scratch)
-        converted = export_bundle(
-            clip, folder, request, calibration=calibration, overwrite=force or folder != output, reporter=reporter
-        )
-        if plan.layout == "immich":
-            write_immich(folder, output, overwrite=force)
-            reporter.say(where_it_goes(output, name))
-        elif plan.layout == BROWSER:
-            from clip_rd_edge.web.browser import write_browser
-
-            write_browser(folder, output, node_modules=Path(node_modules) if node_modules else None, overwrite=force)
+    else:  # a bundle in another shape
+        with tempfile.TemporaryDirectory() as scratch:
+            bundle = Path(scratch)
+            converted = export_bundle(clip, bundle, request, calibration=calibration, overwrite=True, reporter=reporter)
+            if plan.layout == "immich":
+                write_immich(bundle, output, overwrite=force)
+                reporter.say(where_it_goes(output, name))
+            else:
+                write_browser(bundle, output, node_modules=node_modules, overwrite=force)
     return ExportedBundle(output, converted.manifest, converted.trials)
+
+
+def _calibration_set(pairs: Pairs, clip: ClipModel, given: str | None, spec: str) -> CalibrationSet:
+    """Return the images and captions that INT8 is calibrated with; `given` is the option that names the pairs."""
+    from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_set
+    from clip_rd_edge.models.encoder import TorchEncoder
+
+    tokenize, max_bad = TorchEncoder(clip).tokenize, calibration_max_bad(given, spec)
+    return calibration_set(pairs, preprocessing=clip.preprocessing, tokenize=tokenize, max_bad=max_bad)
+
+
+def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | None) -> ExportRequest:
+    """Return a plan's request with what was exported, and with the model's own labels if none were given."""
+    import msgspec
+
+    from clip_rd_edge.convert.targets import BROWSER
+    from clip_rd_edge.exporters.bundle import package_versions
+
+    provenance = {"model": spec, "pretrained": pretrained, **package_versions(), "device": plan.device}
+    return msgspec.structs.replace(
+        plan.request,
+        provenance={key: value for key, value in provenance.items() if value},
+        labels=plan.request.labels or (clip.labels if plan.layout in ("bundle", BROWSER) else ()) or None,
+    )
 
 
 def _folders(spec: str) -> list[Path]:
@@ -169,12 +179,6 @@ def _folders(spec: str) -> list[Path]:
 
     folder = model_folder(spec)
     return [Path(spec.removeprefix(LOCAL_DIR)), *([folder] if folder else [])] if spec else []
-
-
-def _report(folder: AnyPath | None) -> Results | None:
-    from clip_rd_edge.benchmarking.results import read_results
-
-    return None if folder is None else read_results(Path(folder))
 
 
 @checked_call
