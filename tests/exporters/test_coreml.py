@@ -14,28 +14,11 @@ from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.contract.reference import read_reference
 from clip_rd_edge.convert.options import ExportRequest, Precision
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.coreml import _exported, require_declared
-from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
-
-
-def test_an_export_without_the_package_says_what_to_install(
-    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_rd_edge.exporters.coreml.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="Exporting for Core ML needs the package 'coremltools'") as raised:
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="coreml"))
-    assert raised.value.hint == install_command("coreml")
-
-
-def test_options_that_do_not_apply_are_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--preprocess-in-graph does not work with Core ML"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="coreml", preprocess_in_graph=True))
-    with pytest.raises(UsageError, match="int8"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="coreml", precision="int8"))
 
 
 def test_the_exported_graph_has_no_alias_which_coremltools_does_not_know() -> None:

@@ -37,24 +37,6 @@ def for_executorch(bundle: Path) -> Path:
     return bundle
 
 
-def test_an_export_without_the_package_says_what_to_install(
-    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_rd_edge.exporters.executorch.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="Exporting for ExecuTorch needs the package 'executorch'") as raised:
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch"))
-    assert raised.value.hint == install_command("executorch")
-
-
-def test_options_that_do_not_apply_are_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--preprocess-in-graph does not work with ExecuTorch"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", preprocess_in_graph=True))
-    with pytest.raises(UsageError, match="--fallback fp16 does not work with ExecuTorch"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", fallback="fp16"))
-    with pytest.raises(UsageError, match="fp16"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="executorch", precision="fp16"))
-
-
 class Method:
     """A stand-in for ExecuTorch's: its program takes one row of int64 and returns its sum twice."""
 

@@ -18,27 +18,12 @@ from clip_rd_edge.contract.bundle import Manifest, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.litert import convert_tower
-from clip_rd_edge.installation import install_command
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
-
-
-def test_an_export_without_the_converter_says_what_to_install(
-    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clip_rd_edge.exporters.litert.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="Exporting for LiteRT needs the package 'litert-torch'") as raised:
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="litert"))
-    assert raised.value.hint == install_command("litert-torch")
-
-
-def test_preprocessing_in_the_graph_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--preprocess-in-graph does not work with LiteRT"):
-        export_bundle(student, tmp_path / "bundle", ExportRequest(format="litert", preprocess_in_graph=True))
 
 
 @pytest.fixture(scope="module")
