@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,30 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.graph import without_progress_bars
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 
-class ExecuTorchModel:
-    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+class ExecuTorchModel(OneInputModel):
+    """A model in ExecuTorch.
 
     Args:
         method: of a program with one input and one output, for a batch of one.
     """
 
     def __init__(self, method: Any) -> None:
-        self._lock = threading.Lock()  # a method owns its memory
+        super().__init__(["input"])  # its name is not in the file
         self._method = method
 
-    def get_inputs(self) -> list[NamedInput]:
-        """Return the input; its name is not in the file."""
-        return [NamedInput("input")]
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model on each row of its input; return its output."""
+    def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `OneInputModel`."""
         import torch  # what opened the program has imported it
 
-        (rows,) = feed.values()
-        tensors = torch.from_numpy(np.ascontiguousarray(rows))
-        with self._lock:
-            return [np.concatenate([self._method.execute([row[None]])[0].numpy() for row in tensors])]
+        # Not `row[None]`, to which NumPy gives a stride of 0.
+        output: npt.NDArray[Any] = self._method.execute([torch.from_numpy(np.ascontiguousarray(row))[None]])[0].numpy()
+        return output
 
 
 @contextlib.contextmanager

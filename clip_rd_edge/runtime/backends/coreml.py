@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,15 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import NamedInput, reason_of
+from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 
 COREML = "coreml"
 _CPU = "cpu"
 
 
-class CoreMlModel:
-    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+class CoreMlModel(OneInputModel):
+    """A model in Core ML.
 
     Args:
         model: a coremltools MLModel with one input and one output, for a batch of one.
@@ -30,21 +28,15 @@ class CoreMlModel:
     """
 
     def __init__(self, model: Any, tower: Tower) -> None:
-        self._lock = threading.Lock()  # coremltools does not say that a model may be called from several threads
+        super().__init__([tower.input_name])
         self._model, self._tower = model, tower
 
-    def get_inputs(self) -> list[NamedInput]:
-        """Return the input with its name."""
-        return [NamedInput(self._tower.input_name)]
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model on each row of its input, ids as int32; return its output as float32."""
-        (rows,) = feed.values()
-        if rows.dtype == np.int64:
-            rows = rows.astype(np.int32)
-        with self._lock:
-            outputs = [self._model.predict({self._tower.input_name: row[None]}) for row in rows]
-        return [np.concatenate([output[self._tower.output_name] for output in outputs]).astype(np.float32)]
+    def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `OneInputModel`; ids are given as int32, and the output is returned as float32."""
+        if row.dtype == np.int64:
+            row = row.astype(np.int32)
+        output: npt.NDArray[Any] = self._model.predict({self._tower.input_name: row[None]})[self._tower.output_name]
+        return output.astype(np.float32)
 
 
 def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreMlModel:

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
 
 
-class LiteRtModel:
-    """A model with the two methods of an ONNX Runtime session that are used here; calls run one at a time.
+class LiteRtModel(OneInputModel):
+    """A model in LiteRT.
 
     Args:
         interpreter: of a model with one input and one output, for a batch of one.
     """
 
     def __init__(self, interpreter: Any) -> None:
-        self._lock = threading.Lock()  # an interpreter owns its input and output buffers
+        (signature,) = interpreter.get_signature_list().values()
+        super().__init__(signature["inputs"])
         self._interpreter = interpreter
         (self._input,), (self._output,) = interpreter.get_input_details(), interpreter.get_output_details()
-        (signature,) = interpreter.get_signature_list().values()
-        self._inputs = [NamedInput(name) for name in signature["inputs"]]
 
-    def get_inputs(self) -> list[NamedInput]:
-        """Return the inputs with their names."""
-        return self._inputs
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run the model on each row of its input, cast to the type that the file takes; return its output."""
-        (rows,) = feed.values()
-        rows = rows.astype(self._input["dtype"], copy=False)
-        with self._lock:
-            return [np.concatenate([self._run(row[None]) for row in rows])]
-
-    def _run(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        self._interpreter.set_tensor(self._input["index"], row)
+    def run_row(self, row: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """See `OneInputModel`; the row is cast to the type that the file takes."""
+        self._interpreter.set_tensor(self._input["index"], row[None].astype(self._input["dtype"], copy=False))
         self._interpreter.invoke()
         output: npt.NDArray[Any] = self._interpreter.get_tensor(self._output["index"])  # a copy
         return output
