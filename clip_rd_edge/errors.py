@@ -22,6 +22,7 @@ from clip_rd_edge.installation import install_command
 
 _CLOSE = 0.65  # difflib's ratio
 _MIN_PREFIX = 3  # characters
+_MAX_REASON = 300  # characters of another library's message
 _MAX_MESSAGE = 2_000  # characters: a value in a file, or the path of one, can be of any length
 
 
@@ -111,10 +112,15 @@ def require_known_options(given: Iterable[str], known: Iterable[str], *, command
         raise UsageError(f"Unknown {command} option {unknown[0]!r}.{near_matches(unknown[0], known)}")
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: object) -> str:
     """Return the first line of another library's message that is not blank, or else the error's type; no full stop."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__).rstrip(".")
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return another library's message in one line, or else the error's type; no full stop. Drivers write pages."""
+    return " ".join(str(error).split())[:_MAX_REASON].rstrip(".") or type(error).__name__
 
 
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:

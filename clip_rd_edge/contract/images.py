@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
 from clip_rd_edge.utils.paths import kind_of
 
 # The formats that are read. Pillow knows some thirty more: EPS starts Ghostscript, and others are decoded by code that
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, OSError | SyntaxError | ValueError):
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return in_one_line(error)
     return f"its content is damaged ({type(error).__name__} in the decoder)"
 
 

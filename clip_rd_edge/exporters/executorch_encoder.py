@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.graph import without_progress_bars
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import OneInputModel, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -88,7 +88,7 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
         return ExecuTorchModel(program.load_method("forward"))
     except Exception as error:
         name = model if isinstance(model, str) else "the program"
-        raise ConfigError(f"ExecuTorch cannot run {name}: {reason_of(error)}.") from error
+        raise ConfigError(f"ExecuTorch cannot run {name}: {in_one_line(error)}.") from error
 
 
 class ExecuTorchEncoder(BundleEncoder):

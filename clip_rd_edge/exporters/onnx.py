@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
-from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.errors import ClipRdEdgeError, first_line
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -96,8 +96,8 @@ def root_cause(error: BaseException) -> str:
     """Return the type and first line of the error that caused `error`, which the exporter's own errors hide."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    name, reason = type(error).__name__, first_line(error)
+    return name if reason == name else f"{name}: {reason}"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from clip_rd_edge.contract.formats import FORMATS
+from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.installation import PACKAGE, install_command
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
@@ -121,7 +122,7 @@ def _onnxruntime() -> Finding:
 
         available = ort.get_available_providers()
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
-        detail = f"cannot be imported: {' '.join(str(error).split())}"
+        detail = f"cannot be imported: {in_one_line(error)}"
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
     hidden = set(OPENVINO_PROCESSORS) - {"openvino"}  # that the provider is here says nothing of a GPU or NPU
     devices = [name for name, provider in PROVIDERS.items() if provider.name in available and name not in hidden]
@@ -144,7 +145,7 @@ def _openvino() -> list[Finding]:
 
         available = available_processors()
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
-        detail = f"cannot be imported: {' '.join(str(error).split())}"
+        detail = f"cannot be imported: {in_one_line(error)}"
         return [Finding(what="OpenVINO", state="missing", detail=detail, remedy="pip install -U openvino")]
     devices = [name for name, processor in OPENVINO_PROCESSORS.items() if processor in available]
     detail = f"{version('openvino')} for {', '.join(available)}: --device {' or '.join(devices)}"

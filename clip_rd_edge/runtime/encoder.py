@@ -20,7 +20,7 @@ from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, near_matches
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
 from clip_rd_edge.runtime.intact import require_intact
 from clip_rd_edge.utils.files import size_bytes
@@ -250,8 +250,8 @@ class BundleEncoder(ABC):
         except ClipRdEdgeError:
             raise
         except Exception as error:  # each runtime has its own; a bundle whose files do not fit together ends here
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise ConfigError(f"{self.folder / tower.file} does not run on {inputs.shape}: {reason}.") from error
+            path = self.folder / tower.file
+            raise ConfigError(f"{path} does not run on {inputs.shape}: {in_one_line(error)}.") from error
         return self._require_valid(embeddings, tower, len(inputs))
 
     def _require_valid(self, embeddings: Any, tower: Tower, count: int) -> Embeddings:

@@ -16,7 +16,7 @@ from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate, Candid
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, first_line
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
@@ -147,15 +147,14 @@ def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> tup
         content = candidate.make()
         return content, backend.open(content, threads=threads)
     except ConfigError as error:
-        return str(error)
+        return first_line(error)
     except Exception as error:  # the quantiser raises many types; the other candidates are still tried
         if full := disk_full_error(error):
             raise full from error
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _failed_trial(tower: str, candidate: Candidate, reason: str) -> Trial:
-    first_line = (reason.splitlines() or ["unknown"])[0]
     return Trial(
         tower=tower,
         name=candidate.name,
@@ -163,5 +162,5 @@ def _failed_trial(tower: str, candidate: Candidate, reason: str) -> Trial:
         centred_cosine=float("nan"),
         size_ratio=float("nan"),
         loss_points=float("nan"),
-        verdict=f"failed: {first_line[:80]}",
+        verdict=f"failed: {reason[:80]}",
     )

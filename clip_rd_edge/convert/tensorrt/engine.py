@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
+from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError, first_line
 
 MAX_BATCH = 8  # of every engine, however it is built
 
@@ -93,8 +93,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _first_reason(reasons: Sequence[Any]) -> str:
-    lines = str(reasons[0]).splitlines() if reasons else []
-    return lines[0].rstrip(".") if lines else "no reason was given"
+    return first_line(reasons[0]) if reasons else "no reason was given"
 
 
 _KERNEL = re.compile(

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of
+from clip_rd_edge.runtime.backends.session import OneInputModel
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 
 COREML = "coreml"
@@ -60,7 +60,7 @@ def open_coreml(package: Path, tower: Tower, *, cpu_only: bool = False) -> CoreM
     try:
         return CoreMlModel(coremltools.models.MLModel(str(package), compute_units=units), tower)
     except Exception as error:
-        raise ConfigError(f"Core ML cannot run {package}: {reason_of(error)}.") from error
+        raise ConfigError(f"Core ML cannot run {package}: {in_one_line(error)}.") from error
 
 
 class CoreMlEncoder(BundleEncoder):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.backends.session import OneInputModel, reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import OneInputModel, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.utils.host import usable_cores
 
@@ -65,7 +65,7 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
         return LiteRtModel(interpreter)
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
-        raise ConfigError(f"LiteRT cannot run {name}: {reason_of(error)}.") from error
+        raise ConfigError(f"LiteRT cannot run {name}: {in_one_line(error)}.") from error
 
 
 class LiteRtEncoder(BundleEncoder):

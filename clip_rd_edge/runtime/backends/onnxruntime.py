@@ -10,7 +10,7 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, in_one_line
 from clip_rd_edge.runtime.backends.providers import (
     AUTO,
     KEEP_ENGINES,
@@ -19,7 +19,7 @@ from clip_rd_edge.runtime.backends.providers import (
     session_device,
     warn,
 )
-from clip_rd_edge.runtime.backends.session import reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.paths import cache_home
@@ -83,7 +83,7 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
         # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
-        return None, reason_of(error)
+        return None, in_one_line(error)
     if session_device(session, device) != device:
         return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""

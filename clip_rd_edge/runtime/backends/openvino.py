@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
-from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError
+from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS
-from clip_rd_edge.runtime.backends.session import NamedInput, reason_of, require_threads
+from clip_rd_edge.runtime.backends.session import NamedInput, require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.utils.paths import cache_home
 
@@ -111,7 +111,7 @@ def open_openvino(
         return OpenVinoModel(graph, lambda shaped: core.compile_model(shaped, processor, settings))
     except Exception as error:
         name = model if isinstance(model, str) else "the model"
-        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {reason_of(error)}.") from error
+        raise ConfigError(f"OpenVINO {openvino.__version__} cannot run {name}: {in_one_line(error)}.") from error
 
 
 def available_processors() -> list[str]:
