@@ -279,7 +279,7 @@ def write_fp16_tower(
     converted = fp16_tower(fp32_file, inputs)
     if converted.model is None:
         shutil.copy2(fp32_file, fp16_file)
-        return msgspec.structs.replace(tower, note=float32_note(converted))
+        return msgspec.structs.replace(tower, note=float32_note(converted.agreement.centred_cosine))
     write_bytes(fp16_file, converted.model)
     files = {"fp32": fp32_file, "fp16": fp16_file}
     sessions = {name: open_session(str(file), threads=threads) for name, file in files.items()}
@@ -297,9 +297,9 @@ def write_fp16_tower(
     return msgspec.structs.replace(tower, precision="fp16", note=note, measured=measured)
 
 
-def float32_note(tower: Fp16Tower) -> str:
-    """Say in one sentence why a tower stays in float32."""
+def float32_note(centred_cosine: float) -> str:
+    """Say in one sentence why a tower stays in float32; `centred_cosine` is its agreement in float16."""
     return (
-        f"float32: in float16 its centred cosine with float32 is {tower.agreement.centred_cosine:.4f} on extreme "
+        f"float32: in float16 its centred cosine with float32 is {centred_cosine:.4f} on extreme "
         f"images and texts, below {MIN_AGREEMENT}."
     )

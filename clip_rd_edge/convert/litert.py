@@ -15,11 +15,11 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, Fp16Tower, float32_note, hard_inputs
+from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, float32_note, hard_inputs
 from clip_rd_edge.convert.graph import silently, without_progress_bars
 from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import Inputs, measure
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -64,17 +64,12 @@ def write_litert_fp16_tower(source: Path, folder: Path, tower: Tower, inputs: In
     """Write one tower of the float32 LiteRT bundle `source` with float16 weights; return its manifest entry."""
     file = source / tower.file
     content = quantize(file.read_bytes(), fp16_recipe())
-    sessions = {
-        "fp32": open_litert(str(file), threads=threads),
-        "fp16": open_litert(content, threads=threads),
-    }
-    parity = agreement(embed(sessions["fp32"], inputs), embed(sessions["fp16"], inputs))
-    if parity.centred_cosine < MIN_AGREEMENT:
+    reference, session = (open_litert(model, threads=threads) for model in (str(file), content))
+    measured = measure(session, reference, inputs, threads=threads)
+    if measured.centred_cosine < MIN_AGREEMENT:
         shutil.copy2(file, folder / tower.file)
-        return msgspec.structs.replace(tower, note=float32_note(Fp16Tower(None, parity, ())))
+        return msgspec.structs.replace(tower, note=float32_note(measured.centred_cosine))
     write_bytes(folder / tower.file, content)
-    latencies_ms = latencies(sessions, inputs)
-    measured = measurement(parity, latencies_ms["fp16"], reference_ms=latencies_ms["fp32"], threads=threads)
     return msgspec.structs.replace(tower, precision="fp16", measured=measured)
 
 

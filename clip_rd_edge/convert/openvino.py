@@ -12,7 +12,7 @@ from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.int8.candidates import OPENVINO
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, Timer, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import Inputs, Timer, measure
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -49,13 +49,9 @@ def write_openvino(
 
 def _measure_tower(model: Path, tower: Tower, inputs: Inputs, request: ExportRequest, *, timer: Timer) -> Tower:
     precision, threads = request.precision, request.threads
-    sessions = {
-        "fp32": open_session(str(model), threads=threads),
-        "openvino": open_openvino(str(model), threads=threads, bf16=precision == "bf16"),
-    }
-    parity = agreement(embed(sessions["fp32"], inputs), embed(sessions["openvino"], inputs))
-    latencies_ms = latencies(sessions, inputs, timer=timer)
-    measured = measurement(parity, latencies_ms["openvino"], reference_ms=latencies_ms["fp32"], threads=threads)
+    reference = open_session(str(model), threads=threads)
+    session = open_openvino(str(model), threads=threads, bf16=precision == "bf16")
+    measured = measure(session, reference, inputs, threads=threads, timer=timer)
     note = ""
     if measured.speedup < 1:
         note = f"{precision}: OpenVINO takes {1 / measured.speedup:.2f} times as long here as float32 in ONNX Runtime."

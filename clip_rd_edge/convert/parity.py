@@ -172,5 +172,12 @@ def measurement(
     )
 
 
+def measure(session: Any, reference: Any, inputs: Inputs, *, threads: int, timer: Timer = time_in_turn) -> Measurement:
+    """Return how a tower agrees with the float32 one on all inputs, and its latency, timed in turn with that one's."""
+    parity = agreement(embed(reference, inputs), embed(session, inputs))
+    latencies_ms = latencies({"fp32": reference, "converted": session}, inputs, timer=timer)
+    return measurement(parity, latencies_ms["converted"], reference_ms=latencies_ms["fp32"], threads=threads)
+
+
 def _run_call(session: Any, feed: dict[str, Inputs]) -> Callable[[], object]:
     return lambda: session.run(None, feed)

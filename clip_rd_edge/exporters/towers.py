@@ -17,7 +17,7 @@ from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.candidates import Opener
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, agreement, embed, latencies, measurement
+from clip_rd_edge.convert.parity import Inputs, measure
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.onnx import without_fast_path
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
@@ -87,20 +87,14 @@ def write_towers(
         write_bytes(folder / file, tools.convert(clip, name, tower, inputs[name]))
         converted = msgspec.structs.replace(tower, file=file, one_at_a_time=True)
         reporter.update(f"{name} tower: comparing {tools.title} with ONNX Runtime")
-        sessions = {
-            "onnx": open_session(str(source / tower.file), threads=request.threads),
-            tools.target: tools.open(str(folder / file), threads=request.threads),
-        }
-        parity = agreement(embed(sessions["onnx"], inputs[name]), embed(sessions[tools.target], inputs[name]))
-        if not parity.max_difference <= MAX_DIFFERENCE:
+        reference = open_session(str(source / tower.file), threads=request.threads)
+        session = tools.open(str(folder / file), threads=request.threads)
+        measured = measure(session, reference, inputs[name], threads=request.threads)
+        if not measured.max_difference <= MAX_DIFFERENCE:
             raise ClipRdEdgeError(
-                f"{file} differs from the model by {parity.max_difference:.2g}; expected at most {MAX_DIFFERENCE:g}.",
+                f"{file} differs from the model by {measured.max_difference:.2g}; expected at most {MAX_DIFFERENCE:g}.",
                 hint=OTHER_FORMAT,
             )
-        latencies_ms = latencies(sessions, inputs[name])
-        measured = measurement(
-            parity, latencies_ms[tools.target], reference_ms=latencies_ms["onnx"], threads=request.threads
-        )
         note = ""
         if measured.speedup < 1:
             note = f"fp32: {tools.title} takes {1 / measured.speedup:.2f} times as long here as ONNX Runtime."

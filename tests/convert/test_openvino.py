@@ -36,7 +36,7 @@ def test_a_bundle_for_openvino_runs_and_is_measured_in_openvino(
 
 
 def test_bfloat16_is_a_hint_in_the_manifest(fp32_bundle: Path, tmp_path: Path) -> None:
-    slow = {"openvino": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
+    slow = {"converted": np.full(5, 3.0), "fp32": np.full(5, 2.0)}
     manifest = write_openvino(
         fp32_bundle, tmp_path, ExportRequest(precision="bf16", format="openvino"), timer=lambda _: slow
     )

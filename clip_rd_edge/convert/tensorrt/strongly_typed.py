@@ -147,7 +147,7 @@ def _float_tower(model: Path, inputs: Inputs, *, fp16: bool, note: str = "") -> 
             parity = f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.5f}{_MEASURED}"
             types = _expected_types(onnx.load_from_string(tower.model), float32=tower.float32_nodes)
             return TypedTower(tower.model, "fp16", note or parity, types)
-        note = float32_note(tower)
+        note = float32_note(tower.agreement.centred_cosine)
     return TypedTower(model.read_bytes(), "fp32", note)
 
 
