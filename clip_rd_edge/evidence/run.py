@@ -21,6 +21,7 @@ from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
@@ -229,7 +230,7 @@ def _train_and_evaluate(
         result = msgspec.structs.replace(known, result=measured)
     write_bytes(run_folder / RESULT, to_json(result))
     # `best` was selected on the test tasks, so only the model of the last step may be evaluated on them.
-    for leftover in ("checkpoints", "best"):
+    for leftover in (CHECKPOINTS_FOLDER, BEST_FOLDER):
         shutil.rmtree(run_folder / leftover, ignore_errors=True)
     reporter.say(", ".join(f"{task.score.task} {primary_metric(task.score):.1%}" for task in result.result.tasks))
 

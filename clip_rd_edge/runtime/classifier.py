@@ -16,7 +16,6 @@ from clip_rd_edge.contract.encoder import (
     as_list,
     label_embeddings,
     probabilities,
-    require_finite,
     require_top,
     top_indices,
 )
@@ -164,7 +163,7 @@ class ZeroShotClassifier:
         return unit
 
     def _encode(self, images: ImageInput | Sequence[ImageInput]) -> Embeddings:
-        return require_finite(self.encoder.encode_images([as_rgb(image) for image in as_images(images)]), "The model")
+        return self.encoder.encode_images([as_rgb(image) for image in as_images(images)])
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.runtime.encoder import BundleEncoder
 
 BATCH_SIZE = 32
-_MAX_WORKERS = 8
+_MAX_OPENERS = 8  # threads; on Linux they run at a lower priority than the model
 _CHUNK_BATCHES = 8  # that a worker of a cluster embeds at a time
 _BATCHES_AHEAD = 3  # one in the model, one being opened, and one ready in between
 P = TypeVar("P", bound=ImageFile)
@@ -52,7 +52,6 @@ def embed_images(
     images: Iterable[P],
     *,
     batch_size: int = BATCH_SIZE,
-    workers: int | None = None,
     quick: bool = False,
 ) -> Iterator[EmbeddedBatch[P]]:
     """Embed images batch by batch.
@@ -65,8 +64,6 @@ def embed_images(
         encoder: the model; only its image tower is used.
         images: paths, or anything else that `open_image` opens. A generator is read at most three batches ahead.
         batch_size: images per call of the image tower, at least 1.
-        workers: threads that open images; None starts one per core, at most 8. On Linux they run at a lower priority
-            than the model.
         quick: decode large JPEGs at a fraction of their size (`open_image(min_edge=…)`).
 
     Yields:
@@ -92,8 +89,7 @@ def embed_images(
 
     batch_size = image_batch_size(batch_size, preprocessing)
     remaining = iter(images)
-    workers = workers or min(_MAX_WORKERS, os.cpu_count() or 1)
-    openers = ThreadPoolExecutor(workers, initializer=_lower_priority)
+    openers = ThreadPoolExecutor(min(_MAX_OPENERS, os.cpu_count() or 1), initializer=_lower_priority)
     model = ThreadPoolExecutor(1)
     try:
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()

@@ -31,7 +31,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import Index, model_key, nearest, read_graph, read_index
+from clip_rd_edge.runtime.index import INDEX_FILE, Index, model_key, nearest, read_graph, read_index
 from clip_rd_edge.runtime.index_graph import Graph
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
@@ -281,7 +281,7 @@ class Service:
         folder = self._index_folder
         assert folder is not None  # /search has no route without an index
         try:
-            stat = (folder / "index.json").stat()
+            stat = (folder / INDEX_FILE).stat()
             current = (stat.st_mtime_ns, stat.st_size)
         except OSError:
             current = (-1, -1)

@@ -336,10 +336,10 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def read_text_limited(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+def read_text_limited(path: Path) -> str:
     """Return the content of a UTF-8 text file; raise InputError as `read_limited`, or if it is not UTF-8."""
     try:
-        return read_limited(path, max_bytes).decode("utf-8-sig")
+        return read_limited(path, MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.", hint="save it as UTF-8"

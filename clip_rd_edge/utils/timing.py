@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 Milliseconds = npt.NDArray[np.float64]
 Call = Callable[[], object]
-_WINDOW = 5  # calls per median during warm-up
+# Of warm-up.
+_WINDOW = 5  # calls per median
+_TOLERANCE, _MAX_CALLS, _MAX_SECONDS = 0.05, 100, 2.0
 
 
 def time_in_turn(
@@ -40,19 +42,19 @@ def time_in_turn(
     return {name: np.asarray(values) for name, values in samples.items()}
 
 
-def warm_up(call: Call, *, tolerance: float = 0.05, max_calls: int = 100, max_seconds: float = 2.0) -> int:
-    """Call until latency is steady: the median of five calls is at most `tolerance` below that of the previous five.
+def warm_up(call: Call) -> int:
+    """Call until latency is steady: the median of five calls is at most 5 % below that of the previous five.
 
     Returns:
-        The number of calls made; warm-up also ends after `max_calls` or `max_seconds`.
+        The number of calls made; warm-up also ends after 100 calls or 2 seconds.
     """
     started = time.perf_counter()
     samples: list[float] = []
-    while len(samples) < max_calls and time.perf_counter() - started < max_seconds:
+    while len(samples) < _MAX_CALLS and time.perf_counter() - started < _MAX_SECONDS:
         samples.append(_milliseconds(call))
         if len(samples) >= 2 * _WINDOW:
             previous, latest = np.median(samples[-2 * _WINDOW : -_WINDOW]), np.median(samples[-_WINDOW:])
-            if latest > (1 - tolerance) * previous:
+            if latest > (1 - _TOLERANCE) * previous:
                 break
     return len(samples)
 

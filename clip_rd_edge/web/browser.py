@@ -21,6 +21,7 @@ from typing import Any
 
 from clip_rd_edge.contract.bundle import (
     LABELS,
+    MANIFEST,
     TOKENIZER,
     Manifest,
     read_manifest,
@@ -223,7 +224,7 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
 
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
-    files = ("manifest.json", *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
+    files = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
     loaded = [folder / NPM / _WASM, *(folder / BUNDLE / name for name in files if (folder / BUNDLE / name).is_file())]
     return {"loaded": sum(map(size_bytes, loaded)), "bundle": size_bytes(folder / BUNDLE)}
 

@@ -24,7 +24,7 @@ def test_embeddings_keep_the_input_order_and_unreadable_images_are_reported(
     (colour_images / "broken.png").write_bytes(b"not an image")
     paths = [*list_images(colour_images)] * 3
     encoder = load(colour_bundle)
-    batches = list(embed_images(encoder, paths, batch_size=batch_size, workers=2))
+    batches = list(embed_images(encoder, paths, batch_size=batch_size))
     read = [path for batch in batches for path in batch.images]
     assert read == [path for path in paths if path.name != "broken.png"]
     expected = encoder.encode_images([open_image(path) for path in read])
