@@ -118,7 +118,7 @@ _NONE_INTACT = -1
 
 
 def load_checkpoint(
-    run: Path, parts: Mapping[str, Stateful], processes: Processes | None = None, *, reporter: Reporter = SILENT
+    run: Path, parts: Mapping[str, Stateful], processes: Processes, *, reporter: Reporter = SILENT
 ) -> int:
     """Restore the newest intact checkpoint; return the number of completed steps, 0 without a checkpoint.
 
@@ -129,7 +129,6 @@ def load_checkpoint(
     Raises:
         ConfigError: there are checkpoints, but none is intact.
     """
-    processes = processes or Processes()
     step, problems, state = 0, list[str](), dict[str, Any]()
     if processes.is_main:
         for folder in reversed(list_checkpoints(run)):
@@ -145,7 +144,7 @@ def load_checkpoint(
     (step,) = processes.sum(step)  # of the main process: the others have 0
     if step == _NONE_INTACT:
         example = f" ({problems[0]})" if problems else ""
-        raise ConfigError(f"No checkpoint in {run / 'checkpoints'} can be read{example}.", hint="start a new run")
+        raise ConfigError(f"No checkpoint in {run / CHECKPOINTS_FOLDER} can be read{example}.", hint="start a new run")
     for problem in problems:
         reporter.say(f"the checkpoint {problem}; the run goes on from step {step} instead")
     if step == 0:

@@ -85,16 +85,11 @@ def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> R
     first, *others = processes.gather_objects(inputs)
     for rank, other in enumerate(others, start=1):
         if other != first:
-            describe = _teacher if other.teacher_sha256 != first.teacher_sha256 else _pairs
-            if other.teacher_preprocessing != first.teacher_preprocessing and describe is _pairs:
-                describe = _preprocessing
-            elif other.student_sha256 != first.student_sha256 and describe is _pairs:
-                describe = _student
-            elif other.image_weights_sha256 != first.image_weights_sha256 and describe is _pairs:
-                describe = _image_weights
-            actual, expected = describe(other), describe(first)
+            *fields, last = _described(first)
+            field = next((name for name in fields if getattr(other, name) != getattr(first, name)), last)
             raise InputError(
-                f"Process {rank} of the run{processes.where(rank)} reads {actual}, but process 0 {expected}.",
+                f"Process {rank} of the run{processes.where(rank)} reads {_described(other)[field]}, but process 0 "
+                f"{_described(first)[field]}.",
                 hint="give all machines the same data and the same models",
             )
     return first
@@ -224,26 +219,18 @@ def _counts(inputs: RunInputs) -> str:
     return f"{inputs.samples or f'{inputs.pairs:,} pairs'}{left_out}"
 
 
-def _teacher(inputs: RunInputs) -> str:
+def _described(inputs: RunInputs) -> dict[str, str]:
+    """Return what a process reads, in words, by the name of the fingerprint that tells it from other processes'."""
     digests = _all_of(inputs.teacher_sha256)
-    many = "s" if len(digests) > 1 else ""
-    return f"{'' if many else 'a '}teacher{many} with the {' and '.join(map(_digest, digests))}"
-
-
-def _preprocessing(inputs: RunInputs) -> str:
-    return f"a teacher with the preprocessing {msgspec.json.encode(inputs.teacher_preprocessing).decode()}"
-
-
-def _student(inputs: RunInputs) -> str:
-    return f"a trained student with the {_digest(inputs.student_sha256 or '')}"
-
-
-def _image_weights(inputs: RunInputs) -> str:
-    return f"image weights with the {_digest(inputs.image_weights_sha256 or '')}"
-
-
-def _pairs(inputs: RunInputs) -> str:
-    return f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}"
+    teachers = "teachers" if len(digests) > 1 else "a teacher"
+    preprocessing = msgspec.json.encode(inputs.teacher_preprocessing).decode()
+    return {
+        "teacher_sha256": f"{teachers} with the {' and '.join(map(_digest, digests))}",
+        "teacher_preprocessing": f"a teacher with the preprocessing {preprocessing}",
+        "student_sha256": f"a trained student with the {_digest(inputs.student_sha256 or '')}",
+        "image_weights_sha256": f"image weights with the {_digest(inputs.image_weights_sha256 or '')}",
+        "pairs_sha256": f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}",
+    }
 
 
 def _digest(sha256: str) -> str:

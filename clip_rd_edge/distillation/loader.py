@@ -285,12 +285,9 @@ def _stack_shared(levels: list[tuple[Levels, ...]]) -> list[Tensor]:
     stacked: dict[int, Tensor] = {}
     for number, first in enumerate(levels[0]):
         if id(first) not in stacked:
-            stacked[id(first)] = _stack_levels([view[number] for view in levels])
+            images = _shared(torch.from_numpy(np.stack([view[number] for view in levels])))
+            stacked[id(first)] = images.permute(0, 3, 1, 2)
     return [stacked[id(first)] for first in levels[0]]
-
-
-def _stack_levels(levels: list[Levels]) -> Tensor:
-    return _shared(torch.from_numpy(np.stack(levels))).permute(0, 3, 1, 2)
 
 
 def _stack(embeddings: list[tuple[HalfArray, HalfArray]]) -> tuple[Tensor, Tensor] | None:

@@ -45,12 +45,6 @@ def learning_rate_at(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of all parameter groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
 def average_decay_at(update: int, decay: float) -> float:
     """Return the decay of a moving average's update, counted from 0: min(decay, (1 + n) / (10 + n)).
 
@@ -134,7 +128,8 @@ class RunOptimizer:
                 of a run.
         """
         self.learning_rate = learning_rate_at(step, self._steps, self._recipe)
-        set_learning_rate(self._optimizer, self.learning_rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
         scaled = self.loss_scale != 1.0
         self._scaler.unscale_(self._optimizer)  # before clipping, whose limit applies to the true gradients
         max_norm = self._recipe.clip_gradient_norm or math.inf

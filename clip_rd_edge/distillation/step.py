@@ -9,6 +9,7 @@ always that of the global batch, and the processes only have to sum the gradient
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Targets, Teacher
+from clip_rd_edge.losses.logits import MAX_SCALE
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
@@ -269,7 +271,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 def clamp_scales(student: nn.Module, objective: Objective) -> None:
     """Clamp the student's logit scale to [1, 100], as CLIP does, and the objective's scales to their range."""
     log_logit_scale: Tensor = student.get_parameter("logit_scale")
-    log_logit_scale.clamp_(0.0, 4.605170185988092)  # ln 100
+    log_logit_scale.clamp_(0.0, math.log(MAX_SCALE))
     objective.scales.clamp_()
 
 
