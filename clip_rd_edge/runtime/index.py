@@ -29,6 +29,7 @@ from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index_graph import (
     GRAPH_FILES,
     MAX_TOP,
@@ -253,15 +254,20 @@ def search_index(
             hint="name its current path with --bundle",
         )
     encoder = load(bundle or index.bundle, threads=threads, device=device)
+    require_same_model(encoder, index, path)
+    embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
+    hits = Hits(nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index)))
+    hits.indexed, hits.missing = len(index.entries), index.missing
+    return hits
+
+
+def require_same_model(encoder: BundleEncoder, index: Index, path: Path) -> None:
+    """Raise InputError unless a bundle is the one that created the index at `path`."""
     if model_key(encoder.manifest) != index.model:
         raise InputError(
             f"The bundle {encoder.folder} is not the one that created the index {path}.",
             hint=f"create it again: clip-rd-edge index {encoder.folder} {index.folder} -o {path}",
         )
-    embedding = encoder.encode_texts([query]) if isinstance(query, str) else encoder.encode_images([as_rgb(query)])
-    hits = Hits(nearest(index, rows, embedding, top=top, graph=None if exact else read_graph(path, index)))
-    hits.indexed, hits.missing = len(index.entries), index.missing
-    return hits
 
 
 def _require_images(folder: Path, path: Path, index: Index) -> None:

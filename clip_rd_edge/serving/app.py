@@ -31,7 +31,7 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import INDEX_FILE, Index, model_key, nearest, read_graph, read_index
+from clip_rd_edge.runtime.index import INDEX_FILE, Index, nearest, read_graph, read_index, require_same_model
 from clip_rd_edge.runtime.index_graph import Graph
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
@@ -287,11 +287,7 @@ class Service:
             current = (-1, -1)
         if self._index is None or current != self._index_stat:
             index, rows = read_index(folder)
-            if index.model != model_key(self.encoder.manifest):
-                raise InputError(
-                    f"The bundle {self.encoder.folder} is not the one that created the index {folder}.",
-                    hint=f"create it again: clip-rd-edge index {self.encoder.folder} {index.folder} -o {folder}",
-                )
+            require_same_model(self.encoder, index, folder)
             self._index, self._index_stat = (index, rows, read_graph(folder, index)), current
         return self._index
 
