@@ -248,8 +248,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not is_bundle(folder):
         reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
         hint = "create one with clip-rd-edge export"
-        found = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
-        if inner := sorted(path for path in found if listed_files(path) is not None):
+        folders = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
+        if inner := sorted(path for path in folders if listed_files(path) is not None):
             hint = f"there are bundles in it: {', '.join(map(str, inner))}"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)

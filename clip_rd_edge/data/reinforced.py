@@ -129,7 +129,7 @@ class ReinforcedPairs(ShardPairs):
             parameters = content["param_aug"]
             if isinstance(parameters, str):
                 parameters = msgspec.json.decode(parameters)
-            augmentations = tuple(_augmentation(each) for each in parameters)
+            augmentations = tuple(map(_augmentation, parameters))
         except (TypeError, KeyError, ValueError, OverflowError, msgspec.DecodeError, RecursionError) as error:
             raise InputError(
                 f"{member} is not as expected: param_aug as a list of [[top, left, height, width], [[operation, "

@@ -76,7 +76,7 @@ def _cost(evidence: Evidence) -> str:
     if not seconds:
         return ""
     counted = "" if len(seconds) == len(evidence.runs) else f", over the {len(seconds)} runs without interruption"
-    range_minutes = " to ".join(dict.fromkeys(f"{each / 60:.1f}" for each in (min(seconds), max(seconds))))
+    range_minutes = " to ".join(dict.fromkeys(f"{value / 60:.1f}" for value in (min(seconds), max(seconds))))
     return (
         f"Cost: {sum(seconds) / 3600:.1f} hours of CPU time, {range_minutes} "
         f"minutes per run{counted}, plus tuning the teacher and computing its embeddings."

@@ -151,7 +151,8 @@ def init_token_embeddings(student: ClipModel, teachers: Sequence[ClipModel], rep
     components = rows @ directions
     components *= embedding.double().std() / components.square().mean().sqrt()
     embedding[list(texts), :width] = components.to(embedding)
-    return f"the embeddings of {len(texts):,} tokens are initialised from {', '.join(each.name for each in teachers)}"
+    names = ", ".join(teacher.name for teacher in teachers)
+    return f"the embeddings of {len(texts):,} tokens are initialised from {names}"
 
 
 def _token_texts(tokenizer: Any) -> dict[int, str]:

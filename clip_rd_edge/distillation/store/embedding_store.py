@@ -141,18 +141,18 @@ class TeacherCache:
         None if one of them could not be read when the cache was built.
         """
         path = image_shard(self.folder, epoch % self.manifest.views, index // SHARD_SIZE)
-        image = self._row(path, index, of=self.manifest.pairs)
+        image = self._row(path, index, total=self.manifest.pairs)
         key = caption_key(caption)
         with RowFile(self.folder / "texts" / "keys.npy", count=self.captions, dtype=KEY) as keys:
             row = bisect_left(keys, key)
             if row == self.captions or keys[row] != key:
                 return None
-        text = self._row(text_shard(self.folder, row // SHARD_SIZE), row, of=self.captions)
+        text = self._row(text_shard(self.folder, row // SHARD_SIZE), row, total=self.captions)
         return (image, text) if image.any() and text.any() else None
 
-    def _row(self, path: Path, index: int, *, of: int) -> HalfArray:
+    def _row(self, path: Path, index: int, *, total: int) -> HalfArray:
         shape = (self.manifest.embedding_size,)
-        with RowFile(path, count=len(shard_rows(index // SHARD_SIZE, of)), dtype="<f2", shape=shape) as rows:
+        with RowFile(path, count=len(shard_rows(index // SHARD_SIZE, total)), dtype="<f2", shape=shape) as rows:
             row: HalfArray = rows[index % SHARD_SIZE]
         return row
 
