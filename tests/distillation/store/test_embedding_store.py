@@ -263,13 +263,15 @@ def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_ca
     config: RunConfig, pairs_csv: Path, tmp_path: Path, build: Callable[..., None]
 ) -> None:
     build()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("pictures", "teacher"):
         shutil.move(tmp_path / name, moved / name)
     shutil.move(pairs_csv, moved / "other-name.csv")
     changed = msgspec.structs.replace(config, data=str(moved / "other-name.csv"), teacher=str(moved / "teacher"))
-    make_build(changed, load_setup(changed, name="student", processes=Processes()))()  # not refused
+    make_build(changed, load_setup(changed, name="student", processes=Processes()))()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")} == written != {}
 
 
 def test_a_teacher_of_the_same_weights_with_another_activation_is_another_teacher(setup: RunSetup) -> None:
