@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from clip_rd_edge.utils.structs import read_json
 # accuracy.
 MAX_CALIBRATION, MAX_HELD_OUT = 128, 192
 MIN_PAIRS = 32
+# So that a table of one image alone is not read to its end; five captions per image are usual.
+_MAX_READ = 8 * (MAX_CALIBRATION + MAX_HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ def calibration_set(
 ) -> CalibrationSet:
     """Sample pairs without replacement: half for calibration and half held out, at most 128 and 192.
 
+    Of pairs with the same image, such as the rows of one image's captions, one is taken: another one among the held-out
+    pairs would be evaluated on what set the ranges. Others stand in for pairs that cannot be read.
+
     Args:
         pairs: where the samples come from; pairs alone, if there are enough of them among other images and captions.
         preprocessing, tokenize: of the model that is quantised.
@@ -68,33 +74,46 @@ def calibration_set(
         max_bad: max fraction of the samples that may be unreadable.
 
     Raises:
-        InputError: there are fewer than 32 pairs, or too many of them cannot be read.
+        InputError: there are fewer than 32 pairs with different images, or too many of them cannot be read.
     """
     paired = len(pairs) == pair_count(pairs) or pair_count(pairs) >= MIN_PAIRS
     count = pair_count(pairs) if paired else len(pairs)
-    if count < MIN_PAIRS:
-        raise InputError(
-            f"{pairs.name} has {count} {'pairs' if paired else 'images'}; at least {MIN_PAIRS} are needed to calibrate "
-            "and evaluate INT8.",
-            hint="pass more pairs with --calibration, or use --precision fp32",
-        )
+    _require_enough(pairs, count, "pairs" if paired else "images")
     generator = random.Random(seed)
-    indices = generator.sample(range(count), min(count, MAX_CALIBRATION + MAX_HELD_OUT))
+    wanted = min(count, MAX_CALIBRATION + MAX_HELD_OUT)
+    drawn = generator.sample(range(count), wanted)
+    spare = random.Random(seed).sample(range(count), min(count, _MAX_READ))
     bad = BadSamples(pairs, max_share=max_bad)
-    captions, images = [], []
-    for index in indices:
-        pair = bad.take(index)
-        captions.append(generator.choice(pair.captions))
-        images.append(preprocess(pair.image, preprocessing))
-    pixels: npt.NDArray[np.float32] = np.stack(images)
+    captions: list[str] = []
+    images: dict[bytes, Pixels] = {}
+    for index in dict.fromkeys([*drawn, *spare]):
+        if len(images) == wanted:
+            break
+        try:
+            image, texts = preprocess(pairs.open(index), preprocessing), pairs.captions(index)
+        except InputError as error:
+            bad.add([(index, str(error))])
+            continue
+        if images.setdefault(hashlib.sha256(image.tobytes()).digest(), image) is image:
+            captions.append(generator.choice(texts))
+    _require_enough(pairs, len(images), "readable pairs of different images" if paired else "different readable images")
+    pixels: npt.NDArray[np.float32] = np.stack(list(images.values()))
     ids = tokenize(captions)
-    half = min(MAX_CALIBRATION, len(indices) // 2)
+    half = min(MAX_CALIBRATION, len(images) // 2)
     return CalibrationSet(
         pairs.name,
         calibrate=Samples(pixels[:half], ids[:half]),
         held_out=Samples(pixels[half:], ids[half:]),
         paired=paired,
     )
+
+
+def _require_enough(pairs: Pairs, count: int, what: str) -> None:
+    if count < MIN_PAIRS:
+        raise InputError(
+            f"{pairs.name} has {count} {what}; at least {MIN_PAIRS} are needed to calibrate and evaluate INT8.",
+            hint="pass more pairs with --calibration, or use --precision fp32",
+        )
 
 
 _HINT = "pass pairs like the inputs the model will see in use: --calibration pairs.csv, or --calibration emoji"

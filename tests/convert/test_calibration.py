@@ -21,11 +21,11 @@ def _tokenize(texts: Sequence[str]) -> TokenIds:
 
 
 def _pairs(folder: Path, count: int) -> TablePairs:
-    """Image i has the grey level i and the captions i and i + 1000."""
+    """Image i has the red level i and the captions i and i + 1000."""
     images = []
     for i in range(count):
         images.append(folder / f"{i}.png")
-        Image.new("RGB", (10, 9), (i % 256,) * 3).save(images[-1])
+        Image.new("RGB", (10, 9), (i % 256, i // 256, 0)).save(images[-1])
     return TablePairs("greys", tuple(images), tuple((str(i), str(i + 1000)) for i in range(count)))
 
 
@@ -56,7 +56,23 @@ def test_as_many_samples_may_be_unreadable_as_were_in_training(tmp_path: Path) -
     with pytest.raises(InputError, match=r"more than 1\.00%"):
         calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
     samples = calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize, max_bad=0.2)
-    assert len(samples.calibrate.ids) + len(samples.held_out.ids) == 60
+    reds = [round(255 * float(p[0, 0, 0])) for part in (samples.calibrate, samples.held_out) for p in part.pixels]
+    assert sorted(reds) == list(range(10, 60))  # none stands in for a bad one and is then seen twice
+
+
+def test_no_image_sets_ranges_and_is_held_out(tmp_path: Path) -> None:
+    once = _pairs(tmp_path, 40)
+    pairs = TablePairs("captions", once.images * 5, tuple((str(i),) for i in range(200)))
+    samples = calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
+    calibrate, held_out = (set(part.ids[:, 0] % 40) for part in (samples.calibrate, samples.held_out))
+    assert (len(calibrate), len(held_out), calibrate & held_out) == (20, 20, set())
+
+
+def test_copies_of_an_image_are_not_counted(tmp_path: Path) -> None:
+    once = _pairs(tmp_path, 31)
+    pairs = TablePairs("copies", once.images * 2, once.texts * 2)
+    with pytest.raises(InputError, match="copies has 31 readable pairs of different images; at least 32 are needed"):
+        calibration_set(pairs, preprocessing=PREPROCESSING, tokenize=_tokenize)
 
 
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:

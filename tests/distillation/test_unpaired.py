@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import Watch
 from thread_processes import Exchange, Threads
@@ -289,7 +290,7 @@ def test_sample_answers_need_pairs_or_a_task(config: RunConfig, tmp_path: Path) 
 
 def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfig, tmp_path: Path) -> None:
     for number in range(24, 40):
-        shutil.copy(Path(str(config.images)) / "0.png", Path(str(config.images)) / f"{number}.png")
+        Image.new("RGB", (48, 40), (number, 0, 0)).save(Path(str(config.images)) / f"{number}.png")
     student = run_distillation(config, tmp_path / "run", resume=False)
     pairs = calibration_pairs(None, str(student))
     tokenize = lambda texts: np.asarray([[len(text)] for text in texts], np.int64)  # noqa: E731
@@ -303,7 +304,10 @@ def test_int8_is_calibrated_on_the_images_and_labels_of_the_run(config: RunConfi
 
 def test_pairs_alone_calibrate_int8_where_there_are_enough(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
     lines = pairs_csv.read_text().splitlines()
-    pairs_csv.write_text("\n".join([*lines, *lines[1:11]]) + "\n")
+    for number in range(24, 34):
+        Image.new("RGB", (48, 40), (number, 0, 0)).save(pairs_csv.parent / "pictures" / f"{number}.png")
+        lines.append(f"pictures/{number}.png,a red picture number {number}")
+    pairs_csv.write_text("\n".join(lines) + "\n")
     config = msgspec.structs.replace(config, data=str(pairs_csv))
     student = run_distillation(config, tmp_path / "run", resume=False)
     captions: list[str] = []
