@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
+from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
 
@@ -37,7 +37,8 @@ def export_image_tower(clip: ClipModel, folder: Path) -> Path:
     """
     height, width = clip.preprocessing.size
     example = torch.zeros(_EXAMPLE_BATCH, 3, height, width)
-    return _export(ImageTower(clip.model), example, folder / IMAGE_MODEL, names=(IMAGE_INPUT, IMAGE_OUTPUT), clip=clip)
+    tower, names = inference_image_tower(clip.model), (IMAGE_INPUT, IMAGE_OUTPUT)
+    return _export(tower, example, folder / IMAGE_MODEL, names=names, clip=clip)
 
 
 def export_text_tower(clip: ClipModel, folder: Path) -> Path:

@@ -20,13 +20,13 @@ from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, measure
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.onnx import without_fast_path
-from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode
+from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MAX_DIFFERENCE = 1e-4  # of an entry of an embedding, from the float32 ONNX file's
-TOWERS = {"image": ImageTower, "text": TextTower}
+TOWERS: dict[str, Callable[[nn.Module], nn.Module]] = {"image": inference_image_tower, "text": TextTower}
 OTHER_FORMAT = "use --format onnx, which ONNX Runtime runs on phones as well"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,30 @@ class ImageTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         features = self.model.encode_image(pixel_values)  # type: ignore[operator]
         return nn.functional.normalize(features.float(), dim=-1)
+
+
+# What timm's modules that merge their branches for inference are told by.
+_MERGING = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def inference_image_tower(model: nn.Module) -> ImageTower:
+    """Return the image tower as it is deployed: the parallel branches of a trunk of timm are merged.
+
+    RepVGG, MobileOne, RepViT, FastViT (MobileCLIP's) and others train several branches per layer that one convolution
+    computes as well. The model stays as it is. Other towers are not copied.
+    """
+    visual = getattr(model, "visual", None)
+    if visual is None or not any(hasattr(module, name) for module in visual.modules() for name in _MERGING):
+        return ImageTower(model)
+    from timm.utils import reparameterize_model
+
+    shared = {id(part): part for part in model.children() if part is not visual}
+    merged = copy.deepcopy(model, shared)
+    try:
+        merged.visual = reparameterize_model(merged.get_submodule("visual"), inplace=True)
+    except Exception:  # noqa: BLE001 — timm's modules raise many types; the tower is right as it was trained, too
+        return ImageTower(model)
+    return ImageTower(merged)
 
 
 class TextTower(nn.Module):

@@ -40,6 +40,15 @@ def test_an_image_tower_gives_torchs_embeddings(
         assert parity.cosine >= 0.99999
 
 
+def test_branches_that_only_training_needs_are_merged(make_student: Callable[..., ClipModel], tmp_path: Path) -> None:
+    clip = make_student("mobileone_s0")
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 32, 32)).astype(np.float32)
+    expected = TorchEncoder(clip).encode_pixels(pixels)
+    path = export_image_tower(clip, tmp_path)
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Add"]  # of branches
+    assert agreement(expected, embed(open_session(str(path)), pixels)).max_difference <= 1e-4
+
+
 def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle: Path) -> None:
     session = open_session(str(fp32_bundle / "text.onnx"))
     ids = student.tokenizer(["a cat", "", "a dog " * 30]).numpy()

@@ -1,0 +1,36 @@
+"""The image tower as it is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from clip_rd_edge.models.clip import ClipModel, evaluation_mode, inference_image_tower, parameter_count
+
+
+def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_student: Callable[..., ClipModel]) -> None:
+    model = make_student("mobileone_s0").model
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tower = inference_image_tower(model)
+    assert parameter_count(tower) < parameter_count(model)
+    assert tower.model.get_submodule("text") is model.get_submodule("text")
+    pixels = torch.randn(2, 3, 32, 32)
+    with evaluation_mode(model), evaluation_mode(tower), torch.no_grad():
+        torch.testing.assert_close(tower(pixels), tower.__class__(model)(pixels), atol=1e-5, rtol=0)
+    after = model.state_dict()
+    assert weights.keys() == after.keys()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+def test_a_trunk_without_branches_is_not_copied(student: ClipModel) -> None:
+    assert inference_image_tower(student.model).model is student.model
+
+
+def test_a_trunk_that_timm_cannot_merge_stays_as_it_was_trained(
+    make_student: Callable[..., ClipModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_student("mobileone_s0").model
+    monkeypatch.setattr(type(model.get_submodule("visual.trunk.stem")), "reparameterize", lambda _: 1 / 0)
+    assert inference_image_tower(model).model is model
