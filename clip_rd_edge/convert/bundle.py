@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.select import Trial
@@ -31,7 +33,7 @@ def start_conversion(
     Raises:
         InputError, ConfigError: `source` is not a bundle.
         UsageError: it is not in float32, is damaged, has a tower above 2 GB, or the calibration set was made for
-            another model.
+            another model, or has one caption for all images although the text tower is converted.
     """
     manifest = read_manifest(source)
     _require_fp32(source, manifest)
@@ -40,6 +42,8 @@ def start_conversion(
         _require_matching_shapes(manifest, calibration)
     if not request.text_tower:
         return manifest.without_text()
+    if calibration is not None:
+        _require_different_captions(calibration)
     shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
     return manifest
 
@@ -63,4 +67,15 @@ def _require_matching_shapes(manifest: Manifest, calibration: CalibrationSet) ->
         raise UsageError(
             f"The calibration set has images of size {pixels.shape[2:]} and texts of {ids.shape[1]} ids; "
             f"{manifest.name} takes {expected[:2]} and {expected[2]}."
+        )
+
+
+def _require_different_captions(calibration: CalibrationSet) -> None:
+    """Raise UsageError if all held-out captions are alike: nothing is left of them after subtracting their mean."""
+    if len(np.unique(calibration.held_out.ids, axis=0)) < 2:
+        raise UsageError(
+            f"All captions from {calibration.name} are alike, so the text tower in INT8 cannot be compared with "
+            "float32; expected different ones.",
+            hint="pass pairs with captions of their own: --calibration pairs.csv, or leave the text tower out with "
+            "--labels and --no-text-tower",
         )

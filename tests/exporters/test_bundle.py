@@ -154,6 +154,20 @@ def test_requests_that_cannot_be_met_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_int8_needs_different_captions_to_compare_the_text_tower_on(
+    student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    alike = Samples(calibration.held_out.pixels, np.repeat(calibration.held_out.ids[:1], 24, axis=0))
+    with pytest.raises(UsageError, match="All captions from photos are alike"):
+        export_bundle(
+            student,
+            tmp_path / "a",
+            ExportRequest(precision="int8"),
+            calibration=CalibrationSet("photos", calibration.calibrate, alike),
+            source=fp32_bundle,
+        )
+
+
 def test_int8_needs_an_intact_float32_bundle(
     student: ClipModel, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
