@@ -59,7 +59,8 @@ class Measurement(CheckedStruct, frozen=True, kw_only=True):
 
     Attributes:
         latency_ms_p50, latency_ms_p95: at batch size 1, on `machine` with `threads` threads.
-        speedup: p50 of the float32 ONNX model divided by p50 of this one, timed in turn in the same run.
+        speedup: 10th percentile of the float32 ONNX model's latency divided by that of this one, timed in turn in the
+            same run; on a busy machine, medians show the other programs.
         max_difference: max absolute difference of any embedding entry.
         cosine: mean cosine similarity to the float32 embeddings.
         centred_cosine: the same after subtracting each side's mean embedding, which dominates the raw cosine.

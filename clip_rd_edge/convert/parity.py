@@ -162,7 +162,7 @@ def measurement(
     return Measurement(
         latency_ms_p50=float(np.median(latencies_ms)),
         latency_ms_p95=float(np.percentile(latencies_ms, 95)),
-        speedup=float(np.median(reference_ms) / np.median(latencies_ms)),
+        speedup=p10(reference_ms) / p10(latencies_ms),
         max_difference=agreement.max_difference,
         cosine=agreement.cosine,
         centred_cosine=agreement.centred_cosine,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.contract.encoder import normalise
-from clip_rd_edge.convert.parity import agreement
+from clip_rd_edge.convert.parity import agreement, measurement
 from clip_rd_edge.errors import UsageError
 
 
@@ -38,3 +38,10 @@ def test_nan_agrees_with_nothing() -> None:
 def test_shapes_that_cannot_be_compared_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(UsageError, match="cannot be compared"):
         agreement(np.ones(shapes[0], dtype=np.float32), np.ones(shapes[1], dtype=np.float32))
+
+
+def test_a_speedup_is_not_that_of_interrupted_runs() -> None:
+    """A run that is longer than a time slice is interrupted more often than not on a busy machine."""
+    fp32, int8 = np.array([4.0, 4.0, 12.0, 12.0, 12.0]), np.array([2.0, 2.0, 2.0, 2.0, 9.0])
+    same = agreement(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32))
+    assert measurement(same, int8, reference_ms=fp32, threads=1).speedup == 2
