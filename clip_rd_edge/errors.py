@@ -2,7 +2,7 @@
 
     ClipRdEdgeError          base class; exit code 1
     ├── DiskFullError        there is no space left on a disk; exit code 1
-    ├── UnreachableError     data on another machine could not be fetched; exit code 1
+    ├── UnreachableError     this machine, another one or the network failed to deliver data; exit code 1
     ├── LostProcessError     another process of a run has ended or cannot be reached; exit code 1
     ├── InterruptedRunError  stopped by a signal after saving its state; the hint says how to resume; exit code 75
     └── UsageError           the request cannot be carried out as given; exit code 2
@@ -52,7 +52,7 @@ class DiskFullError(ClipRdEdgeError):
 
 
 class UnreachableError(ClipRdEdgeError):
-    """Data on another machine could not be fetched, after trying for a while."""
+    """This machine, another one or the network between them failed to deliver data, also when tried again."""
 
 
 class LostProcessError(ClipRdEdgeError):

@@ -135,11 +135,11 @@ def _main() -> None:
         if isinstance(error, MemoryError):
             _print_error(_NO_MEMORY, arguments)
             sys.exit(_NO_MEMORY.exit_code)
-        from clip_rd_edge.utils.files import disk_full_error
+        from clip_rd_edge.utils.files import disk_full_error, machine_failure
 
-        if disk_full := disk_full_error(error):
-            _print_error(disk_full, arguments)
-            sys.exit(disk_full.exit_code)
+        if failure := disk_full_error(error) or machine_failure(error):
+            _print_error(failure, arguments)
+            sys.exit(failure.exit_code)
         echo(f"error: {type(error).__name__}: {error}", err=True)
         echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Compressed ones are refused as such, and not as tables.
@@ -170,6 +172,7 @@ def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: st
 MAX_BAD_SHARE = 0.01  # of all samples
 BadPair = tuple[int, str]  # index and reason
 T = TypeVar("T")
+_PAUSE_S = 2.0  # most errors of networks and disks pass
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,28 @@ class ValidPair:
 
     image: Image.Image
     captions: tuple[str, ...]
+
+
+def read_sample(read: Callable[[int], T], index: int) -> T:
+    """Read a sample; one that the machine fails to deliver is no bad sample: it is tried once more.
+
+    Args:
+        read: reads a sample by its index; raises InputError if it cannot.
+
+    Raises:
+        InputError: the sample is bad.
+        UnreachableError: the machine failed twice; no other sample must take the place of this one.
+    """
+    try:
+        return read(index)
+    except InputError as error:
+        if machine_failure(error) is None:
+            raise
+    time.sleep(_PAUSE_S)
+    try:
+        return read(index)
+    except InputError as error:
+        raise machine_failure(error) or error from error
 
 
 class BadSamples:
@@ -250,18 +275,21 @@ class BadSamples:
         Returns:
             What `read` returned, or None if the bad pairs exceed the limit; and the bad pairs. They are not counted
             yet: this may run in a worker process, and `add` must be called in the main process.
+
+        Raises:
+            UnreachableError: as `read_sample`.
         """
         bad: list[BadPair] = []
         while len(bad) <= self.allowed:
             candidate = (index + len(bad)) % len(self._pairs)
             try:
-                return read(candidate), tuple(bad)
+                return read_sample(read, candidate), tuple(bad)
             except InputError as error:
                 bad.append((candidate, str(error)))
         return None, tuple(bad)
 
     def take(self, index: int) -> ValidPair:
-        """Return the first valid pair from `index` on, and count the bad ones; raises as `add`."""
+        """Return the first valid pair from `index` on, and count the bad ones; raises as `add` and `read_sample`."""
         pair, bad = self.next_valid(index, self._read)
         self.add(bad)
         assert pair is not None  # otherwise the limit was exceeded and `add` has raised

@@ -27,7 +27,7 @@ from clip_rd_edge.data.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, Sam
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import machine_failure, write_bytes
 from clip_rd_edge.utils.paths import cache_home
 
 _ALL_COLUMNS = COLUMNS | REINFORCED_COLUMNS
@@ -74,7 +74,8 @@ class _OpenTar:
             raise UnreachableError(str(error), hint=error.hint) from error
         except OSError as error:
             if isinstance(shard, Path):
-                raise
+                lost = UnreachableError(f"Cannot read the shard {shard}: {error.strerror or error}.")
+                raise machine_failure(error) or lost from error
             raise UnreachableError(
                 f"The shard {shard} could not be kept in the cache: {error.strerror or error}.",
                 hint="free some space, or name another folder with CLIP_RD_EDGE_CACHE",

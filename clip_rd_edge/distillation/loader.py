@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_sample
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError, UnreachableError
+from clip_rd_edge.utils.files import machine_failure
 
 HalfArray = npt.NDArray[np.float16]
 
@@ -138,7 +139,7 @@ class ViewDataset(Dataset[PairView]):
             pair, bad = self.bad.next_valid(index, partial(self._read, epoch))
         else:
             try:
-                pair, bad = self._read(epoch, index), ()
+                pair, bad = read_sample(partial(self._read, epoch), index), ()
             except InputError as error:
                 pair, bad = None, ((index, str(error)),)
         if pair is None:
@@ -225,7 +226,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
 
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
-        UnreachableError: during iteration, if a shard cannot be fetched.
+        UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again.
         LostProcessError: during iteration, if a worker process was killed.
     """
     if workers < 0:
@@ -239,7 +240,10 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         worker_init_fn=obey_only_the_parent,
     )
     with stop_signals_blocked():  # the workers inherit it
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            raise machine_failure(error) or error from error
     for batch in _one_sentence(batches):
         if dataset.substitute:
             dataset.bad.add(batch.bad)

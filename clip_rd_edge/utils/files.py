@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clip_rd_edge.errors import DiskFullError, InputError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
@@ -304,6 +304,39 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
             )
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+# What the system says when the machine, a disk or the network fails, and not when something is wrong with a file. Not
+# every system has all of them.
+_FAILURES = {
+    *_TOO_MANY_FILES,
+    *(
+        getattr(errno, name)
+        for name in (
+            *("ENOMEM", "EIO", "ESTALE", "EREMOTEIO", "ENXIO", "ENODEV", "ENOTCONN", "ETIMEDOUT", "ECONNRESET"),
+            *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        )
+        if hasattr(errno, name)
+    ),
+}
+
+
+def machine_failure(error: BaseException) -> UnreachableError | None:
+    """Return a one-sentence error if `error` or one of its causes says that a machine, disk or network fails."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FAILURES:
+            what = str(error) if isinstance(error, ClipRdEdgeError) else _failed(cause)
+            # In the sentence and not a hint, which would not leave a loader process.
+            advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
+            return UnreachableError(f"{what.rstrip('.')}{advice}.")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _failed(error: OSError) -> str:
+    return f"Cannot read or write {error.filename or 'a file'}: {error.strerror}"
 
 
 # How libraries in Rust, such as safetensors and tokenizers, report an error of the operating system.

@@ -199,6 +199,18 @@ def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pyt
     assert "hint: free some" in error
 
 
+def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_too_many() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("clip_rd_edge.convert.targets.device_names", raise_too_many)
+    code, _, error = command_line("devices")
+    assert code == 1
+    assert (
+        error == "error: Cannot read or write a file: Too many open files; raise their limit first: ulimit -n 4096.\n"
+    )
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize("raised", ["_Terminated", "ImportError"])
 def test_sigterm_removes_what_is_unfinished_before_it_ends_the_process(tmp_path: Path, raised: str) -> None:

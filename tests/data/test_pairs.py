@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from clip_rd_edge.data import pairs as pairs_module
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, load_pairs, require_batch
 from clip_rd_edge.data.tables import load, text
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 
 @pytest.fixture(autouse=True, params=["in memory", "indexed in blocks of a row"])
@@ -302,3 +304,40 @@ def test_a_row_that_names_a_folder_is_called_that(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\n1.png,a\n1.png,b\npics,c\n")
     (message,) = load_pairs(str(tmp_path / "pairs.csv")).left_out
     assert message.endswith("line 4: the image 'pics' is a folder")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM])
+def test_an_image_that_the_machine_cannot_read_is_no_bad_pair(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    pairs, stat, failures = load_pairs(str(pairs_csv)), Path.stat, [number]
+
+    def failing(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "5.png" and failures:
+            raise OSError(failures.pop(), os.strerror(number), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    monkeypatch.setattr(pairs_module, "_PAUSE_S", 0, raising=False)
+    bad = BadSamples(pairs, max_share=0.5)
+    assert bad.take(5).captions == pairs.captions(5)  # at the second attempt
+    assert len(bad) == 0
+    failures += [number, number]
+    with pytest.raises(UnreachableError, match=rf"pictures/5\.png: {os.strerror(number)}") as caught:
+        bad.take(5)
+    assert ("ulimit -n" in str(caught.value)) == (number == errno.EMFILE)
+
+
+def test_rows_whose_images_the_machine_cannot_find_are_not_left_out(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def failing(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("5.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(UnreachableError, match=r"5\.png: Input/output error"):
+        load_pairs(str(pairs_csv))

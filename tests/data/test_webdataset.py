@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
@@ -14,7 +15,7 @@ import pytest
 from clip_rd_edge.data import tars
 from clip_rd_edge.data.pairs import BadSamples, load_pairs
 from clip_rd_edge.data.webdataset import expand_braces, json_captions
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 Factory = Callable[..., Any]
 
@@ -291,3 +292,18 @@ def test_deep_json_in_a_sample_is_a_bad_sample(opening: str, tmp_path: Path, mon
     monkeypatch.setattr(tars.TarMember, "read_bytes", lambda self: (opening * 200_000).encode())
     with pytest.raises(InputError, match=r"a\.tar: 1\.json is not valid JSON for this: .* nested too deep"):
         json_captions(member, "caption")
+
+
+@pytest.mark.parametrize(("number", "advice"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "")])
+def test_a_shard_that_cannot_be_opened_is_no_bad_sample(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    pairs = load_pairs(str(shards / "{000..001}.tar"))
+    tars.close_tars()
+
+    def failing(shard: Path) -> int:
+        raise OSError(number, os.strerror(number), str(shard))
+
+    monkeypatch.setattr(tars, "open_file", failing)
+    with pytest.raises(UnreachableError, match=rf"000\.tar: {os.strerror(number)}.*{advice}"):
+        pairs.open(0)

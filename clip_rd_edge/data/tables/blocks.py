@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.files import machine_failure
 
 IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
 
@@ -122,7 +123,9 @@ class PairFinder:
             path = folder + name
             try:
                 status = os.stat(path)  # noqa: PTH116
-            except (OSError, ValueError):  # a ValueError for a name with a NUL
+            except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
+                if failure := machine_failure(error):
+                    raise failure from error
                 continue
             if stat.S_ISREG(status.st_mode):
                 return *os.path.split(path), status.st_size

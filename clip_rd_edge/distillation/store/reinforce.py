@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_sample
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.build import training_pairs
@@ -147,7 +147,7 @@ class _Writer:
         with tarfile.open(fileobj=content, mode="w") as archive:
             for index in rows:
                 try:
-                    files = dict(self._files(index))
+                    files = read_sample(lambda row: dict(self._files(row)), index)
                 except InputError as error:
                     self._bad.add([(index, str(error))])
                     continue

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from clip_rd_edge.contract.encoder import in_batches
-from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint
+from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_sample
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
@@ -270,7 +270,7 @@ class ShardMaker:
         """Return a pair's captions, none if they cannot be read."""
         for _ in range(2):
             with contextlib.suppress(InputError):
-                return self.pairs.captions(index)
+                return read_sample(self.pairs.captions, index)
         return ()
 
     def _empty(self, rows: int) -> HalfArray:
