@@ -183,7 +183,7 @@ class ValidPair:
     captions: tuple[str, ...]
 
 
-def read_sample(read: Callable[[int], T], index: int) -> T:
+def read_twice(read: Callable[[int], T], index: int) -> T:
     """Read a sample; one that the machine fails to deliver is no bad sample: it is tried once more.
 
     Args:
@@ -277,19 +277,19 @@ class BadSamples:
             yet: this may run in a worker process, and `add` must be called in the main process.
 
         Raises:
-            UnreachableError: as `read_sample`.
+            UnreachableError: as `read_twice`.
         """
         bad: list[BadPair] = []
         while len(bad) <= self.allowed:
             candidate = (index + len(bad)) % len(self._pairs)
             try:
-                return read_sample(read, candidate), tuple(bad)
+                return read_twice(read, candidate), tuple(bad)
             except InputError as error:
                 bad.append((candidate, str(error)))
         return None, tuple(bad)
 
     def take(self, index: int) -> ValidPair:
-        """Return the first valid pair from `index` on, and count the bad ones; raises as `add` and `read_sample`."""
+        """Return the first valid pair from `index` on, and count the bad ones; raises as `add` and `read_twice`."""
         pair, bad = self.next_valid(index, self._read)
         self.add(bad)
         assert pair is not None  # otherwise the limit was exceeded and `add` has raised

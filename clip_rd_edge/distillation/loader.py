@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_sample
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, read_twice
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
@@ -139,7 +139,7 @@ class ViewDataset(Dataset[PairView]):
             pair, bad = self.bad.next_valid(index, partial(self._read, epoch))
         else:
             try:
-                pair, bad = read_sample(partial(self._read, epoch), index), ()
+                pair, bad = read_twice(partial(self._read, epoch), index), ()
             except InputError as error:
                 pair, bad = None, ((index, str(error)),)
         if pair is None:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_sample
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_twice
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.build import training_pairs
@@ -33,7 +33,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.store.embedding_store import claim_folder, teacher_fingerprint
-from clip_rd_edge.distillation.store.store_build import BATCH_SIZE
+from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device
@@ -113,14 +113,17 @@ def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
 def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter: Reporter) -> None:
     shards = range(-(-len(writer.pairs) // PAIRS_PER_SHARD))
     mine = shards[processes.rank :: processes.world_size]
+    with_bad: list[Path] = []
     for done, shard in enumerate(mine):
         reporter.update(_STAGE, done, len(mine))
         path = folder / f"{shard:05d}.tar"
         if not is_file(path):
             rows = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, len(writer.pairs)))
+            known = writer.bad.bad_pairs
             write_bytes(path, writer.shard(rows))
+            with_bad += [path] * (writer.bad.bad_pairs > known)
     reporter.update(_STAGE, len(mine), len(mine))
-    processes.barrier()
+    share_bad(writer.bad, processes, with_bad)
 
 
 class _Writer:
@@ -128,7 +131,7 @@ class _Writer:
 
     def __init__(self, manifest: ReinforcedManifest, pairs: Pairs, teachers: Sequence[Teacher], *, max_bad: float):
         self.manifest, self.pairs, self._teachers = manifest, pairs, teachers
-        self._bad = BadSamples(pairs, max_share=max_bad)
+        self.bad = BadSamples(pairs, max_share=max_bad)
         self.stored = StoredTeachers(
             teachers=tuple(
                 StoredTeacher(
@@ -147,9 +150,9 @@ class _Writer:
         with tarfile.open(fileobj=content, mode="w") as archive:
             for index in rows:
                 try:
-                    files = read_sample(lambda row: dict(self._files(row)), index)
+                    files = read_twice(lambda row: dict(self._files(row)), index)
                 except InputError as error:
-                    self._bad.add([(index, str(error))])
+                    self.bad.add([(index, str(error))])
                     continue
                 for suffix, data in sorted(files.items()):
                     info = tarfile.TarInfo(f"{index:09d}.{suffix}")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from clip_rd_edge.contract.encoder import in_batches
-from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_sample
+from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
@@ -138,12 +138,14 @@ def build_cache(
         processes.barrier()  # before the first one is written, so that all processes list the same ones
         mine = missing[processes.rank :: processes.world_size]
         left = (task.with_captions(folder) for task in mine if not task.path(folder).is_file())
+        with_bad: list[Path] = []
         reporter.update(CACHING_STAGE, 0, len(mine))
         for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
             bad.add(shard.bad)
             write_array(task.path(folder), shard.rows)
+            with_bad += [task.path(folder)] * bool(shard.bad)
             reporter.update(CACHING_STAGE, done, len(mine))
-        processes.barrier()
+        share_bad(bad, processes, with_bad)
 
     shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
     write([ShardTask("captions", shard, rows) for shard, rows in shards])
@@ -157,6 +159,24 @@ def build_cache(
     if processes.is_main:
         write_bytes(folder / COMPLETE, to_json(CompleteCache(captions)))
     processes.barrier()
+
+
+def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> None:
+    """Wait for all processes, and count their bad pairs together.
+
+    Args:
+        files: those that this process wrote without some bad pairs. They are removed if the bad pairs of all processes
+            are too many: the next attempt would take them for complete, and count nothing.
+
+    Raises:
+        InputError: too many pairs cannot be read.
+    """
+    try:
+        bad.share(processes.gather_objects)
+    except InputError:
+        for path in files:
+            path.unlink()
+        raise
 
 
 def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) -> bool:
@@ -270,7 +290,7 @@ class ShardMaker:
         """Return a pair's captions, none if they cannot be read."""
         for _ in range(2):
             with contextlib.suppress(InputError):
-                return read_sample(self.pairs.captions, index)
+                return read_twice(self.pairs.captions, index)
         return ()
 
     def _empty(self, rows: int) -> HalfArray:

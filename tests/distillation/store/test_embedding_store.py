@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -64,7 +65,7 @@ def setup(config: RunConfig) -> RunSetup:
     return load_setup(config, name="student", processes=Processes())
 
 
-def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
+def make_build(config: RunConfig, setup: RunSetup, processes: Processes = Processes()) -> Callable[..., None]:  # noqa: B008
     teacher = setup.teachers[0]
 
     def run(**changes: object) -> None:
@@ -81,7 +82,7 @@ def make_build(config: RunConfig, setup: RunSetup) -> Callable[..., None]:
             workers=0,
             max_bad=config.max_bad,
         )
-        build_cache(Path(str(config.teacher_cache)), maker, Processes())
+        build_cache(Path(str(config.teacher_cache)), maker, processes)
 
     return run
 
@@ -257,6 +258,30 @@ def test_too_many_unreadable_images_stop_the_build(
     monkeypatch.setattr(type(setup.pairs), "open", fail)
     with pytest.raises(InputError, match=r"of 24 samples .* are bad"):
         build()
+
+
+class OneOfTwo(Processes):
+    """Another process has found other bad pairs."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, [(20, "elsewhere"), (21, "elsewhere")]] if isinstance(value, list) else [value]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
+    config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pairs: Pairs, index: int) -> Image.Image:
+        if index == 5:
+            raise InputError(f"Cannot read image {index}.")
+        return open_image(pairs, index)  # type: ignore[arg-type]
+
+    open_image = type(setup.pairs).open
+    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    config = msgspec.structs.replace(config, max_bad=0.1)  # two of 24
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
+            make_build(config, setup, OneOfTwo())()
 
 
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
