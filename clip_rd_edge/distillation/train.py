@@ -116,8 +116,7 @@ def train(
         processes=processes.world_size,
         prefetch=setup.pairs.prefetch,
     )
-    started = time.perf_counter()
-    waited = 0.0
+    waited = evaluated = 0.0  # seconds
 
     def scores(done: int) -> dict[str, float]:
         """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
@@ -141,6 +140,7 @@ def train(
         is_evaluated = log is None or log.is_evaluated(start)
         if start and processes.any(not is_evaluated) and (evaluation := scores(start)) and log:
             tracker.add(log.add_evaluation(start, evaluation))
+        started = time.perf_counter()
         batches = step_loader(dataset, sampler, workers=config.workers)
         for step in range(start, steps):
             waiting_since = time.perf_counter()
@@ -168,8 +168,11 @@ def train(
             optimizer.apply(step, loss, run=run)
 
             done = step + 1
+            trained = time.perf_counter()
             evaluation = scores(done)
-            elapsed = time.perf_counter() - started
+            now = time.perf_counter()
+            evaluated += now - trained
+            elapsed = now - started
             unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
             if unshared:
                 dataset.bad.share(processes.gather_objects)
@@ -177,8 +180,9 @@ def train(
                 step=done,
                 steps=steps,
                 loss=loss,
-                samples_per_second=(done - start) * recipe.batch_size / elapsed,
-                data_wait=waited / elapsed,
+                samples_per_second=(done - start) * recipe.batch_size / (elapsed - evaluated),
+                data_wait=waited / (elapsed - evaluated),
+                seconds_per_step=elapsed / (done - start),
                 evaluation=evaluation,
                 bad=len(dataset.bad),
                 skipped=optimizer.skipped,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -627,6 +628,18 @@ def test_the_best_student_is_saved_in_addition_to_the_last(config: RunConfig, tm
     assert [event.step for event in events.Scalars("evaluation/task")] == [3, 6, STEPS]
     logged = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_evaluations_do_not_count_as_slow_training(config: RunConfig, tmp_path: Path) -> None:
+    def evaluate(_: object) -> dict[str, float]:
+        time.sleep(2)
+        return {"task": 0.5}
+
+    config = msgspec.structs.replace(with_recipe(config, steps=2), evaluate_every=1)
+    run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
+    last = read_metrics(tmp_path / "run")[-1]
+    training_s = config.recipe.batch_size / last["samples_per_second"]
+    assert last["seconds_per_step"] > 1.9 + training_s
 
 
 def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:

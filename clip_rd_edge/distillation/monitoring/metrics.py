@@ -27,7 +27,9 @@ class Progress:
 
     Attributes:
         step, steps: completed steps, and steps in total.
-        data_wait: fraction of the time spent waiting for batches.
+        samples_per_second: without the time of evaluations.
+        data_wait: fraction of the time, without that of evaluations, spent waiting for batches.
+        seconds_per_step: with evaluations and all else between steps, for the time left.
         evaluation: scores by task; empty if this step was not evaluated.
         bad: samples left out, or skipped since the start or resume, in all processes.
         skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
@@ -40,6 +42,7 @@ class Progress:
     loss: float
     samples_per_second: float
     data_wait: float
+    seconds_per_step: float
     evaluation: dict[str, float]
     bad: int = 0
     skipped: int = 0
@@ -113,6 +116,7 @@ def metrics_line(
         **extra,
         "samples_per_second": round(progress.samples_per_second, 2),
         "data_wait": round(progress.data_wait, 4),
+        "seconds_per_step": float(f"{progress.seconds_per_step:.4g}"),
         "memory_mb": round(progress.memory_bytes / 1e6),
         "bad_samples": progress.bad,
         "skipped_steps": progress.skipped,

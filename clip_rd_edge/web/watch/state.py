@@ -77,13 +77,12 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """Expected seconds until the last step, at the rate since the start or the last resume; None if unknown."""
-        rate = self.last.get("samples_per_second")
-        if self.phase != "running" or not rate or self.steps is None or self.config is None:
+        """Expected seconds until the last step, evaluations included, as since the start or resume; None if unknown."""
+        seconds_per_step = self.last.get("seconds_per_step")
+        if self.phase != "running" or not seconds_per_step or self.steps is None:
             return None
         # The run has gone on since its last line.
-        left = (self.steps - self.step) * self.config.recipe.batch_size / float(rate)
-        return max(left - (self.quiet_s or 0.0), 0.0)
+        return max((self.steps - self.step) * float(seconds_per_step) - (self.quiet_s or 0.0), 0.0)
 
 
 def read_run(run: Path) -> RunState:

@@ -19,7 +19,7 @@ def make_run() -> Callable[..., Path]:
         folder.mkdir()
         (folder / "config.yaml").write_text(CONFIG.replace("STEPS", str(steps)))
         lines = [
-            {"step": step, "loss": 3.0 - step / 20, "loss/task": 3.0 - step / 20, "samples_per_second": 8.0}
+            {"step": step, "loss": 3.0 - step / 20, "loss/task": 3.0 - step / 20, "seconds_per_step": 0.5}
             for step in range(5, logged + 1, 5)
         ]
         (folder / "metrics.jsonl").write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
