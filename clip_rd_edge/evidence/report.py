@@ -294,11 +294,10 @@ def _plot_methods(axes: Axes, evidence: Evidence, student: str, names: Sequence[
         if not curves:
             continue
         colour = COLOURS[number % len(COLOURS)]
-        values = factor * np.asarray([curve.values for curve in curves])
-        axes.plot(curves[0].steps, values.mean(axis=0), color=colour, linewidth=1.3, label=method.name)
-        axes.fill_between(
-            curves[0].steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0
-        )
+        steps, values = _at_common_steps(curves)
+        values *= factor
+        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.3, label=method.name)
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
 
 
 def _plot_teacher(axes: Axes, evidence: Evidence, student: str, names: Sequence[str]) -> None:
@@ -312,9 +311,19 @@ def _combine(curves: dict[str, Curve], names: Sequence[str]) -> Curve | None:
     """Return the named curve, or the first minus the second if two are named; None if one is missing."""
     if any(name not in curves for name in names):
         return None
-    first, *rest = (np.asarray(curves[name].values) for name in names)
+    steps, (first, *rest) = _at_common_steps([curves[name] for name in names])
     values = first - rest[0] if rest else first
-    return Curve(steps=curves[names[0]].steps, values=tuple(values.tolist()))
+    return Curve(steps=steps, values=tuple(values.tolist()))
+
+
+def _at_common_steps(curves: Sequence[Curve]) -> tuple[tuple[int, ...], np.ndarray[tuple[int, int], Any]]:
+    """Return the steps at which all C curves have a point, and their values there, (C, S).
+
+    A step whose value was not finite has none, and a resumed run may have further ones.
+    """
+    points = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    steps = tuple(step for step in curves[0].steps if all(step in values for values in points))
+    return steps, np.asarray([[values[step] for step in steps] for values in points], dtype=np.float64)
 
 
 def _grid(evidence: Evidence, rows: int, title: str) -> tuple[Figure, list[list[Axes]]]:
