@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clip_rd_edge.contract.bundle import MAX_TEMPLATES
 from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
@@ -223,7 +224,7 @@ def load_samples(
         reporter: receives the progress of indexing.
 
     Raises:
-        UsageError: captions are missing, or all is, or templates are given without texts.
+        UsageError: captions are missing, or all is, or templates are given without texts, or are too many.
         InputError: a source is missing or cannot be read.
     """
     if source.data is None and source.images is None and source.texts is None:
@@ -254,6 +255,11 @@ def load_samples(
             return pairs
     images = None if source.images is None else load_images(source.images, column=source.csv_img_key, reporter=reporter)
     templates = parse_templates(source.templates).prompts if source.templates else ()
+    if len(templates) > MAX_TEMPLATES:
+        raise UsageError(
+            f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
+            hint="name fewer with --template",
+        )
     texts: Sequence[str] = ()
     if source.texts is not None:
         path = Path(source.texts)

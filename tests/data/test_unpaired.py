@@ -218,6 +218,11 @@ def test_texts_alone_are_as_many_rows_without_images() -> None:
         ({}, [], "There are no training data"),
         ({"images": "frames"}, [], "There are images, but no captions to train on"),
         ({"images": "frames", "templates": ("a {}",)}, [], "There are templates, but no texts"),
+        (
+            {"images": "frames", "texts": "labels.txt", "templates": ("a {}",) * 1001},
+            ["cat"],
+            "There are 1,001 templates; the limit is 1,000",
+        ),
     ],
 )
 def test_what_is_missing_is_said(
