@@ -29,6 +29,15 @@ def names_shards(source: str) -> bool:
     return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
 
 
+def require_local(source: str) -> None:
+    """Raise InputError if what is no shard has a URL, of which Path would make another."""
+    if "://" in source:
+        raise InputError(
+            f"The data {source} are not on this machine; only shards are read from elsewhere.",
+            hint="copy the data to this machine, or name shards: s3://bucket/{00000..00012}.tar",
+        )
+
+
 class Pairs(Protocol):
     """N images, each with one or more equivalent captions; training picks one per view.
 
@@ -125,6 +134,7 @@ def load_pairs(
     else:
         from clip_rd_edge.data.tables.load import table_pairs
 
+        require_local(source)
         pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
     if len(pairs) < 2:
         example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""

@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import MAX_TEMPLATES
 from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
-from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards
+from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards, require_local
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
 from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
@@ -279,6 +279,8 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
     Raises:
         InputError: there are no such images.
     """
+    if not names_shards(source):
+        require_local(source)
     if names_shards(source):
         images: Pairs = ShardPairs(source, parse_sources(source), captioned=False, reporter=reporter)
     elif source == "emoji":

@@ -247,7 +247,8 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
             f"{member} has no key {key!r}.{near_matches(key, known)}", hint="name the key with --json-caption-key"
         )
     value = content[key]
-    captions = value if isinstance(value, list) else [value]
+    # img2dataset and exports of tables write null for an empty caption.
+    captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     if not all(isinstance(caption, str) for caption in captions):
         raise InputError(f"{member}: {key!r} is neither a string nor a list of strings.")
     return _require_captions(captions, str(member))

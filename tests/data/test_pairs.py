@@ -184,6 +184,12 @@ def test_a_missing_table() -> None:
         load_pairs("nowhere.csv")
 
 
+def test_a_table_elsewhere_is_refused() -> None:
+    with pytest.raises(InputError, match=r"s3://bucket/pairs\.csv are not on this machine") as caught:
+        load_pairs("s3://bucket/pairs.csv")
+    assert "name shards" in caught.value.hint
+
+
 @pytest.mark.parametrize("size", [1, 25])
 def test_a_batch_size_that_is_too_small_or_too_large_is_refused(pairs_csv: Path, size: int) -> None:
     with pytest.raises(UsageError, match=f"batch size is {size}"):

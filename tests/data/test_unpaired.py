@@ -241,6 +241,8 @@ def test_sources_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("filepath\ngone.png\n")
     with pytest.raises(InputError, match=r"has no images\. 1 were left out; the first: .*gone\.png"):
         load_images(str(tmp_path / "table.csv"), column="filepath")
+    with pytest.raises(InputError, match="s3://bucket/photos are not on this machine"):
+        load_images("s3://bucket/photos", column="filepath")
     with pytest.raises(InputError, match="nowhere does not exist"):
         load_images(str(tmp_path / "nowhere"), column="filepath")
 

@@ -73,12 +73,14 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
         tmp_path / "0.tar",
         {
             "a.png": encode_image(0),
-            "a.json": as_json(caption="from json", more=["one", " two "]),
+            "a.json": as_json(caption="from json", more=[None, "one", "", " two "]),
             "b.png": encode_image(1),
             "b.txt": b"from text",
             "b.json": as_json(caption="from json", more=["three"]),
             "c.png": encode_image(2),
             "c.json": as_json(capton="typo", more=3),
+            "d.png": encode_image(3),
+            "d.json": as_json(more=[None]),
         },
     )
     pairs = load_pairs(str(path))
@@ -89,6 +91,8 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
     assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
     with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
         lists.captions(2)
+    with pytest.raises(InputError, match=r"d\.json: the caption is empty"):
+        lists.captions(3)
 
 
 def test_samples_without_image_or_caption_are_left_out_and_reported(
