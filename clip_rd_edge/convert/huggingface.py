@@ -35,7 +35,9 @@ _END_OF_WORD = "</w>"
 # open_clip's pattern for words, without what JavaScript's regular expressions lack. The text is in lower case before.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}" + "\u0345]+"
 _PUNCTUATION = r"[!-/:-@\[-`{-~]"
-# As ftfy, with which open_clip cleans texts, writes them.
+# As ftfy, with which open_clip cleans texts, removes and writes them. The class has escapes that JavaScript knows, too.
+_TERMINAL_ESCAPE = r"\x1b\[[0-9;]*[a-zA-Z]"
+_CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f" + "\u206a-\u206f\ufeff\ufff9-\ufffc]"
 _LIGATURES = {
     "\ufb00": "ff",
     "\ufb01": "fi",
@@ -248,7 +250,8 @@ def normalizer_with_cleaning(existing: dict[str, Any] | None, spec: TokenizerSpe
     Args:
         existing: the normalizer of the bundle's file, for texts that were cleaned before.
     """
-    replaced = [("[\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), *_LIGATURES.items()]
+    replaced = [(_TERMINAL_ESCAPE, ""), (_CONTROL, "")]
+    replaced += [("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'), *_LIGATURES.items()]
     if spec.clean == "canonicalize":
         replaced += [("_", " "), (_PUNCTUATION, "")]
     replaced.append((r"\s+", " "))

@@ -63,6 +63,8 @@ context length, in batches; transformers.js selects FP16 by `dtype: 'fp16'`, and
 _LIMITS = """- open_clip resizes images with a bicubic filter, transformers.js and fastembed with Lanczos as
   `preprocessor_config.json` says: in Node, transformers.js has no bicubic filter that suits large images. Their
   crop may differ by one pixel from open_clip's.
+- clip-rd-edge lays transparent images on white. transformers, transformers.js, fastembed and open_clip drop the
+  transparency, and the colours beneath it show: lay such images on white first.
 - The tokenizer file does not decode HTML entities or repair wrong encodings, as open_clip does.
 - What the model recognises is what its training data show; nothing else was tested."""
 

@@ -41,7 +41,7 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     tokenizer.enable_truncation(max_length=16)
     session = open_session(str(folder / "textual" / "model.onnx"))
     # The last ones as a phone's keyboard, a Mac's file name and a PDF write them.
-    for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats"):
+    for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats", "a\x00 c\x7fat"):
         ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
         (embedding,) = session.run(None, {"text": ids})
         np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)

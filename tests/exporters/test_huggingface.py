@@ -38,6 +38,7 @@ HARD_TEXTS = [
     "naïve café 猫 👩‍🚀",
     "one o’clock, “quoted” ﬁve",
     "x_y-z; (w) #5",
+    "\ufeffa\x00 \x1b[31;1mred\x1b[0m c\x7fat\u206a\x1f isnʼt",
 ]
 
 
