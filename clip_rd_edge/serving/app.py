@@ -128,8 +128,18 @@ class Service:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
+        return _json({"object": "list", "data": [self._model_entry()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        entry, name = self._model_entry(), request.path_params["name"]
+        if name not in (entry["id"], *entry["aliases"]):
+            return _error(404, f"There is no model {name!r}; this server has {entry['id']!r}.")
+        return _json(entry)
+
+    def _model_entry(self) -> dict[str, Any]:
         modalities = ["text", "image"] if self.encoder.has_text_tower else ["image"]
-        model = {
+        return {
             "id": self.description.name,
             "object": "model",
             "created": self._created,
@@ -138,7 +148,6 @@ class Service:
             "architecture": {"input_modalities": modalities, "output_modalities": ["embedding"]},
             "meta": {"n_ctx": self._context_length, "n_embd": self.description.embedding_size},
         }
-        return _json({"object": "list", "data": [model]})
 
     async def props(self, request: Request) -> Response:
         """GET /props."""
@@ -323,6 +332,7 @@ def make_app(service: Service, *, token: str = "", loopback: bool = True, names:
         posts["/search"] = service.search
     gets: dict[str, Handler] = {
         "/v1/models": service.models,
+        "/v1/models/{name:path}": service.model,
         "/models": service.models,
         "/props": service.props,
         "/health": service.health,

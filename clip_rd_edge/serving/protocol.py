@@ -166,6 +166,7 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
         del bodies["/search"]
     gets = {
         "/v1/models": "The model, in OpenAI's form.",
+        "/v1/models/{name}": "The model of that name, in OpenAI's form.",
         "/props": "The model, in llama.cpp's form.",
         "/health": "Whether the server answers; needs no token.",
         "/metrics": "Counters for Prometheus.",
@@ -180,6 +181,10 @@ def openapi(version: str, *, search: bool) -> dict[str, Any]:
     }
     answer = {"200": answers["200"]}
     paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": answer}} for path, text in gets.items()}
+    paths["/v1/models/{name}"]["get"] |= {
+        "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
+        "responses": {**answer, "404": {"description": "there is no such model"}},
+    }
     for (path, (_, text)), schema in zip(bodies.items(), schemas, strict=True):
         sent = {"required": True, "content": {"application/json": {"schema": schema}}}
         refused = {} if path.endswith("/embeddings") else {"422": {"description": "a field is unknown"}}

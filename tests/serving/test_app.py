@@ -260,6 +260,15 @@ def test_what_goes_from_the_disk_is_not_the_clients_mistake(
         assert client.get("/v1/models").status_code == 200
 
 
+def test_a_model_is_retrieved_by_its_name(client: Any) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    for name in (model["id"], *model["aliases"]):
+        assert client.get(f"/v1/models/{name}").json() == model
+    answer = client.get("/v1/models/ORG/other")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found_error")
+    assert "There is no model 'ORG/other'" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("token", ["  ", "gehéim", "two words", "a\tb"])
 def test_a_token_that_no_client_can_send_is_refused(
     token: str, colour_bundle: Path, tmp_path: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
@@ -320,11 +329,12 @@ def test_prometheus_reads_what_was_counted_and_the_document_names_every_route(cl
     assert 'clip_rd_edge_request_seconds_count{path="/embeddings"} 2\n' in text
     assert "clip_rd_edge_pending_items 0\n" in text
     document = client.get("/openapi.json").json()
-    routes = {route.path for route in client.app.routes}
+    routes = {route.path_format for route in client.app.routes}
     assert routes - set(document["paths"]) == {"/embedding", "/models", "/openapi.json"}  # further names, and itself
     for path, methods in document["paths"].items():
         for method in methods:
-            assert client.request(method, path, content=b"").status_code in (200, 400)
+            filled = path.replace("{name}", "clip-rd-edge")
+            assert client.request(method, filled, content=b"").status_code in (200, 400)
 
 
 def test_the_items_of_concurrent_requests_share_batches_and_keep_their_rows() -> None:
