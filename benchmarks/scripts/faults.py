@@ -375,9 +375,10 @@ class CheckpointScenario:
 
     def _load(self, folder: Path) -> int:
         from clip_rd_edge.distillation.checkpoint import load_checkpoint
+        from clip_rd_edge.distillation.processes.distributed import Processes
 
         module = self._module(0)
-        step = load_checkpoint(folder, {"model": module})
+        step = load_checkpoint(folder, {"model": module}, Processes())
         assert (module.weight == step).all(), "the weights are not those of the step"
         return step
 
