@@ -33,11 +33,17 @@ def here_and_now() -> dict[str, str]:
 def publish(record: Any, table: str, arguments: argparse.Namespace) -> None:
     """Print the table, and write it and the record, a dict or a struct, where the options of the script say."""
     from clip_rd_edge.benchmarking.report.text import write_between_markers
-    from clip_rd_edge.utils.files import write_text
 
     print(table)
     if arguments.output:
-        content = record if isinstance(record, dict) else msgspec.to_builtins(record)
-        write_text(arguments.output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_record(record, arguments.output)
     if arguments.readme:
         write_between_markers(arguments.readme, arguments.marker, table)
+
+
+def write_record(record: Any, path: Path) -> None:
+    """Write a record, a dict or a struct, as JSON."""
+    from clip_rd_edge.utils.files import write_text
+
+    content = record if isinstance(record, dict) else msgspec.to_builtins(record)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

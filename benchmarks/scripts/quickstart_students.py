@@ -6,16 +6,15 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from publishing import add_output_options, here_and_now, publish, write_record
+
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import evaluate
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.utils.host import machine_name
 
 TASKS = ("emoji:unseen-style", "emoji:unseen-concepts")
 SETTINGS: dict[str, Any] = {
@@ -31,13 +30,11 @@ Scores = dict[str, dict[int, list[float]]]
 def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
     """Return a parser with the arguments that `train_all` needs; `name` is that of the table's markers."""
     parser = argparse.ArgumentParser()
-    parser.set_defaults(table=name)
     parser.add_argument("folder", type=Path, help="of the students, which are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--precision", default=SETTINGS["precision"], help="fp32 on processors without AMX")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a run that it has already is kept")
-    parser.add_argument("--readme", type=Path, help=f"replace the table between <!-- {name}: begin --> and its end")
+    add_output_options(parser, name, required=True)
     return parser
 
 
@@ -68,12 +65,10 @@ def train_all(
             options["teacher_cache"] = options["teacher_cache"].format(seed=seed)
         run = edge.distill(output=run_folder(arguments, way, seed), **options)
         result["runs"].append({"way": way, "seed": seed, "top1": top1(edge.load(run).encoder)})
-        result |= {"machine": machine_name(), "date": date.today().isoformat()}
-        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        result |= here_and_now()
+        write_record(result, arguments.output)
         print(f"seed {seed}, {way}: {result['runs'][-1]['top1']}", flush=True)
-    print(markdown(result))
-    if arguments.readme:
-        write_between_markers(arguments.readme, arguments.table, markdown(result))
+    publish(result, markdown(result), arguments)
 
 
 def run_folder(arguments: argparse.Namespace, way: str, seed: int) -> Path:

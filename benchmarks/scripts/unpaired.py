@@ -17,12 +17,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from publishing import publish
 from quickstart_students import TASKS, Result, parser_for, plus_minus, rows, run_folder, scores, train_all
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.benchmarking.metrics import Hits
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data import emoji
 from clip_rd_edge.data.tasks import load_task
@@ -76,9 +76,8 @@ def publish_names(arguments: argparse.Namespace) -> None:
     for run in result["runs"]:
         encoder = edge.load(run_folder(arguments, run["way"], run["seed"])).encoder
         run["by_name"] = top1_by_name(zero_shot(encoder, task).hits(task), task, kept)
-    arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if arguments.readme:
-        write_between_markers(arguments.readme, f"{arguments.table}-names", names_markdown(result))
+    arguments.marker += "-names"
+    publish(result, names_markdown(result), arguments)
 
 
 def top1_by_name(hits: Hits, task: ZeroShotTask, kept: set[str]) -> dict[str, float]:
