@@ -139,13 +139,13 @@ def export(
         )
     else:  # a bundle in another shape
         with tempfile.TemporaryDirectory() as scratch:
-            bundle = Path(scratch)
-            converted = export_bundle(clip, bundle, request, calibration=calibration, overwrite=True, reporter=reporter)
+            plain = Path(scratch)
+            converted = export_bundle(clip, plain, request, calibration=calibration, overwrite=True, reporter=reporter)
             if plan.layout == "immich":
-                write_immich(bundle, output, overwrite=force)
+                write_immich(plain, output, overwrite=force)
                 reporter.say(where_it_goes(output, name))
             else:
-                write_browser(bundle, output, node_modules=node_modules, overwrite=force)
+                write_browser(plain, output, node_modules=node_modules, overwrite=force)
     return ExportedBundle(output, converted.manifest, converted.trials)
 
 

@@ -82,6 +82,7 @@ def calibration_set(
     generator = random.Random(seed)
     wanted = min(count, MAX_CALIBRATION + MAX_HELD_OUT)
     drawn = generator.sample(range(count), wanted)
+    # Drawn apart, so that pairs of different images give the set that they always gave.
     spare = random.Random(seed).sample(range(count), min(count, _MAX_READ))
     bad = BadSamples(pairs, max_share=max_bad)
     captions: list[str] = []

@@ -288,9 +288,8 @@ class ShardMaker:
 
     def _captions(self, index: int) -> tuple[str, ...]:
         """Return a pair's captions, none if they cannot be read."""
-        for _ in range(2):
-            with contextlib.suppress(InputError):
-                return read_twice(self.pairs.captions, index)
+        with contextlib.suppress(InputError):
+            return read_twice(self.pairs.captions, index)
         return ()
 
     def _empty(self, rows: int) -> HalfArray:
