@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,6 +177,11 @@ def test_a_batch_is_pinned_as_torchs_loader_does_it(pairs_csv: Path, monkeypatch
     assert result.teacher_pixels[0] is result.student_pixels
 
 
+def loader_with_a_worker(kind: type[ViewDataset], pairs_csv: Path) -> Iterator[Batch]:
+    dataset = kind(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
+    return step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+
+
 class Cramped(ViewDataset):
     """Leaves its worker process no shared memory to speak of, as a small /dev/shm does."""
 
@@ -188,8 +193,7 @@ class Cramped(ViewDataset):
 
 def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
     """torch prints an error and waits for the lost batch for ever."""
-    dataset = Cramped(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
-    loader = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+    loader = loader_with_a_worker(Cramped, pairs_csv)
     with pytest.raises(DiskFullError, match=r"pass a batch of 0\.0 MB through shared memory: File too large") as caught:
         next(loader)
     assert "--workers 0" in caught.value.hint
@@ -205,8 +209,7 @@ class Killed(ViewDataset):
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> None:
-    dataset = Killed(load_pairs(str(pairs_csv)), STUDENT, [TEACHER], crops=Crops(scale=(0.5, 1.0)), seed=3)
-    loader = step_loader(dataset, StepSampler([24], 5, seed=3, start=0, stop=9), workers=1)
+    loader = loader_with_a_worker(Killed, pairs_csv)
     with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
         next(loader)
     assert "--workers" in caught.value.hint
