@@ -18,7 +18,7 @@ from clip_rd_edge.api.measuring import (
     recommend,
     spread,
 )
-from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, push, stitch
+from clip_rd_edge.api.models import StitchOptions, first_answer, load, open_encoder, push, stitch, trim
 from clip_rd_edge.api.running import ServeOptions, demo, doctor, index, search, serve, watch_index
 from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, probe_teachers, recipe, watch
 
@@ -54,6 +54,7 @@ __all__ = [
     "serve",
     "spread",
     "stitch",
+    "trim",
     "verify",
     "watch",
     "watch_index",

@@ -123,6 +123,58 @@ def stitch(
 
 
 @checked_call
+def trim(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    text_layers: int | None = None,
+    vocabulary: int | None = None,
+    texts: AnyPath | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> Path:
+    """Write a model with a smaller text tower, a student's start, and return its folder.
+
+    The result embeds images as the model does, and most texts otherwise: `distill` with the model as `teacher`, the
+    result as `student` and `texts`, without images, teaches it.
+
+    Args:
+        model: a run's folder, `local-dir:PATH`, `hf-hub:ORG/REPO`, or an open_clip architecture with a tag.
+        text_layers: how many layers of the text tower stay, evenly spaced. Default: all.
+        vocabulary: how many tokens stay, by their use in `texts`; for text towers of Hugging Face whose tokenizer is
+            WordPiece (BERT) or Unigram (XLM-R, mT5). Default: all.
+        texts: a file such as `distill` takes, with texts such as the model will be given.
+        force: replace an earlier trimmed model in `output`; a folder with anything else is refused.
+
+    Raises:
+        UsageError: `output` is in use or holds the model, or nothing is to be trimmed.
+        InputError: the model or the file of texts does not exist.
+        ConfigError: the text tower has no more layers or tokens than that, or cannot be trimmed.
+    """
+    from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
+    from clip_rd_edge.contract.outputs import require_output
+    from clip_rd_edge.runtime.label_list import read_texts
+    from clip_rd_edge.utils.files import require_utf8_path
+
+    folder, spec = Path(output), os.fspath(model)
+    require_utf8_path(folder)
+    require_output(folder, "trimmed model", overwrite=force, sources=[path for path in (model_folder(spec),) if path])
+    lines = read_texts(os.fspath(texts), column="title") if texts is not None else []
+
+    from clip_rd_edge.models.load import load_clip, save_clip
+    from clip_rd_edge.models.trim import require_trim, trim_text_tower
+
+    require_trim(text_layers, vocabulary, lines)
+    reporter.update("loading the model")
+    trimmed = trim_text_tower(load_clip(spec), layers=text_layers, vocabulary=vocabulary, texts=lines)
+    reporter.say(trimmed.description)
+    reporter.update("writing the model")
+    record = {"model": spec, "text_layers": text_layers, "vocabulary": vocabulary}
+    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record})
+    return folder
+
+
+@checked_call
 def push(
     folder: AnyPath, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:

@@ -10,16 +10,20 @@ In the folder of a run it is `student/`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.structs import read_json_objects
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 DISTILLATION_FILE = "distillation.json"
 STUDENT_FOLDER = "student"
 LOCAL_DIR = "local-dir:"
+# What DISTILLATION_FILE says of one model, and not of others that are made from its weights.
+_OF_ONE_MODEL = ("evaluation", "templates", "average", "date")
 
 
 def model_folder(spec: str) -> Path | None:
@@ -45,3 +49,16 @@ def refuse_unfinished_run(spec: str) -> None:
             f"The run {spec} has no student yet: it was interrupted, or it is still training.",
             hint="finish it with its own command and --resume: clip-rd-edge distill --help",
         )
+
+
+def read_training_record(spec: str) -> dict[str, Any]:
+    """Return what is known of a model's training, such as the data for calibration; empty if nothing is.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
+    folder = model_folder(spec)
+    if folder is None or not is_file(folder / DISTILLATION_FILE):
+        return {}
+    record = read_json_objects(folder / DISTILLATION_FILE)
+    return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}

@@ -18,7 +18,7 @@ from clip_rd_edge.utils.files import require_apart, require_free_output, unwrita
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 
-OutputKind = Literal["export", "average", "stitched model"]
+OutputKind = Literal["export", "average", "stitched model", "trimmed model"]
 
 
 class _Layout(NamedTuple):
@@ -47,7 +47,7 @@ _EXPORTS = (  # beside bundles, whose manifests say what is in them
 _BUILT_ON_DEVICE = (f"*{ENGINE_SUFFIX}", f"*{ENGINE_SUFFIX}{STAMP_SUFFIX}", f"*{ENGINE_SUFFIX}.part", "timing.cache")
 _OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 # The entry of distillation.json that only the command's own models have: a student took days to train.
-_RECORDED = {"average": "average", "stitched model": "classifier"}
+_RECORDED = {"average": "average", "stitched model": "classifier", "trimmed model": "trimmed"}
 
 
 def require_output(path: Path, kind: OutputKind, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import primary_metric
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder
+from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.monitoring.metrics import plot_average
@@ -26,13 +26,10 @@ from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-from clip_rd_edge.utils.structs import read_json_objects
 
 BEST: Literal["best"] = "best"
 PLOT = "average.png"
 _CURVE = tuple(number / 10 for number in range(11))
-# What distillation.json says of one of the two models, and not of their average.
-_OF_ONE_MODEL = ("evaluation", "templates", "average", "date")
 
 
 class CurvePoint(msgspec.Struct, frozen=True):
@@ -113,7 +110,7 @@ def average_models(
             curve.append(CurvePoint(share, {task.name: primary_metric(evaluate(encoder, task)) for task in tasks}))
     chosen = _best(curve) if weight == BEST else float(weight)
     record = {
-        **_training_record(names),
+        **(read_training_record(names[1]) or read_training_record(names[0])),
         "average": {
             "models": [first.name, second.name],
             "sha256": [teacher_fingerprint(first), teacher_fingerprint(second)],
@@ -158,17 +155,6 @@ _PROBE = "A photo of two Cats, 42 dogs & a naïve zebra."
 
 def _best(curve: Sequence[CurvePoint]) -> float:
     return max(curve, key=lambda point: (point.mean, -abs(point.weight - 0.5))).weight
-
-
-def _training_record(names: tuple[str, str]) -> dict[str, Any]:
-    """Return what is known of the training of the second model, else of the first, such as the data for calibration."""
-    for name in reversed(names):
-        folder = model_folder(name)
-        if folder is not None and (folder / DISTILLATION_FILE).is_file():
-            record = read_json_objects(folder / DISTILLATION_FILE)
-            if isinstance(record, dict):
-                return {key: value for key, value in record.items() if key not in _OF_ONE_MODEL}
-    return {}
 
 
 def _plot(curve: Sequence[CurvePoint], chosen: float, path: Path) -> None:

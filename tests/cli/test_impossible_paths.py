@@ -65,6 +65,8 @@ COMMANDS = [
     "average photos photos --task PATH -o o",
     "stitch resnet18 --names PATH --text all-MiniLM-L6-v2 -o o",
     "stitch resnet18 --names labels.txt --text all-MiniLM-L6-v2 -o PATH",
+    "trim photos --text-layers 1 -o PATH",
+    "trim photos --vocabulary 9 --texts PATH -o o",
     "quickstart -o PATH",
 ]
 

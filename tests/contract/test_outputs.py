@@ -78,7 +78,7 @@ def test_the_other_layouts_are_recognised(colour_bundle: Path, tmp_path: Path) -
 
 def test_a_trained_student_is_not_replaced_by_an_average(tmp_path: Path) -> None:
     model = write(tmp_path / "model", "open_clip_config.json", "open_clip_model.safetensors", "distillation.json")
-    for kind, key in (("average", "average"), ("stitched model", "classifier")):
+    for kind, key in (("average", "average"), ("stitched model", "classifier"), ("trimmed model", "trimmed")):
         (model / "distillation.json").write_text(json.dumps({key: {}}))
         require_output(model, kind, overwrite=True)  # type: ignore[arg-type]
     assert "no earlier average" in str(refused(model, "average"))

@@ -1,0 +1,181 @@
+"""Smaller text towers, with tiny random models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from support import Watch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+import clip_rd_edge as edge
+from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.sentences import load_sentence_encoder
+from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.trim import trim_text_tower
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdeghilnorstu"
+WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut"]
+TEXTS = ["red cat", "red dog", "green cat", "a red tree"]
+
+
+def clip_of(encoder: Path) -> ClipModel:
+    """A model of this sentence encoder and a tiny image tower."""
+    text = load_sentence_encoder(str(encoder), context_length=12)
+    config = student_config("test_resnet", embedding_size=text.embedding_size, image_size=64, text="64x1")
+    clip = build_student(config, name="tiny")
+    model: Any = clip.model.eval()
+    model.text, model.context_length = text.model, 12
+    return replace(clip, tokenizer=text.tokenizer, model_cfg={**clip.model_cfg, "text_cfg": text.text_cfg})
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> ClipModel:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    pieces = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(pieces))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return clip_of(folder)
+
+
+@pytest.fixture
+def roberta(tmp_path: Path) -> ClipModel:
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{word}" for word in WORDS)]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    folder = tmp_path / "roberta"
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=len(pieces), hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=20,
+    )  # fmt: skip
+    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return clip_of(folder)
+
+
+@torch.no_grad()
+def embed(clip: ClipModel, texts: list[str]) -> np.ndarray:
+    rows: np.ndarray = clip.model.encode_text(clip.tokenizer(texts), normalize=True).numpy()  # type: ignore[operator]
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_texts_of_the_kept_tokens_have_the_same_embeddings(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    clip = request.getfixturevalue(kind)
+    total = clip.model.text.vocab_size
+    trimmed = trim_text_tower(clip, vocabulary=total - 3, texts=TEXTS).clip
+    assert np.array_equal(embed(trimmed, TEXTS), embed(clip, TEXTS))
+    assert clip.model.text.vocab_size == total  # the original stays
+    save_clip(tmp_path / "trimmed", trimmed, provenance={})
+    for loaded in (load_clip(str(tmp_path / "trimmed")), plain(tmp_path / "trimmed", clip)):
+        assert np.array_equal(embed(loaded, TEXTS), embed(clip, TEXTS))
+        assert loaded.model.get_submodule("text.transformer").get_input_embeddings().num_embeddings == total - 3  # type: ignore[operator]
+        # "nut" has no token any more, and is spelled.
+        ids = loaded.tokenizer(["nut", "bolt"]).tolist()
+        unknown = loaded.tokenizer.tokenizer.unk_token_id  # type: ignore[attr-defined]
+        assert all(sum(n not in (0, 1) for n in row) > 3 and unknown not in row for row in ids), ids
+    pixels = torch.randn(2, 3, 64, 64)
+    assert torch.equal(trimmed.model.encode_image(pixels), clip.model.encode_image(pixels))
+
+
+def plain(folder: Path, clip: ClipModel) -> ClipModel:
+    """Load a model as any program with open_clip does."""
+    name = f"local-dir:{folder}"
+    model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    return ClipModel("plain", model, tokenizer, clip.preprocessing, clip.model_cfg)
+
+
+def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
+    trimmed = trim_text_tower(bert, layers=2)
+    assert trimmed.description.startswith("the text tower keeps layers 1, 4 of 4: 0.0 of")
+    before, after = bert.model.state_dict(), trimmed.clip.model.state_dict()
+    prefix = "text.transformer.encoder.layer."
+    assert {name.split(".")[4] for name in after if name.startswith(prefix)} == {"0", "1"}
+    for name in [name for name in after if name.startswith(f"{prefix}1.")]:
+        assert torch.equal(after[name], before[name.replace(f"{prefix}1.", f"{prefix}3.")])
+    save_clip(tmp_path / "trimmed", trimmed.clip, provenance={})
+    assert np.array_equal(embed(load_clip(str(tmp_path / "trimmed")), TEXTS), embed(trimmed.clip, TEXTS))
+    config = json.loads((tmp_path / "trimmed" / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0
+
+
+def test_the_layers_of_open_clips_own_tower_can_be_trimmed(tmp_path: Path) -> None:
+    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x3", context_length=16)
+    clip = build_student(config, name="clip")
+    clip.model.eval()
+    trimmed = trim_text_tower(clip, layers=1).clip
+    save_clip(tmp_path / "trimmed", trimmed, provenance={})
+    loaded = plain(tmp_path / "trimmed", clip)
+    assert len(loaded.model.text.transformer.resblocks) == 1  # type: ignore[union-attr, arg-type]
+    assert np.array_equal(embed(loaded, TEXTS), embed(trimmed, TEXTS))
+    with pytest.raises(ConfigError, match="The vocabulary of clip is CLIP's own"):
+        trim_text_tower(clip, vocabulary=100, texts=TEXTS)
+
+
+def test_what_cannot_be_trimmed_is_refused(bert: ClipModel) -> None:
+    with pytest.raises(UsageError, match="Nothing is to be trimmed"):
+        trim_text_tower(bert)
+    with pytest.raises(UsageError, match="no texts that tell which tokens"):
+        trim_text_tower(bert, vocabulary=20)
+    with pytest.raises(ConfigError, match="has 4 layers, and 4 are to stay; expected 1 to 3"):
+        trim_text_tower(bert, layers=4)
+    with pytest.raises(ConfigError, match="has 45 tokens, and 3 are to stay; expected 35 to 44"):
+        trim_text_tower(bert, vocabulary=3, texts=TEXTS)
+    with pytest.raises(ConfigError, match="has 45 tokens, and 45 are to stay"):
+        trim_text_tower(bert, vocabulary=45, texts=TEXTS)
+
+
+def test_a_trimmed_student_learns_its_teachers_texts(bert: ClipModel, tmp_path: Path) -> None:
+    teacher, texts = tmp_path / "teacher", tmp_path / "texts.txt"
+    save_clip(teacher, bert, provenance={"data": "somewhere"})
+    texts.write_text("\n".join(f"{a} {b}" for a in WORDS for b in WORDS))
+    watch = Watch()
+    start = edge.trim(teacher, tmp_path / "start", text_layers=2, vocabulary=40, texts=texts, reporter=watch)
+    assert "40 of 45 tokens" in watch.said[0]
+    record = json.loads((start / "distillation.json").read_text())
+    assert record["trimmed"] == {"model": str(teacher), "text_layers": 2, "vocabulary": 40}
+    assert record["data"] == "somewhere"
+    with pytest.raises(UsageError, match="would replace"):
+        edge.trim(start, start, text_layers=1, force=True)
+    run = edge.distill(
+        texts=texts, teacher=teacher, student=start, steps=40, batch_size=50, learning_rate=3e-3, precision="fp32",
+        output=tmp_path / "run", workers=0,
+    )  # fmt: skip
+    lines = texts.read_text().splitlines()
+    rows = [embed(load_clip(str(model)), lines) for model in (teacher, start, run)]
+    rows = [r - r.mean(0) for r in rows]
+    cosine = [float((rows[0] * r).sum() / np.linalg.norm(rows[0]) / np.linalg.norm(r)) for r in rows[1:]]
+    assert cosine[1] > cosine[0] + 0.05, cosine
+    bundle = edge.export(run, tmp_path / "bundle")
+    assert (
+        np.abs(edge.load(bundle).encoder.encode_texts(lines[:5]) - embed(load_clip(str(run)), lines[:5])).max() < 1e-4
+    )
