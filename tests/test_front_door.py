@@ -352,3 +352,17 @@ def test_no_function_has_more_than_eight_parameters() -> None:
 def test_a_call_with_a_wrong_argument_is_refused_in_one_sentence(call: Callable[[], object], message: str) -> None:
     with pytest.raises(edge.UsageError, match=message):
         call()
+
+
+def test_a_mistyped_option_of_a_method_is_refused(colour_bundle: Path, colour_images: Path) -> None:
+    model: Any = edge.load(colour_bundle)
+    classifier: Any = edge.ZeroShotClassifier
+    image = colour_images / "red.png"
+    with pytest.raises(edge.UsageError, match=r"^Unknown Model\.classify option 'tops'\. Did you mean 'top'\?$"):
+        model.classify(image, ["red"], tops=5)
+    with pytest.raises(edge.UsageError, match=r"Unknown Model\.classify_camera option 'label'\. Did you mean 'labels'"):
+        model.classify_camera(label=["red"])
+    with pytest.raises(edge.UsageError, match=r"Unknown ZeroShotClassifier option 'template'\. .* 'templates'"):
+        classifier(model.encoder, ["red"], template="a {}")
+    with pytest.raises(edge.UsageError, match=r"Unknown ZeroShotClassifier\.classify option 'k'\.$"):
+        classifier(model.encoder, ["red"]).classify(image, k=1)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.api.models import first_answer, load, open_encoder
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

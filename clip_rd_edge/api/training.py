@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from clip_rd_edge.api._calls import checked_call
 from clip_rd_edge.api.measuring import load_tasks
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
+from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -25,6 +25,7 @@ from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
+from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.printable import is_unicode
 
 _NO_LENGTH = 1e-12  # up to this, an embedding has no direction
@@ -59,6 +60,7 @@ class ZeroShotClassifier:
         UsageError: `none_below` is not between 0 and 1.
     """
 
+    @checked_call
     def __init__(
         self,
         encoder: Encoder,
@@ -111,10 +113,12 @@ class ZeroShotClassifier:
         """Return the probability of each label for each image, (N, C)."""
         return probabilities(self._encode(images), self._embeddings, self._logit_scale)
 
+    @checked_call
     def classify(self, images: ImageInput | Sequence[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
         return self.classify_embeddings(self._encode(images), top=top)
 
+    @checked_call
     def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
         """Like `classify`, for image embeddings of any length, (N, D), or a single one, (D,).
 

@@ -15,6 +15,7 @@ from clip_rd_edge.contract.preprocess import fast_decode_edge
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import embed_images
 from clip_rd_edge.runtime.label_list import Labels, label_names
+from clip_rd_edge.utils.calls import checked_call
 
 BATCH_SIZE = 32
 
@@ -64,6 +65,7 @@ class Model:
         rows: Embeddings = bundle.stored_label_embeddings(labels, templates)
         return rows
 
+    @checked_call
     def encode_images(self, images: ImageInput | Sequence[ImageInput], *, quick: bool = False) -> Embeddings:
         """Embed images.
 
@@ -81,6 +83,7 @@ class Model:
         first: Embeddings = rows[0] if is_single_image(images) else rows
         return first
 
+    @checked_call
     def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
         """Embed texts as they are, without templates.
 
@@ -118,6 +121,7 @@ class Model:
         quick: bool = False,
     ) -> list[list[Prediction]]: ...
 
+    @checked_call
     def classify(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -149,6 +153,7 @@ class Model:
         predictions = classifier.classify_embeddings(embeddings, top=top)
         return predictions[0] if single else predictions
 
+    @checked_call
     def classify_camera(
         self,
         camera: str | int = 0,

@@ -23,13 +23,14 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
         UsageError: they do not, or it is not.
     """
     parameters = inspect.signature(function).parameters
+    command = function.__qualname__.removesuffix(".__init__")
     open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     paths = {name: kind for name, kind in function.__annotations__.items() if kind in ("AnyPath", "AnyPath | None")}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not open_ended:
-            require_known_options(kwargs, parameters, command=function.__name__)
+            require_known_options(kwargs, parameters, command=command)
         given: dict[str, Any] = {**dict(zip(parameters, args, strict=False)), **kwargs}
         for name, kind in paths.items():
             if name in given and not (given[name] is None and kind != "AnyPath"):
