@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -275,6 +275,15 @@ class BadSamples:
         self._reasons.update(bad)
         self._shared = len(self._reasons)
         self._check([reason for _, reason in bad[-1:]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the bad pairs met so far, for a checkpoint; their reasons are told once."""
+        return {"pairs": list(self._reasons)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count the bad pairs of a state that `state_dict` returned; all processes load the same one."""
+        self._reasons = dict.fromkeys(state["pairs"], "")
+        self._shared = len(self._reasons)
 
     def next_valid(self, index: int, read: Callable[[int], T]) -> tuple[T | None, tuple[BadPair, ...]]:
         """Read the first valid pair from `index` on.

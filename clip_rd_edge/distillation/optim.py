@@ -75,7 +75,7 @@ class RunOptimizer:
             other precisions.
         learning_rate: of the last step.
         gradient_norm: of the last step, before clipping.
-        skipped: number of skipped steps since the start or resume.
+        skipped: number of skipped steps.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, recipe: Recipe, *, steps: int) -> None:
@@ -145,9 +145,14 @@ class RunOptimizer:
         self._count_skips(step, finite, overflow=scaled and math.isfinite(loss), run=run)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimiser, loss scale and moving average; model and objective are saved separately."""
+        """Return the state of optimiser, loss scale, moving average and skipped steps, without model and objective."""
         average = self._average.state_dict() if self._average is not None else None
-        return {"optimizer": self._optimizer.state_dict(), "scaler": self._scaler.state_dict(), "average": average}
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "average": average,
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state that `state_dict` returned."""
@@ -155,6 +160,7 @@ class RunOptimizer:
         self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+        self.skipped = state.get("skipped", 0)  # absent from checkpoints of earlier versions
 
     def _count_skips(self, step: int, finite: bool, *, overflow: bool, run: Path) -> None:
         if finite:

@@ -81,7 +81,7 @@ def train(
     objective = setup.objective.to(processes.device)
     set_training_mode(student, config)
     optimizer = RunOptimizer(model, objective, recipe, steps=steps)
-    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer}
+    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer, "bad": dataset.bad}
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges

@@ -54,7 +54,7 @@ def test_the_moving_average_follows_its_definition(tmp_path: Path) -> None:
     assert run.model_to_save.get_parameter("weight").item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_resumed_optimizer_has_the_moving_average_and_the_loss_scale(tmp_path: Path) -> None:
+def test_a_resumed_optimizer_has_the_moving_average_the_loss_scale_and_the_skipped_steps(tmp_path: Path) -> None:
     options = {"ema_decay": 0.9, "precision": "fp16"}
     model = Tiny()
     run = optimizer(model, **options)
@@ -65,7 +65,7 @@ def test_a_resumed_optimizer_has_the_moving_average_and_the_loss_scale(tmp_path:
     resumed = optimizer(Tiny(), **options)
     assert resumed.loss_scale != run.loss_scale
     resumed.load_state_dict(run.state_dict())
-    assert resumed.loss_scale == run.loss_scale
+    assert (resumed.loss_scale, resumed.skipped) == (run.loss_scale, 1)
     average, expected = (r.model_to_save.get_parameter("weight").item() for r in (resumed, run))
     assert average == expected != 0
 

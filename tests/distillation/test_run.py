@@ -90,6 +90,26 @@ def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: P
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, STEPS + 1))
 
 
+def test_a_resumed_run_goes_on_counting_bad_samples(config: RunConfig, pairs_csv: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = msgspec.structs.replace(config, max_bad=0.5)
+    for image in (0, 1, 2, 3, 4, 6):
+        (pairs_csv.parent / "pictures" / f"{image}.png").write_bytes(b"damaged")
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise MemoryError("like a kill, this saves nothing")
+
+    with pytest.raises(MemoryError):
+        distil(config, run, on_step=kill)
+    counts = [line["bad_samples"] for line in read_metrics(run)]
+    distil(config, run, resume=True)
+    resumed = [line["bad_samples"] for line in read_metrics(run)]
+    assert resumed[:5] == counts
+    assert counts[2] > 0
+    assert resumed == sorted(resumed)
+
+
 @pytest.mark.parametrize("saved", [0, 1])
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int

@@ -31,7 +31,7 @@ class Progress:
         data_wait: fraction of the time, without that of evaluations, spent waiting for batches.
         seconds_per_step: with evaluations and all else between steps, for the time left.
         evaluation: scores by task; empty if this step was not evaluated.
-        bad: samples left out, or skipped since the start or resume, in all processes.
+        bad: samples left out, or skipped so far, in all processes.
         skipped: steps that left the weights unchanged because the loss or a gradient was not finite.
         memory_bytes: see `peak_memory_on`.
         samples: what the rows of a batch are called.
