@@ -16,6 +16,7 @@ A message says what was wrong, with its value and place, and what was expected; 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from clip_rd_edge.installation import install_command
@@ -23,6 +24,12 @@ from clip_rd_edge.installation import install_command
 _CLOSE = 0.65  # difflib's ratio
 _MIN_PREFIX = 3  # characters
 _MAX_REASON = 300  # characters of another library's message
+_ORT_STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (?:Load model from .*? failed: ?)?")
+# File and line, and the function with its parameters, for templates also with their types; on Windows its name alone.
+_CPP_PLACE = re.compile(
+    r"\S{1,300}\.(?:cc|cpp|cu|h):\d+ "
+    r"(?:[\w:<>,&* ]*::~?\w+\((?:[^()]|\([^()]*\))*\)(?: const)?(?: \[with [^]]*\])? |[\w:<>]+::~?\w+ )?"
+)
 _MAX_MESSAGE = 2_000  # characters: a value in a file, or the path of one, can be of any length
 
 
@@ -119,8 +126,12 @@ def first_line(error: object) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return another library's message in one line, or else the error's type; no full stop. Drivers write pages."""
-    return " ".join(str(error).split())[:_MAX_REASON].rstrip(".") or type(error).__name__
+    """Return another library's message in one line, or else the error's type; no full stop. Drivers write pages.
+
+    What ONNX Runtime writes in front of a reason is left out: its place in the C++ code alone exceeds the limit.
+    """
+    reason = _CPP_PLACE.sub("", _ORT_STATUS.sub("", " ".join(str(error).split())))
+    return reason[:_MAX_REASON].strip(" .") or type(error).__name__
 
 
 def near_matches(value: str, known: Iterable[str], *, prefix: str = "") -> str:

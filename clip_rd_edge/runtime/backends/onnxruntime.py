@@ -70,7 +70,7 @@ def open_session(
             warn(f"{device} does not start; {name} runs on the CPU instead: {reason}.")
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {name}: {error}.") from error
+        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}.") from error
 
 
 def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:

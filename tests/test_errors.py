@@ -1,0 +1,37 @@
+"""Errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from clip_rd_edge.errors import in_one_line
+
+CALL = (
+    "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
+    "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE) [with ERRTYPE "
+    "= cudaError; bool THRW = true; std::conditional_t<THRW, void, common::Status> = void] "
+)
+WINDOWS_CALL = r"D:\a\_work\1\s\onnxruntime\core\providers\cuda\cuda_call.cc:121 onnxruntime::CudaCall "
+LOAD = "[ONNXRuntimeError] : 1 : FAIL : Load model from /models/image.onnx failed:"
+MODEL = (
+    "/onnxruntime_src/onnxruntime/core/graph/model.cc:256 onnxruntime::Model::Model(onnx::ModelProto&&, const bool&) "
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (f"{LOAD}Protobuf parsing failed.", "Protobuf parsing failed"),
+        (f"{LOAD}{MODEL}Unsupported model IR version: 99 (max 14)\n", "Unsupported model IR version: 99 (max 14)"),
+        (f"{2 * CALL}CUDA failure 35: an old driver (535) ; GPU=0", "CUDA failure 35: an old driver (535) ; GPU=0"),
+        (f"{2 * WINDOWS_CALL}CUDA failure 35: an old driver (535)", "CUDA failure 35: an old driver (535)"),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : tensorprotoutils.cc:1805 Validate Initializer 'a': count (0) is wrong",
+            "Validate Initializer 'a': count (0) is wrong",
+        ),
+        ("Invalid MIT-MAGIC-COOKIE.\n\nSee std::cerr (the log).", "Invalid MIT-MAGIC-COOKIE. See std::cerr (the log)"),
+        (LOAD, "RuntimeError"),
+    ],
+)
+def test_the_reason_of_another_library_is_told_without_the_place_in_its_code(message: str, reason: str) -> None:
+    assert in_one_line(RuntimeError(message)) == reason
