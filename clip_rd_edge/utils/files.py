@@ -161,7 +161,8 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed; what
+    they moved aside, once the new one has its place: until then, it may be all that there is.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -191,7 +192,8 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
                 if old.exists():
                     old.rename(path)
                 raise
-        _remove(old)
+        for replaced in {old, *_leftovers(path, "old")}:
+            _remove(replaced)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if held is not None:
@@ -218,13 +220,18 @@ def _hold(folder: Path) -> int | None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of `new_folder(path)` that no living process holds."""
+    for folder in _leftovers(path, "tmp"):
+        if folder.is_dir() and (held := _hold(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    """Return what `new_folder(path)` calls `.tmp` or `.old`, of this process and of others; empty if that is secret."""
     with suppress(OSError):
-        for folder in path.parent.iterdir():
-            match = _LEFTOVER.fullmatch(folder.name)
-            is_ours = match is not None and (match["name"], match["kind"]) == (path.name, "tmp") and folder.is_dir()
-            if is_ours and (held := _hold(folder)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(held)
+        named = [(other, _LEFTOVER.fullmatch(other.name)) for other in path.parent.iterdir()]
+        return [other for other, match in named if match and (match["name"], match["kind"]) == (path.name, kind)]
+    return []
 
 
 @contextmanager

@@ -118,6 +118,20 @@ def test_a_later_folder_of_the_same_name_removes_what_a_kill_left_but_not_what_i
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tmp_path: Path) -> None:
+    mark = "0123456789abcdef" * 2
+    old, other = tmp_path / f".out.{mark}.old", tmp_path / f".others.{mark}.old"
+    for folder in (old, other):
+        folder.mkdir()
+        (folder / "content").write_text("old")
+    with pytest.raises(KeyError), new_folder(tmp_path / "out"):
+        raise KeyError
+    assert (old / "content").is_file()  # killed between two renames, it is all that there is
+    with new_folder(tmp_path / "out") as new:
+        (new / "content").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+
+
 def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "file", "content")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]
