@@ -137,13 +137,18 @@ def load_pairs(
         require_local(source)
         pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
     if len(pairs) < 2:
-        example = f" {len(pairs.left_out):,} were left out; the first: {pairs.left_out[0]}." if pairs.left_out else ""
         raise InputError(
             f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
-            f"{example}",
+            f"{first_left_out(pairs)}",
             hint=_hint_about_left_out(pairs) if pairs.left_out else _HINT_TOO_FEW,
         )
     return pairs
+
+
+def first_left_out(pairs: Pairs) -> str:
+    """Return the sentence, after a space, that says how many samples were left out and why the first; empty if none."""
+    left_out = pairs.left_out
+    return f" {len(left_out):,} were left out; the first: {left_out[0]}." if left_out else ""
 
 
 _HINT_TOO_FEW = "add pairs, or train on the built-in data set with --data emoji"

@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import MAX_TEMPLATES
 from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
-from clip_rd_edge.data.pairs import Pairs, load_pairs, names_shards, require_local
+from clip_rd_edge.data.pairs import Pairs, first_left_out, load_pairs, names_shards, require_local
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
 from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
@@ -299,8 +299,7 @@ def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pai
         # The path of an image takes the place of its caption.
         images = table_pairs(Path(source), image_key=column, caption_key=column, reporter=reporter)
     if not len(images):
-        example = (
-            f" {len(images.left_out):,} were left out; the first: {images.left_out[0]}." if images.left_out else ""
+        raise InputError(
+            f"{source} has no images.{first_left_out(images)}", hint="name a folder of images, a table or shards"
         )
-        raise InputError(f"{source} has no images.{example}", hint="name a folder of images, a table or shards")
     return images
