@@ -20,6 +20,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     TeacherCache,
     TeacherCaches,
     image_shard,
+    shard_rows,
     text_shard,
 )
 from clip_rd_edge.errors import InputError, UsageError
@@ -141,8 +142,7 @@ def _read_rows(
     """Read rows of shards of together `total` rows, (K, width)."""
     shards, rows = chosen // SHARD_SIZE, []
     for shard in np.unique(shards).tolist():
-        count = min(SHARD_SIZE, total - shard * SHARD_SIZE)
-        with RowFile(path(shard), count=count, dtype="<f2", shape=(width,)) as file:
+        with RowFile(path(shard), count=len(shard_rows(shard, total)), dtype="<f2", shape=(width,)) as file:
             rows += [file[row] for row in (chosen[shards == shard] % SHARD_SIZE).tolist()]
     return np.stack(rows)
 
