@@ -42,7 +42,7 @@ from clip_rd_edge.exporters.onnx import (
     export_text_tower,
 )
 from clip_rd_edge.exporters.tokenizer import export_tokenizer
-from clip_rd_edge.models.clip import ClipModel, evaluation_mode, image_parameter_count, parameter_count
+from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
@@ -90,7 +90,7 @@ def write_fp32(clip: ClipModel, folder: Path, request: ExportRequest, *, reporte
         image=image,
         text=text,
         templates=clip.templates,
-        parameters=parameter_count(clip.model),
+        parameters=deployed_parameter_count(clip.model, text_tower=True),
         provenance=request.provenance,
     )
 
@@ -177,7 +177,8 @@ def export_bundle(
             )
         manifest = converted.manifest
         if not request.text_tower:
-            manifest = msgspec.structs.replace(manifest, parameters=image_parameter_count(clip))
+            parameters = deployed_parameter_count(clip.model, text_tower=False)
+            manifest = msgspec.structs.replace(manifest, parameters=parameters)
         return ConvertedBundle(_finish(folder, manifest, request, source, reporter), converted.trials)
 
 

@@ -57,11 +57,6 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_parameter_count(clip: ClipModel) -> int:
-    """Return the number of parameters of a model's image tower, with its projection."""
-    return parameter_count(clip.model.get_submodule("visual"))
-
-
 class ImageTower(nn.Module):
     """Maps pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
 
@@ -96,6 +91,12 @@ def inference_image_tower(model: nn.Module) -> ImageTower:
     except Exception:  # noqa: BLE001 — timm's modules raise many types; the tower is right as it was trained, too
         return ImageTower(model)
     return ImageTower(merged)
+
+
+def deployed_parameter_count(model: nn.Module, *, text_tower: bool) -> int:
+    """Return the number of parameters of a model as it is deployed; without its text tower, those of `visual` alone."""
+    deployed = inference_image_tower(model).model
+    return parameter_count(deployed if text_tower else deployed.get_submodule("visual"))
 
 
 class TextTower(nn.Module):

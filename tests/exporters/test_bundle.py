@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -70,6 +73,16 @@ def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
         file.write(b"damage")
     with pytest.raises(ConfigError, match=r"image\.onnx\.data has changed since the export"):
         load(bundle).encode_pixels(pixels)
+
+
+@pytest.mark.slow
+def test_the_manifest_counts_the_weights_of_merged_branches(
+    make_student: Callable[..., ClipModel], tmp_path: Path
+) -> None:
+    export_bundle(make_student("mobileone_s0"), tmp_path / "bundle", ExportRequest())
+    graphs = [onnx.load(tmp_path / "bundle" / name).graph for name in ("image.onnx", "text.onnx")]
+    weights = sum(math.prod(tensor.dims) for graph in graphs for tensor in graph.initializer)
+    assert read_manifest(tmp_path / "bundle").parameters == pytest.approx(weights, rel=0.02)
 
 
 def test_the_label_bank_holds_the_text_towers_embeddings(fp32_bundle: Path) -> None:

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from clip_rd_edge.models.clip import ClipModel, evaluation_mode, inference_image_tower, parameter_count
+from clip_rd_edge.models.clip import (
+    ClipModel,
+    deployed_parameter_count,
+    evaluation_mode,
+    inference_image_tower,
+    parameter_count,
+)
 
 
 def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_student: Callable[..., ClipModel]) -> None:
@@ -22,6 +28,15 @@ def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_stude
     after = model.state_dict()
     assert weights.keys() == after.keys()
     assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+def test_the_parameters_of_a_deployed_model_are_those_of_its_merged_branches(
+    make_student: Callable[..., ClipModel],
+) -> None:
+    model = make_student("mobileone_s0").model
+    image, both = (deployed_parameter_count(model, text_tower=text_tower) for text_tower in (False, True))
+    assert image < parameter_count(model.get_submodule("visual")) / 3
+    assert both - image == parameter_count(model) - parameter_count(model.get_submodule("visual"))
 
 
 def test_a_trunk_without_branches_is_not_copied(student: ClipModel) -> None:
