@@ -28,26 +28,24 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from unittest import mock
 
 import msgspec
 import numpy as np
 from PIL import Image
+from publishing import add_output_options, here_and_now, publish, write_record
 
 import clip_rd_edge as edge
 from clip_rd_edge.benchmarking.accuracy import zero_shot
 from clip_rd_edge.benchmarking.formatting import markdown_table
-from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.preprocess import Box
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.utils.host import machine_name
-from clip_rd_edge.utils.structs import read_json, to_json
+from clip_rd_edge.utils.structs import read_json
 
 EDGE = 128  # twice the quickstart's input
 TEMPLATE = "a {}."  # like the captions
@@ -209,18 +207,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("teacher", "student"), default=["teacher", "student"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--readme", type=Path, help="replace the text between <!-- crops-accuracy: begin --> and … end -->"
-    )
+    add_output_options(parser, "crops-accuracy", required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         task, data = load_photographs(arguments.photos, arguments.task, scratch)
         evaluate = Evaluator(task, arguments.quickstart / "teacher")
         result = Result(
-            machine=machine_name(),
-            date=date.today().isoformat(),
+            **here_and_now(),
             task=arguments.task,
             labels=len(task.labels),
             images=len(task.images),
@@ -242,13 +236,10 @@ def main() -> None:
                 train(arguments.quickstart, model, data, output, steps=arguments.steps, seed=seed)
             run = evaluate(output, crop=crop, seed=seed)
             result.runs.append(run)
-            arguments.output.write_bytes(to_json(result))
+            write_record(result, arguments.output)
             scores = f"top-1 {run.top1:.3f}, top-5 {run.top5:.3f}, agreement {run.agreement:.4f}"
             print(f"{model}, {crop}, seed {seed}: {scores}", flush=True)
-    table = markdown(result, arguments.crops)
-    print(table)
-    if arguments.readme:
-        write_between_markers(arguments.readme, "crops-accuracy", table)
+    publish(result, markdown(result, arguments.crops), arguments)
 
 
 if __name__ == "__main__":
