@@ -175,6 +175,7 @@ def _update(
     reporter: Reporter,
 ) -> Update:
     saved_at, index, rows = _start(encoder, folder.resolve(), path, reporter)
+    written_ns = (saved_at / INDEX_FILE).stat().st_mtime_ns if index.entries else 0
     if saved_at == path:  # what was begun with another model has been given up
         shutil.rmtree(path / NEXT, ignore_errors=True)
     bundle = str(encoder.folder.resolve())
@@ -185,23 +186,27 @@ def _update(
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
     names = [name for name in named.values() if is_unicode(name)]
-    if not images and settled is not None:  # the folder was unmounted since it was listed
+    chosen = names if settled is None else [name for name in names if name in settled]
+    sources, broken = _sources(folder, chosen)
+    unmounted = not images or _is_empty(folder)  # since the watch has listed it, or since it was listed above
+    if unmounted and settled is not None:
         return Update(kept=len(index.entries), unmounted=True)
-    if not images and not index.entries:
+    if unmounted and not index.entries:
         raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
-    if not images:
+    if unmounted:
         raise InputError(
             f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
             hint="mount the disk that they are on; or if they were deleted, delete the index, too",
         )
-    hidden = _hidden(folder, {entry.path for entry in index.entries} - set(names)) if folders else set[str]()
-    unsettled = hidden if settled is None else hidden | (set(names) - set(settled))
-    sources, broken = _sources(folder, [name for name in names if name not in unsettled])
+    present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
+    gone = {entry.path for entry in index.entries} - present
+    hidden, emptied = _hidden(folder, gone, written_ns)
+    unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = _compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
-    update = Update(kept=len(kept), removed=len({entry.path for entry in index.entries} - set(names) - hidden))
-    update.unreadable += [*map(str, folders), *broken.values()]
+    update = Update(kept=len(kept), removed=len(gone - hidden))
+    update.unreadable += [*map(str, folders), *emptied, *broken.values()]
     update.unreadable_images.update(broken)
     update.unreadable += [
         f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
@@ -332,11 +337,33 @@ def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, s
     return sources, messages
 
 
-def _hidden(folder: Path, names: Collection[str]) -> set[str]:
-    """Return the images, of those that are not found, that may still be there, in folders that cannot be read."""
+def _hidden(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[str], list[str]]:
+    """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
+
+    They are in folders that cannot be read, or that are empty and have not changed since the index was written: had the
+    images been deleted, the folder would have changed then, so the disk that was mounted there is not.
+    """
     around = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
     closed = {parent for parent in around if not _can_be_listed(folder / parent)}
-    return {name for name in names if closed.intersection(PurePosixPath(name).parents)}
+    emptied = {parent for parent in around - closed if _is_empty(folder / parent, before_ns=written_ns)}
+    hidden = {name for name in names if not (closed | emptied).isdisjoint(PurePosixPath(name).parents)}
+    counts = Counter(parent for name in names for parent in PurePosixPath(name).parents if parent in emptied)
+    return hidden, [
+        f"The folder {folder / parent} is empty; {count:,} image{'s' * (count > 1)} of it stay{'s' * (count == 1)} in "
+        "the index: mount the disk that was there, or delete the folder."
+        for parent, count in sorted(counts.items())
+    ]
+
+
+def _is_empty(folder: Path, *, before_ns: int | None = None) -> bool:
+    """Return whether a folder is empty, and has not changed since `before_ns`; without that, also if it is gone."""
+    try:
+        stat = folder.stat()
+        # Tools that copy folders set the time of modification, but none can set that of the change (not on Windows).
+        changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
+        return next(folder.iterdir(), None) is None and (before_ns is None or changed_ns < before_ns)
+    except OSError:
+        return before_ns is None
 
 
 def _can_be_listed(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from support import Watch
 from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import top_indices
+from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
@@ -135,6 +136,67 @@ def test_images_that_may_only_be_unmounted_stay(
     with pytest.raises(InputError, match=r"has no images, but .* has 4 of it, and stays as it is"):
         update_index(encoder, colour_images, index)
     assert len(names(index)) == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links, and the time of a folder's last change")
+def test_images_on_a_disk_below_the_folder_stay_while_its_mount_point_is_empty(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    for name in ("mounted/2020", "mount point"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (9, 9), (0, 0, 250)).save(tmp_path / "mounted" / "2020" / "blue.png")
+    (colour_images / "disk").symlink_to(tmp_path / "mounted")
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    before = names(index)
+    (colour_images / "disk").unlink()
+    (colour_images / "disk").symlink_to(tmp_path / "mount point")  # as unmounting does: the folder beneath appears
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.removed, names(index)) == (5, 0, before)
+    (message,) = update.unreadable
+    assert "disk is empty; 1 image of it stays in the index" in message
+    time.sleep(0.02)  # file systems keep times to some milliseconds
+    (tmp_path / "mount point" / "new.txt").write_bytes(b"")
+    (tmp_path / "mount point" / "new.txt").unlink()  # as when the images in it are deleted: now it has changed
+    os.utime(tmp_path / "mount point", (1, 1))  # as rsync -a sets it
+    update = update_index(encoder, colour_images, index)
+    assert (update.removed, update.unreadable) == (1, [])
+
+
+def test_an_indexed_link_to_an_image_on_an_unmounted_disk_keeps_its_entry(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (colour_images / "red.png").rename(tmp_path / "disk" / "red.png")
+    (colour_images / "red.png").symlink_to(tmp_path / "disk" / "red.png")
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    (tmp_path / "disk").rename(tmp_path / "away")
+    update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.removed, len(update.unreadable)) == (4, 0, 1)
+    (tmp_path / "away").rename(tmp_path / "disk")
+    assert update_index(encoder, colour_images, index).embedded == 0
+
+
+def test_a_folder_that_goes_away_after_it_was_listed_empties_no_index(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    listed = list_images
+
+    def list_and_remove(folder: Path, **options: Any) -> list[Path]:
+        images = listed(folder, **options)
+        away.rename(tmp_path / f"away-{away.name}")
+        return images
+
+    monkeypatch.setattr(indexing, "list_images", list_and_remove)
+    away = colour_images / "red.png"
+    assert update_index(encoder, colour_images, index).removed == 1
+    away = colour_images
+    with pytest.raises(InputError, match=r"has no images, but .* has 3 of it, and stays as it is"):
+        update_index(encoder, colour_images, index)
+    assert len(names(index)) == 3
 
 
 def test_an_interrupted_update_keeps_its_progress(

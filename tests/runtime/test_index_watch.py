@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -279,4 +280,22 @@ def test_a_folder_that_goes_away_as_an_update_begins_does_not_end_the_watch(
     back = lambda: away.rename(watched.folder)  # noqa: E731
     updates = watched.watch(paint(watched.folder / "new.png"), nothing, back, nothing)
     assert [update.embedded for update in updates] == [4, 1]
+    assert watched.names() == sorted([*ALL, "new.png"])
+
+
+def test_images_that_are_unmounted_while_they_are_embedded_are_embedded_later(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = watched.folder.with_name("away")
+    embed, calls = index_update.embed_images, iter(range(99))
+
+    def unmount_and_embed(*args: Any) -> object:
+        if next(calls) == 1:
+            watched.folder.rename(away)
+        return embed(*args)
+
+    monkeypatch.setattr(index_update, "embed_images", unmount_and_embed)
+    back = lambda: away.rename(watched.folder)  # noqa: E731
+    updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, back, nothing, nothing)
+    assert [update.embedded for update in updates] == [4, 0, 1]
     assert watched.names() == sorted([*ALL, "new.png"])
