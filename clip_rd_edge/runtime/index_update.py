@@ -122,8 +122,8 @@ def update_index(
 
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
-    new. Progress is saved every SAVE_EVERY_S seconds, and on an interruption. Another model's index stays until all
-    images are embedded again. If another process is writing to the index, the update waits for it.
+    new. The same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, and on an
+    interruption. Another model's index stays until all images are embedded again. If another process is writing to the index, the update waits for it.
 
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
@@ -178,9 +178,9 @@ def _update(
     written_ns = (saved_at / INDEX_FILE).stat().st_mtime_ns if index.entries else 0
     if saved_at == path:  # what was begun with another model has been given up
         shutil.rmtree(path / NEXT, ignore_errors=True)
-    bundle = str(encoder.folder.resolve())
-    if index.bundle != bundle:  # moved; search looks for it where index.json says, whether an image is new or not
-        index = msgspec.structs.replace(index, bundle=bundle)
+    current = str(encoder.folder.resolve()), str(folder.resolve())
+    if (index.bundle, index.folder) != current:  # moved; search looks where index.json says, though no image is new
+        index = msgspec.structs.replace(index, bundle=current[0], folder=current[1])
         write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
@@ -305,7 +305,7 @@ def _start(
             raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
         return path, empty, no_rows
     index, rows = read_index(path)
-    if index.folder != empty.folder:
+    if index.folder != empty.folder and not _was_moved(index, folder):
         raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
     if index.model == empty.model:
         return path, index, rows
@@ -317,6 +317,17 @@ def _start(
         if (index.folder, index.model) == (empty.folder, empty.model):
             return path / NEXT, index, rows
     return path / NEXT, empty, no_rows
+
+
+def _was_moved(index: Index, folder: Path) -> bool:
+    """Return whether the image folder of an index is gone or empty, and most of its images are in `folder`."""
+    if not _is_empty(Path(index.folder)):
+        return False
+    there = 0
+    for entry in index.entries:
+        with suppress(OSError):
+            there += (folder / entry.path).stat().st_size == entry.size_bytes
+    return there > len(index.entries) / 2
 
 
 def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, str]]:

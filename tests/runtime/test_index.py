@@ -393,6 +393,31 @@ def test_an_index_is_searched_and_updated_on_another_device_with_a_copy_of_its_b
     assert (update.kept, update.embedded) == (4, 0)
 
 
+@pytest.mark.parametrize("keep_times", [True, False])
+def test_a_folder_that_was_moved_is_not_embedded_again(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path, keep_times: bool
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    moved = tmp_path / "disk" / "photos"
+    shutil.copytree(colour_images, moved, copy_function=shutil.copy2 if keep_times else shutil.copy)
+    with pytest.raises(UsageError, match="index of another folder"):  # the first one is still there
+        update_index(encoder, moved, index)
+    shutil.rmtree(colour_images)
+    if keep_times:
+        colour_images.mkdir()  # a mount point stays
+    update = update_index(encoder, moved, index)
+    assert (update.kept, update.embedded, update.removed) == (4, 0, 0)
+    (hit,) = search_index(index, "red", top=1)
+    assert hit.path == moved / "red.png"
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(moved / "red.png", other)
+    shutil.rmtree(moved)
+    with pytest.raises(UsageError, match="index of another folder"):  # one image of the same name is no evidence
+        update_index(encoder, other, index)
+
+
 def test_a_folder_that_has_none_of_the_images_is_refused(
     colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path
 ) -> None:
