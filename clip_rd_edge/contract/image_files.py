@@ -13,7 +13,12 @@ from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import exists, is_folder, near_files
 
 # Files in a folder with these suffixes count as images. Those that Pillow cannot open are reported on opening.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif"),  # JFIF is the name that Windows gives to JPEGs from the web
+    *(".heic", ".heif", ".hif"),  # HIF is that of cameras from Canon, Fujifilm and Sony
+    *(".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pnm"),  # of data sets such as GTSRB
+}
 # Subfolders that programs other than the user's own put beside images: macOS into its archives, and Synology's NAS.
 _FOREIGN_FOLDERS = {"__MACOSX", "@eaDir"}
 STDIN = "-"

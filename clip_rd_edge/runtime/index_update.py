@@ -123,7 +123,8 @@ def update_index(
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
     new. The same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, and on an
-    interruption. Another model's index stays until all images are embedded again. If another process is writing to the index, the update waits for it.
+    interruption. Another model's index stays until all images are embedded again. If another process is writing to the
+    index, the update waits for it.
 
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the

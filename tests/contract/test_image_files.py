@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from clip_rd_edge.contract.image_files import find_images, list_images
 from clip_rd_edge.contract.images import open_image
@@ -79,3 +80,15 @@ def test_a_link_to_a_folder_that_does_not_exist_is_reported(linked: Path) -> Non
     reports: list[str] = []
     assert list_images(linked, on_unreadable=lambda error: reports.append(str(error)))
     assert reports == [f"Cannot read the folder {linked / 'nas'}: it is a link to something that does not exist."]
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".ppm", ".PGM", ".pnm", ".HIF"])
+def test_images_under_the_less_usual_names_of_the_formats_that_are_read_are_found(tmp_path: Path, suffix: str) -> None:
+    name = tmp_path / f"photo{suffix}"
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".HIF": "PNG"}.get(
+        suffix, "PPM"
+    )  # only the name of HEIF, without a writer
+    Image.new("RGB", (9, 9)).save(name, kind)
+    (tmp_path / "notes.txt").touch()
+    assert list_images(tmp_path) == [name]
+    assert open_image(name).size == (9, 9)
