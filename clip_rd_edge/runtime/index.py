@@ -158,10 +158,11 @@ def write_index(path: Path, index: Index, rows: Embeddings) -> Index:
     Call this with the folder locked: it deletes what older writers have left.
     """
     old_files = leftovers(path, index.graph)
-    buffer = io.BytesIO()
-    np.save(buffer, rows.astype(np.float32, copy=False))
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    header = io.BytesIO()  # of the .npy file; the rows of a large index are not copied
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
     name = f"{_ROWS}{uuid.uuid4().hex[:12]}.npy"
-    write_bytes(path / name, buffer.getvalue())
+    write_bytes(path / name, header.getvalue(), rows.data)
     index = msgspec.structs.replace(index, embeddings=name)
     write_bytes(path / INDEX_FILE, msgspec.json.encode(index))
     delete(old_files)

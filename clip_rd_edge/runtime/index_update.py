@@ -205,7 +205,7 @@ def _update(
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = _compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
-    entries, parts = [entry for entry, _ in kept], [np.asarray(rows[[row for _, row in kept]])]
+    entries = [entry for entry, _ in kept]
     update = Update(kept=len(kept), removed=len(gone - hidden))
     update.unreadable += [*map(str, folders), *emptied, *broken.values()]
     update.unreadable_images.update(broken)
@@ -217,6 +217,7 @@ def _update(
     if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
+    parts = [np.asarray(rows[[row for _, row in kept]])]
     graph = None
     if index.graph and (keys := read_rows(path, index.graph)) is not None and len(kept) + len(new) >= GRAPH_FROM:
         moved = moved_rows(keys, np.array([row for _, row in kept], dtype=np.int64), len(index.entries))
@@ -224,6 +225,7 @@ def _update(
 
     def save() -> tuple[Index, Embeddings]:
         merged = np.concatenate(parts)
+        parts[:] = [merged]  # a second copy of a large index may not fit
         current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=len(new) - done)
         return write_index(saved_at, current, merged), merged
 
@@ -355,16 +357,20 @@ def _hidden(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[
     They are in folders that cannot be read, or that are empty and have not changed since the index was written: had the
     images been deleted, the folder would have changed then, so the disk that was mounted there is not.
     """
-    around = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
+    counts = Counter(name.rpartition("/")[0] for name in names)  # by folder: there may be a million images
+    above = {inner: {inner, *map(str, PurePosixPath(inner).parents)} for inner in counts}
+    around = set[str]().union(*above.values()) - {"", "."}
     closed = {parent for parent in around if not _can_be_listed(folder / parent)}
     emptied = {parent for parent in around - closed if _is_empty(folder / parent, before_ns=written_ns)}
-    hidden = {name for name in names if not (closed | emptied).isdisjoint(PurePosixPath(name).parents)}
-    counts = Counter(parent for name in names for parent in PurePosixPath(name).parents if parent in emptied)
-    return hidden, [
-        f"The folder {folder / parent} is empty; {count:,} image{'s' * (count > 1)} of it stay{'s' * (count == 1)} in "
-        "the index: mount the disk that was there, or delete the folder."
-        for parent, count in sorted(counts.items())
-    ]
+    lost = {inner for inner, parents in above.items() if not parents.isdisjoint(closed | emptied)}
+    messages = []
+    for parent in sorted(emptied):
+        count = sum(counts[inner] for inner, parents in above.items() if parent in parents)
+        messages.append(
+            f"The folder {folder / parent} is empty; {count:,} image{'s' * (count > 1)} of it "
+            f"stay{'s' * (count == 1)} in the index: mount the disk that was there, or delete the folder."
+        )
+    return {name for name in names if name.rpartition("/")[0] in lost}, messages
 
 
 def _is_empty(folder: Path, *, before_ns: int | None = None) -> bool:

@@ -52,13 +52,13 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically, creating its folder if it is missing."""
+def write_bytes(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file of one or several parts atomically, creating its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

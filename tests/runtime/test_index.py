@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageErr
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
-from clip_rd_edge.runtime.index import is_index, model_key, nearest, read_index, search_index
+from clip_rd_edge.runtime.index import Entry, Index, is_index, model_key, nearest, read_index, search_index, write_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 
@@ -114,6 +115,18 @@ def test_images_of_the_same_size_and_time_that_change_places_are_noticed(
     found = [hit.path for hit in nearest(known, rows, encoder.encode_texts(["green"]), top=2)]
     assert pair[0] in found
     assert pair[1] not in found
+
+
+def test_an_index_is_written_without_a_copy_of_its_embeddings(index: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(20_000, 100)).astype(np.float32)
+    entries = [Entry(path=str(number), size_bytes=1, modified_ns=1, sha256="") for number in range(len(rows))]
+    empty = Index(version=1, folder="", bundle="", model="", embeddings="", entries=entries)
+    tracemalloc.start()
+    write_index(index, empty, rows)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < rows.nbytes / 2
+    np.testing.assert_array_equal(read_index(index)[1], rows)
 
 
 def test_images_that_may_only_be_unmounted_stay(
