@@ -1,8 +1,8 @@
 """Keep an index up to date while images come and go.
 
 The folder is listed again and again: that needs no package, and works on network shares, which send no events for what
-other machines write. The pause grows with the time that a listing or an update takes, so that watching costs at most a
-few percent of a core.
+other machines write. The pause grows with the time that a listing takes, so that watching costs at most a few percent
+of a core, and up to a minute with that of an update.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 POLL_S = 2.0
 _REST = 20  # a pause is at least this many times as long as the work before it
+_MAX_REST_S = 60.0  # after an update: embedding a large archive takes hours
 SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
 
@@ -155,6 +156,7 @@ def watch_index(
     while not stop.is_set():
         started = clock()
         there = images.look(started)
+        listing_s = clock() - started
         if not there and not waiting:
             reporter.say(f"{folder} has no images: waiting for some")
         waiting = not there
@@ -176,4 +178,4 @@ def watch_index(
                 yield update
         elif messages:
             yield Update(unreadable=messages)
-        wait(max(POLL_S, _REST * (clock() - started)))
+        wait(max(POLL_S, _REST * listing_s, min(_MAX_REST_S, _REST * (clock() - started))))

@@ -213,14 +213,17 @@ def test_an_empty_folder_is_waited_for(colour_bundle: Path, tmp_path: Path) -> N
     assert [update.embedded for update in updates] == [1]
 
 
-def test_the_pause_grows_with_the_time_that_the_work_takes(watched: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("update_s", "pause_s"), [(1, 20), (3, 60), (7200, 60)])
+def test_the_pause_grows_with_the_time_that_the_work_takes_up_to_a_minute(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch, update_s: float, pause_s: float
+) -> None:
     def slow(*arguments: object, **options: object) -> Update:
-        watched.now += 3
+        watched.now += update_s
         return update_index(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(index_watch, "update_index", slow)
     watched.watch()
-    assert watched.pauses == [60]
+    assert watched.pauses == [pause_s]
 
 
 def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
