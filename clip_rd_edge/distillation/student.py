@@ -11,7 +11,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.quantized.tower import require_convolutional_tower
+from clip_rd_edge.distillation.quantized.tower import require_static_tower
 from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
@@ -42,7 +42,7 @@ def make_student(
     if config.freeze_text:
         require_separate_text_tower(student)
     if config.quantize:
-        require_convolutional_tower(student)
+        require_static_tower(student)
     if config.templates:  # the prompts that it learns are those to classify with
         prompts = parse_templates(config.templates).prompts
         return replace(student, templates=tuple(prompt.replace("{c}", "{}") for prompt in prompts))

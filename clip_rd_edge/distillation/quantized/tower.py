@@ -28,7 +28,7 @@ from clip_rd_edge.distillation.quantized.fake_quant import (
     RangeObserver,
 )
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.clip import ClipModel, ImageTower
+from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, inference_image_tower
 
 _T = Tensor
 _CLAMPS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, _T.relu, _T.relu_}
@@ -281,11 +281,11 @@ def require_quantizable(config: RunConfig) -> None:
             raise UsageError(f"{option} cannot be combined with --quantize.", hint=f"omit {option}")
 
 
-def require_convolutional_tower(student: ClipModel) -> None:
-    """Check that the image tower of a student is quantised statically.
+def require_static_tower(student: ClipModel) -> None:
+    """Check that the image tower of a student is exported in static INT8, with the layers that it is trained with.
 
     Raises:
-        UsageError: it is a transformer, which the exporter quantises dynamically.
+        UsageError: it is a transformer, which the exporter quantises dynamically, or the exporter merges its branches.
     """
     visual = student.model.get_submodule("visual")
     # A single convolution is the patch embedding of a transformer; `convert.int8.candidates` has the same rule.
@@ -293,5 +293,28 @@ def require_convolutional_tower(student: ClipModel) -> None:
         raise UsageError(
             f"The image tower of {student.name} is a transformer, which the exporter quantises dynamically: "
             "there are no activation ranges to adapt to.",
-            hint="export it as it is with --precision int8",
+            hint=_AS_IT_IS,
         )
+    with evaluation_mode(student.model):
+        exported = inference_image_tower(student.model)
+        if exported.model is student.model:
+            return
+        pixels = torch.zeros(1, 3, *student.preprocessing.size, device=_device(student.model))
+        merges = _range_count(exported, pixels) != _range_count(ImageTower(student.model), pixels)
+    # Each branch would be rounded by itself, and the weights of the merged layer, which INT8 holds, never.
+    if merges:
+        raise UsageError(
+            f"The image tower of {student.name} has parallel branches, which the exporter merges before it rounds: "
+            "training under the rounding of each branch would not prepare it for that of the merged layers.",
+            hint=_AS_IT_IS,
+        )
+
+
+_AS_IT_IS = "export it as it is with --precision int8"
+
+
+def _range_count(tower: nn.Module, example: Tensor) -> int:
+    """Return how many activations of a tower INT8 would hold."""
+    ranges = ActivationRanges()
+    QuantizedTower(tower, ranges, example).calibrate([example])
+    return len(ranges.low)

@@ -22,7 +22,7 @@ from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer
-from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower
+from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower, require_static_tower
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.onnx import export_image_tower
@@ -242,6 +242,13 @@ def test_other_precisions_and_transformers_are_rejected(config: RunConfig, tmp_p
     transformer = save_model(tmp_path / "transformer", "test_vit", image_size=160)
     with pytest.raises(UsageError, match="is a transformer, which the exporter quantises dynamically"):
         run_distillation(msgspec.structs.replace(config, student=str(transformer)), tmp_path / "run", resume=False)
+
+
+def test_a_trunk_whose_branches_the_export_merges_is_refused() -> None:
+    with pytest.raises(UsageError, match="parallel branches, which the exporter merges before it rounds") as refused:
+        require_static_tower(make_student("repghostnet_050"))
+    assert refused.value.hint == "export it as it is with --precision int8"
+    require_static_tower(make_student("test_efficientnet"))
 
 
 def test_weights_are_rounded_to_the_levels_that_the_exporter_ships() -> None:
