@@ -9,6 +9,7 @@ Importing this package is cheap: each name below is imported on first use.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
     from clip_rd_edge.utils.reporting import Reporter
 
 __version__ = "0.1.0"
+
+# From 1.29 on, ONNX Runtime sends what it runs to its makers, and keeps a number of the machine in the user's cache. It
+# reads this variable once, when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _CLASSES = {
     "Model": "clip_rd_edge.runtime.model",

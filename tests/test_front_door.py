@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -366,3 +367,16 @@ def test_a_mistyped_option_of_a_method_is_refused(colour_bundle: Path, colour_im
         classifier(model.encoder, ["red"], template="a {}")
     with pytest.raises(edge.UsageError, match=r"Unknown ZeroShotClassifier\.classify option 'k'\.$"):
         classifier(model.encoder, ["red"]).classify(image, k=1)
+
+
+def test_onnx_runtime_sends_nothing_to_its_makers(colour_bundle: Path, colour_images: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    image = str(colour_images / "red.png")
+    code = f"import clip_rd_edge as edge; edge.load({str(colour_bundle)!r}).encode_images({image!r})"
+    # It keeps quiet where it takes the machine for one of continuous integration: hide all that tells it so.
+    environment = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    # Where it sends, it keeps the number of the machine and what is to be sent.
+    assert [path.name for path in (home / ".cache").iterdir()] == ["clip-rd-edge"]
