@@ -89,7 +89,9 @@ def _is_complete(folder: Path) -> bool:
     """Return whether an index is there, and mark it as used now."""
     with contextlib.suppress(OSError):
         os.utime(folder / INDEX)
-    return (folder / INDEX).is_file()
+    with contextlib.suppress(OSError):  # a cache in a folder that this user may not enter
+        return (folder / INDEX).is_file()
+    return False
 
 
 def _remove_unused(indices: Path) -> None:

@@ -85,8 +85,9 @@ def _has_digest(path: Path, digest: str) -> bool:
     stat = path.stat()
     identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{digest}"
     mark = marks_folder() / hashlib.sha256(os.fsencode(identity)).hexdigest()
-    if mark.exists():
-        return True
+    with suppress(OSError):  # a cache in a folder that this user may not enter
+        if mark.exists():
+            return True
     if sha256_of(path) != digest:
         return False
     with suppress(OSError):  # a full or read-only cache only costs time

@@ -113,10 +113,15 @@ def _exists(path: Path, predicate: Callable[[Path], bool]) -> bool:
 
 def cache_home() -> Path:
     """Return $CLIP_RD_EDGE_CACHE, or else `clip-rd-edge` in the user's cache folder; it may not exist yet."""
-    override = os.environ.get("CLIP_RD_EDGE_CACHE")
-    if override:
+    if override := os.environ.get("CLIP_RD_EDGE_CACHE"):
         return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "clip-rd-edge"
+    if parent := os.environ.get("XDG_CACHE_HOME"):
+        return Path(parent) / "clip-rd-edge"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a service under a number that no account has: the root is its home, as containers set it
+        home = Path(os.sep)
+    return home / ".cache" / "clip-rd-edge"
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -104,6 +104,15 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(bundle: Path, marks: Pa
     assert len(hashed) == 2 * len(FILES)
 
 
+def test_a_cache_that_cannot_be_looked_into_costs_time_alone(
+    bundle: Path, tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A name that is too long fails as the home folder of another user does, also for root.
+    monkeypatch.setattr(intact, "marks_folder", lambda: tmp_path / ("a" * 300))
+    use_all(bundle)
+    assert sorted(hashed) == sorted(FILES)
+
+
 def test_the_memory_of_intact_files_does_not_grow_without_limit(
     bundle: Path, marks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

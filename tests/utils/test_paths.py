@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clip_rd_edge.utils.paths import cache_home
+
+
+@pytest.fixture(autouse=True)
+def _without_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CLIP_RD_EDGE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_the_cache_is_where_containers_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_home() == Path(os.sep) / ".cache" / "clip-rd-edge"
+
+
+def test_a_cache_folder_that_is_given_needs_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_home() == tmp_path / "clip-rd-edge"
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_home() == tmp_path / ".cache" / "clip-rd-edge"
