@@ -127,6 +127,10 @@ class BundleEncoder(ABC):
         """The bundle's precomputed labels and their embeddings, or None."""
         require_intact(self.folder, self.manifest, LABELS)
         bank = read_labels(self.folder)
+        if bank is None and LABELS in self.manifest.files:  # removed since the manifest was read
+            raise InputError(
+                f"The bundle {self.folder} is incomplete: {LABELS} is missing.", hint="copy or export the bundle again"
+            )
         if bank is not None and self.manifest.files and LABELS not in self.manifest.files:
             raise ConfigError(
                 f"The manifest of {self.folder} has no checksum of {LABELS}.",

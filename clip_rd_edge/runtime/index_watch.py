@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
@@ -152,6 +153,7 @@ def watch_index(
         raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
     stop = stop or threading.Event()
     wait = wait or stop.wait
+    open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
     images, waiting, written = _Images(folder), False, _written(path)
     while not stop.is_set():
         started = clock()

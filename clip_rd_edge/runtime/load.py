@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_rd_edge.contract.bundle import Manifest, read_manifest
+from clip_rd_edge.contract.bundle import Manifest, is_bundle, read_manifest
 from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
@@ -45,11 +45,22 @@ def load(
         UsageError: the runtime is unknown, the device is not available here, or `threads` is out of range.
     """
     folder = Path(bundle)
+    if is_bundle(folder):
+        folder = _without_links(folder)
     manifest = read_manifest(folder)
     require_intact_manifest(folder, manifest)
     if runtime is not None and runtime not in tuple(RUNTIMES):  # which also takes what cannot be hashed
         raise UsageError(f"Unknown runtime {runtime!r}; expected one of {', '.join(RUNTIMES)}.")
     return open_bundle(folder, manifest, threads=threads, runtime=runtime, device=device, spin=spin)
+
+
+def _without_links(folder: Path) -> Path:
+    """Return the folder that a path leads to: what is read later is of the same bundle if a link is switched meanwhile.
+
+    A path without links is returned as it was given, since messages name it.
+    """
+    real = folder.resolve()
+    return folder if os.fspath(real) == os.path.abspath(folder) else real  # noqa: PTH100 — it removes `..`
 
 
 def open_bundle(

@@ -109,6 +109,8 @@ class Service:
         open_image_tower(encoder)
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
+        if encoder.label_bank is not None:  # now: an update may put another bundle into the folder while this runs
+            self._classifier(None, 0.0)
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""

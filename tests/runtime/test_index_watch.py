@@ -213,6 +213,33 @@ def test_an_empty_folder_is_waited_for(colour_bundle: Path, tmp_path: Path) -> N
     assert [update.embedded for update in updates] == [1]
 
 
+def test_a_watch_that_waits_for_images_embeds_them_with_the_bundle_that_it_started_with(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "camera").mkdir()
+    watched = Folder(colour_bundle, tmp_path / "camera", tmp_path / "index")
+    remove = lambda: shutil.rmtree(colour_bundle)  # noqa: E731 — as an update does before it writes the new one
+    updates = watched.watch(remove, paint(tmp_path / "camera" / "1.png"), nothing, nothing)
+    assert [update.embedded for update in updates] == [1]
+
+
+def test_a_link_that_is_switched_to_another_bundle_changes_no_index(
+    colour_bundle: Path, watched: Folder, tmp_path: Path
+) -> None:
+    current = tmp_path / "current"
+    current.symlink_to(colour_bundle)
+    watched.encoder = load(current, threads=1)
+
+    def switch() -> None:
+        shutil.copytree(colour_bundle, tmp_path / "new")
+        current.unlink()
+        current.symlink_to(tmp_path / "new")
+
+    watched.watch(switch, paint(watched.folder / "new.png"), nothing, nothing)
+    assert "new.png" in watched.names()
+    assert read_index(watched.index)[0].bundle == str(colour_bundle)
+
+
 @pytest.mark.parametrize(("update_s", "pause_s"), [(1, 20), (3, 60), (7200, 60)])
 def test_the_pause_grows_with_the_time_that_the_work_takes_up_to_a_minute(
     watched: Folder, monkeypatch: pytest.MonkeyPatch, update_s: float, pause_s: float

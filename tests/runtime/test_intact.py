@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError
+from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime import intact
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
@@ -67,6 +67,13 @@ def test_a_flipped_bit_is_an_error_and_no_answer(bundle: Path, name: str) -> Non
             use_all(bundle)
         flip(bundle / name, bit)
     use_all(bundle)
+
+
+def test_labels_that_are_removed_while_a_bundle_is_in_use_are_not_taken_for_none(bundle: Path) -> None:
+    encoder = load(bundle)
+    (bundle / "labels.npz").unlink()
+    with pytest.raises(InputError, match=r"incomplete: labels\.npz is missing"):
+        ZeroShotClassifier(encoder)
 
 
 def test_a_flipped_bit_of_the_manifest_is_an_error_and_no_answer(bundle: Path) -> None:

@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 from support import patient_server, wait_until
 
+from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
@@ -258,6 +260,21 @@ def test_what_goes_from_the_disk_is_not_the_clients_mistake(
         shutil.rmtree(colour_bundle)
         assert client.post("/search", json={"query": "red"}).status_code == 500
         assert client.get("/v1/models").status_code == 200
+
+
+def test_a_bundle_that_an_update_replaces_is_served_to_the_end(colour_bundle: Path, tmp_path: Path) -> None:
+    write_labels(colour_bundle, LabelBank(("red", "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
+    write_manifest(colour_bundle, read_manifest(colour_bundle))
+    current = tmp_path / "current"
+    current.symlink_to(colour_bundle)
+    with testclient.TestClient(make_app(Service(load(current))), base_url=BASE_URL) as client:
+        current.unlink()
+        current.symlink_to(tmp_path)
+        shutil.rmtree(colour_bundle)
+        answer = client.post("/classify", json={"image": encoded(jpeg())})
+        assert [prediction["label"] for prediction in answer.json()["predictions"]] == ["red", "blue"]
+        assert client.post("/classify", json={"image": encoded(jpeg()), "labels": ["blue", "red"]}).status_code == 200
+        assert client.get("/v1/models").json()["data"][0]["aliases"] == ["clip-rd-edge"]
 
 
 def test_a_model_is_retrieved_by_its_name(client: Any) -> None:
