@@ -140,6 +140,15 @@ def test_a_flipped_byte_anywhere_in_the_manifest_is_detected(bundle: Path) -> No
         assert "manifest.json" in failed, (position, intact[position - 20 : position + 20])
 
 
+def test_a_bundle_from_before_manifests_had_a_checksum_passes(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["checksum"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    checks = verify_bundle(bundle)
+    assert _failed(checks) == {}
+    assert checks[0].detail == "not checked: it has no checksum"
+
+
 def test_every_missing_file_is_named(bundle: Path) -> None:
     (bundle / "image.onnx").unlink()
     (bundle / "tokenizer.json").unlink()
