@@ -229,8 +229,7 @@ def _update(
         current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=len(new) - done)
         return write_index(saved_at, current, merged), merged
 
-    last_saved = time.monotonic()
-    done = 0
+    last_saved, done = time.monotonic(), 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
         for batch in embed_images_on_cluster(cluster, encoder, new) if cluster else embed_images(encoder, new):
