@@ -16,8 +16,8 @@ photographs of `test` and on the emoji, and nothing else is done; their figures 
         -o benchmarks/results/MACHINE/stitched-teacher.json
 
 With `--seeds`, a stitched model of 112 pixels is taught emoji with each seed in the folder `--runs`, and a student with
-the image tower of each, and a text tower of its own of 128 × 3, learns texts alone. All are evaluated as with
-`--models`, with mean and standard deviation over the seeds. The same command resumes:
+the image tower of each, two of the six layers of its text tower and 7,500 of its tokens learns texts alone. All are
+evaluated as with `--models`, with mean and standard deviation over the seeds. The same command resumes:
 
     python benchmarks/scripts/stitched_teacher.py photos --seeds 0 1 2 3 4 --runs sees \
         -o benchmarks/results/MACHINE/stitched-teacher.json
@@ -69,10 +69,8 @@ TEACH = (
     "distill --data emoji --recipe clip --freeze-text --freeze-norms --freeze-image 6 --tuned-share 0.75 --steps 300 "
     "--batch-size 64 --lr 1e-3 --precision fp32"
 )
-DISTIL = (
-    "distill --student efficientnet_lite0 --image-size 112 --pretrained-image teacher --text tiny --context-length 16 "
-    "--steps 3000 --batch-size 256 --lr 2e-3 --precision fp32"
-)
+TRIM = "trim --text-layers 2 --vocabulary 7500"
+DISTIL = "distill --steps 1000 --batch-size 256 --lr 5e-4 --precision fp32"
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 Score = dict[str, Any]
 
@@ -196,7 +194,11 @@ def trained(folder: Path, seeds: Sequence[int]) -> list[Path]:
     for seed in seeds:
         teacher, student = folder / f"teacher-{seed}", folder / f"student-{seed}"
         command_line(TEACH, "--student", start, "--seed", seed, "-o", teacher, "--resume")
-        command_line(DISTIL, "--texts", texts, "--teacher", teacher, "--seed", seed, "-o", student, "--resume")
+        trimmed = folder / f"trimmed-{seed}"
+        if not trimmed.is_dir():
+            command_line(TRIM, teacher, "--texts", texts, "-o", trimmed)
+        given = ("--texts", texts, "--teacher", teacher, "--student", trimmed)
+        command_line(DISTIL, *given, "--seed", seed, "-o", student, "--resume")
         models += [teacher, student]
     return models
 
