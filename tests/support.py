@@ -128,14 +128,14 @@ def one_worker(address: str, make: Callable[[], Callable[[Any], Any]], items: It
         yield pickle.loads(pickle.dumps(call(pickle.loads(pickle.dumps(item)))))
 
 
-def save_tiny_teacher(folder: Path) -> Path:
-    """Write an open_clip model with random weights, always the same, for 48 pixels and 12 tokens; return its folder."""
+def save_tiny_teacher(folder: Path, *, seed: int = 1) -> Path:
+    """Write an open_clip model with the random weights of a seed, for 48 pixels and 12 tokens; return its folder."""
     import torch
 
     from clip_rd_edge.models.load import save_clip
     from clip_rd_edge.models.student import build_student, student_config
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = student_config("test_resnet", embedding_size=24, image_size=48, text="64x1", context_length=12)
     save_clip(folder, build_student(config, name="teacher"), provenance={})
     return folder

@@ -83,9 +83,9 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     help="Edge of the input images in pixels.",
 )
 @_student(
-    "--text", default="standard", show_default=True, metavar="SIZE",
-    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or teacher, for that of the "
-    "(first) teacher, of which only the projection is trained.",
+    "--text", default="standard", show_default=True, metavar="SIZE|MODEL",
+    help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
+    "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
 )  # fmt: skip
 @_student(
     "--context-length",

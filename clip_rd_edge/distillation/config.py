@@ -50,7 +50,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 # Fields that say where something lies, which may differ between machines; their content is compared instead.
 LOCATIONS = frozenset(
     {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
-) | frozenset({"pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
+) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -128,8 +128,9 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         teacher_pretrained: weights of teachers that are named by an architecture alone.
         student: a preset, a timm architecture or a JSON configuration; or `local-dir:PATH` of a model to fine-tune.
         image_size: edge of the student's input in pixels.
-        text: see `models.student.text_size`; or `teacher` for the own text tower of the teacher, or of the first, which
-            then needs `freeze_text`: its features are computed once per caption.
+        text: see `models.student.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
+            for that of the teacher, or of the first, which then needs `freeze_text`: its features are computed once per
+            caption.
         context_length: tokens per caption; the teacher's with its text tower.
         embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections

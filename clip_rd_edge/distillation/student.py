@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,8 +17,15 @@ from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teacher
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
-from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import TEACHER, build_student, init_image_tower, student_config, text_size
+from clip_rd_edge.models.load import load_clip, read_open_clip_config
+from clip_rd_edge.models.student import (
+    TEACHER,
+    TEXT_SIZES,
+    build_student,
+    init_image_tower,
+    student_config,
+    text_size,
+)
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
 from clip_rd_edge.models.text_weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -86,7 +94,7 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
         "text": _text_size_of(student),
     }
     asked_for = {name: getattr(config, name) for name in actual}
-    if config.text != TEACHER:
+    if config.text != TEACHER and _text_source(config) is None:
         size = text_size(config.text)
         asked_for["text"] = f"{size.width}x{size.layers}"
     defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
@@ -108,9 +116,21 @@ def _text_size_of(student: ClipModel) -> str:
     return f"{text_cfg.get('width', 512)}x{text_cfg.get('layers', 12)}"  # open_clip's defaults
 
 
+def _text_source(config: RunConfig) -> Path | None:
+    """Return the folder of the model whose text tower a student takes; None for a new tower, or the teacher's."""
+    return None if config.text in (TEACHER, *TEXT_SIZES) else model_folder(config.text)
+
+
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
-    """Return a new student, whose weights are random unless its text tower is that of the first teacher."""
+    """Return a new student, whose weights are random unless it takes the text tower of a model."""
     architecture = _student_architecture(config, teachers)
+    if (source := _text_source(config)) is not None:
+        if config.pretrained_text:
+            raise UsageError(
+                f"The student takes the text tower of {config.text}, but other weights to start from were named.",
+                hint="omit --pretrained-text",
+            )
+        return build_with_text_tower_of(load_clip(str(source)), architecture, name=name)
     if config.text != TEACHER:
         return build_student(architecture, name=name)
     if not teachers:
@@ -123,11 +143,12 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
 
 def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
     """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
+    is_taken = config.text == TEACHER or _text_source(config) is not None
     architecture = student_config(
         config.student,
         embedding_size=config.embedding_size or _embedding_size(config, teachers),
         image_size=config.image_size,
-        text="tiny" if config.text == TEACHER else config.text,  # a placeholder that costs no time
+        text="tiny" if is_taken else config.text,  # a placeholder that costs no time
         context_length=config.context_length,
     )
     if config.pretrained_image == TEACHER:
@@ -144,6 +165,8 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
 
 
 def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
+    if (source := _text_source(config)) is not None:
+        return int(read_open_clip_config(source)["model_cfg"]["embed_dim"])
     if (stored := load_stored_teachers(config)) is not None:
         return sum(stored.widths)
     if config.text == TEACHER or config.pretrained_image == TEACHER:

@@ -54,7 +54,7 @@ def text_size(name: str) -> TextSize:
     ):
         raise ConfigError(
             f"The text tower is {name!r}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, "
-            f"where the width is a multiple of {_HEAD_WIDTH}."
+            f"where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
         )
     return TextSize(width=int(width), layers=int(layers))
 

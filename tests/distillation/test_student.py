@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
@@ -14,6 +15,7 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text_weights import TOKENS
 
@@ -62,3 +64,20 @@ def test_token_embeddings_need_a_teacher(pairs_csv: Path, tmp_path: Path) -> Non
     config = tiny_run("clip", {"steps": 6, "batch_size": 6}, pretrained_text=TOKENS, data=str(pairs_csv))
     with pytest.raises(InputError, match="--pretrained-text tokens needs a teacher"):
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch())
+
+
+def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_path: Path) -> None:
+    save_tiny_teacher(tmp_path / "teacher")
+    save_tiny_teacher(tmp_path / "texts", seed=2)
+    settings = {"data": str(pairs_csv), "teacher": str(tmp_path / "teacher"), "text": str(tmp_path / "texts")}
+    config = tiny_run(
+        "clip-rd", {"steps": 6, "batch_size": 6}, freeze_text=True, embedding_size=0, checkpoint_every=2, **settings
+    )
+    killed_and_resumed(config, tmp_path, after=3)
+    names = ("text.token_embedding.weight", "text.transformer.resblocks.0.mlp.c_fc.weight")
+    weights = [load_clip(str(tmp_path / name)).model.state_dict() for name in ("texts", "run", "teacher")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in names)
+    assert not torch.equal(weights[1][names[0]], weights[2][names[0]])
+    config = msgspec.structs.replace(config, pretrained_text=TOKENS)
+    with pytest.raises(UsageError, match=r"takes the text tower of .*texts, but other weights to start from"):
+        run_distillation(config, tmp_path / "other", resume=False, reporter=Watch())
