@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.errors import DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
@@ -27,7 +23,6 @@ from clip_rd_edge.runtime.index import (
     INDEX_FILE,
     INDEX_VERSION,
     NEXT,
-    Entry,
     Index,
     delete,
     is_index,
@@ -36,6 +31,7 @@ from clip_rd_edge.runtime.index import (
     read_index,
     write_index,
 )
+from clip_rd_edge.runtime.index_folder import compare, find_sources, is_empty_folder, out_of_sight, was_moved
 from clip_rd_edge.runtime.index_graph import (
     GRAPH_FROM,
     build_graph,
@@ -46,16 +42,13 @@ from clip_rd_edge.runtime.index_graph import (
     write_graph,
     write_rows,
 )
-from clip_rd_edge.utils.files import disk_full_error, sha256_of, write_bytes
+from clip_rd_edge.utils.files import disk_full_error, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
-_SECOND_NS = 1_000_000_000
-_COARSE_S = 2.0  # FAT keeps times to two seconds
-_UNSURE = -1  # a modification time that the next update does not trust
 
 
 @dataclass(kw_only=True)
@@ -77,35 +70,6 @@ class Update:
     unreadable_images: dict[str, str] = field(default_factory=dict)
     approximate: bool = False
     unmounted: bool = False
-
-
-class _Source:
-    """An image file whose SHA-256 is computed when its content is read, so that it is read only once."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path, self.name = folder / name, name
-        stat = self.path.stat()  # before reading: a change in between is noticed by the next update
-        self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
-        # Where times are whole seconds, a change just after the file was read would not show.
-        if stat.st_mtime_ns % _SECOND_NS == 0 and abs(time.time() - stat.st_mtime) <= _COARSE_S:
-            self.modified_ns = _UNSURE
-        self.sha256 = ""
-
-    def read_bytes(self) -> bytes:
-        content = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        return content
-
-    def entry(self, sha256: str = "") -> Entry:
-        return Entry(
-            path=self.name,
-            size_bytes=self.size_bytes,
-            modified_ns=self.modified_ns,
-            sha256=sha256 or self.sha256,
-        )
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 def update_index(
@@ -188,8 +152,8 @@ def _update(
     named = {image: image.relative_to(folder).as_posix() for image in images}
     names = [name for name in named.values() if is_unicode(name)]
     chosen = names if settled is None else [name for name in names if name in settled]
-    sources, broken = _sources(folder, chosen)
-    unmounted = not images or _is_empty(folder)  # since the watch has listed it, or since it was listed above
+    sources, broken = find_sources(folder, chosen)
+    unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
     if unmounted and settled is not None:
         return Update(kept=len(index.entries), unmounted=True)
     if unmounted and not index.entries:
@@ -201,9 +165,9 @@ def _update(
         )
     present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
     gone = {entry.path for entry in index.entries} - present
-    hidden, emptied = _hidden(folder, gone, written_ns)
+    hidden, emptied = out_of_sight(folder, gone, written_ns)
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
-    kept, new = _compare(index.entries, sources)
+    kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
     entries = [entry for entry, _ in kept]
     update = Update(kept=len(kept), removed=len(gone - hidden))
@@ -308,7 +272,7 @@ def _start(
             raise UsageError(f"The output {path} exists and is not an index.", hint="choose another -o")
         return path, empty, no_rows
     index, rows = read_index(path)
-    if index.folder != empty.folder and not _was_moved(index, folder):
+    if index.folder != empty.folder and not was_moved(index, folder):
         raise UsageError(f"{path} is the index of another folder, {index.folder}.", hint="choose another -o")
     if index.model == empty.model:
         return path, index, rows
@@ -322,104 +286,5 @@ def _start(
     return path / NEXT, empty, no_rows
 
 
-def _was_moved(index: Index, folder: Path) -> bool:
-    """Return whether the image folder of an index is gone or empty, and most of its images are in `folder`."""
-    if not _is_empty(Path(index.folder)):
-        return False
-    there = 0
-    for entry in index.entries:
-        with suppress(OSError):
-            there += (folder / entry.path).stat().st_size == entry.size_bytes
-    return there > len(index.entries) / 2
-
-
-def _sources(folder: Path, names: list[str]) -> tuple[list[_Source], dict[str, str]]:
-    """Return the files without those that were deleted since they were listed, and messages about links to nothing."""
-    sources, messages = [], {}
-    for name in names:
-        try:
-            sources.append(_Source(folder, name))
-        except OSError as error:
-            path = folder / name
-            if path.is_symlink():
-                try:
-                    open_image(path)
-                except InputError as reason:
-                    messages[name] = str(reason)
-            elif not isinstance(error, FileNotFoundError):
-                raise
-    return sources, messages
-
-
-def _hidden(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[str], list[str]]:
-    """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
-
-    They are in folders that cannot be read, or that are empty and have not changed since the index was written: had the
-    images been deleted, the folder would have changed then, so the disk that was mounted there is not.
-    """
-    counts = Counter(name.rpartition("/")[0] for name in names)  # by folder: there may be a million images
-    above = {inner: {inner, *map(str, PurePosixPath(inner).parents)} for inner in counts}
-    around = set[str]().union(*above.values()) - {"", "."}
-    closed = {parent for parent in around if not _can_be_listed(folder / parent)}
-    emptied = {parent for parent in around - closed if _is_empty(folder / parent, before_ns=written_ns)}
-    lost = {inner for inner, parents in above.items() if not parents.isdisjoint(closed | emptied)}
-    messages = []
-    for parent in sorted(emptied):
-        count = sum(counts[inner] for inner, parents in above.items() if parent in parents)
-        messages.append(
-            f"The folder {folder / parent} is empty; {count:,} image{'s' * (count > 1)} of it "
-            f"stay{'s' * (count == 1)} in the index: mount the disk that was there, or delete the folder."
-        )
-    return {name for name in names if name.rpartition("/")[0] in lost}, messages
-
-
-def _is_empty(folder: Path, *, before_ns: int | None = None) -> bool:
-    """Return whether a folder is empty, and has not changed since `before_ns`; without that, also if it is gone."""
-    try:
-        stat = folder.stat()
-        # Tools that copy folders set the time of modification, but none can set that of the change (not on Windows).
-        changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
-        return next(folder.iterdir(), None) is None and (before_ns is None or changed_ns < before_ns)
-    except OSError:
-        return before_ns is None
-
-
-def _can_be_listed(folder: Path) -> bool:
-    """Return whether a folder can be read, or is not there at all."""
-    try:
-        next(folder.iterdir(), None)
-    except (FileNotFoundError, NotADirectoryError):
-        return not folder.is_symlink()  # what it leads to may be unmounted
-    except OSError:
-        return False
-    return True
-
-
 def _printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def _compare(known: list[Entry], sources: list[_Source]) -> tuple[list[tuple[Entry, int]], list[_Source]]:
-    """Split the files into those already in the index, with their rows, and those to embed."""
-    rows = {entry.path: row for row, entry in enumerate(known)}
-    sizes = {entry.size_bytes for entry in known}
-    # Where several images have the size and time of one, as bitmaps from an archive may, they may have changed places.
-    stamps = Counter((entry.size_bytes, entry.modified_ns) for entry in known)
-    contents = {entry.sha256: row for row, entry in enumerate(known)}
-    kept: list[tuple[Entry, int]] = []
-    new: list[_Source] = []
-    for source in sources:
-        row = rows.get(source.name)
-        sure = source.modified_ns != _UNSURE and stamps[source.size_bytes, source.modified_ns] == 1
-        if row is not None and sure and source.entry(known[row].sha256) == known[row]:
-            kept.append((known[row], row))
-            continue
-        digest = ""
-        if source.size_bytes in sizes:
-            with suppress(OSError):  # reported when it is opened
-                digest = sha256_of(source.path)
-        if digest in contents:
-            kept.append((source.entry(digest), contents[digest]))
-        else:
-            new.append(source)
-    return kept, new

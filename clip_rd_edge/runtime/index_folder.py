@@ -1,0 +1,147 @@
+"""The image folder of an index: which files are new, moved or unchanged, and which are only out of sight."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.index import Entry, Index
+from clip_rd_edge.utils.files import sha256_of
+
+_SECOND_NS = 1_000_000_000
+_COARSE_S = 2.0  # FAT keeps times to two seconds
+_UNSURE = -1  # a modification time that the next update does not trust
+
+
+class Source:
+    """An image file whose SHA-256 is computed when its content is read, so that it is read only once."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path, self.name = folder / name, name
+        stat = self.path.stat()  # before reading: a change in between is noticed by the next update
+        self.size_bytes, self.modified_ns = stat.st_size, stat.st_mtime_ns
+        # Where times are whole seconds, a change just after the file was read would not show.
+        if stat.st_mtime_ns % _SECOND_NS == 0 and abs(time.time() - stat.st_mtime) <= _COARSE_S:
+            self.modified_ns = _UNSURE
+        self.sha256 = ""
+
+    def read_bytes(self) -> bytes:
+        content = self.path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        return content
+
+    def entry(self, sha256: str = "") -> Entry:
+        return Entry(
+            path=self.name,
+            size_bytes=self.size_bytes,
+            modified_ns=self.modified_ns,
+            sha256=sha256 or self.sha256,
+        )
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def was_moved(index: Index, folder: Path) -> bool:
+    """Return whether the image folder of an index is gone or empty, and most of its images are in `folder`."""
+    if not is_empty_folder(Path(index.folder)):
+        return False
+    there = 0
+    for entry in index.entries:
+        with suppress(OSError):
+            there += (folder / entry.path).stat().st_size == entry.size_bytes
+    return there > len(index.entries) / 2
+
+
+def find_sources(folder: Path, names: list[str]) -> tuple[list[Source], dict[str, str]]:
+    """Return the files without those that were deleted since they were listed, and messages about links to nothing."""
+    sources, messages = [], {}
+    for name in names:
+        try:
+            sources.append(Source(folder, name))
+        except OSError as error:
+            path = folder / name
+            if path.is_symlink():
+                try:
+                    open_image(path)
+                except InputError as reason:
+                    messages[name] = str(reason)
+            elif not isinstance(error, FileNotFoundError):
+                raise
+    return sources, messages
+
+
+def out_of_sight(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[str], list[str]]:
+    """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
+
+    They are in folders that cannot be read, or that are empty and have not changed since the index was written: had the
+    images been deleted, the folder would have changed then, so the disk that was mounted there is not.
+    """
+    counts = Counter(name.rpartition("/")[0] for name in names)  # by folder: there may be a million images
+    above = {inner: {inner, *map(str, PurePosixPath(inner).parents)} for inner in counts}
+    around = set[str]().union(*above.values()) - {"", "."}
+    closed = {parent for parent in around if not _can_be_listed(folder / parent)}
+    emptied = {parent for parent in around - closed if is_empty_folder(folder / parent, before_ns=written_ns)}
+    lost = {inner for inner, parents in above.items() if not parents.isdisjoint(closed | emptied)}
+    messages = []
+    for parent in sorted(emptied):
+        count = sum(counts[inner] for inner, parents in above.items() if parent in parents)
+        messages.append(
+            f"The folder {folder / parent} is empty; {count:,} image{'s' * (count > 1)} of it "
+            f"stay{'s' * (count == 1)} in the index: mount the disk that was there, or delete the folder."
+        )
+    return {name for name in names if name.rpartition("/")[0] in lost}, messages
+
+
+def is_empty_folder(folder: Path, *, before_ns: int | None = None) -> bool:
+    """Return whether a folder is empty, and has not changed since `before_ns`; without that, also if it is gone."""
+    try:
+        stat = folder.stat()
+        # Tools that copy folders set the time of modification, but none can set that of the change (not on Windows).
+        changed_ns = max(stat.st_mtime_ns, stat.st_ctime_ns)
+        return next(folder.iterdir(), None) is None and (before_ns is None or changed_ns < before_ns)
+    except OSError:
+        return before_ns is None
+
+
+def _can_be_listed(folder: Path) -> bool:
+    """Return whether a folder can be read, or is not there at all."""
+    try:
+        next(folder.iterdir(), None)
+    except (FileNotFoundError, NotADirectoryError):
+        return not folder.is_symlink()  # what it leads to may be unmounted
+    except OSError:
+        return False
+    return True
+
+
+def compare(known: list[Entry], sources: list[Source]) -> tuple[list[tuple[Entry, int]], list[Source]]:
+    """Split the files into those already in the index, with their rows, and those to embed."""
+    rows = {entry.path: row for row, entry in enumerate(known)}
+    sizes = {entry.size_bytes for entry in known}
+    # Where several images have the size and time of one, as bitmaps from an archive may, they may have changed places.
+    stamps = Counter((entry.size_bytes, entry.modified_ns) for entry in known)
+    contents = {entry.sha256: row for row, entry in enumerate(known)}
+    kept: list[tuple[Entry, int]] = []
+    new: list[Source] = []
+    for source in sources:
+        row = rows.get(source.name)
+        sure = source.modified_ns != _UNSURE and stamps[source.size_bytes, source.modified_ns] == 1
+        if row is not None and sure and source.entry(known[row].sha256) == known[row]:
+            kept.append((known[row], row))
+            continue
+        digest = ""
+        if source.size_bytes in sizes:
+            with suppress(OSError):  # reported when it is opened
+                digest = sha256_of(source.path)
+        if digest in contents:
+            kept.append((source.entry(digest), contents[digest]))
+        else:
+            new.append(source)
+    return kept, new
