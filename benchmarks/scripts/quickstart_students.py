@@ -34,6 +34,7 @@ def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--precision", default=SETTINGS["precision"], help="fp32 on processors without AMX")
+    parser.add_argument("--text", default=SETTINGS["text"], help="text tower; teacher for the teacher's own")
     add_output_options(parser, name, required=True)
     return parser
 
@@ -52,7 +53,9 @@ def train_all(
         teachers: by name, the teachers to evaluate.
         markdown: returns the table.
     """
-    settings = {**SETTINGS, "precision": arguments.precision}
+    settings = {**SETTINGS, "precision": arguments.precision, "text": arguments.text}
+    if arguments.text == "teacher":  # it has weights
+        settings["pretrained_text"] = None
     result: Result = {"steps": arguments.steps, "settings": settings, "runs": []}
     if arguments.output.is_file():
         result = json.loads(arguments.output.read_text(encoding="utf-8"))
