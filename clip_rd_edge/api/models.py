@@ -166,7 +166,9 @@ def trim(
 
     require_trim(text_layers, vocabulary, lines)
     reporter.update("loading the model")
-    trimmed = trim_text_tower(load_clip(spec), layers=text_layers, vocabulary=vocabulary, texts=lines)
+    trimmed = trim_text_tower(
+        load_clip(spec), layers=text_layers, vocabulary=vocabulary, texts=lines, reporter=reporter
+    )
     reporter.say(trimmed.description)
     reporter.update("writing the model")
     record = {"model": spec, "text_layers": text_layers, "vocabulary": vocabulary}

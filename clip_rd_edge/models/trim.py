@@ -24,11 +24,13 @@ from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, parameter_count
 from clip_rd_edge.models.text_weights import evenly_spaced
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024
 # By kind of model: what marks a piece within a word, or at its beginning.
 _MARKS = {"WordPiece": "##", "Unigram": "▁"}
+_BYTE = "<0x{:02X}>"  # a piece of a character that no other piece has
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class TrimmedModel:
 
 
 def trim_text_tower(
-    clip: ClipModel, *, layers: int | None = None, vocabulary: int | None = None, texts: Sequence[str] = ()
+    clip: ClipModel,
+    *,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+    texts: Sequence[str] = (),
+    reporter: Reporter = SILENT,
 ) -> TrimmedModel:
     """Return a copy of a model with a smaller text tower, whose embeddings are as wide; the image tower is shared.
 
@@ -60,7 +67,7 @@ def trim_text_tower(
     clip = replace(clip, model=_copy(clip.model), model_cfg=copy.deepcopy(clip.model_cfg))
     kept = []
     if vocabulary is not None:
-        clip, which = _trim_vocabulary(clip, vocabulary, texts)
+        clip, which = _trim_vocabulary(clip, vocabulary, texts, reporter)
         kept.append(which)
     if layers is not None:
         kept.append(_trim_layers(clip, layers))
@@ -131,17 +138,18 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
     return f"layer{'s' * (count > 1)} {', '.join(str(number + 1) for number in chosen)} of {total}"
 
 
-def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str]) -> tuple[ClipModel, str]:
+def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter: Reporter) -> tuple[ClipModel, str]:
     content = _tokenizer_content(clip)
     pieces = _pieces(content, clip.name)
     tokenizer: Any = clip.tokenizer
     used = np.zeros(len(pieces), np.int64)
     for part in in_batches(len(texts), _BATCH):
+        reporter.update("counting tokens", part.start, len(texts))
         used += np.bincount(tokenizer(list(texts[part])).numpy().ravel(), minlength=len(pieces))
     transformer = _text(clip).transformer
     # The padding keeps its number, on which RoBERTa's positions depend.
-    special = {token["id"] for token in content["added_tokens"]} | {*range(transformer.config.pad_token_id + 1)}
-    needed = _needed(pieces, used, special, content["model"]["type"])
+    special = {token["id"] for token in content["added_tokens"]} | {*range((transformer.config.pad_token_id or 0) + 1)}
+    needed = _needed(pieces, used, special, content["model"])
     if not len(needed) <= size < len(pieces):
         raise ConfigError(
             f"The vocabulary of {clip.name} has {len(pieces):,} tokens, and {size:,} are to stay; expected "
@@ -154,7 +162,9 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str]) -> tuple[
     embedding = transformer.get_input_embeddings()
     with torch.no_grad():
         embedding.weight = nn.Parameter(embedding.weight[kept].clone())
-    embedding.num_embeddings = transformer.config.vocab_size = clip.model.text.vocab_size = size  # type: ignore[union-attr]
+    embedding.num_embeddings = transformer.config.vocab_size = size
+    model: Any = clip.model
+    model.vocab_size = model.text.vocab_size = size
     new = _tokenizer_of(clip, _with_pieces(content, kept))
     share = used[kept].sum() / max(used.sum(), 1)
     return replace(clip, tokenizer=new), f"{size:,} of {len(pieces):,} tokens ({share:.1%} of those in the texts)"
@@ -181,7 +191,7 @@ def _tokenizer_content(clip: ClipModel) -> dict[str, Any]:
 
 
 def _pieces(content: dict[str, Any], name: str) -> list[str]:
-    """Return the tokens by id."""
+    """Return the tokens by id: those of the model, then what was added to it."""
     kind, vocabulary = content["model"]["type"], content["model"]["vocab"]
     if kind == "WordPiece":
         pieces = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -193,15 +203,18 @@ def _pieces(content: dict[str, Any], name: str) -> list[str]:
             f"{', '.join(_MARKS)}.",
             hint="omit --vocabulary",
         )
-    return pieces
+    return [*pieces, *(token["content"] for token in content["added_tokens"] if token["id"] >= len(pieces))]
 
 
-def _needed(pieces: Sequence[str], used: np.ndarray[Any, Any], special: set[int], kind: str) -> set[int]:
+def _needed(pieces: Sequence[str], used: np.ndarray[Any, Any], special: set[int], model: dict[str, Any]) -> set[int]:
     """Return the ids without which a text would have no tokens: special ones, and single characters of the texts."""
-    bare = [piece.removeprefix(_MARKS[kind]) for piece in pieces]
+    bare = [piece.removeprefix(_MARKS[model["type"]]) for piece in pieces]
     characters = {character for number in np.flatnonzero(used) for character in bare[number]}
+    bytes_of_others = set(map(_BYTE.format, range(256))) if model.get("byte_fallback") else set()
     return special | {
-        number for number, piece in enumerate(bare) if len(piece) <= 1 and (piece in characters or piece.isascii())
+        number
+        for number, piece in enumerate(bare)
+        if (len(piece) <= 1 and (piece in characters or piece.isascii())) or piece in bytes_of_others
     }
 
 
@@ -212,7 +225,7 @@ def _with_pieces(content: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]
     if model["type"] == "WordPiece":
         vocabulary: Any = {piece: new[old] for piece, old in model["vocab"].items() if old in new}
     else:
-        vocabulary = [model["vocab"][old] for old in kept]
+        vocabulary = [model["vocab"][old] for old in kept if old < len(model["vocab"])]
     content = {**content, "model": {**model, "vocab": vocabulary}}
     if model.get("unk_id") is not None:
         content["model"]["unk_id"] = new[model["unk_id"]]
@@ -244,9 +257,11 @@ def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:
     text_cfg = clip.model_cfg["text_cfg"]
     with TemporaryDirectory() as folder:
         clip.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-        for path in Path(folder).iterdir():
-            if path.name != _TOKENIZER_CONFIG:  # others may hold the whole vocabulary
-                path.unlink()
+        config = json.loads((Path(folder) / _TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        config.pop("added_tokens_decoder", None)  # has the numbers, as transformers 4 writes it
+        for path in Path(folder).iterdir():  # they may hold the whole vocabulary
+            path.unlink()
+        (Path(folder) / _TOKENIZER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
         (Path(folder) / _TOKENIZER).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         return open_clip.tokenizer.HFTokenizer(
             folder,

@@ -28,7 +28,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.sentences import load_sentence_encoder
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.models.trim import trim_text_tower
+from clip_rd_edge.models.trim import _needed, trim_text_tower
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdeghilnorstu"
@@ -112,6 +112,18 @@ def plain(folder: Path, clip: ClipModel) -> ClipModel:
     name = f"local-dir:{folder}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
     return ClipModel("plain", model, tokenizer, clip.preprocessing, clip.model_cfg)
+
+
+def test_added_tokens_and_bytes_stay(bert: ClipModel, tmp_path: Path) -> None:
+    tokenizer: Any = bert.tokenizer
+    tokenizer.tokenizer.add_tokens(["newword"])
+    transformer: Any = bert.model.get_submodule("text.transformer")
+    transformer.resize_token_embeddings(46)
+    trimmed = trim_text_tower(bert, vocabulary=42, texts=TEXTS).clip
+    assert np.array_equal(embed(trimmed, ["a newword"]), embed(bert, ["a newword"]))
+    assert trimmed.tokenizer(["newword"])[0, 1] == 41
+    model = {"type": "Unigram", "byte_fallback": True}
+    assert _needed(["<pad>", "<0x0A>", "<0xFF>", "▁bolt"], np.zeros(4, np.int64), {0}, model) == {0, 1, 2}
 
 
 def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
