@@ -16,7 +16,7 @@ from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, s
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
-from clip_rd_edge.convert.int8.sensitivity import GroupError, group_errors, layers_no_slower, layers_within
+from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_no_slower, with_fewest_in_float
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import WeightBits
@@ -27,8 +27,7 @@ from clip_rd_edge.utils.reporting import Reporter
 
 SENSITIVITY_SAMPLES = 16
 SENSITIVITY_SECONDS = 15.0
-# Shares of the max error that the errors of the INT8 layers may sum to. The sum overestimates the error slightly, and a
-# smaller share may be as fast.
+# Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
 ERROR_SHARES = (0.9, 0.4, 0.1)
 
 
@@ -75,9 +74,8 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
-        errors = yield from _static(quantizer, request)
-        limit = ERROR_SHARES[0] * request.max_error
-        robust = [layer for layer in layers_within(errors, limit) if layer in convolutions]
+        layers = yield from _static(quantizer, request)
+        robust = [layer for layer in layers if layer in convolutions]
         if robust:
             request.reporter.update(f"timing {len(robust)} convolutions in INT8, group by group")
             dynamic = partial(quantize_dynamically, weight_bits=weight_bits) if len(products) > 1 else None
@@ -86,33 +84,31 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
         yield from _dynamic(model, takes_ids=takes_ids, weight_bits=weight_bits)
 
 
-def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[Candidate, None, Sequence[GroupError]]:
-    """Yield static INT8 of all layers and of the robust ones; return the error of each layer."""
+def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[Candidate, None, Sequence[str]]:
+    """Yield static INT8 of all layers and of the robust ones; return the most that are robust."""
     for method in RANGE_METHODS:
         yield Candidate(f"static, {method}", partial(quantizer.quantize, method, quantizer.layers))
-    request.reporter.update(f"measuring the INT8 error of {len(quantizer.layers)} layers")
-    errors = _layer_errors(quantizer, request.model, request.samples[:SENSITIVITY_SAMPLES], request.threads)
-    yield from _partly_static(quantizer, errors, request.max_error)
-    return errors
+    count = len(quantizer.layers)
+    request.reporter.update(f"measuring the INT8 error of {count} layers")
+    robust = _robust_layers(quantizer, request)
+    for layers in dict.fromkeys(robust):
+        if layers and len(layers) < count:
+            name = f"static, percentile, {count - len(layers)} of {count} layers in float"
+            yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
+    return robust[0]
 
 
-def _layer_errors(quantizer: StaticQuantizer, model: Path, samples: Inputs, threads: int) -> list[GroupError]:
+def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> list[tuple[str, ...]]:
+    """Return the layers whose common error is within each share of the max error."""
+    samples, threads = request.samples[:SENSITIVITY_SAMPLES], request.threads
+
     def embed_with(layers: Sequence[str]) -> Embeddings:
         return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), samples)
 
-    reference = embed(open_session(str(model), threads=threads), samples)
-    return group_errors(quantizer.layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
-
-
-def _partly_static(quantizer: StaticQuantizer, errors: Sequence[GroupError], max_error: float) -> Iterator[Candidate]:
-    count = len(quantizer.layers)
-    seen = {quantizer.layers, ()}
-    for share in ERROR_SHARES:
-        layers = layers_within(errors, share * max_error)
-        if layers not in seen:
-            seen.add(layers)
-            name = f"static, percentile, {count - len(layers)} of {count} layers in float"
-            yield Candidate(name, partial(quantizer.quantize, "percentile", layers))
+    reference = embed(open_session(str(request.model), threads=threads), samples)
+    errors = group_errors(quantizer.layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
+    limits = [share * request.max_error for share in ERROR_SHARES]
+    return with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=SENSITIVITY_SECONDS)
 
 
 def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, dynamic: Callable[..., bytes] | None) -> bytes:
@@ -133,7 +129,7 @@ def _mixed(
 ) -> Iterator[Candidate]:
     """Yield static INT8 of all robust convolutions, and of those that it makes no slower.
 
-    For a tower without matrix products, `_partly_static` has already tried the first.
+    For a tower without matrix products, `_static` has already tried the first.
     """
     mix = partial(_mix, quantizer, dynamic=dynamic)
     suffix = ", dynamic in matrix products" if dynamic else ""

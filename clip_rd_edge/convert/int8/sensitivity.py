@@ -1,8 +1,9 @@
 """Find the layers that lose most in INT8. Never imports torch.
 
 Each layer, or group of neighbouring layers, is quantised alone; its error is 1 − the centred cosine of the embeddings
-with float32's. The errors of layers nearly add up, so excluding the worst layers until the sum is small enough gives a
-tower with the required agreement.
+with float32's. That ranks the layers. Their errors need not add up: two layers may disturb each other, or make up for
+each other. So the worst layers are left in float one after the other, until the error of all others together is small
+enough.
 """
 
 from __future__ import annotations
@@ -67,6 +68,32 @@ def layers_within(errors: Sequence[GroupError], max_error: float) -> tuple[str, 
     while kept and sum(errors[i].error for i in kept) > max_error:
         kept.pop()
     return tuple(layer for i in sorted(kept) for layer in errors[i].layers)
+
+
+def with_fewest_in_float(
+    errors: Sequence[GroupError],
+    embed_with: Callable[[Sequence[str]], Embeddings],
+    reference: Embeddings,
+    limits: Sequence[float],
+    *,
+    max_seconds: float,
+) -> list[tuple[str, ...]]:
+    """Return the layers to quantise for each limit of their common error, in their order: all but the fewest worst.
+
+    Args:
+        errors: of `group_errors`, whose `embed_with` and `reference` the others are.
+        max_seconds: approximate limit of the processor time; `layers_within` decides what was not found by then.
+    """
+    ranked = sorted(range(len(errors)), key=lambda i: errors[i].error)
+    found: dict[float, tuple[str, ...]] = {}
+    started = time.process_time()
+    for count in range(len(ranked), 0, -1):
+        layers = tuple(layer for i in sorted(ranked[:count]) for layer in errors[i].layers)
+        error = _group_error(layers, embed_with, reference).error
+        found = {limit: layers for limit in limits if error <= limit} | found
+        if len(found) == len(set(limits)) or time.process_time() - started > max_seconds:
+            break
+    return [found[limit] if limit in found else layers_within(errors, limit) for limit in limits]
 
 
 _GROUPS = 8

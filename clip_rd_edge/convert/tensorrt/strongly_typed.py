@@ -20,7 +20,7 @@ from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.candidates import ERROR_SHARES, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.search import TowerSamples
-from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_within
+from clip_rd_edge.convert.int8.sensitivity import group_errors, with_fewest_in_float
 from clip_rd_edge.convert.int8.static import weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
@@ -81,11 +81,11 @@ def symmetric_tower(
     def embed_with(layers: Sequence[str]) -> Embeddings:
         return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), subset)
 
-    errors = group_errors(
-        all_layers, embed_with, embed(open_session(str(prepared)), subset), max_seconds=SENSITIVITY_SECONDS
-    )
-    for share in ERROR_SHARES:
-        if layers := layers_within(errors, share * (1 - min_agreement)):
+    reference = embed(open_session(str(prepared)), subset)
+    errors = group_errors(all_layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
+    limits = [share * (1 - min_agreement) for share in ERROR_SHARES]
+    for layers in with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=SENSITIVITY_SECONDS):
+        if layers:
             partial = attempt(layers)
             if partial.agreement.centred_cosine >= min_agreement:
                 return partial

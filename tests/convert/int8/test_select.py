@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.int8.select import Choice, MeasuredCandidate, choose
-from clip_rd_edge.convert.int8.sensitivity import GroupError, layers_within
+from clip_rd_edge.convert.int8.sensitivity import GroupError, layers_within, with_fewest_in_float
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
 
@@ -87,3 +90,28 @@ def test_the_worst_layers_are_excluded_until_the_error_is_small_enough() -> None
     assert layers_within(errors, 0.008) == ("a", "c", "d")
     assert layers_within(errors, 0.003) == ("a", "c")
     assert layers_within([GroupError(("a",), float("inf"))], 1.0) == ()
+
+
+def test_the_fewest_layers_stay_in_float_with_which_the_measured_error_is_small_enough() -> None:
+    errors = [GroupError((name,), error) for name, error in (("a", 0.001), ("b", 0.02), ("c", 0.002), ("d", 0.01))]
+    reference = np.eye(2, 8, dtype=np.float32)
+    # Together, the errors are others than their sums: `c` without `d` does more harm than both.
+    true = {"abcd": 0.05, "acd": 0.02, "ac": 0.004, "a": 0.0005}
+    tried = []
+
+    def embed_with(layers: Sequence[str]) -> Embeddings:
+        tried.append("".join(layers))
+        error = true[tried[-1]]
+        rotated = reference * (1 - error)
+        rotated[:, 2] = [np.sqrt(0.5 - 0.5 * (1 - error) ** 2), -np.sqrt(0.5 - 0.5 * (1 - error) ** 2)]
+        return rotated
+
+    limits = [0.03, 0.0045, 0.001]
+    assert with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=60) == [
+        ("a", "c", "d"), ("a", "c"), ("a",),
+    ]  # fmt: skip
+    assert tried == ["abcd", "acd", "ac", "a"]
+    # Without the time to measure, the sums decide.
+    assert with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=0) == [
+        ("a", "c", "d"), ("a", "c"), ("a",),
+    ]  # fmt: skip
