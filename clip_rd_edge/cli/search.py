@@ -73,6 +73,6 @@ def command(
     if hits.missing:
         echo(
             f"warning: {one_line(index)} has {hits.indexed:,} of {hits.indexed + hits.missing:,} images: indexing was "
-            "interrupted, or is still running; the same index command goes on",
+            "interrupted, by Ctrl-C or a disk that went away, or is still running; the same index command goes on",
             err=True,
         )

@@ -65,7 +65,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         model: `model_key` of that bundle.
         embeddings: name of the embeddings file, which has one row per entry.
         graph: the files of approximate search; None if search is exact.
-        missing: number of images that were still to be embedded when it was saved.
+        missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
     """
 
     version: int
@@ -90,7 +90,8 @@ class Hits(list[Hit]):
 
     Attributes:
         indexed: number of images in the index.
-        missing: number of images that are not in it yet, because indexing was interrupted or is still running.
+        missing: number of images that are not in it yet, because indexing was interrupted or is still running, or
+            their disk went away while it ran.
     """
 
     indexed: int = 0

@@ -99,6 +99,11 @@ def out_of_sight(folder: Path, names: Collection[str], written_ns: int) -> tuple
     return {name for name in names if name.rpartition("/")[0] in lost}, messages
 
 
+def not_mounted(folder: Path, names: Collection[str], listed_ns: int) -> Collection[str]:
+    """Return the images, of those that cannot be read although they were listed, whose disk has gone away since."""
+    return names if is_empty_folder(folder) else out_of_sight(folder, names, listed_ns)[0]
+
+
 def is_empty_folder(folder: Path, *, before_ns: int | None = None) -> bool:
     """Return whether a folder is empty, and has not changed since `before_ns`; without that, also if it is gone."""
     try:

@@ -31,7 +31,14 @@ from clip_rd_edge.runtime.index import (
     read_index,
     write_index,
 )
-from clip_rd_edge.runtime.index_folder import compare, find_sources, is_empty_folder, out_of_sight, was_moved
+from clip_rd_edge.runtime.index_folder import (
+    compare,
+    find_sources,
+    is_empty_folder,
+    not_mounted,
+    out_of_sight,
+    was_moved,
+)
 from clip_rd_edge.runtime.index_graph import (
     GRAPH_FROM,
     build_graph,
@@ -181,30 +188,33 @@ def _update(
     if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
-    parts = [np.asarray(rows[[row for _, row in kept]])]
+    parts = [(entries, np.asarray(rows[[row for _, row in kept]]))]  # together: Ctrl-C may come between any two lines
     graph = None
     if index.graph and (keys := read_rows(path, index.graph)) is not None and len(kept) + len(new) >= GRAPH_FROM:
         moved = moved_rows(keys, np.array([row for _, row in kept], dtype=np.int64), len(index.entries))
         graph = write_rows(path, index.graph, moved)
 
     def save() -> tuple[Index, Embeddings]:
-        merged = np.concatenate(parts)
-        parts[:] = [merged]  # a second copy of a large index may not fit
-        current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=len(new) - done)
+        merged = np.concatenate([part for _, part in parts])
+        parts[:] = [([entry for part, _ in parts for entry in part], merged)]  # a large index may not fit twice
+        missing = len(new) - done + unmounted_images
+        current = msgspec.structs.replace(index, entries=parts[0][0], graph=graph, missing=missing)
         return write_index(saved_at, current, merged), merged
 
-    last_saved, done = time.monotonic(), 0
+    last_saved, started_ns = time.monotonic(), time.time_ns()
+    done = unmounted_images = 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
         for batch in embed_images_on_cluster(cluster, encoder, new) if cluster else embed_images(encoder, new):
-            parts.append(batch.embeddings)
-            entries += [source.entry() for source in batch.images]
+            parts.append(([source.entry() for source in batch.images], batch.embeddings))
             update.embedded += len(batch.images)
             update.unreadable += map(str, batch.unreadable)
             chunk = new[done : done + len(batch.images) + len(batch.unreadable)]
             read = {source.name for source in batch.images}
             failed = [source.name for source in chunk if source.name not in read]
             update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
+            if failed:  # now: the disk may be back when all is done
+                unmounted_images += len(not_mounted(folder, failed, started_ns))
             done += len(chunk)
             reporter.update("embedding", done, len(new))
             if stop is not None and stop.is_set():

@@ -30,6 +30,7 @@ from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
 from clip_rd_edge.runtime.index import Entry, Index, is_index, model_key, nearest, read_index, search_index, write_index
+from clip_rd_edge.runtime.index_folder import Source
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 
@@ -232,6 +233,28 @@ def test_an_interrupted_update_keeps_its_progress(
     assert (update.kept, update.embedded) == (64, 40)
 
 
+def test_ctrl_c_within_a_batch_damages_no_index(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    Image.new("RGB", (9, 9), (200, 50, 50)).save(colour_images / "new.png")
+
+    entry = Source.entry
+
+    def interrupt(source: Source, sha256: str = "") -> Entry:
+        if not sha256:  # of an image that was just embedded
+            raise KeyboardInterrupt
+        return entry(source, sha256)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "entry", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(encoder, colour_images, index)
+    assert len(names(index)) == 4
+    assert update_index(encoder, colour_images, index).embedded == 1
+
+
 def test_a_kill_loses_only_the_work_since_the_last_save(
     colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +398,57 @@ def test_search_says_that_an_index_is_unfinished(
     assert "has 64 of 104 images: indexing was interrupted" in " ".join(error.split())
     assert command_line("index", colour_bundle, colour_images, "-o", index)[0] == 0
     assert command_line("search", index, "red", "--top", "1")[2] == ""
+
+
+@pytest.mark.parametrize("disk", ["", "disk"])
+def test_search_warns_of_images_whose_disk_went_away_while_they_were_embedded(
+    colour_bundle: Path, colour_images: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: str
+) -> None:
+    for name in ("mounted", "mount point"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, 1))
+    for i in range(2):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(tmp_path / "mounted" / f"{i}.png")
+    (colour_images / "broken.png").write_bytes(b"no image")
+    (colour_images / "disk").symlink_to(tmp_path / "mounted")
+    embed = indexing.embed_images
+
+    def unmount_and_embed(*args: Any) -> object:
+        time.sleep(0.02)  # file systems keep times to some milliseconds
+        mounted = colour_images / disk
+        mounted.rename(tmp_path / "away")
+        if disk:
+            mounted.symlink_to(tmp_path / "mount point")
+        else:
+            mounted.mkdir()
+        return embed(*args)
+
+    encoder = load(colour_bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "embed_images", unmount_and_embed)
+        update = update_index(encoder, colour_images, index)
+    assert (update.embedded, len(update.unreadable)) == ((4, 3) if disk else (0, 7))
+    assert read_index(index)[0].missing == (2 if disk else 7)  # without the broken one, if it can be seen
+    mounted = colour_images / disk
+    mounted.unlink() if disk else mounted.rmdir()
+    (tmp_path / "away").rename(mounted)
+    assert update_index(encoder, colour_images, index).kept == (4 if disk else 0)
+    assert (len(names(index)), read_index(index)[0].missing) == (6, 0)
+
+
+def test_images_that_are_deleted_while_others_are_embedded_are_not_missing(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = indexing.embed_images
+
+    def delete_and_embed(*args: Any) -> object:
+        time.sleep(0.02)
+        (colour_images / "more" / "yellow.webp").unlink()
+        return embed(*args)
+
+    monkeypatch.setattr(indexing, "embed_images", delete_and_embed)
+    assert len(update_index(load(colour_bundle), colour_images, index).unreadable) == 1
+    assert read_index(index)[0].missing == 0
 
 
 def test_a_bundle_in_bfloat16_is_another_model_than_the_float32_one_with_the_same_file(colour_bundle: Path) -> None:
