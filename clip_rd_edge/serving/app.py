@@ -199,7 +199,7 @@ class Service:
         try:
             hits = await asyncio.to_thread(self._nearest, row, body.top)
         except InputError as error:  # not the client's: the index was removed, or replaced by another bundle's
-            raise ClipRdEdgeError(str(error)) from error
+            raise ClipRdEdgeError(str(error), hint=error.hint) from error
         return _json({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
 
     @property
@@ -298,6 +298,11 @@ class Service:
             current = (-1, -1)
         if self._index is None or current != self._index_stat:
             index, rows = read_index(folder)
+            if self._index is not None and index.model != self._index[0].model:
+                raise ClipRdEdgeError(
+                    f"Another bundle has made the index {folder} again since this server started.",
+                    hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
+                )
             require_same_model(self.encoder, index, folder)
             self._index, self._index_stat = (index, rows, read_graph(folder, index)), current
         return self._index
@@ -408,7 +413,7 @@ async def _result(handler: Handler, request: Request, service: Service) -> Respo
     except InputError as error:
         return _error(400, " ".join(filter(None, (str(error), error.hint))))
     except ClipRdEdgeError as error:
-        return _error(500, str(error))
+        return _error(500, " ".join(filter(None, (str(error), error.hint))))
 
 
 async def _unless_it_leaves(handler: Handler, request: Request) -> Response:

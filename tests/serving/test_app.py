@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -258,8 +259,25 @@ def test_what_goes_from_the_disk_is_not_the_clients_mistake(
         assert client.post("/search", json={"query": "red"}).status_code == 200
         shutil.rmtree(tmp_path / "index")
         shutil.rmtree(colour_bundle)
-        assert client.post("/search", json={"query": "red"}).status_code == 500
+        answer = client.post("/search", json={"query": "red"})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"].endswith("create one with clip-rd-edge index")
         assert client.get("/v1/models").status_code == 200
+
+
+def test_an_index_that_another_bundle_makes_again_asks_for_a_restart(
+    client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(colour_bundle, other)
+    manifest = read_manifest(other)
+    preprocessing = msgspec.structs.replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+    write_manifest(other, msgspec.structs.replace(manifest, preprocessing=preprocessing))
+    update_index(load(other), colour_images, tmp_path / "index")
+    answer = client.post("/search", json={"query": "red"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"].endswith(f"Restart clip-rd-edge serve with that bundle, {other}.")
+    assert client.post("/v1/embeddings", json={"input": "red"}).status_code == 200
 
 
 def test_a_bundle_that_an_update_replaces_is_served_to_the_end(colour_bundle: Path, tmp_path: Path) -> None:
