@@ -254,9 +254,13 @@ def read_manifest(folder: Path) -> Manifest:
             hint = f"there are bundles in it: {', '.join(map(str, inner))}"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
-    manifest = read_versioned_json(
-        folder / MANIFEST, Manifest, newest=VERSION_WITHOUT_TEXT, max_bytes=MAX_MANIFEST_BYTES
-    )
+    try:
+        manifest = read_versioned_json(
+            folder / MANIFEST, Manifest, newest=VERSION_WITHOUT_TEXT, max_bytes=MAX_MANIFEST_BYTES
+        )
+    except ConfigError as error:
+        error.hint = error.hint or "copy or export the bundle again"
+        raise
     needed = [name for tower in manifest.towers.values() for name in manifest.files_of(tower)]
     for name in (*needed, *([TOKENIZER] if manifest.text else [])):
         if name not in manifest.files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 import shutil
 from collections.abc import Callable
@@ -62,6 +63,14 @@ def test_a_number_that_no_model_has_is_refused(colour_bundle: Path, keys: tuple[
     edit(colour_bundle, keys, value)
     with pytest.raises(ConfigError, match=rf"manifest\.json is invalid: .*{keys[-1]}"):
         read_manifest(colour_bundle)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_manifest_that_was_not_copied_whole_is_to_be_copied_again(colour_bundle: Path, size: int) -> None:
+    os.truncate(colour_bundle / MANIFEST, size)
+    with pytest.raises(ConfigError, match=r"manifest\.json is not valid JSON") as error:
+        read_manifest(colour_bundle)
+    assert error.value.hint == "copy or export the bundle again"
 
 
 def test_the_bundles_in_a_folder_are_named_and_nothing_else_with_a_manifest(
