@@ -67,6 +67,7 @@ class Update:
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
         unreadable_images: those of images that could not be read, by their path in the folder.
         approximate: whether search is approximate, because the index has a graph.
+        vanished: paths of `settled` that were listed before and are not there any more.
         unmounted: the folder was gone, or empty, when a watch looked at it again: nothing was done.
     """
 
@@ -76,6 +77,7 @@ class Update:
     unreadable: list[str] = field(default_factory=list)
     unreadable_images: dict[str, str] = field(default_factory=dict)
     approximate: bool = False
+    vanished: set[str] = field(default_factory=set)
     unmounted: bool = False
 
 
@@ -180,6 +182,7 @@ def _update(
     update = Update(kept=len(kept), removed=len(gone - hidden))
     update.unreadable += [*map(str, folders), *emptied, *broken.values()]
     update.unreadable_images.update(broken)
+    update.vanished = set(settled or ()) - (set(named.values()) - set(chosen)) - present
     update.unreadable += [
         f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
         for image, name in named.items()

@@ -77,7 +77,7 @@ class _Images:
     def take(self, settled: dict[str, Stamp], update: Update) -> None:
         """Note what an update has seen, and take those messages from it that may be about unfinished files."""
         gone = {name for name in update.unreadable_images if not os.path.lexists(self._folder / name)}  # unmounted?
-        settled = {name: stamp for name, stamp in settled.items() if name not in gone}
+        settled = {name: stamp for name, stamp in settled.items() if name not in gone | update.vanished}
         self._indexed = {
             **{name: stamp for name, stamp in self._indexed.items() if name in (self._seen or {})},
             **settled,

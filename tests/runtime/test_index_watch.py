@@ -329,3 +329,15 @@ def test_images_that_are_unmounted_while_they_are_embedded_are_embedded_later(
     updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, back, nothing, nothing)
     assert [update.embedded for update in updates] == [4, 0, 1]
     assert watched.names() == sorted([*ALL, "new.png"])
+
+
+def test_an_image_whose_disk_is_away_for_a_moment_as_an_update_begins_is_embedded_later(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = index_update.list_images
+    without = lambda *args, **options: [path for path in listed(*args, **options) if path.name != "new.png"]  # noqa: E731
+    lists = iter([listed, without, listed])
+    monkeypatch.setattr(index_update, "list_images", lambda *args, **options: next(lists)(*args, **options))
+    updates = watched.watch(paint(watched.folder / "new.png"), nothing, nothing, nothing)
+    assert [update.embedded for update in updates] == [4, 0, 1]
+    assert watched.names() == sorted([*ALL, "new.png"])
