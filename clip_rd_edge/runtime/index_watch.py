@@ -20,7 +20,7 @@ from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
-from clip_rd_edge.utils.paths import is_folder
+from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 POLL_S = 2.0
@@ -112,15 +112,6 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
     return stamps
 
 
-def _written(path: Path) -> Stamp | None:
-    """Return the stamp of an index, which another process may have removed or written."""
-    try:
-        stat = (path / INDEX_FILE).stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
-
-
 def watch_index(
     encoder: BundleEncoder,
     folder: Path,
@@ -154,7 +145,7 @@ def watch_index(
     stop = stop or threading.Event()
     wait = wait or stop.wait
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
-    images, waiting, written = _Images(folder), False, _written(path)
+    images, waiting, written = _Images(folder), False, file_identity(path / INDEX_FILE)
     while not stop.is_set():
         started = clock()
         there = images.look(started)
@@ -164,7 +155,7 @@ def watch_index(
         waiting = not there
         settled = images.settled(started) if there else {}
         messages = images.broken(started) if there else []
-        replaced = _written(path) != written
+        replaced = file_identity(path / INDEX_FILE) != written  # another process may have removed or written it
         if replaced and is_index(path) and read_index(path)[0].model != model_key(encoder.manifest):
             raise UsageError(
                 f"Another model's index has been put at {path}: it stays, and the watch ends.",
@@ -174,7 +165,7 @@ def watch_index(
             update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
             if not update.unmounted:  # else its images are still to be taken
                 images.take(settled, update)
-                written = _written(path)
+                written = file_identity(path / INDEX_FILE)
             update.unreadable += messages
             if not update.unmounted or messages:
                 yield update

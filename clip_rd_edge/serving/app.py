@@ -38,6 +38,7 @@ from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
 from clip_rd_edge.utils.host import resident_memory_bytes
+from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import UnknownFieldError, decode_request
 from clip_rd_edge.web.app import read_body
 from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
@@ -102,7 +103,8 @@ class Service:
         self._images = Batcher(encode_images, self._model, max_batch=size, on_batch=batches["image"].observe)
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
         self._classifiers: OrderedDict[tuple[str, float], ZeroShotClassifier] = OrderedDict()
-        self._index_folder, self._index_stat = index, (0, 0)
+        self._index_folder = index
+        self._index_identity: tuple[int, ...] | None = None
         self._index: tuple[Index, Embeddings, Graph | None] | None = None
         if index is not None:
             self._read_index()
@@ -291,12 +293,8 @@ class Service:
         """Return the index, read again if it was updated."""
         folder = self._index_folder
         assert folder is not None  # /search has no route without an index
-        try:
-            stat = (folder / INDEX_FILE).stat()
-            current = (stat.st_mtime_ns, stat.st_size)
-        except OSError:
-            current = (-1, -1)
-        if self._index is None or current != self._index_stat:
+        current = file_identity(folder / INDEX_FILE)
+        if self._index is None or current != self._index_identity:
             index, rows = read_index(folder)
             if self._index is not None and index.model != self._index[0].model:
                 raise ClipRdEdgeError(
@@ -304,7 +302,7 @@ class Service:
                     hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
                 )
             require_same_model(self.encoder, index, folder)
-            self._index, self._index_stat = (index, rows, read_graph(folder, index)), current
+            self._index, self._index_identity = (index, rows, read_graph(folder, index)), current
         return self._index
 
 

@@ -34,6 +34,18 @@ def is_folder(path: AnyPath) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def file_identity(path: Path) -> tuple[int, int, int, int] | None:
+    """Return what tells a file from another in its place, or None if it cannot be read.
+
+    Size and time are not enough: OSTree, Nix and squashfs give all files the same time, that of 1970.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def exists(path: AnyPath) -> bool:
     """Return whether there is anything at this path.
 

@@ -22,6 +22,7 @@ from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.utils.paths import file_identity
 
 MAX_PIXELS = 50_000_000  # of an uploaded image: photos of current phones are below that
 MAX_LABELS = 2_000
@@ -95,7 +96,7 @@ class ServedBundle:
         self.folder, self._shown = folder, shown or folder.resolve().name
         self._threads = threads
         self._lock = threading.Lock()
-        self._manifest_stat: tuple[int, int] | None = None  # modification time and size of the manifest last opened
+        self._opened: tuple[int, ...] | None = None  # the identity of the manifest last opened
         self._encoder: BundleEncoder
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         self._turns: dict[str, threading.Lock] = {}  # by the key of the labels: one thread at a time embeds them
@@ -113,16 +114,15 @@ class ServedBundle:
         Raises:
             BundleRemovedError: the bundle was removed.
         """
-        try:
-            stat = (self.folder / MANIFEST).stat()
-        except OSError as error:
-            raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again") from error
+        identity = file_identity(self.folder / MANIFEST)
+        if identity is None:
+            raise BundleRemovedError(f"The bundle {self.folder} was removed.", hint="export it again")
         with self._lock:
-            if self._manifest_stat != (stat.st_mtime_ns, stat.st_size):
+            if self._opened != identity:
                 self._encoder = load(self.folder, threads=self._threads)
                 open_image_tower(self._encoder)
                 self._classifiers.clear()
-                self._manifest_stat = (stat.st_mtime_ns, stat.st_size)
+                self._opened = identity
             return self._encoder
 
     def info(self) -> BundleInfo:

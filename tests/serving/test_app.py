@@ -265,6 +265,25 @@ def test_what_goes_from_the_disk_is_not_the_clients_mistake(
         assert client.get("/v1/models").status_code == 200
 
 
+def test_a_link_to_another_index_of_the_same_size_and_time_is_followed(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, tmp_path / "old")
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    content = (tmp_path / "new" / "index.json").read_text()
+    (tmp_path / "new" / "index.json").write_text(content.replace("blue.jpg", "sea5.jpg"))
+    for name in ("old", "new"):
+        os.utime(tmp_path / name / "index.json", (1, 1))  # as in images of OSTree and Nix
+    current = tmp_path / "current"
+    current.symlink_to(tmp_path / "old")
+    with testclient.TestClient(make_app(Service(encoder, index=current)), base_url=BASE_URL) as client:
+        current.unlink()
+        current.symlink_to(tmp_path / "new")
+        (hit,) = client.post("/search", json={"query": "blue", "top": 1}).json()["hits"]
+    assert hit["path"] == str(colour_images / "sea5.jpg")
+
+
 def test_an_index_that_another_bundle_makes_again_asks_for_a_restart(
     client: Any, colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:

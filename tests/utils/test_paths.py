@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.utils.paths import cache_home
+from clip_rd_edge.utils.paths import cache_home, file_identity
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +33,11 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache_home() == tmp_path / ".cache" / "clip-rd-edge"
+
+
+def test_files_of_the_same_size_and_time_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (1, 1))  # as in images of OSTree and Nix
+    assert file_identity(tmp_path / "a") == file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
+    assert file_identity(tmp_path / "c") is None
