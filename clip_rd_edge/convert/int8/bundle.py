@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from clip_rd_edge.contract.bundle import Tower, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
@@ -26,6 +27,7 @@ from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
+_MIN_CORRECT = 0.05  # share of the held-out pairs that float32 has to answer before a loss says anything
 _BACKENDS: dict[Format, Backend] = {"openvino": OPENVINO, "litert": LITERT_BACKEND}
 
 
@@ -67,7 +69,7 @@ def write_int8(
             backend=backend,
             reporter=reporter,
         )
-        for samples in _tower_samples(source, calibration, backend, threads=request.threads)
+        for samples in _tower_samples(source, calibration, backend, threads=request.threads, reporter=reporter)
         if samples.tower in manifest.towers
     }
     fallback = request.fallback
@@ -82,7 +84,9 @@ def write_int8(
     return ConvertedBundle(manifest.with_towers(towers, target=backend.name), trials)
 
 
-def _tower_samples(source: Path, calibration: CalibrationSet, backend: Backend, *, threads: int) -> list[TowerSamples]:
+def _tower_samples(
+    source: Path, calibration: CalibrationSet, backend: Backend, *, threads: int, reporter: Reporter
+) -> list[TowerSamples]:
     """Return the samples of both towers; an answer is correct if an image's own caption is the nearest.
 
     Without pairs, nobody knows what is correct, and candidates are judged by their agreement with float32 alone.
@@ -103,6 +107,12 @@ def _tower_samples(source: Path, calibration: CalibrationSet, backend: Backend, 
     }
     if not calibration.paired:
         return [TowerSamples(name, *inputs[name], references[name]) for name in towers]
+    share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))
+    if share <= max(_MIN_CORRECT, chance):
+        reporter.say(
+            f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
+            "say nothing"
+        )
     return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in towers]
 
 

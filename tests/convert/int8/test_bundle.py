@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support import Watch
 
 from clip_rd_edge.contract.bundle import Manifest, Measurement
 from clip_rd_edge.convert.calibration import CalibrationSet
@@ -14,6 +16,7 @@ from clip_rd_edge.convert.options import ExportRequest, Fallback
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MEASURED = Measurement(
     latency_ms_p50=1, latency_ms_p95=1, speedup=1, max_difference=0, cosine=1, centred_cosine=1, samples=24,
@@ -51,13 +54,14 @@ class Export:
             return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
         return QuantizedTower(None, "fp32", f"float32: {tower} is not improved.", MEASURED, (trial,))
 
-    def __call__(self, fallback: Fallback | None = None) -> Manifest:
+    def __call__(self, fallback: Fallback | None = None, *, reporter: Reporter = SILENT) -> Manifest:
         return export_bundle(
             self.student,
             self.output,
             ExportRequest(precision="int8", fallback=fallback),
             calibration=self.calibration,
             source=self.source,
+            reporter=reporter,
         ).manifest
 
 
@@ -102,3 +106,14 @@ def test_both_towers_use_the_fallback(export: Export, fallback: Fallback) -> Non
     assert "text is not improved" in manifest.text.note
     size_ratio = (export.output / "text.onnx").stat().st_size / (export.source / "text.onnx").stat().st_size
     assert size_ratio == pytest.approx(1 if fallback == "fp32" else 0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("matches", "said"), [(0, True), (20, False)])
+def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
+    export: Export, monkeypatch: pytest.MonkeyPatch, matches: int, said: bool
+) -> None:
+    correct = lambda images, captions: np.arange(len(images)) < matches  # noqa: E731
+    monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.top1_matches", correct)
+    reporter = Watch()
+    export("fp32", reporter=reporter)
+    assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
