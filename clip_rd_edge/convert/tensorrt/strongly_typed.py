@@ -81,10 +81,10 @@ def symmetric_tower(
     def embed_with(layers: Sequence[str]) -> Embeddings:
         return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), subset)
 
-    reference = embed(open_session(str(prepared)), subset)
-    errors = group_errors(all_layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
+    of_subset = embed(open_session(str(prepared)), subset)
+    errors = group_errors(all_layers, embed_with, of_subset, max_seconds=SENSITIVITY_SECONDS)
     limits = [share * (1 - min_agreement) for share in ERROR_SHARES]
-    for layers in with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=SENSITIVITY_SECONDS):
+    for layers in with_fewest_in_float(errors, embed_with, of_subset, limits, max_seconds=SENSITIVITY_SECONDS):
         if layers:
             partial = attempt(layers)
             if partial.agreement.centred_cosine >= min_agreement:
