@@ -34,7 +34,9 @@ def parser_for(name: str, steps: int) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--precision", default=SETTINGS["precision"], help="fp32 on processors without AMX")
-    parser.add_argument("--text", default=SETTINGS["text"], help="text tower; teacher for the teacher's own")
+    parser.add_argument("--text", default=SETTINGS["text"], help="text tower, as for distill")
+    parser.add_argument("--freeze-text", action="store_true", help="train nothing of a text tower that has weights")
+    parser.add_argument("--only", help="train in this way alone; default: in all")
     add_output_options(parser, name, required=True)
     return parser
 
@@ -54,8 +56,10 @@ def train_all(
         markdown: returns the table.
     """
     settings = {**SETTINGS, "precision": arguments.precision, "text": arguments.text}
-    if arguments.text == "teacher":  # it has weights
-        settings["pretrained_text"] = None
+    if arguments.text != SETTINGS["text"]:  # it has weights
+        settings |= {"pretrained_text": None, "freeze_text": arguments.freeze_text}
+    if arguments.only:
+        ways = {arguments.only: ways[arguments.only]}
     result: Result = {"steps": arguments.steps, "settings": settings, "runs": []}
     if arguments.output.is_file():
         result = json.loads(arguments.output.read_text(encoding="utf-8"))
