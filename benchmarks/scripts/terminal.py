@@ -214,6 +214,7 @@ def session() -> list[Step]:
         Step("clip-rd-edge evidence run evidence.yaml -o evidence --teacher local-dir:runs/first/student"),
         Step("clip-rd-edge evidence report evidence/two-methods.json"),
         Step("clip-rd-edge stitch tf_efficientnet_lite0 --names imagenet --text all-MiniLM-L6-v2 -o teacher"),
+        Step("clip-rd-edge trim teacher --text-layers 2 --vocabulary 7500 --texts pairs.csv -o trimmed"),
         Step("clip-rd-edge quickstart -o quickstart --teacher-steps 2 --student-steps 2"),
         Step("clip-rd-edge quickstart -o quickstart --teacher-steps 2 --student-steps 2"),
         Step("clip-rd-edge quickstart -o interrupted", interrupt="training", codes=(75,)),
