@@ -158,7 +158,8 @@ def trim(
 
     folder, spec = Path(output), os.fspath(model)
     require_utf8_path(folder)
-    require_output(folder, "trimmed model", overwrite=force, sources=[path for path in (model_folder(spec),) if path])
+    source = model_folder(spec)
+    require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
     lines = read_texts(os.fspath(texts), column="title") if texts is not None else []
 
     from clip_rd_edge.models.load import load_clip, save_clip

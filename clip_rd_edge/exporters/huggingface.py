@@ -52,7 +52,7 @@ def export_huggingface(
     """
     require_output(output, "export", overwrite=overwrite)
     require_supported(clip.preprocessing, clip.name)
-    if "hf_model_name" in clip.model_cfg.get("text_cfg", {}):
+    if clip.has_hugging_face_text:
         raise UsageError(
             f"The text tower of {clip.name} is a model of transformers: open_clip reads its config.json where "
             "transformers.js reads that of CLIP.",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clip_rd_edge.contract.encoder import in_batches
+from clip_rd_edge.models.clip import text_module
 from clip_rd_edge.utils.reporting import Reporter
 
 # Texts are computed together with those of about the same length.
@@ -39,7 +40,7 @@ class CaptionTower(nn.Module):
     def __init__(self, tower: nn.Module, model: nn.Module, *, choices: Sequence[int] = LENGTHS) -> None:
         super().__init__()
         self.tower = tower
-        self._text: Any = getattr(model, "text", model)
+        self._text: Any = text_module(model)
         self._needed = _needed_positions(self._text) if choices else None
         self.choices = tuple(choices) if self._needed else ()
         tensors = {id(getattr(self._text, own, None)): own for own in (_ROWS, _ROWS_AND_COLUMNS)}

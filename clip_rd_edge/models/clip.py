@@ -40,6 +40,11 @@ class ClipModel:
         return int(self.model_cfg["embed_dim"])
 
     @property
+    def has_hugging_face_text(self) -> bool:
+        """Whether the text tower is a model of transformers, which open_clip holds."""
+        return "hf_model_name" in self.model_cfg.get("text_cfg", {})
+
+    @property
     def context_length(self) -> int:
         """T, the number of token ids per text."""
         length = getattr(self.tokenizer, "context_length", None)
@@ -55,6 +60,13 @@ class ClipModel:
 def parameter_count(module: nn.Module) -> int:
     """Return the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def text_module(model: nn.Module) -> nn.Module:
+    """Return the module that holds the text transformer: older models have its parts at the top level."""
+    text = getattr(model, "text", model)
+    assert isinstance(text, nn.Module)
+    return text
 
 
 class ImageTower(nn.Module):

@@ -366,7 +366,7 @@ def save_clip(
         extras: called with the folder to write additional files, such as plots.
     """
     with new_folder(folder) as temporary:
-        if _is_hugging_face(clip):
+        if clip.has_hugging_face_text:
             text_cfg = {**clip.model_cfg["text_cfg"], "hf_model_name": str(folder.resolve())}
             clip.model.text.transformer.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
@@ -395,10 +395,6 @@ def save_open_clip(folder: Path, clip: ClipModel) -> None:
 def _to_storable(tensor: Tensor) -> Tensor:
     # safetensors requires contiguous tensors that do not share memory.
     return tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
-
-
-def _is_hugging_face(clip: ClipModel) -> bool:
-    return "hf_model_name" in clip.model_cfg.get("text_cfg", {})
 
 
 def _preprocess_cfg(clip: ClipModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.clip import ClipModel, TextTower, text_module
 from clip_rd_edge.models.student import build_student
 
 # What the student has of its own. Everything else in a text_cfg changes what the weights compute.
@@ -143,24 +143,17 @@ def _check_context_length(length: int, source: dict[str, Any], name: str) -> Non
         )
 
 
-def _text_tower(model: nn.Module) -> nn.Module:
-    """Return the module that holds the text transformer: older models have its parts at the top level."""
-    text = getattr(model, "text", model)
-    assert isinstance(text, nn.Module)
-    return text
-
-
 def has_quick_gelu(model: nn.Module) -> bool:
     """Return whether a model's text tower has OpenAI's approximation of GELU; False for a tower of Hugging Face."""
     # Not from the configuration: a pretrained tag may set it, too.
-    transformer = _text_tower(model).get_submodule("transformer")
+    transformer = text_module(model).get_submodule("transformer")
     return any(type(module).__name__ == "QuickGELU" for module in transformer.modules())
 
 
 @torch.no_grad()
 def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
     model_cfg = config["model_cfg"]
-    layers = len(_text_tower(teacher.model).get_submodule("transformer.resblocks"))  # type: ignore[arg-type]
+    layers = len(text_module(teacher.model).get_submodule("transformer.resblocks"))  # type: ignore[arg-type]
     full_cfg = {
         **model_cfg,
         "embed_dim": teacher.embedding_size,
@@ -168,7 +161,7 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
     }
     with torch.random.fork_rng(devices=[]):  # the student's own initial weights are drawn after this
         copy = build_student({**config, "model_cfg": full_cfg}, name=teacher.name)
-    text, state = copy.model.get_submodule("text"), _text_tower(teacher.model).state_dict()
+    text, state = copy.model.get_submodule("text"), text_module(teacher.model).state_dict()
     weights = {name: state[name] for name in text.state_dict() if name in state}
     positions = text.get_parameter("positional_embedding")
     weights["positional_embedding"] = weights["positional_embedding"][: len(positions)]

@@ -22,7 +22,7 @@ from torch import nn
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel, parameter_count
+from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
 from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -64,7 +64,9 @@ def trim_text_tower(
     """
     require_trim(layers, vocabulary, texts)
     before = _text_parameters(clip)
-    clip = replace(clip, model=_copy(clip.model), model_cfg=copy.deepcopy(clip.model_cfg))
+    visual = clip.model.get_submodule("visual")
+    model = copy.deepcopy(clip.model, {id(visual): visual})
+    clip = replace(clip, model=model, model_cfg=copy.deepcopy(clip.model_cfg))
     kept = []
     if vocabulary is not None:
         clip, which = _trim_vocabulary(clip, vocabulary, texts, reporter)
@@ -93,29 +95,19 @@ def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str
         )
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the image tower."""
-    visual = model.get_submodule("visual")
-    return copy.deepcopy(model, {id(part): part for part in (visual, *visual.parameters(), *visual.buffers())})
-
-
-def _text(clip: ClipModel) -> Any:
-    return getattr(clip.model, "text", clip.model)
-
-
 def _text_parameters(clip: ClipModel) -> int:
     return parameter_count(clip.model) - parameter_count(clip.model.get_submodule("visual"))
 
 
-def _is_hugging_face(clip: ClipModel) -> bool:
-    return "hf_model_name" in clip.model_cfg["text_cfg"]
+def _transformer(clip: ClipModel) -> Any:
+    return text_module(clip.model).get_submodule("transformer")
 
 
 def _trim_layers(clip: ClipModel, count: int) -> str:
     import open_clip
 
-    transformer, text_cfg = _text(clip).transformer, clip.model_cfg["text_cfg"]
-    if _is_hugging_face(clip):
+    transformer = _transformer(clip)
+    if clip.has_hugging_face_text:
         config = transformer.config
         name = open_clip.hf_configs.arch_dict[config.model_type]["config_names"]["layers"]
         lists = (module for module in transformer.modules() if isinstance(module, nn.ModuleList))
@@ -131,10 +123,10 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
     for number in reversed(range(total)):
         if number not in chosen:
             del blocks[number]
-    if _is_hugging_face(clip):
+    if clip.has_hugging_face_text:
         setattr(config, name, count)
     else:
-        text_cfg["layers"] = count
+        clip.model_cfg["text_cfg"]["layers"] = count
     return f"layer{'s' * (count > 1)} {', '.join(str(number + 1) for number in chosen)} of {total}"
 
 
@@ -146,7 +138,7 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter:
     for part in in_batches(len(texts), _BATCH):
         reporter.update("counting tokens", part.start, len(texts))
         used += np.bincount(tokenizer(list(texts[part])).numpy().ravel(), minlength=len(pieces))
-    transformer = _text(clip).transformer
+    transformer = _transformer(clip)
     # The padding keeps its number, on which RoBERTa's positions depend.
     special = {token["id"] for token in content["added_tokens"]} | {*range((transformer.config.pad_token_id or 0) + 1)}
     needed = _needed(pieces, used, special, content["model"])
@@ -172,21 +164,20 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter:
 
 def _tokenizer_content(clip: ClipModel) -> dict[str, Any]:
     """Return the tokenizer.json of a tokenizer of Hugging Face."""
-    if not _is_hugging_face(clip):
+    if not clip.has_hugging_face_text:
         raise ConfigError(
             f"The vocabulary of {clip.name} is CLIP's own; expected a text tower of Hugging Face, with a tokenizer "
             "whose tokens can be left out.",
             hint="omit --vocabulary",
         )
-    with TemporaryDirectory() as folder:
-        clip.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-        path = Path(folder) / _TOKENIZER
-        if not path.is_file():
-            raise ConfigError(
-                f"The tokenizer of {clip.name} has no {_TOKENIZER}, whose tokens could be left out.",
-                hint="omit --vocabulary",
-            )
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer: Any = clip.tokenizer
+    backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"The tokenizer of {clip.name} has no {_TOKENIZER}, whose tokens could be left out.",
+            hint="omit --vocabulary",
+        )
+    content: dict[str, Any] = json.loads(backend.to_str())
     return content
 
 
@@ -273,7 +264,7 @@ def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:
 
 def _leave_out_dropout(clip: ClipModel) -> None:
     """Have the tower trained without dropout, which would only disturb what is to imitate another one."""
-    if _is_hugging_face(clip):
-        config = _text(clip).transformer.config
+    if clip.has_hugging_face_text:
+        config = _transformer(clip).config
         for name in [name for name, value in vars(config).items() if "drop" in name and isinstance(value, float)]:
             setattr(config, name, 0.0)

@@ -91,7 +91,7 @@ def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[
     count = len(quantizer.layers)
     request.reporter.update(f"measuring the INT8 error of {count} layers")
     robust = _robust_layers(quantizer, request)
-    for layers in dict.fromkeys(robust):
+    for layers in robust:
         if layers and len(layers) < count:
             name = f"static, percentile, {count - len(layers)} of {count} layers in float"
             yield Candidate(name, partial(quantizer.quantize, "percentile", layers))

@@ -78,7 +78,9 @@ def with_fewest_in_float(
     *,
     max_seconds: float,
 ) -> list[tuple[str, ...]]:
-    """Return the layers to quantise for each limit of their common error, in their order: all but the fewest worst.
+    """Return the layers to quantise for the limits of their common error, in their order: all but the fewest worst.
+
+    Limits with the same layers, or with none, share one entry.
 
     Args:
         errors: of `group_errors`, whose `embed_with` and `reference` the others are.
@@ -93,7 +95,7 @@ def with_fewest_in_float(
         found = {limit: layers for limit in limits if error <= limit} | found
         if len(found) == len(set(limits)) or time.process_time() - started > max_seconds:
             break
-    return [found[limit] if limit in found else layers_within(errors, limit) for limit in limits]
+    return list(dict.fromkeys(found.get(limit) or layers_within(errors, limit) for limit in limits))
 
 
 _GROUPS = 8
