@@ -36,13 +36,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from publishing import here_and_now, write_record
 from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -60,7 +60,6 @@ from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
 from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
-from clip_rd_edge.utils.host import machine_name
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
@@ -254,7 +253,7 @@ def main() -> None:
         return
     if not arguments.output:
         parser.error("name an output: -o FILE")
-    record: dict[str, Any] = {"machine": machine_name(), "date": date.today().isoformat()}
+    record: dict[str, Any] = {**here_and_now()}
     models = trained(arguments.runs, arguments.seeds) if arguments.seeds else arguments.models
     if models:
         if arguments.output.is_file():
@@ -263,18 +262,14 @@ def main() -> None:
         rows |= {model.name: finished(model, arguments.photos) for model in models}
         record["finished"] = list(rows.values())
         record["over_seeds"] = over_seeds(record["finished"])
-        write(arguments.output, record)
+        write_record(record, arguments.output)
         return
     record["stitched"] = stitched(
         arguments.photos, load_sentence_encoder("all-MiniLM-L6-v2", context_length=32), arguments.sizes
     )
     if arguments.before and arguments.after:
         record["interpolated"] = between(arguments.before, arguments.after, arguments.photos)
-    write(arguments.output, record)
-
-
-def write(output: Path, record: dict[str, Any]) -> None:
-    output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_record(record, arguments.output)
 
 
 if __name__ == "__main__":
