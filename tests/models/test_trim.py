@@ -33,6 +33,9 @@ from clip_rd_edge.models.trim import _needed, trim_text_tower
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdeghilnorstu"
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut"]
+SIZE: Any = {
+    "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20
+}  # fmt: skip
 TEXTS = ["red cat", "red dog", "green cat", "a red tree"]
 
 
@@ -53,10 +56,7 @@ def bert(tmp_path: Path) -> ClipModel:
     pieces = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS]
     (folder / "vocab.txt").write_text("\n".join(pieces))
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(pieces), hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=20,
-    )  # fmt: skip
+    config = BertConfig(vocab_size=len(pieces), num_hidden_layers=4, **SIZE)
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     return clip_of(folder)
@@ -71,10 +71,7 @@ def roberta(tmp_path: Path) -> ClipModel:
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     folder = tmp_path / "roberta"
     torch.manual_seed(0)
-    config = XLMRobertaConfig(
-        vocab_size=len(pieces), hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=20,
-    )  # fmt: skip
+    config = XLMRobertaConfig(vocab_size=len(pieces), num_hidden_layers=3, **SIZE)
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return clip_of(folder)
