@@ -67,7 +67,7 @@ class Update:
         unreadable: one message per image or subfolder that could not be read, or whose name is not UTF-8.
         unreadable_images: those of images that could not be read, by their path in the folder.
         approximate: whether search is approximate, because the index has a graph.
-        vanished: paths of `settled` that were listed before and are not there any more.
+        vanished: paths of images that were listed, here or in `settled`, and were not there when they were looked at.
         unmounted: the folder was gone, or empty, when a watch looked at it again: nothing was done.
     """
 
@@ -217,6 +217,7 @@ def _update(
             failed = [source.name for source in chunk if source.name not in read]
             update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
             if failed:  # now: the disk may be back when all is done
+                update.vanished |= {name for name in failed if not os.path.lexists(folder / name)}
                 unmounted_images += len(not_mounted(folder, failed, started_ns))
             done += len(chunk)
             reporter.update("embedding", done, len(new))

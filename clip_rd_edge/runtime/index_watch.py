@@ -7,7 +7,6 @@ of a core, and up to a minute with that of an update.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,8 +75,7 @@ class _Images:
 
     def take(self, settled: dict[str, Stamp], update: Update) -> None:
         """Note what an update has seen, and take those messages from it that may be about unfinished files."""
-        gone = {name for name in update.unreadable_images if not os.path.lexists(self._folder / name)}  # unmounted?
-        settled = {name: stamp for name, stamp in settled.items() if name not in gone | update.vanished}
+        settled = {name: stamp for name, stamp in settled.items() if name not in update.vanished}  # unmounted?
         self._indexed = {
             **{name: stamp for name, stamp in self._indexed.items() if name in (self._seen or {})},
             **settled,
