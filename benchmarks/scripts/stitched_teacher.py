@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
-from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
+from clip_rd_edge.models.stitch import RIDGE, class_embeddings, class_nouns, read_class_names, solve_projection
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
@@ -173,20 +174,12 @@ def finished(model: Path, photos: Path) -> Score:
     return {"model": model.name, "size": edge, **{name: top(encoder, task) for name, task in tasks.items()}}
 
 
-def nouns() -> list[str]:
-    """Return texts to learn: the captions of the emoji, and the names of ImageNet-1k's and ImageNet-22k's classes."""
-    pairs, info = emoji.training_pairs(), ImageNetInfo("imagenet-22k")
-    captions = [caption for index in range(len(pairs)) for caption in pairs.captions(index)]
-    synonyms = [name for names in read_class_names("imagenet") for name in names[:-1]]
-    first = [str(info.index_to_description(index)).split(", ")[0] for index in range(info.num_classes())]
-    return list(dict.fromkeys(text.strip() for text in (*captions, *synonyms, *first)))
-
-
 def trained(folder: Path, seeds: Sequence[int]) -> list[Path]:
     """Train what is missing in the folder; return the stitched model, and a teacher and a student per seed."""
     folder.mkdir(parents=True, exist_ok=True)
     texts, start = folder / "nouns.txt", folder / "stitched"
-    texts.write_text("\n".join(nouns()) + "\n", encoding="utf-8")
+    learnt = dict.fromkeys([*chain.from_iterable(emoji.training_pairs().texts), *class_nouns()])
+    texts.write_text("\n".join(learnt) + "\n", encoding="utf-8")
     if not start.is_dir():
         command_line(STITCH, "-o", start)
     models = [start]

@@ -29,6 +29,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
         settings: further keys that differ from the recipe's, such as `bank_temperature`.
+        text: the text tower, as in `RunConfig`; the suite's by default.
         pretrained_text: what the text tower starts from, as in `RunConfig`; random weights by default.
     """
 
@@ -36,6 +37,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    text: str | None = None
     pretrained_text: str | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +166,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
     """
     recipe = suite.recipe(run.method)
     needs_teacher = recipe.objective.needs_teacher
+    text = run.method.text or suite.text
     return RunConfig(
         recipe_name=run.method.name,
         recipe=recipe,
@@ -171,8 +174,8 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         teacher=teacher if needs_teacher else None,
         student=run.student,
         image_size=suite.image_size,
-        text=suite.text,
-        freeze_text=suite.text == TEACHER,
+        text=text,
+        freeze_text=text == TEACHER,
         pretrained_text=run.method.pretrained_text,
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,

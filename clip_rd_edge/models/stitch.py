@@ -66,6 +66,16 @@ def read_class_names(names: str | os.PathLike[str]) -> tuple[tuple[str, ...], ..
     return tuple(classes)
 
 
+def class_nouns() -> list[str]:
+    """Return nouns of all kinds, some 22,000: the names of ImageNet-1k's classes, and the first of ImageNet-22k's."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    synonyms = [name for names in read_class_names(IMAGENET) for name in names[:-1]]
+    first = [str(info.index_to_description(index)).split(", ")[0] for index in range(info.num_classes())]
+    return list(dict.fromkeys(name.strip() for name in (*synonyms, *first)))
+
+
 def class_embeddings(text: SentenceEncoder, names: Sequence[Sequence[str]], *, reporter: Reporter = SILENT) -> Tensor:
     """Return one embedding per class, (K, D), L2-normalised: the mean of the embeddings of its names."""
     texts = [name for synonyms in names for name in synonyms]

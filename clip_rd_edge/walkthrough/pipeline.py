@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +30,11 @@ from clip_rd_edge.exporters.bundle import export_bundle, package_versions
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
-from clip_rd_edge.models.stitch import IMAGENET, read_class_names, stitch_models
+from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.models.text_weights import TOKENS
+from clip_rd_edge.models.trim import trim_text_tower
 from clip_rd_edge.runtime.label_list import everyday_labels
-from clip_rd_edge.utils.files import new_folder, require_free_output
+from clip_rd_edge.utils.files import new_folder, require_free_output, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
@@ -65,7 +66,7 @@ class Settings:
 
 IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
-TEXT_SIZE = "tiny"  # the student's text tower
+TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
 CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the embedded teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
@@ -117,6 +118,25 @@ def tune_teacher(settings: Settings, reporter: Reporter) -> None:
     run_distillation(config, run, resume=True, reporter=reporter)
 
 
+def trim_text(settings: Settings, reporter: Reporter) -> None:
+    """Write what the student's text tower starts from: a part of the teacher's, with the tokens that nouns need.
+
+    The texts that decide which tokens stay are kept beside it, one per line: captions and nouns of all kinds.
+    """
+    trimmed = settings.folder / "trimmed"
+    if trimmed.is_dir():
+        return
+    captions = chain.from_iterable(emoji.training_pairs().texts)
+    texts = list(dict.fromkeys([*captions, *class_nouns()]))
+    write_text(settings.folder / "nouns.txt", "".join(f"{text}\n" for text in texts))
+    teacher = str(settings.folder / "teacher")
+    result = trim_text_tower(
+        load_clip(teacher), layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts, reporter=reporter
+    )
+    reporter.say(result.description)
+    save_clip(trimmed, result.clip, provenance={"model": teacher})
+
+
 def distil_student(settings: Settings, reporter: Reporter) -> None:
     """Distil the student from the tuned teacher."""
     _train_student(settings, reporter, settings.folder / "student", settings.recipe)
@@ -133,7 +153,6 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         taught = {
             "teacher": str(settings.folder / "teacher"),
             "teacher_cache": str(settings.folder / "teacher-cache"),
-            "pretrained_text": TOKENS,
         }
     config = _config(
         run,
@@ -142,7 +161,7 @@ def _train_student(settings: Settings, reporter: Reporter, run: Path, recipe: st
         batch_size=32,
         learning_rate=2e-3,
         student=settings.student,
-        text=TEXT_SIZE,
+        text=str(settings.folder / "trimmed"),
         views=VIEWS,
         seed=settings.seed,
         # AMX halves what a product of the student takes; the teacher's depthwise convolutions gain nothing from it.
@@ -210,13 +229,14 @@ def run_quickstart(
         settings.student,
         embedding_size=EMBEDDING_SIZE,
         image_size=IMAGE_SIZE,
-        text=TEXT_SIZE,
+        text="tiny",  # in place of the trimmed one, which is not there yet
         context_length=CONTEXT_LENGTH,
     )
     build_student(architecture, name=settings.student)
     stages: list[tuple[str, Callable[[Settings, Reporter], None]]] = [
         ("Render the data set", _render_pairs),
         ("Tune the teacher", tune_teacher),
+        ("Trim the teacher's text tower", trim_text),
         ("Distil the student", distil_student),
         *([("Train the same student without a teacher", train_baseline)] if settings.with_baseline else []),
         ("Export to ONNX FP32 and FP16", _export_floats),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_a_methods_text_tower_can_start_from_elsewhere(suite: EvidenceSuite) -> 
     runs = msgspec.structs.replace(suite, methods=methods).runs()
     starts = {run.method.name: run_config(suite, run, teacher="t", caches=Path("c")).pretrained_text for run in runs}
     assert {name for name, start in starts.items() if start == "tokens"} == {"clip-rd"}
+
+
+def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuite) -> None:
+    run = next(suite.runs())
+    own = msgspec.structs.replace(run.method, text="runs/trimmed")
+    runs = (run, dataclasses.replace(run, method=own))
+    texts = [run_config(suite, run, teacher="t", caches=Path("c")).text for run in runs]
+    assert texts == [suite.text, "runs/trimmed"]
 
 
 @pytest.mark.parametrize(

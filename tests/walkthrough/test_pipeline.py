@@ -41,7 +41,14 @@ def start(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_a_quickstart_killed_at_every_stage_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"
-    kill_points = ["teacher-untuned", "teacher/config.yaml", "teacher/student", "student/config.yaml", "bundles/fp32"]
+    kill_points = [
+        "teacher-untuned",
+        "teacher/config.yaml",
+        "teacher/student",
+        "trimmed",
+        "student/config.yaml",
+        "bundles/fp32",
+    ]
     for path in kill_points:
         process = start(folder)
         while process.poll() is None and not (folder / path).exists():
@@ -105,7 +112,7 @@ def test_ctrl_c_between_the_trainings_says_how_to_resume(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(pipeline, "_render_pairs", lambda *_: None)
     monkeypatch.setattr(pipeline, "tune_teacher", interrupt)
-    with pytest.raises(InterruptedRunError, match="in stage 2 of 6; the stages before it are kept") as error:
+    with pytest.raises(InterruptedRunError, match="in stage 2 of 7; the stages before it are kept") as error:
         edge.quickstart(tmp_path / "quickstart")
     assert (error.value.exit_code, error.value.hint) == (75, "run the same command again to resume")
 
@@ -158,13 +165,13 @@ def test_a_bundle_records_the_versions_that_exported_it(tmp_path: Path, monkeypa
     assert [request.precision for request in requests] == ["fp32", "fp16"]
 
 
-def test_students_of_a_teacher_start_from_its_tokens_and_share_its_cache(tmp_path: Path) -> None:
+def test_students_start_from_the_same_text_tower_and_one_has_a_teacher(tmp_path: Path) -> None:
     configs = configurations(Settings(folder=tmp_path))
-    cache = str(tmp_path / "teacher-cache")
-    assert {name: (c.recipe_name, c.pretrained_text, c.views, c.teacher_cache) for name, c in configs.items()} == {
-        "teacher": ("clip", None, 0, None),
-        "student": ("clip-rd-bank", "tokens", 5, cache),
-        "student-alone": ("clip", None, 5, None),
+    cache, trimmed = str(tmp_path / "teacher-cache"), str(tmp_path / "trimmed")
+    assert {name: (c.recipe_name, c.text, c.freeze_text, c.views, c.teacher_cache) for name, c in configs.items()} == {
+        "teacher": ("clip", "standard", True, 0, None),
+        "student": ("clip-rd-bank", trimmed, False, 5, cache),
+        "student-alone": ("clip", trimmed, False, 5, None),
     }
 
 

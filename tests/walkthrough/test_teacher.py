@@ -15,6 +15,7 @@ from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.walkthrough import pipeline
+from clip_rd_edge.walkthrough.pipeline import Settings
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,21 @@ def test_the_folder_can_be_moved(folder: Path, tmp_path: Path) -> None:
     finally:
         moved.rename(folder)
     np.testing.assert_array_equal(before, after)
+
+
+def test_the_students_text_tower_starts_from_two_layers_and_the_tokens_of_captions_and_nouns(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "teacher").symlink_to(folder)
+    pipeline.trim_text(Settings(folder=tmp_path), SILENT)
+    nouns = (tmp_path / "nouns.txt").read_text(encoding="utf-8").splitlines()
+    assert {"grinning face", "oil beetle"} <= set(nouns)
+    assert len(nouns) == len(set(nouns))
+    trimmed = load_clip(str(tmp_path / "trimmed"))
+    assert len(trimmed.model.get_submodule("text.transformer.encoder.layer")) == 2  # type: ignore[arg-type]
+    # A word of a caption keeps its token; one that no text has is spelled with others.
+    tokens = [(trimmed.tokenizer([word])[0] != 0).sum().item() - 2 for word in ("grinning", "bundesliga")]
+    assert tokens[0] == 1 < tokens[1]
 
 
 def test_weights_other_than_the_published_ones_are_rejected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
