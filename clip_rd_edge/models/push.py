@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from clip_rd_edge.contract.bundle import MANIFEST
+from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER
 from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError, first_line
+from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.utils.paths import exists, is_file
 
 # By name: the hub's client has changed its HTTP library more than once.
@@ -19,8 +25,9 @@ def push_folder(
 ) -> str:
     """Upload a folder as one commit to a model repository, which is created if it does not exist; return its address.
 
-    Files that the repository has already are not uploaded again, and those that the folder lacks stay in it. The token
-    is that of `hf auth login` or HF_TOKEN, the server that of HF_ENDPOINT.
+    Files that the repository has already are not uploaded again, and those that the folder lacks stay in it. A text
+    tower of Hugging Face, which the folder's configuration names by its path, is named by the repository there. The
+    token is that of `hf auth login` or HF_TOKEN, the server that of HF_ENDPOINT.
 
     Args:
         folder: an export with `--layout huggingface`, a student, the folder of a run, or a bundle.
@@ -42,12 +49,13 @@ def push_folder(
     api = HfApi(library_name="clip-rd-edge")
     try:
         created = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=created.repo_id,
-            folder_path=source,
-            revision=revision,
-            commit_message=message or f"Upload {source.name} with clip-rd-edge",
-        )
+        with _for_hub(source, created.repo_id) as published:
+            api.upload_folder(
+                repo_id=created.repo_id,
+                folder_path=published,
+                revision=revision,
+                commit_message=message or f"Upload {source.name} with clip-rd-edge",
+            )
     except HFValidationError as error:
         raise UsageError(
             f"{repo!r} is no name of a repository: {_first_sentence(error)}.", hint="ORG/NAME, or NAME for your own"
@@ -62,6 +70,32 @@ def push_folder(
             hint="run the same command again; files that arrived are not uploaded again",
         ) from error
     return str(created)
+
+
+@contextmanager
+def _for_hub(source: Path, repo: str) -> Iterator[Path]:
+    """Yield a folder whose configuration names the repository where it named the folder itself, for the text tower."""
+    config = read_open_clip_config(source) if is_file(source / CONFIG_FILE) else {}
+    text_cfg = config.get("model_cfg", {}).get("text_cfg", {})
+    own = {"hf_model_name": source / "config.json", "hf_tokenizer_name": source / TOKENIZER}
+    renamed = {name: repo for name, path in own.items() if name in text_cfg and is_file(path)}
+    if not renamed:
+        yield source
+        return
+    with TemporaryDirectory() as folder:
+        published = Path(folder) / source.name
+        shutil.copytree(source.resolve(), published, copy_function=_link)
+        (published / CONFIG_FILE).unlink()
+        text_cfg.update(renamed)
+        (published / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        yield published
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        Path(target).symlink_to(source)
+    except OSError:  # file systems without links, and users of Windows without the right to make them
+        shutil.copy2(source, target)
 
 
 def _first_sentence(error: Exception) -> str:

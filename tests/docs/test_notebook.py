@@ -82,6 +82,11 @@ def test_it_runs_on_tiny_models(
         assert (classifier, names, text) == ("tf_efficientnet_lite0", "imagenet", "all-MiniLM-L6-v2")
         save_clip(output, make_student(image_size=image_size), provenance={})
 
+    def trim(model: Path, output: Path, *, texts: Path, vocabulary: int, **options: Any) -> Path:
+        assert (len(texts.read_text().splitlines()), vocabulary) == (21_841, 10_000)  # CLIP's vocabulary stays whole
+        return keep_layers(model, output, **{**options, "text_layers": 1})
+
+    keep_layers = edge.trim
     export = edge.export
 
     def export_fp32(model: Path, output: Path, *, precision: str = "fp32", **options: Any) -> edge.ExportedBundle:
@@ -90,6 +95,7 @@ def test_it_runs_on_tiny_models(
         return export(model, output, force=options["force"])
 
     monkeypatch.setattr(edge, "stitch", stitch)
+    monkeypatch.setattr(edge, "trim", trim)
     # Tested elsewhere, and most of the time here: measuring INT8, the plots of a run, and cold starts.
     monkeypatch.setattr(edge, "export", export_fp32)
     monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)

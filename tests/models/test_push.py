@@ -174,6 +174,18 @@ def test_the_folder_of_a_run_uploads_its_student_alone(hub: Hub, model: Path, tm
     assert sorted(hub.files) == ["README.md", "onnx/model.onnx", "open_clip_config.json"]
 
 
+def test_a_text_tower_of_hugging_face_is_found_in_the_repository(hub: Hub, model: Path, tmp_path: Path) -> None:
+    names = {"hf_model_name": str(model), "hf_tokenizer_name": "all-MiniLM-L6-v2", "context_length": 16}
+    (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 4, "text_cfg": names}}))
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    (model / "tokenizer.json").write_text("{}")
+    assert push(model, hub.url, tmp_path).returncode == 0
+    text_cfg = json.loads(hub.files["open_clip_config.json"])["model_cfg"]["text_cfg"]
+    assert text_cfg == {"hf_model_name": "me/my-clip", "hf_tokenizer_name": "me/my-clip", "context_length": 16}
+    assert {"README.md", "onnx/model.onnx", "config.json", "tokenizer.json"} < hub.files.keys()
+    assert str(model) in (model / "open_clip_config.json").read_text()
+
+
 def test_a_token_that_may_not_write_is_told_so(hub: Hub, model: Path, tmp_path: Path) -> None:
     result = push(model, hub.url, tmp_path, token="hf_other")
     assert result.returncode == 2
