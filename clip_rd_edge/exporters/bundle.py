@@ -41,9 +41,9 @@ from clip_rd_edge.exporters.onnx import (
     export_image_tower,
     export_text_tower,
 )
-from clip_rd_edge.exporters.tokenizer import export_tokenizer
 from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evaluation_mode
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.tokenizer import export_tokenizer
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
