@@ -141,8 +141,8 @@ def trim(
     Args:
         model: a run's folder, `local-dir:PATH`, `hf-hub:ORG/REPO`, or an open_clip architecture with a tag.
         text_layers: how many layers of the text tower stay, evenly spaced. Default: all.
-        vocabulary: how many tokens stay, by their use in `texts`; for text towers of Hugging Face whose tokenizer is
-            WordPiece (BERT) or Unigram (XLM-R, mT5). Default: all.
+        vocabulary: how many tokens stay, by their use in `texts`; for CLIP's own text towers, and for those of Hugging
+            Face whose tokenizer is WordPiece (BERT), Unigram (XLM-R, mT5) or BPE (RoBERTa). Default: all.
         texts: a file such as `distill` takes, with texts such as the model will be given.
         force: replace an earlier trimmed model in `output`; a folder with anything else is refused.
 

@@ -23,8 +23,7 @@ _text, _output = grouped("Text"), grouped("Output")
 )  # fmt: skip
 @_text(
     "--vocabulary", metavar="N", type=click.IntRange(1),
-    help="Keep N tokens: those that the texts have most. For text towers of Hugging Face such as BERT and XLM-R.  "
-    "[default: all]",
+    help="Keep N tokens: those that the texts have most.  [default: all]",
 )  # fmt: skip
 @_text(
     "--texts", metavar="FILE", type=PathName(),

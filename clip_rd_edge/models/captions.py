@@ -91,6 +91,11 @@ def embed_with_progress(
     return torch.cat(rows)
 
 
+def pooling_of(text: nn.Module) -> str | None:
+    """Return how a text tower of open_clip's own makes one row of all positions: argmax takes the end token's."""
+    return getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+
+
 def _needed_positions(text: Any) -> Callable[[Tensor], Tensor] | None:
     """Return what maps ids (N, T) to the number of positions that matter, (N,); None if all do."""
     if hasattr(text, "pooler"):  # Hugging Face's
@@ -101,7 +106,7 @@ def _needed_positions(text: Any) -> Callable[[Tensor], Tensor] | None:
     appends = getattr(text, "cls_emb", None) is not None  # a token after the padding, as in CoCa
     if appends or getattr(text, "attn_mask", None) is None:
         return None
-    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    pool = pooling_of(text)
     end = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
     if pool == "argmax":
         return lambda ids: ids.argmax(1) + 1

@@ -369,8 +369,9 @@ def save_clip(
         if clip.has_hugging_face_text:
             text_cfg = {**clip.model_cfg["text_cfg"], "hf_model_name": str(folder.resolve())}
             clip.model.text.transformer.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
-            clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
             clip = replace(clip, model_cfg={**clip.model_cfg, "text_cfg": text_cfg})
+        if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
+            clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         save_open_clip(temporary, clip)
         record = {**provenance, "templates": list(clip.templates)}
         if clip.labels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -44,31 +44,66 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
 
 
 def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
-    from tokenizers import Regex, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as FastTokenizer
-
     specials = {name: token_id for name, token_id in tokenizer.encoder.items() if token_id in tokenizer.all_special_ids}
     vocabulary = {name: token_id for name, token_id in tokenizer.encoder.items() if name not in specials}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     free_ids = itertools.count(len(tokenizer.encoder))
     for name, token_id in specials.items():
         _add_special_token(name, token_id, vocabulary=vocabulary, merges=merges, free_ids=free_ids)
-    fast = FastTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
-    words = _WORDS.replace("LETTERS", _newer_than_the_library("L")).replace("NUMBERS", _newer_than_the_library("N"))
-    pattern = Regex("|".join([*specials, words]))
-    fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    start, end = (next(n for n, i in specials.items() if i == token_id) for token_id in tokenizer.all_special_ids[:2])
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, specials[start]), (end, specials[end])]
-    )
+    fast = _bpe(vocabulary, merges, specials)
+    start, end = _start_and_end(tokenizer)
+    fast.post_processor = _between(start, end, specials)
     _write(fast, path)
     return TokenizerSpec(
         context_length=int(tokenizer.context_length), clean=_cleaning_name(tokenizer), end_id=specials[end]
+    )
+
+
+def write_clip_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write open_clip's `SimpleTokenizer` as a tokenizer of Hugging Face; return the options that `HFTokenizer` needs.
+
+    Ids are the same for every text but one that has a special token within a word. Texts are padded with the end token
+    instead of 0, as in OpenAI's own files, since "!" has the 0.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    start, end = _start_and_end(tokenizer)
+    vocabulary = {name: token_id for name, token_id in tokenizer.encoder.items() if name not in (start, end)}
+    fast = _bpe(vocabulary, sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get), ())
+    fast.add_special_tokens([start, end])
+    fast.post_processor = _between(start, end, {name: fast.token_to_id(name) for name in (start, end)})
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token=start, eos_token=end, pad_token=end).save_pretrained(
+        folder
+    )
+    return {"clean": _cleaning_name(tokenizer)}
+
+
+def _start_and_end(tokenizer: Any) -> tuple[str, str]:
+    """Return the two special tokens of a `SimpleTokenizer`, which stand around a text."""
+    start, end = (tokenizer.decoder[token_id] for token_id in tokenizer.all_special_ids[:2])
+    return start, end
+
+
+def _bpe(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], words: Iterable[str]) -> Any:
+    """Return CLIP's BPE as a `tokenizers.Tokenizer`, which also takes each of `words` for a word."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    fast: Any = Tokenizer(models.BPE(vocabulary, list(merges), end_of_word_suffix=_END_OF_WORD))
+    others = _WORDS.replace("LETTERS", _newer_than_the_library("L")).replace("NUMBERS", _newer_than_the_library("N"))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("|".join([*words, others])), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return fast
+
+
+def _between(start: str, end: str, ids: Mapping[str, int]) -> Any:
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
     )
 
 

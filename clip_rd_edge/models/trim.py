@@ -3,7 +3,8 @@
 Most of a sentence encoder is its vocabulary: MiniLM-L6 has 11.7 of its 22.6 million parameters in the embeddings of
 30,522 tokens, XLM-R 192 of 278 million in those of 250,002. Texts of one kind need a part of them, and a word without a
 token of its own is spelled with shorter ones (Abdaoui et al. 2020, Load What You Need). Evenly spaced layers of the
-tower are then a start that soon learns what all of them returned (Sanh et al. 2019, DistilBERT).
+tower are then a start that soon learns what all of them returned (Sanh et al. 2019, DistilBERT). CLIP's own towers are
+alike: of the 63 million parameters of ViT-B's, 25 are the embeddings of 49,408 tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from torch import nn
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, UsageError
+from clip_rd_edge.models.captions import CaptionTower, pooling_of
 from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
 from clip_rd_edge.models.text_weights import evenly_spaced
+from clip_rd_edge.models.tokenizer import write_clip_tokenizer
+from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BATCH = 1_024
-# By kind of model: what marks a piece within a word, or at its beginning.
-_MARKS = {"WordPiece": "##", "Unigram": "▁"}
-_BYTE = "<0x{:02X}>"  # a piece of a character that no other piece has
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def trim_text_tower(
         layers: how many of the transformer's layers stay, evenly spaced, the first and the last among them; None for
             all.
         vocabulary: how many tokens stay: those that a text cannot do without, which are special or single characters
-            that occur in `texts`, then those that `texts` have most, then those with the lowest ids. None for all.
+            that occur in `texts`, then those that `texts` have most, then those with the lowest ids. A token of BPE, as
+            CLIP's are, stays with those that it is merged from. None for all.
         texts: such as the model will be given.
 
     Raises:
@@ -131,114 +133,79 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
 
 
 def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter: Reporter) -> tuple[ClipModel, str]:
-    content = _tokenizer_content(clip)
-    pieces = _pieces(content, clip.name)
+    clip = _with_tokenizer_file(clip)
+    content = json.loads(_backend(clip).to_str())
+    count = len(pieces_of(content, clip.name))
     tokenizer: Any = clip.tokenizer
-    used = np.zeros(len(pieces), np.int64)
+    used = np.zeros(count, np.int64)
     for part in in_batches(len(texts), _BATCH):
         reporter.update("counting tokens", part.start, len(texts))
-        used += np.bincount(tokenizer(list(texts[part])).numpy().ravel(), minlength=len(pieces))
-    transformer = _transformer(clip)
-    # The padding keeps its number, on which RoBERTa's positions depend.
-    special = {token["id"] for token in content["added_tokens"]} | {*range((transformer.config.pad_token_id or 0) + 1)}
-    needed = _needed(pieces, used, special, content["model"])
-    if not len(needed) <= size < len(pieces):
+        used += np.bincount(tokenizer(list(texts[part])).numpy().ravel(), minlength=count)
+    special = {token["id"] for token in content["added_tokens"]}
+    if clip.has_hugging_face_text:  # the padding keeps its number, on which RoBERTa's positions depend
+        special |= {*range((_transformer(clip).config.pad_token_id or 0) + 1)}
+    needed = needed_tokens(content, used, special, clip.name)
+    if not len(needed) <= size < count:
         raise ConfigError(
-            f"The vocabulary of {clip.name} has {len(pieces):,} tokens, and {size:,} are to stay; expected "
-            f"{len(needed):,} to {len(pieces) - 1:,}.",
-            hint=f"{len(needed):,} are special, or single characters that occur in the texts",
+            f"The vocabulary of {clip.name} has {count:,} tokens, and {size:,} are to stay; expected "
+            f"{len(needed):,} to {count - 1:,}.",
+            hint=f"{len(needed):,} are special, or single characters that texts are spelled with",
         )
     used[list(special)] = 0
-    others = sorted(set(range(len(pieces))) - needed, key=lambda number: (-used[number], number))
-    kept = sorted([*needed, *others[: size - len(needed)]])
-    embedding = transformer.get_input_embeddings()
-    with torch.no_grad():
-        embedding.weight = nn.Parameter(embedding.weight[kept].clone())
-    embedding.num_embeddings = transformer.config.vocab_size = size
-    model: Any = clip.model
-    model.vocab_size = model.text.vocab_size = size
-    new = _tokenizer_of(clip, _with_pieces(content, kept))
+    kept = most_used_tokens(content, used, needed, size)
+    _keep_embeddings(clip, kept)
     share = used[kept].sum() / max(used.sum(), 1)
-    return replace(clip, tokenizer=new), f"{size:,} of {len(pieces):,} tokens ({share:.1%} of those in the texts)"
+    trimmed = replace(clip, tokenizer=_tokenizer_of(clip, with_tokens(content, kept)))
+    return trimmed, f"{len(kept):,} of {count:,} tokens ({share:.1%} of those in the texts)"
 
 
-def _tokenizer_content(clip: ClipModel) -> dict[str, Any]:
-    """Return the tokenizer.json of a tokenizer of Hugging Face."""
-    if not clip.has_hugging_face_text:
-        raise ConfigError(
-            f"The vocabulary of {clip.name} is CLIP's own; expected a text tower of Hugging Face, with a tokenizer "
-            "whose tokens can be left out.",
-            hint="omit --vocabulary",
-        )
-    tokenizer: Any = clip.tokenizer
-    backend = getattr(tokenizer.tokenizer, "backend_tokenizer", None)
+def _backend(clip: ClipModel) -> Any:
+    """Return the `tokenizers.Tokenizer` of a tokenizer of Hugging Face."""
+    inner: Any = getattr(clip.tokenizer, "tokenizer", None)
+    backend = getattr(inner, "backend_tokenizer", None)
     if backend is None:
         raise ConfigError(
             f"The tokenizer of {clip.name} has no {_TOKENIZER}, whose tokens could be left out.",
             hint="omit --vocabulary",
         )
-    content: dict[str, Any] = json.loads(backend.to_str())
-    return content
+    return backend
 
 
-def _pieces(content: dict[str, Any], name: str) -> list[str]:
-    """Return the tokens by id: those of the model, then what was added to it."""
-    kind, vocabulary = content["model"]["type"], content["model"]["vocab"]
-    if kind == "WordPiece":
-        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
-    elif kind == "Unigram":
-        pieces = [piece for piece, _ in vocabulary]
-    else:
+def _with_tokenizer_file(clip: ClipModel) -> ClipModel:
+    """Return a model whose tokenizer has a tokenizer.json, as CLIP's own has not: its tokens are always all of them."""
+    import open_clip
+
+    if clip.has_hugging_face_text:
+        return clip
+    has_end_alone = CaptionTower(nn.Identity(), clip.model).choices and pooling_of(text_module(clip.model)) == "argmax"
+    if not has_end_alone:
         raise ConfigError(
-            f"The tokenizer of {name} is of the kind {kind}, whose tokens are built from each other; expected one of "
-            f"{', '.join(_MARKS)}.",
+            f"What the text tower of {clip.name} returns depends on padding, or on other tokens than the end; expected "
+            "a tower as CLIP's own, or of Hugging Face.",
             hint="omit --vocabulary",
         )
-    return [*pieces, *(token["content"] for token in content["added_tokens"] if token["id"] >= len(pieces))]
+    if not isinstance(clip.tokenizer, open_clip.SimpleTokenizer):
+        return clip
+    with TemporaryDirectory() as folder:
+        options = write_clip_tokenizer(clip.tokenizer, Path(folder))
+        tokenizer = open_clip.tokenizer.HFTokenizer(folder, context_length=clip.context_length, **options)
+    text_cfg = {**clip.model_cfg["text_cfg"], "hf_tokenizer_name": clip.name, "tokenizer_kwargs": options}
+    return replace(clip, tokenizer=tokenizer, model_cfg={**clip.model_cfg, "text_cfg": text_cfg})
 
 
-def _needed(pieces: Sequence[str], used: np.ndarray[Any, Any], special: set[int], model: dict[str, Any]) -> set[int]:
-    """Return the ids without which a text would have no tokens: special ones, and single characters of the texts."""
-    bare = [piece.removeprefix(_MARKS[model["type"]]) for piece in pieces]
-    characters = {character for number in np.flatnonzero(used) for character in bare[number]}
-    bytes_of_others = set(map(_BYTE.format, range(256))) if model.get("byte_fallback") else set()
-    return special | {
-        number
-        for number, piece in enumerate(bare)
-        if (len(piece) <= 1 and (piece in characters or piece.isascii())) or piece in bytes_of_others
-    }
-
-
-def _with_pieces(content: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """Return a tokenizer.json with these tokens alone, numbered anew in their order."""
-    new = {old: number for number, old in enumerate(kept)}
-    model = content["model"]
-    if model["type"] == "WordPiece":
-        vocabulary: Any = {piece: new[old] for piece, old in model["vocab"].items() if old in new}
+def _keep_embeddings(clip: ClipModel, kept: Sequence[int]) -> None:
+    """Leave out the embeddings of all other tokens, in place."""
+    text: Any = text_module(clip.model)
+    if clip.has_hugging_face_text:
+        embedding = _transformer(clip).get_input_embeddings()
+        _transformer(clip).config.vocab_size = len(kept)
     else:
-        vocabulary = [model["vocab"][old] for old in kept if old < len(model["vocab"])]
-    content = {**content, "model": {**model, "vocab": vocabulary}}
-    if model.get("unk_id") is not None:
-        content["model"]["unk_id"] = new[model["unk_id"]]
-    content["added_tokens"] = [{**token, "id": new[token["id"]]} for token in content["added_tokens"]]
-    content["post_processor"] = _renumbered(content.get("post_processor"), new)
-    if content.get("padding"):
-        content["padding"] = {**content["padding"], "pad_id": new[content["padding"]["pad_id"]]}
-    return content
-
-
-def _renumbered(part: Any, new: dict[int, int]) -> Any:
-    """Return a post-processor with other ids: in lists named `ids`, and in pairs of a token and its id."""
-    if isinstance(part, dict):
-        return {
-            name: [new[number] for number in value] if name == "ids" else _renumbered(value, new)
-            for name, value in part.items()
-        }
-    if isinstance(part, list):
-        if [type(entry) for entry in part] == [str, int]:
-            return [part[0], new[part[1]]]
-        return [_renumbered(entry, new) for entry in part]
-    return part
+        embedding = text.token_embedding
+        clip.model_cfg["text_cfg"]["vocab_size"] = len(kept)
+    with torch.no_grad():
+        embedding.weight = nn.Parameter(embedding.weight[kept].clone())
+    model: Any = clip.model
+    embedding.num_embeddings = text.vocab_size = model.vocab_size = len(kept)
 
 
 def _tokenizer_of(clip: ClipModel, content: dict[str, Any]) -> Any:

@@ -24,11 +24,12 @@ from transformers import (
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.clip import ClipModel, text_module
+from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.sentences import load_sentence_encoder
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.models.trim import _needed, trim_text_tower
+from clip_rd_edge.models.trim import trim_text_tower
+from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, with_tokens
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdeghilnorstu"
@@ -119,8 +120,9 @@ def test_added_tokens_and_bytes_stay(bert: ClipModel, tmp_path: Path) -> None:
     trimmed = trim_text_tower(bert, vocabulary=42, texts=TEXTS).clip
     assert np.array_equal(embed(trimmed, ["a newword"]), embed(bert, ["a newword"]))
     assert trimmed.tokenizer(["newword"])[0, 1] == 41
-    model = {"type": "Unigram", "byte_fallback": True}
-    assert _needed(["<pad>", "<0x0A>", "<0xFF>", "▁bolt"], np.zeros(4, np.int64), {0}, model) == {0, 1, 2}
+    pieces = [[piece, 0.0] for piece in ("<pad>", "<0x0A>", "<0xFF>", "▁bolt")]
+    content = {"model": {"type": "Unigram", "vocab": pieces, "byte_fallback": True}, "added_tokens": []}
+    assert needed_tokens(content, np.zeros(4, np.int64), {0}, "x") == {0, 1, 2}
 
 
 def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
@@ -146,8 +148,65 @@ def test_the_layers_of_open_clips_own_tower_can_be_trimmed(tmp_path: Path) -> No
     loaded = plain(tmp_path / "trimmed", clip)
     assert len(loaded.model.text.transformer.resblocks) == 1  # type: ignore[union-attr, arg-type]
     assert np.array_equal(embed(loaded, TEXTS), embed(trimmed, TEXTS))
-    with pytest.raises(ConfigError, match="The vocabulary of clip is CLIP's own"):
-        trim_text_tower(clip, vocabulary=100, texts=TEXTS)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_clips_own_vocabulary_can_be_trimmed(separate: bool, tmp_path: Path) -> None:
+    clip = clip_with_clips_tokenizer(separate=separate)
+    texts = ["red cat", "a photo of a green tortoise", "Überstraße!", "It's 1984 …", "猫と犬", "word " * 20, "", "!"]
+    before = embed(clip, texts)
+    trimmed = trim_text_tower(clip, vocabulary=620, texts=texts).clip
+    assert text_module(clip.model).token_embedding.num_embeddings == 49_408  # type: ignore[union-attr]
+    save_clip(tmp_path / "trimmed", trimmed, provenance={})
+    for loaded in (trimmed, load_clip(str(tmp_path / "trimmed")), plain(tmp_path / "trimmed", clip)):
+        assert text_module(loaded.model).token_embedding.weight.shape == (620, 64)  # type: ignore[union-attr, operator]
+        assert np.abs(embed(loaded, texts) - before).max() < 1e-6
+        ids = loaded.tokenizer(["bicycle", "cat"])
+        assert ids.max() == 619  # the end token is the last
+        assert (ids.argmax(1) > 2).tolist() == [True, False]  # "bicycle" is spelled with shorter tokens
+    bundle = edge.export(tmp_path / "trimmed", tmp_path / "bundle")
+    assert np.abs(edge.load(bundle).encoder.encode_texts(texts) - before).max() < 1e-4
+    with pytest.raises(ConfigError, match="49,408 tokens, and 513 are to stay; expected 514 to 49,407"):
+        trim_text_tower(clip, vocabulary=513, texts=texts)
+
+
+def clip_with_clips_tokenizer(*, separate: bool) -> ClipModel:
+    """A model with open_clip's own text tower, as a module of its own or at the top level."""
+    config = student_config("resnet10t", embedding_size=32, image_size=32, text="64x2", context_length=16)
+    if separate:
+        clip = build_student(config, name="clip")
+    else:
+        image = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 32}
+        text = {"width": 64, "heads": 1, "layers": 2, "context_length": 16}
+        model = open_clip.CLIP(32, image, text)
+        open_clip.model.set_model_preprocess_cfg(model, config["preprocess_cfg"])
+        tokenizer = open_clip.SimpleTokenizer(context_length=16)
+        cfg = {"embed_dim": 32, "vision_cfg": image, "text_cfg": text}
+        clip = ClipModel("clip", model, tokenizer, preprocessing_of(model), cfg)
+    clip.model.eval()
+    return clip
+
+
+def test_a_tower_whose_padding_counts_keeps_its_vocabulary() -> None:
+    clip = clip_with_clips_tokenizer(separate=True)
+    clip.model.get_submodule("text").attn_mask = None  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="depends on padding, or on other tokens than the end"):
+        trim_text_tower(clip, vocabulary=600, texts=TEXTS)
+
+
+def test_merged_tokens_stay_with_their_parts(bert: ClipModel) -> None:
+    pieces = ["a", "b", "c", "ab", "bc", "abc", "ca"]
+    merges = [["a", "b"], "b c", ["ab", "c"], "c a"]
+    model = {"type": "BPE", "vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": merges}
+    content = {"model": model, "added_tokens": []}
+    used = np.array([0, 0, 0, 0, 1, 9, 2])
+    needed = needed_tokens(content, used, set(), "x")
+    assert needed == {0, 1, 2}
+    kept = most_used_tokens(content, used, needed, 5)
+    assert [pieces[number] for number in kept] == ["a", "b", "c", "ab", "abc"]
+    assert with_tokens(content, kept)["model"]["merges"] == [("a", "b"), ("ab", "c")]
+    # Both parts of "abc" would be one too many.
+    assert [pieces[number] for number in most_used_tokens(content, used, needed, 4)] == ["a", "b", "c", "ca"]
 
 
 def test_what_cannot_be_trimmed_is_refused(bert: ClipModel) -> None:
