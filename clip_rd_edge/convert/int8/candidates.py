@@ -116,7 +116,7 @@ def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, dynamic: Ca
     static = quantizer.quantize("percentile", convolutions)
     if dynamic is None:
         return static
-    return dynamic(static, matrix_products=True, token_embeddings=False, per_channel=False)
+    return dynamic(static, matrix_products=True, token_embeddings=False, per_token=False)
 
 
 def _mixed(
@@ -144,19 +144,19 @@ def _mixed(
 def _dynamic(model: Path, *, takes_ids: bool, weight_bits: WeightBits) -> Iterator[Candidate]:
     make = partial(quantize_dynamically, model, weight_bits=weight_bits)
     name = "dynamic with token embeddings" if takes_ids else "dynamic"
-    for suffix, per_channel in ((", per-channel", True), ("", False)):
+    for suffix, per_token in ((", per-token", True), (", per-tensor", False)):
         yield Candidate(
             f"{name}{suffix}",
-            partial(make, matrix_products=True, token_embeddings=takes_ids, per_channel=per_channel),
+            partial(make, matrix_products=True, token_embeddings=takes_ids, per_token=per_token),
         )
     if takes_ids:
         yield Candidate(
-            "dynamic, token embeddings in float",
-            partial(make, matrix_products=True, token_embeddings=False, per_channel=True),
+            "dynamic, per-token, token embeddings in float",
+            partial(make, matrix_products=True, token_embeddings=False, per_token=True),
         )
         yield Candidate(
             "token embeddings only",
-            partial(make, matrix_products=False, token_embeddings=True, per_channel=False),
+            partial(make, matrix_products=False, token_embeddings=True, per_token=False),
         )
 
 
