@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from clip_rd_edge.convert.graph import file_content, float_tensors, silently
+from clip_rd_edge.convert.int8.bias import correct_biases, mean_shifts
 from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
@@ -32,6 +34,8 @@ class StaticQuantizer:
     Only the weights of layers have `weight_bits`: constants of element-wise nodes, where nothing saturates, have 8,
     like activations.
 
+    Biases of convolutions take back the shift of the means that rounded weights cause: see `convert.int8.bias`.
+
     ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
     float, and so do Softmax, normalisation and the nodes after them.
 
@@ -42,18 +46,26 @@ class StaticQuantizer:
         model: path of a float32 model that `quant_pre_process` has optimised.
         samples: inputs (N, …) that the ranges are measured on.
         weight_bits: see `convert.int8.saturation`.
+        biases: correct them; a tower that was trained under the rounding has the right ones.
     """
 
-    def __init__(self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7) -> None:
+    def __init__(self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7, biases: bool = True) -> None:
         self._model = onnx.load(model)
         self._samples = samples
         self._weight_bits = weight_bits
+        self._correct_biases = biases
         self.layers: tuple[str, ...] = tuple(node.name for node in weighted_layers(self._model))
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
         """Return the model with `layers`, a subset of `self.layers`, in INT8, as file content."""
         if not layers:  # an empty list means all layers to the library
             return file_content(self._model)
+        model = copy.deepcopy(self._model)
+        correct_biases(model, self._shifts, layers)
+        return file_content(self._quantized(model, method, layers))
+
+    def _quantized(self, model: onnx.ModelProto, method: RangeMethod, layers: Sequence[str]) -> onnx.ModelProto:
+        """Return `model`, this tower with any biases, with `layers` in INT8; changes `model`."""
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -64,7 +76,7 @@ class StaticQuantizer:
             ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
         with silently():
             quantizer = QDQQuantizer(
-                copy.deepcopy(self._model),
+                model,
                 per_channel=True,
                 reduce_range=self._weight_bits == 7,
                 weight_qType=QuantType.QInt8,
@@ -76,7 +88,17 @@ class StaticQuantizer:
                 extra_options={"TensorQuantOverrides": self._overrides},
             )
             quantizer.quantize_model()
-        return file_content(quantizer.model.model)
+        quantized: onnx.ModelProto = quantizer.model.model
+        return quantized
+
+    @cached_property
+    def _shifts(self) -> dict[str, npt.NDArray[np.float32]]:
+        """How far INT8 weights, which do not depend on ranges, move each convolution's means."""
+        convolutions = [node.name for node in weighted_layers(self._model, ("Conv",))]
+        if not convolutions or not self._correct_biases:
+            return {}
+        quantized = self._quantized(copy.deepcopy(self._model), "percentile", convolutions)
+        return mean_shifts(self._model, quantized, self._samples)
 
     @cached_property
     def _overrides(self) -> dict[str, list[dict[str, Any]]]:
