@@ -69,7 +69,7 @@ def write_int8(
             backend=backend,
             reporter=reporter,
         )
-        for samples in _tower_samples(source, calibration, backend, threads=request.threads, reporter=reporter)
+        for samples in _tower_samples(source, calibration, backend, request, reporter=reporter)
         if samples.tower in manifest.towers
     }
     fallback = request.fallback
@@ -85,7 +85,7 @@ def write_int8(
 
 
 def _tower_samples(
-    source: Path, calibration: CalibrationSet, backend: Backend, *, threads: int, reporter: Reporter
+    source: Path, calibration: CalibrationSet, backend: Backend, request: ExportRequest, *, reporter: Reporter
 ) -> list[TowerSamples]:
     """Return the samples of both towers; an answer is correct if an image's own caption is the nearest.
 
@@ -98,22 +98,24 @@ def _tower_samples(
         "text": (calibrate.ids, held_out.ids),
     }
     references = {
-        name: embed(backend.open(str(source / tower.file), threads=threads), inputs[name][1])
+        name: embed(backend.open(str(source / tower.file), threads=request.threads), inputs[name][1])
         for name, tower in towers.items()
     }
     correct: dict[str, Callable[[Embeddings], Matches]] = {
         "image": partial(top1_matches, captions=references["text"]),
         "text": partial(top1_matches, references["image"]),
     }
+    # A tower that was trained under the rounding has learnt its biases with it.
+    samples = partial(TowerSamples, biases="quantize" not in request.provenance)
     if not calibration.paired:
-        return [TowerSamples(name, *inputs[name], references[name]) for name in towers]
+        return [samples(name, *inputs[name], references[name]) for name in towers]
     share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))
     if share <= max(_MIN_CORRECT, chance):
         reporter.say(
             f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
             "say nothing"
         )
-    return [TowerSamples(name, *inputs[name], references[name], correct[name]) for name in towers]
+    return [samples(name, *inputs[name], references[name], correct[name]) for name in towers]
 
 
 def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:

@@ -46,6 +46,7 @@ class CandidateRequest:
     Attributes:
         model: its file, as `Backend.prepare` has written it.
         samples: inputs to calibrate on, (N, 3, H, W) float32 or (N, T) int64.
+        biases: correct them; see `convert.int8.static.StaticQuantizer`.
         max_error: 1 − the min centred cosine.
         weight_bits: of the weights that a layer multiplies; see `convert.int8.saturation`.
         threads: number of threads when running the tower.
@@ -58,6 +59,7 @@ class CandidateRequest:
     weight_bits: WeightBits
     threads: int
     reporter: Reporter
+    biases: bool = True
 
 
 def candidates(request: CandidateRequest) -> Iterator[Candidate]:
@@ -73,7 +75,7 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
     takes_ids = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
-        quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits)
+        quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, biases=request.biases)
         layers = yield from _static(quantizer, request)
         robust = [layer for layer in layers if layer in convolutions]
         if robust:
@@ -222,7 +224,8 @@ def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     tried, because OpenVINO computes it in float.
     """
     model, samples, weight_bits = request.model, request.samples, request.weight_bits
-    yield from _static(StaticQuantizer(model, samples, weight_bits=weight_bits), request)
+    quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, biases=request.biases)
+    yield from _static(quantizer, request)
     yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits))
     if nncf_is_installed():
         yield Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits))

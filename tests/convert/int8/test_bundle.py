@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from support import Watch
 
+from clip_rd_edge.api.exporting import _request
 from clip_rd_edge.contract.bundle import Manifest, Measurement
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples
 from clip_rd_edge.convert.int8.select import Trial
 from clip_rd_edge.convert.options import ExportRequest, Fallback
+from clip_rd_edge.convert.targets import plan_exports
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 MEASURED = Measurement(
@@ -37,10 +40,12 @@ class Export:
     ) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
+        self.biases = dict[str, bool]()
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
         tower = samples.tower
+        self.biases[tower] = samples.biases
         trial = Trial(
             tower=tower,
             name="static",
@@ -54,11 +59,13 @@ class Export:
             return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
         return QuantizedTower(None, "fp32", f"float32: {tower} is not improved.", MEASURED, (trial,))
 
-    def __call__(self, fallback: Fallback | None = None, *, reporter: Reporter = SILENT) -> Manifest:
+    def __call__(
+        self, fallback: Fallback | None = None, *, provenance: dict[str, str] | None = None, reporter: Reporter = SILENT
+    ) -> Manifest:
         return export_bundle(
             self.student,
             self.output,
-            ExportRequest(precision="int8", fallback=fallback),
+            ExportRequest(precision="int8", fallback=fallback, provenance=provenance or {}),
             calibration=self.calibration,
             source=self.source,
             reporter=reporter,
@@ -106,6 +113,17 @@ def test_both_towers_use_the_fallback(export: Export, fallback: Fallback) -> Non
     assert "text is not improved" in manifest.text.note
     size_ratio = (export.output / "text.onnx").stat().st_size / (export.source / "text.onnx").stat().st_size
     assert size_ratio == pytest.approx(1 if fallback == "fp32" else 0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("quantize", ["int8", None])
+def test_a_student_that_was_trained_under_the_rounding_keeps_its_biases(
+    export: Export, tmp_path: Path, quantize: str | None
+) -> None:
+    save_clip(tmp_path / "student", export.student, provenance={"configuration": {"quantize": quantize}})
+    (plan,) = plan_exports({"precision": "int8"})
+    provenance = _request(plan, export.student, str(tmp_path / "student"), None).provenance
+    export("fp32", provenance=provenance)
+    assert export.biases == dict.fromkeys(("image", "text"), quantize is None)
 
 
 @pytest.mark.parametrize(("matches", "said"), [(0, True), (20, False)])
