@@ -1,4 +1,4 @@
-"""Trains the quickstart's student in several ways with several seeds: what `unpaired.py` and `teachers.py` share."""
+"""Trains `resnet10t` in several ways with several seeds: what `unpaired.py` and `teachers.py` share."""
 
 from __future__ import annotations
 

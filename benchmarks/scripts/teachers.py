@@ -4,7 +4,7 @@
     python benchmarks/scripts/teachers.py teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
-Settings are the quickstart's; both teachers' embeddings are stored. A student of both teachers is tried as wide as one,
+Both teachers' embeddings are stored. A student of both teachers is tried as wide as one,
 with learned projections to both, and as wide as both together. An interrupted call goes on; finished teachers and
 students are in the folder.
 """

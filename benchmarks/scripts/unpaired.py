@@ -4,9 +4,9 @@
     python benchmarks/scripts/unpaired.py unpaired --teacher quickstart/teacher --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/unpaired.json --readme benchmarks/README.md
 
-Settings and steps are the quickstart's. Each concept of the built-in data has its name as its only caption, and the
-list of labels has all these names. So half of the captions lack many names altogether: a second table has the top-1 on
-the names that they have, and on the others. An interrupted call goes on; finished students are in the folder.
+Each concept of the built-in data has its name as its only caption, and the list of labels has all these names. So half
+of the captions lack many names altogether: a second table has the top-1 on the names that they have, and on the others.
+An interrupted call goes on; finished students are in the folder.
 """
 
 from __future__ import annotations
