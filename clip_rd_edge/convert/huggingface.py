@@ -39,6 +39,21 @@ _PUNCTUATION = r"[!-/:-@\[-`{-~]"
 _TERMINAL_ESCAPE = r"\x1b\[[0-9;]*[a-zA-Z]"
 _CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f" + "\u206a-\u206f\ufeff\ufff9-\ufffc]"
 _LIGATURES = {
+    "\u0132": "IJ",
+    "\u0133": "ij",
+    "\u0149": "'n",
+    "\u01c4": "DŽ",
+    "\u01c5": "Dž",
+    "\u01c6": "dž",
+    "\u01c7": "LJ",
+    "\u01c8": "Lj",
+    "\u01c9": "lj",
+    "\u01ca": "NJ",
+    "\u01cb": "Nj",
+    "\u01cc": "nj",
+    "\u01f1": "DZ",
+    "\u01f2": "Dz",
+    "\u01f3": "dz",
     "\ufb00": "ff",
     "\ufb01": "fi",
     "\ufb02": "fl",
@@ -68,7 +83,7 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
         require_whole_towers(bundle, towers, purpose="the Hugging Face layout")
         image = _renamed(onnx.load(bundle / towers.image.file), "pixel_values", "image_embeds")
         text = _renamed(onnx.load(bundle / towers.require_text().file), "padded_ids", "text_embeds")
-        _take_any_length(text, manifest.tokenizer)
+        _take_any_length(text, manifest.tokenizer, last_id=_last_id(bundles["fp32"] / TOKENIZER))
         models = {VISION: image, TEXT: text, BOTH: _joined(image, text, manifest.logit_scale)}
         for name, model in models.items():
             onnx.checker.check_model(model)
@@ -100,12 +115,23 @@ def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.
     return model
 
 
-def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec) -> None:
+def _last_id(path: Path) -> int | None:
+    """Return the id that a tokenizer puts after every text, such as T5's </s>, or None if it puts none there."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    text, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return None if whole[-1:] == text[-1:] else int(whole[-1])
+
+
+def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec, *, last_id: int | None = None) -> None:
     """Replace the input `padded_ids` (N, T) in place by `input_ids` of any length, truncated and padded in the graph.
 
     Clients pad a batch to its longest text, with a padding id of their own choice, and some cut off the end token of
-    texts that are too long. Everything after the first end token becomes padding, and a text without one gets it as
-    its last token, as in open_clip.
+    texts that are too long. With CLIP's tokenizer, everything after the first end token becomes padding, and a text
+    without one gets it as its last token, as in open_clip. With others, a text that was cut gets `last_id` as its last
+    token; a row that is cut has neither that nor padding there.
     """
     graph, length = model.graph, spec.context_length
     constants = {
@@ -137,6 +163,16 @@ def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec) -> None:
             node("Equal", ["ids.position", "ids.end"], ["ids.is_last"]),
             node("Where", ["ids.is_word", "ids.cut", "ids.pad_id"], ["ids.words"]),
             node("Where", ["ids.is_last", "ids.end_id", "ids.words"], ["ids.ended"]),
+        ]
+        ids = "ids.ended"
+    elif last_id is not None:
+        constants |= {"last_id": np.asarray(last_id), "minus_one": np.asarray([-1]), "max": np.asarray([2**31 - 1])}
+        nodes += [
+            node("Slice", ["ids.cut", "ids.zero", "ids.minus_one", "ids.one"], ["ids.before_last"]),
+            node("Slice", ["ids.cut", "ids.minus_one", "ids.max", "ids.one"], ["ids.last"]),
+            node("Equal", ["ids.last", "ids.pad_id"], ["ids.is_padding"]),
+            node("Where", ["ids.is_padding", "ids.last", "ids.last_id"], ["ids.new_last"]),
+            node("Concat", ["ids.before_last", "ids.new_last"], ["ids.ended"], axis=1),
         ]
         ids = "ids.ended"
     nodes += [

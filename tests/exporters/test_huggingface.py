@@ -13,11 +13,14 @@ import onnx
 import open_clip
 import pytest
 import torch
+from onnx import TensorProto, helper
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 import clip_rd_edge as edge
+from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.convert.calibration import CalibrationSet
+from clip_rd_edge.convert.huggingface import _last_id, _take_any_length, normalizer_with_cleaning
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
@@ -104,6 +107,38 @@ def test_a_text_whose_end_token_a_client_cut_off_gets_it_back(folder: Path) -> N
     for cut in (ids[:16], ids, [*ids[:15], ids[-1]]):
         (output,) = session.run(None, {"input_ids": np.asarray([cut])})
         np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_a_text_of_another_tokenizer_whose_last_token_a_client_cut_off_gets_it_back(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.enable_padding(length=5)  # as in a file that was saved after its use
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", 5]) for name in ("padded_ids", "out")]
+    node = helper.make_node("Identity", ["padded_ids"], ["out"])
+    model = helper.make_model(
+        helper.make_graph([node], "ids", ids[:1], ids[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )
+    _take_any_length(model, TokenizerSpec(context_length=5), last_id=_last_id(tmp_path / "tokenizer.json"))
+    session = open_session(model.SerializeToString())
+    for given, expected in (
+        ([[2, 4, 3]], [[2, 4, 3, 0, 0]]),
+        ([[2, 4, 3, 0, 0, 0], [2, 4, 4, 4, 4, 3]], [[2, 4, 3, 0, 0], [2, 4, 4, 4, 3]]),
+        ([[2, 4, 4, 4, 4]], [[2, 4, 4, 4, 3]]),  # transformers.js cuts off what is too long
+    ):
+        assert session.run(None, {"input_ids": np.asarray(given)})[0].tolist() == expected
+
+
+def test_the_tokenizer_file_writes_letters_that_are_two_as_two() -> None:
+    spec = TokenizerSpec(context_length=5, clean="whitespace")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    content = json.loads(tokenizer.to_str())
+    content["normalizer"] = normalizer_with_cleaning(content["normalizer"], spec)
+    written = Tokenizer.from_str(json.dumps(content)).normalizer
+    for letters in ("ǄǅǆǇǈǉǊǋǌǱǲǳ", "Ĳĳ ŉ", "ﬀﬁﬂﬃﬄﬅﬆ"):
+        assert written.normalize_str(letters) == clean_text(letters, "whitespace").lower()
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
