@@ -56,7 +56,7 @@ def export_huggingface(
         raise UsageError(
             f"The text tower of {clip.name} is a model of transformers: open_clip reads its config.json where "
             "transformers.js reads that of CLIP.",
-            hint="omit --layout; a student's text tower is open_clip's own",
+            hint="omit --layout, or export a student with a text tower of open_clip's own, such as --text tiny",
         )
     variants: list[Variant] = ["fp32", "fp16"]
     if request.precision == "int8":
