@@ -117,7 +117,7 @@ def measure_energy(
 # Takes a model's name, runtime and number of threads. Returns the command of a process that opens the model, embeds a
 # text and the image whose path is appended to the command, and prints one line of JSON with `peak_memory_bytes`.
 Launch = Callable[[str, Any, int], Sequence[str]]
-_MAX_RUNS, _MAX_RUN_SECONDS = 3, 6.0
+_MAX_RUNS, _MAX_RUN_SECONDS = 3, 4.0
 
 
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +135,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_cold_start(command: Sequence[str], image: ImageFile) -> ColdStart | None:
-    """Run a command up to three times, for about six seconds in total; return None if it fails."""
+    """Run a command up to three times, for about four seconds in total; return None if it fails."""
     seconds: list[float] = []
     peaks: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
