@@ -85,7 +85,7 @@ def test_an_interrupted_quickstart_says_that_the_same_command_resumes(
     command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     pipeline = importlib.import_module("clip_rd_edge.walkthrough.pipeline")
-    for stage in ("_render_pairs", "tune_teacher"):
+    for stage in ("_render_pairs", "tune_teacher", "trim_text"):
         monkeypatch.setattr(pipeline, stage, lambda *_: None)
     interrupting(pipeline, where, monkeypatch)
     code, _, error = command_line("quickstart", "-o", tmp_path)
