@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, read_training_record
+from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, was_quantized_in_training
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
@@ -66,8 +66,8 @@ class StudentVersions:
 
         with tempfile.TemporaryDirectory() as folder:
             prepared = prepare_for_quantization(export_image_tower(clip, Path(folder)), Path(folder))
-            is_adapted = (read_training_record(run).get("configuration") or {}).get("quantize")
-            quantizer = StaticQuantizer(prepared, samples.calibrate.pixels, biases=not is_adapted)
+            biases = not was_quantized_in_training(run)
+            quantizer = StaticQuantizer(prepared, samples.calibrate.pixels, biases=biases)
             self.layers = len(quantizer.layers)
             self.float32 = version(str(prepared))
             contents = {method: quantizer.quantize(method, quantizer.layers) for method in METHODS}

@@ -36,7 +36,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,14 @@ from clip_rd_edge.benchmarking.metrics import accuracy_interval
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.data import emoji
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.models.classifier import ImageClassifier, load_classifier
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.sentences import SentenceEncoder, load_sentence_encoder
-from clip_rd_edge.models.stitch import RIDGE, class_embeddings, class_nouns, read_class_names, solve_projection
+from clip_rd_edge.models.stitch import RIDGE, class_embeddings, read_class_names, solve_projection
+from clip_rd_edge.walkthrough.pipeline import captions_and_nouns
 
 EMOJI = ("unseen-style", "unseen-concepts")
 CHOOSE_SIZE = 96
@@ -178,8 +177,7 @@ def trained(folder: Path, seeds: Sequence[int]) -> list[Path]:
     """Train what is missing in the folder; return the stitched model, and a teacher and a student per seed."""
     folder.mkdir(parents=True, exist_ok=True)
     texts, start = folder / "nouns.txt", folder / "stitched"
-    learnt = dict.fromkeys([*chain.from_iterable(emoji.training_pairs().texts), *class_nouns()])
-    texts.write_text("\n".join(learnt) + "\n", encoding="utf-8")
+    texts.write_text("\n".join(captions_and_nouns()) + "\n", encoding="utf-8")
     if not start.is_dir():
         command_line(STITCH, "-o", start)
     models = [start]

@@ -4,9 +4,8 @@
     python benchmarks/scripts/teachers.py teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
-Both teachers' embeddings are stored. A student of both teachers is tried as wide as one,
-with learned projections to both, and as wide as both together. An interrupted call goes on; finished teachers and
-students are in the folder.
+Both teachers' embeddings are stored. A student of both teachers is tried as wide as one, with learned projections to
+both, and as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
 """
 
 from __future__ import annotations

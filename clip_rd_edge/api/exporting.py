@@ -162,14 +162,13 @@ def _request(plan: ExportPlan, clip: ClipModel, spec: str, pretrained: str | Non
     """Return a plan's request with what was exported, and with the model's own labels if none were given."""
     import msgspec
 
-    from clip_rd_edge.contract.checkpoint import read_training_record
+    from clip_rd_edge.contract.checkpoint import was_quantized_in_training
     from clip_rd_edge.convert.targets import BROWSER
     from clip_rd_edge.exporters.bundle import package_versions
 
-    trained = read_training_record(spec).get("configuration") or {}
     provenance = {
         "model": spec, "pretrained": pretrained, **package_versions(), "device": plan.device,
-        "quantize": trained.get("quantize"),
+        "quantize": "int8" if was_quantized_in_training(spec) else None,
     }  # fmt: skip
     return msgspec.structs.replace(
         plan.request,

@@ -151,7 +151,7 @@ def trim(
         InputError: the model or the file of texts does not exist.
         ConfigError: the text tower has no more layers or tokens than that, or cannot be trimmed.
     """
-    from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
+    from clip_rd_edge.contract.checkpoint import model_folder
     from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
@@ -162,18 +162,9 @@ def trim(
     require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
     lines = read_texts(os.fspath(texts), column="title") if texts is not None else []
 
-    from clip_rd_edge.models.load import load_clip, save_clip
-    from clip_rd_edge.models.trim import require_trim, trim_text_tower
+    from clip_rd_edge.models.trim import write_trimmed
 
-    require_trim(text_layers, vocabulary, lines)
-    reporter.update("loading the model")
-    trimmed = trim_text_tower(
-        load_clip(spec), layers=text_layers, vocabulary=vocabulary, texts=lines, reporter=reporter
-    )
-    reporter.say(trimmed.description)
-    reporter.update("writing the model")
-    record = {"model": spec, "text_layers": text_layers, "vocabulary": vocabulary}
-    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record})
+    write_trimmed(spec, folder, layers=text_layers, vocabulary=vocabulary, texts=lines, reporter=reporter)
     return folder
 
 

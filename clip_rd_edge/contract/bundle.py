@@ -85,9 +85,9 @@ class Tower(CheckedStruct, frozen=True, kw_only=True):
         precision: `fp32`, or how it was quantised, such as `int8 static (U8 activations, S8 weights)`.
         note: why its precision differs from the requested one, or empty.
         preprocesses: the graph includes preprocessing: it takes one (1, H, W, 3) uint8 RGB image of any size at a time.
-        one_at_a_time: run it with one input at a time. Dynamic INT8 per tensor scales activations over the whole
-            batch, so an embedding would depend on the other inputs of its batch and be less accurate; batches are not
-            faster either. LiteRT's, ExecuTorch's and Core ML's files are for a batch of one.
+        one_at_a_time: run it with one input at a time. Dynamic INT8 per tensor scales activations over the whole batch,
+            so an embedding would depend on the other inputs of its batch and be less accurate; batches are not faster
+            either. LiteRT's, ExecuTorch's and Core ML's files are for a batch of one.
         engine: the TensorRT engine built from `file`, or empty.
         instruction_sets: those on which a CPU computes its INT8 as the file says, of `INSTRUCTION_SETS`; empty for a
             tower without INT8 products, and for engines. x86 processors without VNNI add pairs of products in 16 bits:

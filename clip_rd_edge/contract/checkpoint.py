@@ -62,3 +62,9 @@ def read_training_record(spec: str) -> dict[str, Any]:
         return {}
     record = read_json_objects(folder / DISTILLATION_FILE)
     return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}
+
+
+def was_quantized_in_training(spec: str) -> bool:
+    """Return whether a model was trained under INT8's rounding, by `distill --quantize int8`."""
+    configuration = read_training_record(spec).get("configuration")
+    return isinstance(configuration, dict) and configuration.get("quantize") == "int8"

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from clip_rd_edge.contract.checkpoint import read_training_record
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.captions import CaptionTower, pooling_of
 from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
+from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.text_weights import evenly_spaced
 from clip_rd_edge.models.tokenizer import write_clip_tokenizer
 from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
@@ -82,6 +84,31 @@ def trim_text_tower(
     )
 
 
+def write_trimmed(
+    spec: str,
+    folder: Path,
+    *,
+    layers: int | None = None,
+    vocabulary: int | None = None,
+    texts: Sequence[str] = (),
+    reporter: Reporter = SILENT,
+) -> None:
+    """Load a model, trim it as `trim_text_tower` does, and save it in a folder, with what is known of its training.
+
+    Args:
+        spec: as for `load_clip`.
+        folder: one that exists is replaced.
+    """
+    require_trim(layers, vocabulary, texts)
+    reporter.update("loading the model")
+    clip = load_clip(spec)
+    trimmed = trim_text_tower(clip, layers=layers, vocabulary=vocabulary, texts=texts, reporter=reporter)
+    reporter.say(trimmed.description)
+    reporter.update("writing the model")
+    record = {"model": spec, "text_layers": layers, "vocabulary": vocabulary}
+    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record})
+
+
 def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str]) -> None:
     """Refuse what `trim_text_tower` refuses whatever the model is.
 
@@ -135,7 +162,8 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
 def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter: Reporter) -> tuple[ClipModel, str]:
     clip = _with_tokenizer_file(clip)
     content = json.loads(_backend(clip).to_str())
-    count = len(pieces_of(content, clip.name))
+    pieces = pieces_of(content, clip.name)
+    count = len(pieces)
     tokenizer: Any = clip.tokenizer
     used = np.zeros(count, np.int64)
     for part in in_batches(len(texts), _BATCH):
@@ -144,7 +172,7 @@ def _trim_vocabulary(clip: ClipModel, size: int, texts: Sequence[str], reporter:
     special = {token["id"] for token in content["added_tokens"]}
     if clip.has_hugging_face_text:  # the padding keeps its number, on which RoBERTa's positions depend
         special |= {*range((_transformer(clip).config.pad_token_id or 0) + 1)}
-    needed = needed_tokens(content, used, special, clip.name)
+    needed = needed_tokens(content, pieces, used, special)
     if not len(needed) <= size < count:
         raise ConfigError(
             f"The vocabulary of {clip.name} has {count:,} tokens, and {size:,} are to stay; expected "

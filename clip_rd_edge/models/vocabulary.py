@@ -42,16 +42,17 @@ def pieces_of(content: Content, name: str) -> list[str]:
     return [*pieces, *(token["content"] for token in content["added_tokens"] if token["id"] >= len(pieces))]
 
 
-def needed_tokens(content: Content, used: npt.NDArray[np.int64], special: set[int], name: str) -> set[int]:
+def needed_tokens(content: Content, pieces: Sequence[str], used: npt.NDArray[np.int64], special: set[int]) -> set[int]:
     """Return the ids without which a text would have no tokens: special ones, and single characters of the texts.
 
     Of BPE, these are all tokens that are not merged from others: 512 of CLIP's, which spell any text.
 
     Args:
+        pieces: of `pieces_of`.
         used: how often the texts have each token.
         special: ids that stay in any case.
     """
-    pieces, model = pieces_of(content, name), content["model"]
+    model = content["model"]
     if model["type"] == "BPE":
         return special | (set(range(len(pieces))) - _parts(content).keys())
     bare = [piece.removeprefix(_MARKS[model["type"]]) for piece in pieces]

@@ -32,7 +32,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.packaged import CLASSIFIERS, SENTENCE_ENCODERS
 from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, stitch_models
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.models.trim import trim_text_tower
+from clip_rd_edge.models.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
 from clip_rd_edge.utils.files import new_folder, require_free_output, write_text
 from clip_rd_edge.utils.host import instruction_sets
@@ -126,15 +126,15 @@ def trim_text(settings: Settings, reporter: Reporter) -> None:
     trimmed = settings.folder / "trimmed"
     if trimmed.is_dir():
         return
-    captions = chain.from_iterable(emoji.training_pairs().texts)
-    texts = list(dict.fromkeys([*captions, *class_nouns()]))
+    texts = captions_and_nouns()
     write_text(settings.folder / "nouns.txt", "".join(f"{text}\n" for text in texts))
     teacher = str(settings.folder / "teacher")
-    result = trim_text_tower(
-        load_clip(teacher), layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts, reporter=reporter
-    )
-    reporter.say(result.description)
-    save_clip(trimmed, result.clip, provenance={"model": teacher})
+    write_trimmed(teacher, trimmed, layers=TEXT_LAYERS, vocabulary=VOCABULARY, texts=texts, reporter=reporter)
+
+
+def captions_and_nouns() -> list[str]:
+    """Return texts such as a student of the built-in data may meet: its training captions, and nouns of all kinds."""
+    return list(dict.fromkeys([*chain.from_iterable(emoji.training_pairs().texts), *class_nouns()]))
 
 
 def distil_student(settings: Settings, reporter: Reporter) -> None:

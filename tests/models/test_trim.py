@@ -120,9 +120,9 @@ def test_added_tokens_and_bytes_stay(bert: ClipModel, tmp_path: Path) -> None:
     trimmed = trim_text_tower(bert, vocabulary=42, texts=TEXTS).clip
     assert np.array_equal(embed(trimmed, ["a newword"]), embed(bert, ["a newword"]))
     assert trimmed.tokenizer(["newword"])[0, 1] == 41
-    pieces = [[piece, 0.0] for piece in ("<pad>", "<0x0A>", "<0xFF>", "▁bolt")]
-    content = {"model": {"type": "Unigram", "vocab": pieces, "byte_fallback": True}, "added_tokens": []}
-    assert needed_tokens(content, np.zeros(4, np.int64), {0}, "x") == {0, 1, 2}
+    pieces = ["<pad>", "<0x0A>", "<0xFF>", "▁bolt"]
+    content = {"model": {"type": "Unigram", "byte_fallback": True}}
+    assert needed_tokens(content, pieces, np.zeros(4, np.int64), {0}) == {0, 1, 2}
 
 
 def test_evenly_spaced_layers_stay(bert: ClipModel, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_merged_tokens_stay_with_their_parts(bert: ClipModel) -> None:
     model = {"type": "BPE", "vocab": {piece: number for number, piece in enumerate(pieces)}, "merges": merges}
     content = {"model": model, "added_tokens": []}
     used = np.array([0, 0, 0, 0, 1, 9, 2])
-    needed = needed_tokens(content, used, set(), "x")
+    needed = needed_tokens(content, pieces, used, set())
     assert needed == {0, 1, 2}
     kept = most_used_tokens(content, used, needed, 5)
     assert [pieces[number] for number in kept] == ["a", "b", "c", "ab", "abc"]
