@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, was_quantized_in_training
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
@@ -27,6 +28,8 @@ from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.calibration import calibration_set
 from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.int8.rounding import RoundedLayers
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT
 from clip_rd_edge.convert.int8.static import RangeMethod, StaticQuantizer
 from clip_rd_edge.convert.parity import Inputs, agreement, embed
 from clip_rd_edge.data import emoji
@@ -66,8 +69,10 @@ class StudentVersions:
 
         with tempfile.TemporaryDirectory() as folder:
             prepared = prepare_for_quantization(export_image_tower(clip, Path(folder)), Path(folder))
-            biases = not was_quantized_in_training(run)
-            quantizer = StaticQuantizer(prepared, samples.calibrate.pixels, biases=biases)
+            calibrate, rounded = samples.calibrate.pixels, None
+            if not was_quantized_in_training(run):
+                rounded = RoundedLayers(onnx.load(prepared), calibrate, max_level=MAX_WEIGHT[7])
+            quantizer = StaticQuantizer(prepared, calibrate, rounded=rounded)
             self.layers = len(quantizer.layers)
             self.float32 = version(str(prepared))
             contents = {method: quantizer.quantize(method, quantizer.layers) for method in METHODS}

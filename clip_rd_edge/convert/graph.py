@@ -14,6 +14,8 @@ import onnx
 
 from clip_rd_edge.utils.shared_block import SharedBlock
 
+LAYERS = ("Conv", "Gemm", "MatMul")
+
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
@@ -86,3 +88,17 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelPr
     present = {output.name for output in extended.graph.output}
     extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in present)
     return extended
+
+
+def weighted_layers(model: onnx.ModelProto, kinds: Sequence[str] = LAYERS) -> list[onnx.NodeProto]:
+    """Return a model's nodes of these kinds that have weights: those whose second input is a constant."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [node for node in model.graph.node if node.op_type in kinds and node.input[1] in constants]
+
+
+def drop_unused_constants(graph: onnx.GraphProto) -> None:
+    """Remove the constants that no node reads, in place."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

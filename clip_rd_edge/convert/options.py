@@ -75,6 +75,13 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     provenance: dict[str, str] = {}
 
+    def adapts(self, tower: str) -> bool:
+        """Return whether roundings in INT8 are chosen by what the layers of `image` or `text` see.
+
+        An image tower that was trained under the rounding to the nearest level has adapted itself to that.
+        """
+        return tower == "text" or "quantize" not in self.provenance
+
 
 class ExportOptions(TypedDict, total=False):
     """The options of `clip_rd_edge.export` and the command line, before defaults and the target's profile apply.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -105,17 +106,16 @@ def _tower_samples(
         "image": partial(top1_matches, captions=references["text"]),
         "text": partial(top1_matches, references["image"]),
     }
-    # A tower that was trained under the rounding has learnt its biases with it.
-    samples = partial(TowerSamples, biases="quantize" not in request.provenance)
+    samples = [TowerSamples(name, *inputs[name], references[name], adapt=request.adapts(name)) for name in towers]
     if not calibration.paired:
-        return [samples(name, *inputs[name], references[name]) for name in towers]
+        return samples
     share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))
     if share <= max(_MIN_CORRECT, chance):
         reporter.say(
             f"float32 answers {share:.1%} of the held-out pairs, and guessing {chance:.1%}: the points that INT8 loses "
             "say nothing"
         )
-    return [samples(name, *inputs[name], references[name], correct[name]) for name in towers]
+    return [replace(of_tower, correct=correct[of_tower.tower]) for of_tower in samples]
 
 
 def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:

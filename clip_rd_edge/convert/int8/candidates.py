@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import onnx
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, silently
+from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, silently, weighted_layers
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
+from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
 from clip_rd_edge.convert.int8.sensitivity import group_errors, layers_no_slower, with_fewest_in_float
-from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer, weighted_layers
+from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs, embed
@@ -46,7 +47,7 @@ class CandidateRequest:
     Attributes:
         model: its file, as `Backend.prepare` has written it.
         samples: inputs to calibrate on, (N, 3, H, W) float32 or (N, T) int64.
-        biases: correct them; see `convert.int8.static.StaticQuantizer`.
+        adapt: round weights and correct biases by what each layer sees; see `convert.int8.rounding`.
         max_error: 1 − the min centred cosine.
         weight_bits: of the weights that a layer multiplies; see `convert.int8.saturation`.
         threads: number of threads when running the tower.
@@ -59,7 +60,13 @@ class CandidateRequest:
     weight_bits: WeightBits
     threads: int
     reporter: Reporter
-    biases: bool = True
+    adapt: bool = True
+
+    def rounded(self) -> RoundedLayers | None:
+        """Return the layers with rounded weights, or None if each weight is rounded to the nearest level."""
+        if not self.adapt:
+            return None
+        return RoundedLayers(onnx.load(self.model), self.samples, max_level=MAX_WEIGHT[self.weight_bits])
 
 
 def candidates(request: CandidateRequest) -> Iterator[Candidate]:
@@ -75,7 +82,7 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
     takes_ids = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
-        quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, biases=request.biases)
+        quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=request.rounded())
         layers = yield from _static(quantizer, request)
         robust = [layer for layer in layers if layer in convolutions]
         if robust:
@@ -223,18 +230,18 @@ def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
     tried, because OpenVINO computes it in float.
     """
-    model, samples, weight_bits = request.model, request.samples, request.weight_bits
-    quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, biases=request.biases)
+    model, samples, weight_bits, rounded = request.model, request.samples, request.weight_bits, request.rounded()
+    quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=rounded)
     yield from _static(quantizer, request)
-    yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits))
+    yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits, rounded))
     if nncf_is_installed():
         yield Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits))
 
 
-def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits) -> bytes:
+def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits, rounded: RoundedLayers | None) -> bytes:
     graph = onnx.load(model)
     ranges = measure_ranges(graph, quantized_inputs(graph), samples)
-    quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits])
+    quantized = quantize_symmetrically(graph, ranges, max_weight=MAX_WEIGHT[weight_bits], rounded=rounded)
     return file_content(quantized)
 
 

@@ -56,7 +56,7 @@ class TowerSamples:
         held_out: other inputs (M, …), which candidates are evaluated on.
         reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
         correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's.
-        biases: correct them; see `convert.int8.static.StaticQuantizer`.
+        adapt: see `convert.int8.candidates.CandidateRequest`.
     """
 
     tower: str
@@ -64,7 +64,7 @@ class TowerSamples:
     held_out: Inputs
     reference: Embeddings | None = None
     correct: Callable[[Embeddings], Matches] = lambda embeddings: np.ones(len(embeddings), dtype=bool)
-    biases: bool = True
+    adapt: bool = True
 
 
 def quantize_tower(
@@ -99,7 +99,7 @@ def quantize_tower(
         request = CandidateRequest(
             model=backend.prepare(model, Path(folder)),
             samples=samples.calibrate,
-            biases=samples.biases,
+            adapt=samples.adapt,
             max_error=1 - budget.min_agreement(tower),
             weight_bits=weight_bits,
             threads=threads,

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
-from clip_rd_edge.convert.graph import file_content, float_tensors, silently
-from clip_rd_edge.convert.int8.bias import correct_biases, mean_shifts
+from clip_rd_edge.convert.graph import LAYERS, file_content, float_tensors, silently, weighted_layers
 from clip_rd_edge.convert.int8.ranges import Ranges, activation_batches, entropy_ranges, measure_ranges
+from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs
 
 RangeMethod = Literal["min-max", "percentile", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
-_LAYERS = ("Conv", "Gemm", "MatMul")
 # Quantised if all their inputs come from quantised nodes: SiLU and similar activations, residual sums, pooling. In
 # float, each would need its inputs dequantised and its output quantised again.
 _FOLLOWERS = ("Add", "Mul", "Sigmoid", "HardSigmoid", "ReduceMean", "GlobalAveragePool", "AveragePool", "MaxPool")
@@ -34,7 +32,7 @@ class StaticQuantizer:
     Only the weights of layers have `weight_bits`: constants of element-wise nodes, where nothing saturates, have 8,
     like activations.
 
-    Biases of convolutions take back the shift of the means that rounded weights cause: see `convert.int8.bias`.
+    Weights are rounded, and biases corrected, by what each layer sees: see `convert.int8.rounding`.
 
     ONNX Runtime's CPU kernels are fastest with U8 and S8. Matrix products of two activations, as in attention, stay in
     float, and so do Softmax, normalisation and the nodes after them.
@@ -46,26 +44,22 @@ class StaticQuantizer:
         model: path of a float32 model that `quant_pre_process` has optimised.
         samples: inputs (N, …) that the ranges are measured on.
         weight_bits: see `convert.int8.saturation`.
-        biases: correct them; a tower that was trained under the rounding has the right ones.
+        rounded: the layers with weights that are rounded already; None rounds each weight to the nearest level.
     """
 
-    def __init__(self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7, biases: bool = True) -> None:
+    def __init__(
+        self, model: Path, samples: Inputs, *, weight_bits: WeightBits = 7, rounded: RoundedLayers | None = None
+    ) -> None:
         self._model = onnx.load(model)
         self._samples = samples
         self._weight_bits = weight_bits
-        self._correct_biases = biases
+        self._rounded = rounded
         self.layers: tuple[str, ...] = tuple(node.name for node in weighted_layers(self._model))
 
     def quantize(self, method: RangeMethod, layers: Sequence[str]) -> bytes:
         """Return the model with `layers`, a subset of `self.layers`, in INT8, as file content."""
         if not layers:  # an empty list means all layers to the library
             return file_content(self._model)
-        model = copy.deepcopy(self._model)
-        correct_biases(model, self._shifts, layers)
-        return file_content(self._quantized(model, method, layers))
-
-    def _quantized(self, model: onnx.ModelProto, method: RangeMethod, layers: Sequence[str]) -> onnx.ModelProto:
-        """Return `model`, this tower with any biases, with `layers` in INT8; changes `model`."""
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -74,6 +68,9 @@ class StaticQuantizer:
             ranges = self._entropy_ranges
         else:
             ranges = self._ranges.min_max if method == "min-max" else self._ranges.percentile
+        model = copy.deepcopy(self._model)
+        if self._rounded:
+            self._rounded.replace(model, layers)
         with silently():
             quantizer = QDQQuantizer(
                 model,
@@ -84,21 +81,11 @@ class StaticQuantizer:
                 tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
                 nodes_to_quantize=[*layers, *_followers(self._model, layers)],
                 nodes_to_exclude=[],
-                op_types_to_quantize=[*_LAYERS, *_FOLLOWERS, *_CLIPPING],
+                op_types_to_quantize=[*LAYERS, *_FOLLOWERS, *_CLIPPING],
                 extra_options={"TensorQuantOverrides": self._overrides},
             )
             quantizer.quantize_model()
-        quantized: onnx.ModelProto = quantizer.model.model
-        return quantized
-
-    @cached_property
-    def _shifts(self) -> dict[str, npt.NDArray[np.float32]]:
-        """How far INT8 weights, which do not depend on ranges, move each convolution's means."""
-        convolutions = [node.name for node in weighted_layers(self._model, ("Conv",))]
-        if not convolutions or not self._correct_biases:
-            return {}
-        quantized = self._quantized(copy.deepcopy(self._model), "percentile", convolutions)
-        return mean_shifts(self._model, quantized, self._samples)
+        return file_content(quantizer.model.model)
 
     @cached_property
     def _overrides(self) -> dict[str, list[dict[str, Any]]]:
@@ -124,7 +111,7 @@ class StaticQuantizer:
         names = {
             name: None
             for node in self._model.graph.node
-            if node.op_type in (*_LAYERS, *_FOLLOWERS, *_CLIPPING)
+            if node.op_type in (*LAYERS, *_FOLLOWERS, *_CLIPPING)
             for name in (*node.input[:2], *node.output)  # the third input is a bias or a setting
             if name and name not in constants
         }
@@ -149,9 +136,3 @@ def _followers(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
         elif node.name in quantized:
             quantized_outputs.update(node.output)
     return followers
-
-
-def weighted_layers(model: onnx.ModelProto, kinds: Sequence[str] = _LAYERS) -> list[onnx.NodeProto]:
-    """Return a model's nodes of these kinds that have weights: those whose second input is a constant."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return [node for node in model.graph.node if node.op_type in kinds and node.input[1] in constants]

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from clip_rd_edge.convert.graph import drop_unused_constants, weighted_layers
 from clip_rd_edge.convert.int8.ranges import Ranges
-from clip_rd_edge.convert.int8.static import weighted_layers
+from clip_rd_edge.convert.int8.rounding import RoundedLayers, weight_scale
 
 MAX_LEVEL = 127  # a symmetric range does not use -128
-_MIN_SCALE = np.finfo(np.float16).smallest_subnormal
 _ZERO_POINT = "symmetric/zero_point"
 Floats = npt.NDArray[np.float32]
 
@@ -31,7 +31,12 @@ def quantized_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def quantize_symmetrically(
-    model: onnx.ModelProto, ranges: Ranges, *, layers: Sequence[str] | None = None, max_weight: int = MAX_LEVEL
+    model: onnx.ModelProto,
+    ranges: Ranges,
+    *,
+    layers: Sequence[str] | None = None,
+    max_weight: int = MAX_LEVEL,
+    rounded: RoundedLayers | None = None,
 ) -> onnx.ModelProto:
     """Return a copy of a float32 model with Q/DQ on the activations and weights of its layers.
 
@@ -40,9 +45,14 @@ def quantize_symmetrically(
         ranges: of the tensors that `quantized_inputs` names.
         layers: names of the Conv, MatMul and Gemm nodes to quantise; None means all with constant weights.
         max_weight: largest level of a weight.
+        rounded: the layers rounded to it already; None rounds each weight to the nearest level.
     """
     quantized = copy.deepcopy(model)
-    selected = [node for node in weighted_layers(quantized) if layers is None or node.name in layers]
+    if layers is None:
+        layers = [node.name for node in weighted_layers(model)]
+    if rounded:
+        rounded.replace(quantized, layers)
+    selected = [node for node in weighted_layers(quantized) if node.name in layers]
     writer = _QdqWriter(quantized.graph, ranges, max_weight=max_weight)
     for node in selected:
         node.input[0] = writer.activation(node.input[0])
@@ -89,7 +99,7 @@ class _QdqWriter:
     def activation(self, name: str) -> str:
         """Return the name of the activation after its Q/DQ."""
         if name not in self._pairs:
-            scale = self._constant(f"{name}/scale", _scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
+            scale = self._constant(f"{name}/scale", weight_scale(max(map(abs, self._ranges[name])), MAX_LEVEL))
             q = helper.make_node("QuantizeLinear", [name, scale, _ZERO_POINT], [f"{name}/q"], name=f"quantize {name}")
             dq = helper.make_node(
                 "DequantizeLinear", [f"{name}/q", scale, _ZERO_POINT], [f"{name}/dq"], name=f"dequantize {name}"
@@ -105,7 +115,7 @@ class _QdqWriter:
             values = numpy_helper.to_array(self._weights[name])
             axis %= values.ndim
             others = tuple(i for i in range(values.ndim) if i != axis)
-            scale = _scale(np.abs(values).max(axis=others), self._max_weight)
+            scale = weight_scale(np.abs(values).max(axis=others), self._max_weight)
             shape = [-1 if i == axis else 1 for i in range(values.ndim)]
             levels = np.rint(values / scale.reshape(shape))
             quantized = np.clip(levels, -self._max_weight, self._max_weight).astype(np.int8)
@@ -130,10 +140,7 @@ class _QdqWriter:
             nodes.extend(new for name in node.output for new in self._pairs.get(name, ()))
         del self._graph.node[:]
         self._graph.node.extend(nodes)
-        used = {name for node in nodes for name in node.input}
-        kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(kept)
+        drop_unused_constants(self._graph)
 
     def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int8]) -> str:
         self._graph.initializer.append(numpy_helper.from_array(values, name))
@@ -145,12 +152,3 @@ def _output_axis(node: onnx.NodeProto) -> int:
         return 0
     transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
     return 0 if transposed else -1
-
-
-def _scale(max_magnitude: npt.ArrayLike, max_level: int) -> Floats:
-    """Return the scale at which `max_magnitude` is `max_level`, rounded up to a float16, so that FP16 keeps it."""
-    exact = np.maximum(np.asarray(max_magnitude, dtype=np.float32) / max_level, np.float32(_MIN_SCALE))
-    rounded = exact.astype(np.float16)
-    too_small = rounded.astype(np.float32) < exact
-    scale: Floats = np.where(too_small, np.nextafter(rounded, np.float16(np.inf)), rounded).astype(np.float32)
-    return scale

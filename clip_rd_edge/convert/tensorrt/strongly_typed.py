@@ -16,13 +16,13 @@ from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, hard_inputs, overflowing_nodes, to_fp16
-from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.candidates import ERROR_SHARES, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
+from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import group_errors, with_fewest_in_float
-from clip_rd_edge.convert.int8.static import weighted_layers
-from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
+from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -47,14 +47,13 @@ class SymmetricTower:
 
 
 def symmetric_tower(
-    prepared: Path, *, calibrate: Inputs, held_out: Inputs, min_agreement: float, reporter: Reporter = SILENT
+    prepared: Path, samples: TowerSamples, *, min_agreement: float, reporter: Reporter = SILENT
 ) -> SymmetricTower | None:
     """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
 
     Args:
         prepared: a float32 model that `quant_pre_process` has optimised.
-        calibrate: inputs to set ranges by.
-        held_out: other inputs to measure the agreement on.
+        samples: inputs to set ranges by, and others to measure the agreement on.
         min_agreement: min centred cosine with float32.
         reporter: shows progress.
 
@@ -63,12 +62,16 @@ def symmetric_tower(
     """
     model = onnx.load(prepared)
     all_layers = tuple(node.name for node in weighted_layers(model))
-    ranges = measure_ranges(model, quantized_inputs(model), calibrate)
-    reference = embed(open_session(str(prepared)), held_out)
+    ranges = measure_ranges(model, quantized_inputs(model), samples.calibrate)
+    rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL) if samples.adapt else None
+    reference = embed(open_session(str(prepared)), samples.held_out)
+
+    def quantize(layers: Sequence[str]) -> onnx.ModelProto:
+        return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
 
     def attempt(layers: Sequence[str]) -> SymmetricTower:
-        quantized = quantize_symmetrically(model, ranges, layers=layers)
-        parity = agreement(reference, embed(open_session(quantized.SerializeToString()), held_out))
+        quantized = quantize(layers)
+        parity = agreement(reference, embed(open_session(quantized.SerializeToString()), samples.held_out))
         float_layers = tuple(name for name in all_layers if name not in layers)
         return SymmetricTower(quantized, tuple(layers), float_layers, parity)
 
@@ -76,10 +79,10 @@ def symmetric_tower(
     if full.agreement.centred_cosine >= min_agreement:
         return full
     reporter.update(f"measuring the INT8 error of {len(all_layers)} layers")
-    subset = calibrate[:SENSITIVITY_SAMPLES]
+    subset = samples.calibrate[:SENSITIVITY_SAMPLES]
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed(open_session(quantize_symmetrically(model, ranges, layers=layers).SerializeToString()), subset)
+        return embed(open_session(quantize(layers).SerializeToString()), subset)
 
     of_subset = embed(open_session(str(prepared)), subset)
     errors = group_errors(all_layers, embed_with, of_subset, max_seconds=SENSITIVITY_SECONDS)
@@ -133,7 +136,7 @@ def typed_towers(
                 samples.pixels if name == "image" else samples.ids
                 for samples in (calibration.calibrate, calibration.held_out)
             )
-            samples = TowerSamples(name, calibrate, held_out)
+            samples = TowerSamples(name, calibrate, held_out, adapt=request.adapts(name))
             typed[name] = _int8_tower(model, samples, inputs[name], request.budget, reporter)
         else:
             typed[name] = _float_tower(model, inputs[name], fp16=request.precision != "fp32")
@@ -157,8 +160,7 @@ def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budg
         prepared = prepare_for_quantization(model, Path(scratch))
         tower = symmetric_tower(
             prepared,
-            calibrate=samples.calibrate,
-            held_out=samples.held_out,
+            samples,
             min_agreement=min_agreement,
             reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
         )

@@ -40,12 +40,12 @@ class Export:
     ) -> None:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
-        self.biases = dict[str, bool]()
+        self.adapted = dict[str, bool]()
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
         tower = samples.tower
-        self.biases[tower] = samples.biases
+        self.adapted[tower] = samples.adapt
         trial = Trial(
             tower=tower,
             name="static",
@@ -116,14 +116,14 @@ def test_both_towers_use_the_fallback(export: Export, fallback: Fallback) -> Non
 
 
 @pytest.mark.parametrize("quantize", ["int8", None])
-def test_a_student_that_was_trained_under_the_rounding_keeps_its_biases(
+def test_an_image_tower_that_was_trained_under_the_rounding_is_not_adapted(
     export: Export, tmp_path: Path, quantize: str | None
 ) -> None:
     save_clip(tmp_path / "student", export.student, provenance={"configuration": {"quantize": quantize}})
     (plan,) = plan_exports({"precision": "int8"})
     provenance = _request(plan, export.student, str(tmp_path / "student"), None).provenance
     export("fp32", provenance=provenance)
-    assert export.biases == dict.fromkeys(("image", "text"), quantize is None)
+    assert export.adapted == {"image": quantize is None, "text": True}
 
 
 @pytest.mark.parametrize(("matches", "said"), [(0, True), (20, False)])

@@ -11,9 +11,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.ranges import Ranges, measure_ranges
-from clip_rd_edge.convert.int8.static import weighted_layers
+from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.convert.tensorrt.strongly_typed import symmetric_tower
@@ -90,8 +90,7 @@ def test_layers_that_lose_most_stay_in_float(fp32_bundle: Path, calibration: Cal
     def quantize(min_agreement: float) -> tuple[int, int, float] | None:
         tower = symmetric_tower(
             prepared,
-            calibrate=calibration.calibrate.pixels[:8],
-            held_out=calibration.held_out.pixels[:8],
+            TowerSamples("image", calibration.calibrate.pixels[:8], calibration.held_out.pixels[:8]),
             min_agreement=min_agreement,
         )
         return tower and (len(tower.int8_layers), len(tower.float_layers), tower.agreement.centred_cosine)

@@ -11,9 +11,8 @@ import pytest
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.fp16 import fp16_tower, to_fp16
-from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.ranges import measure_ranges
-from clip_rd_edge.convert.int8.static import weighted_layers
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import hard_pixels

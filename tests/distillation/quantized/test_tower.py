@@ -110,7 +110,7 @@ def int8_tensors(exported: bytes, pixels: Pixels) -> list[tuple[float, Pixels]]:
 def test_it_computes_the_activations_of_the_exported_int8_tower(trunk: str, tmp_path: Path) -> None:
     clip, pixels = make_student(trunk), make_pixels()
     prepared = prepare_for_quantization(export_image_tower(clip, tmp_path), tmp_path)
-    quantizer = StaticQuantizer(prepared, pixels, biases=False)
+    quantizer = StaticQuantizer(prepared, pixels)
     exported = int8_tensors(quantizer.quantize("percentile", quantizer.layers), pixels[:8])
     tower = quantized(clip, pixels)
     recorder = RecordingQuantizer(tower.ranges)
