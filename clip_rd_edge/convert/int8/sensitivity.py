@@ -44,17 +44,18 @@ def group_errors(
         max_seconds: approximate limit of the processor time of all measurements.
     """
     started = time.process_time()  # so that a busy machine does not make larger groups, and a larger file
-    first = _group_error(layers[:1], embed_with, reference)
+    first = group_error(layers[:1], embed_with, reference)
     size = max(1, math.ceil(len(layers) * (time.process_time() - started) / max_seconds))
     if size == 1:
-        return [first, *(_group_error(layers[i : i + 1], embed_with, reference) for i in range(1, len(layers)))]
+        return [first, *(group_error(layers[i : i + 1], embed_with, reference) for i in range(1, len(layers)))]
     groups = (layers[start : start + size] for start in range(0, len(layers), size))
-    return [_group_error(group, embed_with, reference) for group in groups]
+    return [group_error(group, embed_with, reference) for group in groups]
 
 
-def _group_error(
+def group_error(
     layers: Sequence[str], embed_with: Callable[[Sequence[str]], Embeddings], reference: Embeddings
 ) -> GroupError:
+    """Measure the error of some layers together, infinite if they cannot be quantised; for arguments, see above."""
     try:
         embeddings = embed_with(layers)
     except Exception:  # noqa: BLE001 — the quantiser raises many types; layers that it cannot handle stay in float
@@ -91,7 +92,7 @@ def with_fewest_in_float(
     started = time.process_time()
     for count in range(len(ranked), 0, -1):
         layers = tuple(layer for i in sorted(ranked[:count]) for layer in errors[i].layers)
-        error = _group_error(layers, embed_with, reference).error
+        error = group_error(layers, embed_with, reference).error
         found = {limit: layers for limit in limits if error <= limit} | found
         if len(found) == len(set(limits)) or time.process_time() - started > max_seconds:
             break
