@@ -50,7 +50,10 @@ _GEOMETRY_NOTE = (
 def markdown(evidence: Evidence) -> str:
     """Return all tables, after the settings and the cost."""
     _, measure = _compared(evidence)
-    parts = [_settings(evidence), _score_table(evidence), _DIFFERENCES_NOTE.format(measure)]
+    parts = [_settings(evidence), _score_table(evidence)]
+    if _differ_in_steps(evidence):
+        parts += [_time_table(evidence)]
+    parts += [_DIFFERENCES_NOTE.format(measure)]
     parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
     if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
         parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
@@ -63,8 +66,9 @@ def _settings(evidence: Evidence) -> str:
     done = f"All {planned} runs are finished" if len(runs) == planned else f"{len(runs)} of {planned} runs are finished"
     dates = sorted({run.environment.date[:10] for run in runs})
     threads = f"{suite.threads} thread{'s' if suite.threads > 1 else ''}"
+    steps = f"{suite.steps:,} steps" + (", or those given below," if _differ_in_steps(evidence) else "")
     return (
-        f"{done}: {suite.steps:,} steps of {suite.batch_size} pairs at {suite.image_size} pixels each, "
+        f"{done}: {steps} of {suite.batch_size} pairs at {suite.image_size} pixels each, "
         f"{suite.precision}, peak learning rate {suite.learning_rate:g}. {runs[0].environment.machine}, {threads}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {_cost(evidence)} "
         "Scores in percent, mean ± standard deviation over seeds."
@@ -81,6 +85,23 @@ def _cost(evidence: Evidence) -> str:
         f"Cost: {sum(seconds) / 3600:.1f} hours of CPU time, {range_minutes} "
         f"minutes per run{counted}, plus tuning the teacher and computing its embeddings."
     )
+
+
+def _differ_in_steps(evidence: Evidence) -> bool:
+    return any(method.steps for method in evidence.suite.methods)
+
+
+def _time_table(evidence: Evidence) -> str:
+    steps = {method.name: method.steps or evidence.suite.steps for method in evidence.suite.methods}
+    lines = [["student", "method", "steps", "CPU time of training, s"]]
+    for student, method, runs in _rows(evidence):
+        seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+        time = spread(seconds) if seconds else None
+        shown = (
+            "" if time is None else f"{time.mean:.0f}" + ("" if time.deviation is None else f" ± {time.deviation:.0f}")
+        )
+        lines.append([student, f"`{method}`", f"{steps[method]:,}", shown])
+    return markdown_table(lines, left=(0, 1))
 
 
 def _score_table(evidence: Evidence) -> str:

@@ -29,6 +29,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
         settings: further keys that differ from the recipe's, such as `bank_temperature`.
+        steps: the suite's by default; others make methods comparable that take different times per step.
         text: the text tower, as in `RunConfig`; the suite's by default.
         pretrained_text: what the text tower starts from, as in `RunConfig`; random weights by default.
     """
@@ -37,6 +38,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    steps: PositiveInt | None = None
     text: str | None = None
     pretrained_text: str | None = None
 
@@ -45,7 +47,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if shared := sorted(set(self.settings) & set(_SHARED)):
             raise ValueError(
                 f"the settings of the method {self.name} have {shared[0]!r}; expected keys of a recipe other than "
-                f"{', '.join(_SHARED)}, which are weights or the suite's"
+                f"{', '.join(_SHARED)}, which are weights or keys of the method or the suite"
             )
         if not _SAFE_NAME.fullmatch(self.name):
             raise ValueError(
@@ -116,7 +118,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
         return msgspec.structs.replace(
             convert(raw, Recipe, source=f"The method {method.name}"),
-            steps=self.steps,
+            steps=method.steps or self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             precision=self.precision,

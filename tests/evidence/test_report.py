@@ -26,6 +26,21 @@ def test_an_unfinished_suite_gives_tables(make: Make) -> None:
     assert "| 0.500 ± 0.000 | −0.125 ± 0.000 | 0.625 ± 0.000 |" in text
 
 
+def test_methods_of_different_steps_have_a_table_of_their_times(make: Make) -> None:
+    evidence = make(CORRECT)
+    assert "CPU time of training" not in markdown(evidence)
+    methods = tuple(
+        msgspec.structs.replace(method, steps=1 if method.name == "clip-rd" else None)
+        for method in evidence.suite.methods
+    )
+    evidence = msgspec.structs.replace(evidence, suite=msgspec.structs.replace(evidence.suite, methods=methods))
+    text = markdown(evidence)
+    assert text.startswith("3 of 6 runs are finished: 2 steps, or those given below, of 6 pairs")
+    seconds = [run.cpu_seconds for run in evidence.runs if run.method == "none" and run.cpu_seconds is not None]
+    assert f"| test_vit | `none` | 2 | {sum(seconds) / len(seconds):.0f} ± " in text
+    assert "| test_vit | `clip-rd` | 1 | " in text
+
+
 def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) -> None:
     def zero_shot_alone(result: ModelResult) -> ModelResult:
         return msgspec.structs.replace(result, tasks=result.tasks[:1])

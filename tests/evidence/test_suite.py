@@ -56,6 +56,12 @@ def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuit
     assert texts == [suite.text, "runs/trimmed"]
 
 
+def test_a_method_can_take_other_steps_than_the_suites(suite: EvidenceSuite) -> None:
+    method = next(suite.runs()).method
+    own = msgspec.structs.replace(method, steps=suite.steps + 5)
+    assert [suite.recipe(m).steps for m in (method, own)] == [suite.steps, suite.steps + 5]
+
+
 @pytest.mark.parametrize(
     ("student", "folder"),
     [("resnet10t.c3_in1k", "resnet10t.c3_in1k"), ("/home/me/mine.json", "home-me-mine.json"), ("../a.json", "a.json")],
