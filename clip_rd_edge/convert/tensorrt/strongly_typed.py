@@ -63,6 +63,7 @@ def symmetric_tower(
     model = onnx.load(prepared)
     all_layers = tuple(node.name for node in weighted_layers(model))
     ranges = measure_ranges(model, quantized_inputs(model), samples.calibrate)
+    reporter.update(f"rounding the weights of {len(all_layers)} layers")
     rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL) if samples.adapt else None
     reference = embed(open_session(str(prepared)), samples.held_out)
 
