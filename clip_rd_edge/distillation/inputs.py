@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,9 @@ from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
+from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -42,6 +45,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             record it yet.
         image_weights_sha256: of the file that the student's image tower starts from; None for what is no file, and for
             runs that did not record it yet.
+        text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others, and
+            for runs that did not record it yet.
     """
 
     pairs: int
@@ -52,6 +57,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     teacher_preprocessing: tuple[Preprocessing, ...] = ()
     student_sha256: str | None = None
     image_weights_sha256: str | None = None
+    text_sha256: str | None = None
 
 
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
@@ -60,6 +66,8 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     if setup.stored is not None:
         teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
     image_weights = Path(config.pretrained_image) if config.pretrained_image else None
+    takes_text = _taken_text(config) is not None  # the student still has the weights that it starts from
+    text = replace(setup.student, model=setup.student.model.get_submodule("text")) if takes_text else None
     return RunInputs(
         pairs=len(setup.pairs),
         left_out=len(setup.pairs.left_out),
@@ -69,7 +77,13 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
         student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
         image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
+        text_sha256=teacher_fingerprint(text) if text else None,
     )
+
+
+def _taken_text(config: RunConfig) -> Path | None:
+    """Return the folder of the model whose text tower the student has; None also for a student to fine-tune."""
+    return text_source(config) if model_folder(config.student) is None else None
 
 
 def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> RunInputs:
@@ -106,7 +120,7 @@ def check_inputs(
         inputs: fingerprints of data and models.
         setup: names them.
         accept_changes: report a difference, and keep the new fingerprints, instead of raising, unless the run is
-            finished.
+            finished, or its student's text tower would get another tokenizer.
 
     Raises:
         UsageError: data, teacher or trained student changed; the message says from what to what.
@@ -119,12 +133,15 @@ def check_inputs(
         if difference is None:
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
-        if is_finished or (not accept_changes and list_checkpoints(run)):
+        # The weights of a checkpoint belong to the tokens that they were trained with.
+        is_acceptable = not is_finished and old.text_sha256 in (None, inputs.text_sha256)
+        if is_finished or (list_checkpoints(run) and not (accept_changes and is_acceptable)):
+            ways = ["name those that it was finished with" if is_finished else "restore them"]
+            ways.append("start a new run with another -o")
+            if is_acceptable:
+                ways.append("go on with the new ones: --accept-changes")
             raise UsageError(
-                f"{run} began with other inputs: {difference}.",
-                hint="name those that it was finished with, or start a new run with another -o"
-                if is_finished
-                else "restore them, start a new run with another -o, or go on with the new ones: --accept-changes",
+                f"{run} began with other inputs: {difference}.", hint=f"{', '.join(ways[:-1])}, or {ways[-1]}"
             )
         reporter.say(f"the run goes on with changed inputs: {difference}")
     write_bytes(path, to_json(inputs))
@@ -151,6 +168,8 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
     inputs = read_json(run / INPUTS_FILE, RunInputs)
     if inputs.image_weights_sha256 and new.pretrained_image and is_file(Path(new.pretrained_image)):
         fields.add("pretrained_image")
+    if inputs.text_sha256 and _taken_text(new) is not None:
+        fields.add("text")
     if inputs.student_sha256 and model_folder(new.student) is not None:
         fields.add("student")
     return frozenset(fields)
@@ -170,7 +189,9 @@ def newer_inputs(config: RunConfig, student: Path) -> list[str]:
     Shards and what lies elsewhere are not looked at.
     """
     finished = (student / WEIGHTS_FILE).stat().st_mtime_ns
-    names = [name for name in (config.data, config.images, config.texts, *config.teachers, config.student) if name]
+    text = None if _taken_text(config) is None else config.text
+    inputs = (config.data, config.images, config.texts, *config.teachers, config.student, text)
+    names = [name for name in inputs if name]
     return [name for name in dict.fromkeys(names) if _written_ns(name) > finished]
 
 
@@ -182,6 +203,9 @@ def _written_ns(name: str) -> int:
 
 
 def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
+    if old.text_sha256 and new.text_sha256 and old.text_sha256 != new.text_sha256:
+        change = _change(old.text_sha256, new.text_sha256)
+        return f"the text tower that the student starts from has other weights or another tokenizer ({change})"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
         return f"{setup.pairs.name} had {_counts(old)}, and now has {_counts(new)}"
     if old.pairs_sha256 != new.pairs_sha256:
@@ -229,6 +253,7 @@ def _described(inputs: RunInputs) -> dict[str, str]:
         "teacher_preprocessing": f"a teacher with the preprocessing {preprocessing}",
         "student_sha256": f"a trained student with the {_digest(inputs.student_sha256 or '')}",
         "image_weights_sha256": f"image weights with the {_digest(inputs.image_weights_sha256 or '')}",
+        "text_sha256": f"a text tower to start from with the {_digest(inputs.text_sha256 or '')}",
         "pairs_sha256": f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}",
     }
 

@@ -94,7 +94,7 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
         "text": _text_size_of(student),
     }
     asked_for = {name: getattr(config, name) for name in actual}
-    if config.text != TEACHER and _text_source(config) is None:
+    if config.text != TEACHER and text_source(config) is None:
         size = text_size(config.text)
         asked_for["text"] = f"{size.width}x{size.layers}"
     defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
@@ -116,21 +116,21 @@ def _text_size_of(student: ClipModel) -> str:
     return f"{text_cfg.get('width', 512)}x{text_cfg.get('layers', 12)}"  # open_clip's defaults
 
 
-def _text_source(config: RunConfig) -> Path | None:
-    """Return the folder of the model whose text tower a student takes; None for a new tower, or the teacher's."""
+def text_source(config: RunConfig) -> Path | None:
+    """Return the folder of the model whose text tower a new student takes; None for a new tower, or the teacher's."""
     return None if config.text in (TEACHER, *TEXT_SIZES) else model_folder(config.text)
 
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
     """Return a new student, whose weights are random unless it takes the text tower of a model."""
     architecture = _student_architecture(config, teachers)
-    if (source := _text_source(config)) is not None:
+    if (source := text_source(config)) is not None:
         if config.pretrained_text:
             raise UsageError(
                 f"The student takes the text tower of {config.text}, but other weights to start from were named.",
                 hint="omit --pretrained-text",
             )
-        return build_with_text_tower_of(load_clip(str(source)), architecture, name=name)
+        return build_with_text_tower_of(_load_text_source(config, source), architecture, name=name)
     if config.text != TEACHER:
         return build_student(architecture, name=name)
     if not teachers:
@@ -141,9 +141,27 @@ def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) 
     return build_with_text_tower_of(teachers[0], architecture, name=name)
 
 
+def _load_text_source(config: RunConfig, folder: Path) -> ClipModel:
+    """Load the model whose text tower a student takes, with its tokenizer and context length.
+
+    Raises:
+        UsageError: another context length was asked for.
+        InputError, ConfigError: it cannot be loaded.
+    """
+    clip = load_clip(str(folder))
+    default = next(field.default for field in msgspec.structs.fields(RunConfig) if field.name == "context_length")
+    if config.context_length not in (default, clip.context_length):
+        raise UsageError(
+            f"The student takes the text tower of {config.text}, whose context length is {clip.context_length}; "
+            f"{config.context_length} was asked for.",
+            hint="omit --context-length",
+        )
+    return clip
+
+
 def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> dict[str, Any]:
     """Return the open_clip configuration of a new student, which may depend on those of the teachers."""
-    is_taken = config.text == TEACHER or _text_source(config) is not None
+    is_taken = config.text == TEACHER or text_source(config) is not None
     architecture = student_config(
         config.student,
         embedding_size=config.embedding_size or _embedding_size(config, teachers),
@@ -165,7 +183,7 @@ def _student_architecture(config: RunConfig, teachers: Sequence[ClipModel]) -> d
 
 
 def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
-    if (source := _text_source(config)) is not None:
+    if (source := text_source(config)) is not None:
         return int(read_open_clip_config(source)["model_cfg"]["embed_dim"])
     if (stored := load_stored_teachers(config)) is not None:
         return sum(stored.widths)

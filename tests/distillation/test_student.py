@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
-from tiny_runs import killed_and_resumed, tiny_run
+from tiny_runs import assert_same_weights, killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.distillation import student as module
+from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.student import require_no_logit_bias, require_separate_text_tower
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -81,3 +83,44 @@ def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_pa
     config = msgspec.structs.replace(config, pretrained_text=TOKENS)
     with pytest.raises(UsageError, match=r"takes the text tower of .*texts, but other weights to start from"):
         run_distillation(config, tmp_path / "other", resume=False, reporter=Watch())
+
+
+@pytest.fixture
+def text_taken(pairs_csv: Path, tmp_path: Path) -> RunConfig:
+    """A run of 6 steps whose student takes the text tower of the folder `texts`."""
+    save_tiny_teacher(tmp_path / "teacher")
+    save_tiny_teacher(tmp_path / "texts", seed=2)
+    settings = {"data": str(pairs_csv), "teacher": str(tmp_path / "teacher"), "text": str(tmp_path / "texts")}
+    return tiny_run("clip-rd", {"steps": 6, "batch_size": 6}, checkpoint_every=2, **settings)
+
+
+def test_a_text_tower_that_was_replaced_is_noticed(text_taken: RunConfig, tmp_path: Path) -> None:
+    run, texts = tmp_path / "run", tmp_path / "texts"
+    with pytest.raises(MemoryError):
+        run_distillation(text_taken, run, resume=False, reporter=Watch(on_step=stop_at(3)))
+    save_tiny_teacher(texts, seed=3)
+    # The tokens of another tower are not those that the weights in the checkpoint were trained with.
+    for accept_changes in (False, True):
+        with pytest.raises(UsageError, match="text tower that the student starts from has other weights") as error:
+            run_distillation(text_taken, run, resume=True, accept_changes=accept_changes)
+        assert error.value.hint == "restore them, or start a new run with another -o"
+    shutil.rmtree(texts)
+    with pytest.raises(ConfigError, match=r"The text tower is '.*texts'; expected .* or the folder of a model"):
+        run_distillation(text_taken, run, resume=True)
+    save_tiny_teacher(tmp_path / "moved", seed=2)
+    moved = msgspec.structs.replace(text_taken, text=str(tmp_path / "moved"))
+    resumed = run_distillation(moved, run, resume=True)
+    assert_same_weights(resumed, run_distillation(moved, tmp_path / "uninterrupted", resume=False))
+    watch = Watch()
+    save_tiny_teacher(tmp_path / "moved", seed=3)
+    assert run_distillation(moved, run, resume=True, reporter=watch) == resumed
+    assert f"is already finished; {tmp_path / 'moved'} changed since then" in watch.said[-1]
+
+
+def test_the_text_tower_of_another_model_keeps_its_context_length(text_taken: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    other = msgspec.structs.replace(text_taken, context_length=8)
+    with pytest.raises(UsageError, match=r"text tower of .*texts, whose context length is 12; 8 was asked for"):
+        run_distillation(other, run, resume=False)
+    default = msgspec.structs.replace(text_taken, context_length=77)
+    assert load_clip(str(run_distillation(default, run, resume=False))).context_length == 12
