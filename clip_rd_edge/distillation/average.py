@@ -24,6 +24,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.tokenizer import vocabulary_of
 from clip_rd_edge.utils.files import require_utf8_path
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -141,7 +142,10 @@ def require_same_model(first: ClipModel, second: ClipModel) -> None:
         difference = "different architectures"
     elif first.preprocessing != second.preprocessing:
         difference = "different preprocessing of images"
-    elif first.tokenizer([_PROBE]).tolist() != second.tokenizer([_PROBE]).tolist():
+    elif any(
+        describe(first.tokenizer) != describe(second.tokenizer)
+        for describe in (vocabulary_of, lambda tokenizer: tokenizer([_PROBE]).tolist())
+    ):
         difference = "different tokenizers"
     if difference:
         raise ConfigError(

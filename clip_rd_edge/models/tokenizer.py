@@ -59,6 +59,13 @@ def _export_clip_bpe(tokenizer: Any, path: Path) -> TokenizerSpec:
     )
 
 
+def vocabulary_of(tokenizer: Any) -> dict[str, int]:
+    """Return the tokens with their ids, of an open_clip `SimpleTokenizer` or `HFTokenizer`; empty for other types."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "encoder", {})
+    inner = getattr(tokenizer, "tokenizer", None)
+    return vocabulary if inner is None else inner.get_vocab()
+
+
 def write_clip_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write open_clip's `SimpleTokenizer` as a tokenizer of Hugging Face; return the options that `HFTokenizer` needs.
 

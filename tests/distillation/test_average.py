@@ -108,6 +108,16 @@ def other_activation(clip: ClipModel) -> ClipModel:
     return clip
 
 
+class TokenizerWithWords:
+    """As open_clip's `HFTokenizer`; every text has the same ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        return torch.ones(len(texts), 8, dtype=torch.long)
+
+
 def test_models_that_differ_in_more_than_their_weights_are_refused() -> None:
     first = build(0)
     average.require_same_model(first, build(1))
@@ -122,6 +132,12 @@ def test_models_that_differ_in_more_than_their_weights_are_refused() -> None:
     object.__setattr__(other, "tokenizer", lambda texts: torch.zeros(len(texts), 8, dtype=torch.long))
     with pytest.raises(ConfigError, match="different tokenizers"):
         average.require_same_model(first, other)
+    trimmed = [build(seed) for seed in (0, 1)]  # to as many tokens, of which a text may show no difference
+    for clip, words in zip(trimmed, ({"cat": 1, "dog": 2}, {"cat": 1, "elk": 2}), strict=True):
+        inner = SimpleNamespace(get_vocab=lambda words=words: words)
+        object.__setattr__(clip, "tokenizer", TokenizerWithWords(inner))
+    with pytest.raises(ConfigError, match="different tokenizers"):
+        average.require_same_model(*trimmed)
 
 
 @pytest.mark.parametrize(
