@@ -21,7 +21,6 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -45,8 +44,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             record it yet.
         image_weights_sha256: of the file that the student's image tower starts from; None for what is no file, and for
             runs that did not record it yet.
-        text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others, and
-            for runs that did not record it yet.
+        text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others,
+            and for runs that did not record it yet.
     """
 
     pairs: int

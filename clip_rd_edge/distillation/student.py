@@ -123,13 +123,13 @@ def text_source(config: RunConfig) -> Path | None:
 
 def _build_student(config: RunConfig, teachers: Sequence[ClipModel], name: str) -> ClipModel:
     """Return a new student, whose weights are random unless it takes the text tower of a model."""
+    if (source := text_source(config)) is not None and config.pretrained_text:
+        raise UsageError(
+            f"The student takes the text tower of {config.text}, but other weights to start from were named.",
+            hint="omit --pretrained-text",
+        )
     architecture = _student_architecture(config, teachers)
-    if (source := text_source(config)) is not None:
-        if config.pretrained_text:
-            raise UsageError(
-                f"The student takes the text tower of {config.text}, but other weights to start from were named.",
-                hint="omit --pretrained-text",
-            )
+    if source is not None:
         return build_with_text_tower_of(_load_text_source(config, source), architecture, name=name)
     if config.text != TEACHER:
         return build_student(architecture, name=name)

@@ -18,7 +18,7 @@ from clip_rd_edge.distillation.student import require_no_logit_bias, require_sep
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.student import TEACHER, build_student, student_config
 from clip_rd_edge.models.text_weights import TOKENS
 
 
@@ -80,9 +80,11 @@ def test_a_student_takes_the_text_tower_of_another_model(pairs_csv: Path, tmp_pa
     weights = [load_clip(str(tmp_path / name)).model.state_dict() for name in ("texts", "run", "teacher")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in names)
     assert not torch.equal(weights[1][names[0]], weights[2][names[0]])
-    config = msgspec.structs.replace(config, pretrained_text=TOKENS)
-    with pytest.raises(UsageError, match=r"takes the text tower of .*texts, but other weights to start from"):
-        run_distillation(config, tmp_path / "other", resume=False, reporter=Watch())
+    teacher = load_clip(str(tmp_path / "teacher"))
+    for start in (TOKENS, TEACHER):
+        config = msgspec.structs.replace(config, pretrained_text=start, context_length=16)  # the teacher has but 12
+        with pytest.raises(UsageError, match=r"takes the text tower of .*texts, but other weights to start from"):
+            module.make_student(config, [teacher], name="other")
 
 
 @pytest.fixture
