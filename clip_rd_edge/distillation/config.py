@@ -131,7 +131,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
         text: see `models.student.text_size`; or the folder of a model, whose text tower the student takes; or `teacher`
             for that of the teacher, or of the first, which then needs `freeze_text`: its features are computed once per
             caption.
-        context_length: tokens per caption; the teacher's with its text tower.
+        context_length: tokens per caption; with the text tower of a model, that of this model.
         embedding_size: the student's; 0 takes that of all teachers side by side (with the text tower of one of them,
             its own), or 512 without a teacher. If it differs from the teachers', the objective learns projections
             between the two, which are not part of the student.
