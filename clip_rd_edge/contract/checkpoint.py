@@ -3,6 +3,7 @@
     open_clip_config.json         `model_cfg` and `preprocess_cfg`
     open_clip_model.safetensors   the weights
     distillation.json             recipe, teacher, data, seed, versions, templates
+    config.json, tokenizer.json   of a text tower that is a model of transformers; the latter of any own tokenizer
 
 In the folder of a run it is `student/`.
 """
@@ -20,6 +21,7 @@ from clip_rd_edge.utils.structs import read_json_objects
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 DISTILLATION_FILE = "distillation.json"
+TRANSFORMERS_CONFIG = "config.json"
 STUDENT_FOLDER = "student"
 LOCAL_DIR = "local-dir:"
 # What DISTILLATION_FILE says of one model, and not of others that are made from its weights.

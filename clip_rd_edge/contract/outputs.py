@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, MANIFEST, STAMP_SUFFIX, listed_files
-from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, WEIGHTS_FILE
+from clip_rd_edge.contract.checkpoint import CONFIG_FILE, DISTILLATION_FILE, TRANSFORMERS_CONFIG, WEIGHTS_FILE
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.utils.files import require_apart, require_free_output, unwritable_output
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
@@ -29,7 +29,7 @@ class _Layout(NamedTuple):
 
 
 _TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "config.json", "merges.txt", "special_tokens_map.json", "*.model",
+    "added_tokens.json", "chat_template.jinja", TRANSFORMERS_CONFIG, "merges.txt", "special_tokens_map.json", "*.model",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
 _MODEL = _Layout((CONFIG_FILE, WEIGHTS_FILE, DISTILLATION_FILE), (*_TOKENIZER_FILES, "average.png"))
@@ -41,7 +41,7 @@ _EXPORTS = (  # beside bundles, whose manifests say what is in them
     ),
     _Layout(
         (CONFIG_FILE, WEIGHTS_FILE, "onnx/model.onnx", "preprocessor_config.json"),  # huggingface
-        (*_TOKENIZER_FILES, "onnx/*.onnx", "README.md", "accuracy-latency.png"),
+        (*_TOKENIZER_FILES, "config.*.json", "onnx/*.onnx", "README.md", "accuracy-latency.png"),
     ),
 )
 _BUILT_ON_DEVICE = (f"*{ENGINE_SUFFIX}", f"*{ENGINE_SUFFIX}{STAMP_SUFFIX}", f"*{ENGINE_SUFFIX}.part", "timing.cache")

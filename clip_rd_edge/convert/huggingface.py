@@ -1,12 +1,17 @@
 """Write bundles in the layout of the Hugging Face hub, as transformers.js and fastembed read it. Never imports torch.
 
 config.json, preprocessor_config.json     of model type `clip`
+config.4.0.0.json                         of a text tower that is a model of transformers
 tokenizer.json, tokenizer_config.json
 onnx/vision_model*.onnx                   pixel_values (N, 3, H, W) float32 -> image_embeds (N, D)
 onnx/text_model*.onnx                     input_ids (N, any length) int64 -> text_embeds (N, D)
 onnx/model*.onnx                          both -> logits_per_image, logits_per_text, text_embeds, image_embeds
 
 `*` is empty for float32, or `_fp16` or `_int8`, which transformers.js selects by `dtype`. Embeddings are L2-normalised.
+
+open_clip builds a text tower of transformers from the config.json beside its weights, which here is that of CLIP. It
+names config.4.0.0.json as its version for transformers from 4.0.0 on, which then reads that file instead; the clients
+in JavaScript have no such versions.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
+from clip_rd_edge.contract.checkpoint import TRANSFORMERS_CONFIG
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
 from clip_rd_edge.errors import UsageError
@@ -29,6 +35,7 @@ from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.structs import to_json
 
 Variant = Literal["fp32", "fp16", "int8"]
+VERSIONED_CONFIG = "config.4.0.0.json"
 SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 VISION, TEXT, BOTH = "vision_model", "text_model", "model"
 _END_OF_WORD = "</w>"
@@ -72,6 +79,7 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
 
     Args:
         bundles: ONNX bundles by precision; `fp32` is required.
+        folder: a config.json in it, of a text tower of transformers, stays what transformers and open_clip read.
 
     Raises:
         UsageError: these clients do not support the model's preprocessing.
@@ -89,7 +97,11 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
             onnx.checker.check_model(model)
             write_bytes(folder / "onnx" / f"{name}{SUFFIXES[variant]}.onnx", model.SerializeToString())
     _write_tokenizer(bundles["fp32"] / TOKENIZER, folder, manifest.tokenizer)
-    write_bytes(folder / "config.json", to_json(_model_config(manifest)))
+    config = _model_config(manifest)
+    if (folder / TRANSFORMERS_CONFIG).is_file():
+        (folder / TRANSFORMERS_CONFIG).rename(folder / VERSIONED_CONFIG)
+        config["configuration_files"] = [VERSIONED_CONFIG]
+    write_bytes(folder / TRANSFORMERS_CONFIG, to_json(config))
     write_bytes(folder / "preprocessor_config.json", to_json(_preprocessor_config(manifest.preprocessing)))
 
 

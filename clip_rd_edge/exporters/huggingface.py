@@ -14,7 +14,6 @@ from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import Variant, require_supported, write_huggingface
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.model_card import write_model_card
 from clip_rd_edge.models.clip import ClipModel
@@ -52,12 +51,6 @@ def export_huggingface(
     """
     require_output(output, "export", overwrite=overwrite)
     require_supported(clip.preprocessing, clip.name)
-    if clip.has_hugging_face_text:
-        raise UsageError(
-            f"The text tower of {clip.name} is a model of transformers: open_clip reads its config.json where "
-            "transformers.js reads that of CLIP.",
-            hint="omit --layout, or export a student with a text tower of open_clip's own, such as --text tiny",
-        )
     variants: list[Variant] = ["fp32", "fp16"]
     if request.precision == "int8":
         variants.append("int8")
@@ -73,8 +66,8 @@ def export_huggingface(
                 reporter=PrefixedReporter(reporter, f"{variant}: "),
             )
         reporter.update("writing the folder")
+        save_open_clip(folder, clip, location=output)
         write_huggingface(bundles, folder)
-        save_open_clip(folder, clip)
         manifests = {variant: read_manifest(bundle) for variant, bundle in bundles.items()}
         write_model_card(folder, manifests, results=results, training=training or {})
         return converted

@@ -65,7 +65,8 @@ _LIMITS = """- open_clip resizes images with a bicubic filter, transformers.js a
   crop may differ by one pixel from open_clip's.
 - clip-rd-edge lays transparent images on white. transformers, transformers.js, fastembed and open_clip drop the
   transparency, and the colours beneath it show: lay such images on white first.
-- The tokenizer file does not decode HTML entities or repair wrong encodings, as open_clip does.
+- The tokenizer file does not decode HTML entities, convert full-width letters or repair wrong encodings, as open_clip
+  does.
 - What the model recognises is what its training data show; nothing else was tested."""
 
 

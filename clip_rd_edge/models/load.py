@@ -9,7 +9,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +24,7 @@ from clip_rd_edge.contract.checkpoint import (
     DISTILLATION_FILE,
     LOCAL_DIR,
     STUDENT_FOLDER,
+    TRANSFORMERS_CONFIG,
     WEIGHTS_FILE,
     model_folder,
     refuse_unfinished_run,
@@ -180,7 +180,7 @@ def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, An
     look for its own files on the network.
     """
     text_cfg = model_cfg.get("text_cfg", {})
-    if "hf_model_name" not in text_cfg or not (folder / "config.json").is_file():
+    if "hf_model_name" not in text_cfg or not (folder / TRANSFORMERS_CONFIG).is_file():
         return {}
     return {"text_cfg": {**text_cfg, "hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}}
 
@@ -366,13 +366,9 @@ def save_clip(
         extras: called with the folder to write additional files, such as plots.
     """
     with new_folder(folder) as temporary:
-        if clip.has_hugging_face_text:
-            text_cfg = {**clip.model_cfg["text_cfg"], "hf_model_name": str(folder.resolve())}
-            clip.model.text.transformer.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
-            clip = replace(clip, model_cfg={**clip.model_cfg, "text_cfg": text_cfg})
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
-        save_open_clip(temporary, clip)
+        save_open_clip(temporary, clip, location=folder)
         record = {**provenance, "templates": list(clip.templates)}
         if clip.labels:
             record["labels"] = list(clip.labels)
@@ -381,11 +377,20 @@ def save_clip(
             extras(temporary)
 
 
-def save_open_clip(folder: Path, clip: ClipModel) -> None:
-    """Write a model's configuration and weights, as open_clip reads them, into an existing folder."""
+def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
+    """Write a model's configuration and weights, as open_clip reads them, into an existing folder.
+
+    Args:
+        location: where the folder will be. open_clip finds the config.json of a text tower of transformers, which is
+            written, too, by this path.
+    """
     from safetensors.torch import save_file
 
-    config = {"model_cfg": clip.model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
+    model_cfg = clip.model_cfg
+    if clip.has_hugging_face_text:
+        clip.model.text.transformer.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        model_cfg = {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(location.resolve())}}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER
-from clip_rd_edge.contract.checkpoint import CONFIG_FILE, model_folder
+from clip_rd_edge.contract.checkpoint import CONFIG_FILE, TRANSFORMERS_CONFIG, model_folder
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError, first_line
 from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.utils.paths import exists, is_file
@@ -77,7 +77,7 @@ def _for_hub(source: Path, repo: str) -> Iterator[Path]:
     """Yield a folder whose configuration names the repository where it named the folder itself, for the text tower."""
     config = read_open_clip_config(source) if is_file(source / CONFIG_FILE) else {}
     text_cfg = config.get("model_cfg", {}).get("text_cfg", {})
-    own = {"hf_model_name": source / "config.json", "hf_tokenizer_name": source / TOKENIZER}
+    own = {"hf_model_name": source / TRANSFORMERS_CONFIG, "hf_tokenizer_name": source / TOKENIZER}
     renamed = {name: repo for name, path in own.items() if name in text_cfg and is_file(path)}
     if not renamed:
         yield source

@@ -3,17 +3,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
+from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.convert.immich import immich_name, write_immich
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
@@ -34,11 +38,25 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     pixels = preprocess(image, read_manifest(fp32_bundle).preprocessing)[None]
     (embedding,) = open_session(str(folder / "visual" / "model.onnx")).run(None, {"image": pixels})
     np.testing.assert_allclose(embedding, bundle.encode_images([image]), atol=1e-6)
-    # The steps of immich's OpenClipTextualEncoder.
+    _require_texts(folder, bundle, length=16)
+
+
+@pytest.mark.parametrize("make", [bert_clip, roberta_clip])
+def test_immich_reads_the_texts_of_a_text_tower_of_transformers(
+    make: Callable[[Path], ClipModel], tmp_path: Path
+) -> None:
+    export_bundle(make(tmp_path / "encoder"), tmp_path / "bundle", ExportRequest())
+    write_immich(tmp_path / "bundle", tmp_path / "immich")
+    assert json.loads((tmp_path / "immich" / "config.json").read_text())["text_cfg"] == {"context_length": 12}
+    _require_texts(tmp_path / "immich", load(tmp_path / "bundle"), length=12)
+
+
+def _require_texts(folder: Path, bundle: Any, *, length: int) -> None:
+    """Assert that the steps of immich's OpenClipTextualEncoder give the bundle's embeddings."""
     tokenizer = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))
     pad = json.loads((folder / "textual" / "tokenizer_config.json").read_text())["pad_token"]
-    tokenizer.enable_padding(length=16, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
-    tokenizer.enable_truncation(max_length=16)
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
     session = open_session(str(folder / "textual" / "model.onnx"))
     # The last ones as a phone's keyboard, a Mac's file name and a PDF write them.
     for text in ("a Red House!", "two dogs " * 30, "the dog’s “bone”", "cafe\u0301", "ﬁve Cats", "a\x00 c\x7fat"):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +17,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from PIL import Image
+from text_towers import bert_clip, roberta_clip
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig
 
 import clip_rd_edge as edge
+from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import _last_id, _take_any_length, normalizer_with_cleaning
@@ -26,7 +31,9 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
 from clip_rd_edge.exporters.model_card import _licence
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.push import _for_hub
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 pytestmark = pytest.mark.usefixtures("remembered_exports")
@@ -205,12 +212,88 @@ def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: Clip
     assert not (tmp_path / "hub").exists()
 
 
-def test_a_text_tower_of_transformers_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    from dataclasses import replace
+# Text towers that are models of transformers.
 
-    model_cfg = {**student.model_cfg, "text_cfg": {"hf_model_name": "bert"}}
-    with pytest.raises(UsageError, match="is a model of transformers"):
-        export_huggingface(replace(student, model_cfg=model_cfg), tmp_path / "hub", ExportRequest())
+MANY_SIGNS = "éïßAR!.,'’“”;()#_-257猫犬👩🚀"
+
+
+def _hugging_face_clip(kind: str, folder: Path, *, image_size: int = 64) -> ClipModel:
+    """A model whose tokenizer has a token for each sign of HARD_TEXTS and of others, as far as it does not drop it."""
+    if kind == "bert":
+        return bert_clip(folder, more=[*MANY_SIGNS, *(f"##{sign}" for sign in MANY_SIGNS)], image_size=image_size)
+    return roberta_clip(folder, more=list(MANY_SIGNS), image_size=image_size)
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def hugging_face_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for the hub of a model whose text tower is one of transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    export_huggingface(_hugging_face_clip(request.param, folder / "encoder"), folder / "hub", ExportRequest())
+    shutil.rmtree(folder / "encoder")  # the export needs none of its files
+    return folder / "hub"
+
+
+def test_one_folder_has_the_configuration_of_clip_and_of_its_text_tower(hugging_face_folder: Path) -> None:
+    config = json.loads((hugging_face_folder / "config.json").read_text())
+    assert (config["model_type"], config["configuration_files"]) == ("clip", ["config.4.0.0.json"])
+    model = _load(hugging_face_folder)[0]
+    assert model.text.config.to_dict() == AutoConfig.from_pretrained(hugging_face_folder).to_dict()
+    assert model.text.config.model_type in ("bert", "xlm-roberta")
+    assert config["pad_token_id"] == model.text.config.pad_token_id
+    require_output(hugging_face_folder, "export", overwrite=True)  # the folder is known as an earlier export
+
+
+def test_texts_get_the_embeddings_of_a_text_tower_of_transformers(hugging_face_folder: Path) -> None:
+    model, _, tokenize = _load(hugging_face_folder)
+    texts = [*HARD_TEXTS, "Ein Überfluß an 猫と犬 🚀", "[PAD] red <pad> cat", "red cat dog " * 20]
+    ids = tokenize(texts)
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=True).numpy()
+    assert len(np.unique(expected.round(4), axis=0)) > 9
+    tokenizer = Tokenizer.from_file(str(hugging_face_folder / "tokenizer.json"))
+    session = open_session(str(hugging_face_folder / "onnx" / "text_model.onnx"))
+    assert [given.name for given in session.get_inputs()] == ["input_ids"]
+    pad_id, length = model.text.config.pad_token_id, ids.shape[1]
+    for text, row, embedding in zip(texts, ids.tolist(), expected, strict=True):
+        words = tokenizer.encode(text).ids
+        for cut in (words, words[:length]):  # transformers.js cuts off the last token, too
+            padded = [*cut[:length], *[pad_id] * (length - len(cut))]
+            assert padded[:-1] == row[:-1]
+            for padding in (0, 1, 30):
+                (output,) = session.run(["text_embeds"], {"input_ids": np.asarray([[*cut, *[pad_id] * padding]])})
+                np.testing.assert_allclose(output[0], embedding, atol=1e-5)
+
+
+def test_a_folder_finds_its_text_tower_where_it_was_moved(hugging_face_folder: Path, tmp_path: Path) -> None:
+    expected = _expected(hugging_face_folder, [Image.new("RGB", (64, 64))], HARD_TEXTS)[1]
+    moved = shutil.copytree(hugging_face_folder, tmp_path / "moved")
+    config = (moved / "open_clip_config.json").read_text()
+    assert str(hugging_face_folder) in config
+    (moved / "open_clip_config.json").write_text(config.replace(str(hugging_face_folder), str(tmp_path / "nowhere")))
+    rows = TorchEncoder(load_clip(str(moved))).encode_texts(HARD_TEXTS)
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
+FROM_THE_HUB = """
+import json, sys, open_clip, torch
+model, tokenizer = open_clip.create_model("hf-hub:me/my-clip").eval(), open_clip.get_tokenizer("hf-hub:me/my-clip")
+with torch.no_grad():
+    print(json.dumps(model.encode_text(tokenizer(json.loads(sys.argv[1])), normalize=True).tolist()))
+"""
+
+
+def test_open_clip_loads_the_folder_from_the_hub(hugging_face_folder: Path, tmp_path: Path) -> None:
+    commit, repository = "0" * 40, tmp_path / "hub" / "models--me--my-clip"  # as the hub's client stores it
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    with _for_hub(hugging_face_folder, "me/my-clip") as published:
+        shutil.copytree(published, repository / "snapshots" / commit)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FROM_THE_HUB, json.dumps(HARD_TEXTS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    expected = _expected(hugging_face_folder, [Image.new("RGB", (64, 64))], HARD_TEXTS)[1]
+    np.testing.assert_allclose(json.loads(result.stdout), expected, atol=1e-6)
 
 
 # What the clients compute, with their own preprocessing.
@@ -240,12 +323,19 @@ def request_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return request
 
 
-@pytest.fixture(scope="module")
-def clip_folder(make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a student for images of 224 pixels."""
-    output = tmp_path_factory.mktemp("hub") / "large"
-    export_huggingface(make_student(image_size=224), output, ExportRequest())
-    return output
+@pytest.fixture(scope="module", params=["clip", "bert", "roberta"])
+def clip_folder(
+    request: pytest.FixtureRequest, make_student: Callable[..., ClipModel], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a student for images of 224 pixels, with open_clip's own text tower or one of transformers."""
+    folder = tmp_path_factory.mktemp("hub")
+    clip = (
+        make_student(image_size=224)
+        if request.param == "clip"
+        else _hugging_face_clip(request.param, folder / "encoder", image_size=224)
+    )
+    export_huggingface(clip, folder / "large", ExportRequest())
+    return folder / "large"
 
 
 def _answers(folder: Path, request: Path, *command: str | Path) -> dict[str, Any]:
@@ -270,23 +360,49 @@ def _installed(*command: str | Path, cwd: Path) -> None:
         pytest.skip(f"{command[0]} cannot install the client: {error}")
 
 
-@pytest.mark.slow
-def test_transformers_js_computes_open_clips_embeddings(clip_folder: Path, request_file: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def transformers_js(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which transformers.js is installed."""
+    folder = tmp_path_factory.mktemp("npm")
     # Without scripts: those of sharp and onnxruntime-node download from elsewhere what npm's packages bring, too.
-    _installed("npm", "install", "--ignore-scripts", "@huggingface/transformers@4", cwd=tmp_path)
-    script = CLIENTS / "transformers_js.mjs"
-    answers = _answers(clip_folder, request_file, "node", script, tmp_path, clip_folder, request_file)
-    image, text = np.asarray(answers["image_embeds"]), np.asarray(answers["text_embeds"])
-    scale = float(_load(clip_folder)[0].logit_scale.exp())
-    np.testing.assert_allclose(answers["logits_per_image"], scale * image[:1] @ text.T, atol=1e-3)
+    _installed("npm", "install", "--ignore-scripts", "@huggingface/transformers@4", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fastembed_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment in which fastembed is installed."""
+    folder = tmp_path_factory.mktemp("fastembed")
+    _installed(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    _installed(python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", cwd=folder)
+    return python
 
 
 @pytest.mark.slow
-def test_fastembed_computes_open_clips_embeddings(clip_folder: Path, request_file: Path, tmp_path: Path) -> None:
-    _installed(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
-    python = tmp_path / "venv" / "bin" / "python"
-    _installed(python, "-m", "pip", "install", "--quiet", "fastembed>=0.9", cwd=tmp_path)
-    _answers(clip_folder, request_file, python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
+def test_transformers_js_computes_open_clips_embeddings(
+    clip_folder: Path, request_file: Path, transformers_js: Path
+) -> None:
+    script = CLIENTS / "transformers_js.mjs"
+    answers = _answers(clip_folder, request_file, "node", script, transformers_js, clip_folder, request_file)
+    image, text = np.asarray(answers["image_embeds"]), np.asarray(answers["text_embeds"])
+    model, _, tokenize = _load(clip_folder)
+    scale = float(model.logit_scale.exp())
+    np.testing.assert_allclose(answers["logits_per_image"], scale * image[:1] @ text.T, atol=1e-3)
+    if not hasattr(tokenize, "tokenizer"):  # CLIP's own has no padding token of its own
+        return
+    ids = tokenize(json.loads(request_file.read_text())["texts"])
+    given = np.full(ids.shape, tokenize.tokenizer.pad_token_id)
+    for row, tokens in zip(given, answers["input_ids"], strict=True):
+        row[: len(tokens)] = tokens
+    assert (given[:, :-1] == ids.numpy()[:, :-1]).all()  # the model itself restores a last token that was cut off
+
+
+@pytest.mark.slow
+def test_fastembed_computes_open_clips_embeddings(
+    clip_folder: Path, request_file: Path, fastembed_python: Path
+) -> None:
+    _answers(clip_folder, request_file, fastembed_python, CLIENTS / "fastembed_client.py", clip_folder, request_file)
 
 
 def test_labels_that_a_model_starts_with_are_for_bundles(student: ClipModel, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +11,27 @@ import open_clip
 import pytest
 import torch
 from support import Watch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizerFast,
-    PreTrainedTokenizerFast,
-    XLMRobertaConfig,
-    XLMRobertaModel,
-)
+from text_towers import WORDS, bert_clip, roberta_clip
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, text_module
 from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
-from clip_rd_edge.models.sentences import load_sentence_encoder
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.trim import trim_text_tower
 from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, with_tokens
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-LETTERS = "abcdeghilnorstu"
-WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut"]
-SIZE: Any = {
-    "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20
-}  # fmt: skip
 TEXTS = ["red cat", "red dog", "green cat", "a red tree"]
-
-
-def clip_of(encoder: Path) -> ClipModel:
-    """A model of this sentence encoder and a tiny image tower."""
-    text = load_sentence_encoder(str(encoder), context_length=12)
-    config = student_config("test_resnet", embedding_size=text.embedding_size, image_size=64, text="64x1")
-    clip = build_student(config, name="tiny")
-    model: Any = clip.model.eval()
-    model.text, model.context_length = text.model, 12
-    return replace(clip, tokenizer=text.tokenizer, model_cfg={**clip.model_cfg, "text_cfg": text.text_cfg})
 
 
 @pytest.fixture
 def bert(tmp_path: Path) -> ClipModel:
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    pieces = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(pieces))
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(pieces), num_hidden_layers=4, **SIZE)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    return clip_of(folder)
+    return bert_clip(tmp_path / "bert")
 
 
 @pytest.fixture
 def roberta(tmp_path: Path) -> ClipModel:
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{word}" for word in WORDS)]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=3))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    folder = tmp_path / "roberta"
-    torch.manual_seed(0)
-    config = XLMRobertaConfig(vocab_size=len(pieces), num_hidden_layers=3, **SIZE)
-    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return clip_of(folder)
+    return roberta_clip(tmp_path / "roberta")
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""Tiny models whose text towers are models of transformers, with a tokenizer of WordPiece or Unigram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.sentences import load_sentence_encoder
+from clip_rd_edge.models.student import build_student, student_config
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdeghilnorstu"
+WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut"]
+SIZE: Any = {
+    "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20
+}  # fmt: skip
+CONTEXT_LENGTH = 12
+
+
+def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:
+    """A model of four layers of BERT, uncased, with an image tower as in `_clip_of`.
+
+    Args:
+        folder: a new one, for the text tower.
+        more: tokens beside letters and ten words.
+    """
+    folder.mkdir()
+    pieces = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *WORDS, *more]
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(pieces), num_hidden_layers=4, **SIZE)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return _clip_of(folder, image_size)
+
+
+def roberta_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:
+    """As `bert_clip`, of three layers of XLM-R, whose padding is not 0, and whose tokenizer knows capitals."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{word}" for word in WORDS), *more]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=3))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(vocab_size=len(pieces), num_hidden_layers=3, **SIZE)
+    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return _clip_of(folder, image_size)
+
+
+def _clip_of(encoder: Path, image_size: int) -> ClipModel:
+    text = load_sentence_encoder(str(encoder), context_length=CONTEXT_LENGTH)
+    config = student_config("test_resnet", embedding_size=text.embedding_size, image_size=image_size, text="64x1")
+    clip = build_student(config, name="tiny")
+    model: Any = clip.model.eval()
+    model.text, model.context_length = text.model, CONTEXT_LENGTH
+    return replace(clip, tokenizer=text.tokenizer, model_cfg={**clip.model_cfg, "text_cfg": text.text_cfg})
