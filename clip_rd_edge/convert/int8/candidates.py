@@ -110,7 +110,7 @@ def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[
 
 
 def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> list[tuple[str, ...]]:
-    """Return the layers whose common error is within each share of the max error."""
+    """Return the layers whose common error is within each share of the max error: all of them if it is small anyway."""
     samples, threads = request.samples[:SENSITIVITY_SAMPLES], request.threads
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
