@@ -224,7 +224,7 @@ def _hugging_face_clip(kind: str, folder: Path, *, image_size: int = 64) -> Clip
     return roberta_clip(folder, more=list(MANY_SIGNS), image_size=image_size)
 
 
-@pytest.fixture(scope="module", params=["bert", "roberta"])
+@pytest.fixture(scope="module", params=["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def hugging_face_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder for the hub of a model whose text tower is one of transformers."""
     folder = tmp_path_factory.mktemp(request.param)
