@@ -96,6 +96,14 @@ def weighted_layers(model: onnx.ModelProto, kinds: Sequence[str] = LAYERS) -> li
     return [node for node in model.graph.node if node.op_type in kinds and node.input[1] in constants]
 
 
+def output_axis(node: onnx.NodeProto) -> int:
+    """Return the axis of a layer's weights, 0 or -1, that its output channels are on."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+    return 0 if transposed else -1
+
+
 def drop_unused_constants(graph: onnx.GraphProto) -> None:
     """Remove the constants that no node reads, in place."""
     used = {name for node in graph.node for name in node.input}

@@ -35,7 +35,7 @@ from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.structs import to_json
 
 Variant = Literal["fp32", "fp16", "int8"]
-VERSIONED_CONFIG = "config.4.0.0.json"
+_VERSIONED_CONFIG = "config.4.0.0.json"
 SUFFIXES: dict[Variant, str] = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}
 VISION, TEXT, BOTH = "vision_model", "text_model", "model"
 _END_OF_WORD = "</w>"
@@ -99,8 +99,8 @@ def write_huggingface(bundles: Mapping[Variant, Path], folder: Path) -> None:
     _write_tokenizer(bundles["fp32"] / TOKENIZER, folder, manifest.tokenizer)
     config = _model_config(manifest)
     if (folder / TRANSFORMERS_CONFIG).is_file():
-        (folder / TRANSFORMERS_CONFIG).rename(folder / VERSIONED_CONFIG)
-        config["configuration_files"] = [VERSIONED_CONFIG]
+        (folder / TRANSFORMERS_CONFIG).rename(folder / _VERSIONED_CONFIG)
+        config["configuration_files"] = [_VERSIONED_CONFIG]
     write_bytes(folder / TRANSFORMERS_CONFIG, to_json(config))
     write_bytes(folder / "preprocessor_config.json", to_json(_preprocessor_config(manifest.preprocessing)))
 

@@ -30,6 +30,8 @@ from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_
 from clip_rd_edge.models.text_weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
+
 
 def make_student(
     config: RunConfig, teachers: Sequence[ClipModel], *, name: str, reporter: Reporter = SILENT
@@ -97,9 +99,8 @@ def _require_shape(config: RunConfig, student: ClipModel) -> None:
     if config.text != TEACHER and text_source(config) is None:
         size = text_size(config.text)
         asked_for["text"] = f"{size.width}x{size.layers}"
-    defaults = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}
     for name, value in actual.items():
-        if asked_for[name] != value and getattr(config, name) != defaults[name]:
+        if asked_for[name] != value and getattr(config, name) != _DEFAULTS[name]:
             option = "--" + name.replace("_", "-")
             what = "text tower" if name == "text" else name.replace("_", " ")
             raise UsageError(
@@ -149,8 +150,7 @@ def _load_text_source(config: RunConfig, folder: Path) -> ClipModel:
         InputError, ConfigError: it cannot be loaded.
     """
     clip = load_clip(str(folder))
-    default = next(field.default for field in msgspec.structs.fields(RunConfig) if field.name == "context_length")
-    if config.context_length not in (default, clip.context_length):
+    if config.context_length not in (_DEFAULTS["context_length"], clip.context_length):
         raise UsageError(
             f"The student takes the text tower of {config.text}, whose context length is {clip.context_length}; "
             f"{config.context_length} was asked for.",

@@ -23,6 +23,7 @@ from clip_rd_edge.evidence.results import (
     Evidence,
     ModelResult,
     RunResult,
+    Spread,
     TaskResult,
     difference,
     runs_of,
@@ -96,10 +97,7 @@ def _time_table(evidence: Evidence) -> str:
     lines = [["student", "method", "steps", "CPU time of training, s"]]
     for student, method, runs in _rows(evidence):
         seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
-        time = spread(seconds) if seconds else None
-        shown = (
-            "" if time is None else f"{time.mean:.0f}" + ("" if time.deviation is None else f" ± {time.deviation:.0f}")
-        )
+        shown = _show_spread(spread(seconds), "{:.0f}".format) if seconds else ""
         lines.append([student, f"`{method}`", f"{steps[method]:,}", shown])
     return markdown_table(lines, left=(0, 1))
 
@@ -194,9 +192,13 @@ def _means_table(
     lines.append(["", "teacher", "", *map(show, figures(evidence.teacher))])
     for student, method, runs in _rows(evidence):
         spreads = map(spread, zip(*(figures(run.result) for run in runs), strict=True))
-        cells = [show(cell.mean) + ("" if cell.deviation is None else f" ± {show(cell.deviation)}") for cell in spreads]
+        cells = [_show_spread(cell, show) for cell in spreads]
         lines.append([student, f"`{method}`", str(len(runs)), *cells])
     return markdown_table(lines, left=(0, 1))
+
+
+def _show_spread(values: Spread, show: Callable[[float], str]) -> str:
+    return show(values.mean) + ("" if values.deviation is None else f" ± {show(values.deviation)}")
 
 
 def _rows(evidence: Evidence) -> list[tuple[str, str, list[RunResult]]]:

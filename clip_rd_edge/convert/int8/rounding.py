@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.convert.graph import drop_unused_constants, weighted_layers
+from clip_rd_edge.convert.graph import drop_unused_constants, output_axis, weighted_layers
 from clip_rd_edge.convert.int8.ranges import activation_batches
 from clip_rd_edge.convert.parity import Inputs
 
@@ -94,25 +94,16 @@ class RoundedLayers:
         whole = layer.weights.astype(np.float64)
         weights = layer.blocks(whole)
         largest = np.abs(whole.reshape(len(whole), -1)).max(axis=1)
-        scale = layer.blocks_of_outputs(weight_scale(largest, self._max_level).astype(np.float64))
-        levels = round_weights(weights, scale, moments.products(), moments.count, self._max_level)
-        rounded = layer.unblocked(levels * scale[..., None])
-        self._keep_largest(whole, rounded)
+        scale = weight_scale(largest, self._max_level).astype(np.float64)
+        block_scale = layer.blocks_of_outputs(scale)
+        levels = round_weights(weights, block_scale, moments.products(), moments.count, self._max_level)
+        rounded = layer.unblocked(levels * block_scale[..., None])
+        _keep_largest(whole, rounded, scale * self._max_level)
         constants = {1: layer.stored(rounded)}
         if (bias := self._bias(layer.node)) is not None:
             shift = np.einsum("gok,gk->go", layer.blocks(rounded) - weights, moments.means())
             constants[2] = (bias - layer.sum_of_outputs(shift)).astype(np.float32)
         return constants
-
-    def _keep_largest(self, weights: Doubles, rounded: Doubles) -> None:
-        """Set the largest weight of each channel to the largest level, in place, where no weight has it any more."""
-        flat, rounded_flat = (values.reshape(len(weights), -1) for values in (weights, rounded))
-        largest = np.abs(flat).argmax(axis=1)[:, None]
-        value = np.take_along_axis(flat, largest, axis=1)
-        bound = weight_scale(np.abs(value), self._max_level).astype(np.float64) * self._max_level
-        smaller = (np.abs(rounded_flat).max(axis=1, keepdims=True) < bound) & (value != 0)
-        kept = np.take_along_axis(rounded_flat, largest, axis=1)
-        np.put_along_axis(rounded_flat, largest, np.where(smaller, np.sign(value) * bound, kept), axis=1)
 
     def _bias(self, node: onnx.NodeProto) -> Floats | None:
         name = node.input[2] if len(node.input) > 2 else ""
@@ -125,10 +116,10 @@ class RoundedLayers:
         if node.op_type == "Conv":
             padding = attributes.get("auto_pad", b"NOTSET")
             return _Layer(node, values, attributes) if padding in (b"NOTSET", b"VALID") else None
-        transposed = node.op_type == "Gemm" and bool(attributes.get("transB", 0))
         if values.ndim != 2 or attributes.get("transA", 0):
             return None
-        return _Layer(node, values if transposed else values.T, {}, by_column=not transposed)
+        by_column = output_axis(node) == -1
+        return _Layer(node, values.T if by_column else values, {}, by_column=by_column)
 
 
 def round_weights(weights: Doubles, scale: Doubles, products: Doubles, count: int, max_level: int) -> Doubles:
@@ -163,6 +154,16 @@ def round_weights(weights: Doubles, scale: Doubles, products: Doubles, count: in
         remaining[..., stop:] -= errors @ factors[:, start:stop, stop:]
     unordered: Doubles = np.take_along_axis(levels, np.argsort(order, axis=1)[:, None, :], 2)
     return unordered
+
+
+def _keep_largest(weights: Doubles, rounded: Doubles, bounds: Doubles) -> None:
+    """Set the largest of each channel's weights (O, …) to its bound (O,), in place, where none has it any more."""
+    flat, rounded_flat = (values.reshape(len(weights), -1) for values in (weights, rounded))
+    channels = np.arange(len(weights))
+    largest = np.abs(flat).argmax(axis=1)
+    values = flat[channels, largest]
+    smaller = (np.abs(rounded_flat).max(axis=1) < bounds) & (values != 0)
+    rounded_flat[channels[smaller], largest[smaller]] = (np.sign(values) * bounds)[smaller]
 
 
 @dataclass(frozen=True)

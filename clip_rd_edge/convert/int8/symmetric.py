@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from clip_rd_edge.convert.graph import drop_unused_constants, weighted_layers
+from clip_rd_edge.convert.graph import drop_unused_constants, output_axis, weighted_layers
 from clip_rd_edge.convert.int8.ranges import Ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers, weight_scale
 
@@ -109,7 +109,7 @@ class _QdqWriter:
 
     def weight(self, node: onnx.NodeProto) -> str:
         """Return the name of the layer's weights, in S8 per output channel, after their DQ."""
-        name, axis = node.input[1], _output_axis(node)
+        name, axis = node.input[1], output_axis(node)
         new = f"{name}/dq{axis}"
         if new not in self._dequantized:
             values = numpy_helper.to_array(self._weights[name])
@@ -145,10 +145,3 @@ class _QdqWriter:
     def _constant(self, name: str, values: npt.NDArray[np.float32] | npt.NDArray[np.int8]) -> str:
         self._graph.initializer.append(numpy_helper.from_array(values, name))
         return name
-
-
-def _output_axis(node: onnx.NodeProto) -> int:
-    if node.op_type == "Conv":
-        return 0
-    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-    return 0 if transposed else -1

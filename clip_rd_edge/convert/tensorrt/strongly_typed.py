@@ -63,8 +63,10 @@ def symmetric_tower(
     model = onnx.load(prepared)
     all_layers = tuple(node.name for node in weighted_layers(model))
     ranges = measure_ranges(model, quantized_inputs(model), samples.calibrate)
-    reporter.update(f"rounding the weights of {len(all_layers)} layers")
-    rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL) if samples.adapt else None
+    rounded = None
+    if samples.adapt:
+        reporter.update(f"rounding the weights of {len(all_layers)} layers")
+        rounded = RoundedLayers(model, samples.calibrate, max_level=MAX_LEVEL)
     reference = embed(open_session(str(prepared)), samples.held_out)
 
     def quantize(layers: Sequence[str]) -> onnx.ModelProto:
