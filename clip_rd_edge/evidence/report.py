@@ -93,12 +93,12 @@ def _differ_in_steps(evidence: Evidence) -> bool:
 
 
 def _time_table(evidence: Evidence) -> str:
-    steps = {method.name: method.steps or evidence.suite.steps for method in evidence.suite.methods}
+    methods = {method.name: method for method in evidence.suite.methods}
     lines = [["student", "method", "steps", "CPU time of training, s"]]
     for student, method, runs in _rows(evidence):
         seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
         shown = _show_spread(spread(seconds), "{:.0f}".format) if seconds else ""
-        lines.append([student, f"`{method}`", f"{steps[method]:,}", shown])
+        lines.append([student, f"`{method}`", f"{evidence.suite.steps_of(methods[method], student):,}", shown])
     return markdown_table(lines, left=(0, 1))
 
 

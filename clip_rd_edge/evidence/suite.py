@@ -29,7 +29,8 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         recipe: recipe name or file, as in `distillation.config.load_recipe`.
         weights: loss weights that differ from the recipe's.
         settings: further keys that differ from the recipe's, such as `bank_temperature`.
-        steps: the suite's by default; others make methods comparable that take different times per step.
+        steps: the suite's by default; others, or those of some students by their names, make methods comparable that
+            take different times per step.
         text: the text tower, as in `RunConfig`; the suite's by default.
         pretrained_text: what the text tower starts from, as in `RunConfig`; random weights by default.
     """
@@ -38,7 +39,7 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     recipe: str
     weights: dict[str, NonNegativeFloat] = msgspec.field(default_factory=dict)
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
-    steps: PositiveInt | None = None
+    steps: PositiveInt | dict[str, PositiveInt] | None = None
     text: str | None = None
     pretrained_text: str | None = None
 
@@ -98,6 +99,13 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in self.compare_with:
             if name not in names:
                 raise ValueError(f"compare_with names {name!r}; expected one of {', '.join(names)}")
+        for method in self.methods:
+            for student in method.steps if isinstance(method.steps, dict) else ():
+                if student not in self.students:
+                    raise ValueError(
+                        f"steps of the method {method.name} names the student {student!r}; expected one of "
+                        f"{', '.join(self.students)}"
+                    )
         if self.precision == "auto":
             raise ValueError("precision is auto; expected fp32, bf16 or fp16, so that all runs have the same")
 
@@ -108,7 +116,12 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                 for method in self.methods:
                     yield Run(student, method, seed)
 
-    def recipe(self, method: Method) -> Recipe:
+    def steps_of(self, method: Method, student: str) -> int:
+        """Return the number of steps for which a method trains a student."""
+        own = method.steps.get(student) if isinstance(method.steps, dict) else method.steps
+        return own or self.steps
+
+    def recipe(self, method: Method, student: str) -> Recipe:
         """Return a method's recipe with this suite's settings.
 
         Raises:
@@ -118,7 +131,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
         return msgspec.structs.replace(
             convert(raw, Recipe, source=f"The method {method.name}"),
-            steps=method.steps or self.steps,
+            steps=self.steps_of(method, student),
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             precision=self.precision,
@@ -155,7 +168,7 @@ def read_evidence(suite: str) -> EvidenceSuite:
         hint = "evidence takes students, methods and seeds; models are compared by clip-rd-edge benchmark"
         raise ConfigError(str(error), hint=hint) from error
     for method in evidence_suite.methods:
-        evidence_suite.recipe(method)
+        evidence_suite.recipe(method, evidence_suite.students[0])
     return evidence_suite
 
 
@@ -166,7 +179,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         teacher: model name, as in `load_clip`.
         caches: folder of the teacher's embeddings, with one cache per seed, because views depend on the seed.
     """
-    recipe = suite.recipe(run.method)
+    recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
     text = run.method.text or suite.text
     return RunConfig(

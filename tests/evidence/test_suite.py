@@ -27,14 +27,14 @@ def test_the_shipped_suite_trains_all_runs_with_the_same_settings() -> None:
 
 
 def test_a_method_can_disable_loss_terms(suite: EvidenceSuite) -> None:
-    none, full, without = (suite.recipe(method).objective.active() for method in suite.methods)
+    none, full, without = (suite.recipe(method, suite.students[0]).objective.active() for method in suite.methods)
     assert list(none) == ["task"]
     assert full.keys() - without.keys() == {"xrd"}
 
 
 def test_a_method_can_change_settings_of_its_recipe(suite: EvidenceSuite) -> None:
     method = Method(name="small-bank", recipe="clip-rd-bank", weights={"bank": 4}, settings={"bank_size": 100})
-    recipe = suite.recipe(method)
+    recipe = suite.recipe(method, suite.students[0])
     assert (recipe.bank_size, recipe.objective.bank, recipe.objective.fd) == (100, 4, 2000)
     assert recipe.steps == suite.steps
 
@@ -59,7 +59,16 @@ def test_a_methods_text_tower_can_be_another_than_the_suites(suite: EvidenceSuit
 def test_a_method_can_take_other_steps_than_the_suites(suite: EvidenceSuite) -> None:
     method = next(suite.runs()).method
     own = msgspec.structs.replace(method, steps=suite.steps + 5)
-    assert [suite.recipe(m).steps for m in (method, own)] == [suite.steps, suite.steps + 5]
+    assert [suite.recipe(m, "resnet10t").steps for m in (method, own)] == [suite.steps, suite.steps + 5]
+
+
+def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) -> None:
+    method = msgspec.structs.replace(suite.methods[0], steps={"resnet10t": suite.steps + 5})
+    both = msgspec.structs.replace(suite, students=("resnet10t", "mobilevit_xxs"), methods=(method,), compare_with=())
+    steps = {run.student: run_config(both, run, teacher="t", caches=Path("c")).recipe.steps for run in both.runs()}
+    assert steps == {"resnet10t": suite.steps + 5, "mobilevit_xxs": suite.steps}
+    with pytest.raises(ValueError, match="steps of the method none names the student 'resnet10t'; expected one of tes"):
+        msgspec.structs.replace(suite, methods=(method,), compare_with=())
 
 
 @pytest.mark.parametrize(
