@@ -32,6 +32,10 @@ _CREDENTIALS_HINT = "check the credentials that its store expects, such as AWS_P
 _VERSION_KEYS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId", "LastModified")
 _OTHER_VERSION_KEYS = ("blob_id", "Last-Modified", "last_modified", "mtime", "modified", "modificationTime")
 _T = TypeVar("_T")
+# All file systems in use, so that they outlive a fork. fsspec drops its parent's in a child, and a session that is then
+# collected removes its connections from the event queue that both processes share: the parent hears of no answer on
+# them any more, and waits until it times out.
+_kept = set[Any]()
 
 
 @dataclass(frozen=True)
@@ -177,13 +181,15 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ModuleNotFoundError as error:
         raise MissingExtraError("fsspec", extra="remote", purpose=f"Reading {url}") from error
     try:
-        return fsspec.core.url_to_fs(url, **_options(url))  # type: ignore[no-any-return]
+        file_system, path = fsspec.core.url_to_fs(url, **_options(url))
     except ImportError as error:
         raise MissingExtraError(
             error.name or f"the fsspec package for {url.split('://')[0]}", extra="remote", purpose=f"Reading {url}"
         ) from error
     except ValueError as error:
         raise InputError(f"{url} cannot be read: {error}.", hint="use s3://, gs://, https:// or hf://") from error
+    _kept.add(file_system)
+    return file_system, path
 
 
 def _options(url: str) -> dict[str, Any]:

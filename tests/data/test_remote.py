@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,28 @@ def test_a_server_that_stalls_for_good_is_named(server: UnreliableServer, monkey
     server.fail = ["", *["stall"] * 99]
     with pytest.raises(InputError, match=r"000\.tar could not be fetched: \w+ .*socket"):
         load_pairs(f"{server.url}/000.tar")
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_worker_leaves_its_parents_connections_alone(
+    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_READ_TIMEOUT_S", 20.0)
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    before = remote.version(shard)
+    remote._remote_version.cache_clear()
+
+    def work() -> None:
+        remote.version(shard)
+        gc.collect()
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    started = time.monotonic()
+    assert remote.version(shard) == before
+    assert time.monotonic() - started < 15
 
 
 def test_a_server_that_ignores_ranges_is_read_whole(server: UnreliableServer, shards: Path) -> None:
