@@ -168,6 +168,45 @@ def colour_images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bundles get the ONNX file of a tower that was exported before, by any worker, which takes torch seconds.
+
+    `exporters.onnx` is as it is for tests that call it themselves.
+    """
+    from clip_rd_edge.exporters import bundle
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above is that of all workers of this run, and of no other run
+        folder = folder.parent
+    folder /= "remembered-exports"
+    folder.mkdir(exist_ok=True)
+
+    def remembering(export: Callable[[ClipModel, Path], Path]) -> Callable[[ClipModel, Path], Path]:
+        def exported(clip: ClipModel, target: Path) -> Path:
+            digest = hashlib.sha256(
+                f"{export.__name__} {clip.preprocessing} {clip.context_length} {clip.model}".encode()
+            )
+            for name, tensor in clip.model.state_dict().items():
+                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            kept = folder / f"{digest.hexdigest()}.onnx"
+            path = target / f"{export.__name__.split('_')[1]}.onnx"
+            if kept.is_file():
+                return Path(shutil.copyfile(kept, path))
+            assert export(clip, target) == path
+            part = kept.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(path, part)
+            part.replace(kept)
+            return path
+
+        return exported
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("export_image_tower", "export_text_tower"):
+            patch.setattr(bundle, name, remembering(getattr(bundle, name)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_student() -> Callable[..., ClipModel]:
     """Return a function that builds a student with the same random weights each time."""
@@ -192,12 +231,12 @@ def image_tower(
 ) -> Callable[[str], tuple[ClipModel, Path]]:
     """Return a function that exports a 64-pixel student by its trunk's name, once per trunk; returns model and file."""
 
-    from clip_rd_edge.exporters.onnx import export_image_tower
+    from clip_rd_edge.exporters import bundle
 
     @cache
     def export(trunk: str) -> tuple[ClipModel, Path]:
         clip = make_student(trunk, image_size=64)
-        return clip, export_image_tower(clip, tmp_path_factory.mktemp(trunk))
+        return clip, bundle.export_image_tower(clip, tmp_path_factory.mktemp(trunk))
 
     return export
 
@@ -244,45 +283,6 @@ def calibration(student: ClipModel) -> CalibrationSet:
         return Samples(pixels, student.tokenizer(captions).numpy())
 
     return CalibrationSet("noise", calibrate=samples(32), held_out=samples(24))
-
-
-@pytest.fixture(scope="module")
-def remembered_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Bundles get the ONNX file of a tower that was exported before, which takes torch seconds.
-
-    `exporters.onnx` is as it is for tests that call it themselves.
-    """
-    from clip_rd_edge.exporters import bundle
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above is that of all workers of this run, and of no other run
-        folder = folder.parent
-    folder /= "remembered-exports"
-    folder.mkdir(exist_ok=True)
-
-    def remembering(export: Callable[[ClipModel, Path], Path]) -> Callable[[ClipModel, Path], Path]:
-        def exported(clip: ClipModel, target: Path) -> Path:
-            digest = hashlib.sha256(
-                f"{export.__name__} {clip.preprocessing} {clip.context_length} {clip.model}".encode()
-            )
-            for name, tensor in clip.model.state_dict().items():
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-            kept = folder / f"{digest.hexdigest()}.onnx"
-            path = target / f"{export.__name__.split('_')[1]}.onnx"
-            if kept.is_file():
-                return Path(shutil.copyfile(kept, path))
-            assert export(clip, target) == path
-            part = kept.with_suffix(f".{os.getpid()}")
-            shutil.copyfile(path, part)
-            part.replace(kept)
-            return path
-
-        return exported
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("export_image_tower", "export_text_tower"):
-            patch.setattr(bundle, name, remembering(getattr(bundle, name)))
-        yield
 
 
 @pytest.fixture

@@ -24,8 +24,6 @@ from clip_rd_edge.cli.main import COMMANDS
 from clip_rd_edge.convert.options import ExportOptions
 from clip_rd_edge.distillation.config import DistillOptions
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
 # Options that exist only on the command line.

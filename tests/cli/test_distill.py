@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "64x1", "--context-length", "12")
 

@@ -19,8 +19,6 @@ from clip_rd_edge.exporters import bundle as exporters
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 CommandLine = Callable[..., tuple[int, str, str]]
 
 

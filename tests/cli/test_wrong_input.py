@@ -14,8 +14,6 @@ from PIL import Image
 
 from clip_rd_edge.cli.main import cli
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 Run = Callable[..., tuple[int, str, str]]
 LABELS = "--labels red green"
 TINY = "--text 64x1 --image-size 32 --context-length 8 --embedding-size 16 --batch-size 6 --precision fp32 --workers 0"

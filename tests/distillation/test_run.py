@@ -172,7 +172,7 @@ def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) ->
     assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
     config: RunConfig, tmp_path: Path, share: float
 ) -> None:

@@ -141,7 +141,7 @@ def test_the_teachers_image_tower_must_fit_the_student(config: RunConfig, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["live", "cached", "with pairs", "texts beside pairs", "texts alone"])
-@pytest.mark.parametrize("stop_after", [3, 5])
+@pytest.mark.parametrize("stop_after", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_killed_run_resumes_to_the_same_weights(
     config: RunConfig, pairs_csv: Path, tmp_path: Path, kind: str, stop_after: int
 ) -> None:

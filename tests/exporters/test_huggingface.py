@@ -36,8 +36,6 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.push import _for_hub
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 CLIENTS = Path(__file__).parent / "clients"
 HARD_TEXTS = [
     "",

@@ -29,8 +29,6 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +68,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StandIn]:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    ("precision", "weights", "tolerance"), [("fp32", torch.float32, 1e-5), ("fp16", torch.float16, 5e-3)]
+    ("precision", "weights", "tolerance"),
+    [pytest.param("fp32", torch.float32, 1e-5, marks=pytest.mark.slow), ("fp16", torch.float16, 5e-3)],
 )
 def test_engines_are_built_from_both_towers(
     install: Callable[..., StandIn],

@@ -27,8 +27,6 @@ from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 
-pytestmark = pytest.mark.usefixtures("remembered_exports")
-
 LABELS = ("cat", "dog")
 WITHOUT = ExportRequest(labels=LABELS, text_tower=False, provenance={"model": "tiny"})
 

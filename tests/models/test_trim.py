@@ -106,7 +106,7 @@ def test_the_layers_of_open_clips_own_tower_can_be_trimmed(tmp_path: Path) -> No
     assert np.array_equal(embed(loaded, TEXTS), embed(trimmed, TEXTS))
 
 
-@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("separate", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_clips_own_vocabulary_can_be_trimmed(separate: bool, tmp_path: Path) -> None:
     clip = clip_with_clips_tokenizer(separate=separate)
     texts = ["red cat", "a photo of a green tortoise", "Überstraße!", "It's 1984 …", "猫と犬", "word " * 20, "", "!"]
