@@ -194,7 +194,8 @@ def _trial_table(trials: Sequence[Trial]) -> Any:
             f"× {trial.size_ratio:.2f}",
         )
         style = "bold" if trial.verdict == "shipped" else None
-        table.add_row(trial.tower, trial.name, *figures, trial.verdict, style=style)
+        shown = figures if trial.measured else [""] * len(figures)
+        table.add_row(trial.tower, trial.name, *shown, trial.verdict, style=style)
     return table
 
 

@@ -306,10 +306,11 @@ def _export(settings: Settings, reporter: Reporter, precision: Literal["fp32", "
 def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
     """Report each INT8 candidate that was measured, and the verdict on it."""
     for trial in trials:
-        reporter.say(
-            f"{trial.tower} tower, {trial.name}: {1 / trial.latency_ratio:.2f}× as fast as FP32, "
-            f"centred cosine {trial.centred_cosine:.4f}, {trial.size_ratio:.2f}× the size: {trial.verdict}"
+        figures = (
+            f"{1 / trial.latency_ratio:.2f}× as fast as FP32, centred cosine {trial.centred_cosine:.4f}, "
+            f"{trial.size_ratio:.2f}× the size: "
         )
+        reporter.say(f"{trial.tower} tower, {trial.name}: {figures if trial.measured else ''}{trial.verdict}")
 
 
 def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:

@@ -126,6 +126,16 @@ def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing() -> None:
     assert NAME in stream.getvalue()
 
 
+def test_the_table_of_trials_has_no_figures_of_a_candidate_that_failed() -> None:
+    stream, none = io.StringIO(), float("nan")
+    failed = Trial(
+        tower="text", name="static", latency_ratio=none, centred_cosine=none, size_ratio=none, loss_points=none,
+        verdict="failed: no memory",
+    )  # fmt: skip
+    print_table(_trial_table([failed]), console=Console(file=stream, width=120))
+    assert stream.getvalue().strip().splitlines()[-1].split() == ["text", "static", "failed:", "no", "memory"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
 )

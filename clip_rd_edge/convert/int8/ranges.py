@@ -82,6 +82,7 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
 
 # ONNX Runtime tries every cut from half the range to all of it, one per bin; finer bins take several times as long.
 _BINS, _LEVELS = 256, 128
+_MASKING = np.finfo(np.float32).max / 4  # no activation is as large
 
 
 def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[str, tuple[Any, Any]]:
@@ -90,7 +91,8 @@ def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[st
     The search is ONNX Runtime's own.
 
     Args:
-        batches: the tensors' values, batch by batch; values that are not finite are ignored.
+        batches: the tensors' values, batch by batch. Values that are not finite are ignored, and so are those by which
+            a mask hides positions: float32's most negative number, in text towers of transformers.
     """
     from onnxruntime.quantization.calibrate import HistogramCollector
 
@@ -100,6 +102,6 @@ def entropy_ranges(batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> dict[st
     with silently():
         for batch in batches:
             subsets = {name: subsample(values) for name, values in batch.items()}
-            collector.collect({name: values[np.isfinite(values)] for name, values in subsets.items()})
+            collector.collect({name: values[np.abs(values) < _MASKING] for name, values in subsets.items()})
         result = collector.compute_collection_result()
     return {name: (low, high) for name, (low, high, *_) in result.items()}

@@ -45,6 +45,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     loss_points: float
     verdict: str
 
+    @property
+    def measured(self) -> bool:
+        """Whether the candidate could be made and opened; the figures of another are NaN."""
+        return not math.isnan(self.latency_ratio)
+
 
 @dataclass(frozen=True)
 class MeasuredCandidate:

@@ -8,7 +8,7 @@ from clip_rd_edge.convert.int8.ranges import entropy_ranges, subsample
 def test_a_range_excludes_outliers_and_values_that_are_not_finite() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.standard_normal((4, 5_000)).astype(np.float32) for _ in range(2)]
-    batches[0][0, 0], batches[1][0, 0] = 8.0, -np.inf
+    batches[0][0, 0], batches[1][0, :2] = 8.0, (-np.inf, np.finfo(np.float32).min)  # the last two of masks
     low, high = entropy_ranges({"x": batch} for batch in batches)["x"]
     assert -8 < low < -2
     assert 3 < high < 8
