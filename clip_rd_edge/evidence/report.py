@@ -54,8 +54,9 @@ def markdown(evidence: Evidence) -> str:
     parts = [_settings(evidence), _score_table(evidence)]
     if _differ_in_steps(evidence):
         parts += [_time_table(evidence)]
-    parts += [_DIFFERENCES_NOTE.format(measure)]
-    parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
+    if evidence.suite.compare_with:
+        parts += [_DIFFERENCES_NOTE.format(measure)]
+        parts += [_difference_table(evidence, reference) for reference in evidence.suite.compare_with]
     if any(task.geometry for task in evidence.teacher.tasks):  # of retrieval tasks
         parts += [_GEOMETRY_NOTE, _geometry_table(evidence)]
     return "\n\n".join(parts)

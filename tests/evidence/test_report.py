@@ -41,6 +41,13 @@ def test_methods_of_different_steps_have_a_table_of_their_times(make: Make) -> N
     assert "| test_vit | `clip-rd` | 1 | " in text
 
 
+def test_a_suite_that_compares_nothing_has_no_differences(make: Make) -> None:
+    evidence = make(CORRECT)
+    assert "Differences in" in markdown(evidence)
+    alone = msgspec.structs.replace(evidence.suite, compare_with=())
+    assert "Differences in" not in markdown(msgspec.structs.replace(evidence, suite=alone))
+
+
 def test_a_suite_without_retrieval_tasks_has_no_table_of_geometry(make: Make) -> None:
     def zero_shot_alone(result: ModelResult) -> ModelResult:
         return msgspec.structs.replace(result, tasks=result.tasks[:1])
