@@ -10,7 +10,7 @@ DOCS_STAMP := $(VENV)/.docs-installed
 quickstart: $(STAMP)  ## the whole way on the embedded data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
 
-test: $(STAMP)  ## what CI runs: style, types, layers, the user guide, tests
+test: $(DOCS_STAMP)  ## what CI runs: style, types, layers, the user guide, tests
 	$(MAKE) --no-print-directory -j 2 lint docs
 	$(MAKE) --no-print-directory test-fast
 
