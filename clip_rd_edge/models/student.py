@@ -15,7 +15,7 @@ from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matche
 from clip_rd_edge.models.classifier import load_classifier, unreadable_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.packaged import CLASSIFIERS
-from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.paths import exists, is_file
 from clip_rd_edge.utils.structs import convert
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -52,8 +52,9 @@ def text_size(name: str) -> TextSize:
         or int(width) < _HEAD_WIDTH
         or int(width) % _HEAD_WIDTH
     ):
+        gone = ", but there is no such folder" if "/" in name and not exists(name) else ""
         raise ConfigError(
-            f"The text tower is {name!r}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, "
+            f"The text tower is {name!r}{gone}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, "
             f"where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
         )
     return TextSize(width=int(width), layers=int(layers))
