@@ -54,8 +54,8 @@ def text_size(name: str) -> TextSize:
     ):
         gone = ", but there is no such folder" if "/" in name and not exists(name) else ""
         raise ConfigError(
-            f"The text tower is {name!r}{gone}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as 512x6, "
-            f"where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
+            f"The text tower is {name!r}{gone}; expected one of {', '.join(TEXT_SIZES)}, or WIDTHxLAYERS such as "
+            f"512x6, where the width is a multiple of {_HEAD_WIDTH}; or teacher, or the folder of a model."
         )
     return TextSize(width=int(width), layers=int(layers))
 
