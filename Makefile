@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# One more than cores, as tests wait for processes that they start.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))')
 DOCS_STAMP := $(VENV)/.docs-installed
 
 .PHONY: quickstart test lint docs test-fast test-all dist clean
@@ -25,7 +27,7 @@ docs: $(DOCS_STAMP)  ## the user guide, into site/; a broken link or an undocume
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # without --quiet, which would hide its warnings from --strict
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -m "not slow" -n auto --maxprocesses 8
+	$(BIN)/pytest -m "not slow" -n $(WORKERS)
 
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest

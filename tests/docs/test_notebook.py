@@ -62,6 +62,7 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return shown
 
 
+@pytest.mark.slow
 def test_it_runs_on_tiny_models(
     figures: list[int],
     make_student: Callable[..., Any],

@@ -49,6 +49,7 @@ def test_the_manifest_records_what_was_exported_and_measured(student: ClipModel,
     assert all(check.passed for check in verify_bundle(fp32_bundle))
 
 
+@pytest.mark.slow
 def test_towers_above_2_gb_have_their_weights_in_a_file_of_their_own(
     student: ClipModel, fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

