@@ -136,7 +136,7 @@ def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs
 
 
 @pytest.mark.parametrize("kind", ["config", "cached"])
-@pytest.mark.parametrize("stop_after", [2, pytest.param(5, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("stop_after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5)), 7])
 def test_a_killed_run_resumes_to_the_same_weights(
     kind: str, stop_after: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

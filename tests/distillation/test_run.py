@@ -110,7 +110,7 @@ def test_a_resumed_run_goes_on_counting_bad_samples(config: RunConfig, pairs_csv
     assert resumed == sorted(resumed)
 
 
-@pytest.mark.parametrize("saved", [0, 1])
+@pytest.mark.parametrize("saved", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: int
 ) -> None:
@@ -172,7 +172,7 @@ def test_a_truncated_checkpoint_is_skipped(config: RunConfig, tmp_path: Path) ->
     assert_same_weights(distil(config, tmp_path / "run", resume=True), distil(config, tmp_path / "uninterrupted"))
 
 
-@pytest.mark.parametrize("share", [0.1, pytest.param(0.5, marks=pytest.mark.slow), 0.9])
+@pytest.mark.parametrize("share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.5)), 0.9])
 def test_a_checkpoint_with_one_flipped_bit_is_skipped_and_named(
     config: RunConfig, tmp_path: Path, share: float
 ) -> None:
