@@ -41,8 +41,7 @@ def test_immich_gets_the_same_embeddings(fp32_bundle: Path, tmp_path: Path) -> N
     _require_texts(folder, bundle, length=16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [bert_clip, roberta_clip])
+@pytest.mark.parametrize("make", [bert_clip, pytest.param(roberta_clip, marks=pytest.mark.slow)])
 def test_immich_reads_the_texts_of_a_text_tower_of_transformers(
     make: Callable[[Path], ClipModel], tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def test_the_text_tower_gives_torchs_embeddings(student: ClipModel, fp32_bundle:
     assert parity.max_difference <= 1e-4
 
 
-@pytest.mark.parametrize("pool", ["argmax", *(pytest.param(pool, marks=pytest.mark.slow) for pool in ("eos", "last"))])
+@pytest.mark.parametrize("pool", ["argmax", "eos", "last"])
 def test_a_text_tower_uses_no_argmax_of_int64_which_onnxruntime_before_1_20_lacks(
     pool: str, make_student: Callable[..., ClipModel], tmp_path: Path
 ) -> None:

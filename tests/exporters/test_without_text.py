@@ -153,7 +153,6 @@ def test_a_manifest_that_says_nothing_of_a_text_tower_is_damaged(without_text: P
         load(tmp_path / "a")
 
 
-@pytest.mark.slow
 def test_a_benchmark_compares_it_with_the_complete_bundle(
     fp32_bundle: Path, without_text: Path, images: tuple[Path, ...], tmp_path: Path
 ) -> None:

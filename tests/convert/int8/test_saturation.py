@@ -34,9 +34,7 @@ def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-@pytest.mark.parametrize(
-    "backend", [ORT, pytest.param(OPENVINO, marks=pytest.mark.slow)], ids=lambda backend: backend.name
-)
+@pytest.mark.parametrize("backend", [ORT, OPENVINO], ids=lambda backend: backend.name)
 def test_no_candidate_for_unknown_processors_can_saturate(
     backend: Backend, tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
