@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,11 +72,16 @@ def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = No
 def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
     waiting = False
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # its last holder may have removed it
+        # Its last holder may remove the folder at any moment, also while `mkdir` finds out what is there already.
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # removed since
+        except FileNotFoundError:
             continue
+        except FileExistsError:
+            if _is_gone_or_folder(path.parent):
+                continue
+            raise
         try:
             _lock(file)
         except OSError as error:
@@ -103,6 +109,13 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
                 raise
             return file
         os.close(file)
+
+
+def _is_gone_or_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def _lock(file: int) -> None:

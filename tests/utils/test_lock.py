@@ -81,6 +81,30 @@ def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.M
         pass
 
 
+def test_a_folder_that_goes_while_it_is_looked_at_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, is_dir = tmp_path / "making-room", Path.is_dir
+    folder.mkdir()
+
+    def remove_and_tell(path: Path) -> bool:  # as its last holder does between the two calls of Path.mkdir
+        if path == folder:
+            monkeypatch.setattr(Path, "is_dir", is_dir)
+            folder.rmdir()
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", remove_and_tell)
+    with exclusive_writer(folder):
+        assert (folder / ".lock").is_file()
+
+
+@pytest.mark.parametrize("target", ["nothing", "a file"])
+def test_a_link_that_leads_to_no_folder_is_refused(tmp_path: Path, target: str) -> None:
+    if target == "a file":
+        (tmp_path / target).touch()
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    with pytest.raises(UsageError, match="link"):
+        exclusive_writer(tmp_path / "link").__enter__()
+
+
 def test_a_folder_whose_parent_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written: Not a directory"):
