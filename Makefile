@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 # One more than cores, as tests wait for processes that they start.
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))')
 DOCS_STAMP := $(VENV)/.docs-installed
+# Where compiled code may not be kept, as in some containers, each of the many processes of the tests compiles it anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test lint docs test-fast test-all dist clean
 
