@@ -81,7 +81,7 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
     graph = onnx.load(model)
     convolutions = [node.name for node in weighted_layers(graph, ("Conv",))]
     products = weighted_layers(graph, ("MatMul", "Gemm"))
-    takes_ids = graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+    takes_ids = _takes_ids(graph)
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=request.rounded())
@@ -167,10 +167,15 @@ def _dynamic(model: Path, *, takes_ids: bool, weight_bits: WeightBits) -> Iterat
             "dynamic, per-token, token embeddings in float",
             partial(make, matrix_products=True, token_embeddings=False, per_token=True),
         )
-        yield Candidate(
-            "token embeddings only",
-            partial(make, matrix_products=False, token_embeddings=True, per_token=False),
-        )
+        yield Candidate("token embeddings only", partial(_with_token_embeddings, lambda: model))
+
+
+def _takes_ids(graph: onnx.ModelProto) -> bool:
+    return bool(graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64)
+
+
+def _with_token_embeddings(make: Callable[[], Path | bytes]) -> bytes:
+    return quantize_dynamically(make(), matrix_products=False, token_embeddings=True, per_token=False)
 
 
 def nncf_is_installed() -> bool:
@@ -232,14 +237,23 @@ def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     """Yield candidates with U8 and with S8 activations: OpenVINO has fast kernels for both, but S8 is not always right.
 
     If NNCF is installed, its Q/DQ is tried too: it is sometimes faster and mostly less accurate. Dynamic INT8 is not
-    tried, because OpenVINO computes it in float.
+    tried, because OpenVINO computes it in float. Each candidate of a text tower has its token embeddings in INT8, too,
+    but for one, in case that they are what loses most.
     """
     model, samples, weight_bits, rounded = request.model, request.samples, request.weight_bits, request.rounded()
     quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=rounded)
-    yield from _static(quantizer, request)
-    yield Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits, rounded))
+    symmetric = Candidate("symmetric, percentile", partial(_symmetric, model, samples, weight_bits, rounded))
+    of_layers = [*_static(quantizer, request), symmetric]
     if nncf_is_installed():
-        yield Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits))
+        of_layers.append(Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits)))
+    if not _takes_ids(onnx.load(model)):
+        yield from of_layers
+        return
+    for candidate in of_layers:
+        make = partial(_with_token_embeddings, candidate.make)
+        yield Candidate(f"{candidate.name}, and token embeddings", make)
+    yield Candidate(f"{symmetric.name}, token embeddings in float", symmetric.make)
+    yield Candidate("token embeddings only", partial(_with_token_embeddings, lambda: model))
 
 
 def _symmetric(model: Path, samples: Inputs, weight_bits: WeightBits, rounded: RoundedLayers | None) -> bytes:

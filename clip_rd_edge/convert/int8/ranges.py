@@ -73,7 +73,8 @@ def measure_ranges(model: onnx.ModelProto, tensors: Sequence[str], samples: Inpu
     ]
     table = np.asarray(rows, dtype=np.float32)  # (batches, tensors, 4)
     lowest, highest = table[..., 0].min(axis=0), table[..., 1].max(axis=0)
-    low, high = table[..., 2].mean(axis=0), table[..., 3].mean(axis=0)
+    with np.errstate(over="ignore"):  # of a mask of float32's most negative number
+        low, high = table[..., 2].mean(axis=0), table[..., 3].mean(axis=0)
     return Ranges(
         min_max={name: (lowest[i], highest[i]) for i, name in enumerate(tensors)},
         percentile={name: (low[i], high[i]) for i, name in enumerate(tensors)},

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import numpy as np
+import warnings
 
-from clip_rd_edge.convert.int8.ranges import entropy_ranges, subsample
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from clip_rd_edge.convert.int8.ranges import entropy_ranges, measure_ranges, subsample
 
 
 def test_a_range_excludes_outliers_and_values_that_are_not_finite() -> None:
@@ -26,3 +29,21 @@ def test_a_subset_has_values_of_every_channel() -> None:
     values = np.tile(np.arange(512), (1, 150, 1))  # channels last; half of them have odd numbers, and a step is 2
     assert len(np.unique(subsample(values))) == 512
     assert subsample(np.arange(10)).tolist() == list(range(10))
+
+
+def test_a_mask_of_the_most_negative_number_is_measured_without_a_warning() -> None:
+    lowest = np.finfo(np.float32).min
+    mask = numpy_helper.from_array(np.array([[0, lowest]], np.float32), "mask")
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "mask"], ["masked"])],
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2])],
+        [helper.make_tensor_value_info("masked", TensorProto.FLOAT, ["N", 2])],
+        [mask],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ranges = measure_ranges(model, ["masked"], np.zeros((64, 2), np.float32))
+    assert ranges.min_max["masked"] == (lowest, 0)
+    assert ranges.percentile["masked"][0] < lowest / 2

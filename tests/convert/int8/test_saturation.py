@@ -38,16 +38,30 @@ def test_two_neighbouring_products_of_7_bit_weights_fit_16_bits() -> None:
 def test_no_candidate_for_unknown_processors_can_saturate(
     backend: Backend, tower: str, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
 ) -> None:
-    checked = 0
+    names = []
     for candidate in _candidates(backend, fp32_bundle, calibration, tower, tmp_path, 7):
         content = candidate.make()
         largest = max_weight(onnx.load_from_string(content))
         # The largest weight of a channel is on the last level, or nothing was quantised.
         assert largest in ((None, 64) if candidate.name == "token embeddings only" else (64,)), candidate.name
         assert instruction_sets(content) == (INSTRUCTION_SETS if largest else ())
-        checked += 1
-    assert checked >= 3
-    assert backend is ORT or not nncf_is_installed() or candidate.name == "NNCF"
+        names.append(candidate.name)
+    assert len(names) >= 3
+    assert (backend is OPENVINO and nncf_is_installed()) == any(name.startswith("NNCF") for name in names)
+    assert (tower == "text") == any("token embeddings" in name for name in names)
+
+
+def test_token_embeddings_for_openvino_have_one_byte_per_number_but_in_one_candidate(
+    fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    in_float = []
+    for candidate in _candidates(OPENVINO, fp32_bundle, calibration, "text", tmp_path, 7):
+        graph = onnx.load_from_string(candidate.make()).graph
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        tables = {kinds[node.input[0]] for node in graph.node if node.op_type == "Gather" and node.input[0] in kinds}
+        if TensorProto.FLOAT in tables:
+            in_float.append(candidate.name)
+    assert in_float == ["symmetric, percentile, token embeddings in float"]
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
