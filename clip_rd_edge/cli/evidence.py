@@ -37,9 +37,9 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
     \b
     clip-rd-edge evidence run method-evidence -o evidence
 
-    SUITE is a YAML file, or the name of the built-in suite: method-evidence. All runs of the first seed come before
-    those of the second, and `evidence report` can make tables and figures from NAME.json in FOLDER while the command
-    runs. It can be interrupted at any time: the same command resumes.
+    SUITE is a YAML file, or the name of a built-in suite, such as method-evidence or bank. All runs of the first seed
+    come before those of the second, and `evidence report` can make tables and figures from NAME.json in FOLDER while
+    the command runs. It can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter

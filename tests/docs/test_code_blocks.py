@@ -297,7 +297,7 @@ def reader(
     folder = tmp_path / "reader"
     shutil.copytree(colour_images, folder / "photos")
     shutil.copytree(pairs_csv.parent / "pictures", folder / "frames")
-    for bundle in ("bundle", "bundles/fp32", "bundles/int8"):
+    for bundle in ("bundle", "bundles/fp32", "bundles/int8", "bundles/second"):
         shutil.copytree(colour_bundle, folder / bundle)
     shutil.copytree(small.run, folder / "runs/first")
     shutil.copytree(small.run / "student", folder / "quickstart/teacher/student")
