@@ -96,7 +96,9 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
 
 
 def _require_replaceable(path: Path) -> None:
-    around = next(folder for folder in path.absolute().parents if exists(folder))
+    around = next((folder for folder in path.absolute().parents if exists(folder)), None)
+    if around is None:  # of Windows
+        raise unwritable_output(path, FileNotFoundError(errno.ENOENT, f"there is no {path.absolute().anchor}"))
     if not is_folder(around):
         raise unwritable_output(path, NotADirectoryError(errno.ENOTDIR, f"{around} is a file"))
     if path.resolve().is_mount():  # of ".", it would say yes
@@ -152,7 +154,15 @@ def unwritable_output(path: Path, error: Exception, *, hint: str = "choose anoth
     """Return the error for an output that cannot be written."""
     cause = error.__cause__ or error
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    if link := _link_to_nothing(path):
+        reason = f"{link} is a link to {link.readlink()}, which is not there"
     return UsageError(f"The output {path} cannot be written: {reason}.", hint=hint)
+
+
+def _link_to_nothing(path: Path) -> Path | None:
+    with suppress(OSError, ValueError):  # of a path that is too long, for example
+        return next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+    return None
 
 
 @contextmanager
@@ -246,8 +256,8 @@ def _naming(output: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder if it is there; what cannot be removed is a leftover, and no reason to fail."""
-    if path.is_dir():
+    """Remove a file, a folder or a link if it is there; what cannot be removed is a leftover, and no reason to fail."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
@@ -284,7 +294,7 @@ def remove_leftovers(folder: Path) -> None:
             continue
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             path.rename(path.with_name(match["name"]))
-        elif path.is_dir():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -16,6 +16,9 @@ from clip_rd_edge.utils.paths import exists, is_file
 
 LOCK_FILE = ".lock"
 _POLL_S = 0.1
+# How often a folder that goes while it is made is made again. One that never stays is behind a link to nothing, or on a
+# drive that is not there.
+_ATTEMPTS, _PAUSE_S = 100, 0.01
 _HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 _held: set[int] = set()  # file descriptors
 
@@ -70,18 +73,18 @@ def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = No
 
 
 def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
-    waiting = False
+    waiting, attempts = False, 0
     while True:
         # Its last holder may remove the folder at any moment, also while `mkdir` finds out what is there already.
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
+            attempts += 1
+            if attempts == _ATTEMPTS or not _is_gone_or_folder(path.parent):
+                raise
+            time.sleep(_PAUSE_S)
             continue
-        except FileExistsError:
-            if _is_gone_or_folder(path.parent):
-                continue
-            raise
         try:
             _lock(file)
         except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.utils import files
 from clip_rd_edge.utils.files import disk_full_error, new_folder, remove_leftovers, require_free_output, write_text
 
 
@@ -196,3 +197,28 @@ def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
     assert "larger than its file system" in str(
         disk_full_error(OSError(errno.EFBIG, "File too large", "/mnt/state.pt"))
     )
+
+
+def test_an_output_on_a_drive_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "exists", lambda path: False)  # not even the root, as on Windows
+    with pytest.raises(UsageError, match="cannot be written: there is no /"):
+        require_free_output(tmp_path / "out", overwrite=True)
+
+
+def test_a_link_in_the_place_of_a_new_folder_is_replaced_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["old"]
+
+
+def test_a_link_that_was_moved_aside_is_a_leftover_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / f".best.{'0' * 32}.old").symlink_to(tmp_path / "disk")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "disk"]

@@ -105,6 +105,13 @@ def test_a_link_that_leads_to_no_folder_is_refused(tmp_path: Path, target: str) 
         exclusive_writer(tmp_path / "link").__enter__()
 
 
+def test_a_link_to_nothing_above_the_folder_is_named(tmp_path: Path) -> None:
+    """Such as to a disk that is not mounted."""
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    with pytest.raises(UsageError, match=rf"runs is a link to {tmp_path}/disk/runs, which is not there\."):
+        exclusive_writer(tmp_path / "runs" / "first").__enter__()
+
+
 def test_a_folder_whose_parent_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written: Not a directory"):
