@@ -51,8 +51,9 @@ class Messages(Sequence[str]):
 
     @staticmethod
     def encode(messages: Iterable[str]) -> bytes:
-        """Return the messages as they are stored."""
-        return b"".join(msgspec.json.encode(message) + b"\n" for message in messages)
+        """Return the messages as they are stored; what is not UTF-8 in a path, as an escape."""
+        printable = (message.encode(errors="backslashreplace").decode() for message in messages)
+        return b"".join(msgspec.json.encode(message) + b"\n" for message in printable)
 
 
 def kept_index(kind: str, identity: Iterable[str], build: Callable[[Path], None]) -> Path:

@@ -372,7 +372,8 @@ def save_clip(
         record = {**provenance, "templates": list(clip.templates)}
         if clip.labels:
             record["labels"] = list(clip.labels)
-        (temporary / DISTILLATION_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (temporary / DISTILLATION_FILE).write_text(record_text, encoding="utf-8")
         if extras is not None:
             extras(temporary)
 
@@ -391,7 +392,7 @@ def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
         clip.model.text.transformer.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         model_cfg = {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(location.resolve())}}
     config = {"model_cfg": model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
     # safetensors makes it readable for its owner alone, whatever the umask.

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +136,14 @@ def test_a_path_in_a_command_to_copy_is_one_word() -> None:
         assert shlex.split(as_word(path), comments=True) == [path]
     assert as_word(Path("runs/first")) == "runs/first"
     assert as_word("-dash") == "./-dash"
+
+
+def test_a_pipe_gets_utf_8_whatever_the_locale(colour_bundle: Path, colour_images: Path) -> None:
+    """On Windows, it has 256 characters."""
+    command = ["-m", "clip_rd_edge", "classify", colour_bundle, colour_images / "red.png", "--json"]
+    result = subprocess.run(
+        [sys.executable, *command, "--labels", "red", "猫", "Möwe"],
+        capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert '"猫"' in result.stdout.decode()
+    assert '"Möwe"' in result.stdout.decode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,6 +247,14 @@ def test_sources_without_images_are_refused(tmp_path: Path) -> None:
         load_images("s3://bucket/photos", column="filepath")
     with pytest.raises(InputError, match="nowhere does not exist"):
         load_images(str(tmp_path / "nowhere"), column="filepath")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
+def test_a_name_that_is_not_utf_8_is_a_name_like_any_other(frames: Path) -> None:
+    path = next(frames.rglob("*.png")).rename(frames / os.fsdecode(b"caf\xe9.png"))
+    first = fingerprint(load_images(str(frames), column="filepath"))
+    path.rename(frames / os.fsdecode(b"caf\xe8.png"))
+    assert fingerprint(load_images(str(frames), column="filepath")) != first
 
 
 def test_links_in_a_folder_of_images_are_followed(frames: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import open_clip
@@ -73,6 +74,17 @@ def test_a_teacher_is_loaded_offline_from_the_hubs_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     check(load_clip("hf-hub:someone/some-clip"), projection)
+
+
+def test_what_a_model_records_is_utf_8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def as_on_windows(path: Path, text: str, encoding: str | None = None, **options: Any) -> int:
+        return write_text(path, text, encoding=encoding or "cp1252", **options)
+
+    monkeypatch.setattr(Path, "write_text", as_on_windows)
+    save_clip(tmp_path / "model", tiny(), provenance={"data": "データ/Müller.csv"})
+    assert json.loads((tmp_path / "model" / "distillation.json").read_bytes())["data"] == "データ/Müller.csv"
 
 
 def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class TablePairs:
         """Yield bytes that identify these pairs: the images' names and sizes in bytes, and the captions."""
         for path, captions in zip(self.images, self.texts, strict=True):
             size = path.stat().st_size if path.is_file() else -1
-            yield f"{path.name}\0{size}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
+            name = path.name.encode(errors="surrogateescape")
+            yield name + f"\0{size}\0{len(captions)}\0".encode() + "\0".join(captions).encode()
 
 
 def table_pairs(path: Path, *, image_key: str, caption_key: str, reporter: Reporter = SILENT) -> Pairs:
