@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, in_one_line
 from clip_rd_edge.utils.paths import kind_of
@@ -153,8 +153,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to decoded, upright RGB, as `open_image` does."""
     image.load()  # in PNG files, EXIF comes after the pixels
     is_12_bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE) == (12,)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # would copy upright images too
+    # ImageOps.exif_transpose writes all of the EXIF data anew, which fails if any of it is odd.
+    if (turn := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bits(image, is_12_bits=is_12_bits)
     if image.has_transparency_data:
@@ -163,6 +164,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(background, image)
     # convert copies RGB images too; a read-only one is memory-mapped from its file and must be copied.
     return image if image.mode == "RGB" and not image.readonly else image.convert("RGB")
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return how an image is to be turned, as EXIF says: 1 to 8, or anything else; 1 without readable EXIF data."""
+    try:
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 — Pillow raises many types for a damaged block in a PNG or WebP file
+        return 1
+    return orientation
 
 
 def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import ExifTags, Image, ImageOps, features
 
 import clip_rd_edge
 from clip_rd_edge.contract import images
@@ -255,3 +255,44 @@ def test_the_hint_for_a_missing_image_says_what_to_do_about_its_path(name: str, 
         images.as_rgb(name)
     assert hint in caught.value.hint
     assert "convert" not in caught.value.hint
+
+
+def exif(tag: int, kind: int, value: bytes) -> bytes:
+    """EXIF data with orientation 6, a quarter turn, and a tag of a type that it should not have."""
+    fields = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI", tag, kind, 1) + value.ljust(4, b"\0")[:4]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + fields + struct.pack("<I", 0) + value[4:]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        exif(0x11A, 10, struct.pack("<Iii", 38, -3, 7)),  # a resolution below 0
+        exif(0x100, 9, struct.pack("<i", -5)),  # so is the width
+        exif(0x128, 2, b"abc"),  # a unit in words
+        exif(0x11A, 11, struct.pack("<f", float("nan"))),
+    ],
+)
+def test_odd_exif_data_does_not_keep_an_image_from_being_turned(tmp_path: Path, kind: str, odd: bytes) -> None:
+    path = tmp_path / "image"
+    Image.new("RGB", (20, 10)).save(path, kind, exif=odd)
+    assert open_image(path).size == (10, 20)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damaged", [b"garbage", bytes(20), b"II*\0"])
+def test_an_image_whose_exif_data_are_damaged_is_upright(tmp_path: Path, kind: str, damaged: bytes) -> None:
+    path = tmp_path / "image"
+    Image.new("RGB", (20, 10)).save(path, kind, exif=damaged)
+    assert open_image(path).size == (20, 10)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_turns_an_image_as_pillow_does(tmp_path: Path, orientation: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8))
+    data = Image.Exif()
+    data[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "image", "PNG", exif=data)
+    with Image.open(tmp_path / "image") as stored:
+        expected = ImageOps.exif_transpose(stored)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "image")), np.asarray(expected))
