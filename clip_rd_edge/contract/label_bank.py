@@ -17,11 +17,11 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import LABELS
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.arrays import read_npz
 from clip_rd_edge.utils.files import write_bytes
 
-MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,000 labels of 1,024 float32 entries
+MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32 entries
 LabelPrecision = Literal["fp32", "fp16", "int8"]
 
 
@@ -37,6 +37,31 @@ class LabelBank(msgspec.Struct, frozen=True):
         if not all(label in rows for label in labels):
             return None
         return self.embeddings[[rows[label] for label in labels]]
+
+
+def require_readable(names: Sequence[str], size: int, precision: LabelPrecision) -> None:
+    """Refuse labels whose bank `read_labels` would refuse, before they are embedded.
+
+    Args:
+        names: the labels.
+        size: of their embeddings.
+
+    Raises:
+        InputError: there are too many, or one of many is very long.
+    """
+    rows = MAX_BYTES // (size * {"fp32": 4, "fp16": 2, "int8": 1}[precision])
+    if len(names) > rows:
+        raise InputError(
+            f"There are {len(names):,} labels; a bundle holds at most {rows:,} with embeddings of {size} numbers.",
+            hint="pass them when classifying, or search an index",
+        )
+    longest = max(names, key=len, default="")
+    if 4 * len(longest) * len(names) > MAX_BYTES:  # NumPy pads all of them to it, with four bytes per character
+        raise InputError(
+            f"One of {len(names):,} labels is too long for so many: {len(longest):,} characters, beginning with "
+            f"{longest[:40]!r}.",
+            hint="shorten it",
+        )
 
 
 def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "fp32") -> None:

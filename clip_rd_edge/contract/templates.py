@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import near_files
+from clip_rd_edge.utils.paths import expand_home, near_files
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line
@@ -57,7 +57,7 @@ def _is_template(text: str) -> bool:
 
 
 def _read_file(word: str) -> list[str]:
-    path = Path(word).expanduser()
+    path = expand_home(word)
     try:
         lines = [line.strip() for line in text_lines(read_text_limited(path)) if line.strip()]
     except InputError as error:

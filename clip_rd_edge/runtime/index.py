@@ -40,7 +40,7 @@ from clip_rd_edge.runtime.index_graph import (
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import is_plain_name, write_bytes
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.paths import exists, expand_home, is_file, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.structs import read_json
 
 INDEX_VERSION = 1
@@ -291,7 +291,7 @@ def _text_or_image(query: str) -> str | Path:
     Raises:
         InputError: the query looks like a path, but is not that of an image file.
     """
-    path = Path(query).expanduser()
+    path = expand_home(query)
     with suppress(OSError, ValueError):  # a text may be too long for a path
         if path.is_file():
             return path

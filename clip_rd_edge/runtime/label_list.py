@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines
-from clip_rd_edge.utils.paths import exists, is_folder, looks_like_path, near_files
+from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
@@ -92,7 +93,7 @@ def parse_labels(words: Sequence[str]) -> list[str] | None:
     names: list[str] = []
     for word in words:
         if _is_label_file(word, alone=len(words) == 1):
-            names += read_labels_file(Path(word).expanduser())
+            names += read_labels_file(expand_home(word))
         elif word == EVERYDAY:
             names += everyday_labels()
         else:
@@ -107,7 +108,7 @@ def _is_label_file(word: str, *, alone: bool) -> bool:
     Raises:
         InputError: the word looks like a path, but names no label file; or it may be a label as well as a file.
     """
-    path = Path(word).expanduser()
+    path = expand_home(word)
     path_like = looks_like_path(word, suffixes=(*LABEL_FILE_SUFFIXES, *IMAGE_SUFFIXES))
     try:
         names_file, names_folder = path.is_file(), path.is_dir()
@@ -207,7 +208,7 @@ def read_labels_file(
 def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
     first = text.partition("\n")[0]
     separator = ";" if ";" in first and "," not in first else TABLE_SUFFIXES[path.suffix.lower()]
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     try:
         for row in reader:

@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
-from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, write_labels
+from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, require_readable, write_labels
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import write_bytes
@@ -36,14 +36,15 @@ def write_label_bank(
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
 
     Raises:
-        InputError: there are no labels, or a label is empty.
+        InputError: there are no labels, too many, or a label is empty.
     """
     names = tuple(dict.fromkeys(labels))
     encoder = encoder or open_bundle(folder, manifest, device="cpu")
-    embeddings = label_embeddings(encoder, names, manifest.templates)
     tower = (manifest.text or manifest.image).precision
     int8 = manifest.text is not None and tower.startswith("int8")
     precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if int8 else "fp16"
+    require_readable(names, manifest.embedding_size, precision)
+    embeddings = label_embeddings(encoder, names, manifest.templates)
     write_labels(folder, LabelBank(names, embeddings), precision=precision)
 
 

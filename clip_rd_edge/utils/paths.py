@@ -34,6 +34,14 @@ def is_folder(path: AnyPath) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def expand_home(text: str) -> Path:
+    """Return a path with ~ at its beginning replaced by the home folder; as it is, if the user does not exist.
+
+    `Path.expanduser` raises for the latter, as for the text "~100 people".
+    """
+    return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
 def file_identity(path: Path) -> tuple[int, int, int, int] | None:
     """Return what tells a file from another in its place, or None if it cannot be read.
 

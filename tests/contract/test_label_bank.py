@@ -5,9 +5,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from clip_rd_edge.contract import label_bank
 from clip_rd_edge.contract.bundle import LABELS
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_labels, write_labels
-from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.errors import ConfigError, InputError
 
 NAMES = ("naïve café", "猫", *map(str, range(48)))
 
@@ -46,3 +47,29 @@ def test_a_damaged_label_bank_is_reported(tmp_path: Path, arrays: dict[str, npt.
     np.savez(tmp_path / LABELS, **arrays)
     with pytest.raises(ConfigError, match=message):
         read_labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"] * 17, "There are 17 labels; a bundle holds at most 16 with embeddings of 16 numbers."),
+        (["a"] * 15 + ["b" * 20], "One of 16 labels is too long for so many: 20 characters"),
+    ],
+)
+def test_labels_that_no_reader_would_open_are_refused(
+    names: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_bank, "MAX_BYTES", 16 * 16 * 4)
+    with pytest.raises(InputError, match=message):
+        label_bank.require_readable(names, 16, "fp32")
+    label_bank.require_readable(["a"] * 16, 16, "fp32")
+
+
+def test_as_many_labels_as_are_taken_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_bank, "MAX_BYTES", 16 * 16 * 4)
+    names = tuple(f"label {number}".ljust(16) for number in range(16))
+    label_bank.require_readable(names, 16, "fp32")
+    write_labels(tmp_path, LabelBank(names, np.ones((16, 16), np.float32)))
+    bank = read_labels(tmp_path)
+    assert bank is not None
+    assert bank.names == names

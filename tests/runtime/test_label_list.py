@@ -172,3 +172,14 @@ def test_a_field_of_several_lines_is_refused_with_a_hint_that_fits(tmp_path: Pat
     with pytest.raises(InputError, match=r"labels\.csv, line 3: a quoted field holds several lines") as refusal:
         read_labels_file(tmp_path / "labels.csv")
     assert refusal.value.hint.startswith("write each text on one line")
+
+
+def test_only_line_ends_end_a_row_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes("id,label\r\n1,a cat\u2028on a mat\r\n2,a dog\x85by the sea\n3,red\x0band blue\n".encode())
+    assert read_labels_file(path) == ["a cat\u2028on a mat", "a dog\x85by the sea", "red\x0band blue"]
+
+
+def test_a_label_may_begin_with_a_tilde() -> None:
+    assert parse_labels(["~100 people", "a cat"]) == ["~100 people", "a cat"]
+    assert parse_labels(["~100 people"]) == ["~100 people"]
