@@ -56,12 +56,14 @@ def local_path(shard: ShardFile) -> Path:
     """
     if isinstance(shard, Path):
         return shard
-    path = _cached(shard)
-    if not _touch(path):
+    path, size = _cached(shard), version(shard).size
+    if not _touch(path, size):
         with exclusive_writer(path.with_suffix(".lock.d"), on_wait=lambda message: None):
-            if not _touch(path):
-                part = _reserve(path, version(shard).size)
+            if not _touch(path, size):
+                part = _reserve(path, size)
                 fetch(shard, part)
+                with part.open("rb" if os.name == "posix" else "rb+") as file:
+                    os.fsync(file.fileno())  # after a power failure, no part passes for a shard
                 part.replace(path)
                 _make_room(path.parent, keep=path)  # for shards whose size was not known
     return path
@@ -84,13 +86,14 @@ def _cached(shard: RemoteShard) -> Path:
     return cache_home() / "remote-shards" / f"{key}.tar"
 
 
-def _touch(path: Path) -> bool:
-    """Mark a cached shard as used now; return whether it is there."""
-    try:
+def _touch(path: Path, size: int) -> bool:
+    """Mark a cached shard as used now; return whether it is there, and all of it."""
+    with contextlib.suppress(OSError):
         os.utime(path)
+    try:
+        return size in (-1, path.stat().st_size)
     except OSError:
-        return path.is_file()
-    return True
+        return False
 
 
 def _reserve(path: Path, size: int) -> Path:

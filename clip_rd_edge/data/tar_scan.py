@@ -297,6 +297,8 @@ def _size(header: bytes, start: int) -> int:
 
 
 def _name(header: bytes) -> bytes:
+    if len(header) < BLOCK_BYTES:  # of a file that was cut since it was scanned
+        return b""
     name = header[:_NAME_BYTES].split(b"\0", 1)[0]
     if header[_PREFIX] and header[257:263] == b"ustar\0":
         return header[345:500].split(b"\0", 1)[0] + b"/" + name

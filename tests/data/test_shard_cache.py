@@ -44,6 +44,16 @@ def test_a_part_that_a_killed_process_left_is_continued(server: UnreliableServer
     assert len(server.requests) == 1
 
 
+def test_a_shard_that_a_power_failure_cut_is_fetched_again(server: UnreliableServer, shards: Path) -> None:
+    pairs = load_pairs(f"{server.url}/000.tar")
+    expected = contents(pairs)
+    close_tars()
+    shard = remote.RemoteShard(f"{server.url}/000.tar")
+    os.truncate(shard_cache._cached(shard), 1500)
+    assert contents(load_pairs(f"{server.url}/000.tar")) == expected
+    assert shard_cache.local_path(shard).stat().st_size == (shards / "000.tar").stat().st_size
+
+
 def test_the_cache_stays_within_its_bound(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from clip_rd_edge.data import index_files, shard_index
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.shard_index import INDEXING_STAGE, index_shards
+from clip_rd_edge.data.tars import close_tars
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -118,3 +120,27 @@ def test_a_message_names_the_sample_in_its_shard(tmp_path: Path, write_tar: Fact
         pairs.open(1)
     with pytest.raises(InputError, match=r"0\.tar: b\.txt: the caption is empty"):
         pairs.captions(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are Unicode")
+def test_a_message_about_a_shard_whose_folder_is_not_utf_8_is_kept(
+    tmp_path: Path, write_tar: Factory, encode_image: Factory
+) -> None:
+    members = {
+        "a.png": encode_image(1),
+        "a.txt": b"a",
+        "b.png": encode_image(2),
+        "b.txt": b"b",
+        "c.png": encode_image(3),
+    }
+    shard = write_tar(tmp_path / os.fsdecode(b"caf\xe9") / "0.tar", members)
+    (message,) = load_pairs(str(shard)).left_out
+    assert "caf\\udce9" in message
+
+
+def test_a_shard_that_was_cut_since_it_was_indexed_has_bad_samples(paths: list[Path]) -> None:
+    pairs = load_pairs(str(paths[2]))
+    os.truncate(paths[2], 600)
+    close_tars()
+    with pytest.raises(InputError, match=r"02\.tar.*expected .* bytes, found 0"):
+        pairs.open(2)
