@@ -90,7 +90,8 @@ def save_checkpoint(run: Path, step: int, parts: Mapping[str, Stateful]) -> Path
         # In the format of sha256sum.
         (temporary / CHECKSUM_FILE).write_text(f"{hashing.digest.hexdigest()}  {STATE_FILE}\n")
     for old in list_checkpoints(run)[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+        # Somebody may have it open, such as `watch`, which Windows and NFS do not like; the next save tries again.
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

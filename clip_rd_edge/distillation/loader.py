@@ -237,7 +237,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=obey_only_the_parent,
+        worker_init_fn=partial(obey_only_the_parent, os.getpid()),
     )
     with stop_signals_blocked():  # the workers inherit it
         try:

@@ -97,15 +97,17 @@ def stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def obey_only_the_parent(_worker: int = 0) -> None:
-    """End this process on SIGTERM from its parent and ignore others'; for processes started with the signals blocked.
+def obey_only_the_parent(parent: int, _worker: int = 0) -> None:
+    """End this process on SIGTERM from `parent` and ignore others'; for processes started with the signals blocked.
+
+    The system may call another process the parent, which has forked this one: with Python 3.14, a server of forks.
 
     The parent terminates a worker that does not end by itself, such as one that waits for a file system. One that stops
     while it takes a batch closes the connection to a thread of the worker, which says nothing about it.
     """
     sys.excepthook = _print_unless_connection_is_lost
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where such a worker ends when its read does
-        threading.Thread(target=_end_when_terminated_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_terminated_by, args=(parent,), daemon=True).start()
 
 
 def _print_unless_connection_is_lost(

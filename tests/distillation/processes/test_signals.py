@@ -182,12 +182,13 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
 
 
 WORKER = """
+import os
 from multiprocessing import current_process, resource_sharer
 from multiprocessing.connection import Client
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 
 with stop_signals_blocked():
-    obey_only_the_parent()
+    obey_only_the_parent(os.getppid())
 batch = resource_sharer.DupFd(0)  # as torch passes a batch on
 Client(batch._id[0], authkey=current_process().authkey).close()  # a run that stops while it takes one
 batch.detach()  # is answered after that
@@ -224,3 +225,35 @@ def from_elsewhere(pid: int | None, number: signal.Signals) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     time.sleep(0.2)
+
+
+TERMINATED = """
+import multiprocessing, os, sys, time
+from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
+
+def work(parent, started):
+    obey_only_the_parent(parent)
+    started.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    started = context.Event()
+    with stop_signals_blocked():
+        process = context.Process(target=work, args=(os.getpid(), started), daemon=True)
+        process.start()
+    started.wait()
+    process.terminate()
+    process.join(20)
+    ended = not process.is_alive()
+    process.kill()
+    sys.exit(0 if ended else "it still runs")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the default up to Python 3.13, and from 3.14 on
+def test_a_process_obeys_who_started_it_however_it_was_started(tmp_path: Path, method: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(TERMINATED)
+    subprocess.run([sys.executable, program, method], check=True, timeout=120)
