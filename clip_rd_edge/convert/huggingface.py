@@ -195,7 +195,8 @@ def _take_any_length(model: onnx.ModelProto, spec: TokenizerSpec, *, last_id: in
     for index, added in enumerate(nodes):
         added.name = f"ids.{index}.{added.op_type}"
         graph.node.insert(index, added)
-    graph.initializer.extend(numpy_helper.from_array(value, f"ids.{name}") for name, value in constants.items())
+    for name, value in constants.items():  # NumPy 1 makes 32 bits of an int on Windows
+        graph.initializer.append(numpy_helper.from_array(value.astype(np.int64), f"ids.{name}"))
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param or "batch"
     del graph.input[:]
     graph.input.append(helper.make_tensor_value_info("input_ids", TensorProto.INT64, [batch, "sequence"]))

@@ -135,6 +135,20 @@ def test_a_text_of_another_tokenizer_whose_last_token_a_client_cut_off_gets_it_b
         assert session.run(None, {"input_ids": np.asarray(given)})[0].tolist() == expected
 
 
+def test_ids_have_64_bits_also_where_an_int_has_32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with NumPy 1 on Windows."""
+    asarray = np.asarray
+    ids = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", 5]) for name in ("padded_ids", "out")]
+    graph = helper.make_graph([helper.make_node("Identity", ["padded_ids"], ["out"])], "ids", ids[:1], ids[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "asarray", lambda value, *rest, **options: asarray(value, *(rest or (np.int32,)), **options))
+        _take_any_length(model, TokenizerSpec(context_length=5, end_id=3))
+    assert {tensor.data_type for tensor in model.graph.initializer} == {TensorProto.INT64}
+    session = open_session(model.SerializeToString())
+    assert session.run(None, {"input_ids": np.asarray([[1, 3, 2]])})[0].tolist() == [[1, 3, 0, 0, 0]]
+
+
 def test_the_tokenizer_file_writes_letters_that_are_two_as_two() -> None:
     spec = TokenizerSpec(context_length=5, clean="whitespace")
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
