@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One more than cores, as tests wait for processes that they start.
+# One more than cores, as tests wait for processes that they start. A worker runs tests in their order, which share
+# fixtures, and then takes over from others.
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))')
 DOCS_STAMP := $(VENV)/.docs-installed
 # Where compiled code may not be kept, as in some containers, each of the many processes of the tests compiles it anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test lint docs test-fast test-all dist clean
+.PHONY: quickstart test lint style types script-types docs test-fast test-all dist clean
 
 quickstart: $(STAMP)  ## the whole way on the embedded data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
@@ -18,18 +19,24 @@ test: $(DOCS_STAMP)  ## what CI runs: style, types, layers, the user guide, test
 	$(MAKE) --no-print-directory -j 2 lint docs
 	$(MAKE) --no-print-directory test-fast
 
-lint: $(STAMP)
+lint: style types script-types
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy --config-file benchmarks/mypy.ini
 	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+script-types: $(STAMP)
+	$(BIN)/mypy --config-file benchmarks/mypy.ini
 
 docs: $(DOCS_STAMP)  ## the user guide, into site/; a broken link or an undocumented public name is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # without --quiet, which would hide its warnings from --strict
 
 test-fast: $(STAMP)
-	$(BIN)/pytest -m "not slow" -n $(WORKERS)
+	$(BIN)/pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest
