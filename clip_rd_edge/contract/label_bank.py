@@ -53,7 +53,7 @@ def require_readable(names: Sequence[str], size: int, precision: LabelPrecision)
     if len(names) > rows:
         raise InputError(
             f"There are {len(names):,} labels; a bundle holds at most {rows:,} with embeddings of {size} numbers.",
-            hint="pass them when classifying, or search an index",
+            hint="leave some out, or export without them and pass them when classifying",
         )
     longest = max(names, key=len, default="")
     if 4 * len(longest) * len(names) > MAX_BYTES:  # NumPy pads all of them to it, with four bytes per character

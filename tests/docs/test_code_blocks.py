@@ -261,7 +261,9 @@ class Small:
         shutil.rmtree(output, ignore_errors=True)
         if key not in self._done:
             offline = {name: value for name, value in options.items() if not name.startswith("pretrained_")}
-            self._done[key] = self._distill(output=self._folder / f"run-{len(self._done)}", **offline)
+            with pytest.MonkeyPatch.context() as patch:  # plots are half of a tiny training's time
+                patch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
+                self._done[key] = self._distill(output=self._folder / f"run-{len(self._done)}", **offline)
         recipe, not_of_the_run = options.pop("recipe", "clip-rd"), ("reporter", "resume")
         resolve(recipe, **{name: value for name, value in options.items() if name not in not_of_the_run})
         return Path(shutil.copytree(self._done[key], output))
@@ -277,11 +279,8 @@ class Small:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
-    """Plots, half of a tiny training's time, are left out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip_rd_edge.distillation.run.plot_run", lambda *_: None)
-        yield Small(tmp_path_factory.mktemp("docs"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return Small(tmp_path_factory.mktemp("docs"))
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def reader(
     folder = tmp_path / "reader"
     shutil.copytree(colour_images, folder / "photos")
     shutil.copytree(pairs_csv.parent / "pictures", folder / "frames")
-    for bundle in ("bundle", "bundles/fp32", "bundles/int8", "bundles/second"):
+    for bundle in ("bundle", "bundles/fp32", "bundles/int8"):
         shutil.copytree(colour_bundle, folder / bundle)
     shutil.copytree(small.run, folder / "runs/first")
     shutil.copytree(small.run / "student", folder / "quickstart/teacher/student")

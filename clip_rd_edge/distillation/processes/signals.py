@@ -100,7 +100,7 @@ def stop_signals_blocked() -> Iterator[None]:
 def obey_only_the_parent(parent: int, _worker: int = 0) -> None:
     """End this process on SIGTERM from `parent` and ignore others'; for processes started with the signals blocked.
 
-    The system may call another process the parent, which has forked this one: with Python 3.14, a server of forks.
+    What `os.getppid` says is not enough: from Python 3.14 on, a fork server stands between the two.
 
     The parent terminates a worker that does not end by itself, such as one that waits for a file system. One that stops
     while it takes a batch closes the connection to a thread of the worker, which says nothing about it.
