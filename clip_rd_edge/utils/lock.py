@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +80,7 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except (FileNotFoundError, FileExistsError):
             attempts += 1
-            if attempts == _ATTEMPTS or not _is_gone_or_folder(path.parent):
+            if attempts == _ATTEMPTS:
                 raise
             time.sleep(_PAUSE_S)
             continue
@@ -112,13 +111,6 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
                 raise
             return file
         os.close(file)
-
-
-def _is_gone_or_folder(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
 
 
 def _lock(file: int) -> None:
