@@ -64,6 +64,11 @@ class CandidateRequest:
     reporter: Reporter
     adapt: bool = True
 
+    @property
+    def takes_ids(self) -> bool:
+        """Whether this is a text tower."""
+        return self.samples.ndim == 2
+
     def rounded(self) -> RoundedLayers | None:
         """Return the layers with rounded weights, or None if each weight is rounded to the nearest level."""
         if not self.adapt:
@@ -81,7 +86,6 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
     graph = onnx.load(model)
     convolutions = [node.name for node in weighted_layers(graph, ("Conv",))]
     products = weighted_layers(graph, ("MatMul", "Gemm"))
-    takes_ids = _takes_ids(graph)
     # A single convolution is the patch embedding of a ViT; a single matrix product is the projection of a CNN.
     if len(convolutions) > 1:
         quantizer = StaticQuantizer(model, samples, weight_bits=weight_bits, rounded=request.rounded())
@@ -92,7 +96,7 @@ def candidates(request: CandidateRequest) -> Iterator[Candidate]:
             dynamic = partial(quantize_dynamically, weight_bits=weight_bits) if len(products) > 1 else None
             yield from _mixed(quantizer, robust, samples, dynamic=dynamic, threads=request.threads)
     if len(products) > 1:
-        yield from _dynamic(model, takes_ids=takes_ids, weight_bits=weight_bits)
+        yield from _dynamic(model, takes_ids=request.takes_ids, weight_bits=weight_bits)
 
 
 def _static(quantizer: StaticQuantizer, request: CandidateRequest) -> Generator[Candidate, None, Sequence[str]]:
@@ -170,10 +174,6 @@ def _dynamic(model: Path, *, takes_ids: bool, weight_bits: WeightBits) -> Iterat
         yield Candidate("token embeddings only", partial(_with_token_embeddings, lambda: model))
 
 
-def _takes_ids(graph: onnx.ModelProto) -> bool:
-    return bool(graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64)
-
-
 def _with_token_embeddings(make: Callable[[], Path | bytes]) -> bytes:
     return quantize_dynamically(make(), matrix_products=False, token_embeddings=True, per_token=False)
 
@@ -246,7 +246,7 @@ def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     of_layers = [*_static(quantizer, request), symmetric]
     if nncf_is_installed():
         of_layers.append(Candidate("NNCF", partial(quantize_by_nncf, model, samples, weight_bits)))
-    if not _takes_ids(onnx.load(model)):
+    if not request.takes_ids:
         yield from of_layers
         return
     for candidate in of_layers:
