@@ -54,8 +54,8 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
 @_labels(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
     help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
-    "per line (a line that starts with # is a comment), a CSV with the column label, or a JSON list.  [default: the "
-    "bundle's label bank]",
+    "per line (a line that starts with # and a space is a comment), a CSV with the column label, or a JSON list.  "
+    "[default: the bundle's label bank]",
 )  # fmt: skip
 @template_option("Labels", default="the model's")
 @_labels(

@@ -31,8 +31,7 @@ MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
 EVERYDAY = "everyday"  # names the shipped list on the command line
 _EVERYDAY_FILE = Path(__file__).with_name("everyday_labels.txt")
-_COMMENT = re.compile("#")
-_COMMENT_AMONG_CAPTIONS = re.compile(r"#(\s|$)")  # a caption may begin with a #hashtag
+_COMMENT = re.compile(r"#(\s|$)")  # a label or caption may begin with a #hashtag
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
 
@@ -56,8 +55,6 @@ def label_names(labels: Labels) -> list[str] | None:
 def read_texts(name: str, column: str) -> list[str]:
     """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
 
-    Of its lines, those that start with # and white space are comments.
-
     Args:
         column: heading of a table's captions, before HEADINGS.
 
@@ -71,7 +68,7 @@ def read_texts(name: str, column: str) -> list[str]:
             hint="name a file with one caption or label per line",
         )
     headings = (column.lower(), *HEADINGS)
-    return read_labels_file(path, max_bytes=MAX_TEXTS_BYTES, headings=headings, comment=_COMMENT_AMONG_CAPTIONS)
+    return read_labels_file(path, max_bytes=MAX_TEXTS_BYTES, headings=headings)
 
 
 def everyday_labels() -> list[str]:
@@ -153,16 +150,10 @@ def _require_single_label(word: str, *, alone: bool) -> None:
         )
 
 
-def read_labels_file(
-    path: Path,
-    *,
-    max_bytes: int = MAX_FILE_BYTES,
-    headings: Sequence[str] = HEADINGS,
-    comment: re.Pattern[str] = _COMMENT,
-) -> list[str]:
+def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: Sequence[str] = HEADINGS) -> list[str]:
     """Read labels from a file of any of these forms, told apart by suffix:
 
-    - text: one label per line; empty lines and lines that start with # (or match `comment`) are skipped.
+    - text: one label per line; empty lines and lines that start with # and white space are skipped.
     - .csv, .tsv: a column headed `label` (or another of `headings`), or the only column of a table without a heading.
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
@@ -191,7 +182,7 @@ def read_labels_file(
         labels = _from_table(text, path, headings)
     else:
         lines = (line.strip() for line in text_lines(text))
-        labels = [line for line in lines if line and not comment.match(line)]
+        labels = [line for line in lines if line and not _COMMENT.match(line)]
     if not labels:
         raise InputError(
             f"The label file {path} has no labels; expected one label per line.",

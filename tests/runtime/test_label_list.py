@@ -11,7 +11,7 @@ from clip_rd_edge.runtime.label_list import everyday_labels, label_names, parse_
 
 # Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
 FILES = {
-    "labels.txt": "# animals\na pig\n\n  a dog, asleep \n",
+    "labels.txt": "# animals\na pig\n\n#\n  a dog, asleep \n",
     "labels": "\ufeffa pig\r\na dog, asleep\r\n",
     "labels.csv": 'label,count\na pig,3\n"a dog, asleep",4\na pig,5\n',
     "semicolon.csv": "id;Class_Name\n7;a pig\n8;a dog, asleep\n",
