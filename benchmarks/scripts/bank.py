@@ -30,6 +30,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher
 from clip_rd_edge.losses.bank import Bank
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.student import build_student, student_config
@@ -72,7 +73,7 @@ def measure(student_name: str, image_size: int, arguments: argparse.Namespace) -
     embeddings = random_rows(size, width).half(), random_rows(size, width).half()
     captions = [f"image number {number}" for number in range(size)]
     batch = Batch(pixels, (), captions, teacher_embeddings=embeddings)
-    teacher = CachedTeacher(TEACHER_SCALE, CPU)
+    teacher = CachedTeacher(Ensemble((width,), (TEACHER_SCALE,)), CPU)
     settings = StepSettings(autocast=AUTOCAST[arguments.precision], chunks=arguments.accumulate)
 
     def step(recipe: str, bank: FixedBank | None) -> None:

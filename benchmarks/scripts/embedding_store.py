@@ -28,7 +28,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store.embedding_store import open_cache
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
-from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.models.clip import to_device
 
 
@@ -95,8 +95,8 @@ def main() -> None:
             return iter(step_loader(dataset, sampler, workers=config.workers))
 
         modes = {
-            "online": (live, batches(make_dataset(config, setup))),
-            "cached": (CachedTeacher(manifest.logit_scale, device), batches(cached)),
+            "online": (LiveTeacher([live]), batches(make_dataset(config, setup))),
+            "cached": (CachedTeacher(ensemble_of(setup.teachers), device), batches(cached)),
         }
         seconds: dict[str, list[float]] = {mode: [] for mode in modes}
         gradients: dict[str, torch.Tensor] = {}

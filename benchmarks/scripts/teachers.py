@@ -4,8 +4,8 @@
     python benchmarks/scripts/teachers.py teachers --untuned quickstart/teacher-untuned --seeds 0 1 2 3 4 \\
         -o benchmarks/results/MACHINE/teachers.json --readme benchmarks/README.md
 
-Both teachers' embeddings are stored. A student of both teachers is tried as wide as one, with learned projections to
-both, and as wide as both together. An interrupted call goes on; finished teachers and students are in the folder.
+Both teachers' embeddings are stored. They share their text tower, so a student of both learns the mean of their image
+embeddings. An interrupted call goes on; finished teachers and students are in the folder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from clip_rd_edge.walkthrough.pipeline import EMBEDDING_SIZE, FROZEN_LAYERS
 WIDTH = EMBEDDING_SIZE  # of each teacher
 TEACHER_SEEDS = (0, 1)
 TEACHER = "the teacher of seed {}"
-# By name: the seeds of the teachers, and the student's embedding size. Those of both come first: a store of several
-# teachers' embeddings serves a student of one, too.
-WAYS: dict[str, tuple[tuple[int, ...], int]] = {
-    "both, 384 numbers": (TEACHER_SEEDS, WIDTH),
-    "both, 768 numbers": (TEACHER_SEEDS, 2 * WIDTH),
-    **{TEACHER.format(seed): ((seed,), WIDTH) for seed in TEACHER_SEEDS},
+# By name: the seeds of the teachers. Both come first: a store of several teachers serves students of one, too.
+WAYS: dict[str, tuple[int, ...]] = {
+    "both teachers": TEACHER_SEEDS,
+    **{TEACHER.format(seed): (seed,) for seed in TEACHER_SEEDS},
 }
 
 
@@ -75,7 +73,7 @@ def markdown(result: Result) -> str:
     standard deviation; students of one teacher are compared with those of the other.
     """
     by_way, ahead = scores(result), {}
-    single = [way for way in by_way if len(WAYS[way][0]) == 1]
+    single = [way for way in by_way if len(WAYS[way]) == 1]
     for way, runs in by_way.items():
         others = [by_way[name] for name in single if name != way]
         if others:
@@ -102,14 +100,13 @@ def main() -> None:
         name: {
             "data": "emoji",
             "teacher": [teachers[seed] for seed in seeds],
-            "embedding_size": width,
             "teacher_cache": str(arguments.folder / "embeddings-{seed}"),
         }
-        for name, (seeds, width) in WAYS.items()
+        for name, seeds in WAYS.items()
     }
     encoders = [edge.load(teacher).encoder for teacher in teachers]
     itself = {f"{TEACHER.format(seed)}, itself": teacher for seed, teacher in zip(TEACHER_SEEDS, encoders, strict=True)}
-    train_all(arguments, ways, {**itself, "both teachers, side by side": Together(*encoders)}, markdown)
+    train_all(arguments, ways, {**itself, "both teachers, themselves": Together(*encoders)}, markdown)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,9 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
         return tuple(teacher.embedding_size for teacher in self.teachers)
 
     @property
-    def logit_scale(self) -> float | tuple[float, ...]:
-        """As in `distillation.teacher.BatchTeacher`."""
-        scales = tuple(teacher.logit_scale for teacher in self.teachers)
-        return scales if len(scales) > 1 else scales[0]
+    def logit_scales(self) -> tuple[float, ...]:
+        """Logit scale of each teacher."""
+        return tuple(teacher.logit_scale for teacher in self.teachers)
 
 
 def read_stored_teachers(path: Path) -> StoredTeachers:

@@ -25,7 +25,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.losses.bank import Bank
-from clip_rd_edge.losses.ensemble import side_by_side
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import load_array
 
 _Rows = npt.NDArray[np.int64]
@@ -51,13 +51,16 @@ class TeacherBank(Protocol):
         ...
 
 
-def make_bank(config: RunConfig, pairs: int, cache: EmbeddingSource | None, device: torch.device) -> TeacherBank | None:
+def make_bank(
+    config: RunConfig, pairs: int, cache: EmbeddingSource | None, ensemble: Ensemble | None, device: torch.device
+) -> TeacherBank | None:
     """Return the bank of a run, None if its objective does not need one.
 
     Args:
         pairs: number of pairs that the run trains on. Without a cache, the bank holds no more: further entries would be
             those of the same pairs in earlier epochs.
         cache: where the run's embeddings come from; None if they are computed as training goes.
+        ensemble: how those of the teachers become one; None without a teacher.
 
     Raises:
         ConfigError, InputError: the cache is damaged, or too little of it can be used.
@@ -65,8 +68,8 @@ def make_bank(config: RunConfig, pairs: int, cache: EmbeddingSource | None, devi
     if not config.recipe.objective.bank or is_texts_alone(config):
         return None
     size = config.recipe.bank_size
-    if isinstance(cache, TeacherCaches):
-        return StoredBank(cache, size=size, seed=config.seed, device=device)
+    if isinstance(cache, TeacherCaches) and ensemble is not None:
+        return StoredBank(cache, ensemble, size=size, seed=config.seed, device=device)
     return QueueBank(min(size, pairs), device)
 
 
@@ -74,6 +77,7 @@ class StoredBank:
     """Embeddings from a teacher cache, the same in every step: all of view 0, or a random part of them.
 
     Args:
+        ensemble: how the embeddings of the teachers become one.
         size: max number of images, and of captions.
         seed: of the choice.
 
@@ -82,7 +86,9 @@ class StoredBank:
         InputError: none of the chosen images or captions could be read when the cache was built.
     """
 
-    def __init__(self, stored: TeacherCaches, *, size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, stored: TeacherCaches, ensemble: Ensemble, *, size: int, seed: int, device: torch.device
+    ) -> None:
         rng = np.random.default_rng(seed)
         caches, common = stored.caches, _common_captions(stored.caches)
 
@@ -99,7 +105,7 @@ class StoredBank:
                 for number, cache in enumerate(caches)
             ]
             readable = _readable(parts, partial(path, caches[0]))
-            return side_by_side([torch.from_numpy(part).to(device).float() for part in readable])
+            return ensemble.join([torch.from_numpy(part).to(device).float() for part in readable])
 
         pairs, captions = [cache.manifest.pairs for cache in caches], [cache.captions for cache in caches]
         self._bank = Bank(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
@@ -35,8 +35,9 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_quantizable
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.distillation.student import make_student
-from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -50,6 +51,7 @@ class RunSetup:
     """Pairs, models and objective of a run. There are no `teachers` if the objective does not need one.
 
     With `stored` teachers, the pairs are `ReinforcedPairs`, which have the embeddings, and there are no other teachers.
+    `ensemble` says how the embeddings of either become those of one; None without a teacher.
 
     `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
     """
@@ -59,6 +61,7 @@ class RunSetup:
     student: ClipModel
     objective: Objective
     stored: StoredTeachers | None = None
+    ensemble: Ensemble | None = None
 
     @property
     def teacher_names(self) -> list[str]:
@@ -113,7 +116,11 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     if stored is not None and isinstance(pairs, ReinforcedPairs):
         require_stored_width(pairs, stored)
     teachers = load_teachers(config)
-    widths = stored.widths if stored else tuple(teacher.embedding_size for teacher in teachers)
+    ensemble = ensemble_of(teachers) if teachers else None
+    if stored is not None:
+        ensemble = Ensemble(stored.widths, stored.logit_scales)
+    elif ensemble and ensemble.share_text:
+        reporter.say("the teachers share a text tower: the student learns the mean of their image embeddings")
     seed_everything(config.seed)
     student = make_student(config, teachers, name=name, reporter=reporter)
     set_training_mode(student, config)  # refuses what cannot be frozen, before anything is written or cached
@@ -121,10 +128,10 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         config.recipe.objective.for_texts() if is_texts_alone(config) else config.recipe.objective,
         scales=config.recipe.scales,
         scale_start=config.recipe.scale_start,
-        widths=(student.embedding_size, *widths) if widths else None,
+        widths=(student.embedding_size, *ensemble.widths) if ensemble else None,
         bank_temperature=config.recipe.bank_temperature,
     )
-    return RunSetup(pairs, teachers, student, objective, stored)
+    return RunSetup(pairs, teachers, student, objective, stored, ensemble)
 
 
 def _require_terms_without_pairs(config: RunConfig) -> None:
@@ -244,7 +251,7 @@ def _one_or_all(values: Sequence[str | None]) -> str | list[str | None] | None:
 def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[Embeddings, Embeddings]]:
     """Embed up to 512 random pairs with student and teachers: image and text embeddings, (N, D) each, by model.
 
-    Stored teachers are left out: their embeddings are those of other crops. Several teachers are side by side, see
+    Stored teachers are left out: their embeddings are those of other crops. Several teachers are one, see
     `losses.ensemble`. Empty if there are no pairs.
     """
     indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
@@ -255,10 +262,9 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
     images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]
     encoder = TorchEncoder(setup.student)
     embeddings = {"student": (encoder.encode_images(images), encoder.encode_texts(captions))}
-    if setup.teachers:
+    if setup.teachers and setup.ensemble:
         encoders = [TorchEncoder(clip) for clip in setup.teachers]
-        scale = np.float32(1 / math.sqrt(len(encoders)))
         sides = [[e.encode_images(images) for e in encoders], [e.encode_texts(captions) for e in encoders]]
-        image, text = (scale * np.concatenate(side, axis=1) for side in sides)
+        image, text = (setup.ensemble.join([torch.from_numpy(part) for part in side]).numpy() for side in sides)
         embeddings["teacher"] = (image, text)
     return embeddings

@@ -13,7 +13,7 @@ tensorboard/     the same metrics for TensorBoard, if requested; see also tracke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -65,9 +65,8 @@ from clip_rd_edge.distillation.store.store_build import build_cache, shard_maker
 from clip_rd_edge.distillation.teacher import (
     BatchTeacher,
     CachedTeacher,
+    LiveTeacher,
     Teacher,
-    TeacherEnsemble,
-    embed_captions,
 )
 from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
@@ -344,28 +343,29 @@ def _prepare_teacher(
     config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter
 ) -> tuple[BatchTeacher | None, ViewDataset]:
     """Return the teacher, live or from a cache that is built first, and the data set that provides its inputs."""
-    if setup.stored is not None:
-        return CachedTeacher(setup.stored.logit_scale, processes.device), make_dataset(config, setup)
-    if not setup.teachers:
+    if setup.ensemble is None:
         return None, make_dataset(config, setup)
+    if setup.stored is not None:
+        return CachedTeacher(setup.ensemble, processes.device), make_dataset(config, setup)
     teachers = _make_teachers(config, setup, processes.device, AUTOCAST[config.teacher_precision])
-    teacher = _as_one(teachers)
+    live = LiveTeacher(teachers)
+    teacher: BatchTeacher = live
     dataset = make_dataset(config, setup, with_teacher_pixels=config.teacher_cache is None)
     if config.teacher_cache is not None:
         with processes.together():
             folders = cache_folders(Path(config.teacher_cache), setup.teachers)
-        for folder, live in zip(folders, teachers, strict=True):
-            build_cache(folder, shard_maker(config, live, setup.pairs, dataset.crops), processes, reporter=reporter)
+        for folder, one in zip(folders, teachers, strict=True):
+            build_cache(folder, shard_maker(config, one, setup.pairs, dataset.crops), processes, reporter=reporter)
         dataset.cache = open_caches(folders)
-        teacher = CachedTeacher(teacher.logit_scale, processes.device)
+        teacher = CachedTeacher(setup.ensemble, processes.device)
     with processes.together():
         texts = texts_to_choose_from(config, setup.pairs)
     if texts:
         reporter.say(f"the teacher chooses among {len(texts):,} texts for each image without a caption")
-        teacher = ChoosingTeacher(teacher, texts, partial(embed_captions, teachers), reporter=reporter)
+        teacher = ChoosingTeacher(teacher, texts, live.embed_captions, reporter=reporter)
     if config.teacher_cache is not None:
-        for live in teachers:
-            live.clip.model.to("cpu")
+        for one in teachers:
+            one.clip.model.to("cpu")
     return teacher, dataset
 
 
@@ -374,10 +374,6 @@ def _make_teachers(
 ) -> list[Teacher]:
     captions = caption_batch(config, device)
     return [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in setup.teachers]
-
-
-def _as_one(teachers: Sequence[Teacher]) -> BatchTeacher:
-    return TeacherEnsemble(teachers) if len(teachers) > 1 else teachers[0]
 
 
 def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Processes, reporter: Reporter) -> RunConfig:
@@ -399,14 +395,14 @@ def _with_measured_precision(config: RunConfig, setup: RunSetup, processes: Proc
 
     def make_step(autocast: torch.dtype | None) -> TrainingStep:
         teacher: BatchTeacher | None = None
-        if setup.stored is not None:
-            teacher = CachedTeacher(setup.stored.logit_scale, single.device)
+        if setup.ensemble is not None and setup.stored is not None:
+            teacher = CachedTeacher(setup.ensemble, single.device)
         elif setup.teachers:
-            teacher = _as_one(make_teachers(AUTOCAST[config.teacher_precision]))
+            teacher = LiveTeacher(make_teachers(AUTOCAST[config.teacher_precision]))
         objective = setup.objective.to(single.device)
         settings = step_settings(config, autocast, single.device)
         # An empty bank serves: its products have the same precision in every case.
-        bank = make_bank(config, len(setup.pairs), None, single.device)
+        bank = make_bank(config, len(setup.pairs), None, setup.ensemble, single.device)
         return TrainingStep(setup.student, teacher, objective, single, settings, bank=bank)
 
     precision, reason = choose_precision(config.recipe.precision, make_step, batch, single.device)

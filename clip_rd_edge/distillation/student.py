@@ -13,7 +13,7 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
-from clip_rd_edge.distillation.teacher import load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
@@ -189,7 +189,7 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
         return sum(stored.widths)
     if config.text == TEACHER or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
-    return sum(teacher.embedding_size for teacher in teachers) or 512
+    return sum(ensemble_of(teachers).widths) if teachers else 512
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:

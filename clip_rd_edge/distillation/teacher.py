@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,10 +15,11 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.losses.ensemble import side_by_side
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.text_config import separate_text_tower
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -78,6 +78,26 @@ class Targets(NamedTuple):
     captions: list[str]
 
 
+def ensemble_of(teachers: Sequence[ClipModel]) -> Ensemble:
+    """Return how the embeddings of teachers, one or more, become those of one."""
+    first, *others = teachers
+    return Ensemble(
+        tuple(teacher.embedding_size for teacher in teachers),
+        tuple(teacher.logit_scale for teacher in teachers),
+        share_text=bool(others) and all(_have_one_text_tower(first, other) for other in others),
+    )
+
+
+def _have_one_text_tower(first: ClipModel, second: ClipModel) -> bool:
+    if first.context_length != second.context_length or first.embedding_size != second.embedding_size:
+        return False
+    one, other = (separate_text_tower(clip).state_dict() for clip in (first, second))
+    if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
+        return False
+    texts = ["A photo of two Dogs, asleep & well-fed!", "_naïve_ ⅷ"]  # tokenizers may clean texts in different ways
+    return torch.equal(first.tokenizer(texts), second.tokenizer(texts))
+
+
 class BatchTeacher(Protocol):
     """The teacher as seen by a training step; several teachers are one, see `losses.ensemble`."""
 
@@ -101,7 +121,7 @@ def caption_batch_size(images: int, device: torch.device) -> int:
 
 
 class Teacher:
-    """Embeds batches without gradients.
+    """Embeds images and captions without gradients.
 
     Args:
         autocast: dtype that the teacher runs in; None for float32.
@@ -127,10 +147,6 @@ class Teacher:
         tower = CaptionTower(TextTower(clip.model), clip.model)
         self.embed_captions = CaptionCache(clip.tokenizer, tower, device, autocast=autocast, batch_size=caption_batch)
 
-    def embed(self, batch: Batch) -> Targets:
-        """See `BatchTeacher`."""
-        return _embed([self], batch)
-
     @torch.no_grad()
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Embed grey levels, (B, 3, H, W) uint8 to (B, D), L2-normalised; zeros if there are none (H = W = 0)."""
@@ -142,50 +158,42 @@ class Teacher:
         return embeddings
 
 
-class TeacherEnsemble:
-    """Several teachers, each with its own tokenizer, preprocessing and size of images."""
+class LiveTeacher:
+    """One or more teachers, each with its own tokenizer, preprocessing and size of images."""
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
-        self.teachers = teachers
-        self.logit_scale = tuple(teacher.logit_scale for teacher in teachers)
+        self._teachers, self._ensemble = teachers, ensemble_of([teacher.clip for teacher in teachers])
+        self.logit_scale = self._ensemble.logit_scale
 
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
-        return _embed(self.teachers, batch)
+        if len(batch.teacher_pixels) != len(self._teachers):
+            raise ValueError(
+                f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(self._teachers)} teachers."
+            )
+        pixels = zip(self._teachers, batch.teacher_pixels, strict=True)
+        images = [teacher.embed_images(own).float() for teacher, own in pixels]
+        return Targets(self._ensemble.join(images), self.embed_captions(batch.captions), batch.captions)
 
-
-def _embed(teachers: Sequence[Teacher], batch: Batch) -> Targets:
-    if len(batch.teacher_pixels) != len(teachers):
-        raise ValueError(
-            f"The batch was loaded with pixels for {len(batch.teacher_pixels)} of {len(teachers)} teachers."
-        )
-    images = [
-        teacher.embed_images(pixels).float() for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)
-    ]
-    return Targets(side_by_side(images), embed_captions(teachers, batch.captions), batch.captions)
-
-
-def embed_captions(teachers: Sequence[Teacher], captions: list[str]) -> Tensor:
-    """Return the embeddings of N captions by all teachers side by side, (N, Σ D_k), L2-normalised."""
-    return side_by_side([teacher.embed_captions(captions) for teacher in teachers])
+    def embed_captions(self, captions: list[str]) -> Tensor:
+        """Return the embeddings of N captions by all teachers as one, (N, D), L2-normalised."""
+        return self._ensemble.join([teacher.embed_captions(captions) for teacher in self._teachers])
 
 
 class CachedTeacher:
-    """Returns the embeddings that the loader read from a teacher cache.
+    """Returns the embeddings that the loader read from a teacher cache: those of all teachers as one."""
 
-    Args:
-        logit_scale: of the teacher, or of each of several teachers whose embeddings are side by side.
-    """
-
-    def __init__(self, logit_scale: float | tuple[float, ...], device: torch.device) -> None:
-        self.logit_scale, self._device = logit_scale, device
-        self._norm = math.sqrt(len(logit_scale)) if isinstance(logit_scale, tuple) else 1.0
+    def __init__(self, ensemble: Ensemble, device: torch.device) -> None:
+        self.logit_scale = ensemble.logit_scale
+        self._ensemble, self._device = ensemble, device
 
     def embed(self, batch: Batch) -> Targets:
         """See `BatchTeacher`."""
         if batch.teacher_embeddings is None:
             raise ValueError("The batch was loaded without a teacher cache.")
-        image, text = (embeddings.to(self._device).float() / self._norm for embeddings in batch.teacher_embeddings)
+        widths = list(self._ensemble.teacher_widths)
+        sides = (torch.split(side.to(self._device).float(), widths, dim=1) for side in batch.teacher_embeddings)
+        image, text = map(self._ensemble.join, sides)
         return Targets(image, text, batch.captions)
 
 

@@ -85,7 +85,7 @@ def train(
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
-    bank = make_bank(config, len(setup.pairs), dataset.cache, processes.device)
+    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device)
     if bank:
         parts["bank"] = bank
     start = load_checkpoint(run, parts, processes, reporter=reporter)

@@ -19,15 +19,56 @@ width D learns one teacher in each part of them; of another width, it has learne
     icl, vrd, xrd       as for one teacher with the embeddings t
 
 With K = 1, all of them are those of a single teacher.
+
+Teachers that share a text tower, as those tuned from one model with it frozen do, and those stitched to one sentence
+encoder, need no parts: with t_t^k = t_t for all k, the mean of their similarities is the similarity to the mean of
+their image embeddings,
+
+    1/K Σ_k γ t_v^k·t_t = γ (1/K Σ_k t_v^k)·t_t
+
+so they are one teacher of width D_1, whose image embeddings are the means, L2-normalised, at the mean of their scales.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """How the embeddings of K teachers, one or more, become those of one teacher.
+
+    Attributes:
+        teacher_widths: D_k of each teacher.
+        scales: γ_k, the logit scale of each, a multiplier.
+        share_text: they have one text tower, and with it one width.
+    """
+
+    teacher_widths: tuple[int, ...]
+    scales: tuple[float, ...]
+    share_text: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each part of the joint embeddings: D_k for teacher k, or D_1 for all that share a text tower."""
+        return self.teacher_widths[:1] if self.share_text else self.teacher_widths
+
+    @property
+    def logit_scale(self) -> float | tuple[float, ...]:
+        """The logit scale of each part; a number if there is one part."""
+        if self.share_text:
+            return math.fsum(self.scales) / len(self.scales)
+        return self.scales if len(self.scales) > 1 else self.scales[0]
+
+    def join(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Return t, (B, Σ_k D_k) or (B, D_1), L2-normalised, of the teachers' embeddings t^k, (B, D_k) each."""
+        return normalize(torch.stack(list(embeddings)).sum(0), dim=1) if self.share_text else side_by_side(embeddings)
 
 
 def side_by_side(embeddings: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.student import build_student, student_config
 
@@ -59,7 +59,7 @@ def main(folder: Path, *cases: str) -> None:
 def two_steps(name: str, settings: StepSettings, processes: Processes, messages: Messages) -> list[dict[str, Any]]:
     student, teacher = make_model(0, name), make_model(1, name)
     objective = Objective(load_recipe("clip-rd-bank").objective)
-    live_teacher = Teacher(teacher, processes.device, autocast=None)
+    live_teacher = LiveTeacher([Teacher(teacher, processes.device, autocast=None)])
     bank = QueueBank(PAIRS, processes.device)  # the same in both steps
     step = TrainingStep(student, live_teacher, objective, processes, settings, bank=bank)
     pixels = torch.randint(256, (PAIRS, 3, 160, 160), generator=torch.Generator().manual_seed(2)).byte()

@@ -24,6 +24,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     text_shard,
 )
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import load_array
 
 STEPS, BATCH_SIZE, WIDTH = 8, 6, 24
@@ -51,9 +52,8 @@ def cache(cached: RunConfig, tmp_path: Path) -> TeacherCache:
 
 
 def stored(cache: TeacherCache, size: int, *, seed: int = 0) -> list[torch.Tensor]:
-    bank = StoredBank(TeacherCaches((cache,)), size=size, seed=seed, device=CPU).with_batch(
-        torch.empty(0), torch.empty(0)
-    )
+    stored = StoredBank(TeacherCaches((cache,)), Ensemble((WIDTH,), (1.0,)), size=size, seed=seed, device=CPU)
+    bank = stored.with_batch(torch.empty(0), torch.empty(0))
     return [bank.image, bank.text]
 
 
@@ -102,8 +102,9 @@ def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: Teach
     shutil.copytree(cache.folder, lacking.folder)
     for path in (text_shard(lacking.folder, 0), lacking.folder / "texts" / "keys.npy"):
         np.save(path, np.delete(load_array(path), 5, axis=0))  # it could not be read when this cache was built
+    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
     for caches in ((cache, lacking), (lacking, cache)):
-        bank = StoredBank(TeacherCaches(caches), size=1_000, seed=0, device=CPU)
+        bank = StoredBank(TeacherCaches(caches), both, size=1_000, seed=0, device=CPU)
         text = bank.with_batch(torch.empty(0), torch.empty(0)).text
         assert text.shape == (23, 2 * WIDTH)
         assert torch.equal(text[:, :WIDTH], text[:, WIDTH:])
@@ -128,11 +129,11 @@ def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
 
 
 def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs_it(config: RunConfig) -> None:
-    bank = make_bank(config, 5, None, CPU)
+    bank = make_bank(config, 5, None, None, CPU)
     assert bank is not None
     assert len(bank.with_batch(torch.ones(6, 2), torch.ones(6, 2)).image) == 5
     other = msgspec.structs.replace(config, recipe=load_recipe("clip-rd"))
-    assert make_bank(other, 5, None, CPU) is None
+    assert make_bank(other, 5, None, None, CPU) is None
 
 
 @pytest.mark.parametrize("kind", ["config", "cached"])

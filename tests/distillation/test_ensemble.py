@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,8 +28,8 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import embed
-from clip_rd_edge.distillation.store.embedding_store import image_shard, open_caches
-from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher, TeacherEnsemble
+from clip_rd_edge.distillation.store.embedding_store import TeacherCaches, cache_folders, image_shard, open_caches
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
@@ -95,19 +97,21 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
     caches = open_caches([order[width] for width in WIDTHS])
     live, stored = make_dataset(cached, setup), make_dataset(cached, setup, with_teacher_pixels=False)
     stored.cache = caches
-    ensemble = TeacherEnsemble([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
-    assert ensemble.logit_scale == pytest.approx(SCALES)
+    teachers = LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in setup.teachers])
+    assert teachers.logit_scale == pytest.approx(SCALES)
     steps = StepSampler([24], 6, seed=0, start=2, stop=6)
     for expected, actual in zip(
         step_loader(live, steps, workers=0), step_loader(stored, steps, workers=0), strict=True
     ):
         assert [pixels.shape[-1] for pixels in expected.teacher_pixels] == [48, 32]
         assert actual.teacher_pixels == ()
-        there, here = ensemble.embed(expected), CachedTeacher(ensemble.logit_scale, CPU).embed(actual)
+        there, here = teachers.embed(expected), CachedTeacher(ensemble_of(setup.teachers), CPU).embed(actual)
         for one, other in ((there.image, here.image), (there.text, here.text)):
             assert one.shape == (6, sum(WIDTHS))
             torch.testing.assert_close(other, one, atol=2**-11, rtol=0)
-    bank = StoredBank(caches, size=100, seed=0, device=CPU).with_batch(torch.empty(0), torch.empty(0))
+    bank = StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU).with_batch(
+        torch.empty(0), torch.empty(0)
+    )
     assert bank.image.shape == bank.text.shape == (24, sum(WIDTHS))
     torch.testing.assert_close(bank.image.norm(dim=1), torch.ones(24), atol=2e-3, rtol=0)
     # What one teacher lacks is neither in the bank nor in training.
@@ -115,7 +119,14 @@ def test_a_cache_keeps_the_embeddings_of_each_teacher_side_by_side(cached: RunCo
     rows = load_array(path)
     rows[3] = 0
     np.save(path, rows)
-    assert len(StoredBank(caches, size=100, seed=0, device=CPU).with_batch(bank.image, bank.text).image) == 23
+    assert (
+        len(
+            StoredBank(caches, ensemble_of(setup.teachers), size=100, seed=0, device=CPU)
+            .with_batch(bank.image, bank.text)
+            .image
+        )
+        == 23
+    )
     assert caches.lookup(0, 3, setup.pairs.captions(3)[0]) is None
 
 
@@ -205,6 +216,67 @@ def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: 
     assert student["visual.head.proj.weight"].shape[0] == WIDTHS[0]
 
 
+@pytest.fixture
+def alike(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """Two teachers that share a text tower, with images of different sizes."""
+    first = load_clip(config.teachers[0])
+    torch.manual_seed(4)
+    vision = {**first.model_cfg["vision_cfg"], "image_size": 32}
+    other = student_config("test_resnet", embedding_size=WIDTHS[0], image_size=32)
+    second = build_student({**other, "model_cfg": {**first.model_cfg, "vision_cfg": vision}}, name="alike")
+    second.model.get_submodule("text").load_state_dict(first.model.get_submodule("text").state_dict())
+    with torch.no_grad():
+        second.model.get_parameter("logit_scale").fill_(math.log(SCALES[1]))
+    save_clip(tmp_path / "alike", second, provenance={})
+    return msgspec.structs.replace(config, teacher=(config.teachers[0], str(tmp_path / "alike")))
+
+
+def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig, tmp_path: Path) -> None:
+    cached = msgspec.structs.replace(alike, teacher_cache=str(tmp_path / "cache"))
+    watch = Watch()
+    run = run_distillation(cached, tmp_path / "run", resume=False, reporter=watch)
+    assert "the teachers share a text tower: the student learns the mean of their image embeddings" in watch.said
+    assert weights(run)["visual.head.proj.weight"].shape[0] == WIDTHS[0]
+    setup = load_setup(alike, name="student", processes=Processes())
+    assert setup.ensemble is not None
+    teachers = [Teacher(clip, CPU, autocast=None) for clip in setup.teachers]
+    live, stored = LiveTeacher(teachers), CachedTeacher(setup.ensemble, CPU)
+    assert live.logit_scale == stored.logit_scale == pytest.approx(sum(SCALES) / 2)
+    data, from_cache = make_dataset(alike, setup), make_dataset(alike, setup, with_teacher_pixels=False)
+    from_cache.cache = open_caches(cache_folders(tmp_path / "cache", setup.teachers))
+    steps = StepSampler([24], 6, seed=0, start=0, stop=1)
+    (batch,), (read,) = (list(step_loader(source, steps, workers=0)) for source in (data, from_cache))
+    here = live.embed(batch)
+    images = [teacher.embed_images(pixels) for teacher, pixels in zip(teachers, batch.teacher_pixels, strict=True)]
+    mean = sum(images) / 2
+    assert isinstance(mean, torch.Tensor)
+    torch.testing.assert_close(here.image, mean / mean.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(here.text, teachers[0].embed_captions(batch.captions))
+    for one, other in zip(stored.embed(read)[:2], here[:2], strict=True):
+        torch.testing.assert_close(one, other, atol=2**-11, rtol=0)
+    assert isinstance(from_cache.cache, TeacherCaches)
+    bank = StoredBank(from_cache.cache, setup.ensemble, size=100, seed=0, device=CPU)
+    both = bank.with_batch(torch.empty(0), torch.empty(0))
+    assert both.image.shape == both.text.shape == (24, WIDTHS[0])
+    torch.testing.assert_close(both.image.norm(dim=1), torch.ones(24), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("differs", ["weights", "tokenizer", "context"])
+def test_teachers_with_other_texts_stay_side_by_side(alike: RunConfig, differs: str) -> None:
+    first, second = (load_clip(name) for name in alike.teachers)
+    assert ensemble_of([first, second]).share_text
+    assert not ensemble_of([first]).share_text
+    if differs == "weights":
+        with torch.no_grad():
+            second.model.get_parameter("text.token_embedding.weight")[3] += 1e-3
+    elif differs == "tokenizer":
+        ids = second.tokenizer
+        second = replace(second, tokenizer=lambda texts: ids([text.replace("&", "and") for text in texts]))
+    else:
+        second = replace(second, tokenizer=partial(second.tokenizer, context_length=4))
+    assert ensemble_of([first, second]).widths == (WIDTHS[0], WIDTHS[0])
+
+
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
 
 
@@ -214,9 +286,9 @@ def small_clip(trunk: str, seed: int, width: int, size: int) -> ClipModel:
     return build_student(architecture, name="small")
 
 
-def small_teachers(first: int, second: int) -> TeacherEnsemble:
+def small_teachers(first: int, second: int) -> LiveTeacher:
     clips = [small_clip("test_resnet", 1, 12, first), small_clip("test_resnet", 2, 8, second)]
-    return TeacherEnsemble([Teacher(clip, CPU, autocast=None) for clip in clips])
+    return LiveTeacher([Teacher(clip, CPU, autocast=None) for clip in clips])
 
 
 def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, Teacher, caption_batch_size
+from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, caption_batch_size
+from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel
@@ -30,7 +31,9 @@ def test_accumulate_chunks_the_teacher_as_well() -> None:
     images, texts = list[int](), list[int]()
     teacher.clip.model.get_submodule("visual").register_forward_pre_hook(lambda _, args: images.append(len(args[0])))
     teacher.clip.model.get_submodule("text").register_forward_pre_hook(lambda _, args: texts.append(len(args[0])))
-    step = TrainingStep(tiny(0), teacher, Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3))
+    step = TrainingStep(
+        tiny(0), LiveTeacher([teacher]), Objective(Weights(task=1, fd=1)), Processes(), StepSettings(chunks=3)
+    )
     pixels = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     result = step(Batch(pixels, (pixels,), CAPTIONS), 0)
     assert images == texts == [2, 2, 2]
@@ -44,7 +47,7 @@ def test_chunks_of_a_batch_keep_their_cached_embeddings() -> None:
     image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=generator)) for _ in range(2))
     step = TrainingStep(
         tiny(0),
-        CachedTeacher(10.0, torch.device("cpu")),
+        CachedTeacher(Ensemble((8,), (10.0,)), torch.device("cpu")),
         Objective(Weights(task=1, fd=1)),
         Processes(),
         StepSettings(chunks=2),

@@ -31,7 +31,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store.embed import embed_teacher
-from clip_rd_edge.distillation.teacher import BatchTeacher, Teacher
+from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import ClipModel
@@ -199,7 +199,7 @@ def model(seed: int) -> ClipModel:
 
 def make_step(processes: Processes, settings: StepSettings, *, chooses: bool) -> TrainingStep:
     objective = Objective(load_recipe("clip-rd-bank").objective)
-    teacher: BatchTeacher = (plain := Teacher(model(1), CPU, autocast=None))
+    teacher: BatchTeacher = (plain := LiveTeacher([Teacher(model(1), CPU, autocast=None)]))
     if chooses:
         teacher = ChoosingTeacher(plain, [(f"{colour} tea", colour) for colour in COLOURS], plain.embed_captions)
     return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
@@ -329,7 +329,7 @@ def test_a_caption_may_begin_with_a_hashtag(tmp_path: Path) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("# from the archive\n#\n#sunset over the bay\na boat\n")
     assert read_texts(str(captions), column="title") == ["#sunset over the bay", "a boat"]
-    assert read_labels_file(captions) == ["a boat"]
+    assert read_labels_file(captions) == ["#sunset over the bay", "a boat"]
 
 
 def test_only_line_ends_end_a_caption(tmp_path: Path) -> None:

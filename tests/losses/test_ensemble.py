@@ -25,7 +25,7 @@ from losses_in_numpy import (
 from torch import Tensor
 
 from clip_rd_edge.losses.bank import Bank
-from clip_rd_edge.losses.ensemble import side_by_side, teacher_parts
+from clip_rd_edge.losses.ensemble import Ensemble, side_by_side, teacher_parts
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
 
 ROWS, WIDTHS, SCALES = 5, (4, 3), (12.0, 30.0)
@@ -174,6 +174,24 @@ def test_side_by_side_has_unit_rows_whose_cosines_are_mean_cosines_and_parts_giv
     for part, teacher in zip(teacher_parts(images, WIDTHS), TEACHER_IMAGES, strict=True):
         torch.testing.assert_close(part, teacher)
     assert side_by_side(TEACHER_IMAGES[:1]) is TEACHER_IMAGES[0]
+
+
+def test_teachers_that_share_a_text_tower_are_one_whose_similarities_are_in_proportion_to_the_mean_of_theirs() -> None:
+    first, second, texts = (rows(ROWS, 4, seed) for seed in (2, 3, 4))
+    alike = Ensemble((4, 4), (10.0, 14.0), share_text=True)
+    assert (alike.widths, alike.logit_scale) == ((4,), 12.0)
+    images = alike.join([first, second])
+    v, t = ((first.numpy() + second.numpy()) / 2, texts.numpy())
+    lengths = np.sqrt((v**2).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(images.numpy(), v / lengths, atol=1e-9)
+    cosines = (first.numpy() @ t.T + second.numpy() @ t.T) / 2
+    np.testing.assert_allclose((images @ texts.T).numpy() * lengths, cosines, atol=1e-9)
+    np.testing.assert_allclose(alike.join([texts, texts]).numpy(), t, atol=1e-9)
+    assert not alike.join([torch.zeros(2, 4), torch.zeros(2, 4)]).any()  # of texts alone, without images
+    apart = Ensemble((4, 3), (10.0, 14.0))
+    assert (apart.widths, apart.logit_scale) == ((4, 3), (10.0, 14.0))
+    assert Ensemble((4,), (10.0,)).logit_scale == 10.0
+    assert Ensemble((4,), (10.0,)).join([first]) is first
 
 
 def test_the_number_of_scales_is_that_of_the_teachers() -> None:

@@ -19,7 +19,7 @@ from clip_rd_edge.distillation.config import load_recipe
 from clip_rd_edge.distillation.loader import Batch, StepSampler
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teacher import LiveTeacher, Teacher
 from clip_rd_edge.losses.objective import EmbeddingBatch, Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
@@ -36,7 +36,7 @@ def model(seed: int, trunk: str = "vit_tiny_16") -> ClipModel:
 
 def make_step(processes: Processes, settings: StepSettings) -> TrainingStep:
     objective = Objective(load_recipe("clip-rd-bank").objective)
-    teacher = Teacher(model(1), CPU, autocast=None)
+    teacher = LiveTeacher([Teacher(model(1), CPU, autocast=None)])
     return TrainingStep(model(0), teacher, objective, processes, settings, bank=QueueBank(12, CPU))
 
 

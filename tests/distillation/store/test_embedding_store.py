@@ -34,7 +34,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     text_shard,
 )
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
-from clip_rd_edge.distillation.teacher import CachedTeacher, Teacher
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 VIEWS = 2
@@ -98,8 +98,8 @@ def test_a_cached_teacher_gives_the_embeddings_of_the_live_one(
     build()
     live, cached = make_dataset(config, setup), make_dataset(config, setup, with_teacher_pixels=False)
     cached.cache = open_cache(Path(str(config.teacher_cache)))
-    teacher = Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)
-    cached_teacher = CachedTeacher(setup.teachers[0].logit_scale, torch.device("cpu"))
+    teacher = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)])
+    cached_teacher = CachedTeacher(ensemble_of(setup.teachers), torch.device("cpu"))
     steps = StepSampler([24], 6, seed=0, start=0, stop=12)  # three epochs over two views
     live_batches, cached_batches = step_loader(live, steps, workers=0), step_loader(cached, steps, workers=0)
     for live_batch, cached_batch in zip(live_batches, cached_batches, strict=True):
@@ -115,7 +115,7 @@ def live_embeddings(config: RunConfig, setup: RunSetup, view: int, index: int) -
     dataset = make_dataset(config, setup)
     (batch,) = step_loader(dataset, [[(view, index)]], workers=0)
     assert batch.bad == ()
-    targets = Teacher(setup.teachers[0], torch.device("cpu"), autocast=None).embed(batch)
+    targets = LiveTeacher([Teacher(setup.teachers[0], torch.device("cpu"), autocast=None)]).embed(batch)
     return targets.image[0].numpy(), targets.text[0].numpy()
 
 
