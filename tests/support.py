@@ -46,6 +46,19 @@ def patient_server(*arguments: object, connections: int) -> list[str]:
     return [sys.executable, "-c", _PATIENT, str(connections), *map(str, arguments)]
 
 
+def fail_to_look_at(patch: pytest.MonkeyPatch, chosen: Callable[[Path], bool], error: OSError) -> None:
+    """Let the system raise an error when one of the chosen files is looked at."""
+    for name in ("stat", "lstat"):
+        plain = getattr(Path, name)
+
+        def look(path: Path, plain: Callable[..., os.stat_result] = plain, **options: Any) -> os.stat_result:
+            if chosen(path):
+                raise error
+            return plain(path, **options)
+
+        patch.setattr(Path, name, look)
+
+
 def share_in_threads(block: Callable[[], AbstractContextManager[object]], inside: Callable[[], object]) -> object:
     """Let two threads be in a block at once, the first of which leaves first; return what the second then finds."""
     first_in, second_in, first_out = (threading.Event() for _ in range(3))

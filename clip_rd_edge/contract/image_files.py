@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def find_images(
         elif exists(path) or path.is_symlink():
             yield path
         elif glob.has_magic(name):
-            yield from _require_any(filter(_is_file_or_link, sorted(_glob(name))), f"No image matches {name}.")
+            matches = (match for match in sorted(_glob(name)) if _counts_as_file(match, []))
+            yield from _require_any(matches, f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
 
@@ -84,12 +86,12 @@ def is_ignored(name: str) -> bool:
 def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _raise) -> list[Path]:
     """Return all image files in a folder and its subfolders, sorted, without what `is_ignored`.
 
-    Links are followed, but for one to a folder that it is in. One to an image that does not exist is returned, so that
-    it counts as an image that cannot be read.
+    Links are followed, but for one to a folder that it is in. What cannot be looked at, such as a link to an image that
+    does not exist, is returned, so that it counts as an image that cannot be read.
 
     Args:
-        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read; see
-            `find_images`.
+        on_unreadable: called for the folder itself and for each subfolder, or link to one, that cannot be read, or in
+            which no image can be looked at; see `find_images`.
     """
 
     def report(error: OSError) -> None:
@@ -97,17 +99,19 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
 
     images = []
     for path, names in _walk(os.fspath(folder), report):
-        try:
-            for name in names:
-                if is_ignored(name):
-                    continue
-                image = Path(path, name)
-                if image.suffix.lower() in IMAGE_SUFFIXES:
-                    images += [image] if _is_file_or_link(image) else []
-                elif leads_nowhere(image):
-                    on_unreadable(dead_link_error(image))
-        except OSError as error:  # it may be listed but not entered, or was unmounted
-            report(OSError(error.errno, error.strerror, path))
+        files, failures = list[Path](), list[OSError]()
+        for name in names:
+            if is_ignored(name):
+                continue
+            image = Path(path, name)
+            if image.suffix.lower() in IMAGE_SUFFIXES:
+                files += [image] if _counts_as_file(image, failures) else []
+            elif leads_nowhere(image):
+                on_unreadable(dead_link_error(image))
+        if len(failures) == len(files) > 1:  # it may be listed but not entered, or was unmounted
+            report(OSError(failures[0].errno, failures[0].strerror, path))
+        else:
+            images += files
     return sorted(images)
 
 
@@ -133,7 +137,8 @@ def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iter
 
 def leads_nowhere(path: Path) -> bool:
     """Return whether this is a link to something that does not exist, and that by its name may be a folder."""
-    return not path.suffix and path.is_symlink() and not path.exists()
+    # Not those of Path, which raise for what cannot be looked at, up to Python 3.13.
+    return not path.suffix and os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
 
 
 def dead_link_error(folder: Path) -> InputError:
@@ -141,14 +146,19 @@ def dead_link_error(folder: Path) -> InputError:
     return InputError(f"Cannot read the folder {folder}: {DANGLING}.", hint=DANGLING_HINT)
 
 
-def _is_file_or_link(path: Path) -> bool:
-    """Return whether this is a file, or a link that leads to none: opening that says why it cannot be read."""
+def _counts_as_file(path: Path, failures: list[OSError]) -> bool:
+    """Return whether this is a file, or something that only opening says why it cannot be read.
+
+    That is a link that leads to none, or what cannot be looked at, for which the error is added to `failures`.
+    """
     try:
-        return path.is_file() or (path.is_symlink() and not path.exists())
-    except OSError:
-        if path.is_symlink():  # into a folder that may not be entered
-            return True
-        raise
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return path.is_symlink()
+    except OSError as error:
+        if not os.path.islink(path):  # noqa: PTH114  else it may lead into a folder that may not be entered
+            failures.append(error)
+        return True
 
 
 def _require_any(paths: Iterable[Path], message: str) -> Iterator[Path]:

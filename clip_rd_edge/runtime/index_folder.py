@@ -9,8 +9,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from clip_rd_edge.contract.images import open_image
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.contract.images import DANGLING
 from clip_rd_edge.runtime.index import Entry, Index
 from clip_rd_edge.utils.files import sha256_of
 
@@ -60,21 +59,33 @@ def was_moved(index: Index, folder: Path) -> bool:
 
 
 def find_sources(folder: Path, names: list[str]) -> tuple[list[Source], dict[str, str]]:
-    """Return the files without those that were deleted since they were listed, and messages about links to nothing."""
+    """Return the files without those that were deleted since they were listed, and messages about the unreadable.
+
+    These are links to nothing, and files that cannot be looked at.
+    """
     sources, messages = [], {}
     for name in names:
         try:
             sources.append(Source(folder, name))
         except OSError as error:
-            path = folder / name
-            if path.is_symlink():
-                try:
-                    open_image(path)
-                except InputError as reason:
-                    messages[name] = str(reason)
-            elif not isinstance(error, FileNotFoundError):
-                raise
+            path, reason = folder / name, error.strerror or str(error)
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                if not path.is_symlink():
+                    continue
+                reason = DANGLING
+            messages[name] = f"Cannot read the image {path}: {reason}."
     return sources, messages
+
+
+def is_gone(path: Path) -> bool:
+    """Return whether there is nothing at a path for certain."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def out_of_sight(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[str], list[str]]:

@@ -35,6 +35,7 @@ from clip_rd_edge.runtime.index_folder import (
     compare,
     find_sources,
     is_empty_folder,
+    is_gone,
     not_mounted,
     out_of_sight,
     was_moved,
@@ -175,6 +176,8 @@ def _update(
     present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
     gone = {entry.path for entry in index.entries} - present
     hidden, emptied = out_of_sight(folder, gone, written_ns)
+    if folders:  # which may have been listed, but not entered, or for a moment only could not be read
+        hidden |= {name for name in gone if not is_gone(folder / name)}
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
     kept, new = compare(index.entries, sources)
     kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]

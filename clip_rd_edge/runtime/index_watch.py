@@ -29,6 +29,7 @@ SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
 
 Stamp = tuple[int, int]  # size in bytes, and modification time in nanoseconds
+_NO_STAMP = (-1, -1)  # of a file that cannot be looked at
 
 
 class _Seen(NamedTuple):
@@ -97,17 +98,25 @@ class _Images:
 
 
 def _stamps(folder: Path) -> dict[str, Stamp]:
-    """Return the stamps of the images in a folder, without those that cannot be read or are gone already."""
+    """Return the stamps of the images in a folder, without those that are gone already."""
     stamps = {}
     for path in list_images(folder, on_unreadable=lambda error: None):
         try:
-            stat = path.stat()
+            stamp = _stamp(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except OSError:
-            if not path.is_symlink():
-                continue
-            stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
-        stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+            stamp = _NO_STAMP  # the update reports it
+        stamps[path.relative_to(folder).as_posix()] = stamp
     return stamps
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:
+        stat = path.lstat()  # what it leads to is gone: the update reports it as it does other unreadable images
+    return stat.st_size, stat.st_mtime_ns
 
 
 def watch_index(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import fail_to_look_at
 
 from clip_rd_edge.contract.image_files import find_images, list_images
 from clip_rd_edge.contract.images import open_image
@@ -17,20 +19,27 @@ def test_a_folder_whose_files_cannot_be_looked_at_is_reported(tmp_path: Path, mo
     for name in ("a/1.png", "b/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    plain = Path.is_file
-
-    def is_file(path: Path) -> bool:
-        if path.parent.name == "b":
-            raise PermissionError(13, "Permission denied", str(path))
-        return plain(path)
-
-    monkeypatch.setattr(Path, "is_file", is_file)
+    fail_to_look_at(monkeypatch, lambda path: path.parent.name == "b", PermissionError(13, "Permission denied"))
     reports: list[str] = []
     found = list_images(tmp_path, on_unreadable=lambda error: reports.append(str(error)))
     assert found == [tmp_path / "a" / "1.png"]
     assert reports == [f"Cannot read the folder {tmp_path / 'b'}: Permission denied."]
     with pytest.raises(InputError, match="Cannot read the folder"):
         list_images(tmp_path)
+
+
+def test_a_file_that_cannot_be_looked_at_is_an_image_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, or a share that hesitates: the others of its folder are not lost."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        path.touch()
+    fail_to_look_at(monkeypatch, lambda path: path == paths[1], OSError(errno.EIO, "Input/output error"))
+    assert list_images(tmp_path) == paths
+    assert list(find_images([str(tmp_path / "*.png")])) == paths
+    with pytest.raises(InputError, match=r"Cannot read the image .*1\.png: Input/output error\."):
+        open_image(paths[1])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from support import Watch
+from support import Watch, fail_to_look_at
 
 from clip_rd_edge.benchmarking.accuracy import retrieval
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
@@ -175,6 +175,26 @@ def test_images_on_a_disk_below_the_folder_stay_while_its_mount_point_is_empty(
     os.utime(tmp_path / "mount point", (1, 1))  # as rsync -a sets it
     update = update_index(encoder, colour_images, index)
     assert (update.removed, update.unreadable) == (1, [])
+
+
+def test_images_that_cannot_be_looked_at_for_a_moment_stay(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for colour in (10, 20):
+        Image.new("RGB", (9, 9), (250, colour, 0)).save(colour_images / "more" / f"{colour}.png")
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, index)
+    with monkeypatch.context() as patch:  # one file of a bad disk
+        fail_to_look_at(patch, lambda path: path.name == "red.png", OSError(errno.EIO, "Input/output error"))
+        update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.removed) == (6, 0)
+    assert update.unreadable == [f"Cannot read the image {colour_images / 'red.png'}: Input/output error."]
+    with monkeypatch.context() as patch:  # a folder that may be listed and not entered
+        fail_to_look_at(patch, lambda path: path.parent.name == "more", PermissionError(13, "Permission denied"))
+        update = update_index(encoder, colour_images, index)
+    assert (update.kept, update.removed) == (6, 0)
+    assert update.unreadable == [f"Cannot read the folder {colour_images / 'more'}: Permission denied."]
+    assert update_index(encoder, colour_images, index).embedded == 0
 
 
 def test_an_indexed_link_to_an_image_on_an_unmounted_disk_keeps_its_entry(

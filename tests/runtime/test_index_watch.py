@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import PATIENCE_S, wait_until
+from support import PATIENCE_S, fail_to_look_at, wait_until
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import InputError, UsageError
@@ -142,6 +143,18 @@ def test_a_link_to_nothing_is_reported_once_and_followed_when_there_is_something
     assert "link.png: it is a link to something that does not exist" in message
     assert watched.watch(paint(tmp_path / "late.png"), nothing, nothing)[-1].embedded == 1
     assert "link.png" in watched.names()
+
+
+def test_a_file_that_cannot_be_looked_at_is_reported_once_and_keeps_its_entry(
+    watched: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = lambda: fail_to_look_at(  # noqa: E731
+        monkeypatch, lambda path: path.name == "red.png", OSError(errno.EIO, "Input/output error")
+    )
+    updates = watched.watch(failing, nothing, nothing, watched.skip(BROKEN_S), nothing, nothing)
+    (message,) = [message for update in updates for message in update.unreadable]
+    assert "red.png: Input/output error" in message
+    assert watched.names() == ALL
 
 
 def test_a_file_that_is_written_when_the_watch_starts_is_waited_for(watched: Folder) -> None:
