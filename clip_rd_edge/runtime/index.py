@@ -66,6 +66,8 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
         embeddings: name of the embeddings file, which has one row per entry.
         graph: the files of approximate search; None if search is exact.
         missing: number of images that were still to be embedded when it was saved, or whose disk had gone away.
+        listed_ns: when the listing of the folder began that the entries are from, by the clock of the index's folder;
+            0 if not known.
     """
 
     version: int
@@ -76,6 +78,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     entries: list[Entry]
     graph: GraphFiles | None = None
     missing: int = 0
+    listed_ns: int = 0
 
 
 class Hit(NamedTuple):

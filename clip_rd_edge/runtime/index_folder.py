@@ -88,17 +88,17 @@ def is_gone(path: Path) -> bool:
     return False
 
 
-def out_of_sight(folder: Path, names: Collection[str], written_ns: int) -> tuple[set[str], list[str]]:
+def out_of_sight(folder: Path, names: Collection[str], listed_ns: int) -> tuple[set[str], list[str]]:
     """Return the images, of those that are not found, that may still be there, and messages about emptied folders.
 
-    They are in folders that cannot be read, or that are empty and have not changed since the index was written: had the
-    images been deleted, the folder would have changed then, so the disk that was mounted there is not.
+    They are in folders that cannot be read, or that are empty and have not changed since before the images were listed:
+    had they been deleted, the folder would have changed later, so the disk that was mounted there is not.
     """
     counts = Counter(name.rpartition("/")[0] for name in names)  # by folder: there may be a million images
     above = {inner: {inner, *map(str, PurePosixPath(inner).parents)} for inner in counts}
     around = set[str]().union(*above.values()) - {"", "."}
     closed = {parent for parent in around if not _can_be_listed(folder / parent)}
-    emptied = {parent for parent in around - closed if is_empty_folder(folder / parent, before_ns=written_ns)}
+    emptied = {parent for parent in around - closed if is_empty_folder(folder / parent, before_ns=listed_ns)}
     lost = {inner for inner, parents in above.items() if not parents.isdisjoint(closed | emptied)}
     messages = []
     for parent in sorted(emptied):

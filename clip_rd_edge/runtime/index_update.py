@@ -50,7 +50,7 @@ from clip_rd_edge.runtime.index_graph import (
     write_graph,
     write_rows,
 )
-from clip_rd_edge.utils.files import disk_full_error, write_bytes
+from clip_rd_edge.utils.files import disk_full_error, now_in, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode
@@ -150,13 +150,15 @@ def _update(
     reporter: Reporter,
 ) -> Update:
     saved_at, index, rows = _start(encoder, folder.resolve(), path, reporter)
-    written_ns = (saved_at / INDEX_FILE).stat().st_mtime_ns if index.entries else 0
+    # An index without that time was written later, by hours if it is large.
+    last_listed_ns = index.listed_ns or ((saved_at / INDEX_FILE).stat().st_mtime_ns if index.entries else 0)
     if saved_at == path:  # what was begun with another model has been given up
         shutil.rmtree(path / NEXT, ignore_errors=True)
     current = str(encoder.folder.resolve()), str(folder.resolve())
     if (index.bundle, index.folder) != current:  # moved; search looks where index.json says, though no image is new
         index = msgspec.structs.replace(index, bundle=current[0], folder=current[1])
         write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
+    listed_ns = int(now_in(path) * 1e9)
     folders: list[InputError] = []  # that cannot be read
     images = list_images(folder, on_unreadable=folders.append)
     named = {image: image.relative_to(folder).as_posix() for image in images}
@@ -175,7 +177,7 @@ def _update(
         )
     present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
     gone = {entry.path for entry in index.entries} - present
-    hidden, emptied = out_of_sight(folder, gone, written_ns)
+    hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
     if folders:  # which may have been listed, but not entered, or for a moment only could not be read
         hidden |= {name for name in gone if not is_gone(folder / name)}
     unsettled = hidden | broken.keys() | (set(names) - set(chosen))
@@ -204,10 +206,11 @@ def _update(
         merged = np.concatenate([part for _, part in parts])
         parts[:] = [([entry for part, _ in parts for entry in part], merged)]  # a large index may not fit twice
         missing = len(new) - done + unmounted_images
-        current = msgspec.structs.replace(index, entries=parts[0][0], graph=graph, missing=missing)
+        entries = parts[0][0]
+        current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=missing, listed_ns=listed_ns)
         return write_index(saved_at, current, merged), merged
 
-    last_saved, started_ns = time.monotonic(), time.time_ns()
+    last_saved = time.monotonic()
     done = unmounted_images = 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
@@ -221,7 +224,7 @@ def _update(
             update.unreadable_images.update(zip(failed, map(str, batch.unreadable), strict=True))
             if failed:  # now: the disk may be back when all is done
                 update.vanished |= {name for name in failed if not os.path.lexists(folder / name)}
-                unmounted_images += len(not_mounted(folder, failed, started_ns))
+                unmounted_images += len(not_mounted(folder, failed, listed_ns))
             done += len(chunk)
             reporter.update("embedding", done, len(new))
             if stop is not None and stop.is_set():

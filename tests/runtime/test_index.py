@@ -177,6 +177,27 @@ def test_images_on_a_disk_below_the_folder_stay_while_its_mount_point_is_empty(
     assert (update.removed, update.unreadable) == (1, [])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the time of a folder's last change")
+def test_images_that_are_moved_out_of_a_folder_while_they_are_embedded_leave_the_index(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = indexing.embed_images
+
+    def embed_and_move(*args: Any) -> Any:
+        time.sleep(0.02)  # file systems keep times to some milliseconds
+        yield from embed(*args)
+        (colour_images / "more" / "yellow.webp").rename(colour_images / "yellow.webp")
+        time.sleep(0.02)
+
+    encoder = load(colour_bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "embed_images", embed_and_move)
+        update_index(encoder, colour_images, index)
+    update = update_index(encoder, colour_images, index)
+    assert (update.removed, update.unreadable) == (1, [])
+    assert names(index) == ["blue.jpg", "green.png", "red.png", "yellow.webp"]
+
+
 def test_images_that_cannot_be_looked_at_for_a_moment_stay(
     colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
