@@ -146,8 +146,9 @@ class BundleEncoder(ABC):
 
     @property
     def text_key(self) -> str:
-        """A key that changes when text embeddings may change; empty if the manifest lacks the checksums for it.
+        """A key that changes when text embeddings may change; empty if they are not worth keeping.
 
+        They are not if the manifest lacks the checksums for a key, or this processor saturates the text tower.
         It changes when the text tower is loaded and does not run where it was meant to.
         """
         manifest, text = self.manifest, self.manifest.text
@@ -155,6 +156,8 @@ class BundleEncoder(ABC):
         if text is None or not all(files):
             return ""
         placement = self.placement(text)
+        if saturates(text, placement):  # else other processors, of the same user, would answer with them
+            return ""
         where = (placement.runtime, placement.device, text.precision)
         content = msgspec.json.encode((files, manifest.tokenizer, where, text.one_at_a_time))
         return hashlib.sha256(content).hexdigest()

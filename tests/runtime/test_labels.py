@@ -146,6 +146,22 @@ def test_embeddings_of_a_tower_that_fell_back_are_kept_as_those_of_where_it_ran(
     assert file.name == label_set_key(encoder.text_key, ["red", "blue"], manifest.templates)
 
 
+def test_labels_that_this_processor_embeds_wrongly_are_not_cached(
+    colour_bundle: Path, label_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    text = msgspec.structs.replace(manifest.text, instruction_sets=("x86-64-vnni", "aarch64"))
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, text=text))
+    for lacking, cached in ((True, 0), (False, 1)):
+        monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda lacking=lacking: lacking)
+        ZeroShotClassifier(load(colour_bundle), ["red", "blue"])
+        assert len(list(label_cache.glob("*"))) == cached
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda: True)
+    caplog.clear()
+    ZeroShotClassifier(load(colour_bundle), ["red", "blue"])
+    assert "gives wrong answers here" in caplog.text  # and not silently with what another processor has cached
+
+
 def test_the_key_of_text_embeddings_depends_on_precision_runtime_and_device(colour_bundle: Path) -> None:
     from clip_rd_edge.runtime.backends.openvino import OpenVinoEncoder
 
