@@ -245,7 +245,11 @@ class Service:
         self.pending_items += len(items)
         try:
             texts = [item.text for item in items if item.text is not None]
-            images = [item.image for item in items if item.image is not None]
+            images = [
+                UploadedImage(item.image, f"of item {number}")
+                for number, item in enumerate(items)
+                if item.image is not None
+            ]
             embedded_texts, tokens = await self._embed_texts(texts) if texts else ((), 0)
             embedded_images = await self._embed_images(images) if images else ()
         finally:
@@ -262,14 +266,18 @@ class Service:
         tokens = int(np.count_nonzero(ids != self.encoder.manifest.tokenizer.pad_id))
         return await self._texts.embed(list(ids)), tokens
 
-    async def _embed_images(self, images: Sequence[bytes]) -> Embeddings:
+    async def _embed_images(self, images: Sequence[UploadedImage]) -> Embeddings:
         loop = asyncio.get_running_loop()
         opened = [loop.run_in_executor(self._openers, self._open, image) for image in images]
-        return await self._images.embed(await asyncio.gather(*opened))
+        try:
+            pixels = await asyncio.gather(*opened)
+        finally:
+            for future in opened:  # if one cannot be opened, the others keep no other request waiting
+                future.cancel()
+        return await self._images.embed(pixels)
 
-    def _open(self, content: bytes) -> Pixels:
-        image = open_image(UploadedImage(content), max_pixels=MAX_PIXELS)
-        return preprocess(image, self.encoder.manifest.preprocessing)
+    def _open(self, image: UploadedImage) -> Pixels:
+        return preprocess(open_image(image, max_pixels=MAX_PIXELS), self.encoder.manifest.preprocessing)
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run what uses the model on the model's thread."""

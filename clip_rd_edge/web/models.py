@@ -69,15 +69,16 @@ class Classification(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """An image from a request body, in the form that `open_image` takes."""
+    """An image from a request, in the form that `open_image` takes; `place` follows "the image" in messages."""
 
     content: bytes
+    place: str = "that was sent"
 
     def read_bytes(self) -> bytes:
         return self.content
 
     def __str__(self) -> str:
-        return "that was sent"
+        return self.place
 
 
 class ServedBundle:

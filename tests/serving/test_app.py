@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from support import patient_server, wait_until
+from support import PATIENCE_S, patient_server, wait_until
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
@@ -247,6 +247,29 @@ def test_what_is_no_text_to_embed_is_refused(client: Any, path: str, body: dict[
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
     assert client.post("/v1/embeddings", json={"input": "data: a red thing"}).status_code == 200
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_of_its_request_are_not_opened(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(load(colour_bundle))
+    opened, answered, plain = list[bytes](), threading.Event(), service._open
+
+    def open_slowly(image: Any) -> Any:
+        opened.append(image.content)
+        if image.content != b"no image":
+            assert answered.wait(PATIENCE_S)
+        return plain(image)
+
+    monkeypatch.setattr(service, "_open", open_slowly)
+    images = [f"data:image/jpeg;base64,{encoded(content)}" for content in (b"no image", *[jpeg()] * 20)]
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+        answer = client.post("/v1/embeddings", json={"input": ["red", *images]})
+        answered.set()
+        assert answer.status_code == 400
+        assert "Cannot read the image of item 1: it is in none of the formats" in answer.json()["error"]["message"]
+        assert client.post("/v1/embeddings", json={"input": images[1]}).status_code == 200
+    assert len(opened) <= 4  # that image, one per thread meanwhile, and that of the second request
 
 
 def test_what_goes_from_the_disk_is_not_the_clients_mistake(
