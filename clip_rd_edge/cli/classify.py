@@ -73,8 +73,9 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
 )  # fmt: skip
 @_images(
     "--camera",
-    metavar="NUMBER",
-    help="Classify a camera's frames until Ctrl-C; 0 is the first camera.  [default: none]",
+    metavar="NUMBER|PATH|URL",
+    help="Classify the newest frames of a camera (0 is the first) or a stream (rtsp://…) until Ctrl-C, or all frames "
+    "of a video file.  [default: none]",
 )
 @_images("--quick", is_flag=True, help="Decode large JPEGs at a fraction of their size; results change slightly.")
 @_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +17,16 @@ _TIMEOUT_S = 5.0  # for the next frame of a camera
 def frames(source: str) -> Iterator[Image.Image]:
     """Yield RGB frames from a camera or a video until it ends.
 
-    A camera is read at its own rate and only the newest frame is kept, so that a slow model lags by one frame instead
-    of a growing queue. All frames of a video are yielded, in order.
+    A camera or a stream is read at its own rate and only the newest frame is kept, so that a slow model lags by one
+    frame instead of a growing queue. All frames of a video are yielded, in order.
 
     Args:
-        source: a camera number such as `0`, or a path or URL that OpenCV can open.
+        source: a camera number such as `0`, or a path or URL that OpenCV can open, such as `/dev/video2`,
+            `rtsp://HOST/PATH` or `video.mp4`.
 
     Raises:
         MissingExtraError: OpenCV is not installed.
-        ClipRdEdgeError: the camera or video cannot be opened, or the camera stops sending frames.
+        ClipRdEdgeError: the camera or video cannot be opened, or the camera or stream stops sending frames.
     """
     try:
         import cv2
@@ -36,7 +38,9 @@ def frames(source: str) -> Iterator[Image.Image]:
             raise ClipRdEdgeError(
                 f"Cannot open the camera {source}.", hint="list the cameras with ls /dev/video*, or try --camera 1"
             )
-        for frame in _newest_frames(capture) if source.isdigit() else _all_frames(capture):
+        # A stream, as a device, has no number of frames; some files have none either.
+        is_video = os.path.isfile(source) or capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # noqa: PTH113
+        for frame in _all_frames(capture) if is_video and not source.isdigit() else _newest_frames(capture):
             yield Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
     finally:
         capture.release()

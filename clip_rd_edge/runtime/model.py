@@ -163,7 +163,7 @@ class Model:
         top: int = 5,
         none_below: float = 0.0,
     ) -> Iterator[list[Prediction]]:
-        """Yield the predictions for each frame of a camera or video, until it ends.
+        """Yield the predictions for the newest frames of a camera or stream, or for all frames of a video.
 
         Args:
             camera: a camera number, a device path, a video file or a stream URL.
@@ -171,7 +171,7 @@ class Model:
 
         Raises:
             MissingExtraError: OpenCV is not installed.
-            ClipRdEdgeError: the camera cannot be opened or stops sending frames.
+            ClipRdEdgeError: the camera or stream cannot be opened or stops sending frames.
         """
         from clip_rd_edge.runtime.camera import frames
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,14 @@ import pytest
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.camera import frames
+
+
+@pytest.fixture
+def opencv(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In OpenCV's place, a module to which a test adds its VideoCapture; colours stay as they are."""
+    module = SimpleNamespace(CAP_PROP_FRAME_COUNT=7, COLOR_BGR2RGB=4, cvtColor=lambda frame, code: frame)
+    monkeypatch.setitem(sys.modules, "cv2", module)
+    return module
 
 
 def test_missing_opencv_is_reported_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,13 +40,16 @@ def test_every_frame_of_a_video_is_yielded_as_rgb(tmp_path: Path) -> None:
     assert blue.getpixel((5, 5))[2] > 200  # type: ignore[index]
 
 
-def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    cv2 = pytest.importorskip("cv2")
+@pytest.mark.parametrize("source", ["0", "/dev/video2", "rtsp://camera/stream"])
+def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(opencv: SimpleNamespace, source: str) -> None:
     sent = []
 
     class Camera:
-        def __init__(self, source: int) -> None:
-            assert source == 0
+        def __init__(self, opened: int | str) -> None:
+            assert opened == (0 if source == "0" else source)
+
+        def get(self, key: int) -> float:
+            return -1.0
 
         def isOpened(self) -> bool:  # noqa: N802
             return True
@@ -51,14 +63,23 @@ def test_a_slow_model_gets_the_newest_frames_until_the_camera_stops(monkeypatch:
         def release(self) -> None:
             sent.append("released")
 
-    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    opencv.VideoCapture = Camera
     seen = []
     with pytest.raises(ClipRdEdgeError, match="stopped sending"):  # noqa: PT012
-        for frame in frames("0"):
+        for frame in frames(source):
             seen.append(frame.getpixel((0, 0)))
     assert len(seen) < 20  # this camera is faster than any consumer: old frames were dropped
     assert seen == sorted(seen)
     assert sent[-1] == "released"
+
+
+def test_every_frame_of_a_video_on_a_server_is_yielded(opencv: SimpleNamespace) -> None:
+    video = SimpleNamespace(isOpened=lambda: True, release=lambda: None, get={opencv.CAP_PROP_FRAME_COUNT: 9.0}.get)
+    levels = iter(range(9))
+    video.read = lambda: next(((True, np.full((4, 4, 3), level, np.uint8)) for level in levels), (False, None))
+    opencv.VideoCapture = lambda source: video
+    seen = [frame.getpixel((0, 0)) for frame in frames("https://server/video.mp4")]
+    assert seen == [(level,) * 3 for level in range(9)]
 
 
 def test_a_missing_video_is_refused(tmp_path: Path) -> None:
