@@ -88,6 +88,51 @@ def rows(page: Any) -> dict[str, str]:
     return dict(zip(fields, page.locator("#labels output").all_inner_texts(), strict=True))
 
 
+def delay_permission(page: Any) -> None:
+    """Keep the camera's streams back until `grant()` is called, as while the browser asks; `tracks` lists theirs."""
+    page.evaluate(
+        """() => {
+            const devices = navigator.mediaDevices;
+            const open = devices.getUserMedia.bind(devices);
+            const granted = new Promise((resolve) => (window.grant = resolve));
+            window.tracks = [];
+            devices.getUserMedia = async (constraints) => {
+                const stream = await open(constraints);
+                window.tracks.push(...stream.getTracks());
+                await granted;
+                return stream;
+            };
+        }"""
+    )
+
+
+def wait_until_the_camera_is_off(page: Any) -> None:
+    page.wait_for_function("() => tracks.length && tracks.every((track) => track.readyState === 'ended')")
+
+
+def test_a_camera_that_is_started_twice_before_it_is_permitted_is_stopped(page: Any) -> None:
+    delay_permission(page)
+    page.click("#camera")
+    page.click("#camera")
+    page.wait_for_function("() => tracks.length")
+    page.evaluate("grant()")
+    page.wait_for_function("() => document.getElementById('camera').textContent === 'Stop the camera'")
+    page.click("#camera")
+    wait_until_the_camera_is_off(page)
+
+
+def test_an_image_that_is_opened_before_the_camera_is_permitted_stays(page: Any) -> None:
+    delay_permission(page)
+    page.click("#camera")
+    page.wait_for_function("() => tracks.length")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    page.evaluate("grant()")
+    wait_until_the_camera_is_off(page)
+    assert page.inner_text("#camera") == "Start the camera"
+    assert page.is_visible("#preview")
+
+
 def test_images_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")

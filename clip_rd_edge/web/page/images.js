@@ -15,6 +15,7 @@ export class ImageSource {
     this.onImage = onImage;
     this.onError = onError;
     this.stream = null;
+    this.starting = null; // identifies the start that waits for permission; null if none does
     this.files = [];
     this.position = 0;
     const file = document.getElementById("file");
@@ -91,10 +92,21 @@ export class ImageSource {
       this.onError("Browsers allow the camera only on https pages and on localhost. You can choose an image instead.");
       return;
     }
+    if (this.starting) return; // clicked twice
+    const starting = (this.starting = {});
     try {
       const constraints = { video: { facingMode: "environment", width: { ideal: 640 } }, audio: false };
-      this.stream = await navigator.mediaDevices.getUserMedia(constraints);
+      const stream = await navigator.mediaDevices.getUserMedia(constraints);
+      if (this.starting !== starting) {
+        stopTracks(stream); // an image was opened in the meantime
+        return;
+      }
+      this.stream = stream;
+      video.srcObject = stream;
+      await video.play();
     } catch (error) {
+      if (this.starting !== starting) return; // stopped, which ends play() with an error
+      this.stop();
       const reasons = {
         NotAllowedError: "permission was denied",
         NotFoundError: "no camera was found",
@@ -103,19 +115,19 @@ export class ImageSource {
       this.onError(`The camera cannot be used: ${reasons[error.name] ?? error.message}.`);
       return;
     }
+    if (this.starting !== starting) return;
+    this.starting = null;
     this.stream.getVideoTracks()[0].addEventListener("ended", () => {
       this.stop();
       this.onError("The camera stopped.");
     });
-    video.srcObject = this.stream;
-    await video.play();
     this.#show(true);
     this.#next();
   }
 
   stop() {
-    this.stream?.getTracks().forEach((track) => track.stop());
-    this.stream = null;
+    if (this.stream) stopTracks(this.stream);
+    this.stream = this.starting = null;
     video.srcObject = null;
     this.#show(false);
   }
@@ -147,6 +159,10 @@ export class ImageSource {
     if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(capture);
     else requestAnimationFrame(capture);
   }
+}
+
+function stopTracks(stream) {
+  stream.getTracks().forEach((track) => track.stop());
 }
 
 const canvas = document.createElement("canvas");
