@@ -10,7 +10,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,6 +54,21 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
         InputError: the file does not exist, is not a regular file, is in none of FORMATS, is damaged, has more than
             `max_pixels`, or has deep greyscale of an unknown range.
     """
+    with _opened(file, max_pixels) as image:
+        if min_edge is not None:
+            image.draft("RGB", (min_edge, min_edge))
+        return to_rgb(image)
+
+
+def require_image(path: Path) -> None:
+    """Raise InputError if the first bytes of a file show that `open_image` would; the others are not read."""
+    with _opened(path, MAX_PIXELS):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(file: ImageFile, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image that is still to be decoded; errors, of the block too, are those of `open_image`."""
     try:
         with _open(file) as image:
             if image.width * image.height > max_pixels:
@@ -61,9 +76,7 @@ def open_image(file: ImageFile, *, min_edge: int | None = None, max_pixels: int 
                     f"The image {file} has {image.width} × {image.height} pixels; the limit is {max_pixels:,}.",
                     hint="resize it first",
                 )
-            if min_edge is not None:
-                image.draft("RGB", (min_edge, min_edge))
-            return to_rgb(image)
+            yield image
     except ClipRdEdgeError:
         raise
     except Exception as error:  # decoders raise anything for a damaged file, from IndexError to struct.error

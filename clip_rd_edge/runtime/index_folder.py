@@ -9,12 +9,13 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from clip_rd_edge.contract.images import DANGLING
+from clip_rd_edge.contract.images import DANGLING, require_image
 from clip_rd_edge.runtime.index import Entry, Index
 from clip_rd_edge.utils.files import sha256_of
 
 _SECOND_NS = 1_000_000_000
 _COARSE_S = 2.0  # FAT keeps times to two seconds
+_LARGE_BYTES = 1 << 26  # what is larger is looked at before all of it is read into memory
 _UNSURE = -1  # a modification time that the next update does not trust
 
 
@@ -31,6 +32,8 @@ class Source:
         self.sha256 = ""
 
     def read_bytes(self) -> bytes:
+        if self.size_bytes > _LARGE_BYTES:
+            require_image(self.path)
         content = self.path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         return content

@@ -26,6 +26,7 @@ from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
+from clip_rd_edge.runtime import index_folder
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
@@ -349,6 +350,21 @@ def test_an_unreadable_image_is_reported_and_tried_again(colour_bundle: Path, co
     assert "broken.png" in update.unreadable[0]
     Image.new("RGB", (9, 9)).save(colour_images / "broken.png")
     assert update_index(encoder, colour_images, index).embedded == 1
+
+
+def test_a_large_file_that_is_no_image_is_not_read_into_memory(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (colour_images / "scan.tif").write_bytes(b"II*\0" + bytes(10_000))
+    Image.effect_noise((99, 99), 80).save(colour_images / "large.png")
+    read, plain = list[str](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or plain(path))
+    monkeypatch.setattr(index_folder, "_LARGE_BYTES", 5_000)
+    update = update_index(load(colour_bundle), colour_images, index)
+    assert update.embedded == 5
+    assert "scan.tif: it is in none of the formats" in update.unreadable[0]
+    assert "large.png" in read
+    assert "scan.tif" not in read
 
 
 def test_a_link_to_nothing_is_reported_and_a_linked_folder_is_indexed(
