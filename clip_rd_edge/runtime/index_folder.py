@@ -56,7 +56,7 @@ def was_moved(index: Index, folder: Path) -> bool:
         return False
     there = 0
     for entry in index.entries:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a damaged index.json may have a path with NUL
             there += (folder / entry.path).stat().st_size == entry.size_bytes
     return there > len(index.entries) / 2
 
@@ -84,7 +84,7 @@ def is_gone(path: Path) -> bool:
     """Return whether there is nothing at a path for certain."""
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has a name with NUL
         return True
     except OSError:
         return False
