@@ -102,7 +102,7 @@ class Service:
         encode_images, encode_texts = _stacked(encoder.encode_pixels), _stacked(encoder.encode_ids)
         self._images = Batcher(encode_images, self._model, max_batch=size, on_batch=batches["image"].observe)
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
-        self._classifiers: OrderedDict[tuple[str, float], ZeroShotClassifier] = OrderedDict()
+        self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         self._index_folder = index
         self._index_identity: tuple[int, ...] | None = None
         self._index: tuple[Index, Embeddings, Graph | None] | None = None
@@ -112,7 +112,7 @@ class Service:
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
         if encoder.label_bank is not None:  # now: an update may put another bundle into the folder while this runs
-            self._classifier(None, 0.0)
+            self._classifier(None)
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
@@ -185,8 +185,9 @@ class Service:
         body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
-        classifier = await self._run(self._classifier, body.labels, body.none_below)
+        classifier = await self._run(self._classifier, body.labels)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
+        classifier.none_below = body.none_below  # for this answer, before which no other request has its turn
         (predictions,) = classifier.classify_embeddings(row[None], top=body.top)
         return _json({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
@@ -283,11 +284,10 @@ class Service:
         """Run what uses the model on the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._model, work, *arguments)
 
-    def _classifier(self, labels: Sequence[str] | None, none_below: float) -> ZeroShotClassifier:
-        key = (label_key(labels) if labels is not None else "", none_below)
+    def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
+        key = label_key(labels) if labels is not None else ""
         if key not in self._classifiers:
-            classifier = ZeroShotClassifier(self.encoder, labels, none_below=none_below, cache=False)
-            self._classifiers[key] = classifier
+            self._classifiers[key] = ZeroShotClassifier(self.encoder, labels, cache=False)
             while len(self._classifiers) > _MAX_CLASSIFIERS:
                 self._classifiers.popitem(last=False)
         self._classifiers.move_to_end(key)

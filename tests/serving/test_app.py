@@ -164,6 +164,19 @@ def test_images_are_classified_and_searched_for(client: Any, colour_images: Path
         assert hit["path"] == str(colour_images / "blue.jpg")
 
 
+def test_labels_are_embedded_once_whatever_is_omitted(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load(colour_bundle)
+    service = Service(encoder)
+    embedded, plain = list[int](), encoder.encode_ids
+    monkeypatch.setattr(encoder, "encode_ids", lambda ids: embedded.append(len(ids)) or plain(ids))
+    body = {"image": encoded(jpeg()), "labels": ["green", "red", "blue"]}
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+        for none_below, count in ((0.0, 3), (0.5, 1), (0.6, 1), (0.0, 3)):
+            answer = client.post("/classify", json={**body, "none_below": none_below})
+            assert len(answer.json()["predictions"]) == count
+    assert embedded == [3]
+
+
 def test_a_clients_labels_name_no_file_of_the_server(client: Any, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("a secret\n")
     for label in (str(tmp_path / "secret.txt"), "everyday"):
