@@ -18,8 +18,8 @@ _page = grouped("Page")
 @click.argument("bundles", nargs=-1, required=True, type=PathName(), metavar="BUNDLE...")
 @_page(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
-    help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify).  [default: the bundle\'s '
-    "label bank, else the page's own]",
+    help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify); at most 2,000.  [default: '
+    "the bundle's label bank, else the page's own]",
 )  # fmt: skip
 @server_options(8765)
 @threads_option

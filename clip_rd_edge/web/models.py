@@ -221,7 +221,10 @@ class LabelSets:
         if not labels:
             raise InputError("No labels were sent.")
         if len(labels) > MAX_LABELS:
-            raise InputError(f"{len(labels):,} labels were sent; the limit is {MAX_LABELS:,}.")
+            raise InputError(
+                f"There are {len(labels):,} labels; the limit is {MAX_LABELS:,}.",
+                hint="leave some out; the number of those that a bundle is exported with is not limited",
+            )
         for number, label in enumerate(labels, start=1):
             if not isinstance(label, str) or not label.strip():
                 raise InputError(f"Label {number} of {len(labels)} is empty or not text.")

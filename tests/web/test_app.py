@@ -72,6 +72,14 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
 
 
+def test_labels_that_the_page_would_not_take_are_refused_at_the_start(colour_bundle: Path) -> None:
+    with pytest.raises(InputError, match=r"There are 2,001 labels; the limit is 2,000\."):
+        app.Demo([colour_bundle], labels=[f"thing {number}" for number in range(2_001)], threads=1)
+    with pytest.raises(InputError, match="Label 2 has 301 characters"):
+        app.Demo([colour_bundle], labels=["red", "r" * 301], threads=1)
+    assert app.Demo([colour_bundle], labels=["red"] * 2_000, threads=1).start_labels == ["red"] * 2_000
+
+
 def test_a_bundle_that_embeds_images_alone_is_refused(colours_without_text: Path) -> None:
     manifest = read_manifest(colours_without_text)
     (colours_without_text / "labels.npz").unlink()
@@ -116,7 +124,7 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/labels", b'["a", 1]', 422, "Label 2 of 2 is empty or not text"),
         ("/api/labels", b'["a", " "]', 422, "Label 2 of 2 is empty or not text"),
         ("/api/labels", json.dumps(["a" * 301]).encode(), 422, "Label 1 has 301 characters"),
-        ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "2,001 labels were sent; the limit is 2,000"),
+        ("/api/labels", json.dumps(["a"] * 2001).encode(), 422, "There are 2,001 labels; the limit is 2,000"),
     ],
 )
 def test_invalid_requests_get_an_error_message(
