@@ -218,16 +218,23 @@ def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0]]
-    column = next((header.index(heading) for heading in headings if heading in header), None)
-    if column is not None:
-        rows = rows[1:]
-    elif max(map(len, rows)) > 1:
+    if columns := [_column(rows[1:], header.index(heading)) for heading in headings if heading in header]:
+        if headings[0] != HEADINGS[0] and headings[0] in header:  # asked for
+            return columns[0]
+        # Beside class numbers, as under `label,name`, the names are meant.
+        return next((column for column in columns if not all(map(is_natural, column))), columns[0])
+    if max(map(len, rows)) > 1:
         raise InputError(
             f"The label file {path} has no column headed 'label'; its first line is {first.strip()!r}."
             f"{near_matches('label', header)}",
             hint="head the column of the labels: label",
         )
-    cells = [row[column or 0].strip() for row in rows if len(row) > (column or 0)]
+    return _column(rows, 0)
+
+
+def _column(rows: Sequence[Sequence[str]], number: int) -> list[str]:
+    """Return the texts of a column, each once, without those of rows that are empty or too short there."""
+    cells = (row[number].strip() for row in rows if len(row) > number)
     return list(dict.fromkeys(cell for cell in cells if cell))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.runtime.label_list import everyday_labels, label_names, parse_labels, read_labels_file
+from clip_rd_edge.runtime.label_list import everyday_labels, label_names, parse_labels, read_labels_file, read_texts
 
 # Name and content of a label file; each holds the labels "a pig" and "a dog, asleep".
 FILES = {
@@ -16,6 +16,7 @@ FILES = {
     "labels.csv": 'label,count\na pig,3\n"a dog, asleep",4\na pig,5\n',
     "semicolon.csv": "id;Class_Name\n7;a pig\n8;a dog, asleep\n",
     "one column.csv": 'a pig\n"a dog, asleep"\n',
+    "numbered.csv": 'label,count,class_name\n0,3,a pig\n1,4,"a dog, asleep"\n',
     "labels.tsv": "id\tname\n7\ta pig\n8\ta dog, asleep\n",
     "list.json": '["a pig", "a dog, asleep"]',
     "object.json": '{"version": 1, "labels": ["a pig", "a dog, asleep"]}',
@@ -34,6 +35,14 @@ def test_a_label_file_is_read_by_what_it_is(tmp_path: Path, name: str, monkeypat
     assert label_names(tmp_path / name) == label_names(str(tmp_path / name)) == labels
     monkeypatch.chdir(tmp_path)
     assert parse_labels(["a cat", f"./{name}", "a cow"]) == ["a cat", *labels, "a cow"]
+
+
+def test_numbers_are_labels_where_a_table_has_no_names_or_the_column_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "digits.csv"
+    path.write_text("label,image\n0,a.png\n1,b.png\n")
+    assert read_labels_file(path) == ["0", "1"]
+    path.write_text("digit,name\n0,zero\n1,one\n")
+    assert read_texts(str(path), "digit") == ["0", "1"]
 
 
 # What ImageNet calls otherwise: test data for the next test.
