@@ -32,14 +32,14 @@ class ServeOptions(TypedDict, total=False):
         max_batch: max number of images or texts per call of a tower. Default: 16.
         max_items: max number of images and texts of requests that are not answered yet; what exceeds it is answered
             with 503 and Retry-After. Default: 1,024.
-        allow_host: further host names by which clients reach the server, if there is no token.
+        allow_host: further host names by which clients reach the server, if there is no token; one or several.
     """
 
     threads: int | None
     device: str
     max_batch: int
     max_items: int
-    allow_host: Sequence[str]
+    allow_host: str | Sequence[str]
 
 
 @checked_call
@@ -170,7 +170,7 @@ def serve(
 
     Raises:
         InputError: there is no bundle or index, or another bundle created the index.
-        UsageError: listening on the address failed, or an option is unknown.
+        UsageError: listening on the address failed, an option is unknown, or a host has no name.
     """
     from clip_rd_edge import __version__
     from clip_rd_edge.errors import require_known_options

@@ -41,7 +41,7 @@ from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import UnknownFieldError, decode_request
 from clip_rd_edge.web.app import read_body
-from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, too_large_message
+from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, host_names, too_large_message
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
 
 RETRY_AFTER_S = 1
@@ -327,13 +327,18 @@ def _json(content: object, status: int = 200, headers: dict[str, str] | None = N
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def make_app(service: Service, *, token: str = "", loopback: bool = True, names: Collection[str] = ()) -> Starlette:
+def make_app(
+    service: Service, *, token: str = "", loopback: bool = True, names: str | Collection[str] = ()
+) -> Starlette:
     """Return the ASGI application.
 
     Args:
         token: the bearer token that every request but /health needs; empty for none.
         loopback: whether the server listens only on this machine.
         names: further host names that requests may use; see `web.guard`.
+
+    Raises:
+        UsageError: one of them is no host name.
     """
     posts: dict[str, Handler] = {
         "/embeddings": service.embeddings,
@@ -357,7 +362,7 @@ def make_app(service: Service, *, token: str = "", loopback: bool = True, names:
         for method, handlers in (("POST", posts), ("GET", gets))
         for path, handler in handlers.items()
     ]
-    guard = Middleware(Guard, loopback=loopback, names=names, token_required=bool(token), respond=_error)
+    guard = Middleware(Guard, loopback=loopback, names=host_names(names), token_required=bool(token), respond=_error)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.checked import is_natural
 
 MAX_BODY_BYTES = 25_000_000
@@ -60,7 +61,7 @@ class Guard:
     Args:
         app: the application to protect.
         loopback: whether the server listens only on this machine.
-        names: further host names that requests may use.
+        names: further host names that requests may use, as from `host_names`.
         token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
             no check.
         respond: makes the response of a refusal from its status and message.
@@ -77,7 +78,7 @@ class Guard:
     ) -> None:
         self.app, self._respond = app, respond or error_response
         self.loopback = loopback
-        self.names = {name.lower() for name in names}
+        self.names = names
         self.token_required = token_required
         self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
         self._last_allowed: str | None = None
@@ -184,6 +185,23 @@ def _hostname(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def host_names(names: str | Collection[str]) -> set[str]:
+    """Return the host names in what a user gives, a single one or several: NAME, NAME:PORT or http://NAME:PORT.
+
+    Raises:
+        UsageError: there is no name in one.
+    """
+    hosts = set()
+    for name in [names] if isinstance(names, str) else names:
+        host = _hostname(name.strip().rpartition("://")[2])
+        if not host:
+            raise UsageError(
+                f"{name!r} has no host name.", hint="name the host alone, such as --allow-host clip-server"
+            )
+        hosts.add(host)
+    return hosts
 
 
 def error_response(status: int, message: str, *, hint: str = "") -> JSONResponse:

@@ -25,7 +25,7 @@ from support import PATIENCE_S, patient_server, wait_until
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
-from clip_rd_edge.errors import InputError
+from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.batching import Batcher
@@ -175,6 +175,20 @@ def test_labels_are_embedded_once_whatever_is_omitted(colour_bundle: Path, monke
             answer = client.post("/classify", json={**body, "none_below": none_below})
             assert len(answer.json()["predictions"]) == count
     assert embedded == [3]
+
+
+@pytest.mark.parametrize("names", ["Frigate", ["frigate"], ["frigate:8766"], ["http://frigate:8766/"]])
+def test_a_host_that_is_allowed_may_be_given_with_a_port_or_as_an_address(colour_bundle: Path, names: Any) -> None:
+    application = make_app(Service(load(colour_bundle)), loopback=False, names=names)
+    with testclient.TestClient(application, base_url="http://frigate:8766") as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/health", headers={"Host": "other:8766"}).status_code == 403
+
+
+@pytest.mark.parametrize("name", ["", ":8766", "http://"])
+def test_a_host_without_a_name_is_refused_at_the_start(colour_bundle: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="has no host name"):
+        make_app(Service(load(colour_bundle)), names=[name])
 
 
 def test_a_clients_labels_name_no_file_of_the_server(client: Any, tmp_path: Path) -> None:
