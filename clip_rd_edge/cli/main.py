@@ -202,13 +202,11 @@ _NO_MEMORY = ClipRdEdgeError(
 def _pass_on_any_path() -> None:
     """Let paths that are not UTF-8 go through stdin and stdout as the bytes that they are.
 
-    A file or pipe gets UTF-8, whatever the locale: on Windows, that may know neither the labels nor a table's lines.
+    A file or pipe has UTF-8, whatever the locale: on Windows, that may know neither the labels nor a table's lines.
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="surrogateescape")
 
 
 def _run(arguments: list[str]) -> Any:

@@ -138,12 +138,14 @@ def test_a_path_in_a_command_to_copy_is_one_word() -> None:
     assert as_word("-dash") == "./-dash"
 
 
-def test_a_pipe_gets_utf_8_whatever_the_locale(colour_bundle: Path, colour_images: Path) -> None:
+def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images: Path) -> None:
     """On Windows, it has 256 characters."""
-    command = ["-m", "clip_rd_edge", "classify", colour_bundle, colour_images / "red.png", "--json"]
+    image = (colour_images / "red.png").rename(colour_images / "赤.png")
+    command = ["-m", "clip_rd_edge", "classify", colour_bundle, "-", "--json"]
     result = subprocess.run(
-        [sys.executable, *command, "--labels", "red", "猫", "Möwe"],
+        [sys.executable, *command, "--labels", "red", "猫", "Möwe"], input=f"{image}\n".encode(),
         capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
     )  # fmt: skip
+    assert "赤.png" in result.stdout.decode()
     assert '"猫"' in result.stdout.decode()
     assert '"Möwe"' in result.stdout.decode()
