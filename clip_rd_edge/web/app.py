@@ -18,8 +18,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.utils.structs import decode_request
@@ -28,6 +27,8 @@ from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle, distinct_names
 
 PAGE = Path(__file__).with_name("page")
+# Not as `mimetypes` has them, from the registry on Windows: a browser runs no script that is served as text/plain.
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 MAX_PARALLEL = 2  # images classified at the same time
 MAX_QUEUED = 16  # requests that may wait; a single page never sends more than one at a time
 BODY_TIMEOUT_S = 20.0  # for a request body to arrive
@@ -59,10 +60,6 @@ class Demo:
         ]
         self.pending = 0  # classify requests in progress or queued
         self._limiter: CapacityLimiter | None = None
-
-    async def page(self, request: Request) -> Response:
-        """Serve the page."""
-        return FileResponse(PAGE / "index.html")
 
     async def bundles(self, request: Request) -> Response:
         """Return the bundles and the labels to start with."""
@@ -105,14 +102,19 @@ def make_app(demo: Demo, *, loopback: bool = True) -> Starlette:
     """Return the ASGI application of a `Demo`, protected by `Guard`."""
     return Starlette(
         routes=[
-            Route("/", demo.page),
+            Route("/", serve_file(PAGE / "index.html")),
             Route("/api/bundles", demo.bundles),
             Route("/api/labels", _report_errors(demo.labels), methods=["POST"]),
             Route("/api/classify", _report_errors(demo.classify), methods=["POST"]),
-            Mount("/", StaticFiles(directory=PAGE)),
+            *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
         ],
         middleware=[Middleware(Guard, loopback=loopback)],
     )
+
+
+def serve_file(path: Path) -> Callable[[Request], Response]:
+    """Return a handler that answers with a file of a page, with the same type on every machine."""
+    return lambda request: FileResponse(path, media_type=_MEDIA_TYPES[path.suffix])
 
 
 def _report_errors(handler: Handler) -> Handler:

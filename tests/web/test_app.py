@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import logging
+import mimetypes
 import re
 import shutil
 import signal
@@ -70,6 +71,21 @@ def test_the_page_loads_nothing_from_other_servers(client: Any) -> None:
         assert "https://" not in response.text
     assert client.get("/../app.py").status_code == 404
     assert client.get("/api/bundles").json()["bundles"][1]["folder"] == "second"
+
+
+def test_the_pages_files_have_their_types_whatever_the_machine_calls_them(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a Windows whose registry calls scripts text: a browser would not run them."""
+    mimetypes.init()
+    for types in (mimetypes.types_map, *mimetypes._db.types_map):  # type: ignore[attr-defined]
+        for suffix in (".js", ".css", ".svg", ".html"):
+            monkeypatch.setitem(types, suffix, "text/plain")
+    page = app.make_app(app.Demo([colour_bundle], threads=1))
+    with testclient.TestClient(page, base_url="http://127.0.0.1:8765") as client:
+        for name, kind in {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}.items():
+            assert client.get(f"/{name}").headers["content-type"].startswith(kind)
+        assert client.get("/").headers["content-type"].startswith("text/html")
 
 
 def test_labels_that_the_page_would_not_take_are_refused_at_the_start(colour_bundle: Path) -> None:

@@ -11,11 +11,11 @@ import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.web.app import PAGE, is_loopback, run_server
+from clip_rd_edge.web.app import PAGE, is_loopback, run_server, serve_file
 from clip_rd_edge.web.guard import Guard
 from clip_rd_edge.web.watch.page import FOLDER, render
 from clip_rd_edge.web.watch.state import Answers, read_run
@@ -42,9 +42,6 @@ def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True
 
     async def serve_page(request: Request) -> Response:
         return await anyio.to_thread.run_sync(page)
-
-    def serve_file(path: Path) -> Callable[[Request], Response]:
-        return lambda request: FileResponse(path)
 
     return Starlette(
         routes=[
