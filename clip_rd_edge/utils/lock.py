@@ -19,6 +19,7 @@ _POLL_S = 0.1
 # drive that is not there.
 _ATTEMPTS, _PAUSE_S = 100, 0.01
 _HELD_ELSEWHERE = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+_LOCKED_BYTE = 1 << 30  # on Windows: no other process can read what is locked, which the content is not to be
 _held: set[int] = set()  # file descriptors
 
 
@@ -120,7 +121,9 @@ def _lock(file: int) -> None:
     except ImportError:  # Windows
         import msvcrt
 
+        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        os.lseek(file, 0, os.SEEK_SET)
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import wait_until
@@ -25,6 +26,18 @@ def test_a_second_writer_is_refused_with_the_holders_process_id(tmp_path: Path) 
     assert [path.name for path in folder.iterdir()] == ["result"]
     with exclusive_writer(folder):
         pass
+
+
+def test_windows_locks_none_of_the_bytes_that_others_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, no other process can read a byte that is locked."""
+    locked = list[int]()
+    look = lambda file, mode, count: locked.append(os.lseek(file, 0, os.SEEK_CUR))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=look, LK_NBLCK=2))
+    with exclusive_writer(tmp_path):
+        content = (tmp_path / ".lock").read_bytes()
+    assert content == str(os.getpid()).encode()
+    assert locked[0] > len(content)
 
 
 def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:

@@ -144,6 +144,8 @@ def _is_worked_on(lock: Path, *, quiet_s: float | None) -> bool:
     """
     try:
         holder = lock.read_text()
+    except PermissionError:  # on Windows, of a file that is locked
+        return True
     except OSError:
         return False
     if holder.isdecimal() and is_running(int(holder)):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,20 @@ def test_a_run_at_work_has_a_time_left(make_run: MakeRun, tmp_path: Path) -> Non
     state = read_run(run)
     assert (state.name, state.phase, state.step, state.steps) == ("first", "running", 20, 50)
     assert state.seconds_left == pytest.approx((50 - 20) * 0.5, abs=2)
+
+
+def test_a_lock_that_cannot_be_read_is_held(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, plain = make_run(tmp_path / "first"), Path.read_text
+    (run / ".lock").touch()
+    os.utime(run / "metrics.jsonl", (0, time.time() - 3600))
+
+    def read_text(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.name == ".lock":
+            raise PermissionError(13, "Permission denied")
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert read_run(run).phase == "running"
 
 
 def test_a_run_without_its_lock_has_stopped(make_run: MakeRun, tmp_path: Path) -> None:
