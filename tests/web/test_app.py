@@ -88,6 +88,14 @@ def test_the_pages_files_have_their_types_whatever_the_machine_calls_them(
         assert client.get("/").headers["content-type"].startswith("text/html")
 
 
+def test_a_port_on_windows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another option stands for the one that only Windows has."""
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with _listen("127.0.0.1", 0) as listener:
+        options = [listener.getsockopt(socket.SOL_SOCKET, name) for name in (socket.SO_KEEPALIVE, socket.SO_REUSEADDR)]
+    assert [bool(value) for value in options] == [True, False]
+
+
 def test_labels_that_the_page_would_not_take_are_refused_at_the_start(colour_bundle: Path) -> None:
     with pytest.raises(InputError, match=r"There are 2,001 labels; the limit is 2,000\."):
         app.Demo([colour_bundle], labels=[f"thing {number}" for number in range(2_001)], threads=1)
