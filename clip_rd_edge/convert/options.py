@@ -58,6 +58,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
             neither is, the export is refused. `none` also refuses it for a single tower.
         labels: names for a label bank, so that a device with fixed labels needs no text tower; None for no bank.
         text_tower: False leaves the text tower and the tokenizer out.
+        in_batches: the clients run INT8 on several inputs at once, whatever the manifest says of a tower.
         threads: number of threads when measuring latency.
         provenance: where the model comes from, for the manifest.
     """
@@ -72,6 +73,7 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     fallback: Fallback | None = None
     labels: tuple[str, ...] | None = None
     text_tower: bool = True
+    in_batches: bool = False
     threads: int = 1
     provenance: dict[str, str] = {}
 

@@ -60,7 +60,7 @@ def export_huggingface(
             converted = export_bundle(
                 clip,
                 bundle,
-                msgspec.structs.replace(request, precision=variant),
+                msgspec.structs.replace(request, precision=variant, in_batches=True),
                 calibration=calibration if variant == "int8" else None,
                 source=bundles["fp32"] if variant != "fp32" else None,
                 reporter=PrefixedReporter(reporter, f"{variant}: "),

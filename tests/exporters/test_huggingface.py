@@ -24,6 +24,7 @@ from transformers import AutoConfig
 import clip_rd_edge as edge
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
+from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import _last_id, _take_any_length, normalizer_with_cleaning
 from clip_rd_edge.convert.options import ExportRequest
@@ -51,13 +52,19 @@ HARD_TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(student: ClipModel, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's folder for the hub in all precisions."""
+def exported(
+    student: ClipModel, calibration: CalibrationSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ConvertedBundle]:
+    """The student's folder for the hub in all precisions, and what INT8 was chosen from."""
     output = tmp_path_factory.mktemp("hub") / "student"
     request = ExportRequest(precision="int8", fallback="fp32")
     facts = {"recipe": "clip-rd", "teacher": "big", "data": "emoji"}
-    export_huggingface(student, output, request, calibration=calibration, training=facts)
-    return output
+    return output, export_huggingface(student, output, request, calibration=calibration, training=facts)
+
+
+@pytest.fixture(scope="module")
+def folder(exported: tuple[Path, ConvertedBundle]) -> Path:
+    return exported[0]
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
@@ -179,6 +186,11 @@ def test_a_row_of_a_batch_does_not_depend_on_the_others(folder: Path) -> None:
     (together,) = session.run(None, {"input_ids": batch})
     alone = [session.run(None, {"input_ids": np.asarray([row])})[0][0] for row in rows]
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_int8_that_depends_on_the_batch_is_left_out(exported: tuple[Path, ConvertedBundle]) -> None:
+    verdicts = {trial.verdict for trial in exported[1].trials if "per-tensor" in trial.name}
+    assert verdicts == {"depends on the batch"}
 
 
 @pytest.mark.parametrize("suffix", ["", "_fp16", "_int8"])

@@ -106,7 +106,10 @@ def _tower_samples(
         "image": partial(top1_matches, captions=references["text"]),
         "text": partial(top1_matches, references["image"]),
     }
-    samples = [TowerSamples(name, *inputs[name], references[name], adapt=request.adapts(name)) for name in towers]
+    samples = [
+        TowerSamples(name, *inputs[name], references[name], adapt=request.adapts(name), in_batches=request.in_batches)
+        for name in towers
+    ]
     if not calibration.paired:
         return samples
     share, chance = correct["image"](references["image"]).mean(), 1 / len(np.unique(held_out.ids, axis=0))

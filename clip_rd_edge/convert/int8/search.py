@@ -57,6 +57,7 @@ class TowerSamples:
         reference: embeddings (M, D) of `held_out` by the float32 file, if they are known already.
         correct: returns which held-out pairs (M,) the tower's embeddings of `held_out` match, given the other tower's.
         adapt: see `convert.int8.candidates.CandidateRequest`.
+        in_batches: leave out candidates whose embeddings depend on the other inputs of a batch.
     """
 
     tower: str
@@ -65,6 +66,7 @@ class TowerSamples:
     reference: Embeddings | None = None
     correct: Callable[[Embeddings], Matches] = lambda embeddings: np.ones(len(embeddings), dtype=bool)
     adapt: bool = True
+    in_batches: bool = False
 
 
 def quantize_tower(
@@ -94,7 +96,7 @@ def quantize_tower(
     reporter = PrefixedReporter(reporter, f"{tower} tower: ")
     sessions: dict[str, Any] = {_FP32: backend.open(str(model), threads=threads)}
     contents: dict[str, bytes] = {}
-    failed: list[Trial] = []
+    left_out: list[Trial] = []
     with tempfile.TemporaryDirectory() as folder:
         request = CandidateRequest(
             model=backend.prepare(model, Path(folder)),
@@ -109,7 +111,9 @@ def quantize_tower(
             reporter.update(candidate.name)
             result = _open_candidate(candidate, backend, threads)
             if isinstance(result, str):
-                failed.append(_failed_trial(tower, candidate, result))
+                left_out.append(_trial_left_out(tower, candidate, f"failed: {result[:80]}"))
+            elif samples.in_batches and backend.one_at_a_time(result[0]):
+                left_out.append(_trial_left_out(tower, candidate, "depends on the batch"))
             else:
                 contents[candidate.name], sessions[candidate.name] = result
     reporter.update(f"timing {len(contents)} candidates and float32 in turn")
@@ -138,7 +142,7 @@ def quantize_tower(
         precision=f"int8 {choice.name}" if choice.name else "fp32",
         note=choice.note,
         measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
-        trials=(*choice.trials, *failed),
+        trials=(*choice.trials, *left_out),
         one_at_a_time=choice.name in one_at_a_time,
         instruction_sets=backend.instruction_sets(contents[choice.name]) if choice.name else (),
     )
@@ -157,7 +161,7 @@ def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> tup
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _failed_trial(tower: str, candidate: Candidate, reason: str) -> Trial:
+def _trial_left_out(tower: str, candidate: Candidate, verdict: str) -> Trial:
     return Trial(
         tower=tower,
         name=candidate.name,
@@ -165,5 +169,5 @@ def _failed_trial(tower: str, candidate: Candidate, reason: str) -> Trial:
         centred_cosine=float("nan"),
         size_ratio=float("nan"),
         loss_points=float("nan"),
-        verdict=f"failed: {reason[:80]}",
+        verdict=verdict,
     )

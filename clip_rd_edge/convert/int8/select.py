@@ -47,7 +47,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def measured(self) -> bool:
-        """Whether the candidate could be made and opened; the figures of another are NaN."""
+        """Whether the candidate was measured; the figures of one that failed or was left out are NaN."""
         return not math.isnan(self.latency_ratio)
 
 

@@ -99,6 +99,18 @@ def test_answers_that_a_candidate_loses_count_as_lost(fp32_bundle: Path, calibra
     assert "loses 100.0 points" in {trial.verdict for trial in quantized.trials}
 
 
+def test_a_candidate_that_depends_on_the_batch_is_left_out_for_clients_that_send_batches(
+    fp32_bundle: Path, calibration: CalibrationSet
+) -> None:
+    samples = TowerSamples("text", calibration.calibrate.ids, calibration.held_out.ids, in_batches=True)
+    fastest = "dynamic with token embeddings, per-tensor"
+    quantized = quantize_tower(fp32_bundle / "text.onnx", samples, timer=_timer(float32=3.0, **{fastest: 0.1}))
+    assert not quantized.one_at_a_time
+    assert quantized.model is not None
+    (trial,) = (trial for trial in quantized.trials if trial.name == fastest)
+    assert (trial.verdict, trial.measured) == ("depends on the batch", False)
+
+
 def test_softmax_normalisation_and_attention_products_stay_in_float(
     image_tower: Callable[[str], tuple[ClipModel, Path]], tmp_path: Path
 ) -> None:
