@@ -23,9 +23,19 @@ from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
+# The distributions of ONNX Runtime, of which one is installed.
+ONNXRUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-migraphx",
+)
 PACKAGES = (
     "clip-rd-edge",
-    "onnxruntime",
+    *ONNXRUNTIMES,
     "openvino",
     "ai-edge-litert",
     "executorch",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 
+from clip_rd_edge.benchmarking.results import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.contract.bundle import (
     EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
@@ -50,7 +50,7 @@ from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import new_folder, write_bytes
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
-_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", "onnxruntime", "pillow")
+_PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", *ONNXRUNTIMES, "pillow")
 MAX_DIFFERENCE, MIN_COSINE = 1e-4, 0.99999
 TARGET = "onnxruntime"
 
@@ -277,5 +277,5 @@ def _with_preprocessing(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that an export depends on, for its provenance."""
-    return {package: version(package) for package in _PACKAGES}
+    """Return the versions of the installed packages that an export depends on, for its provenance."""
+    return installed_versions(_PACKAGES)

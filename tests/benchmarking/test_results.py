@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pytest
+
 from clip_rd_edge.benchmarking.results import Results, read_results, this_environment, write_results
+from clip_rd_edge.exporters.bundle import package_versions
 
 
 def test_the_environment_describes_this_machine() -> None:
@@ -12,6 +16,19 @@ def test_the_environment_describes_this_machine() -> None:
     assert "core" in environment.machine
     assert environment.packages.keys() >= {"clip-rd-edge", "numpy", "onnxruntime"}
     assert environment.date.endswith("+00:00")
+
+
+def test_the_installed_distribution_of_onnx_runtime_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_the_gpu_build(package: str) -> str:
+        if package == "onnxruntime":
+            raise PackageNotFoundError(package)
+        return "1.23.0" if package == "onnxruntime-gpu" else version(package)
+
+    monkeypatch.setattr("clip_rd_edge.benchmarking.results.version", with_the_gpu_build)
+    for versions in (this_environment().packages, package_versions()):
+        assert {name: number for name, number in versions.items() if "onnxruntime" in name} == {
+            "onnxruntime-gpu": "1.23.0"
+        }
 
 
 def test_reading_package_versions_imports_neither_torch_nor_onnxruntime() -> None:
