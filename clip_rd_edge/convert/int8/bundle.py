@@ -22,7 +22,7 @@ from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.select import nearest
 from clip_rd_edge.convert.litert import LITERT_BACKEND, write_litert_fp16_tower
-from clip_rd_edge.convert.options import ExportRequest, Fallback
+from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Matches, embed, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import write_bytes
@@ -74,7 +74,7 @@ def write_int8(
         if samples.tower in manifest.towers
     }
     fallback = request.fallback
-    _require_fallback(manifest.name, quantized, fallback)
+    _require_fallback(manifest.name, quantized, request)
     towers = {
         name: _write_fp16_fallback(quantized[name], tower, source, folder, request.format)
         if fallback == "fp16" and quantized[name].model is None
@@ -121,9 +121,10 @@ def _tower_samples(
     return [replace(of_tower, correct=correct[of_tower.tower]) for of_tower in samples]
 
 
-def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallback: Fallback | None) -> None:
+def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], request: ExportRequest) -> None:
     """Raise ClipRdEdgeError if a tower falls back and the user does not allow it."""
     falling_back = {tower: outcome for tower, outcome in quantized.items() if outcome.model is None}
+    fallback = request.fallback
     allowed = fallback in ("fp32", "fp16") or (fallback is None and len(falling_back) < len(quantized))
     if not falling_back or allowed:
         return
@@ -132,21 +133,25 @@ def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], fallba
     )
     raise ClipRdEdgeError(
         f"INT8 is not worth shipping for {name} on this machine: {reasons.rstrip('.')}.",
-        hint=_alternatives(falling_back),
+        hint=_alternatives(falling_back, request),
     )
 
 
-def _alternatives(falling_back: Mapping[str, QuantizedTower]) -> str:
+def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportRequest) -> str:
+    """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
     options = ["--fallback fp32 ships float32, the best here", "--fallback fp16 ships half its size"]
-    best = [
-        nearest(trials)
-        for outcome in falling_back.values()
-        if (trials := [trial for trial in outcome.trials if trial.size_ratio > 0])
-    ]
-    faster = [trial for trial in best if trial.latency_ratio < 1]
-    if faster:
-        min_agreement = min(math.floor(100 * trial.centred_cosine) / 100 for trial in faster)
-        options.append(f"--min-agreement {min_agreement} ships the nearest INT8 candidate")
+    measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
+    best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
+    budget = request.budget
+    if best and (request.fallback is None or len(best) == len(falling_back)):
+        changes = []
+        if any(trial.centred_cosine < budget.min_agreement(trial.tower) for trial in best):
+            cosine = min(trial.centred_cosine for trial in best)
+            changes.append(f"--min-agreement {math.floor(100 * cosine) / 100}")
+        loss = max(trial.loss_points for trial in best)
+        if loss > budget.max_loss:
+            changes.append(f"--max-loss {math.ceil(10 * loss) / 10}")
+        options.append(f"{' '.join(changes)} ships the nearest INT8 candidate")
     return ", ".join(options)
 
 

@@ -16,7 +16,7 @@ from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate, Candid
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
-from clip_rd_edge.errors import ConfigError, first_line
+from clip_rd_edge.errors import ConfigError, first_line, in_one_line
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
@@ -111,7 +111,7 @@ def quantize_tower(
             reporter.update(candidate.name)
             result = _open_candidate(candidate, backend, threads)
             if isinstance(result, str):
-                left_out.append(_trial_left_out(tower, candidate, f"failed: {result[:80]}"))
+                left_out.append(_trial_left_out(tower, candidate, f"failed: {result}"))
             elif samples.in_batches and backend.one_at_a_time(result[0]):
                 left_out.append(_trial_left_out(tower, candidate, "depends on the batch"))
             else:
@@ -135,14 +135,14 @@ def quantize_tower(
             lost=int((reference_correct & ~correct).sum()),
             gained=int((correct & ~reference_correct).sum()),
         )
-    choice = choose(tower, fp32, list(measured.values()), budget=budget)
+    choice = choose(tower, fp32, list(measured.values()), budget=budget, left_out=left_out)
     shipped = measured[choice.name] if choice.name else fp32
     return QuantizedTower(
         model=contents[choice.name] if choice.name else None,
         precision=f"int8 {choice.name}" if choice.name else "fp32",
         note=choice.note,
         measured=measurement(shipped.agreement, shipped.latencies_ms, reference_ms=fp32.latencies_ms, threads=threads),
-        trials=(*choice.trials, *left_out),
+        trials=choice.trials,
         one_at_a_time=choice.name in one_at_a_time,
         instruction_sets=backend.instruction_sets(contents[choice.name]) if choice.name else (),
     )
@@ -158,7 +158,7 @@ def _open_candidate(candidate: Candidate, backend: Backend, threads: int) -> tup
     except Exception as error:  # the quantiser raises many types; the other candidates are still tried
         if full := disk_full_error(error):
             raise full from error
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {in_one_line(error)}"
 
 
 def _trial_left_out(tower: str, candidate: Candidate, verdict: str) -> Trial:

@@ -50,6 +50,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the candidate was measured; the figures of one that failed or was left out are NaN."""
         return not math.isnan(self.latency_ratio)
 
+    @property
+    def pays(self) -> bool:
+        """Whether the candidate is faster than float32, or much smaller and not slower."""
+        return self.measured and not _cost_objection(self.latency_ratio, self.size_ratio)
+
 
 @dataclass(frozen=True)
 class MeasuredCandidate:
@@ -84,7 +89,14 @@ class Choice:
     trials: tuple[Trial, ...]
 
 
-def choose(tower: str, fp32: MeasuredCandidate, tried: Sequence[MeasuredCandidate], *, budget: Budget) -> Choice:
+def choose(
+    tower: str,
+    fp32: MeasuredCandidate,
+    tried: Sequence[MeasuredCandidate],
+    *,
+    budget: Budget,
+    left_out: Sequence[Trial] = (),
+) -> Choice:
     """Choose the smallest of the fastest candidates that are within the budget and worth shipping.
 
     A candidate is worth shipping if it is faster than float32, or much smaller and not slower. Among candidates of
@@ -96,6 +108,7 @@ def choose(tower: str, fp32: MeasuredCandidate, tried: Sequence[MeasuredCandidat
         fp32: float32, timed in turn with the candidates.
         tried: the candidates.
         budget: the accuracy that INT8 may cost.
+        left_out: candidates that could not be measured, for the table, and the note if there is no other.
     """
     min_agreement = budget.min_agreement(tower)
     latency_ratios = {c.name: p10(c.latencies_ms) / p10(fp32.latencies_ms) for c in tried}
@@ -122,23 +135,29 @@ def choose(tower: str, fp32: MeasuredCandidate, tried: Sequence[MeasuredCandidat
         )
         for c in tried
     )
-    return Choice(best.name if best else None, "" if best else _float32_note(trials, min_agreement), trials)
+    note = "" if best else _float32_note(trials, left_out)
+    return Choice(best.name if best else None, note, (*trials, *left_out))
 
 
 def _objections(
     candidate: MeasuredCandidate, latency_ratio: float, size_ratio: float, min_agreement: float, max_loss: float
 ) -> str:
     """Return why a candidate cannot be shipped, or an empty string."""
-    reasons = []
-    if latency_ratio > _NOT_SLOWER:
-        reasons.append("slower than float32")
-    elif latency_ratio > _MAX_LATENCY_RATIO and size_ratio > _MAX_SIZE_RATIO:
-        reasons.append("not significantly faster or smaller than float32")
+    reasons = [_cost_objection(latency_ratio, size_ratio)]
     if candidate.agreement.centred_cosine < min_agreement:
         reasons.append(f"below {min_agreement}")
     if candidate.loss_points > max_loss and not _explained_by_chance(candidate.lost, candidate.gained):
         reasons.append(f"loses {candidate.loss_points:.1f} points")
-    return " and ".join(reasons)
+    return " and ".join(filter(None, reasons))
+
+
+def _cost_objection(latency_ratio: float, size_ratio: float) -> str:
+    """Return why a candidate would not pay even if it were exact, or an empty string."""
+    if latency_ratio > _NOT_SLOWER:
+        return "slower than float32"
+    if latency_ratio > _MAX_LATENCY_RATIO and size_ratio > _MAX_SIZE_RATIO:
+        return "not significantly faster or smaller than float32"
+    return ""
 
 
 def _explained_by_chance(lost: int, gained: int) -> bool:
@@ -149,18 +168,18 @@ def _explained_by_chance(lost: int, gained: int) -> bool:
     return p_value >= _CHANCE
 
 
-def _float32_note(trials: Sequence[Trial], min_agreement: float) -> str:
+def _float32_note(trials: Sequence[Trial], left_out: Sequence[Trial]) -> str:
     if not trials:
-        return "float32: the tower could not be converted to INT8."
+        first = f": {left_out[0].name} {left_out[0].verdict}" if left_out else ""
+        return f"float32: the tower could not be converted to INT8{first}."
     best = nearest(trials)
     return (
-        f"float32: none of {len(trials)} INT8 candidates was enough faster, or smaller and not slower, with a centred "
-        f"cosine of at least {min_agreement}; the nearest ({best.name}) took {best.latency_ratio:.2f} times as long, "
-        f"with a centred cosine of {best.centred_cosine:.4f}."
+        f"float32: none of {len(trials)} INT8 candidates is worth shipping; the nearest ({best.name}: {best.verdict}) "
+        f"took {best.latency_ratio:.2f} times as long, with a centred cosine of {best.centred_cosine:.4f}."
     )
 
 
 def nearest(trials: Sequence[Trial]) -> Trial:
-    """Return the trial that came nearest to being shipped: the most accurate of the faster ones, else the fastest."""
-    faster = [t for t in trials if t.latency_ratio < 1]
-    return max(faster, key=lambda t: t.centred_cosine) if faster else min(trials, key=lambda t: t.latency_ratio)
+    """Return the trial that came nearest to being shipped: the most accurate of those that pay, else the fastest."""
+    paying = [t for t in trials if t.pays]
+    return max(paying, key=lambda t: t.centred_cosine) if paying else min(trials, key=lambda t: t.latency_ratio)

@@ -41,20 +41,13 @@ class Export:
         self.student, self.source, self.calibration, self.output = student, source, calibration, output
         self.improved: tuple[str, ...] = ()
         self.adapted = dict[str, bool]()
+        self.trial = {"latency_ratio": 0.6, "centred_cosine": 0.987, "size_ratio": 0.3, "loss_points": 0.0}
         monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", self.quantize)
 
     def quantize(self, model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
         tower = samples.tower
         self.adapted[tower] = samples.adapt
-        trial = Trial(
-            tower=tower,
-            name="static",
-            latency_ratio=0.6,
-            centred_cosine=0.987,
-            size_ratio=0.3,
-            loss_points=0.0,
-            verdict="",
-        )
+        trial = Trial(tower=tower, name="static", verdict="", **self.trial)
         if tower in self.improved:
             return QuantizedTower(model.read_bytes(), "int8 static", "", MEASURED, (trial,))
         return QuantizedTower(None, "fp32", f"float32: {tower} is not improved.", MEASURED, (trial,))
@@ -92,6 +85,40 @@ def test_if_no_tower_is_improved_nothing_is_written_and_alternatives_are_named(e
     assert error.value.hint.startswith("--fallback fp32 ships float32")
     assert error.value.hint.endswith("--min-agreement 0.98 ships the nearest INT8 candidate")
     assert not export.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("trial", "hint"),
+    [
+        ({"centred_cosine": 0.999, "loss_points": 10.41}, "--max-loss 10.5 ships the nearest INT8 candidate"),
+        ({"loss_points": 3.0}, "--min-agreement 0.98 --max-loss 3.0 ships the nearest INT8 candidate"),
+        ({"centred_cosine": -0.2}, "--fallback fp16 ships half its size"),  # no limit accepts it
+        ({"latency_ratio": 0.98, "size_ratio": 0.9}, "--fallback fp16 ships half its size"),
+    ],
+)
+def test_the_hint_names_the_limits_that_would_ship_a_candidate(
+    export: Export, trial: dict[str, float], hint: str
+) -> None:
+    export.trial |= trial
+    with pytest.raises(ClipRdEdgeError) as error:
+        export()
+    assert error.value.hint.split(", ")[-1] == hint
+
+
+def test_no_limit_is_named_that_would_ship_only_one_of_two_towers_where_both_are_wanted(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(model: Path, samples: TowerSamples, **_: object) -> QuantizedTower:
+        export.trial["latency_ratio"] = 0.5 if samples.tower == "image" else 2.0
+        return export.quantize(model, samples)
+
+    monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", quantize)
+    hints = []
+    for fallback in (None, "none"):
+        with pytest.raises(ClipRdEdgeError) as error:
+            export(fallback)
+        hints.append("--min-agreement 0.98" in error.value.hint)
+    assert hints == [True, False]
 
 
 def test_one_of_two_towers_may_stay_float32_unless_that_is_refused(export: Export) -> None:

@@ -78,7 +78,8 @@ def test_a_tower_that_int8_makes_slower_stays_float32(fp32_bundle: Path, calibra
     assert quantized.model is None
     assert quantized.precision == "fp32"
     assert (
-        "the nearest (token embeddings only) took 1.10 times as long, with a centred cosine of 0.999" in quantized.note
+        "the nearest (token embeddings only: slower than float32) took 1.10 times as long, with a centred cosine of 0.9"
+        in quantized.note
     )
     assert quantized.measured.centred_cosine == pytest.approx(1)
     assert quantized.measured.speedup == 1

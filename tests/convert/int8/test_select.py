@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.convert.int8.select import Choice, MeasuredCandidate, choose
+from clip_rd_edge.convert.int8.select import Choice, MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.int8.sensitivity import GroupError, layers_within, with_fewest_in_float
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement
@@ -47,15 +47,15 @@ def test_among_equally_fast_candidates_the_smaller_then_the_more_accurate_is_shi
 def test_a_tower_that_is_slower_and_less_accurate_is_never_shipped() -> None:
     choice = _choose(_measured("slower", 10.5, 0.999), _measured("much slower", 20, 0.9999))
     assert choice.name is None
-    assert "none of 2 INT8 candidates was enough faster" in choice.note
-    assert "(slower) took 1.05 times as long, with a centred cosine of 0.9990" in choice.note
+    assert "none of 2 INT8 candidates is worth shipping" in choice.note
+    assert "(slower: slower than float32) took 1.05 times as long, with a centred cosine of 0.9990" in choice.note
     assert {trial.verdict for trial in choice.trials} == {"slower than float32"}
 
 
 def test_the_note_names_the_most_accurate_of_the_faster_candidates() -> None:
     choice = _choose(_measured("x", 2, 0.5), _measured("y", 5, 0.985), _measured("z", 11, 0.97))
     assert choice.name is None
-    assert "(y) took 0.50 times as long, with a centred cosine of 0.9850" in choice.note
+    assert "(y: below 0.99) took 0.50 times as long, with a centred cosine of 0.9850" in choice.note
     assert choice.trials[2].verdict == "slower than float32 and below 0.99"
 
 
@@ -83,8 +83,22 @@ def test_a_trial_has_ratios_to_float32() -> None:
     assert (trial.latency_ratio, trial.size_ratio, trial.centred_cosine) == (0.25, 0.25, 0.995)
 
 
-def test_without_candidates_float32_is_shipped() -> None:
+def test_the_note_names_the_loss_of_a_candidate_that_is_fast_and_agrees() -> None:
+    tried = _measured("too slow to pay", 9.8, 0.9999, size=390), _measured("lossy", 5, 0.995, lost=20)
+    assert "the nearest (lossy: loses 10.0 points) took 0.50 times" in _choose(*tried).note
+
+
+def test_without_candidates_float32_is_shipped_for_the_first_ones_reason() -> None:
     assert _choose().name is None
+    nan = float("nan")
+    failed = [
+        Trial(tower="image", name=name, latency_ratio=nan, centred_cosine=nan, size_ratio=nan, loss_points=nan,
+              verdict=f"failed: {reason}")
+        for name, reason in (("static, min-max", "no mapping"), ("static, entropy", "no"))
+    ]  # fmt: skip
+    choice = choose("image", _measured("float32", 10), [], budget=Budget(), left_out=failed)
+    assert choice.note == "float32: the tower could not be converted to INT8: static, min-max failed: no mapping."
+    assert choice.trials == tuple(failed)
 
 
 def test_the_worst_layers_are_excluded_until_the_error_is_small_enough() -> None:
