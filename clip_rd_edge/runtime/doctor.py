@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from importlib.util import cache_from_source
 from pathlib import Path
@@ -87,12 +88,15 @@ def examine() -> list[Finding]:
 
 
 def extras() -> dict[str, list[str]]:
-    """Return the packages of each extra, from the installed metadata of clip-rd-edge."""
+    """Return the packages that each extra adds, from the installed metadata of clip-rd-edge."""
     packages: dict[str, list[str]] = {}
-    for line in requires(PACKAGE) or []:
+    lines = requires(PACKAGE) or []
+    # Every installation has these, ONNX Runtime perhaps in another build, which has a name of its own.
+    always = set(_without_extra(lines))
+    for line in lines:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
             package, extra = match.groups()
-            if extra not in _NOT_LISTED:
+            if extra not in _NOT_LISTED and package not in always:
                 packages.setdefault(extra, []).append(package)
     return packages
 
@@ -242,14 +246,14 @@ def footprints(package: str) -> list[Footprint]:
         except PackageNotFoundError:
             continue  # required on another system or Python version only
         usage[name] = _footprint(name, installed)
-        pending += _dependencies(installed)
+        pending += _without_extra(installed.requires or [])
     return sorted(usage.values(), key=lambda footprint: (-footprint.size_bytes, footprint.name))
 
 
-def _dependencies(installed: Distribution) -> list[str]:
+def _without_extra(requirements: Sequence[str]) -> list[str]:
     """Return the names of the dependencies that belong to no extra, normalised as in PEP 503."""
     names = []
-    for line in installed.requires or []:
+    for line in requirements:
         requirement, _, marker = line.partition(";")
         if "extra" not in marker and (match := re.match(r"[\w.-]+", requirement)):
             names.append(re.sub(r"[-_.]+", "-", match[0]).lower())

@@ -45,6 +45,14 @@ def test_every_extra_except_the_combined_ones_is_checked() -> None:
     assert [extra for extra in doctor.extras() if not doctor.EXTRAS.get(extra)] == []  # each says what it is for
 
 
+def test_an_extra_that_needs_a_newer_onnx_runtime_does_not_ask_for_it_beside_the_gpu_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = ["onnxruntime>=1.18", 'torch>=2.4; extra == "train"', 'onnxruntime>=1.19; extra == "train"']
+    monkeypatch.setattr(doctor, "requires", lambda package: lines)
+    assert doctor.extras() == {"train": ["torch"]}
+
+
 def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda package: not package.startswith("torch-tensorrt"))
     (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
