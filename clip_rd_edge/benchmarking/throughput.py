@@ -31,7 +31,10 @@ class EnergyMeter:
     """
 
     def __init__(self, folder: Path = _POWERCAP) -> None:
-        self._counters = [_Counter(path) for path in sorted(folder.glob("*/energy_uj")) if _is_package(path)]
+        # Intel's intel-rapl-mmio:0 counts the same package as intel-rapl:0, which comes later in order and is kept.
+        paths = [path for path in sorted(folder.glob("*/energy_uj")) if _is_package(path)]
+        packages = {(path.parent / "name").read_text(): path for path in paths}
+        self._counters = [_Counter(path) for path in packages.values()]
 
     def __bool__(self) -> bool:
         """Return whether there is a readable counter."""

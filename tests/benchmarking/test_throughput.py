@@ -107,5 +107,13 @@ def test_energy_counts_whole_packages_and_handles_wraparound(tmp_path: Path) -> 
     assert meter.joules() == 0
 
 
+def test_a_package_that_two_interfaces_count_is_counted_once(tmp_path: Path) -> None:
+    counters = [make_counter(tmp_path / name, "package-0", 0) for name in ("intel-rapl-mmio:0", "intel-rapl:0")]
+    meter = EnergyMeter(tmp_path)
+    for counter, microjoules in zip(counters, ("260000", "250000"), strict=True):
+        counter.write_text(microjoules)
+    assert meter.joules() == pytest.approx(0.25)
+
+
 def test_a_machine_without_counters_has_no_energy_meter(tmp_path: Path) -> None:
     assert not EnergyMeter(tmp_path)
