@@ -50,12 +50,13 @@ class AnswerCache:
 
     Args:
         folder: created when the first answers are stored.
-        environment: its package versions and commit are part of the hash.
+        environment: its hardware, package versions and commit are part of the hash: processors round INT8 differently.
     """
 
     def __init__(self, folder: Path, environment: Environment) -> None:
         self.folder = folder
-        self._software = repr((sorted(environment.packages.items()), environment.commit))
+        hardware = (environment.machine, environment.instruction_sets, environment.accelerator)
+        self._environment = repr((hardware, sorted(environment.packages.items()), environment.commit))
 
     def find(self, model: str, runtime: str | None, task: Task) -> Answers | None:
         """Return the cached answers of this model on this task, or None.
@@ -91,7 +92,7 @@ class AnswerCache:
             self.folder.rmdir()
 
     def _path(self, model: str, runtime: str | None, task: Task) -> Path:
-        key = (self._software, repr(runtime), _model_state(model), task_state(task))
+        key = (self._environment, repr(runtime), _model_state(model), task_state(task))
         return self.folder / f"{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.json"
 
 

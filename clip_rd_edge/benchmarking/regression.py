@@ -89,6 +89,7 @@ def compare_runs(old: Results, new: Results) -> Changes:
         row.label: reasons.get(row.label, "It is not in the suite.") for row in old.rows if row.label not in new_rows
     }
     obstacles = _latency_obstacles(old, new)
+    on_another_gpu = _on_another_gpu(old, new, pairs)
     remarks = [*obstacles, *_package_remarks(old, new), *([] if obstacles else _machine_remarks(old, new))]
     accuracies = _accuracy_changes(pairs)
     compared_rows = {change.row for change in accuracies}
@@ -99,7 +100,11 @@ def compare_runs(old: Results, new: Results) -> Changes:
         for task in dict.fromkeys(answers.task for row, _ in pairs for answers in row.correctness)
         if accuracies and task not in {change.task for change in accuracies}
     ]
-    latencies = () if obstacles else tuple(_latency_changes(old, new, pairs))
+    if on_another_gpu and not obstacles:
+        gpus = " and ".join(run.environment.accelerator or "none that is known" for run in (old, new))
+        remarks.append(f"Latency of {', '.join(on_another_gpu)} is not compared: the GPUs differ, {gpus}.")
+    timed = [pair for pair in pairs if pair[0].label not in on_another_gpu]
+    latencies = () if obstacles else tuple(_latency_changes(old, new, timed))
     if noisy := sum(change.noise > DETECTABLE_CHANGE for change in latencies):
         remarks.append(
             f"{noisy} of {len(latencies)} latencies are too noisy to detect a change of "
@@ -192,6 +197,13 @@ def _latency_obstacles(old: Results, new: Results) -> list[str]:
         for name, before, after in settings
         if before != after
     ]
+
+
+def _on_another_gpu(old: Results, new: Results, pairs: list[tuple[RowResult, RowResult]]) -> list[str]:
+    """Return the labels of the rows that ran on different GPUs, or on one that only one of the results names."""
+    if old.environment.accelerator == new.environment.accelerator:
+        return []
+    return [pair[0].label for pair in pairs if any(row.description.device != "cpu" for row in pair)]
 
 
 def _package_remarks(old: Results, new: Results) -> list[str]:

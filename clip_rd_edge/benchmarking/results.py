@@ -19,7 +19,7 @@ from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, system_name
+from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, nvidia_gpus, system_name
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
@@ -60,6 +60,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         packages: versions of the installed packages among PACKAGES.
         date: UTC, in ISO 8601.
         commit: commit of the source checkout that the code ran from, or empty.
+        accelerator: names of the NVIDIA GPUs; empty without any, and in results of versions that did not ask.
     """
 
     machine: str
@@ -70,6 +71,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str]
     date: str
     commit: str
+    accelerator: str = ""
 
 
 def this_environment() -> Environment:
@@ -83,6 +85,7 @@ def this_environment() -> Environment:
         packages=installed_versions(PACKAGES),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=_commit(),
+        accelerator=nvidia_gpus(),
     )
 
 

@@ -149,13 +149,23 @@ def jetson_name() -> str:
 
 def cuda_capability() -> str:
     """Return the compute capability of the first NVIDIA GPU as the driver reports it, such as `8.9`, or empty."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    first = next(iter(_of_nvidia_gpus("compute_cap")), "")
+    return first if re.fullmatch(r"\d+\.\d+", first) else ""
+
+
+def nvidia_gpus() -> str:
+    """Return the names of the NVIDIA GPUs as the driver reports them, separated by commas, or an empty string."""
+    return ", ".join(_of_nvidia_gpus("name"))
+
+
+def _of_nvidia_gpus(what: str) -> list[str]:
+    """Return what the driver says of each GPU; nothing without a driver, or with one that fails."""
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):  # no driver, or a GPU that hangs
-        return ""
-    first = result.stdout.split("\n", 1)[0].strip()
-    return first if result.returncode == 0 and re.fullmatch(r"\d+\.\d+", first) else ""
+        return []
+    return [line.strip() for line in result.stdout.splitlines()] if result.returncode == 0 else []
 
 
 def _features() -> str:

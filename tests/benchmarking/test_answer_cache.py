@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from clip_rd_edge.benchmarking.accuracy import RetrievalAnswers
@@ -21,6 +22,19 @@ Open = Callable[[str], Any]
 @pytest.fixture
 def cache(tmp_path: Path) -> AnswerCache:
     return AnswerCache(tmp_path / "parts", this_environment())
+
+
+def test_answers_of_another_machine_are_not_taken(tmp_path: Path) -> None:
+    task = RetrievalTask(name="t", images=(tmp_path / "a.png",), captions=("a",), caption_images=(0,))
+    score = RetrievalScore(
+        task="t", images=1, captions=1, image_to_text=Recall(at1=1, at5=None, at10=None),
+        text_to_image=Recall(at1=1, at5=None, at10=None),
+    )  # fmt: skip
+    here = this_environment()
+    AnswerCache(tmp_path, here).store("m", None, task, RetrievalAnswers(score=score, correctness=()), row="M")
+    assert AnswerCache(tmp_path, here).find("m", None, task) is not None
+    for change in ({"machine": "Abacus, 2 cores"}, {"instruction_sets": ()}, {"accelerator": "NVIDIA L4"}):
+        assert AnswerCache(tmp_path, msgspec.structs.replace(here, **change)).find("m", None, task) is None
 
 
 def record_evaluations(open_fake: Open, evaluated: list[str]) -> Open:

@@ -197,6 +197,27 @@ def test_latencies_are_not_compared_across_machines_or_with_old_results(results:
     assert compare_runs(msgspec.structs.replace(results, reference=None), results).latencies == ()
 
 
+def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Results) -> None:
+    def on(gpu: str, *devices: str) -> Results:
+        rows = [
+            msgspec.structs.replace(row, description=msgspec.structs.replace(row.description, device=device))
+            for row, device in zip(results.rows, devices, strict=False)
+        ]
+        environment = msgspec.structs.replace(results.environment, accelerator=gpu)
+        rows += results.rows[len(rows) :]
+        return msgspec.structs.replace(results, rows=tuple(rows), environment=environment, other_load=None)
+
+    teacher = results.rows[0].label
+    changes = compare_runs(on("NVIDIA L4", "cuda + cpu"), on("NVIDIA H100", "cuda + cpu"))
+    assert {change.row for change in changes.latencies} == {row.label for row in results.rows[1:]}
+    assert f"Latency of {teacher} is not compared: the GPUs differ, NVIDIA L4 and NVIDIA H100." in changes.remarks
+    assert teacher in {change.row for change in changes.accuracies}
+    same = compare_runs(on("NVIDIA L4", "cuda"), on("NVIDIA L4", "cuda"))
+    assert teacher in {change.row for change in same.latencies}
+    everywhere = ["cuda"] * len(results.rows)
+    assert compare_runs(on("", *everywhere), on("NVIDIA L4", *everywhere)).latencies == ()
+
+
 def test_latencies_of_a_busy_machine_are_not_compared(results: Results) -> None:
     busy = msgspec.structs.replace(results, other_load=0.5)
     idle = msgspec.structs.replace(results, other_load=0.1)

@@ -108,6 +108,14 @@ def test_the_compute_capability_is_the_first_gpus_as_the_driver_reports_it(
     assert host.cuda_capability() == capability
 
 
+def test_nvidia_gpus_are_named_as_the_driver_reports_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host.nvidia_gpus() == ""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA L4; echo NVIDIA H100\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert host.nvidia_gpus() == "NVIDIA L4, NVIDIA H100"
+
+
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="waits for a process without looking for it")
 def test_a_process_that_has_ended_does_not_run_though_it_is_still_listed() -> None:
     assert is_running(os.getpid()) is True

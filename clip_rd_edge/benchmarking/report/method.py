@@ -16,6 +16,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
     memory = f"{environment.memory_bytes / 2**30:.1f} GiB" if environment.memory_bytes else ""
     rows = [
         ("Machine", ", ".join(part for part in (environment.machine, memory) if part)),
+        ("GPU", environment.accelerator),
         ("Instruction sets", ", ".join(environment.instruction_sets)),
         ("System", environment.system),
         ("Python", environment.python),
