@@ -84,7 +84,7 @@ def _for_hub(source: Path, repo: str) -> Iterator[Path]:
         return
     with TemporaryDirectory() as folder:
         published = Path(folder) / source.name
-        shutil.copytree(source.resolve(), published, copy_function=_link)
+        shutil.copytree(source, published, copy_function=_link)
         (published / CONFIG_FILE).unlink()
         text_cfg.update(renamed)
         (published / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def _model_folder(folder: Path) -> Path:
             f"{folder} holds no model: it has neither {CONFIG_FILE} nor {MANIFEST}.",
             hint="clip-rd-edge export MODEL --layout huggingface -o FOLDER makes one",
         )
-    return source
+    return source.resolve()  # its name is in the commit's message, and `.` has none
 
 
 def _refusal(repo: str, error: Exception) -> ClipRdEdgeError:

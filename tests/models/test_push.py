@@ -144,13 +144,13 @@ def model(tmp_path: Path) -> Path:
 
 
 def push(
-    folder: Path, endpoint: str, home: Path, *options: str, token: str = TOKEN
+    folder: Path, endpoint: str, home: Path, *options: str, token: str = TOKEN, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own: the hub's client reads its address when it is imported."""
     environment = {"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
                    "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}  # fmt: skip
     command = [sys.executable, "-m", "clip_rd_edge", "push", str(folder), "me/my-clip", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False, cwd=cwd)
 
 
 def test_every_file_of_the_folder_arrives_in_one_commit(hub: Hub, model: Path, tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ def test_a_text_tower_of_hugging_face_is_found_in_the_repository(hub: Hub, model
     (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 4, "text_cfg": names}}))
     (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "tokenizer.json").write_text("{}")
-    assert push(model, hub.url, tmp_path).returncode == 0
+    result = push(Path(), hub.url, tmp_path, cwd=model)  # as anybody does who stands in the folder
+    assert result.returncode == 0, result.stderr
+    assert hub.messages == [f"Upload {model.name} with clip-rd-edge"]
     text_cfg = json.loads(hub.files["open_clip_config.json"])["model_cfg"]["text_cfg"]
     assert text_cfg == {"hf_model_name": "me/my-clip", "hf_tokenizer_name": "me/my-clip", "context_length": 16}
     assert {"README.md", "onnx/model.onnx", "config.json", "tokenizer.json"} < hub.files.keys()
