@@ -40,7 +40,7 @@ from clip_rd_edge.evidence.results import (
     read_run,
     tasks_of,
 )
-from clip_rd_edge.evidence.suite import EvidenceSuite, Run, run_config
+from clip_rd_edge.evidence.suite import TEACHER_RESULT, EvidenceSuite, Run, run_config
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
@@ -107,7 +107,7 @@ def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     return Geometry(positive=positive, negative=negative)
 
 
-TEACHER, CACHES, TEACHER_RESULT = "teacher", "teacher-cache", "teacher-result.json"
+TEACHER, CACHES = "teacher", "teacher-cache"
 # The curves taken from metrics.jsonl, without the total loss: methods sum different terms.
 CURVES = ("student_positive", "student_negative", "teacher_positive", "teacher_negative", "loss/task")
 

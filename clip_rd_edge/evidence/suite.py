@@ -18,6 +18,7 @@ from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, Positive
 from clip_rd_edge.utils.structs import convert, read_yaml
 
 _SHARED = ("objective", "steps", "batch_size", "learning_rate", "precision")  # not a method's own settings
+TEACHER_RESULT = "teacher-result.json"  # beside the suite's own NAME.json
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
@@ -50,16 +51,20 @@ class Method(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 f"the settings of the method {self.name} have {shared[0]!r}; expected keys of a recipe other than "
                 f"{', '.join(_SHARED)}, which are weights or keys of the method or the suite"
             )
-        if not _SAFE_NAME.fullmatch(self.name):
-            raise ValueError(
-                f"the method's name is {self.name!r}; expected lower-case letters, digits, '.', '-' and '_'"
-            )
+        _require_safe("the method's name", self.name)
+
+
+def _require_safe(what: str, name: str) -> None:
+    """Raise ValueError if a name cannot be that of a file or folder, on any system."""
+    if not _SAFE_NAME.fullmatch(name):
+        raise ValueError(f"{what} is {name!r}; expected lower-case letters, digits, '.', '-' and '_'")
 
 
 class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison of methods.
 
     Attributes:
+        name: its name in reports, and that of their files.
         data, tasks: training data and test tasks, named as for `distill` and `evaluate`.
         students: presets or timm names.
         compare_with: methods that all others are compared with, paired by seed.
@@ -92,6 +97,9 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_safe("the suite's name", self.name)
+        if self.name == Path(TEACHER_RESULT).stem:
+            raise ValueError(f"the suite's name is {self.name}; expected another, as {TEACHER_RESULT} is the teacher's")
         names = [method.name for method in self.methods]
         for field, values in (("methods", names), ("students", self.students), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
@@ -152,7 +160,9 @@ class Run:
     @property
     def subfolder(self) -> Path:
         """The run's folder, relative to the suite's; a student that is the path of a file makes a single name."""
-        return Path("runs") / re.sub(r"[/\\]+", "-", self.student).lstrip("-.") / self.method.name / f"seed-{self.seed}"
+        return (
+            Path("runs") / re.sub(r"[/\\:]+", "-", self.student).lstrip("-.") / self.method.name / f"seed-{self.seed}"
+        )
 
 
 def read_evidence(suite: str) -> EvidenceSuite:

@@ -73,7 +73,12 @@ def test_a_method_can_take_other_steps_with_one_student(suite: EvidenceSuite) ->
 
 @pytest.mark.parametrize(
     ("student", "folder"),
-    [("resnet10t.c3_in1k", "resnet10t.c3_in1k"), ("/home/me/mine.json", "home-me-mine.json"), ("../a.json", "a.json")],
+    [
+        ("resnet10t.c3_in1k", "resnet10t.c3_in1k"),
+        ("/home/me/mine.json", "home-me-mine.json"),
+        ("../a.json", "a.json"),
+        (r"C:\students\mine.json", "C-students-mine.json"),
+    ],
 )
 def test_runs_of_any_student_lie_in_the_suites_folder(suite: EvidenceSuite, student: str, folder: str) -> None:
     run = next(msgspec.structs.replace(suite, students=(student,)).runs())
@@ -99,6 +104,10 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
         ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
         ("- 1\n", "- 0\n", "seeds has duplicates: 0, 0"),
         ("name: none", "name: ../none", "expected lower-case letters"),
+        ("name: small", "name: ours/v2", "the suite's name is 'ours/v2'; expected lower-case letters"),
+        ("name: small", "name: ../outside", "expected lower-case letters"),
+        ("name: small", "name: ''", "expected lower-case letters"),
+        ("name: small", "name: teacher-result", "expected another, as teacher-result.json is the teacher's"),
         ("precision: fp32", "precision: auto", "precision is auto"),
         ("learning_rate: 0.001", "learning_rate: .nan", "`float` > 0"),
         ("learning_rate: 0.001", "learning_rate: .inf", "learning_rate is inf; expected a finite number"),
