@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -32,6 +33,7 @@ from clip_rd_edge.contract.encoder import (
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 TOP1, IMAGE_TO_TEXT, TEXT_TO_IMAGE = "top-1", "image → text, R@1", "text → image, R@1"
@@ -45,6 +47,7 @@ class Correctness(msgspec.Struct, frozen=True, kw_only=True):
         bits: N bits, the first one in the highest bit of the first byte.
         questions: a digest of the labels or captions and their assignment to images; only models with the same digest
             can be compared in pairs.
+        images: a digest of the images' names and sizes; empty in results of versions that did not record it.
     """
 
     task: str
@@ -52,6 +55,7 @@ class Correctness(msgspec.Struct, frozen=True, kw_only=True):
     count: int
     bits: bytes
     questions: str
+    images: str = ""
 
     def hits(self) -> Hits:
         """Return one boolean per example, (N,)."""
@@ -94,6 +98,7 @@ def pack_correctness(task: Task, measure: str, hits: Hits) -> Correctness:
         count=len(hits),
         bits=np.packbits(hits).tobytes(),
         questions=_digest(task),
+        images=image_digest(task)[:16],
     )
 
 
@@ -109,6 +114,19 @@ def _digest(task: Task) -> str:
     # Image paths are left out: the same data set may be in another folder on another machine.
     content = (task.captions, task.caption_images) if isinstance(task, RetrievalTask) else (task.labels, task.targets)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def image_digest(task: Task) -> str:
+    """Return a digest of the names and sizes of a task's images, wherever they lie."""
+    return hashlib.sha256(repr(names_and_sizes(task)).encode()).hexdigest()
+
+
+def names_and_sizes(task: Task) -> list[tuple[str, int]]:
+    """Return the name of each of a task's images, and its size in bytes, which is 0 in a tar."""
+    return [
+        (Path(str(image)).name, image.stat().st_size if isinstance(image, Path) and is_file(image) else 0)
+        for image in task.images
+    ]
 
 
 BATCH_SIZE = 64

@@ -157,7 +157,7 @@ def _matches(old_row: RowResult, new_row: RowResult) -> Iterator[tuple[Correctne
     new_answers = {(new.task, new.measure, new.questions): new for new in new_row.correctness}
     for old in old_row.correctness:
         new = new_answers.get((old.task, old.measure, old.questions))
-        if new is not None:
+        if new is not None and (old.images == new.images or not (old.images and new.images)):
             yield old, new
 
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 
-from clip_rd_edge.benchmarking.accuracy import evaluate, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import evaluate, image_digest, names_and_sizes, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
@@ -79,13 +79,7 @@ def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
         hits, geometry = retrieved.correctness[0].hits(), _geometry(encoder, task)
         score = retrieved.score
     digits = "".join("01"[int(hit)] for hit in hits)
-    images = hashlib.sha256(repr(_files(task)).encode()).hexdigest()
-    return TaskResult(score=score, content=_content(task), images=images, hits=digits, geometry=geometry)
-
-
-def _files(task: Task) -> list[tuple[str, int]]:
-    """Return the names and sizes of a task's images, wherever they lie."""
-    return [(Path(str(image)).name, image.stat().st_size if isinstance(image, Path) else 0) for image in task.images]
+    return TaskResult(score=score, content=_content(task), images=image_digest(task), hits=digits, geometry=geometry)
 
 
 def _content(task: Task) -> str:
@@ -94,7 +88,7 @@ def _content(task: Task) -> str:
         questions: Any = (task.targets, task.labels, task.templates)
     else:
         questions = (task.captions, task.caption_images)
-    return hashlib.sha256(repr((_files(task), questions)).encode()).hexdigest()
+    return hashlib.sha256(repr((names_and_sizes(task), questions)).encode()).hexdigest()
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:

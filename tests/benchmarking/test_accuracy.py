@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 from support import Watch
 
 from clip_rd_edge.benchmarking import accuracy
-from clip_rd_edge.benchmarking.accuracy import evaluate, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import TOP1, evaluate, pack_correctness, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.errors import InputError
@@ -76,3 +77,17 @@ def test_a_task_without_images_or_captions_is_an_error(
         zero_shot(make_encoder(), msgspec.structs.replace(colour_task, images=(), targets=()))
     with pytest.raises(InputError, match="'colours, retrieval' has no captions"):
         retrieval(make_encoder(), msgspec.structs.replace(colour_retrieval, captions=(), caption_images=()))
+
+
+def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    digests = []
+    for folder, content in (("2025", b"old"), ("moved", b"old"), ("2026", b"renewed")):
+        (tmp_path / folder).mkdir()
+        image = tmp_path / folder / "0.jpg"
+        image.write_bytes(content)
+        task = ZeroShotTask(name="t", images=(image,), targets=(0,), labels=("a", "b"))
+        packed = pack_correctness(task, TOP1, np.ones(1, dtype=bool))
+        digests.append((packed.questions, packed.images))
+    assert digests[0] == digests[1]
+    assert digests[0][0] == digests[2][0]
+    assert digests[0][1] != digests[2][1]

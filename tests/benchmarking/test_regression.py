@@ -167,10 +167,11 @@ def test_the_more_accuracies_are_compared_the_larger_a_loss_must_be(results: Res
     assert verdict(*alone) == "regression"
 
 
-def test_answers_to_other_examples_are_not_compared(results: Results) -> None:
+@pytest.mark.parametrize("other", ["questions", "images"])
+def test_answers_to_other_examples_are_not_compared(results: Results, other: str) -> None:
     rows = tuple(
         msgspec.structs.replace(
-            row, correctness=tuple(msgspec.structs.replace(c, questions="others") for c in row.correctness)
+            row, correctness=tuple(msgspec.structs.replace(c, **{other: "others"}) for c in row.correctness)
         )
         for row in results.rows
     )
@@ -185,6 +186,15 @@ def test_a_lost_model_is_a_regression(results: Results) -> None:
     changes = compare_runs(results, fewer)
     assert changes.lost == {"INT8": "There is no model folder int8."}
     assert changes.regressions == 1
+
+
+def test_answers_of_a_version_that_recorded_no_images_are_compared(results: Results) -> None:
+    rows = tuple(
+        msgspec.structs.replace(row, correctness=tuple(msgspec.structs.replace(c, images="") for c in row.correctness))
+        for row in results.rows
+    )
+    old = msgspec.structs.replace(results, rows=rows)
+    assert len(compare_runs(old, results).accuracies) == len(results.rows)
 
 
 def test_latencies_are_not_compared_across_machines_or_with_old_results(results: Results) -> None:
