@@ -7,6 +7,7 @@ are the same on every machine.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,9 +15,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.utils.sign_test import sign_test
+
 Similarities = npt.NDArray[np.float32]
 Hits = npt.NDArray[np.bool_]
 RESAMPLES = 10_000
+_Z = 1.959964  # standard deviations of a 95 % interval
 _CHUNK = 256  # rows ranked at once: (256, 50,000) indices are 100 MB
 
 
@@ -51,7 +55,7 @@ class ZeroShotScore(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     Attributes:
         top1, top5: fraction of images whose label ranks first, or among the first five; top5 is None with fewer than
             five labels.
-        top1_interval: 95 % bootstrap confidence interval over images.
+        top1_interval: 95 % confidence interval over images.
         mean_per_class: top-1 averaged over the classes that have images.
         calibration_error: mean gap between the probability of a prediction and how often such predictions are correct;
             None in results of format version 1.
@@ -176,14 +180,14 @@ def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
 
 
 def accuracy_interval(hits: Hits) -> Interval:
-    """Return the 95 % percentile bootstrap interval of the mean of N hits.
+    """Return the 95 % score interval of the mean of N hits (Wilson 1927).
 
-    A resample of N hits and misses contains Binomial(N, mean) hits. Sampling that number directly is the same
-    bootstrap without a loop.
+    Unlike a bootstrap, it has a width where all answers are right, or none is.
     """
-    count = len(hits)
-    means = np.random.default_rng(0).binomial(count, hits.mean(), RESAMPLES) / count
-    return _percentiles(means)
+    count, mean = len(hits), float(hits.mean())
+    middle = (mean + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    half = _Z / (1 + _Z**2 / count) * math.sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2))
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
 def difference_interval(hits: Hits, reference: Hits, *, level: float = 0.95) -> Interval:
@@ -196,12 +200,17 @@ def difference_interval(hits: Hits, reference: Hits, *, level: float = 0.95) -> 
     won, lost = (hits & ~reference).mean(), (reference & ~hits).mean()
     same = max(0.0, 1 - won - lost)  # rounding may leave less than 0 where no example is alike
     draws = np.random.default_rng(0).multinomial(count, [won, lost, same], RESAMPLES)
-    return _percentiles((draws[:, 0] - draws[:, 1]) / count, level=level)
-
-
-def _percentiles(means: npt.NDArray[np.float64], *, level: float = 0.95) -> Interval:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile((draws[:, 0] - draws[:, 1]) / count, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(low), float(high))
+
+
+def difference_p_value(hits: Hits, reference: Hits) -> float:
+    """Return the p-value of the difference by the exact sign test, two-sided.
+
+    The bootstrap of a few changed answers rarely draws none of them, so that its interval leaves out zero too easily.
+    """
+    won, lost = int((hits & ~reference).sum()), int((reference & ~hits).sum())
+    return min(1.0, 2 * sign_test(max(won, lost), min(won, lost)))
 
 
 def primary_metric(score: Score) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_rd_edge.benchmarking import formatting, statistics
 from clip_rd_edge.benchmarking.accuracy import Correctness
-from clip_rd_edge.benchmarking.metrics import Interval, difference_interval
+from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.errors import InputError
 
@@ -166,6 +166,7 @@ def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: flo
     interval = difference_interval(new_hits, old_hits, level=level)
     same = bool((old_hits == new_hits).all())
     worse, better = interval.high < 0, interval.low > 0
+    chance = difference_p_value(new_hits, old_hits) > 1 - level
     return AccuracyChange(
         row=row,
         task=old.task,
@@ -173,7 +174,15 @@ def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: flo
         old=float(old_hits.mean()),
         new=float(new_hits.mean()),
         interval=interval,
-        verdict="same" if same else "regression" if worse else "improvement" if better else "noise",
+        verdict="same"
+        if same
+        else "noise"
+        if chance
+        else "regression"
+        if worse
+        else "improvement"
+        if better
+        else "noise",
     )
 
 

@@ -161,6 +161,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         interval: 95 % confidence interval, by paired bootstrap over images.
+        p_value: by the exact sign test, two-sided; None in results of versions that did not record it.
     """
 
     task: str
@@ -168,6 +169,12 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     difference: float
     interval: Interval
+    p_value: float | None = None
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the interval includes zero, or too few answers changed to tell."""
+        return self.interval.low <= 0 <= self.interval.high or (self.p_value is not None and self.p_value > 0.05)
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

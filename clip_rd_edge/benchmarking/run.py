@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from clip_rd_edge.benchmarking.accuracy import Answers, ZeroShotAnswers, answer, correctness_of
 from clip_rd_edge.benchmarking.answer_cache import AnswerCache, DamagedCacheError
 from clip_rd_edge.benchmarking.latency import EncoderCalls, Latencies, measure_latencies
-from clip_rd_edge.benchmarking.metrics import difference_interval
+from clip_rd_edge.benchmarking.metrics import difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import Comparison, MissingTask, Results, RowResult, SkippedRow, this_environment
 from clip_rd_edge.benchmarking.samples import choose_samples, worst_classes
 from clip_rd_edge.benchmarking.suite import Role, Suite, SuiteRow, check_suite
@@ -121,6 +121,7 @@ def _compare(
         reference=reference.label,
         difference=float(hits.mean() - reference_hits.mean()),
         interval=difference_interval(hits, reference_hits),
+        p_value=difference_p_value(hits, reference_hits),
     )
 
 

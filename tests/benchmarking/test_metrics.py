@@ -5,11 +5,13 @@ import pytest
 
 from clip_rd_edge.benchmarking.metrics import (
     Hits,
+    Interval,
     Recall,
     Similarities,
     accuracy_interval,
     calibration_error,
     difference_interval,
+    difference_p_value,
     mean_per_class,
     positives_by_rank,
     recall_from_ranks,
@@ -61,12 +63,24 @@ def test_recall_counts_a_query_with_several_positives_once() -> None:
     assert (scores.at1, scores.at5, scores.at10) == (0.5, 0.5, None)
 
 
-def test_accuracy_interval_equals_a_bootstrap() -> None:
+def test_the_interval_of_a_middling_accuracy_is_close_to_a_bootstrap() -> None:
     hits = np.arange(400) < 100
     interval = accuracy_interval(hits)
     draws = np.random.default_rng(1).choice(hits, size=(4_000, 400)).mean(axis=1)
     assert (interval.low, interval.high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.005)
-    assert accuracy_interval(hits) == interval
+
+
+def test_a_few_answers_that_are_all_right_or_all_wrong_leave_the_accuracy_open() -> None:
+    assert accuracy_interval(np.ones(2, dtype=bool)) == Interval(pytest.approx(0.3424, abs=1e-4), 1.0)
+    assert accuracy_interval(np.zeros(30, dtype=bool)) == Interval(0.0, pytest.approx(0.1135, abs=1e-4))
+
+
+def test_four_lost_answers_and_none_gained_may_be_chance() -> None:
+    reference = np.ones(500, dtype=bool)
+    hits = np.arange(500) >= 4
+    assert difference_interval(hits, reference).high < 0
+    assert difference_p_value(hits, reference) == difference_p_value(reference, hits) == 0.125
+    assert difference_p_value(reference, reference) == 1
 
 
 def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:

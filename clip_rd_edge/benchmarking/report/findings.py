@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.accuracy import TOP1
-from clip_rd_edge.benchmarking.metrics import Hits, Interval, ZeroShotScore, difference_interval
+from clip_rd_edge.benchmarking.metrics import Hits, Interval, ZeroShotScore, difference_interval, difference_p_value
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 
 
@@ -72,7 +72,7 @@ def _significantly_worse(row: RowResult, best: RowResult) -> bool:
     hits, best_hits = _top1_hits(row), _top1_hits(best)
     if hits is None or best_hits is None:
         return row.label != best.label  # nothing to pair by: only the most accurate model remains
-    return difference_interval(hits, best_hits).high < 0
+    return difference_interval(hits, best_hits).high < 0 and difference_p_value(hits, best_hits) <= 0.05
 
 
 def _top1_hits(row: RowResult) -> Hits | None:
@@ -101,7 +101,7 @@ def headline(results: Results) -> list[str]:
         sentences.append(
             f"Distillation changes top-1 by {_certain(points, comparison)} compared with the same student trained "
             f"without a teacher (95 % confidence interval {formatting.signed_interval(comparison.interval)}"
-            f"{_MAY_BE_CHANCE if _may_be_chance(comparison) else ''})."
+            f"{_MAY_BE_CHANCE if comparison.may_be_chance else ''})."
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
@@ -111,13 +111,9 @@ def headline(results: Results) -> list[str]:
 _MAY_BE_CHANCE = ", so this may be chance"
 
 
-def _may_be_chance(comparison: Comparison) -> bool:
-    return comparison.interval.low <= 0 <= comparison.interval.high
-
-
 def _certain(figure: str, comparison: Comparison) -> str:
     """Return a figure, in bold unless it may be chance."""
-    return figure if _may_be_chance(comparison) else f"**{figure}**"
+    return figure if comparison.may_be_chance else f"**{figure}**"
 
 
 def _no_better_than_chance(results: Results) -> list[str]:
@@ -220,7 +216,7 @@ def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> 
     points = _certain(f"{100 * abs(comparison.difference):.1f} points", comparison)
     return (
         f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {formatting.interval(bounds)}"
-        f"{_MAY_BE_CHANCE if _may_be_chance(comparison) else ''}), "
+        f"{_MAY_BE_CHANCE if comparison.may_be_chance else ''}), "
     )
 
 

@@ -48,7 +48,7 @@ def remarks(results: Results) -> list[str]:
     notes += _template_remarks(results)
     if results.comparisons:
         notes.append(
-            "Intervals are 95 % confidence intervals, by bootstrap over the task's images; those of differences are "
+            "Intervals are 95 % confidence intervals over the task's images; those of differences are "
             "paired by image. They do not cover other training seeds or other images."
         )
     return notes

@@ -171,7 +171,7 @@ def _verdict(comparison: Comparison) -> str:
     interval = comparison.interval
     if interval.low == interval.high == 0:
         return "correct on the same images"
-    return "not significant" if interval.low <= 0 <= interval.high else ""
+    return "not significant" if comparison.may_be_chance else ""
 
 
 def heading(task: str) -> str:

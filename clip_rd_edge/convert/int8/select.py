@@ -10,6 +10,7 @@ import msgspec
 
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import Agreement, p10
+from clip_rd_edge.utils.sign_test import sign_test
 from clip_rd_edge.utils.timing import Milliseconds
 
 # Candidates within this factor of the fastest count as equally fast. Latencies vary by some percent from run to run. A
@@ -162,10 +163,7 @@ def _cost_objection(latency_ratio: float, size_ratio: float) -> str:
 
 def _explained_by_chance(lost: int, gained: int) -> bool:
     """Return whether rounding that loses and gains answers equally often may lose this many (one-sided sign test)."""
-    changed = lost + gained
-    outcomes = sum(math.comb(changed, count) for count in range(lost, changed + 1))
-    p_value: float = outcomes / 2**changed
-    return p_value >= _CHANCE
+    return sign_test(lost, gained) >= _CHANCE
 
 
 def _float32_note(trials: Sequence[Trial], left_out: Sequence[Trial]) -> str:

@@ -15,6 +15,7 @@ from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
+from clip_rd_edge.benchmarking.report.tables import differences
 from clip_rd_edge.benchmarking.report.text import (
     markdown,
     score_tables,
@@ -208,6 +209,14 @@ def test_headline_without_a_shipped_model_is_about_the_student(timed: Results) -
     assert sentence.startswith("The student keeps **67\u00a0%** of the teacher's top-1")
 
 
+def test_a_difference_of_a_few_answers_may_be_chance_though_its_interval_leaves_out_zero(timed: Results) -> None:
+    comparison = msgspec.structs.replace(timed.comparisons[0], interval=Interval(-0.016, -0.002), p_value=0.125)
+    shown = msgspec.structs.replace(timed, comparisons=(comparison,))
+    assert differences(shown)[0].verdict == "not significant"
+    known = msgspec.structs.replace(comparison, p_value=None)  # of a version that did not record it
+    assert differences(msgspec.structs.replace(timed, comparisons=(known,)))[0].verdict == ""
+
+
 def test_headline_reports_slower_larger_and_more_accurate_models(timed: Results) -> None:
     *_, fp32, int8 = timed.rows
     large = msgspec.structs.replace(int8.description, size_bytes=3 * fp32.description.size_bytes)
@@ -310,7 +319,7 @@ def test_score_tables_show_intervals_and_recall(with_retrieval: Results) -> None
     for table in score_tables(with_retrieval.rows[0].scores):
         console.print(table)
     output = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "100.0 to 100.0" in output
+    assert "75.8 to 100.0" in output
     assert "12.3 / 45.6 / –" in output
 
 
