@@ -68,25 +68,41 @@ def _settings(evidence: Evidence) -> str:
     done = f"All {planned} runs are finished" if len(runs) == planned else f"{len(runs)} of {planned} runs are finished"
     dates = sorted({run.environment.date[:10] for run in runs})
     threads = f"{suite.threads} thread{'s' if suite.threads > 1 else ''}"
+    counts = {machine: len(on_it) for machine, on_it in _by_machine(runs).items()}
+    named = [
+        f"{machine} ({count} run{'s' if count > 1 else ''})" if len(counts) > 1 else machine
+        for machine, count in counts.items()
+    ]
+    machines = " and ".join(named)
     steps = f"{suite.steps:,} steps" + (", or those given below," if _differ_in_steps(evidence) else "")
     return (
         f"{done}: {steps} of {suite.batch_size} pairs at {suite.image_size} pixels each, "
-        f"{suite.precision}, peak learning rate {suite.learning_rate:g}. {runs[0].environment.machine}, {threads}, "
+        f"{suite.precision}, peak learning rate {suite.learning_rate:g}. {machines}, {threads}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {_cost(evidence)} "
         "Scores in percent, mean ± standard deviation over seeds."
     )
 
 
+def _by_machine(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return the runs by the machine that they ran on: seconds of two machines have no mean."""
+    machines: dict[str, list[RunResult]] = {}
+    for run in runs:
+        machines.setdefault(run.environment.machine, []).append(run)
+    return machines
+
+
 def _cost(evidence: Evidence) -> str:
-    seconds = [run.cpu_seconds for run in evidence.runs if run.cpu_seconds is not None]
-    if not seconds:
-        return ""
-    counted = "" if len(seconds) == len(evidence.runs) else f", over the {len(seconds)} runs without interruption"
-    range_minutes = " to ".join(dict.fromkeys(f"{value / 60:.1f}" for value in (min(seconds), max(seconds))))
-    return (
-        f"Cost: {sum(seconds) / 3600:.1f} hours of CPU time, {range_minutes} "
-        f"minutes per run{counted}, plus tuning the teacher and computing its embeddings."
-    )
+    by_machine = _by_machine(evidence.runs)
+    costs = []
+    for machine, runs in by_machine.items():
+        seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+        if not seconds:
+            continue
+        counted = "" if len(seconds) == len(runs) else f", over the {len(seconds)} runs without interruption"
+        range_minutes = " to ".join(dict.fromkeys(f"{value / 60:.1f}" for value in (min(seconds), max(seconds))))
+        where = f" on {machine}" if len(by_machine) > 1 else ""
+        costs.append(f"{sum(seconds) / 3600:.1f} hours of CPU time{where}, {range_minutes} minutes per run{counted}")
+    return f"Cost: {'; '.join(costs)}, plus tuning the teacher and computing its embeddings." if costs else ""
 
 
 def _differ_in_steps(evidence: Evidence) -> bool:
@@ -94,13 +110,17 @@ def _differ_in_steps(evidence: Evidence) -> bool:
 
 
 def _time_table(evidence: Evidence) -> str:
+    """Return the CPU time of each student and method, in a row per machine if there are several."""
     methods = {method.name: method for method in evidence.suite.methods}
-    lines = [["student", "method", "steps", "CPU time of training, s"]]
+    several = len(_by_machine(evidence.runs)) > 1
+    lines = [["student", "method", *(["machine"] if several else []), "steps", "CPU time of training, s"]]
     for student, method, runs in _rows(evidence):
-        seconds = [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
-        shown = _show_spread(spread(seconds), "{:.0f}".format) if seconds else ""
-        lines.append([student, f"`{method}`", f"{evidence.suite.steps_of(methods[method], student):,}", shown])
-    return markdown_table(lines, left=(0, 1))
+        for machine, on_it in _by_machine(runs).items():
+            seconds = [run.cpu_seconds for run in on_it if run.cpu_seconds is not None]
+            shown = _show_spread(spread(seconds), "{:.0f}".format) if seconds else ""
+            steps = f"{evidence.suite.steps_of(methods[method], student):,}"
+            lines.append([student, f"`{method}`", *([machine] if several else []), steps, shown])
+    return markdown_table(lines, left=(0, 1, 2) if several else (0, 1))
 
 
 def _score_table(evidence: Evidence) -> str:

@@ -41,6 +41,30 @@ def test_methods_of_different_steps_have_a_table_of_their_times(make: Make) -> N
     assert "| test_vit | `clip-rd` | 1 | " in text
 
 
+def test_times_on_two_machines_are_told_apart(make: Make) -> None:
+    evidence = make(CORRECT)
+    first, second, third = (
+        msgspec.structs.replace(
+            run,
+            cpu_seconds=seconds,
+            environment=msgspec.structs.replace(run.environment, machine=machine),
+        )
+        for run, machine, seconds in zip(
+            evidence.runs,
+            ("Abacus, 2 cores", "Abacus, 2 cores", "Slide rule, 1 core"),
+            (60.0, 120.0, 900.0),
+            strict=True,
+        )
+    )
+    methods = tuple(msgspec.structs.replace(method, steps=3) for method in evidence.suite.methods)
+    suite = msgspec.structs.replace(evidence.suite, methods=methods)
+    text = markdown(msgspec.structs.replace(evidence, suite=suite, runs=(first, second, third)))
+    assert ". Abacus, 2 cores (2 runs) and Slide rule, 1 core (1 run), 1 thread, " in text
+    assert "CPU time on Abacus, 2 cores, 1.0 to 2.0 minutes per run; 0.2 hours of CPU time on Slide rule, 1 c" in text
+    assert "| test_vit | `none` | Abacus, 2 cores | 3 | 60 |" in text
+    assert "| test_vit | `none` | Slide rule, 1 core | 3 | 900 |" in text
+
+
 def test_a_suite_that_compares_nothing_has_no_differences(make: Make) -> None:
     evidence = make(CORRECT)
     assert "Differences in" in markdown(evidence)
