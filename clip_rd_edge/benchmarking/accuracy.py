@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from clip_rd_edge.benchmarking.metrics import (
     calibration_error,
     class_scores,
     mean_per_class,
-    positives_by_rank,
+    nearest_indices,
     recall_from_ranks,
     top_k_accuracy,
     top_k_indices,
@@ -130,6 +131,7 @@ def names_and_sizes(task: Task) -> list[tuple[str, int]]:
 
 
 BATCH_SIZE = 64
+_MAX_BATCH_PIXELS = 64_000_000  # of decoded images at once: 192 MB, while 64 photographs of 12 megapixels take 2.3 GB
 
 
 def evaluate(encoder: Encoder, task: Task, *, per_class: bool = False, reporter: Reporter = SILENT) -> Score:
@@ -163,7 +165,7 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
         NotFiniteError: an embedding has an entry that is not a finite number.
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
-    images = _embed_images(encoder, task.images, task.name, reporter)
+    images = embed_images(encoder, task.images, task.name, reporter)
     label_probabilities = probabilities(images, labels, encoder.describe().logit_scale)
     # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
     ranked = top_k_indices(images @ labels.T, 5)
@@ -198,12 +200,10 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SIL
     if not task.captions:
         raise InputError(f"The task {task.name!r} has no captions.")
     texts = encoder.encode_texts(task.captions)
-    images = _embed_images(encoder, task.images, task.name, reporter)
-    positive = np.zeros((len(texts), len(images)), dtype=np.bool_)
-    positive[np.arange(len(texts)), np.asarray(task.caption_images)] = True
-    similarities = texts @ images.T
-    ranked_captions = positives_by_rank(similarities.T, positive.T)
-    ranked_images = positives_by_rank(similarities, positive)
+    images = embed_images(encoder, task.images, task.name, reporter)
+    own_image = np.asarray(task.caption_images)
+    ranked_captions: Hits = own_image[nearest_indices(images, texts, 10)] == np.arange(len(images))[:, None]
+    ranked_images: Hits = nearest_indices(texts, images, 10) == own_image[:, None]
     score = RetrievalScore(
         task=task.name,
         images=len(images),
@@ -218,14 +218,28 @@ def retrieval(encoder: Encoder, task: RetrievalTask, *, reporter: Reporter = SIL
     return RetrievalAnswers(score=score, correctness=correctness)
 
 
-def _embed_images(encoder: Encoder, files: tuple[ImageFile, ...], task: str, reporter: Reporter) -> Embeddings:
+def embed_images(encoder: Encoder, files: Sequence[ImageFile], task: str, reporter: Reporter = SILENT) -> Embeddings:
+    """Embed N image files, (N, D), of which few are decoded at once if they are large.
+
+    Args:
+        task: its name, for errors, and as the stage of the progress.
+
+    Raises:
+        InputError: there are no images, or one cannot be read.
+        NotFiniteError: an embedding has an entry that is not a finite number.
+    """
     if not files:
         raise InputError(f"The task {task!r} has no images.")
 
     def embed(batch: slice) -> Embeddings:
-        images = [open_image(file) for file in files[batch]]
-        embeddings = encoder.encode_images(images)
+        rows, images, pixels = [], [], 0
+        for index in range(batch.start, batch.stop):
+            images.append(open_image(files[index]))
+            pixels += images[-1].width * images[-1].height
+            if pixels >= _MAX_BATCH_PIXELS or index == batch.stop - 1:
+                rows.append(encoder.encode_images(images))
+                images, pixels = [], 0
         reporter.update(task, batch.stop, len(files))
-        return embeddings
+        return np.concatenate(rows)
 
     return embed_batches(encoder, in_batches(len(files), BATCH_SIZE), embed)

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.utils.sign_test import sign_test
 
 Similarities = npt.NDArray[np.float32]
@@ -103,11 +104,29 @@ Score = ZeroShotScore | RetrievalScore
 
 def top_k_indices(similarities: Similarities, k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k largest entries of each row, largest first, (N, C) to (N, min(k, C))."""
-    chunks = [
-        np.argsort(-similarities[start : start + _CHUNK], axis=1, kind="stable")[:, :k]
-        for start in range(0, len(similarities), _CHUNK)
-    ]
-    return np.concatenate(chunks)
+    starts = range(0, len(similarities), _CHUNK)
+    return np.concatenate([_top_k(similarities[start : start + _CHUNK], k) for start in starts])
+
+
+def nearest_indices(queries: Embeddings, candidates: Embeddings, k: int) -> npt.NDArray[np.int64]:
+    """Return the indices of the k candidates nearest to each query, (N, D) and (M, D) to (N, min(k, M)).
+
+    Only the similarities of some queries at once are in memory.
+    """
+    starts = range(0, len(queries), _CHUNK)
+    return np.concatenate([_top_k(queries[start : start + _CHUNK] @ candidates.T, k) for start in starts])
+
+
+def _top_k(rows: Similarities, k: int) -> npt.NDArray[np.int64]:
+    if k >= rows.shape[1]:
+        return np.argsort(-rows, axis=1, kind="stable")
+    chosen = np.sort(np.argpartition(-rows, k - 1, axis=1)[:, :k], axis=1)
+    values = np.take_along_axis(rows, chosen, axis=1)
+    top: npt.NDArray[np.int64] = np.take_along_axis(chosen, np.argsort(-values, axis=1, kind="stable"), axis=1)
+    # Of entries that tie with the last one chosen, a partition takes any, and the first ones are wanted.
+    tied = (rows >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
+    top[tied] = np.argsort(-rows[tied], axis=1, kind="stable")[:, :k]
+    return top
 
 
 def top_k_accuracy(ranked: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], k: int) -> float:
@@ -160,21 +179,14 @@ def calibration_error(confidence: npt.NDArray[np.floating], hits: Hits, *, bins:
     return float(np.abs(gaps).sum() / len(hits))
 
 
-def positives_by_rank(similarities: Similarities, positive: Hits) -> Hits:
-    """Return whether each of the 10 most similar of M candidates is a positive, most similar first.
+def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
+    """Return the recall of N queries; one with several positives counts once.
 
     Args:
-        similarities, positive: (N, M).
-
-    Returns:
-        (N, min(10, M)).
+        ranked_positives: whether each of the up to 10 most similar candidates is a positive, most similar first,
+            (N, min(10, M)).
+        candidates: M, the number of candidates.
     """
-    ranked_positives: Hits = np.take_along_axis(positive, top_k_indices(similarities, 10), axis=1)
-    return ranked_positives
-
-
-def recall_from_ranks(ranked_positives: Hits, *, candidates: int) -> Recall:
-    """Return the recall of N queries from `positives_by_rank`; a query with several positives counts once."""
     at = {k: float(ranked_positives[:, :k].any(axis=1).mean()) if candidates >= k else None for k in (5, 10)}
     return Recall(at1=float(ranked_positives[:, 0].mean()), at5=at[5], at10=at[10])
 

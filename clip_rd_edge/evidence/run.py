@@ -13,11 +13,17 @@ import msgspec
 import numpy as np
 import torch
 
-from clip_rd_edge.benchmarking.accuracy import evaluate, image_digest, names_and_sizes, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import (
+    embed_images,
+    evaluate,
+    image_digest,
+    names_and_sizes,
+    retrieval,
+    zero_shot,
+)
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
@@ -95,7 +101,7 @@ def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     # One caption per image, as in training: captions of the same image are not negatives of each other.
     first_caption = {image: caption for caption, image in reversed([*enumerate(task.caption_images)])}
     captioned = sorted(first_caption)
-    images = encoder.encode_images([open_image(task.images[image]) for image in captioned])
+    images = embed_images(encoder, [task.images[image] for image in captioned], task.name)
     texts = encoder.encode_texts([task.captions[first_caption[image]] for image in captioned])
     positive, negative = mean_similarities(torch.from_numpy(images), torch.from_numpy(np.ascontiguousarray(texts)))
     return Geometry(positive=positive, negative=negative)

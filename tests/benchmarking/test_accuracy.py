@@ -10,8 +10,9 @@ import pytest
 from support import Watch
 
 from clip_rd_edge.benchmarking import accuracy
-from clip_rd_edge.benchmarking.accuracy import TOP1, evaluate, pack_correctness, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import TOP1, embed_images, evaluate, pack_correctness, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
+from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.errors import InputError
 
@@ -77,6 +78,17 @@ def test_a_task_without_images_or_captions_is_an_error(
         zero_shot(make_encoder(), msgspec.structs.replace(colour_task, images=(), targets=()))
     with pytest.raises(InputError, match="'colours, retrieval' has no captions"):
         retrieval(make_encoder(), msgspec.structs.replace(colour_retrieval, captions=(), caption_images=()))
+
+
+def test_large_images_are_embedded_in_smaller_batches(
+    make_encoder: Make, colour_task: ZeroShotTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder()
+    expected = embed_images(encoder, colour_task.images, "t")
+    width, height = open_image(colour_task.images[0]).size
+    monkeypatch.setattr(accuracy, "_MAX_BATCH_PIXELS", 4 * width * height)
+    assert (embed_images(encoder, colour_task.images, "t") == expected).all()
+    assert encoder.batches == [6, 4, 2]
 
 
 def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_path: Path) -> None:

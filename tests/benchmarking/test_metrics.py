@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from clip_rd_edge.benchmarking.metrics import (
     difference_interval,
     difference_p_value,
     mean_per_class,
-    positives_by_rank,
+    nearest_indices,
     recall_from_ranks,
     top_k_accuracy,
     top_k_indices,
@@ -21,7 +23,8 @@ from clip_rd_edge.benchmarking.metrics import (
 
 
 def recall(similarities: Similarities, positive: Hits) -> Recall:
-    return recall_from_ranks(positives_by_rank(similarities, positive), candidates=similarities.shape[1])
+    ranked = np.take_along_axis(positive, top_k_indices(similarities, 10), axis=1)
+    return recall_from_ranks(ranked, candidates=similarities.shape[1])
 
 
 def test_top_k_indices_are_sorted_and_break_ties_by_index() -> None:
@@ -32,6 +35,25 @@ def test_top_k_indices_are_sorted_and_break_ties_by_index() -> None:
 def test_top_k_indices_of_more_rows_than_are_ranked_at_once() -> None:
     similarities = np.random.default_rng(0).normal(size=(600, 7)).astype(np.float32)
     assert (top_k_indices(similarities, 1)[:, 0] == similarities.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_top_k_indices_are_those_of_a_stable_sort_with_any_number_of_ties(levels: int) -> None:
+    similarities = np.random.default_rng(0).integers(0, levels, (300, 40)).astype(np.float32)
+    for k in (1, 5, 39, 40, 50):
+        expected = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+        assert (top_k_indices(similarities, k) == expected).all()
+
+
+def test_the_nearest_candidates_of_many_queries_need_no_matrix_of_all_pairs() -> None:
+    embeddings = np.random.default_rng(0).integers(-2, 3, (2_000, 8)).astype(np.float32)  # exact sums, and ties
+    expected = top_k_indices(embeddings @ embeddings.T, 10)
+    tracemalloc.start()
+    ranked = nearest_indices(embeddings, embeddings, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (ranked == expected).all()
+    assert peak < 14e6  # all similarities take 16 MB, and as many again while they are ranked
 
 
 def test_calibration_error_by_hand() -> None:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
+from clip_rd_edge.evidence.results import Geometry
+from clip_rd_edge.evidence.run import _geometry
 from clip_rd_edge.evidence.suite import EvidenceSuite
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -128,3 +132,25 @@ def test_an_interrupted_suite_resumes(
     other = msgspec.structs.replace(squares_suite, methods=(other_weights,), compare_with=())
     with pytest.raises(UsageError, match=r"another configuration: objective\.fd"):
         runs.run_evidence(other, folder, SILENT, teacher=teacher)
+
+
+def test_the_geometry_of_a_task_is_measured_without_all_its_images_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    class Encoder:
+        def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+            batches.append(len(images))
+            return np.stack([np.eye(3, dtype=np.float32)[image.getpixel((0, 0))[0]] for image in images])  # type: ignore[index]
+
+        def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+            return np.eye(3, dtype=np.float32)[[int(text) for text in texts]]
+
+    for level in range(3):
+        Image.new("RGB", (1, 1), (level, 0, 0)).save(tmp_path / f"{level}.png")
+    images = tuple(tmp_path / f"{level}.png" for level in range(3))
+    task = RetrievalTask(name="t", images=images, captions=("0", "1", "2"), caption_images=(0, 1, 2))
+    monkeypatch.setattr("clip_rd_edge.benchmarking.accuracy.BATCH_SIZE", 2)
+    assert _geometry(Encoder(), task) == Geometry(positive=1.0, negative=0.0)  # type: ignore[arg-type]
+    assert batches == [2, 1]
