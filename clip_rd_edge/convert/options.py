@@ -141,6 +141,17 @@ def require_precision(format: Format, precision: Precision) -> None:
         )
 
 
+def require_fallback(fallback: Fallback | None, *, format: Format, precision: Precision) -> None:
+    """Raise UsageError if a tower that INT8 does not improve cannot have this precision in a format."""
+    info = FORMATS[format]
+    if precision == "int8" and fallback not in (None, "none", *info.precisions):
+        raise UsageError(
+            f"--fallback {fallback} does not work with {info.title}, which is exported in "
+            f"{', '.join(info.precisions).upper()}.",
+            hint="use --fallback fp32",
+        )
+
+
 def require_via(via: Via, *, format: Format, precision: Precision) -> None:
     """Raise UsageError if engines cannot be built this way in a format and precision."""
     if via == "torch-tensorrt" and format != "trt":

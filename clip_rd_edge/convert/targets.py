@@ -17,6 +17,7 @@ from clip_rd_edge.convert.options import (
     Layout,
     WeightBits,
     int8_budget,
+    require_fallback,
     require_int8,
     require_precision,
     require_via,
@@ -239,6 +240,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     via = options.get("via", "onnx")
     require_via(via, format=resolved.format, precision=resolved.precision)
     budget = int8_budget(options, precision=resolved.precision, format=resolved.format)
+    require_fallback(options.get("fallback"), format=resolved.format, precision=resolved.precision)
     _require_layout_options(options, layout, resolved)
     labels = label_names(options.get("labels"))
     request = ExportRequest(

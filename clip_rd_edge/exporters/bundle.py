@@ -27,7 +27,7 @@ from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenIds, Tokenizer, TokenizerSpec
 from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.options import ExportRequest, require_precision, require_via
+from clip_rd_edge.convert.options import ExportRequest, require_fallback, require_precision, require_via
 from clip_rd_edge.convert.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
 from clip_rd_edge.convert.reference import add_reference
@@ -222,6 +222,7 @@ def export_bundles(
 def _require_supported(request: ExportRequest, calibration: CalibrationSet | None) -> None:
     """Raise UsageError or InputError if the request cannot be met."""
     require_precision(request.format, request.precision)
+    require_fallback(request.fallback, format=request.format, precision=request.precision)
     require_via(request.via, format=request.format, precision=request.precision)
     converter_for(request.format).check(request)
     if request.precision == "int8" and calibration is None:

@@ -162,8 +162,6 @@ class ExecuTorchConverter(Converter):
             raise UsageError(
                 "--preprocess-in-graph does not work with ExecuTorch, whose files take images of one size."
             )
-        if request.fallback == "fp16":
-            raise UsageError("--fallback fp16 does not work with ExecuTorch, which is exported in FP32 and INT8.")
         require_executorch()
 
     def convert(self, job: Conversion) -> ConvertedBundle:

@@ -62,6 +62,15 @@ def test_an_option_that_a_layout_does_not_take_is_refused(options: Any, message:
         plan_export(options)
 
 
+@pytest.mark.parametrize(("target", "title"), [("openvino", "OpenVINO"), ("cpu-x86,executorch", "")])
+def test_a_fallback_that_the_format_does_not_support_is_refused(target: str, title: str) -> None:
+    options: Any = {"target": target, "precision": "int8", "fallback": "fp16"}
+    with pytest.raises(UsageError, match=f"--fallback fp16 does not work with {title}") as error:
+        plan_exports(options)
+    assert error.value.hint == "use --fallback fp32"
+    assert plan_exports({**options, "fallback": "fp32"})[0].request.fallback == "fp32"
+
+
 @pytest.mark.parametrize("option", ["calibration", "min_agreement", "max_loss", "fallback"])
 def test_an_option_for_int8_needs_a_target_in_int8(option: str) -> None:
     given: Any = {option: {"calibration": "pairs.csv", "fallback": "fp16"}.get(option, 0.9)}

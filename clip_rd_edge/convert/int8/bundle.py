@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Tower, read_manifest
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.contract.formats import Format
+from clip_rd_edge.contract.formats import FORMATS, Format
 from clip_rd_edge.convert.bundle import ConvertedBundle, start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import hard_inputs, write_fp16_tower
@@ -139,7 +139,9 @@ def _require_fallback(name: str, quantized: Mapping[str, QuantizedTower], reques
 
 def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportRequest) -> str:
     """Return what to do, with the budget that ships INT8 where one does: in all towers if no fallback is allowed."""
-    options = ["--fallback fp32 ships float32, the best here", "--fallback fp16 ships half its size"]
+    options = ["--fallback fp32 ships float32, the best here"]
+    if "fp16" in FORMATS[request.format].precisions:
+        options.append("--fallback fp16 ships half its size")
     measured = [[t for t in outcome.trials if t.measured] for outcome in falling_back.values()]
     best = [trial for trials in measured if trials and (trial := nearest(trials)).pays and trial.centred_cosine >= 0]
     budget = request.budget

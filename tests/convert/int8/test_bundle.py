@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from support import Watch
 
 from clip_rd_edge.api.exporting import _request
 from clip_rd_edge.contract.bundle import Manifest, Measurement
+from clip_rd_edge.contract.formats import FORMATS
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples
 from clip_rd_edge.convert.int8.select import Trial
@@ -103,6 +105,13 @@ def test_the_hint_names_the_limits_that_would_ship_a_candidate(
     with pytest.raises(ClipRdEdgeError) as error:
         export()
     assert error.value.hint.split(", ")[-1] == hint
+
+
+def test_the_hint_names_no_fallback_that_the_format_lacks(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], precisions=("fp32", "int8")))
+    with pytest.raises(ClipRdEdgeError) as error:
+        export()
+    assert "fp16" not in error.value.hint
 
 
 def test_no_limit_is_named_that_would_ship_only_one_of_two_towers_where_both_are_wanted(
