@@ -17,6 +17,7 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.contract.images import ImageFile
+from clip_rd_edge.contract.outputs import OF_FILE_MANAGERS
 from clip_rd_edge.contract.task import Task, ZeroShotTask
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
@@ -29,7 +30,11 @@ _FILE = re.compile(r"[0-9a-f]{24}\.json|\.[0-9a-f]{24}\.json\.[0-9a-f]{32}\.tmp"
 
 def is_cache(folder: Path) -> bool:
     """Return whether a folder is a cache: it exists, and holds nothing but a cache's files."""
-    return is_folder(folder) and all(_FILE.fullmatch(path.name) for path in folder.iterdir())
+    return is_folder(folder) and all(map(_is_ours, folder.iterdir()))
+
+
+def _is_ours(path: Path) -> bool:
+    return bool(_FILE.fullmatch(path.name)) or path.name in OF_FILE_MANAGERS
 
 
 class DamagedCacheError(ConfigError):
@@ -87,7 +92,7 @@ class AnswerCache:
         """Delete the cache, once its contents are in the results, and nothing else that may be in its folder."""
         with suppress(OSError):  # the folder is not there, or not empty
             for path in self.folder.iterdir():
-                if _FILE.fullmatch(path.name):
+                if _is_ours(path):
                     path.unlink()
             self.folder.rmdir()
 

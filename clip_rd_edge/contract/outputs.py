@@ -45,7 +45,7 @@ _EXPORTS = (  # beside bundles, whose manifests say what is in them
     ),
 )
 _BUILT_ON_DEVICE = (f"*{ENGINE_SUFFIX}", f"*{ENGINE_SUFFIX}{STAMP_SUFFIX}", f"*{ENGINE_SUFFIX}.part", "timing.cache")
-_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 # The entry of distillation.json that only the command's own models have: a student took days to train.
 _RECORDED = {"average": "average", "stitched model": "classifier", "trimmed model": "trimmed"}
 
@@ -152,6 +152,6 @@ def _record(folder: Path) -> dict[str, object]:
 
 def _outside(folder: Path, layout: _Layout) -> str | None:
     patterns = (*layout.required, *layout.optional)
-    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in _OF_FILE_MANAGERS)
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in OF_FILE_MANAGERS)
     paths = (path.relative_to(folder).as_posix() for path in files)
     return next((path for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns)), None)

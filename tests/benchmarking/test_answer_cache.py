@@ -123,6 +123,8 @@ def test_a_folder_of_that_name_with_other_files_is_no_cache_and_stays(
     assert not is_cache(cache.folder)
     run_suite(suite, open_fake, cache=cache)
     assert is_cache(cache.folder)
+    (cache.folder / ".DS_Store").touch()  # whoever looked at the folder has not put anything there
+    assert is_cache(cache.folder)
     mine = cache.folder / "engine.step"
     mine.write_text("mine")
     assert not is_cache(cache.folder)
