@@ -33,12 +33,15 @@ def write_between_markers(document: Path, name: str, table: str) -> None:
         InputError: the file does not have these markers.
     """
     begin_marker, end_marker = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = document.read_text(encoding="utf-8")
+    text = document.read_bytes().decode("utf-8")  # read_text would lose the line ends of Windows
     before, begin, rest = text.partition(begin_marker)
     _, end, after = rest.partition(end_marker)
     if not (begin and end):
         raise InputError(f"{document} has no lines {begin_marker} and {end_marker}, which must enclose the table.")
-    write_text(document, f"{before}{begin_marker}\n{table}\n{end_marker}{after}")
+    enclosed = f"{begin_marker}\n{table}\n{end_marker}"
+    if "\r\n" in text:
+        enclosed = enclosed.replace("\n", "\r\n")
+    write_text(document, f"{before}{enclosed}{after}")
 
 
 MARKDOWN, HTML, PLOT = "report.md", "report.html", "accuracy-latency.png"

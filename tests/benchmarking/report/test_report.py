@@ -363,6 +363,9 @@ def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
     write_between_markers(page, "table", "| new |")
     assert page.read_text() == "before\n<!-- table: begin -->\n| new |\n<!-- table: end -->\nafter\n"
+    page.write_bytes(b"before\r\n<!-- table: begin -->\r\n<!-- table: end -->\r\n")
+    write_between_markers(page, "table", "| a |\n| b |")
+    assert page.read_bytes() == b"before\r\n<!-- table: begin -->\r\n| a |\r\n| b |\r\n<!-- table: end -->\r\n"
     with pytest.raises(InputError, match="no lines <!-- other: begin -->"):
         write_between_markers(page, "other", "| new |")
 
