@@ -78,10 +78,17 @@ def seeds_table(runs: Sequence[Results]) -> str:
     Only models that every run measured are shown. The last rows are ratios, paired by run; `–` where one is to 0.
 
     Raises:
-        InputError: fewer than two runs, or runs with no model or task in common.
+        InputError: fewer than two runs, two that are the same, or runs with no model or task in common.
     """
     if len(runs) < 2:
         raise InputError(f"{len(runs)} result was given; at least 2 are required.")
+    for number, run in enumerate(runs):
+        if run in runs[:number]:
+            first, second = runs.index(run) + 1, number + 1
+            raise InputError(
+                f"The results {first} and {second} of {len(runs)} are the same; expected those of different seeds.",
+                hint="name each result once",
+            )
     scores = [
         {row.label: {score.task: primary_metric(score) for score in row.scores} for row in run.rows} for run in runs
     ]

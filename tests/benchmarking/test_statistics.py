@@ -48,6 +48,14 @@ def test_seeds_table_leaves_out_ratios_to_zero_and_what_a_run_lacks(results: Res
     assert ["±" in cell for cell in lines[3].split(" | ")] == [False, True, True]
 
 
+def test_a_result_that_is_given_twice_is_not_two_seeds(results: Results) -> None:
+    other = msgspec.structs.replace(results, rows=results.rows[:2])
+    copied = msgspec.convert(msgspec.to_builtins(results), Results)
+    with pytest.raises(InputError, match="The results 2 and 3 of 3 are the same") as error:
+        seeds_table([other, results, copied])
+    assert error.value.hint == "name each result once"
+
+
 def test_a_single_result_has_no_spread(results: Results) -> None:
     with pytest.raises(InputError, match="at least 2"):
         seeds_table([results])
