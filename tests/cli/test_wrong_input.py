@@ -119,7 +119,7 @@ CASES = [
     ("benchmark quickstart -o o --model studnt=B", "Did you mean 'student'", None),
     ("benchmark --compare nothing R", "Cannot read nothing", "benchmark --compare R R"),
     ("spread", "Missing argument", ""),
-    ("spread nothing", "Cannot read nothing", "spread R R"),
+    ("spread nothing", "Cannot read nothing", None),
     ("devices cpu-x68", "Did you mean 'cpu-x86'", "devices cpu-x86"),
     ("devices raspberry", "No device is named 'raspberry'", "devices"),
     ("distill", "Missing option '--student'", ""),
