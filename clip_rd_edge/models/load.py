@@ -60,7 +60,12 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
     with _QUIET, _NO_REMOTE_CODE, hub:
         try:
             model = open_clip.create_model(
-                spec, pretrained=pretrained, require_pretrained=True, pretrained_text=False, **overrides
+                spec,
+                pretrained=pretrained,
+                require_pretrained=True,
+                pretrained_text=False,
+                force_quick_gelu=model_cfg.get("quick_gelu", False),
+                **overrides,
             )
         except Exception as error:  # open_clip, the hub client and torch raise many types
             raise _loading_error(_describe_model(spec, pretrained, model_cfg), error) from error
@@ -164,13 +169,15 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
             f"The architecture {name} was given without weights.",
             hint=f"add --pretrained with {which}, or name a model's folder instead",
         )
-    if not exists(pretrained) and not open_clip.get_pretrained_cfg(name, pretrained):
+    tag_cfg = open_clip.get_pretrained_cfg(name, pretrained)
+    if not exists(pretrained) and not tag_cfg:
         raise InputError(
             f"The weights {pretrained!r} of {name} are neither a tag of open_clip nor a file."
             f"{near_matches(pretrained, tags)}",
             hint=f"pass {which}",
         )
-    return config
+    # open_clip only warns where weights were trained with another activation than the architecture's.
+    return {**config, "quick_gelu": True} if tag_cfg.get("quick_gelu") else config
 
 
 def _relocated_text_cfg(folder: Path, model_cfg: dict[str, Any]) -> dict[str, Any]:

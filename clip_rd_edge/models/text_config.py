@@ -145,7 +145,7 @@ def _check_context_length(length: int, source: dict[str, Any], name: str) -> Non
 
 def has_quick_gelu(model: nn.Module) -> bool:
     """Return whether a model's text tower has OpenAI's approximation of GELU; False for a tower of Hugging Face."""
-    # Not from the configuration: a pretrained tag may set it, too.
+    # Not from the configuration, whose flag says nothing of a tower of Hugging Face.
     transformer = text_module(model).get_submodule("transformer")
     return any(type(module).__name__ == "QuickGELU" for module in transformer.modules())
 

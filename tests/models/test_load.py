@@ -133,6 +133,29 @@ def test_a_thread_that_has_loaded_its_model_lets_no_python_code_into_that_of_ano
     assert modules.get_class_in_module is before
 
 
+def test_weights_with_a_tag_are_run_with_the_activation_that_they_were_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = {"layers": 1, "width": 64}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {**tower, "head_width": 64, "patch_size": 8, "image_size": 16},
+        "text_cfg": {**tower, "context_length": 8, "vocab_size": 49408, "heads": 1},
+    }
+    path = tmp_path / "weights.pt"
+    torch.save(open_clip.CLIP(**config, quick_gelu=True).state_dict(), path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    tags = {"openai": {"file": str(path), "quick_gelu": True}, "laion": {"file": str(path)}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
+
+    clip = load_clip("tiny@openai")
+    save_clip(tmp_path / "copy", clip, provenance={})
+    for model in (clip, load_clip(str(tmp_path / "copy"))):
+        kinds = [type(module).__name__ for module in model.model.modules()]
+        assert (kinds.count("QuickGELU"), kinds.count("GELU")) == (2, 0)
+    assert "QuickGELU" not in {type(module).__name__ for module in load_clip("tiny@laion").model.modules()}
+
+
 @pytest.mark.parametrize(
     ("name", "pretrained", "expected"),
     [
