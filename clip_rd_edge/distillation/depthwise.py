@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
+from torch.overrides import has_torch_function_unary
 
 Pair = tuple[int, int]
 
@@ -23,7 +24,7 @@ def speed_up_small_maps(model: nn.Module) -> None:
     """Give depthwise convolutions of a model on a CPU this gradient, wherever the kernel is larger than the image.
 
     Parameters, outputs and names stay as they are. timm's layers that pad an image by its size are left out: what they
-    pad is never smaller than the kernel.
+    pad is never smaller than the kernel. So are calls within a `TorchFunctionMode`, such as that of INT8 rounding.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _is_plain_depthwise(module):
@@ -38,8 +39,10 @@ def _is_plain_depthwise(module: nn.Conv2d) -> bool:
 class _DepthwiseConvolution(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         is_small = any(edge > size for edge, size in zip(self.kernel_size, input.shape[-2:], strict=True))
+        # A mode may compute something else than the convolution, whose gradient this is not.
+        is_plain = input.dim() == 4 and not has_torch_function_unary(input)
         output: Tensor
-        if is_small and input.dim() == 4 and weight.requires_grad and torch.is_grad_enabled():
+        if is_small and is_plain and weight.requires_grad and torch.is_grad_enabled():
             padding = (0, 0) if isinstance(self.padding, str) else self.padding
             output = _SmallMapConvolution.apply(input, weight, bias, self.stride, padding)  # type: ignore
         else:

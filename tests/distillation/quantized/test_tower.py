@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.distillation.config import QUANTIZE_DEFAULTS, RunConfig, load_recipe
+from clip_rd_edge.distillation.depthwise import speed_up_small_maps
 from clip_rd_edge.distillation.quantized.fake_quant import ActivationRanges, FakeQuantizer
 from clip_rd_edge.distillation.quantized.tower import FakeQuantMode, QuantizedTower, require_static_tower
 from clip_rd_edge.distillation.run import run_distillation
@@ -60,6 +62,21 @@ def quantized(clip: ClipModel, pixels: Pixels) -> QuantizedTower:
     tower = QuantizedTower(ImageTower(clip.model), ActivationRanges(), torch.zeros(1, 3, SIZE, SIZE))
     tower.calibrate(torch.from_numpy(pixels[i : i + 8]) for i in range(0, len(pixels), 8))  # batches as in the exporter
     return tower
+
+
+def test_the_gradient_is_that_of_the_rounded_tower_on_small_maps_too() -> None:
+    torch.manual_seed(0)
+    pixels, gradients = torch.randn(8, 4, 2, 2), []
+    plain = nn.Sequential(nn.Conv2d(4, 4, 5, padding=2, groups=4, bias=False), nn.BatchNorm2d(4)).eval()
+    nn.init.uniform_(plain[1].weight, 0.5, 1.5)  # type: ignore[arg-type]
+    fast = copy.deepcopy(plain)
+    speed_up_small_maps(fast)
+    for module in (plain, fast):
+        tower = QuantizedTower(module, ActivationRanges(), torch.zeros(1, 4, 2, 2))
+        tower.calibrate([pixels])
+        gradients.append(torch.autograd.grad(tower(pixels).square().sum(), list(module.parameters())))
+    assert all(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
 
 
 class RecordingQuantizer(FakeQuantizer):
