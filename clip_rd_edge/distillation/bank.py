@@ -197,10 +197,14 @@ class QueueBank:
                 "The run began with a bank from a teacher cache; expected to go on with this cache.",
                 hint="add the --teacher-cache and --views of the run, or start a new run",
             )
-        rows = state["rows"][:, : self._size].to(self._device)  # longer, if the data have become fewer pairs
+        rows, seen = state["rows"].to(self._device), state["seen"]
+        count = rows.shape[1]
+        if count != min(seen, self._size):  # the data have become more or fewer pairs: the oldest row comes first
+            rows = rows.roll(-(seen % count), dims=1)[:, -self._size :]
+            seen = count = rows.shape[1]
         self._rows = rows.new_empty(2, self._size, rows.shape[2])
-        self._rows[:, : rows.shape[1]] = rows
-        self._seen = state["seen"]
+        self._rows[:, :count] = rows
+        self._seen = seen
 
     def _filled(self) -> Tensor:
         return self._rows[:, : min(self._seen, self._size)]

@@ -128,6 +128,21 @@ def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
     assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
 
 
+@pytest.mark.parametrize("size", [3, 5, 8, 20])
+def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -> None:
+    def seen(queue: QueueBank, *numbers: int) -> list[float]:
+        for number in numbers:
+            bank = queue.with_batch(torch.full((2, 2), float(number)), torch.full((2, 2), -float(number)))
+        assert torch.equal(bank.text, -bank.image)
+        return sorted(bank.image[:, 0].tolist())
+
+    before, after = QueueBank(5, CPU), QueueBank(size, CPU)
+    assert seen(before, 1, 2, 3, 4) == [2, 3, 3, 4, 4]
+    after.load_state_dict(before.state_dict())
+    assert seen(after, 5) == [2, 3, 3, 4, 4, 5, 5][-size:]
+    assert seen(after, 6, 7, 8) == [2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8][-size:]
+
+
 def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs_it(config: RunConfig) -> None:
     bank = make_bank(config, 5, None, None, CPU)
     assert bank is not None
