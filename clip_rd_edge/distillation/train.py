@@ -118,10 +118,12 @@ def train(
     )
     waited = evaluated = 0.0  # seconds
 
+    def is_evaluation_due(done: int) -> bool:
+        return done == steps or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
+
     def scores(done: int) -> dict[str, float]:
         """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
-        due = done == steps or (config.evaluate_every and done % config.evaluate_every == 0)
-        if not (due and evaluate):
+        if not (evaluate and is_evaluation_due(done)):
             return {}
         processes.broadcast(saved_student.model.buffers())  # those that are saved
         try:
@@ -135,6 +137,25 @@ def train(
         return evaluation
 
     saved, due = start, False  # the last step that was saved, and whether there is a newer one to save
+
+    def save(done: int, *, is_stopping: bool) -> None:
+        """Save the state after `done` steps if it is due.
+
+        A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last chance to
+        save, the older checkpoint is the better one.
+        """
+        nonlocal saved, due
+        due = due or done % config.checkpoint_every == 0
+        if not (due or is_stopping or done == steps):
+            return
+        is_fit = optimizer.is_finite if is_stopping else optimizer.is_sound
+        if processes.sum(int(not is_fit)) == [0]:
+            if processes.is_main:
+                save_checkpoint(run, done, parts)
+            saved, due = done, False
+        elif processes.sum(int(not optimizer.is_finite)) != [0]:
+            raise diverged_error(run, f"weights are not finite after step {done:,}")
+        processes.barrier()
 
     with stop_on_signals() as request, request.deferred(), tracker:
         is_evaluated = log is None or log.is_evaluated(start)
@@ -168,14 +189,16 @@ def train(
             optimizer.apply(step, loss, run=run)
 
             done = step + 1
+            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
+            if unshared:
+                dataset.bad.share(processes.gather_objects)
+            stopping = stop_requests > 0
+            save(done, is_stopping=stopping)  # before an evaluation, which may fail, as for a damaged image
             trained = time.perf_counter()
             evaluation = scores(done)
             now = time.perf_counter()
             evaluated += now - trained
             elapsed = now - started
-            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
-            if unshared:
-                dataset.bad.share(processes.gather_objects)
             progress = Progress(
                 step=done,
                 steps=steps,
@@ -201,19 +224,10 @@ def train(
             reporter.update("training", done, steps, progress.message())
             if evaluation:
                 reporter.say(f"step {done:,}: {progress.evaluation_message()}")
-            stopping = stop_requests > 0
-            due = due or done % config.checkpoint_every == 0
-            if done == steps or stopping or due:
-                # A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last
-                # chance to save, the older checkpoint is the better one.
-                fit = optimizer.is_finite if stopping else optimizer.is_sound
-                if processes.sum(int(not fit)) == [0]:
-                    if processes.is_main:
-                        save_checkpoint(run, done, parts)
-                    saved, due = done, False
-                elif processes.sum(int(not optimizer.is_finite)) != [0]:
-                    raise diverged_error(run, f"weights are not finite after step {done:,}")
-                processes.barrier()
+            if not stopping and is_evaluation_due(done) and processes.any(bool(request)):
+                stopping = True
+                if done > saved:
+                    save(done, is_stopping=True)
             if stopping:
                 raise interrupted(request, run, saved, steps)
         if request:  # during the evaluation of a run whose last step was done before

@@ -662,6 +662,20 @@ def test_evaluations_do_not_count_as_slow_training(config: RunConfig, tmp_path: 
     assert last["seconds_per_step"] > 1.9 + training_s
 
 
+def test_an_evaluation_that_fails_loses_no_step(config: RunConfig, tmp_path: Path) -> None:
+    def fail(_: object) -> dict[str, float]:
+        raise InputError("The image cannot be read.")
+
+    config = with_recipe(config, steps=2)
+    with pytest.raises(InputError, match="The image cannot be read"):
+        run_distillation(config, tmp_path / "run", resume=False, evaluate=fail)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-2"]
+    watch = Watch()
+    run_distillation(config, tmp_path / "run", resume=True, reporter=watch, evaluate=lambda _: {"task": 0.5})
+    assert "resumed after step 2 of 2" in watch.said
+    assert read_metrics(tmp_path / "run")[-1]["evaluation/task"] == 0.5
+
+
 def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:
     clip = load_clip(str(config.teacher))
     saved = [
