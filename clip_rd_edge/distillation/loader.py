@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import spawn
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +25,7 @@ from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.shared_block import SharedBlock
 
 HalfArray = npt.NDArray[np.float16]
 
@@ -74,7 +77,9 @@ class Batch:
 
 _SHARED_MEMORY_HINT = "give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0"
 
-_KILLED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly)")
+_ENDED = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
+)
 _NO_PIXELS: Levels = np.zeros((0, 0, 3), dtype=np.uint8)
 View = tuple[int, int]  # epoch and index of the pair
 
@@ -239,7 +244,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(obey_only_the_parent, os.getpid()),
     )
-    with stop_signals_blocked():  # the workers inherit it
+    with stop_signals_blocked(), _MAIN_MODULE_HIDDEN:  # the workers inherit the signals
         try:
             batches = iter(loader)
         except OSError as error:
@@ -248,6 +253,29 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         if dataset.substitute:
             dataset.bad.add(batch.bad)
         yield batch
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Within the block, processes that are spawned, or forked by a server, do not import the main module.
+
+    It is the user's script, which would train once more in each worker unless it is guarded by its `__name__`. Workers
+    need nothing of it.
+    """
+    real = spawn.get_preparation_data
+
+    def prepared(name: str) -> dict[str, Any]:
+        return {key: value for key, value in real(name).items() if not key.startswith("init_main")}
+
+    untyped: Any = spawn
+    untyped.get_preparation_data = prepared
+    try:
+        yield
+    finally:
+        untyped.get_preparation_data = real
+
+
+_MAIN_MODULE_HIDDEN = SharedBlock(_without_main_module)
 
 
 def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -263,14 +291,21 @@ def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def lost_worker(error: BaseException) -> LostProcessError | None:
-    """Return the error of a run one of whose workers was killed, or None if this is another error.
+    """Return the error of a run one of whose workers has ended, or None if this is another error.
 
     torch's signal handler raises it wherever the training process happens to be.
     """
-    if not (killed := _KILLED.search(str(error))):
+    if not (ended := _ENDED.search(str(error))):
         return None
+    # The handler's error, which names the exit code, is the cause of the error of a loader that waited for a batch.
+    first = _ENDED.search(str(error.__cause__)) or ended
+    if first[2]:
+        return LostProcessError(
+            f"A loader process (pid {first[1]}) failed with exit code {first[2]}; its own message is above.",
+            hint="see whether it loads in the training process: --workers 0; resume with the same command and --resume",
+        )
     return LostProcessError(
-        f"A loader process (pid {killed[1]}) was ended from outside, most likely for want of memory.",
+        f"A loader process (pid {ended[1]}) was ended from outside, most likely for want of memory.",
         hint="give the machine or container more memory, or use fewer --workers; resume with the same command and "
         "--resume",
     )

@@ -4,9 +4,12 @@ import io
 import os
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import spawn
 from pathlib import Path
 
 import msgspec
@@ -19,6 +22,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.distillation import loader as loader_module
 from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError
@@ -213,3 +217,53 @@ def test_a_worker_that_is_killed_ends_the_run_in_a_sentence(pairs_csv: Path) -> 
     with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) was ended from outside") as caught:
         next(loader)
     assert "--workers" in caught.value.hint
+
+
+class Failing(ViewDataset):
+    """Ends its worker process as an error does while it starts."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        os._exit(1)
+
+
+def test_a_worker_that_fails_is_not_said_to_lack_memory(pairs_csv: Path) -> None:
+    loader = loader_with_a_worker(Failing, pairs_csv)
+    with pytest.raises(LostProcessError, match=r"^A loader process \(pid \d+\) failed with exit code 1;") as caught:
+        next(loader)
+    assert "memory" not in caught.value.hint
+
+
+def test_a_spawned_worker_does_not_run_the_users_script_again(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(*_: object) -> set[str]:
+        return {key for key in spawn.get_preparation_data("worker") if key.startswith("init_main")}
+
+    class Recording(torch.utils.data.DataLoader):  # type: ignore[type-arg]
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            sent.append(keys())
+            return super().__iter__()
+
+    sent = list[set[str]]()
+    monkeypatch.setattr(loader_module, "DataLoader", Recording)
+    assert keys()  # pytest's own script
+    assert len(batches(pairs_csv, 0, 1)) == 1
+    assert sent == [set()]
+    assert keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_without_a_guard_trains_with_workers_that_are_spawned(
+    method: str, pairs_csv: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(
+        f"""
+import multiprocessing
+multiprocessing.set_start_method({method!r})
+import clip_rd_edge as edge
+edge.distill(data={str(pairs_csv)!r}, recipe="clip", student="test_resnet", image_size=32, text="64x1", steps=2,
+             batch_size=4, precision="fp32", workers=1, output="run")
+"""
+    )
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "run" / "student").is_dir()
