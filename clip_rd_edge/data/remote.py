@@ -118,7 +118,10 @@ def _info(file_system: Any, path: str) -> dict[str, Any]:
 def shard_identity(shard: ShardFile) -> str:
     """Return a text that changes when a shard is another one: its location and its version; raises as `versions`."""
     size, mark = version(shard)
-    return f"{shard.resolve() if isinstance(shard, Path) else shard.url}\n{size}\n{mark}"
+    location = str(shard.resolve()) if isinstance(shard, Path) else shard.url
+    if location.startswith(PIPE):  # what a command writes depends on where it runs
+        location = f"{location}\n{Path.cwd()}"
+    return f"{location}\n{size}\n{mark}"
 
 
 def fetch(shard: RemoteShard, part: Path) -> None:

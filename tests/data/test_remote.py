@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,17 @@ def test_a_command_after_pipe_gives_a_shard(shards: Path, monkeypatch: pytest.Mo
     assert contents(load_pairs(f"pipe:cat {shards}/{{000..001}}.tar")) == contents(local)
     with pytest.raises(InputError, match=r"could not be fetched: exit status \d+: .*No such file"):
         load_pairs(f"pipe:cat {shards}/9.tar")
+
+
+def test_a_relative_command_in_another_folder_gives_other_shards(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(shards / f"00{number}.tar", folder / "same.tar")
+        monkeypatch.chdir(folder)
+        assert contents(load_pairs("pipe:cat same.tar")) == contents(load_pairs(f"{shards}/00{number}.tar"))
 
 
 def test_other_schemes_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
