@@ -106,21 +106,26 @@ def _reserve(path: Path, size: int) -> Path:
 
 
 def _make_room(folder: Path, *, keep: Path) -> None:
-    """Remove the shards used least recently until the rest fits; an open one stays readable until it is closed."""
+    """Remove the shards used least recently until the rest fits.
+
+    An open one stays readable until it is closed. On Windows it cannot be removed: that is left to the next time.
+    """
     with exclusive_writer(folder / "making-room.lock.d", on_wait=lambda message: None):
         room = cache_limit()
         files, now = list(_files(folder)), now_in(folder)
         for used, size, path in files:
             if path.suffix == ".part":
                 if path != keep and used < now - _ABANDONED_S:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(PermissionError):
+                        path.unlink(missing_ok=True)
                 else:
                     room -= size
         shards = [file for file in files if file[2].suffix == ".tar"]
         for _, size, path in sorted(shards, key=lambda file: (file[2] == keep, file[0]), reverse=True):
             room -= size
             if room < 0 and path != keep:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):
+                    path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:

@@ -131,6 +131,27 @@ def test_a_removed_shard_takes_no_room_through_an_open_file(
     assert not [link for link in links if "remote-shards" in link and link.endswith("(deleted)")]
 
 
+def test_a_shard_that_is_open_on_windows_makes_room_the_next_time(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def local_shard(number: int) -> Path:
+        return shard_cache.local_path(RemoteShard(f"{server.url}/00{number}.tar"))
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == is_open:
+            raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
+        real_unlink(path, missing_ok)
+
+    monkeypatch.setenv(shard_cache.LIMIT_VARIABLE, str(1.5 * (shards / "000.tar").stat().st_size / 1e9))
+    is_open, real_unlink = local_shard(0), Path.unlink
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "unlink", unlink)
+        assert local_shard(1).is_file()
+    assert is_open.is_file()
+    kept = local_shard(2)
+    assert [path for path in kept.parent.iterdir() if path.suffix in (".tar", ".part")] == [kept]
+
+
 def test_a_cache_that_is_too_small_for_the_order_is_told(
     server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
