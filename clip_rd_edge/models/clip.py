@@ -69,6 +69,15 @@ def text_module(model: nn.Module) -> nn.Module:
     return text
 
 
+def quick_gelu_of(tower: nn.Module) -> bool | None:
+    """Return open_clip's flag `quick_gelu` of a tower, as it was built; a model has one for both of its towers.
+
+    None for a tower that has no such activations, or its own ones, as those of timm and Hugging Face.
+    """
+    kinds = {type(module).__name__ for name, module in tower.named_modules() if name.endswith("mlp.gelu")}
+    return "QuickGELU" in kinds if kinds else None
+
+
 class ImageTower(nn.Module):
     """Maps pixels (N, 3, H, W) to embeddings (N, D), L2-normalised in float32."""
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, quick_gelu_of
+from clip_rd_edge.models.text_config import MIN_COSINE
 
 _TIMM_NAME = "timm_model_name"
 _HINT = "name the teacher's architecture with --student, or omit --pretrained-image"
@@ -37,7 +38,10 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
             hint=f"--embedding-size {teacher.embedding_size}, or omit --pretrained-image",
         )
     vision_cfg = {**source, "timm_model_pretrained": False} if _TIMM_NAME in source else source
-    vision_cfg = {**vision_cfg, "image_size": own["image_size"]}
+    model_cfg = {**model_cfg, "vision_cfg": {**vision_cfg, "image_size": own["image_size"]}}
+    quick_gelu = quick_gelu_of(teacher.model.get_submodule("visual"))
+    if quick_gelu is not None:
+        model_cfg["quick_gelu"] = quick_gelu
     of_teacher = teacher.preprocessing
     preprocess_cfg = {
         **preprocess_cfg,
@@ -46,14 +50,15 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
         "interpolation": of_teacher.interpolation,
         "resize_mode": of_teacher.resize_mode,
     }
-    return {**config, "model_cfg": {**model_cfg, "vision_cfg": vision_cfg}, "preprocess_cfg": preprocess_cfg}
+    return {**config, "model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
     """Give the student the teacher's image tower and logit scale; return a sentence that says so.
 
     Raises:
-        ConfigError: the weights do not fit, for instance because the position embeddings are those of another size.
+        ConfigError: the weights do not fit, for instance because the position embeddings are those of another size, or
+            the student computes other features with them.
     """
     try:
         student.model.get_submodule("visual").load_state_dict(teacher.model.get_submodule("visual").state_dict())
@@ -62,9 +67,27 @@ def copy_image_tower(student: ClipModel, teacher: ClipModel) -> str:
             f"The image tower of {teacher.name} does not fit the student's: {str(error).splitlines()[-1].strip()}",
             hint=f"--image-size {teacher.preprocessing.size[0]}, or omit --pretrained-image",
         ) from error
+    _require_same_features(student, teacher)
     with torch.no_grad():
         student.model.get_parameter("logit_scale").copy_(teacher.model.get_parameter("logit_scale"))
     return f"the image tower is initialised from that of {teacher.name}"
+
+
+@torch.no_grad()
+def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
+    # Not from the global generator, which draws the student's other weights.
+    pixels = torch.randn(2, 3, *student.preprocessing.size, generator=torch.Generator().manual_seed(0))
+    features = []
+    for model in (student.model, teacher.model):
+        with evaluation_mode(model):
+            features.append(ImageTower(model)(pixels.to(next(model.parameters()).device)).cpu())
+    cosine = float((features[0] * features[1]).sum(dim=1).min())
+    if not cosine >= MIN_COSINE:
+        raise ConfigError(
+            f"The student's image tower with the weights of {teacher.name} returns other features (cosine "
+            f"{cosine:.4f}, expected at least {MIN_COSINE}).",
+            hint="omit --pretrained-image",
+        )
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.models.clip import ClipModel, TextTower, text_module
+from clip_rd_edge.models.clip import ClipModel, TextTower, quick_gelu_of, text_module
 from clip_rd_edge.models.student import build_student
 
 # What the student has of its own. Everything else in a text_cfg changes what the weights compute.
 _OWN = ("context_length", "vocab_size", "width", "layers")
 # Captions without, with few, and with many of the tokens that fit into the shortest context length, 4.
 _CAPTIONS = ["", "red", "a cat"]
-_MIN_COSINE = 0.9999
+MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
 
 
 def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
         config: of `student_config`.
 
     Raises:
-        ConfigError: the student cannot compute what the teacher's text tower does, or only at another context length.
+        ConfigError: the student cannot compute what the teacher's text tower does, or only at another context length,
+            or with another activation than its image tower has.
     """
     model_cfg, source = config["model_cfg"], teacher.model_cfg["text_cfg"]
     text_cfg = model_cfg["text_cfg"]
@@ -43,9 +44,7 @@ def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     if text_cfg["width"] != source.get("width", 512):
         return config  # `init_text_tower` names both widths
     carried = {name: value for name, value in source.items() if name not in _OWN}
-    model_cfg = {**model_cfg, "text_cfg": {**text_cfg, "heads": 8, **carried}}
-    if has_quick_gelu(teacher.model):
-        model_cfg["quick_gelu"] = True
+    model_cfg = _with_activation_of(teacher, {**model_cfg, "text_cfg": {**text_cfg, "heads": 8, **carried}})
     inherited = {**config, "model_cfg": model_cfg}
     _require_same_features(inherited, teacher)
     return inherited
@@ -58,8 +57,8 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
         config: of `student_config`; its own text tower is replaced.
 
     Raises:
-        ConfigError: the embedding sizes differ, the teacher's text tower cannot be separated from it, or the student
-            cannot be built.
+        ConfigError: the embedding sizes or the activations of the towers differ, the teacher's text tower cannot be
+            separated from it, or the student cannot be built.
     """
     model_cfg = config["model_cfg"]
     if model_cfg["embed_dim"] != teacher.embedding_size:
@@ -75,8 +74,7 @@ def build_with_text_tower_of(teacher: ClipModel, config: dict[str, Any], *, name
             hint="choose another --text",
         )
     text: Any = copy.deepcopy(separate_text_tower(teacher))
-    quick_gelu = {"quick_gelu": True} if has_quick_gelu(teacher.model) else {}
-    student = build_student({**config, "model_cfg": {**model_cfg, **quick_gelu}}, name=name)
+    student = build_student({**config, "model_cfg": _with_activation_of(teacher, model_cfg)}, name=name)
     model: Any = student.model
     model.text, model.context_length, model.vocab_size = text.train(), text.context_length, text.vocab_size
     return replace(student, tokenizer=teacher.tokenizer, model_cfg={**student.model_cfg, "text_cfg": source})
@@ -145,9 +143,28 @@ def _check_context_length(length: int, source: dict[str, Any], name: str) -> Non
 
 def has_quick_gelu(model: nn.Module) -> bool:
     """Return whether a model's text tower has OpenAI's approximation of GELU; False for a tower of Hugging Face."""
-    # Not from the configuration, whose flag says nothing of a tower of Hugging Face.
-    transformer = text_module(model).get_submodule("transformer")
-    return any(type(module).__name__ == "QuickGELU" for module in transformer.modules())
+    return bool(_quick_gelu_of_text(model))
+
+
+def _quick_gelu_of_text(model: nn.Module) -> bool | None:
+    return quick_gelu_of(text_module(model).get_submodule("transformer"))
+
+
+def _with_activation_of(teacher: ClipModel, model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a student's configuration with the activation of the teacher's text tower.
+
+    Raises:
+        ConfigError: its image tower needs the other one.
+    """
+    flag, of_image = _quick_gelu_of_text(teacher.model), model_cfg.get("quick_gelu")
+    if flag is not None and of_image is not None and flag != of_image:
+        names = ("GELU", "QuickGELU")
+        raise ConfigError(
+            f"The student's image tower has {names[of_image]}, and the text tower of {teacher.name} {names[flag]}; "
+            "expected one activation for both, as open_clip's models have it.",
+            hint="take the text tower of another model, or start from another image tower",
+        )
+    return {**model_cfg, "quick_gelu": True} if flag else model_cfg
 
 
 @torch.no_grad()
@@ -174,10 +191,10 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
             hint="omit --pretrained-text",
         ) from error
     cosine = float((features[0] * features[1]).sum(dim=1).min())
-    if not cosine >= _MIN_COSINE:
+    if not cosine >= MIN_COSINE:
         raise ConfigError(
             f"The student's text tower with the weights of {teacher.name} returns other features (cosine {cosine:.4f}, "
-            f"expected at least {_MIN_COSINE}).",
+            f"expected at least {MIN_COSINE}).",
             hint="omit --pretrained-text",
         )
 

@@ -1,0 +1,79 @@
+"""A student whose image tower starts as the teacher's computes what the teacher's does, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.clip import ClipModel, ImageTower
+from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
+from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.student import build_student
+from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
+
+VISION = {"layers": 4, "width": 64, "head_width": 64, "patch_size": 8, "image_size": 32}
+
+
+def architecture(*, quick_gelu: bool = False) -> dict[str, Any]:
+    text = {"context_length": 8, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    return {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": VISION,
+            "text_cfg": text,
+            "custom_text": True,
+            **({"quick_gelu": True} if quick_gelu else {}),
+        },
+        "preprocess_cfg": {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+
+
+def model(*, quick_gelu: bool) -> ClipModel:
+    """A model whose weights are large enough for its activation to matter, as those of trained ones are."""
+    torch.manual_seed(0)
+    clip = build_student(architecture(quick_gelu=quick_gelu), name="quick" if quick_gelu else "plain")
+    with torch.no_grad():
+        for parameter in clip.model.get_submodule("visual").parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return clip
+
+
+def embeddings(clip: ClipModel) -> torch.Tensor:
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embedded: torch.Tensor = ImageTower(clip.model.eval())(pixels)
+    return embedded
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_the_student_has_the_activation_of_the_teachers_image_tower(quick_gelu: bool, tmp_path: Path) -> None:
+    teacher = model(quick_gelu=quick_gelu)
+    student = build_student(with_image_of(architecture(), teacher), name="student")
+    copy_image_tower(student, teacher)
+    save_clip(tmp_path / "student", student, provenance={})
+    for clip in (student, load_clip(str(tmp_path / "student"))):
+        torch.testing.assert_close(embeddings(clip), embeddings(teacher))
+
+
+def test_an_image_tower_that_computes_something_else_with_the_same_weights_is_refused() -> None:
+    teacher = model(quick_gelu=True)
+    student = build_student(with_image_of(architecture(), teacher), name="student")
+    student.model.get_submodule("visual").register_forward_hook(lambda module, inputs, output: -output)
+    with pytest.raises(ConfigError, match=r"with the weights of quick returns other features \(cosine -1\.0000"):
+        copy_image_tower(student, teacher)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_towers_that_need_different_activations_are_refused(quick_gelu: bool) -> None:
+    config = with_image_of(architecture(), model(quick_gelu=quick_gelu))
+    texts = model(quick_gelu=not quick_gelu)
+    names = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
+    message = f"image tower has {names[0]}, and the text tower of {texts.name} {names[1]}; expected one activation"
+    with pytest.raises(ConfigError, match=message):
+        build_with_text_tower_of(texts, config, name="student")
+    with pytest.raises(ConfigError, match=message):
+        with_text_of(config, texts)
