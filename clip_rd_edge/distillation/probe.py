@@ -114,7 +114,9 @@ def probe_teachers(
     with stop_on_signals(), resumed_by_the_same_call(), _removed_if_empty(folder):
         for number, (name, run) in enumerate(zip(teachers, _folders(teachers), strict=True), start=1):
             reporter.begin(name, number, len(teachers))
-            own = msgspec.structs.replace(config, teacher=name)
+            # A store holds the embeddings of one teacher.
+            store = config.teacher_cache and str(Path(config.teacher_cache) / run)
+            own = msgspec.structs.replace(config, teacher=name, teacher_cache=store)
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
             if name in known:

@@ -18,6 +18,7 @@ from clip_rd_edge.cli.probe_teachers import command
 from clip_rd_edge.distillation import probe as probing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.probe import Probe, ProbedTeacher
+from clip_rd_edge.distillation.store.embedding_store import MANIFEST
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
@@ -208,3 +209,12 @@ def test_the_command_prints_a_table_or_json(command_line: Run, source: dict[str,
     code, output, _ = command_line(*map(str, arguments), "--json")
     assert code == 0
     assert [teacher["teacher"] for teacher in json.loads(output)["teachers"]]
+
+
+def test_each_teacher_has_a_store_of_its_own(source: dict[str, Any], evaluations: list[str], tmp_path: Path) -> None:
+    stores = tmp_path / "stores"
+    probe = edge.probe_teachers(
+        **source, tasks=str(source["data"]), output=tmp_path / "probe", teacher_cache=stores, views=1
+    )
+    assert len(probe.teachers) == 2
+    assert [path.parent.name[-9:] for path in sorted(stores.glob(f"*/{MANIFEST}"))] == ["teacher-0", "teacher-1"]
