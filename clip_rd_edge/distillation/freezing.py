@@ -64,7 +64,8 @@ def _require_trained_part(student: ClipModel, config: RunConfig) -> None:
 def freeze_all_but_projection(text: nn.Module) -> None:
     """Freeze a text tower except for its projection, and disable its dropout."""
     projection = getattr(text, projection_name(text))
-    trained = {id(projection)} if isinstance(projection, nn.Parameter) else {id(p) for p in projection.parameters()}
+    parts = projection.parameters() if isinstance(projection, nn.Module) else [projection]  # None without a projection
+    trained = {id(parameter) for parameter in parts}
     for parameter in text.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     text.eval()

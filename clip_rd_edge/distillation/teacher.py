@@ -270,8 +270,11 @@ class FrozenTextTower:
         """Embed B captions, (B, D), L2-normalised, with a graph through the projection."""
         features = self._cached_features(captions)
         projection = getattr(self._text, self._projection_name)
-        projected = projection(features) if isinstance(projection, nn.Module) else features @ projection
-        return nn.functional.normalize(projected.float(), dim=-1)
+        if isinstance(projection, nn.Module):
+            features = projection(features)
+        elif projection is not None:
+            features = features @ projection
+        return nn.functional.normalize(features.float(), dim=-1)
 
 
 class _Features(nn.Module):
@@ -292,6 +295,6 @@ class _Features(nn.Module):
 
 
 def projection_name(text: nn.Module) -> str:
-    """Return the attribute of an open_clip text tower that holds its last projection, a module or a parameter."""
+    """Return the attribute of an open_clip text tower that holds its last projection: a module, a parameter or None."""
     # `proj` in towers from Hugging Face, `text_projection` in open_clip's own towers.
     return "proj" if hasattr(text, "proj") else "text_projection"

@@ -8,8 +8,9 @@ from tiny_runs import tiny_run
 
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
+from clip_rd_edge.distillation.teacher import FrozenTextTower
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import ClipModel, TextTower
 from clip_rd_edge.models.student import build_student, student_config
 
 
@@ -32,6 +33,18 @@ def test_a_run_that_would_train_nothing_is_refused(student: ClipModel, texts_alo
     message = "would be trained: there are no images to train the image tower on and its frozen text tower has no proj"
     with pytest.raises(UsageError, match=message):
         set_training_mode(student, texts_alone)
+
+
+def test_a_text_tower_without_a_projection_is_frozen_whole(texts_alone: RunConfig) -> None:
+    config = student_config("test_resnet", embedding_size=64, image_size=32, text="64x1", context_length=8)
+    config["model_cfg"]["text_cfg"]["proj_type"] = "none"
+    student = build_student(config, name="test_resnet")
+    with pytest.raises(UsageError, match="its frozen text tower has no projection to train"):
+        set_training_mode(student, texts_alone)
+    frozen = FrozenTextTower(student, torch.device("cpu"), autocast=None, caption_batch=2)(["red", "a cat"])
+    assert not frozen.requires_grad
+    expected = TextTower(student.model)(student.tokenizer(["red", "a cat"]))
+    torch.testing.assert_close(frozen, expected.detach())
 
 
 def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
