@@ -137,3 +137,20 @@ def test_the_conda_recipe_has_the_packages_own_dependencies() -> None:
     of_conda = {line.strip("- ").replace(" ", "").lower() for line in listed[1].splitlines()}
     expected = {f"python{project['requires-python']}", *(name.lower() for name in project["dependencies"])}
     assert of_conda == expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
+@pytest.mark.parametrize(("system", "oldest"), [("darwin", "2.5"), ("linux", "2.4"), ("win32", "2.4")])
+def test_torch_is_new_enough_for_the_gpu_of_a_mac(system: str, oldest: str) -> None:
+    import tomllib
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = map(Requirement, project["optional-dependencies"]["train"])
+    versions = [
+        str(requirement.specifier)
+        for requirement in required
+        if requirement.name == "torch"
+        and (requirement.marker is None or requirement.marker.evaluate({"sys_platform": system}))
+    ]
+    assert versions == [f">={oldest}"]
