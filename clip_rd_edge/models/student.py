@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
 from clip_rd_edge.models.classifier import load_classifier, unreadable_weights
 from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import exists, is_file
-from clip_rd_edge.utils.structs import convert
+from clip_rd_edge.utils.structs import convert, read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 _HEAD_WIDTH = 64  # as in CLIP
@@ -71,7 +71,8 @@ def student_config(
     """Return the open_clip configuration of a student, `model_cfg` and `preprocess_cfg`.
 
     Args:
-        student: a preset, the name of any timm trunk, or the path of a JSON file with an open_clip `vision_cfg`.
+        student: a preset, the name of any timm trunk, or the path of a JSON file with `vision_cfg` and `preprocess_cfg`
+            as in open_clip's configurations, and `quick_gelu` where the image tower has it.
         embedding_size: D; the teacher's D if their embeddings are compared entry by entry.
         image_size: edge of the square input in pixels.
         text: size of the text tower; see `text_size`.
@@ -79,14 +80,20 @@ def student_config(
 
     Raises:
         InputError: the student is unknown (with suggestions).
-        ConfigError: the text size is invalid.
+        ConfigError: the text size is invalid, or the JSON file is, or it is for another image size.
     """
     size = text_size(text)
     preset = _preset(student)
+    own_size = preset.vision_cfg.get("image_size", image_size)
+    if own_size != image_size:
+        raise ConfigError(
+            f"{student} has the image_size {own_size}; {image_size} was asked for.",
+            hint=f"--image-size {own_size}, or omit image_size in the file",
+        )
     return {
         "model_cfg": {
             "embed_dim": embedding_size,
-            "vision_cfg": {**preset["vision_cfg"], "image_size": image_size},
+            "vision_cfg": {**preset.vision_cfg, "image_size": image_size},
             "text_cfg": {
                 "context_length": context_length,
                 "vocab_size": 49408,
@@ -95,13 +102,9 @@ def student_config(
                 "layers": size.layers,
             },
             "custom_text": True,
+            **({"quick_gelu": True} if preset.quick_gelu else {}),
         },
-        "preprocess_cfg": {
-            "size": [image_size, image_size],
-            **preset["preprocess_cfg"],
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
+        "preprocess_cfg": {"size": [image_size, image_size], **msgspec.to_builtins(preset.preprocess_cfg)},
     }
 
 
@@ -134,17 +137,34 @@ def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     )
 
 
-def _preset(student: str) -> dict[str, Any]:
+class _PresetPreprocessing(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of `Preprocessing` that a preset has."""
+
+    mean: list[float]
+    std: list[float]
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
+
+
+class _Preset(msgspec.Struct, forbid_unknown_fields=True):
+    """An image tower without its size."""
+
+    vision_cfg: dict[str, Any]
+    preprocess_cfg: _PresetPreprocessing
+    quick_gelu: bool = False
+
+
+def _preset(student: str) -> _Preset:
     path = Path(student) if student.endswith(".json") else CONFIGS / f"{student}.json"
     if is_file(path):
-        preset: dict[str, Any] = json.loads(path.read_text())
-        if not {"vision_cfg", "preprocess_cfg"} <= preset.keys():
-            raise ConfigError(f"{path} has no 'vision_cfg' and 'preprocess_cfg'.")
+        preset = read_json(path, _Preset)
+        require_bounded({"vision_cfg": preset.vision_cfg}, path)
         return preset
     return _timm_preset(student)
 
 
-def _timm_preset(trunk: str) -> dict[str, Any]:
+def _timm_preset(trunk: str) -> _Preset:
     """Return the configuration of any timm trunk, with the mean and standard deviation of its pretrained weights."""
     import timm
 
@@ -159,15 +179,15 @@ def _timm_preset(trunk: str) -> dict[str, Any]:
     # open_clip's linear projection expects `num_features`, but some trunks (MobileNetV3 and V4) widen again after
     # pooling. For these, timm's own classifier becomes the projection.
     widens = getattr(module, "head_hidden_size", module.num_features) != module.num_features
-    return {
-        "vision_cfg": {
+    return _Preset(
+        vision_cfg={
             "timm_model_name": trunk,
             "timm_model_pretrained": False,
             "timm_pool": "avg" if widens else "",
             "timm_proj": "" if widens else "linear",
         },
-        "preprocess_cfg": {"mean": list(module.default_cfg["mean"]), "std": list(module.default_cfg["std"])},
-    }
+        preprocess_cfg=_PresetPreprocessing(mean=list(module.default_cfg["mean"]), std=list(module.default_cfg["std"])),
+    )
 
 
 TIMM, PACKAGE = "timm", "package"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,12 +35,17 @@ def read_yaml(path: Path, kind: type[T]) -> T:
 
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file into a struct; raises the same errors as `read_yaml`."""
-    return _decode_json(read_limited(path, MAX_JSON_BYTES), kind, source=path)
+    return _decode_json(_read_json_text(path), kind, source=path)
 
 
 def read_json_objects(path: Path) -> Any:
     """Return the content of a JSON file as dicts, lists, texts and numbers; raises the same errors as `read_yaml`."""
-    return _json_objects(read_limited(path, MAX_JSON_BYTES), path)
+    return _json_objects(_read_json_text(path), path)
+
+
+def _read_json_text(path: Path) -> bytes:
+    # Editors on Windows put a byte order mark before what is UTF-8.
+    return read_limited(path, MAX_JSON_BYTES).removeprefix(BOM_UTF8)
 
 
 def _decode_json(content: bytes, kind: type[T], *, source: Path) -> T:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +153,40 @@ def test_an_image_tower_starts_from_packaged_weights() -> None:
     assert torch.equal(clip.model.get_parameter("visual.trunk.conv_head.weight"), published["_conv_head.weight"])
     with pytest.raises(ConfigError, match="no package with weights of test_resnet"):
         init_image_tower(tiny("test_resnet"), "package")
+
+
+VIT = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 8}
+
+
+def own_student(path: Path, content: object, *, encoding: str = "utf-8") -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding=encoding)
+    return str(path)
+
+
+def test_a_students_file_says_how_images_are_prepared_and_which_activation_it_has(tmp_path: Path) -> None:
+    preprocessing = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    content = {"vision_cfg": {**VIT, "image_size": 32}, "preprocess_cfg": preprocessing, "quick_gelu": True}
+    path = own_student(tmp_path / "own.json", content, encoding="utf-8-sig")
+    config = student_config(path, embedding_size=8, image_size=32, text="64x1", context_length=8)
+    clip = build_student(config, name="own")
+    assert (clip.preprocessing.interpolation, clip.preprocessing.resize_mode) == ("bilinear", "squash")
+    assert "QuickGELU" in {type(module).__name__ for module in clip.model.get_submodule("visual").modules()}
+    with pytest.raises(ConfigError, match=r"own\.json has the image_size 32; 224 was asked for") as error:
+        student_config(path, embedding_size=8)
+    assert "--image-size 32" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"vision_cfg": {},}', "is not valid JSON"),
+        ("[1]", "is invalid: Expected `object`, got `array`"),
+        ({"vision_cfg": VIT}, "missing required field `preprocess_cfg`"),
+        ({"vision_cfg": VIT, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}, "embed_dim": 8}, "`embed_dim`"),
+        ({"vision_cfg": VIT, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "size": 8}}, "`size`"),
+        ({"vision_cfg": {**VIT, "width": 10**9}, "preprocess_cfg": {"mean": [], "std": []}}, "no such model exists"),
+    ],
+)
+def test_a_students_file_that_is_damaged_or_says_more_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"own\.json .*{message}"):
+        student_config(own_student(tmp_path / "own.json", content), embedding_size=8)
