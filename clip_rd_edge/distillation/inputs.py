@@ -46,6 +46,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             runs that did not record it yet.
         text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others,
             and for runs that did not record it yet.
+        student_file_sha256: of the JSON file with a new student's architecture and preprocessing; None for others, and
+            for runs that did not record it yet.
     """
 
     pairs: int
@@ -57,6 +59,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     student_sha256: str | None = None
     image_weights_sha256: str | None = None
     text_sha256: str | None = None
+    student_file_sha256: str | None = None
 
 
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
@@ -77,7 +80,12 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
         image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
         text_sha256=teacher_fingerprint(text) if text else None,
+        student_file_sha256=sha256_of(Path(config.student)) if _is_student_file(config) else None,
     )
+
+
+def _is_student_file(config: RunConfig) -> bool:
+    return config.student.endswith(".json") and is_file(Path(config.student))
 
 
 def _taken_text(config: RunConfig) -> Path | None:
@@ -119,7 +127,7 @@ def check_inputs(
         inputs: fingerprints of data and models.
         setup: names them.
         accept_changes: report a difference, and keep the new fingerprints, instead of raising, unless the run is
-            finished, or its student's text tower would get another tokenizer.
+            finished, or its student would get another tokenizer, architecture or preprocessing.
 
     Raises:
         UsageError: data, teacher or trained student changed; the message says from what to what.
@@ -132,8 +140,11 @@ def check_inputs(
         if difference is None:
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
-        # The weights of a checkpoint belong to the tokens that they were trained with.
-        is_acceptable = not is_finished and old.text_sha256 in (None, inputs.text_sha256)
+        # The weights of a checkpoint belong to the tokens and the architecture that they were trained with.
+        is_same_student = all(
+            getattr(old, name) in (None, getattr(inputs, name)) for name in ("text_sha256", "student_file_sha256")
+        )
+        is_acceptable = not is_finished and is_same_student
         if is_finished or (list_checkpoints(run) and not (accept_changes and is_acceptable)):
             ways = ["name those that it was finished with" if is_finished else "restore them"]
             ways.append("start a new run with another -o")
@@ -169,7 +180,9 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
         fields.add("pretrained_image")
     if inputs.text_sha256 and _taken_text(new) is not None:
         fields.add("text")
-    if inputs.student_sha256 and model_folder(new.student) is not None:
+    if (inputs.student_sha256 and model_folder(new.student) is not None) or (
+        inputs.student_file_sha256 and _is_student_file(new)
+    ):
         fields.add("student")
     return frozenset(fields)
 
@@ -205,6 +218,9 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
     if old.text_sha256 and new.text_sha256 and old.text_sha256 != new.text_sha256:
         change = _change(old.text_sha256, new.text_sha256)
         return f"the text tower that the student starts from has other weights or another tokenizer ({change})"
+    if old.student_file_sha256 and new.student_file_sha256 and old.student_file_sha256 != new.student_file_sha256:
+        change = _change(old.student_file_sha256, new.student_file_sha256)
+        return f"the file of the student's architecture has another content ({change})"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
         return f"{setup.pairs.name} had {_counts(old)}, and now has {_counts(new)}"
     if old.pairs_sha256 != new.pairs_sha256:
@@ -253,6 +269,7 @@ def _described(inputs: RunInputs) -> dict[str, str]:
         "student_sha256": f"a trained student with the {_digest(inputs.student_sha256 or '')}",
         "image_weights_sha256": f"image weights with the {_digest(inputs.image_weights_sha256 or '')}",
         "text_sha256": f"a text tower to start from with the {_digest(inputs.text_sha256 or '')}",
+        "student_file_sha256": f"a file of the student with the {_digest(inputs.student_file_sha256 or '')}",
         "pairs_sha256": f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -126,3 +127,25 @@ def test_the_text_tower_of_another_model_keeps_its_context_length(text_taken: Ru
         run_distillation(other, run, resume=False)
     default = msgspec.structs.replace(text_taken, context_length=77)
     assert load_clip(str(run_distillation(default, run, resume=False))).context_length == 12
+
+
+def test_a_students_file_that_was_edited_is_noticed_and_one_that_was_moved_is_not(
+    pairs_csv: Path, tmp_path: Path
+) -> None:
+    def write(name: str, mean: float) -> str:
+        vision = {"layers": 1, "width": 64, "head_width": 64, "patch_size": 16}
+        content = {"vision_cfg": vision, "preprocess_cfg": {"mean": [mean] * 3, "std": [0.5] * 3}}
+        (tmp_path / name).write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    run, recipe = tmp_path / "run", {"steps": 2, "batch_size": 6}
+    config = tiny_run("clip", recipe, data=str(pairs_csv), student=write("own.json", 0.5), checkpoint_every=1)
+    with pytest.raises(MemoryError):
+        run_distillation(config, run, resume=False, reporter=Watch(on_step=stop_at(2)))
+    write("own.json", 0.1)
+    for accept_changes in (False, True):
+        with pytest.raises(UsageError, match="the file of the student's architecture has another content") as error:
+            run_distillation(config, run, resume=True, accept_changes=accept_changes)
+        assert error.value.hint == "restore them, or start a new run with another -o"
+    moved = msgspec.structs.replace(config, student=write("moved.json", 0.5))
+    assert load_clip(str(run_distillation(moved, run, resume=True))).preprocessing.mean == (0.5, 0.5, 0.5)
