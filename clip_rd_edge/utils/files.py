@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
@@ -52,18 +53,25 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def write_bytes(path: Path, *content: bytes | memoryview) -> None:
-    """Write a file of one or several parts atomically, creating its folder if it is missing."""
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary file that replaces `path` if the block succeeds, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.writelines(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, *content: bytes | memoryview) -> None:
+    """Write a file of one or several parts atomically, creating its folder if it is missing."""
+    with new_file(path) as file:
+        file.writelines(content)
 
 
 def write_text(path: Path, content: str) -> None:

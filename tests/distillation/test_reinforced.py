@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import shlex
 import tarfile
 from collections.abc import Callable
@@ -366,6 +367,21 @@ def test_a_store_of_ours_is_read_back_and_trained_on(own_store: dict[str, Any], 
         np.testing.assert_allclose(sample.text_embeddings, texts, atol=2e-3)
     own = msgspec.structs.replace(config, data=source, teacher=f"stored:{folder}/teachers.json")
     run_distillation(own, folder.parent / "run", resume=False)
+
+
+def test_a_shard_is_never_held_in_memory(own_store: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, real = list[object](), reinforce.tarfile.open  # type: ignore[attr-defined]
+
+    def recorded(*, fileobj: Any, mode: str) -> Any:
+        opened.append(fileobj)
+        return real(fileobj=fileobj, mode=mode)
+
+    monkeypatch.setattr(reinforce.tarfile, "open", recorded)  # type: ignore[attr-defined]
+    edge.embed(**own_store)
+    names = [Path(file.name).name for file in opened]  # type: ignore[attr-defined]
+    assert [re.sub(r"\.[0-9a-f]{32}\.", ".*.", name) for name in names] == [
+        ".00000.tar.*.tmp", ".00001.tar.*.tmp", ".00002.tar.*.tmp",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("per_shard", "names"), [(10, "{00000..00002}"), (100, "00000")])

@@ -15,6 +15,7 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -37,7 +38,7 @@ from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import to_json
@@ -120,7 +121,8 @@ def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter:
         if not is_file(path):
             rows = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, len(writer.pairs)))
             known = writer.bad.bad_pairs
-            write_bytes(path, writer.shard(rows))
+            with new_file(path) as file:
+                writer.write_shard(rows, file)
             with_bad += [path] * (writer.bad.bad_pairs > known)
     reporter.update(_STAGE, len(mine), len(mine))
     share_bad(writer.bad, processes, with_bad)
@@ -144,10 +146,9 @@ class _Writer:
             image_size=manifest.image_size,
         )
 
-    def shard(self, rows: range) -> bytes:
-        """Return the tar of these pairs, without those that cannot be read."""
-        content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode="w") as archive:
+    def write_shard(self, rows: range, file: IO[bytes]) -> None:
+        """Write the tar of these pairs, which may have gigabytes, without those that cannot be read."""
+        with tarfile.open(fileobj=file, mode="w") as archive:
             for index in rows:
                 try:
                     files = read_twice(lambda row: dict(self._files(row)), index)
@@ -158,7 +159,6 @@ class _Writer:
                     info = tarfile.TarInfo(f"{index:09d}.{suffix}")
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
-        return content.getvalue()
 
     def _files(self, index: int) -> Iterator[tuple[str, bytes]]:
         jpeg = io.BytesIO()
