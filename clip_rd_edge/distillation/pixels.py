@@ -67,13 +67,13 @@ class Crops(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def crops_for(preprocessing: Preprocessing, scale: tuple[float, float]) -> Crops:
-    """Return the crops to train a model on: boxes of the aspect ratio that its evaluation sees.
+    """Return the crops to train a model on: they are squeezed where its evaluation squeezes images, and only there.
 
-    An evaluation with `shortest` crops the centre and squeezes nothing, so crops have the input's aspect ratio, as in
-    the training of CLIP (Radford et al. 2021, section 2.4). The other modes show the whole image.
+    An evaluation with `shortest` or `longest` squeezes nothing, so crops have the input's aspect ratio, as in the
+    training of CLIP (Radford et al. 2021, section 2.4). With `squash`, they have the image's.
     """
     height, width = preprocessing.size
-    return Crops(scale=scale, aspect_ratio=width / height if preprocessing.resize_mode == "shortest" else None)
+    return Crops(scale=scale, aspect_ratio=None if preprocessing.resize_mode == "squash" else width / height)
 
 
 def crop_levels(image: Image.Image, box: Box, models: Sequence[Preprocessing]) -> list[Levels]:

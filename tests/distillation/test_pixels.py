@@ -59,9 +59,13 @@ def test_crops_have_the_shape_of_the_input_and_reach_all_edges(size: tuple[int, 
     assert (boxes[:, 2:].max(axis=0) / size) == pytest.approx([1, 1], abs=0.01)
 
 
-def test_a_model_that_sees_the_whole_image_is_trained_on_crops_of_the_image_s_shape() -> None:
-    crops = crops_for(msgspec.structs.replace(MODEL, resize_mode="squash"), (1.0, 1.0))
-    assert crops.draw((300, 100), np.random.default_rng(0)) == (0, 0, 300, 100)
+def test_a_model_is_trained_on_squeezed_images_where_it_is_evaluated_on_them_and_only_there() -> None:
+    squash, longest = (
+        crops_for(msgspec.structs.replace(MODEL, resize_mode=mode), (1.0, 1.0)) for mode in ("squash", "longest")
+    )
+    assert squash.draw((300, 100), np.random.default_rng(0)) == (0, 0, 300, 100)
+    left, top, right, bottom = longest.draw((300, 100), np.random.default_rng(0))
+    assert right - left == bottom - top == 100
 
 
 @pytest.mark.parametrize("size", [(500, 333), (1920, 1080)])
