@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from importlib.util import cache_from_source
@@ -96,9 +97,14 @@ def extras() -> dict[str, list[str]]:
     for line in lines:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
             package, extra = match.groups()
-            if extra not in _NOT_LISTED and package not in always:
+            if extra not in _NOT_LISTED and package not in always and _is_for_this_system(line):
                 packages.setdefault(extra, []).append(package)
     return packages
+
+
+def _is_for_this_system(requirement: str) -> bool:
+    match = re.search(r"sys_platform ([!=]=) ['\"](\w+)['\"]", requirement)
+    return match is None or (match[1] == "==") == (match[2] == sys.platform)
 
 
 def _processor(features: tuple[str, ...]) -> Finding:

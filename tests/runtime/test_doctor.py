@@ -53,6 +53,21 @@ def test_an_extra_that_needs_a_newer_onnx_runtime_does_not_ask_for_it_beside_the
     assert doctor.extras() == {"train": ["torch"]}
 
 
+@pytest.mark.parametrize(("system", "uvloop"), [("linux", ["uvloop"]), ("darwin", ["uvloop"]), ("win32", [])])
+def test_an_extra_asks_for_no_package_of_another_system(
+    system: str, uvloop: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [
+        """torch>=2.4; sys_platform != "darwin" and extra == 'train'""",
+        """torch>=2.5; (sys_platform == "darwin") and extra == 'train'""",
+        """uvloop>=0.19; sys_platform != 'win32' and extra == "serve\"""",
+        'uvicorn; extra == "serve"',
+    ]
+    monkeypatch.setattr(doctor, "requires", lambda package: lines)
+    monkeypatch.setattr("sys.platform", system)
+    assert doctor.extras() == {"train": ["torch"], "serve": [*uvloop, "uvicorn"]}
+
+
 def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda package: not package.startswith("torch-tensorrt"))
     (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
