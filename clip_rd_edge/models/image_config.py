@@ -8,7 +8,7 @@ import torch
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, quick_gelu_of
-from clip_rd_edge.models.text_config import MIN_COSINE
+from clip_rd_edge.models.text_config import require_equal
 
 _TIMM_NAME = "timm_model_name"
 _HINT = "name the teacher's architecture with --student, or omit --pretrained-image"
@@ -81,13 +81,7 @@ def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
     for model in (student.model, teacher.model):
         with evaluation_mode(model):
             features.append(ImageTower(model)(pixels.to(next(model.parameters()).device)).cpu())
-    cosine = float((features[0] * features[1]).sum(dim=1).min())
-    if not cosine >= MIN_COSINE:
-        raise ConfigError(
-            f"The student's image tower with the weights of {teacher.name} returns other features (cosine "
-            f"{cosine:.4f}, expected at least {MIN_COSINE}).",
-            hint="omit --pretrained-image",
-        )
+    require_equal(*features, tower="image", teacher=teacher)
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:

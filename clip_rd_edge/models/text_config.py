@@ -17,7 +17,7 @@ from clip_rd_edge.models.student import build_student
 _OWN = ("context_length", "vocab_size", "width", "layers")
 # Captions without, with few, and with many of the tokens that fit into the shortest context length, 4.
 _CAPTIONS = ["", "red", "a cat"]
-MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
+_MIN_COSINE = 0.9999  # between the features of a tower and those of its copy
 
 
 def with_text_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
@@ -190,12 +190,24 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
             f"The text tower of {teacher.name} cannot be rebuilt for the student: {str(error).splitlines()[0]}",
             hint="omit --pretrained-text",
         ) from error
-    cosine = float((features[0] * features[1]).sum(dim=1).min())
-    if not cosine >= MIN_COSINE:
+    require_equal(*features, tower="text", teacher=teacher)
+
+
+def require_equal(features: Tensor, expected: Tensor, *, tower: str, teacher: ClipModel) -> None:
+    """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised.
+
+    Args:
+        tower: `image` or `text`.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    cosine = float((features * expected).sum(dim=1).min())
+    if not cosine >= _MIN_COSINE:
         raise ConfigError(
-            f"The student's text tower with the weights of {teacher.name} returns other features (cosine {cosine:.4f}, "
-            f"expected at least {MIN_COSINE}).",
-            hint="omit --pretrained-text",
+            f"The student's {tower} tower with the weights of {teacher.name} returns other features (cosine "
+            f"{cosine:.4f}, expected at least {_MIN_COSINE}).",
+            hint=f"omit --pretrained-{tower}",
         )
 
 
