@@ -81,7 +81,7 @@ def _require_same_features(student: ClipModel, teacher: ClipModel) -> None:
     for model in (student.model, teacher.model):
         with evaluation_mode(model):
             features.append(ImageTower(model)(pixels.to(next(model.parameters()).device)).cpu())
-    require_equal(*features, tower="image", teacher=teacher)
+    require_equal(*features, what=f"image tower with the weights of {teacher.name}", hint="omit --pretrained-image")
 
 
 def _architecture(vision_cfg: dict[str, Any]) -> str:

@@ -190,14 +190,14 @@ def _require_same_features(config: dict[str, Any], teacher: ClipModel) -> None:
             f"The text tower of {teacher.name} cannot be rebuilt for the student: {str(error).splitlines()[0]}",
             hint="omit --pretrained-text",
         ) from error
-    require_equal(*features, tower="text", teacher=teacher)
+    require_equal(*features, what=f"text tower with the weights of {teacher.name}", hint="omit --pretrained-text")
 
 
-def require_equal(features: Tensor, expected: Tensor, *, tower: str, teacher: ClipModel) -> None:
+def require_equal(features: Tensor, expected: Tensor, *, what: str, hint: str) -> None:
     """Check that a student's tower with its teacher's weights returns its features; (N, D) each, L2-normalised.
 
     Args:
-        tower: `image` or `text`.
+        what, hint: the tower, and what to do if it does not, for the error.
 
     Raises:
         ConfigError: it does not.
@@ -205,9 +205,8 @@ def require_equal(features: Tensor, expected: Tensor, *, tower: str, teacher: Cl
     cosine = float((features * expected).sum(dim=1).min())
     if not cosine >= _MIN_COSINE:
         raise ConfigError(
-            f"The student's {tower} tower with the weights of {teacher.name} returns other features (cosine "
-            f"{cosine:.4f}, expected at least {_MIN_COSINE}).",
-            hint=f"omit --pretrained-{tower}",
+            f"The student's {what} returns other features (cosine {cosine:.4f}, expected at least {_MIN_COSINE}).",
+            hint=hint,
         )
 
 
