@@ -19,7 +19,6 @@ from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.text_config import separate_text_tower
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
@@ -91,11 +90,17 @@ def ensemble_of(teachers: Sequence[ClipModel]) -> Ensemble:
 def _have_one_text_tower(first: ClipModel, second: ClipModel) -> bool:
     if first.context_length != second.context_length or first.embedding_size != second.embedding_size:
         return False
-    one, other = (separate_text_tower(clip).state_dict() for clip in (first, second))
+    one, other = map(_text_weights, (first, second))
     if one.keys() != other.keys() or not all(torch.equal(one[name], other[name]) for name in one):
         return False
     texts = ["A photo of two Dogs, asleep & well-fed!", "_naïve_ ⅷ"]  # tokenizers may clean texts in different ways
     return torch.equal(first.tokenizer(texts), second.tokenizer(texts))
+
+
+def _text_weights(clip: ClipModel) -> dict[str, Tensor]:
+    """Return all weights but those of the image tower and the scale: parts of a text tower may lie at the top level."""
+    state = clip.model.state_dict()
+    return {name: state[name] for name in state if not name.startswith(("visual.", "logit_"))}
 
 
 class BatchTeacher(Protocol):

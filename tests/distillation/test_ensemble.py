@@ -277,6 +277,20 @@ def test_teachers_with_other_texts_stay_side_by_side(alike: RunConfig, differs: 
     assert ensemble_of([first, second]).widths == (WIDTHS[0], WIDTHS[0])
 
 
+def test_text_towers_are_compared_wherever_their_parts_lie(alike: RunConfig) -> None:
+    """In CLIP's own models they lie at the top level, and CoCa's has a decoder beside it."""
+    first, second = (load_clip(name) for name in alike.teachers)
+    for clip in (first, second):
+        clip.model.text_decoder = torch.nn.Linear(2, 2)
+        clip.model.token_embedding = torch.nn.Embedding(2, 2)
+        for module in (clip.model.text_decoder, clip.model.token_embedding):
+            torch.nn.init.constant_(module.weight, 0.5)
+        torch.nn.init.zeros_(clip.model.text_decoder.bias)
+    assert ensemble_of([first, second]).share_text
+    torch.nn.init.constant_(second.model.token_embedding.weight, 0.25)  # type: ignore[union-attr, arg-type]
+    assert not ensemble_of([first, second]).share_text
+
+
 CAPTIONS = ["a cat", "two dogs", "red", "a very blue sky", "0", "tea", "a boat at sea", "night"]
 
 
