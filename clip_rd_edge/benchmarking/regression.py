@@ -164,9 +164,12 @@ def _matches(old_row: RowResult, new_row: RowResult) -> Iterator[tuple[Correctne
 def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: float) -> AccuracyChange:
     old_hits, new_hits = old.hits(), new.hits()
     interval = difference_interval(new_hits, old_hits, level=level)
-    same = bool((old_hits == new_hits).all())
-    worse, better = interval.high < 0, interval.low > 0
-    chance = difference_p_value(new_hits, old_hits) > 1 - level
+    if bool((old_hits == new_hits).all()):
+        verdict: Verdict = "same"
+    elif interval.low <= 0 <= interval.high or difference_p_value(new_hits, old_hits) > 1 - level:
+        verdict = "noise"
+    else:
+        verdict = "improvement" if interval.low > 0 else "regression"
     return AccuracyChange(
         row=row,
         task=old.task,
@@ -174,15 +177,7 @@ def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: flo
         old=float(old_hits.mean()),
         new=float(new_hits.mean()),
         interval=interval,
-        verdict="same"
-        if same
-        else "noise"
-        if chance
-        else "regression"
-        if worse
-        else "improvement"
-        if better
-        else "noise",
+        verdict=verdict,
     )
 
 
