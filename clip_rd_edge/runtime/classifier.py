@@ -39,6 +39,12 @@ class Prediction(NamedTuple):
     probability: float
 
 
+def _probability(none_below: float) -> float:
+    if not (isinstance(none_below, int | float | np.floating) and 0 <= none_below <= 1):
+        raise UsageError(f"none_below is {none_below!r}; expected a probability between 0 and 1.")
+    return none_below
+
+
 class ZeroShotClassifier:
     """Classify images among a set of labels.
 
@@ -70,10 +76,8 @@ class ZeroShotClassifier:
         none_below: float = 0.0,
         cache: bool = True,
     ) -> None:
-        if not (isinstance(none_below, int | float | np.floating) and 0 <= none_below <= 1):
-            raise UsageError(f"none_below is {none_below!r}; expected a probability between 0 and 1.")
         self.encoder = encoder
-        self.none_below = none_below
+        self.none_below = _probability(none_below)
         description = encoder.describe()
         self._logit_scale = description.logit_scale
         words = as_list(templates or ())
@@ -119,21 +123,27 @@ class ZeroShotClassifier:
         return self.classify_embeddings(self._encode(images), top=top)
 
     @checked_call
-    def classify_embeddings(self, embeddings: Embeddings, *, top: int = 5) -> list[list[Prediction]]:
+    def classify_embeddings(
+        self, embeddings: Embeddings, *, top: int = 5, none_below: float | None = None
+    ) -> list[list[Prediction]]:
         """Like `classify`, for image embeddings of any length, (N, D), or a single one, (D,).
+
+        Args:
+            none_below: in place of the classifier's; None takes that.
 
         Raises:
             InputError: the embeddings are of another shape or no numbers, or one is zero or has an entry that is not
                 finite.
-            UsageError: `top` is less than 1.
+            UsageError: `top` is less than 1, or `none_below` is not between 0 and 1.
         """
         require_top(top)
+        limit = self.none_below if none_below is None else _probability(none_below)
         embeddings = self._unit_rows(embeddings)
         rows = probabilities(embeddings, self._embeddings, self._logit_scale)
         # Without a limit, a single label is answered even if its cosine is negative.
-        compared = rows if len(self.labels) > 1 or not self.none_below else embeddings @ self._embeddings.T
+        compared = rows if len(self.labels) > 1 or not limit else embeddings @ self._embeddings.T
         return [
-            [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= self.none_below]
+            [Prediction(self.labels[i], float(row[i])) for i in top_indices(row, top) if values[i] >= limit]
             for row, values in zip(rows, compared, strict=True)
         ]
 

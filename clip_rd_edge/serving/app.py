@@ -187,8 +187,7 @@ class Service:
             LabelSets().add(body.labels)  # refuses what is no list of labels
         classifier = await self._run(self._classifier, body.labels)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
-        classifier.none_below = body.none_below  # for this answer, before which no other request has its turn
-        (predictions,) = classifier.classify_embeddings(row[None], top=body.top)
+        (predictions,) = classifier.classify_embeddings(row[None], top=body.top, none_below=body.none_below)
         return _json({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
 
     async def search(self, request: Request) -> Response:
