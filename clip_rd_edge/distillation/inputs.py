@@ -21,6 +21,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -80,12 +81,8 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
         image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
         text_sha256=teacher_fingerprint(text) if text else None,
-        student_file_sha256=sha256_of(Path(config.student)) if _is_student_file(config) else None,
+        student_file_sha256=sha256_of(file) if (file := student_file(config.student)) else None,
     )
-
-
-def _is_student_file(config: RunConfig) -> bool:
-    return config.student.endswith(".json") and is_file(Path(config.student))
 
 
 def _taken_text(config: RunConfig) -> Path | None:
@@ -181,7 +178,7 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
     if inputs.text_sha256 and _taken_text(new) is not None:
         fields.add("text")
     if (inputs.student_sha256 and model_folder(new.student) is not None) or (
-        inputs.student_file_sha256 and _is_student_file(new)
+        inputs.student_file_sha256 and student_file(new.student)
     ):
         fields.add("student")
     return frozenset(fields)

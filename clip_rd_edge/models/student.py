@@ -155,8 +155,13 @@ class _Preset(msgspec.Struct, forbid_unknown_fields=True):
     quick_gelu: bool = False
 
 
+def student_file(student: str) -> Path | None:
+    """Return the user's JSON file that a student is named by; None for other names, and without such a file."""
+    return Path(student) if student.endswith(".json") and is_file(Path(student)) else None
+
+
 def _preset(student: str) -> _Preset:
-    path = Path(student) if student.endswith(".json") else CONFIGS / f"{student}.json"
+    path = student_file(student) or CONFIGS / f"{student}.json"
     if is_file(path):
         preset = read_json(path, _Preset)
         require_bounded({"vision_cfg": preset.vision_cfg}, path)
