@@ -101,14 +101,20 @@ def headline(results: Results) -> list[str]:
         sentences.append(
             f"Distillation changes top-1 by {_certain(points, comparison)} compared with the same student trained "
             f"without a teacher (95 % confidence interval {formatting.signed_interval(comparison.interval)}"
-            f"{_MAY_BE_CHANCE if comparison.may_be_chance else ''})."
+            f"{_chance(comparison)})."
         )
     sentences = sentences or [_summary(row, results) for row in results.rows]
     advice = recommendation(results)
     return [*_no_better_than_chance(results), *sentences[:1], *([advice] if advice else []), *sentences[1:]]
 
 
-_MAY_BE_CHANCE = ", so this may be chance"
+def _chance(comparison: Comparison) -> str:
+    """Return what follows an interval: whether this may be chance, and why if the interval leaves out zero."""
+    if not comparison.may_be_chance:
+        return ""
+    p_value, interval = comparison.p_value, comparison.interval
+    test = "" if p_value is None or interval.low <= 0 <= interval.high else f"; exact sign test: p = {p_value:.2f}"
+    return f"{test}, so this may be chance"
 
 
 def _certain(figure: str, comparison: Comparison) -> str:
@@ -216,7 +222,7 @@ def _accuracy_change(results: Results, row: RowResult, reference: RowResult) -> 
     points = _certain(f"{100 * abs(comparison.difference):.1f} points", comparison)
     return (
         f"{'loses' if lost else 'gains'} {points} of top-1 (95 % confidence interval {formatting.interval(bounds)}"
-        f"{_MAY_BE_CHANCE if comparison.may_be_chance else ''}), "
+        f"{_chance(comparison)}), "
     )
 
 

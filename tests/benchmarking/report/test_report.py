@@ -213,6 +213,11 @@ def test_a_difference_of_a_few_answers_may_be_chance_though_its_interval_leaves_
     comparison = msgspec.structs.replace(timed.comparisons[0], interval=Interval(-0.016, -0.002), p_value=0.125)
     shown = msgspec.structs.replace(timed, comparisons=(comparison,))
     assert differences(shown)[0].verdict == "not significant"
+    int8 = msgspec.structs.replace(comparison, label="INT8", reference="FP32")
+    sentence = headline(msgspec.structs.replace(timed, comparisons=(int8,)))[-1]
+    assert (
+        "of top-1 (95 % confidence interval 0.2 to 1.6; exact sign test: p = 0.12, so this may be chance)" in sentence
+    )
     known = msgspec.structs.replace(comparison, p_value=None)  # of a version that did not record it
     assert differences(msgspec.structs.replace(timed, comparisons=(known,)))[0].verdict == ""
 
