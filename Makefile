@@ -44,7 +44,7 @@ test-all: $(STAMP)  ## the slow tests, too
 dist: $(STAMP)  ## a release: both archives, each checked in clean environments, and their bill of materials (CycloneDX)
 	$(BIN)/python -m pip install --quiet build twine
 	$(BIN)/python packaging/release.py -o dist
-	$(BIN)/python benchmarks/scripts/licences.py --sbom dist/clip-rd-edge.cdx.json
+	$(BIN)/python packaging/licences.py --sbom dist/clip-rd-edge.cdx.json
 
 # pip and not uv: uv would fetch the CUDA build of torch, gigabytes that a CPU has no use for.
 $(STAMP): pyproject.toml

@@ -31,7 +31,7 @@ class QuickstartOptions(TypedDict, total=False):
     Keys:
         with_baseline: also train the same student without a teacher.
         student_steps, teacher_steps: training steps, of 32 and of 64 pairs. Default: 1,100 and 400.
-        photos: a folder that benchmarks/scripts/tuxpaint.py wrote, on whose photographs the models are compared, too.
+        photos: a folder that benchmarks/data/tuxpaint.py wrote, on whose photographs the models are compared, too.
     """
 
     with_baseline: bool

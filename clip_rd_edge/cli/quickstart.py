@@ -48,7 +48,7 @@ _training, _report, _output = grouped("Training"), grouped("Report"), grouped("O
 )  # fmt: skip
 @_report(
     "--photos", type=PathName(), metavar="FOLDER",
-    help="Also compare the models on photographs, which benchmarks/scripts/tuxpaint.py makes.  [default: none]",
+    help="Also compare the models on photographs, which benchmarks/data/tuxpaint.py makes.  [default: none]",
 )  # fmt: skip
 @_output(
     "-o", "--output", default="quickstart", show_default=True, type=PathName(), metavar="FOLDER",
@@ -116,7 +116,7 @@ Try next:
   # your own pairs and teacher
   {program} {OWN_DATA_EXAMPLE}
   # photographs in the report as well, from a Debian package
-  python benchmarks/scripts/tuxpaint.py photos
+  python -m benchmarks.data.tuxpaint photos
   {program} quickstart -o {as_word(folder)} --photos photos"""
 
 

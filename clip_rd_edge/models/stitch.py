@@ -34,7 +34,7 @@ from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 IMAGENET = "imagenet"
-# Chosen by benchmarks/scripts/stitched_teacher.py.
+# Chosen by benchmarks/training/stitched_teacher.py.
 RIDGE = 0.3
 LOGIT_SCALE = 20.0
 _TEXTS_PER_BATCH = 64

@@ -192,7 +192,7 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
 
     Without a graph, or for more than MAX_TOP results, the search is exact: one matrix product over all rows, limited by
     memory bandwidth. For 100,000 images it takes less time than reading index.json. With a graph, only the rows that it
-    proposes are compared, if it proposes enough: `python benchmarks/scripts/search.py 100000 --graph` measures both.
+    proposes are compared, if it proposes enough: `python -m benchmarks.devices.search 100000 --graph` measures both.
     """
     query = query.reshape(-1)
     if rows.shape[1] != len(query):

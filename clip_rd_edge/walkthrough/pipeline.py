@@ -335,7 +335,7 @@ def photo_tasks(photos: Path | None) -> tuple[str, ...]:
     if not tasks:
         raise InputError(
             f"{photos} has no folder named photographs.",
-            hint="write it with: python benchmarks/scripts/tuxpaint.py FOLDER",
+            hint="write it with: python -m benchmarks.data.tuxpaint FOLDER",
         )
     return tasks
 

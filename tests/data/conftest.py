@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from unreliable_server import UnreliableServer
 
+from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
 
 WriteTar = Callable[[Path, Mapping[str, bytes]], Path]

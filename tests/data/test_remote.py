@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from support import contents
-from unreliable_server import UnreliableServer
 
+from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote, shard_cache
 from clip_rd_edge.data.pairs import fingerprint, load_pairs
 from clip_rd_edge.errors import InputError, UnreachableError

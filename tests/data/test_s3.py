@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from support import contents
-from unreliable_server import UnreliableServer
 
+from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.errors import InputError

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import PATIENCE_S, Watch, contents, other_clock, wait_until
-from unreliable_server import UnreliableServer
 
+from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import index_files, remote, shard_cache
 from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.data.remote import RemoteShard

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import process_tree
-from unreliable_server import UnreliableServer
 
+from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip

@@ -155,6 +155,7 @@ def check_command(command: Sequence[str], place: str) -> None:
             )
     elif command[0] in ("python", "python3", "bash"):
         scripts = [word for word in command if word.endswith((".py", ".sh")) and "/" in word]
+        scripts += [f"{word.replace('.', '/')}.py" for word in command if word.startswith("benchmarks.")]
         assert all((ROOT / script).is_file() for script in scripts), f"{place}: no file {scripts}"
     else:
         assert command[0] in OTHER_PROGRAMS, f"{place}: {command[0]} is neither checked nor known; mark the block"

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hostile_input import COMMANDS, CORPUS, GOOD, HEADS, MAX_SECONDS, huge_file, run_all, unpacked
 from readers import answer_or_sentence, readers
+
+from benchmarks.robustness.hostile_input import COMMANDS, CORPUS, GOOD, HEADS, MAX_SECONDS, huge_file, run_all, unpacked
 
 KINDS = readers(GOOD / "bundle")
 FILES = sorted(path for kind in KINDS for path in (CORPUS / kind).iterdir())

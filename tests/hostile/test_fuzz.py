@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile_input import CORPUS
 from readers import TEXTS, answer_or_sentence, readers
+
+from benchmarks.robustness.hostile_input import CORPUS
 
 hypothesis = pytest.importorskip("hypothesis")
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_input import CORPUS
 from readers import answer_or_sentence
+
+from benchmarks.robustness.hostile_input import CORPUS
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")

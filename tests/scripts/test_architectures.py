@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from architectures import (
+
+from benchmarks.devices.architectures import (
     BASELINE,
     EAGER,
     ORT_INT8,
@@ -11,7 +12,6 @@ from architectures import (
     architectures_table,
     summarise_runtimes,
 )
-
 from clip_rd_edge.benchmarking.results import this_environment
 
 

@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from emulate import ARM_CACHE, Questions, environment_of, interpreter, references_of, title_of
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.devices.emulate import ARM_CACHE, Questions, environment_of, interpreter, references_of, title_of
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.formats import Precision

@@ -7,7 +7,9 @@ import http.client
 from pathlib import Path
 
 import pytest
-from faults import (
+
+from benchmarks.data.unreliable_server import UnreliableServer
+from benchmarks.robustness.faults import (
     MODES,
     OPERATIONS,
     SOCKET,
@@ -22,7 +24,6 @@ from faults import (
     ShardScenario,
     until_untouched,
 )
-from unreliable_server import UnreliableServer
 
 
 def test_the_n_th_operation_fails_and_no_other(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import floors
 import pytest
+
+from benchmarks.devices import floors
 
 
 def test_the_table_says_what_ran_with_which_versions_and_why_not() -> None:

@@ -20,7 +20,7 @@ def test_every_required_package_is_in_the_table() -> None:
     table = licences.read_table()
     required = {licences.canonical(line.name) for lines in licences.requirements().values() for line in lines}
     assert len(required) > 40
-    assert required - table.keys() == set(), "run benchmarks/scripts/licences.py"
+    assert required - table.keys() == set(), "run packaging/licences.py"
 
 
 def test_what_is_installed_here_has_the_licence_of_the_table() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import messages
 import pytest
-from messages import Interval, intersection, summarise, union
+
+from benchmarks.training import messages
+from benchmarks.training.messages import Interval, intersection, summarise, union
 
 
 def event(name: str, start: float, end: float) -> SimpleNamespace:

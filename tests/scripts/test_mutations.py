@@ -6,9 +6,10 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-import mutations as script
 import pytest
-from mutations import ROOT, Mutation, Outcome, apply, check_all, read_mutations, run_tests
+
+from benchmarks.robustness import mutations as script
+from benchmarks.robustness.mutations import ROOT, Mutation, Outcome, apply, check_all, read_mutations, run_tests
 
 MUTATIONS = [(area, mutation) for area, mutations in read_mutations().items() for mutation in mutations]
 

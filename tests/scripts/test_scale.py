@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import scale
+
+from benchmarks.data import scale
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, output: Path, *options: str) -> dict[str, dict[str, scale.Figures]]:

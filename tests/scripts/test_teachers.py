@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import teachers
-from quickstart_students import SETTINGS, TASKS
+
+from benchmarks.training import teachers
+from benchmarks.training.quickstart_students import SETTINGS, TASKS
 
 
 def test_differences_are_those_to_the_students_of_one_teacher() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 pyte = pytest.importorskip("pyte")
-import terminal  # noqa: E402
-from terminal import TERMINALS, Step, Terminal, play, record, write_program  # noqa: E402
+from benchmarks.pages import terminal  # noqa: E402
+from benchmarks.pages.terminal import TERMINALS, Step, Terminal, play, record, write_program  # noqa: E402
 
 NARROW = Terminal("narrow", 20, 5)
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from towers import TowerLatencies, Towers, VariantFile, summarise, towers_table
 
+from benchmarks.devices.towers import TowerLatencies, Towers, VariantFile, summarise, towers_table
 from clip_rd_edge.benchmarking.results import this_environment
 
 

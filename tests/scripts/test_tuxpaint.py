@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tuxpaint
 from PIL import Image
 
 import clip_rd_edge as edge
+from benchmarks.data import tuxpaint
 from clip_rd_edge.data.tasks import load_task
 
 

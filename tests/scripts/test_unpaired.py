@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import unpaired
-from quickstart_students import TASKS
 
+from benchmarks.training import unpaired
+from benchmarks.training.quickstart_students import TASKS
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
 
