@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from clip_rd_edge.installation import install_command
 
@@ -117,6 +117,14 @@ def require_known_options(given: Iterable[str], known: Iterable[str], *, command
     """
     if unknown := sorted(set(given) - set(known)):
         raise UsageError(f"Unknown {command} option {unknown[0]!r}.{near_matches(unknown[0], known)}")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, then what it was raised from or raised while handling, and so on back to the first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def first_line(error: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clip_rd_edge.errors import in_one_line
+from clip_rd_edge.errors import causes, in_one_line
 
 CALL = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
@@ -35,3 +35,10 @@ MODEL = (
 )
 def test_the_reason_of_another_library_is_told_without_the_place_in_its_code(message: str, reason: str) -> None:
     assert in_one_line(RuntimeError(message)) == reason
+
+
+def test_the_causes_of_an_error_are_those_it_was_raised_from_or_else_while_handling() -> None:
+    first, stated, last = KeyError("first"), ValueError("stated"), RuntimeError("last")
+    stated.__context__ = first
+    last.__cause__, last.__context__ = stated, TypeError("handled meanwhile")
+    assert list(causes(last)) == [last, stated, first]

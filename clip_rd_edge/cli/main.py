@@ -19,7 +19,7 @@ from clip_rd_edge import __version__
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.cli._options import CommandGroup
-from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, near_matches
+from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, causes, near_matches
 from clip_rd_edge.utils.printable import one_line
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
@@ -128,9 +128,10 @@ def _main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if _comes_from(error, _Terminated):
+        # A signal that arrives while a library in C++ is imported becomes the cause of an ImportError.
+        if any(isinstance(cause, _Terminated) for cause in causes(error)):
             raise _Terminated from error
-        if _comes_from(error, KeyboardInterrupt):
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
             echo("Interrupted.", err=True)
             sys.exit(130)
         if isinstance(error, MemoryError):
@@ -144,15 +145,6 @@ def _main() -> None:
         echo(f"error: {type(error).__name__}: {error}", err=True)
         echo("hint: run it again with --debug to see the traceback", err=True)
         sys.exit(1)
-
-
-def _comes_from(error: BaseException | None, kind: type[BaseException]) -> bool:
-    """Return whether it comes from a signal's exception: while a library in C++ is imported, that is an ImportError."""
-    while error is not None:
-        if isinstance(error, kind):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class _Terminated(BaseException):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
-from clip_rd_edge.errors import InputError, MissingExtraError
+from clip_rd_edge.errors import InputError, MissingExtraError, causes
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
@@ -231,7 +231,7 @@ def _refusal(url: str, error: BaseException, status: int | None) -> InputError |
     # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
     if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
         return InputError(f"The shard {url} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
-    if any("Credentials" in type(cause).__name__ for cause in _causes(error)):
+    if any("Credentials" in type(cause).__name__ for cause in causes(error)):
         return InputError(f"The shard {url} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
     if status in (401, 403) or isinstance(error, PermissionError):
         is_clock = "request time" in reason  # such as "The difference between the request time and the current time …"
@@ -249,7 +249,7 @@ def _refusal(url: str, error: BaseException, status: int | None) -> InputError |
 
 def _bucket_region(error: BaseException) -> str | None:
     """Return the region that an S3 store names in its answer to a request in another one."""
-    for cause in _causes(error):
+    for cause in causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             region: str | None = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
@@ -257,16 +257,9 @@ def _bucket_region(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status behind an error of aiohttp, botocore or huggingface_hub, if there is one."""
-    for cause in _causes(error):
+    for cause in causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):
             return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
@@ -278,6 +271,6 @@ def _status(error: BaseException) -> int | None:
 
 def _reason(error: BaseException) -> str:
     """Return the first line that an error says, or one of its causes, as fsspec's time-outs say nothing themselves."""
-    texts = (str(cause).strip() for cause in _causes(error))
+    texts = (str(cause).strip() for cause in causes(error))
     text = next(filter(None, texts), type(error).__name__)
     return text.splitlines()[0].rstrip(".")

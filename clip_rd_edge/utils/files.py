@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError
+from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError, causes
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
@@ -310,8 +310,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def disk_full_error(error: BaseException) -> DiskFullError | None:
     """Return a one-sentence error if `error` or one of its causes is a full disk, else None."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, DiskFullError):
             return cause
         if _errno(cause) in _DISK_FULL:
@@ -327,7 +326,6 @@ def disk_full_error(error: BaseException) -> DiskFullError | None:
                 f"There is no space left on the disk{where}; no half-written file or folder is left behind.",
                 hint="free some space, or choose another -o; temporary files are written to the folder in TMPDIR",
             )
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
@@ -349,14 +347,12 @@ _FAILURES = {
 
 def machine_failure(error: BaseException) -> UnreachableError | None:
     """Return a one-sentence error if `error` or one of its causes says that a machine, disk or network fails."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _FAILURES:
             what = str(error) if isinstance(error, ClipRdEdgeError) else _failed(cause)
             # In the sentence and not a hint, which would not leave a loader process.
             advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
             return UnreachableError(f"{what.rstrip('.')}{advice}.")
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
