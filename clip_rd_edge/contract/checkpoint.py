@@ -53,16 +53,24 @@ def refuse_unfinished_run(spec: str) -> None:
         )
 
 
+def training_record_path(folder: Path | None) -> Path | None:
+    """Return the record of training in a model's folder, if there is one.
+
+    Raises:
+        InputError: the system cannot tell, since the folder may not be entered, for example.
+    """
+    path = folder / DISTILLATION_FILE if folder else None
+    return path if path and is_file(path) else None
+
+
 def read_training_record(spec: str) -> dict[str, Any]:
     """Return what is known of a model's training, such as the data for calibration; empty if nothing is.
 
     Raises:
         ConfigError: its file is damaged.
     """
-    folder = model_folder(spec)
-    if folder is None or not is_file(folder / DISTILLATION_FILE):
-        return {}
-    record = read_json_objects(folder / DISTILLATION_FILE)
+    path = training_record_path(model_folder(spec))
+    record = read_json_objects(path) if path else None
     return {k: v for k, v in record.items() if k not in _OF_ONE_MODEL} if isinstance(record, dict) else {}
 
 

@@ -6,13 +6,12 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, refuse_unfinished_run
+from clip_rd_edge.contract.checkpoint import model_folder, refuse_unfinished_run, training_record_path
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs, load_pairs
@@ -129,7 +128,7 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
     """
     if source is not None:
         return load_pairs(source)
-    path = _record_of(model)
+    path = training_record_path(model_folder(model))
     refuse_unfinished_run(model)
     if path is None:
         raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
@@ -150,17 +149,10 @@ def calibration_max_bad(source: str | None, model: str) -> float:
 
     The default, if `source` names other pairs, or the model records none.
     """
-    path = _record_of(model) if source is None else None
+    path = training_record_path(model_folder(model)) if source is None else None
     if path is None:
         return MAX_BAD_SHARE
     return read_json(path, _TrainingRecord).configuration.max_bad
-
-
-def _record_of(model: str) -> Path | None:
-    """Return the record of a model's training; None if there is none."""
-    folder = model_folder(model)
-    path = folder / DISTILLATION_FILE if folder else None
-    return path if path and path.is_file() else None
 
 
 class _Configuration(TrainingData, frozen=True, kw_only=True):

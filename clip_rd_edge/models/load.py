@@ -28,6 +28,7 @@ from clip_rd_edge.contract.checkpoint import (
     WEIGHTS_FILE,
     model_folder,
     refuse_unfinished_run,
+    training_record_path,
 )
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
@@ -200,8 +201,8 @@ class _Usage(msgspec.Struct):
 
 
 def _usage(folder: Path | None) -> _Usage:
-    path = folder / DISTILLATION_FILE if folder else None
-    return _Usage() if path is None or not path.is_file() else read_json(path, _Usage)
+    path = training_record_path(folder)
+    return _Usage() if path is None else read_json(path, _Usage)
 
 
 _TAG_MARK = "@"  # between an architecture and its pretrained tag
@@ -210,9 +211,8 @@ _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images
 
 def training_facts(spec: str) -> dict[str, str]:
     """Return what distillation.json in a model's folder says about its training, by name; empty if there is none."""
-    folder = model_folder(spec.removeprefix("open_clip:"))
-    path = folder / DISTILLATION_FILE if folder else None
-    if path is None or not path.is_file():
+    path = training_record_path(model_folder(spec.removeprefix("open_clip:")))
+    if path is None:
         return {}
     record = read_json_objects(path)
     if not isinstance(record, dict):
