@@ -10,7 +10,7 @@ from PIL import Image
 from clip_rd_edge.contract.encoder import Description, Embeddings, Encoder, as_list, in_batches
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest
-from clip_rd_edge.errors import ClipRdEdgeError, InputError
+from clip_rd_edge.errors import InputError
 
 TEXT_BATCH = 64
 
@@ -58,13 +58,9 @@ class EncoderOfAllProcesses:
             )
         rows = []
         for first in range(0, len(batches), processes.world_size):
-            own, error = batches[first : first + processes.world_size][processes.rank : processes.rank + 1], None
-            embeddings = list[Embeddings]()
-            try:
+            own = batches[first : first + processes.world_size][processes.rank : processes.rank + 1]
+            with processes.together():
                 embeddings = [] if self._request else [embed(batch) for batch in own]
-            except ClipRdEdgeError as caught:
-                error = caught
-            processes.agree(error)
             if processes.any(bool(self._request)):
                 raise Stopped
             rows += [part for parts in processes.gather_objects(embeddings) for part in parts]

@@ -145,14 +145,10 @@ class Processes:
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Call a function in the main process, and return its result in all; an error is raised as by `agree`."""
-        error: ClipRdEdgeError | None = None
         value: T | None = None
-        if self.is_main:
-            try:
+        with self.together():
+            if self.is_main:
                 value = action()
-            except ClipRdEdgeError as caught:
-                error = caught
-        self.agree(error)
         return self.from_main(cast(T, value))
 
     def agree(self, error: ClipRdEdgeError | None) -> None:
