@@ -45,10 +45,8 @@ def run(suite: str, output: Path, teacher: str | None) -> None:
     from clip_rd_edge.cli._console import console_reporter
 
     with console_reporter() as reporter:
-        edge.evidence_run(suite, output, teacher=teacher, reporter=reporter)
-    from clip_rd_edge.evidence.suite import read_evidence
-
-    echo(edge.evidence_report(output / f"{read_evidence(suite).name}.json"), prose=True)
+        evidence = edge.evidence_run(suite, output, teacher=teacher, reporter=reporter)
+    echo(edge.evidence_report(output / f"{evidence.suite.name}.json"), prose=True)
 
 
 @command.command("report", cls=GroupedCommand, short_help="Make tables and figures of finished runs.")

@@ -7,10 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import clip_rd_edge
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
-from clip_rd_edge.evidence.results import Curve, ModelResult
+from clip_rd_edge.evidence.results import Curve, Evidence, ModelResult
+from clip_rd_edge.utils.structs import to_yaml
 
 from .conftest import Make
 
@@ -188,3 +190,19 @@ def test_the_published_tables_match_the_published_results() -> None:
 def _without_intervals(text: str) -> str:
     """Remove intervals and bold, which depend on random numbers that may differ between numpy versions."""
     return re.sub(r" \([^)|]*\)|\*\*", "", text)
+
+
+def test_the_command_shows_what_it_measured_even_if_its_suite_is_gone_meanwhile(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: Callable[..., tuple[int, str, str]]
+) -> None:
+    evidence, suite = make(CORRECT), tmp_path / "suite.yaml"
+    suite.write_text(to_yaml(evidence.suite))
+
+    def run(suite: str, output: Path, **_: object) -> Evidence:
+        write_evidence(output / "small.json", evidence)
+        Path(suite).unlink()
+        return evidence
+
+    monkeypatch.setattr(clip_rd_edge, "evidence_run", run, raising=False)
+    code, shown, _ = command_line("evidence", "run", str(suite), "-o", str(tmp_path / "out"))
+    assert (code, "3 of 6 runs are finished" in shown) == (0, True)
