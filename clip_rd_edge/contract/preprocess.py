@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
@@ -53,6 +54,10 @@ class Preprocessing(CheckedStruct, frozen=True, kw_only=True):
         """
         height, width = self.size
         return "bicubic" if self.resize_mode == "shortest" and height != width else self.interpolation
+
+    def open_clip_cfg(self) -> dict[str, Any]:
+        """Return open_clip's `preprocess_cfg`, in its order; a field that open_clip lacks has to be left out here."""
+        return {"size": self.size, "mode": "RGB", **msgspec.to_builtins(self)}
 
 
 def fast_decode_edge(preprocessing: Preprocessing) -> int:

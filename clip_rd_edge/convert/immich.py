@@ -18,7 +18,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx
 from onnx import TensorProto, helper
 
@@ -103,8 +102,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
         tower = manifest.require_text()
         text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
         write_bytes(folder / "textual" / "model.onnx", text.SerializeToString())
-        preprocess_cfg = {**msgspec.to_builtins(preprocessing), "mode": "RGB"}
-        write_bytes(folder / "visual" / "preprocess_cfg.json", to_json(preprocess_cfg))
+        write_bytes(folder / "visual" / "preprocess_cfg.json", to_json(preprocessing.open_clip_cfg()))
         _write_tokenizer(bundle / TOKENIZER, folder / "textual", manifest)
         write_bytes(folder / "config.json", to_json(_model_config(manifest)))
 

@@ -398,7 +398,7 @@ def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
     if clip.has_hugging_face_text:
         clip.model.text.transformer.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         model_cfg = {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(location.resolve())}}
-    config = {"model_cfg": model_cfg, "preprocess_cfg": _preprocess_cfg(clip)}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocessing.open_clip_cfg()}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     state = {name: _to_storable(tensor) for name, tensor in clip.model.state_dict().items()}
     save_file(state, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
@@ -409,16 +409,3 @@ def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
 def _to_storable(tensor: Tensor) -> Tensor:
     # safetensors requires contiguous tensors that do not share memory.
     return tensor.detach().to("cpu", copy=True).contiguous(memory_format=torch.contiguous_format)
-
-
-def _preprocess_cfg(clip: ClipModel) -> dict[str, Any]:
-    preprocessing = clip.preprocessing
-    return {
-        "size": list(preprocessing.size),
-        "mode": "RGB",
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-        "interpolation": preprocessing.interpolation,
-        "resize_mode": preprocessing.resize_mode,
-        "fill_color": preprocessing.fill_color,
-    }
