@@ -12,7 +12,6 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option, threads_option
-from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
         UsageError: the file cannot be written.
     """
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
-    from clip_rd_edge.utils.files import disk_full_error, write_text
+    from clip_rd_edge.utils.files import named_failures, write_text
 
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -142,10 +141,5 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
         for row in score.per_class:
             for predicted, images in row.predicted.items():
                 writer.writerow((*map(inert_cell, (score.task, row.label, predicted)), images))
-    try:
+    with named_failures(path, hint="choose another --confusion"):
         write_text(path, buffer.getvalue())
-    except OSError as error:
-        if disk_full_error(error):
-            raise
-        reason = error.strerror or error
-        raise UsageError(f"The file {path} cannot be written: {reason}.", hint="choose another --confusion") from error

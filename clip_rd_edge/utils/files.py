@@ -174,6 +174,21 @@ def _link_to_nothing(path: Path) -> Path | None:
 
 
 @contextmanager
+def named_failures(output: Path, *, hint: str = "choose another -o") -> Iterator[None]:
+    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written.
+
+    Raises:
+        UsageError: it is such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        raise unwritable_output(output, error, hint=hint) from error
+
+
+@contextmanager
 def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` if the block succeeds and removed otherwise.
 
@@ -189,7 +204,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         UsageError: `path` cannot be written or replaced, or is in use and `overwrite` is false.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with _naming(path):
+    with named_failures(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unheld = temporary.with_suffix(".new")
         unheld.mkdir()
@@ -201,7 +216,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
         require_free_output(path, overwrite=overwrite, replaced=False)
-        with _naming(path):
+        with named_failures(path):
             if path.exists():
                 path.rename(old)
             try:
@@ -250,17 +265,6 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
         named = [(other, _LEFTOVER.fullmatch(other.name)) for other in path.parent.iterdir()]
         return [other for other, match in named if match and (match["name"], match["kind"]) == (path.name, kind)]
     return []
-
-
-@contextmanager
-def _naming(output: Path) -> Iterator[None]:
-    """Within the block, an error of the system, other than of a full disk, says that the output cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise
-        raise unwritable_output(output, error) from error
 
 
 def _remove(path: Path) -> None:

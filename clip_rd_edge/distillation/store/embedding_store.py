@@ -45,7 +45,7 @@ from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.utils.files import disk_full_error, unwritable_output, write_bytes
+from clip_rd_edge.utils.files import named_failures, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
 
@@ -278,12 +278,8 @@ def claim_folder(
     elif is_folder(folder) and any(folder.iterdir()):
         raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
     else:
-        try:
+        with named_failures(folder, hint=f"choose another {option}"):
             write_bytes(path, to_json(manifest))
-        except OSError as error:
-            if disk_full_error(error):
-                raise
-            raise unwritable_output(folder, error, hint=f"choose another {option}") from error
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
