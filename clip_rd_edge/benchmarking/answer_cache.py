@@ -18,7 +18,7 @@ from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroSh
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.contract.images import ImageFile
 from clip_rd_edge.contract.outputs import OF_FILE_MANAGERS
-from clip_rd_edge.contract.task import Task, ZeroShotTask
+from clip_rd_edge.contract.task import Task
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_folder
@@ -111,9 +111,7 @@ def _model_state(model: str) -> str:
 def task_state(task: Task) -> str:
     """Return a task's questions, and the names, sizes and dates of its images or of the shards that hold them."""
     images = (*map(str, task.images), *_file_states(task.images))
-    if isinstance(task, ZeroShotTask):
-        return repr((task.name, images, task.targets, task.labels, task.templates))
-    return repr((task.name, images, task.captions, task.caption_images))
+    return repr((task.name, images, *task.questions))
 
 
 def _file_states(images: Iterable[ImageFile]) -> list[tuple[int, int]]:

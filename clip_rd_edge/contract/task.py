@@ -29,6 +29,11 @@ class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
     templates: tuple[str, ...] = ("{}",)
     templates_from: str = ""
 
+    @property
+    def questions(self) -> tuple[object, ...]:
+        """What is asked about the images; its repr is part of digests that are kept, so the order must stay."""
+        return self.targets, self.labels, self.templates
+
 
 class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
     """An image-text retrieval task; an image may have several captions.
@@ -44,6 +49,15 @@ class RetrievalTask(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[ImageFile, ...]
     captions: tuple[str, ...]
     caption_images: tuple[int, ...]
+
+    @property
+    def questions(self) -> tuple[object, ...]:
+        """See `ZeroShotTask.questions`."""
+        return self.captions, self.caption_images
+
+    def first_captions(self) -> dict[int, int]:
+        """Return the index of the first caption of each image that has one, by the index of the image."""
+        return {image: caption for caption, image in reversed([*enumerate(self.caption_images)])}
 
 
 Task = ZeroShotTask | RetrievalTask

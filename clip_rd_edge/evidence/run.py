@@ -90,16 +90,12 @@ def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
 
 def _content(task: Task) -> str:
     """Return a fingerprint of a task's questions and images."""
-    if isinstance(task, ZeroShotTask):
-        questions: Any = (task.targets, task.labels, task.templates)
-    else:
-        questions = (task.captions, task.caption_images)
-    return hashlib.sha256(repr((names_and_sizes(task), questions)).encode()).hexdigest()
+    return hashlib.sha256(repr((names_and_sizes(task), task.questions)).encode()).hexdigest()
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
     # One caption per image, as in training: captions of the same image are not negatives of each other.
-    first_caption = {image: caption for caption, image in reversed([*enumerate(task.caption_images)])}
+    first_caption = task.first_captions()
     captioned = sorted(first_caption)
     images = embed_images(encoder, [task.images[image] for image in captioned], task.name)
     texts = encoder.encode_texts([task.captions[first_caption[image]] for image in captioned])

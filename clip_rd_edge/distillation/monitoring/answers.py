@@ -137,7 +137,7 @@ def _choose_samples(config: RunConfig, task: str | None) -> _Samples:
     chosen = sorted(rng.permutation(len(loaded.images))[:count].tolist())
     images = [open_image(loaded.images[index]) for index in chosen]
     if isinstance(loaded, RetrievalTask):
-        first_captions = {image: i for i, image in reversed(list(enumerate(loaded.caption_images)))}
+        first_captions = loaded.first_captions()
         texts = [loaded.captions[first_captions[index]] for index in chosen]
         return _Samples(images, texts, range(count), ("{}",), f"among the captions of these {count} of {loaded.name}")
     own = [loaded.targets[index] for index in chosen]
