@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
@@ -29,7 +30,7 @@ from clip_rd_edge.distillation.checkpoint import (
 )
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker
@@ -37,7 +38,7 @@ from clip_rd_edge.distillation.optim import RunOptimizer, diverged_error, named_
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.quantized.tower import Quantization
-from clip_rd_edge.distillation.step import AUTOCAST, StepSettings, TrainingStep
+from clip_rd_edge.distillation.step import AUTOCAST, StepResult, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel, to_device
@@ -75,6 +76,93 @@ def train(
         InterruptedRunError: a signal requested a stop; the state was saved.
         ClipRdEdgeError: the loss was not finite for several steps in a row; the message names the last good checkpoint.
     """
+    trained = _prepare(config, run, setup, teacher=teacher, dataset=dataset, processes=processes, reporter=reporter)
+    start, steps = trained.start, trained.steps
+    log = MetricsLog(run, start=start) if processes.is_main else None
+    tracker = open_tracker(config, run, start=start, reporter=reporter) if processes.is_main else Tracker()
+    sampler = StepSampler(
+        setup.pairs.groups,
+        config.recipe.batch_size,
+        seed=config.seed,
+        start=start,
+        stop=steps,
+        rank=processes.rank,
+        processes=processes.world_size,
+        prefetch=setup.pairs.prefetch,
+    )
+    with stop_on_signals() as request, request.deferred(), tracker:
+        loop = _Loop(
+            config=config,
+            run=run,
+            setup=setup,
+            trained=trained,
+            processes=processes,
+            request=request,
+            log=log,
+            tracker=tracker,
+            reporter=reporter,
+            evaluate=evaluate,
+            saved=start,
+        )
+        loop.repeat_evaluation()
+        clock = _Clock()
+        batches = step_loader(dataset, sampler, workers=config.workers)
+        for step in range(start, steps):
+            with clock.waiting():
+                batch = loop.next_batch(batches, step)
+            result = loop.update(batch, step)
+            done = step + 1
+            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
+            if unshared:
+                dataset.bad.share(processes.gather_objects)
+            is_stopping = stop_requests > 0
+            loop.save(done, is_stopping=is_stopping)  # before an evaluation, which may fail, as for a damaged image
+            with clock.evaluating():
+                scores = loop.scores(done)
+            loop.report(done, result, scores, clock)
+            if not is_stopping and loop.is_evaluation_due(done) and processes.any(bool(request)):
+                is_stopping = True
+                if done > loop.saved:
+                    loop.save(done, is_stopping=True)
+            if is_stopping:
+                raise loop.interrupted()
+        if request:  # during the evaluation of a run whose last step was done before
+            raise interrupted(request, run, steps, steps)
+    return trained.student
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a run trains, as its newest checkpoint left it.
+
+    Attributes:
+        compute: computes gradients from a batch; `optimizer` applies them.
+        parts: what a checkpoint holds, by its key there; `bad` are the samples among them that could not be read.
+        student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
+        start, steps: completed steps, and steps in total.
+    """
+
+    compute: TrainingStep
+    optimizer: RunOptimizer
+    parts: dict[str, Stateful]
+    bad: BadSamples
+    student: ClipModel
+    encoder: Encoder
+    start: int
+    steps: int
+
+
+def _prepare(
+    config: RunConfig,
+    run: Path,
+    setup: RunSetup,
+    *,
+    teacher: BatchTeacher | None,
+    dataset: ViewDataset,
+    processes: Processes,
+    reporter: Reporter,
+) -> _Trained:
+    """Move student and objective to the device, and restore their state, and all else that training changes."""
     recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
     seed_everything(config.seed)
     model = to_device(student.model, processes.device)
@@ -94,7 +182,7 @@ def train(
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
     if quantization and start == 0:
         quantization.calibrate(student, dataset, config)
-    training_step = TrainingStep(
+    compute = TrainingStep(
         student,
         teacher,
         objective,
@@ -104,135 +192,168 @@ def train(
         bank=bank,
     )
     encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
-    log = MetricsLog(run, start=start) if processes.is_main else None
-    tracker = open_tracker(config, run, start=start, reporter=reporter) if processes.is_main else Tracker()
-    sampler = StepSampler(
-        setup.pairs.groups,
-        recipe.batch_size,
-        seed=config.seed,
-        start=start,
-        stop=steps,
-        rank=processes.rank,
-        processes=processes.world_size,
-        prefetch=setup.pairs.prefetch,
-    )
-    waited = evaluated = 0.0  # seconds
+    return _Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps)
 
-    def is_evaluation_due(done: int) -> bool:
-        return done == steps or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
 
-    def scores(done: int) -> dict[str, float]:
-        """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
-        if not (evaluate and is_evaluation_due(done)):
-            return {}
-        processes.broadcast(saved_student.model.buffers())  # those that are saved
+class _Clock:
+    """Counts seconds from when it is made, and how many of them go into waiting for batches and into evaluating."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.waited = self.evaluated = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        since = self.elapsed
+        yield
+        self.waited += self.elapsed - since
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        since = self.elapsed
+        yield
+        self.evaluated += self.elapsed - since
+
+
+@dataclass(kw_only=True)
+class _Loop:
+    """The parts of an iteration, and what they share.
+
+    Attributes:
+        saved: the last step whose state was saved.
+        is_save_due: whether a newer state was to be saved, but was not sound.
+    """
+
+    config: RunConfig
+    run: Path
+    setup: RunSetup
+    trained: _Trained
+    processes: Processes
+    request: StopRequest
+    log: MetricsLog | None
+    tracker: Tracker
+    reporter: Reporter
+    evaluate: Callable[[Encoder], dict[str, float]] | None
+    saved: int
+    is_save_due: bool = False
+
+    def repeat_evaluation(self) -> None:
+        """Evaluate after the last step of before, if that was due and a signal ended it."""
+        start, log = self.trained.start, self.log
+        is_evaluated = log is None or log.is_evaluated(start)
+        if start and self.processes.any(not is_evaluated) and (scores := self.scores(start)) and log:
+            self.tracker.add(log.add_evaluation(start, scores))
+
+    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        """Return the batch of a step; a signal that arrives meanwhile stops a single process, its state saved."""
         try:
-            # Several processes stop together, after a round of batches.
-            with request.at_once() if processes.world_size == 1 else nullcontext(), named_divergence(run):
-                evaluation = evaluate(EncoderOfAllProcesses(encoder, processes, request))
+            with self._stopped_at_once():
+                return next(batches)
         except Stopped:
-            return {}
-        if processes.is_main:
-            save_if_best(run, saved_student, evaluation, provenance=partial(provenance, config, setup, steps=done))
-        return evaluation
+            if step > self.saved and self.trained.optimizer.is_finite:
+                save_checkpoint(self.run, step, self.trained.parts)
+                self.saved = step
+            raise self.interrupted() from None
 
-    saved, due = start, False  # the last step that was saved, and whether there is a newer one to save
+    def update(self, batch: Batch, step: int) -> StepResult:
+        """Update the weights with the gradients of a batch."""
+        optimizer = self.trained.optimizer
+        try:
+            result = self.trained.compute(batch, step, loss_scale=optimizer.loss_scale)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its spread.",
+                hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
+            ) from error
+        optimizer.apply(step, result.loss.total.item(), run=self.run)
+        return result
 
-    def save(done: int, *, is_stopping: bool) -> None:
+    def save(self, done: int, *, is_stopping: bool) -> None:
         """Save the state after `done` steps if it is due.
 
         A skipped step changes no weight, but may be the first of a run that diverges: unless this is the last chance to
         save, the older checkpoint is the better one.
         """
-        nonlocal saved, due
-        due = due or done % config.checkpoint_every == 0
-        if not (due or is_stopping or done == steps):
+        optimizer, processes = self.trained.optimizer, self.processes
+        self.is_save_due = self.is_save_due or done % self.config.checkpoint_every == 0
+        if not (self.is_save_due or is_stopping or done == self.trained.steps):
             return
         is_fit = optimizer.is_finite if is_stopping else optimizer.is_sound
         if processes.sum(int(not is_fit)) == [0]:
             if processes.is_main:
-                save_checkpoint(run, done, parts)
-            saved, due = done, False
+                save_checkpoint(self.run, done, self.trained.parts)
+            self.saved, self.is_save_due = done, False
         elif processes.sum(int(not optimizer.is_finite)) != [0]:
-            raise diverged_error(run, f"weights are not finite after step {done:,}")
+            raise diverged_error(self.run, f"weights are not finite after step {done:,}")
         processes.barrier()
 
-    with stop_on_signals() as request, request.deferred(), tracker:
-        is_evaluated = log is None or log.is_evaluated(start)
-        if start and processes.any(not is_evaluated) and (evaluation := scores(start)) and log:
-            tracker.add(log.add_evaluation(start, evaluation))
-        started = time.perf_counter()
-        batches = step_loader(dataset, sampler, workers=config.workers)
-        for step in range(start, steps):
-            waiting_since = time.perf_counter()
-            try:
-                # Several processes stop together, after a step: here they cannot agree.
-                with request.at_once() if processes.world_size == 1 else nullcontext():
-                    batch = next(batches)
-            except Stopped:
-                if step > saved and optimizer.is_finite:
-                    save_checkpoint(run, step, parts)
-                    saved = step
-                raise interrupted(request, run, saved, steps) from None
-            waited += time.perf_counter() - waiting_since
-            try:
-                result = training_step(batch, step, loss_scale=optimizer.loss_scale)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise UsageError(
-                    "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its "
-                    "spread.",
-                    hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
-                ) from error
-            loss = result.loss.total.item()
-            optimizer.apply(step, loss, run=run)
+    def is_evaluation_due(self, done: int) -> bool:
+        every = self.config.evaluate_every
+        return done == self.trained.steps or (every > 0 and done % every == 0)
 
-            done = step + 1
-            unshared, stop_requests = processes.sum(dataset.bad.unshared, int(bool(request)))
-            if unshared:
-                dataset.bad.share(processes.gather_objects)
-            stopping = stop_requests > 0
-            save(done, is_stopping=stopping)  # before an evaluation, which may fail, as for a damaged image
-            trained = time.perf_counter()
-            evaluation = scores(done)
-            now = time.perf_counter()
-            evaluated += now - trained
-            elapsed = now - started
-            progress = Progress(
-                step=done,
-                steps=steps,
-                loss=loss,
-                samples_per_second=(done - start) * recipe.batch_size / (elapsed - evaluated),
-                data_wait=waited / (elapsed - evaluated),
-                seconds_per_step=elapsed / (done - start),
-                evaluation=evaluation,
-                bad=len(dataset.bad),
-                skipped=optimizer.skipped,
-                memory_bytes=peak_memory_on(processes.device),
-                samples="samples" if isinstance(setup.pairs, MixedSamples) else "pairs",
-            )
-            if log and (done == steps or evaluation or done % config.log_every == 0):
-                extra = {
-                    "learning_rate": optimizer.learning_rate,
-                    "gradient_norm": optimizer.gradient_norm,
-                    "logit_scale": student.logit_scale,
-                }
-                line = metrics_line(progress, result.loss.terms, result.embeddings, extra)
-                log.write(line)
-                tracker.write(line)
-            reporter.update("training", done, steps, progress.message())
-            if evaluation:
-                reporter.say(f"step {done:,}: {progress.evaluation_message()}")
-            if not stopping and is_evaluation_due(done) and processes.any(bool(request)):
-                stopping = True
-                if done > saved:
-                    save(done, is_stopping=True)
-            if stopping:
-                raise interrupted(request, run, saved, steps)
-        if request:  # during the evaluation of a run whose last step was done before
-            raise interrupted(request, run, steps, steps)
-    return saved_student
+    def scores(self, done: int) -> dict[str, float]:
+        """Evaluate after `done` steps; empty if that is not due, or if a signal ends it: the resumed run repeats it."""
+        if not (self.evaluate and self.is_evaluation_due(done)):
+            return {}
+        student, processes = self.trained.student, self.processes
+        processes.broadcast(student.model.buffers())  # those that are saved
+        try:
+            with self._stopped_at_once(), named_divergence(self.run):
+                scores = self.evaluate(EncoderOfAllProcesses(self.trained.encoder, processes, self.request))
+        except Stopped:
+            return {}
+        if processes.is_main:
+            record = partial(provenance, self.config, self.setup, steps=done)
+            save_if_best(self.run, student, scores, provenance=record)
+        return scores
+
+    def report(self, done: int, result: StepResult, scores: dict[str, float], clock: _Clock) -> None:
+        """Show how far the run is, and log it if that is due."""
+        config, optimizer = self.config, self.trained.optimizer
+        start, steps = self.trained.start, self.trained.steps
+        elapsed = clock.elapsed
+        progress = Progress(
+            step=done,
+            steps=steps,
+            loss=result.loss.total.item(),
+            samples_per_second=(done - start) * config.recipe.batch_size / (elapsed - clock.evaluated),
+            data_wait=clock.waited / (elapsed - clock.evaluated),
+            seconds_per_step=elapsed / (done - start),
+            evaluation=scores,
+            bad=len(self.trained.bad),
+            skipped=optimizer.skipped,
+            memory_bytes=peak_memory_on(self.processes.device),
+            samples="samples" if isinstance(self.setup.pairs, MixedSamples) else "pairs",
+        )
+        if self.log and (done == steps or scores or done % config.log_every == 0):
+            extra = {
+                "learning_rate": optimizer.learning_rate,
+                "gradient_norm": optimizer.gradient_norm,
+                "logit_scale": self.setup.student.logit_scale,
+            }
+            line = metrics_line(progress, result.loss.terms, result.embeddings, extra)
+            self.log.write(line)
+            self.tracker.write(line)
+        self.reporter.update("training", done, steps, progress.message())
+        if scores:
+            self.reporter.say(f"step {done:,}: {progress.evaluation_message()}")
+
+    def interrupted(self) -> InterruptedRunError:
+        """Return the error that ends the loop on a signal."""
+        return interrupted(self.request, self.run, self.saved, self.trained.steps)
+
+    def _stopped_at_once(self) -> AbstractContextManager[None]:
+        """Within the block, a signal raises `Stopped` in a single process.
+
+        Several stop together, after a step or a round of batches: elsewhere they cannot agree.
+        """
+        return self.request.at_once() if self.processes.world_size == 1 else nullcontext()
 
 
 def interrupted(request: StopRequest, run: Path, done: int, steps: int) -> InterruptedRunError:
