@@ -17,7 +17,7 @@ from clip_rd_edge.benchmarking.metrics import primary_metric
 from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.task import Task
-from clip_rd_edge.distillation.monitoring.metrics import plot_average
+from clip_rd_edge.distillation.monitoring.plots import plot_average
 from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel

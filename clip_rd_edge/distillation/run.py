@@ -53,7 +53,8 @@ from clip_rd_edge.distillation.inputs import (
     sources_known_by_content,
 )
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, lost_worker, step_loader
-from clip_rd_edge.distillation.monitoring.metrics import last_evaluation, plot_run
+from clip_rd_edge.distillation.monitoring.metrics import last_evaluation
+from clip_rd_edge.distillation.monitoring.plots import plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker
 from clip_rd_edge.distillation.optim import named_divergence
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes

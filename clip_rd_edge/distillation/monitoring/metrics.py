@@ -1,20 +1,17 @@
-"""Logging of a run: metrics.jsonl with one line per logged step, and plots."""
+"""Logging of a run: metrics.jsonl with one line per logged step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, METRICS_FILE, TERM_PREFIX, read_metrics
 from clip_rd_edge.losses.objective import EmbeddingBatch
 from clip_rd_edge.utils.files import write_bytes
@@ -160,122 +157,3 @@ def mean_similarities(image: Tensor, text: Tensor) -> tuple[float, float]:
     # Σ_ij v_i·t_j = (Σ_i v_i)·(Σ_j t_j): memory grows with B·D rather than with B².
     total = (image.float().sum(dim=0) @ text.float().sum(dim=0)).item()
     return positive / pairs, (total - positive) / (pairs * (pairs - 1)) if pairs > 1 else math.nan
-
-
-STUDENT_COLOUR, TEACHER_COLOUR, NEUTRAL_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"
-
-
-def plot_run(run: Path, folder: Path, embeddings: dict[str, tuple[Embeddings, Embeddings]] | None = None) -> None:
-    """Plot `losses.png`, `geometry.png`, `evaluation.png` and `similarity.png` into `folder`, as far as there is data.
-
-    Args:
-        embeddings: for `student` and `teacher`, image and text embeddings of the same pairs, (N, D) each.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = read_metrics(run)
-    _plot_losses(lines, folder / "losses.png")
-    _plot_geometry(lines, folder / "geometry.png")
-    _plot_evaluations(lines, folder / "evaluation.png")
-    if embeddings:
-        _plot_histograms(embeddings, folder / "similarity.png")
-
-
-def _plot_losses(lines: list[dict[str, Any]], path: Path) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith(TERM_PREFIX)})
-    if not names:
-        return
-    figure, axes = _figure(len(names), "Unweighted loss terms over training steps")
-    for axis, name in zip(axes, names, strict=False):
-        steps, values = _series(lines, name)
-        axis.plot(steps, values, color=STUDENT_COLOUR, linewidth=1.4)
-        axis.set_title(name.removeprefix(TERM_PREFIX), fontsize=10)
-        if values.size and values.min() > 0 and values.max() / values.min() > 30:
-            axis.set_yscale("log")
-    figure.savefig(path, dpi=120)
-
-
-def _plot_geometry(lines: list[dict[str, Any]], path: Path) -> None:
-    titles = {
-        "positive": "Matching pairs: mean cosine",
-        "negative": "Other pairs: mean cosine",
-        "gap": "Gap between the two",
-    }
-    if not any("student_gap" in line for line in lines):
-        return
-    figure, axes = _figure(3, "Separation of matching from other pairs in the training batches")
-    for axis, (kind, title) in zip(axes, titles.items(), strict=False):
-        for model, colour in (("student", STUDENT_COLOUR), ("teacher", TEACHER_COLOUR)):
-            steps, values = _series(lines, f"{model}_{kind}")
-            if steps.size:
-                axis.plot(steps, values, color=colour, linewidth=1.4, label=model)
-        axis.set_title(title, fontsize=10)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
-    names = sorted({key for line in lines for key in line if key.startswith(EVALUATION_PREFIX)})
-    if not names:
-        return
-    figure, axes = _figure(1, "Accuracy over training")
-    for name in names:
-        steps, values = _series(lines, name)
-        axes[0].plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix(EVALUATION_PREFIX))
-    axes[0].set_ylabel("%")
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def _plot_histograms(embeddings: dict[str, tuple[Embeddings, Embeddings]], path: Path) -> None:
-    figure, axes = _figure(len(embeddings), "Cosine of images and captions after training", xlabel="cosine")
-    for axis, (model, (image, text)) in zip(axes, embeddings.items(), strict=False):
-        cosine = image @ text.T
-        diagonal = np.eye(len(cosine), dtype=bool)
-        low, high = float(cosine.min()), float(cosine.max())
-        bins = np.linspace(low, max(high, low + 1e-3), 60)  # an untrained model may map everything to one point
-        colour = STUDENT_COLOUR if model == "student" else TEACHER_COLOUR
-        axis.hist(cosine[diagonal], bins=bins, density=True, color=colour, alpha=0.75, label="matching pairs")
-        axis.hist(cosine[~diagonal], bins=bins, density=True, color=NEUTRAL_COLOUR, alpha=0.5, label="other pairs")
-        axis.set_title(model, fontsize=10)
-        axis.set_yticks([])
-        axis.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]], chosen: float, path: Path) -> None:
-    """Plot the accuracy of the averages of two models over the weight of the second.
-
-    Args:
-        scores: accuracy at each of the weights, by task.
-        chosen: the weight that is marked.
-    """
-    figure, axes = _figure(1, "Accuracy between two models", xlabel="weight of the second model")
-    for name, values in scores.items():
-        axes[0].plot(weights, [100 * value for value in values], marker="o", markersize=3, label=name)
-    axes[0].axvline(chosen, color=NEUTRAL_COLOUR, linewidth=1, linestyle="--")
-    axes[0].set_ylabel("%")
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def _series(lines: list[dict[str, Any]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def _figure(count: int, title: str, *, xlabel: str = "step") -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # the object interface needs no display and no global state
-
-    columns = min(count, 4)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 2.6 * rows + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    for axis in axes[:count]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel(xlabel, fontsize=8)
-    return figure, axes
