@@ -225,6 +225,16 @@ def difference_p_value(hits: Hits, reference: Hits) -> float:
     return min(1.0, 2 * sign_test(max(won, lost), min(won, lost)))
 
 
+def may_be_chance(interval: Interval, p_value: float | None, *, level: float = 0.95) -> bool:
+    """Return whether a difference's interval includes zero, or too few answers changed to tell.
+
+    Args:
+        p_value: see `difference_p_value`; None leaves it to the interval.
+        level: that of the interval.
+    """
+    return interval.low <= 0 <= interval.high or (p_value is not None and p_value > 1 - level)
+
+
 def primary_metric(score: Score) -> float:
     """Return the main figure of a score: top-1 accuracy, or image-to-text R@1."""
     return score.top1 if isinstance(score, ZeroShotScore) else score.image_to_text.at1

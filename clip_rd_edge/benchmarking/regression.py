@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_rd_edge.benchmarking import formatting, statistics
 from clip_rd_edge.benchmarking.accuracy import Correctness
-from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value
+from clip_rd_edge.benchmarking.metrics import Interval, difference_interval, difference_p_value, may_be_chance
 from clip_rd_edge.benchmarking.results import Results, RowResult
 from clip_rd_edge.errors import InputError
 
@@ -166,7 +166,7 @@ def _accuracy_change(row: str, old: Correctness, new: Correctness, *, level: flo
     interval = difference_interval(new_hits, old_hits, level=level)
     if bool((old_hits == new_hits).all()):
         verdict: Verdict = "same"
-    elif interval.low <= 0 <= interval.high or difference_p_value(new_hits, old_hits) > 1 - level:
+    elif may_be_chance(interval, difference_p_value(new_hits, old_hits), level=level):
         verdict = "noise"
     else:
         verdict = "improvement" if interval.low > 0 else "regression"

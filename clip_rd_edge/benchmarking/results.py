@@ -13,7 +13,7 @@ import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import Correctness
 from clip_rd_edge.benchmarking.latency import Latency, ReferenceLatency
-from clip_rd_edge.benchmarking.metrics import Interval, Score
+from clip_rd_edge.benchmarking.metrics import Interval, Score, may_be_chance
 from clip_rd_edge.benchmarking.suite import Role, Suite
 from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
@@ -173,8 +173,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def may_be_chance(self) -> bool:
-        """Whether the interval includes zero, or too few answers changed to tell."""
-        return self.interval.low <= 0 <= self.interval.high or (self.p_value is not None and self.p_value > 0.05)
+        """See `metrics.may_be_chance`."""
+        return may_be_chance(self.interval, self.p_value)
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

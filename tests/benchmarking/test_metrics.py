@@ -14,6 +14,7 @@ from clip_rd_edge.benchmarking.metrics import (
     calibration_error,
     difference_interval,
     difference_p_value,
+    may_be_chance,
     mean_per_class,
     nearest_indices,
     recall_from_ranks,
@@ -100,8 +101,12 @@ def test_a_few_answers_that_are_all_right_or_all_wrong_leave_the_accuracy_open()
 def test_four_lost_answers_and_none_gained_may_be_chance() -> None:
     reference = np.ones(500, dtype=bool)
     hits = np.arange(500) >= 4
-    assert difference_interval(hits, reference).high < 0
+    interval = difference_interval(hits, reference)
+    assert interval.high < 0
     assert difference_p_value(hits, reference) == difference_p_value(reference, hits) == 0.125
+    assert may_be_chance(interval, 0.125)
+    assert not may_be_chance(interval, None)
+    assert not may_be_chance(interval, 0.125, level=0.8)
     assert difference_p_value(reference, reference) == 1
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.accuracy import TOP1
-from clip_rd_edge.benchmarking.metrics import Hits, Interval, ZeroShotScore, difference_interval, difference_p_value
+from clip_rd_edge.benchmarking.metrics import (
+    Hits,
+    Interval,
+    ZeroShotScore,
+    difference_interval,
+    difference_p_value,
+    may_be_chance,
+)
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 
 
@@ -72,7 +79,8 @@ def _significantly_worse(row: RowResult, best: RowResult) -> bool:
     hits, best_hits = _top1_hits(row), _top1_hits(best)
     if hits is None or best_hits is None:
         return row.label != best.label  # nothing to pair by: only the most accurate model remains
-    return difference_interval(hits, best_hits).high < 0 and difference_p_value(hits, best_hits) <= 0.05
+    interval = difference_interval(hits, best_hits)
+    return interval.high < 0 and not may_be_chance(interval, difference_p_value(hits, best_hits))
 
 
 def _top1_hits(row: RowResult) -> Hits | None:
