@@ -212,16 +212,13 @@ def _written_ns(name: str) -> int:
 
 
 def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
-    if old.text_sha256 and new.text_sha256 and old.text_sha256 != new.text_sha256:
-        change = _change(old.text_sha256, new.text_sha256)
+    if change := _change(old.text_sha256, new.text_sha256):
         return f"the text tower that the student starts from has other weights or another tokenizer ({change})"
-    if old.student_file_sha256 and new.student_file_sha256 and old.student_file_sha256 != new.student_file_sha256:
-        change = _change(old.student_file_sha256, new.student_file_sha256)
+    if change := _change(old.student_file_sha256, new.student_file_sha256):
         return f"the file of the student's architecture has another content ({change})"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
         return f"{setup.pairs.name} had {_counts(old)}, and now has {_counts(new)}"
-    if old.pairs_sha256 != new.pairs_sha256:
-        change = _change(old.pairs_sha256, new.pairs_sha256)
+    if change := _change(old.pairs_sha256, new.pairs_sha256):
         return (
             f"{setup.pairs.name} still has {_counts(new)}, but other names, captions, sizes or another order ({change})"
         )
@@ -230,18 +227,15 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
         return f"there were {len(before)} teachers, and now {len(after)}"
     names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
     for name, was, now in zip(names, before, after, strict=True):
-        if was != now:
-            change = _change(was, now)
+        if change := _change(was, now):
             return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
     # A run that an older version began did not record it.
     for name, seen, sees in zip(names, old.teacher_preprocessing, new.teacher_preprocessing, strict=False):
         if seen != sees:
             return f"the teacher {name} has other preprocessing of images"
-    if old.student_sha256 and new.student_sha256 and old.student_sha256 != new.student_sha256:
-        change = _change(old.student_sha256, new.student_sha256)
+    if change := _change(old.student_sha256, new.student_sha256):
         return f"the model that it trains on has other weights, another configuration or another tokenizer ({change})"
-    if old.image_weights_sha256 and new.image_weights_sha256 and old.image_weights_sha256 != new.image_weights_sha256:
-        change = _change(old.image_weights_sha256, new.image_weights_sha256)
+    if change := _change(old.image_weights_sha256, new.image_weights_sha256):
         return f"the image weights that the student starts from are others ({change})"
     return None
 
@@ -275,5 +269,6 @@ def _digest(sha256: str) -> str:
     return f"SHA-256 {sha256[:_SHOWN_DIGITS]}"
 
 
-def _change(old: str, new: str) -> str:
-    return f"{_digest(old)} → {new[:_SHOWN_DIGITS]}"
+def _change(old: str | None, new: str | None) -> str | None:
+    """Return from what to what a digest changed; None if it did not, or if either is not recorded."""
+    return f"{_digest(old)} → {new[:_SHOWN_DIGITS]}" if old and new and old != new else None
