@@ -24,7 +24,7 @@ from clip_rd_edge.benchmarking.accuracy import (
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
 from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.contract.encoder import Encoder
-from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, read_metrics
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
@@ -232,7 +232,7 @@ def _train_and_evaluate(
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, Curve]:
-    names = [*CURVES, *dict.fromkeys(key for line in lines for key in line if key.startswith("evaluation/"))]
+    names = [*CURVES, *dict.fromkeys(key for line in lines for key in line if key.startswith(EVALUATION_PREFIX))]
     points = {name: [(line["step"], line[name]) for line in lines if line.get(name) is not None] for name in names}
     return {
         name: Curve(steps=tuple(step for step, _ in curve), values=tuple(round(value, 4) for _, value in curve))

@@ -11,7 +11,7 @@ import clip_rd_edge
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence import report
 from clip_rd_edge.evidence.report import markdown, read_evidence_file, write_evidence
-from clip_rd_edge.evidence.results import Curve, Evidence, ModelResult
+from clip_rd_edge.evidence.results import Evidence, ModelResult
 from clip_rd_edge.utils.structs import to_yaml
 
 from .conftest import Make
@@ -135,25 +135,6 @@ def test_evidence_is_read_as_it_was_written(make: Make, tmp_path: Path) -> None:
             read_evidence_file(path)
 
 
-def test_seeds_are_averaged_where_all_have_a_point(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence = make({("none", 0): 4, ("none", 1): 3})
-    whole, gaps = evidence.runs
-    name = "evaluation/emoji, unseen style"
-    curves = {
-        **{key: Curve(steps=(1, 2, 3), values=(0.1, 0.2, 0.3)) for key in (name, "student_positive")},
-        "student_negative": Curve(steps=(2, 3), values=(0.1, 0.1)),  # the first was not finite
-    }
-    evidence = msgspec.structs.replace(evidence, runs=(msgspec.structs.replace(whole, curves=curves), gaps))
-    drawn = []
-    monkeypatch.setattr(report, "_png", lambda figure, grid: drawn.append(grid) or b"")
-    report.learning_curves(evidence)
-    report.geometry_curves(evidence)
-    (accuracy,) = drawn[0][0][0].lines
-    assert accuracy.get_xydata().tolist() == [[1, pytest.approx(10)], [2, pytest.approx(20)]]
-    gap, *_ = drawn[1][2][0].lines
-    assert gap.get_xydata().tolist() == [[2, pytest.approx(0.05)]]
-
-
 def test_one_command_updates_the_page_and_the_figures(
     make: Make,
     tmp_path: Path,
@@ -161,7 +142,7 @@ def test_one_command_updates_the_page_and_the_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for figure in ("learning_curves", "geometry_curves"):  # the test that runs the suite draws them
-        monkeypatch.setattr(report, figure, lambda evidence, name=figure: name.encode())
+        monkeypatch.setattr(report, figure, lambda *_, name=figure, **__: name.encode())
     page, source = tmp_path / "README.md", tmp_path / "small.json"
     page.write_text("# Before\n<!-- small: begin -->\nstale\n<!-- small: end -->\nafter\n")
     write_evidence(source, make(CORRECT))
