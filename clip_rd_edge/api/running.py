@@ -178,7 +178,8 @@ def serve(
 
     require_known_options(options, ServeOptions.__annotations__, command="serve")
     try:
-        from clip_rd_edge.serving.app import Limits, Service, make_app
+        from clip_rd_edge.serving.app import make_app
+        from clip_rd_edge.serving.service import Limits, Service
         from clip_rd_edge.web.app import is_loopback, run_server
     except ModuleNotFoundError as error:
         from clip_rd_edge.errors import MissingExtraError

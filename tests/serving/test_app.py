@@ -33,7 +33,8 @@ from clip_rd_edge.serving.batching import Batcher
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
 
-from clip_rd_edge.serving.app import Limits, Service, make_app  # noqa: E402
+from clip_rd_edge.serving.app import make_app  # noqa: E402
+from clip_rd_edge.serving.service import Limits, Service  # noqa: E402
 
 BASE_URL = "http://127.0.0.1:8766"
 
