@@ -19,7 +19,7 @@ from ways import IMPLEMENTATIONS, Embed, Embeddings, PeerTower, Pixels, Setup
 
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
-from clip_rd_edge.benchmarking.results import Environment, installed_versions, this_environment
+from clip_rd_edge.benchmarking.results import Environment, this_environment
 from clip_rd_edge.contract.encoder import label_embeddings
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import preprocess
@@ -30,6 +30,7 @@ from clip_rd_edge.data.emoji import training_pairs, zero_shot_task
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.host import installed_versions
 from clip_rd_edge.utils.structs import to_json
 from clip_rd_edge.utils.timing import time_in_turn
 

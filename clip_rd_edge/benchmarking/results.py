@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -19,20 +17,18 @@ from clip_rd_edge.benchmarking.throughput import ColdStart, Throughput
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.host import instruction_sets, machine_name, memory_bytes, nvidia_gpus, system_name
+from clip_rd_edge.utils.host import (
+    ONNXRUNTIMES,
+    installed_versions,
+    instruction_sets,
+    machine_name,
+    memory_bytes,
+    nvidia_gpus,
+    system_name,
+)
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_versioned_json, to_json
 
-# The distributions of ONNX Runtime, of which one is installed.
-ONNXRUNTIMES = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-    "onnxruntime-migraphx",
-)
 PACKAGES = (
     "clip-rd-edge",
     *ONNXRUNTIMES,
@@ -87,18 +83,6 @@ def this_environment() -> Environment:
         commit=_commit(),
         accelerator=nvidia_gpus(),
     )
-
-
-def installed_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Return the versions of the packages that are installed."""
-    # Read from the metadata: importing torch for its version takes seconds, and a device does not have it.
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def _commit() -> str:

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import onnx
 
-from clip_rd_edge.benchmarking.results import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.contract.bundle import (
     EXTERNAL_DATA_SUFFIX,
     FORMAT_VERSION,
@@ -48,6 +47,7 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import new_folder, write_bytes
+from clip_rd_edge.utils.host import ONNXRUNTIMES, installed_versions
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 _PACKAGES = ("clip-rd-edge", "torch", "open_clip_torch", "onnx", *ONNXRUNTIMES, "pillow")

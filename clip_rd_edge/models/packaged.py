@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clip_rd_edge.errors import InputError, MissingExtraError
 from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.host import is_installed
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,7 @@ class PackagedFile:
 
     def is_installed(self) -> bool:
         """Return whether the package is installed."""
-        try:
-            distribution(self.package)
-        except PackageNotFoundError:
-            return False
-        return True
+        return is_installed(self.package)
 
     def verified(self) -> Path:
         """Return the file's location.

@@ -25,6 +25,7 @@ from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, P
 from clip_rd_edge.utils.host import (
     cpu_quota,
     instruction_sets,
+    is_installed,
     jetson_name,
     machine_name,
     memory_bytes,
@@ -148,7 +149,7 @@ def _onnxruntime() -> Finding:
 
 def _openvino() -> list[Finding]:
     """Report OpenVINO's processors, if it is installed."""
-    if not _installed("openvino"):
+    if not is_installed("openvino"):
         return []
     try:
         from clip_rd_edge.runtime.backends.openvino import available_processors
@@ -171,7 +172,7 @@ def _gpu() -> Finding:
             remedy = f"pip install '{requirement}'  # {EXTRAS['tensorrt']}; TensorRT comes with JetPack"
     elif shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").is_file():
         detail = "NVIDIA: trains if torch supports it; runs bundles with onnxruntime-gpu or as engines ([rtx])"
-        if not _installed("onnxruntime-gpu"):
+        if not is_installed("onnxruntime-gpu"):
             remedy = "pip uninstall onnxruntime && pip install onnxruntime-gpu  # runs float32 bundles on the GPU"
     else:
         detail = "no usable GPU"
@@ -180,7 +181,7 @@ def _gpu() -> Finding:
 
 def _satisfied(requirement: str) -> bool:
     """Return whether cuda-bindings is installed in the required major version."""
-    if not _installed("cuda-bindings"):
+    if not is_installed("cuda-bindings"):
         return False
     return (int(version("cuda-bindings").split(".")[0]) < 13) == requirement.endswith("<13")
 
@@ -199,7 +200,7 @@ def _disk_usage(packages: list[Footprint]) -> Finding:
 
 def _torch_tensorrt() -> Finding:
     """Report torch-tensorrt, the alternative way from PyTorch to TensorRT, and what it needs."""
-    packages = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if _installed(package))
+    packages = " and ".join(package for package in ("torch-tensorrt", "torch-tensorrt-rtx") if is_installed(package))
     detail = (
         f"{packages or 'not installed'}: for export --via torch-tensorrt, which needs the target GPU and "
         "a CUDA build of torch; without --via, engines are built from ONNX, without a GPU ([rtx])"
@@ -209,20 +210,11 @@ def _torch_tensorrt() -> Finding:
 
 def _extra(name: str, packages: list[str]) -> Finding:
     purpose = EXTRAS.get(name, "")
-    missing = [package for package in packages if not _installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     detail = f"{purpose}: {'installed' if not missing else 'needs ' + ', '.join(missing)}"
     if not missing:
         return Finding(what=f"[{name}]", state="ok", detail=detail)
     return Finding(what=f"[{name}]", state="missing", detail=detail, remedy=install_command(name))
-
-
-def _installed(package: str) -> bool:
-    # From the metadata, because importing torch takes seconds.
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Information about the host machine: processor, memory, instruction sets and load."""
+"""Information about the host machine: processor, memory, instruction sets, installed packages and load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # Flags in /proc/cpuinfo that determine the speed of INT8 and BF16, and their usual names.
@@ -33,6 +35,16 @@ _MACOS_INSTRUCTION_SETS = {
     "FEAT_I8MM": "Arm I8MM",
     "FEAT_BF16": "Arm BF16",
 }
+# The distributions of ONNX Runtime, of which one is installed.
+ONNXRUNTIMES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-migraphx",
+)
 _VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
@@ -111,6 +123,24 @@ def lacks_vnni(features: str | None = None) -> bool:
     lines = (_features() if features is None else features).splitlines()
     flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
     return bool(flags) and not flags & _VNNI
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the versions of the packages that are installed."""
+    # Read from the metadata: importing torch for its version takes seconds, and a device does not have it. Imported
+    # here, as a device that only runs a bundle has no use for it.
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed, without importing it."""
+    return package in installed_versions([package])
 
 
 def is_running(process: int) -> bool | None:

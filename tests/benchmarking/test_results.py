@@ -24,7 +24,7 @@ def test_the_installed_distribution_of_onnx_runtime_is_recorded(monkeypatch: pyt
             raise PackageNotFoundError(package)
         return "1.23.0" if package == "onnxruntime-gpu" else version(package)
 
-    monkeypatch.setattr("clip_rd_edge.benchmarking.results.version", with_the_gpu_build)
+    monkeypatch.setattr("importlib.metadata.version", with_the_gpu_build)
     for versions in (this_environment().packages, package_versions()):
         assert {name: number for name, number in versions.items() if "onnxruntime" in name} == {
             "onnxruntime-gpu": "1.23.0"

@@ -31,7 +31,7 @@ def test_thread_limits_of_a_container_or_a_variable_are_reported() -> None:
 
 
 def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda package: package != "torch")
+    monkeypatch.setattr(doctor, "is_installed", lambda package: package != "torch")
     train = next(finding for finding in doctor.examine() if finding.what == "[train]")
     assert train.state == "missing"
     assert train.detail.endswith("needs torch")
@@ -69,11 +69,11 @@ def test_an_extra_asks_for_no_package_of_another_system(
 
 
 def test_a_missing_torch_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_installed", lambda package: not package.startswith("torch-tensorrt"))
+    monkeypatch.setattr(doctor, "is_installed", lambda package: not package.startswith("torch-tensorrt"))
     (finding,) = (finding for finding in doctor.examine() if finding.what == "torch-tensorrt")
     assert finding.detail.startswith("not installed: for export --via torch-tensorrt, which needs the target GPU")
     assert "a CUDA build of torch" in finding.detail
-    monkeypatch.setattr(doctor, "_installed", lambda package: package == "torch-tensorrt-rtx")
+    monkeypatch.setattr(doctor, "is_installed", lambda package: package == "torch-tensorrt-rtx")
     assert doctor._torch_tensorrt().detail.startswith("torch-tensorrt-rtx: for")
 
 
@@ -88,9 +88,9 @@ def test_providers_and_the_default_device_are_reported(monkeypatch: pytest.Monke
 
 def test_a_gpu_that_only_lacks_a_package_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(doctor, "_installed", lambda package: package != "onnxruntime-gpu")
+    monkeypatch.setattr(doctor, "is_installed", lambda package: package != "onnxruntime-gpu")
     assert "pip install onnxruntime-gpu" in doctor._gpu().remedy
-    monkeypatch.setattr(doctor, "_installed", lambda package: True)
+    monkeypatch.setattr(doctor, "is_installed", lambda package: True)
     assert doctor._gpu().remedy == ""
 
 
@@ -107,13 +107,13 @@ def test_a_jetson_gets_the_cuda_bindings_of_its_cuda(
     (tmp_path / "release").write_text(release)
     monkeypatch.setattr("clip_rd_edge.utils.host._JETSON_RELEASE", tmp_path / "release")
     wrong, right = ("13.5.0", "12.9.10") if "<13" in remedy else ("12.9.10", "13.5.0")
-    monkeypatch.setattr(doctor, "_installed", lambda package: True)
+    monkeypatch.setattr(doctor, "is_installed", lambda package: True)
     monkeypatch.setattr(doctor, "version", lambda package: wrong)
     assert doctor._gpu().detail.endswith(f"clip-rd-edge devices {device}")
     assert doctor._gpu().remedy.startswith(remedy)
     monkeypatch.setattr(doctor, "version", lambda package: right)
     assert doctor._gpu().remedy == ""
-    monkeypatch.setattr(doctor, "_installed", lambda package: False)
+    monkeypatch.setattr(doctor, "is_installed", lambda package: False)
     assert doctor._gpu().remedy.startswith(remedy)
 
 
