@@ -18,9 +18,8 @@ from clip_rd_edge.contract.checkpoint import model_folder, read_training_record
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.monitoring.plots import plot_average
-from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import PROBE_TEXT, ClipModel, model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -114,7 +113,7 @@ def average_models(
         **(read_training_record(names[1]) or read_training_record(names[0])),
         "average": {
             "models": [first.name, second.name],
-            "sha256": [teacher_fingerprint(first), teacher_fingerprint(second)],
+            "sha256": [model_fingerprint(first), model_fingerprint(second)],
             "weight": chosen,
             "chosen_by": BEST if weight == BEST else "user",
             "curve": msgspec.to_builtins(curve),
@@ -144,7 +143,7 @@ def require_same_model(first: ClipModel, second: ClipModel) -> None:
         difference = "different preprocessing of images"
     elif any(
         describe(first.tokenizer) != describe(second.tokenizer)
-        for describe in (vocabulary_of, lambda tokenizer: tokenizer([_PROBE]).tolist())
+        for describe in (vocabulary_of, lambda tokenizer: tokenizer([PROBE_TEXT]).tolist())
     ):
         difference = "different tokenizers"
     if difference:
@@ -152,9 +151,6 @@ def require_same_model(first: ClipModel, second: ClipModel) -> None:
             f"{first.name} and {second.name} have {difference}; expected models that differ in their weights alone.",
             hint="average a model with one that was trained from it, or two runs from the same start",
         )
-
-
-_PROBE = "A photo of two Cats, 42 dogs & a naïve zebra."
 
 
 def _best(curve: Sequence[CurvePoint]) -> float:

@@ -18,9 +18,9 @@ from clip_rd_edge.distillation.build import RunSetup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
@@ -40,7 +40,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         teacher_preprocessing: of each teacher, whose fingerprint does not cover it; none for stored teachers and for
             runs that did not record it yet.
         pairs_sha256: see `data.pairs.fingerprint`.
-        teacher_sha256: see `embedding_store.teacher_fingerprint`; those of several teachers in turn; None without one.
+        teacher_sha256: see `models.clip.model_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
         image_weights_sha256: of the file that the student's image tower starts from; None for what is no file, and for
@@ -65,7 +65,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
 
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     """Return the fingerprints of a run's data and models."""
-    teachers = tuple(map(teacher_fingerprint, setup.teachers))
+    teachers = tuple(map(model_fingerprint, setup.teachers))
     if setup.stored is not None:
         teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
     image_weights = Path(config.pretrained_image) if config.pretrained_image else None
@@ -78,9 +78,9 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
         samples=describe_counts(setup.pairs),
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
-        student_sha256=None if model_folder(config.student) is None else teacher_fingerprint(setup.student),
+        student_sha256=None if model_folder(config.student) is None else model_fingerprint(setup.student),
         image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
-        text_sha256=teacher_fingerprint(text) if text else None,
+        text_sha256=model_fingerprint(text) if text else None,
         student_file_sha256=sha256_of(file) if (file := student_file(config.student)) else None,
     )
 

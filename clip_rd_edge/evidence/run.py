@@ -30,7 +30,6 @@ from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
-from clip_rd_edge.distillation.store.embedding_store import teacher_fingerprint
 from clip_rd_edge.distillation.store.store_build import CACHING_STAGE
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence.report import write_evidence
@@ -47,6 +46,7 @@ from clip_rd_edge.evidence.results import (
     tasks_of,
 )
 from clip_rd_edge.evidence.suite import TEACHER_RESULT, EvidenceSuite, Run, run_config
+from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
@@ -164,7 +164,7 @@ def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) ->
 def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: Sequence[Task]) -> None:
     path = folder / TEACHER_RESULT
     clip = load_clip(teacher)
-    weights = teacher_fingerprint(clip)
+    weights = model_fingerprint(clip)
     if path.is_file():
         known = read_json(path, ModelResult)
         if known.weights not in ("", weights) and any(read_run(folder / run.subfolder) for run in suite.runs()):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,33 @@ class ClipModel:
         """The factor that multiplies cosine similarities before a softmax."""
         log_logit_scale: Tensor = self.model.get_parameter("logit_scale")
         return float(log_logit_scale.detach().exp())
+
+
+# Ids of this text tell tokenizers apart. Part of `model_fingerprint`, which is kept in files: it must stay.
+PROBE_TEXT = "A photo of two Cats, 42 dogs & a naïve zebra."
+_LOCATIONS = ("hf_model_name", "hf_tokenizer_name")  # often the path of a folder
+
+
+def model_fingerprint(clip: ClipModel) -> str:
+    """Return a SHA-256 of all that a model computes with, independent of the files it was loaded from.
+
+    That is its weights in the order of their names, its configuration (such as the activation function), and its
+    tokenizer, by the ids of a text.
+    """
+    digest = hashlib.sha256(json.dumps(_without_locations(clip.model_cfg), sort_keys=True, default=str).encode())
+    digest.update(np.asarray(clip.tokenizer([PROBE_TEXT])).tobytes())
+    for name, tensor in sorted(clip.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _without_locations(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_locations(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _LOCATIONS
+    }
 
 
 def parameter_count(module: nn.Module) -> int:

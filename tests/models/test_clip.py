@@ -1,7 +1,8 @@
-"""The image tower as it is deployed."""
+"""What tells a model from another one, and the image tower as it is deployed."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +13,24 @@ from clip_rd_edge.models.clip import (
     deployed_parameter_count,
     evaluation_mode,
     inference_image_tower,
+    model_fingerprint,
     parameter_count,
 )
+
+
+def test_a_model_of_the_same_weights_with_another_activation_is_another_model(
+    make_student: Callable[..., ClipModel],
+) -> None:
+    student = make_student("test_resnet")
+    other = dataclasses.replace(student, model_cfg={**student.model_cfg, "quick_gelu": True})
+    assert model_fingerprint(other) != model_fingerprint(student)
+
+
+def test_the_place_of_a_text_tower_is_no_part_of_a_model(make_student: Callable[..., ClipModel]) -> None:
+    student = make_student("test_resnet")
+    text_cfg = {**student.model_cfg["text_cfg"], "hf_model_name": "/elsewhere"}
+    moved = dataclasses.replace(student, model_cfg={**student.model_cfg, "text_cfg": text_cfg})
+    assert model_fingerprint(moved) == model_fingerprint(student)
 
 
 def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_student: Callable[..., ClipModel]) -> None:

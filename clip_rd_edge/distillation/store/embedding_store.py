@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -38,13 +37,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.files import named_failures, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -59,7 +57,7 @@ class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Everything the embeddings of a cache depend on; `teacher` and `data` only name it for people.
 
     Attributes:
-        teacher_sha256: see `teacher_fingerprint`.
+        teacher_sha256: see `model_fingerprint`.
         pairs_sha256: see `data.pairs.fingerprint`.
         views: number of distinct views (crop and caption) of each pair.
         precision: precision that the teacher computed in.
@@ -220,7 +218,7 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
         )
     if is_folder(folder) and any(not path.name.startswith(_OF_A_TEACHER) for path in folder.iterdir()):
         raise UsageError(f"{folder} is neither empty nor {_WHAT}.", hint="choose another --teacher-cache")
-    return [folder / f"{_OF_A_TEACHER}{teacher_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
+    return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -304,29 +302,3 @@ def open_cache(folder: Path) -> TeacherCache:
 def open_caches(folders: Sequence[Path]) -> TeacherCaches:
     """Open the complete caches of all teachers of a run; raises as `open_cache`."""
     return TeacherCaches(tuple(map(open_cache, folders)))
-
-
-def teacher_fingerprint(clip: ClipModel) -> str:
-    """Return a SHA-256 of all that a teacher computes with, independent of the files it was loaded from.
-
-    That is its weights in the order of their names, its configuration (such as the activation function), and its
-    tokenizer, by the ids of a text.
-    """
-    digest = hashlib.sha256(json.dumps(_without_locations(clip.model_cfg), sort_keys=True, default=str).encode())
-    digest.update(np.asarray(clip.tokenizer([_PROBE])).tobytes())
-    for name, tensor in sorted(clip.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-_PROBE = "A photo of two Cats, 42 dogs & a naïve zebra."
-_LOCATIONS = ("hf_model_name", "hf_tokenizer_name")  # often the path of a folder
-
-
-def _without_locations(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_locations(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _LOCATIONS
-    }

@@ -33,11 +33,11 @@ from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store.embedding_store import claim_folder, teacher_fingerprint
+from clip_rd_edge.distillation.store.embedding_store import claim_folder
 from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import default_device
+from clip_rd_edge.models.clip import default_device, model_fingerprint
 from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -99,7 +99,7 @@ def _writer(config: RunConfig, pairs: Pairs) -> _Writer:
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
     teachers = [Teacher(clip, device, autocast=autocast, caption_batch=captions) for clip in clips]
     manifest = ReinforcedManifest(
-        teachers_sha256=tuple(map(teacher_fingerprint, clips)),
+        teachers_sha256=tuple(map(model_fingerprint, clips)),
         preprocessing=tuple(clip.preprocessing for clip in clips),
         pairs_sha256=fingerprint(pairs),
         image_size=max(max(clip.preprocessing.size) for clip in clips),

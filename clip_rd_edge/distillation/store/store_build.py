@@ -29,13 +29,12 @@ from clip_rd_edge.distillation.store.embedding_store import (
     image_shard,
     shard_count,
     shard_rows,
-    teacher_fingerprint,
     text_shard,
     write_array,
 )
 from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import is_file
@@ -52,7 +51,7 @@ def make_manifest(
     """Return the manifest of a cache of this teacher over these pairs."""
     return CacheManifest(
         teacher=teacher.name,
-        teacher_sha256=teacher_fingerprint(teacher),
+        teacher_sha256=model_fingerprint(teacher),
         logit_scale=teacher.logit_scale,
         embedding_size=teacher.embedding_size,
         preprocessing=teacher.preprocessing,
