@@ -6,7 +6,6 @@ keys make a reader without INT8 support refuse the file instead of misreading it
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.bundle import LABELS
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.errors import ConfigError, InputError
-from clip_rd_edge.utils.arrays import read_npz
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
 
 MAX_BYTES = 1 << 28  # of an array of labels.npz: 65,536 labels of 1,024 float32 entries
@@ -75,9 +74,7 @@ def write_labels(folder: Path, bank: LabelBank, *, precision: LabelPrecision = "
         arrays["scales"] = (norms / np.maximum(level_norms, 1)).astype(np.float32)
     else:
         arrays["embeddings"] = bank.embeddings.astype(np.float16 if precision == "fp16" else np.float32)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    write_bytes(folder / LABELS, buffer.getvalue())
+    write_bytes(folder / LABELS, npz_bytes(compressed=True, **arrays))
 
 
 def read_labels(folder: Path) -> LabelBank | None:

@@ -9,7 +9,6 @@ A bundle without a text tower has no texts: (0,), (0, T) and (0, D).
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.arrays import read_npz
+from clip_rd_edge.utils.arrays import npz_bytes, read_npz
 from clip_rd_edge.utils.files import write_bytes
 
 REFERENCE = "reference.npz"
@@ -42,17 +41,15 @@ class Reference(msgspec.Struct, frozen=True):
 
 def write_reference(folder: Path, reference: Reference) -> None:
     """Write reference.npz into a bundle's folder."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        allow_pickle=False,
+    content = npz_bytes(
+        compressed=True,
         texts=np.asarray(reference.texts, dtype=np.str_),
         ids=reference.ids.astype(np.int32),
         images=reference.images,
         text_embeddings=reference.text_embeddings,
         image_embeddings=reference.image_embeddings,
     )
-    write_bytes(folder / REFERENCE, buffer.getvalue())
+    write_bytes(folder / REFERENCE, content)
 
 
 def read_reference(folder: Path) -> Reference | None:

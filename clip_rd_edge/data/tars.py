@@ -26,7 +26,7 @@ from clip_rd_edge.data.shard_cache import open_file
 from clip_rd_edge.data.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
 from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
-from clip_rd_edge.utils.arrays import HEADERS
+from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import machine_failure, write_bytes
 from clip_rd_edge.utils.paths import cache_home
 
@@ -183,10 +183,9 @@ def open_shard(path: ShardFile) -> Shard:
         return Shard(path, index["names"], index["places"], str(index["damage"]), int(index["lost"]))
     close_tars()
     shard = _index_tar(path)
-    buffer = io.BytesIO()
-    np.savez(buffer, names=shard.names, places=shard.locations, damage=np.asarray(shard.damage), lost=shard.lost)
+    damage, lost = np.asarray(shard.damage), np.asarray(shard.lost)
     with contextlib.suppress(OSError):  # a full or read-only cache only costs time
-        write_bytes(cached, buffer.getvalue())
+        write_bytes(cached, npz_bytes(names=shard.names, places=shard.locations, damage=damage, lost=lost))
     return shard
 
 

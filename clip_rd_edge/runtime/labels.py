@@ -16,7 +16,7 @@ from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, require_readable, write_labels
 from clip_rd_edge.runtime.load import open_bundle
-from clip_rd_edge.utils.arrays import load_array
+from clip_rd_edge.utils.arrays import load_array, npy_bytes
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.paths import cache_home
 
@@ -87,9 +87,7 @@ def read_label_set(key: str, *, count: int) -> Embeddings | None:
 
 def write_label_set(key: str, embeddings: Embeddings) -> None:
     """Cache embeddings, (C, D); silently do nothing if they are too large or cannot be written."""
-    buffer = io.BytesIO()
-    np.save(buffer, embeddings.astype(np.float32, copy=False))
-    rows = buffer.getvalue()
+    rows = npy_bytes(embeddings.astype(np.float32, copy=False))
     if len(rows) > MAX_BYTES:
         return
     with suppress(OSError):

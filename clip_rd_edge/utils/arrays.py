@@ -1,7 +1,8 @@
-"""Read NumPy files from any thread, and archives of unknown origin: no pickles, no more memory than a limit."""
+"""NumPy files: their bytes, and reading them from any thread and from unknown origins, without pickles."""
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 import zipfile
@@ -21,6 +22,24 @@ _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # NumPy reads a header by ast.parse, whose depth Python 3.11 counts for all threads together: two that read at once can
 # end with a SystemError (https://github.com/python/cpython/issues/106905).
 HEADERS = threading.Lock()
+
+
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """Return the content of an .npy file; raise ValueError for Python objects."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def npz_bytes(*, compressed: bool = False, **arrays: npt.NDArray[Any]) -> bytes:
+    """Return the content of an .npz file with these arrays by name; raise ValueError for Python objects."""
+    if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
+        raise ValueError(f"{objects[0]} holds Python objects")
+    buffer = io.BytesIO()
+    # Not with allow_pickle=False, which NumPy before 2.1 takes for one more array.
+    write: Any = np.savez_compressed if compressed else np.savez
+    write(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def load_array(source: Path | IO[bytes], *, memory_mapped: bool = False) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.arrays import load_array, read_npz
+from clip_rd_edge.utils.arrays import load_array, npy_bytes, npz_bytes, read_npz
 
 
 def header(shape: str, dtype: str = "<f4") -> bytes:
@@ -35,12 +35,30 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
         "empty": np.zeros((0, 4)),
         "scalar": np.asarray(7),
     }
-    np.savez_compressed(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "a.npz").write_bytes(npz_bytes(compressed=True, **arrays))
     read = read_npz(tmp_path / "a.npz", max_bytes=1000)
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         assert (read[name].dtype, read[name].shape) == (array.dtype, array.shape)
         np.testing.assert_array_equal(read[name], array)
+
+
+def test_arrays_are_written_as_numpy_writes_them() -> None:
+    rows = np.arange(6, dtype=np.float16).reshape(2, 3)
+    one, plain, compressed = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.save(one, rows)
+    np.savez(plain, rows=rows)
+    np.savez_compressed(compressed, rows=rows)
+    assert npy_bytes(rows) == one.getvalue()
+    assert (npz_bytes(rows=rows), npz_bytes(compressed=True, rows=rows)) == (plain.getvalue(), compressed.getvalue())
+
+
+def test_python_objects_are_not_written() -> None:
+    objects = np.asarray([{}], dtype=object)
+    with pytest.raises(ValueError, match="Object"):
+        npy_bytes(objects)
+    with pytest.raises(ValueError, match="rows holds Python objects"):
+        npz_bytes(names=np.asarray(["a"]), rows=objects)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from clip_rd_edge.distillation.loader import HalfArray
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
+from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import named_failures, write_bytes
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -282,9 +283,7 @@ def claim_folder(
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write a .npy file atomically."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, npy_bytes(array))
 
 
 def open_cache(folder: Path) -> TeacherCache:

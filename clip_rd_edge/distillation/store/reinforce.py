@@ -38,6 +38,7 @@ from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device, model_fingerprint
+from clip_rd_edge.utils.arrays import npz_bytes
 from clip_rd_edge.utils.files import new_file, write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -176,12 +177,11 @@ class _Writer:
             [[a.top, a.left, a.height, a.width], [[OPERATIONS.index(name), m] for name, m in a.operations]]
             for a in drawn
         ]
-        arrays = io.BytesIO()
-        np.savez(arrays, image_emb=self._embed_images(image, drawn), text_emb=self._embed_captions([own, *others]))
+        arrays = npz_bytes(image_emb=self._embed_images(image, drawn), text_emb=self._embed_captions([own, *others]))
         yield "jpg", jpeg.getvalue()
         yield "txt", own.encode()
         yield "paug.json", msgspec.json.encode({"param_aug": parameters})
-        yield "npz", arrays.getvalue()
+        yield "npz", arrays
         if others:
             yield "syn.json", msgspec.json.encode({"syn_text": others})
 
