@@ -23,6 +23,7 @@ from clip_rd_edge.runtime.index import (
     INDEX_FILE,
     INDEX_VERSION,
     NEXT,
+    Entry,
     Index,
     delete,
     is_index,
@@ -32,6 +33,7 @@ from clip_rd_edge.runtime.index import (
     write_index,
 )
 from clip_rd_edge.runtime.index_folder import (
+    Source,
     compare,
     find_sources,
     is_empty_folder,
@@ -159,47 +161,19 @@ def _update(
         index = msgspec.structs.replace(index, bundle=current[0], folder=current[1])
         write_bytes(saved_at / INDEX_FILE, msgspec.json.encode(index))
     listed_ns = int(now_in(path) * 1e9)
-    folders: list[InputError] = []  # that cannot be read
-    images = list_images(folder, on_unreadable=folders.append)
-    named = {image: image.relative_to(folder).as_posix() for image in images}
-    names = [name for name in named.values() if is_unicode(name)]
-    chosen = names if settled is None else [name for name in names if name in settled]
-    sources, broken = find_sources(folder, chosen)
-    unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
-    if unmounted and settled is not None:
+    plan = _plan(folder, path, index, settled, last_listed_ns=last_listed_ns)
+    if plan is None:
         return Update(kept=len(index.entries), unmounted=True)
-    if unmounted and not index.entries:
-        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
-    if unmounted:
-        raise InputError(
-            f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
-            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
-        )
-    present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
-    gone = {entry.path for entry in index.entries} - present
-    hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
-    if folders:  # which may have been listed, but not entered, or for a moment only could not be read
-        hidden |= {name for name in gone if not is_gone(folder / name)}
-    unsettled = hidden | broken.keys() | (set(names) - set(chosen))
-    kept, new = compare(index.entries, sources)
-    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
-    entries = [entry for entry, _ in kept]
-    update = Update(kept=len(kept), removed=len(gone - hidden))
-    update.unreadable += [*map(str, folders), *emptied, *broken.values()]
-    update.unreadable_images.update(broken)
-    update.vanished = set(settled or ()) - (set(named.values()) - set(chosen)) - present
-    update.unreadable += [
-        f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
-        for image, name in named.items()
-        if not is_unicode(name)
-    ]
+    new, update = plan.new, plan.update
+    entries = [entry for entry, _ in plan.kept]
     if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):
         update.approximate = _keep_graph(path, index, rows, encoder.threads, stop, reporter)
         return update
-    parts = [(entries, np.asarray(rows[[row for _, row in kept]]))]  # together: Ctrl-C may come between any two lines
+    kept_rows = np.array([row for _, row in plan.kept], dtype=np.int64)
+    parts = [(entries, np.asarray(rows[kept_rows]))]  # together: Ctrl-C may come between any two lines
     graph = None
-    if index.graph and (keys := read_rows(path, index.graph)) is not None and len(kept) + len(new) >= GRAPH_FROM:
-        moved = moved_rows(keys, np.array([row for _, row in kept], dtype=np.int64), len(index.entries))
+    if index.graph and (keys := read_rows(path, index.graph)) is not None and len(entries) + len(new) >= GRAPH_FROM:
+        moved = moved_rows(keys, kept_rows, len(index.entries))
         graph = write_rows(path, index.graph, moved)
 
     def save() -> tuple[Index, Embeddings]:
@@ -241,6 +215,65 @@ def _update(
         shutil.rmtree(saved_at, ignore_errors=True)
     update.approximate = _keep_graph(path, saved, merged, encoder.threads, stop, reporter)
     return update
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What an update does to an index.
+
+    Attributes:
+        kept: entries that stay, each with its row in the index before.
+        new: images to embed.
+        update: the result as far as it is known.
+    """
+
+    kept: list[tuple[Entry, int]]
+    new: list[Source]
+    update: Update
+
+
+def _plan(
+    folder: Path, path: Path, index: Index, settled: Collection[str] | None, *, last_listed_ns: int
+) -> _Plan | None:
+    """Compare the folder with the index at `path`; None if a watch found the folder unmounted.
+
+    Args:
+        last_listed_ns: when the folder was listed for the index.
+    """
+    folders: list[InputError] = []  # that cannot be read
+    images = list_images(folder, on_unreadable=folders.append)
+    named = {image: image.relative_to(folder).as_posix() for image in images}
+    names = [name for name in named.values() if is_unicode(name)]
+    chosen = names if settled is None else [name for name in names if name in settled]
+    sources, broken = find_sources(folder, chosen)
+    unmounted = not images or is_empty_folder(folder)  # since the watch has listed it, or since it was listed above
+    if unmounted and settled is not None:
+        return None
+    if unmounted and not index.entries:
+        raise InputError(f"The folder {folder} has no images.", hint="name a folder with images")
+    if unmounted:
+        raise InputError(
+            f"The folder {folder} has no images, but {path} has {len(index.entries):,} of it, and stays as it is.",
+            hint="mount the disk that they are on; or if they were deleted, delete the index, too",
+        )
+    present = (set(names) - set(chosen)) | {source.name for source in sources} | broken.keys()
+    gone = {entry.path for entry in index.entries} - present
+    hidden, emptied = out_of_sight(folder, gone, last_listed_ns)
+    if folders:  # which may have been listed, but not entered, or for a moment only could not be read
+        hidden |= {name for name in gone if not is_gone(folder / name)}
+    unsettled = hidden | broken.keys() | (set(names) - set(chosen))
+    kept, new = compare(index.entries, sources)
+    kept += [(entry, row) for row, entry in enumerate(index.entries) if entry.path in unsettled]
+    update = Update(kept=len(kept), removed=len(gone - hidden))
+    update.unreadable += [*map(str, folders), *emptied, *broken.values()]
+    update.unreadable_images.update(broken)
+    update.vanished = set(settled or ()) - (set(named.values()) - set(chosen)) - present
+    update.unreadable += [
+        f"The name of {_printable(image)} is not UTF-8, as index.json is; rename it."
+        for image, name in named.items()
+        if not is_unicode(name)
+    ]
+    return _Plan(kept, new, update)
 
 
 def _keep_graph(
