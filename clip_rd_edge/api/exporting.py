@@ -76,6 +76,7 @@ def export(
     from clip_rd_edge.contract.bundle import is_bundle
     from clip_rd_edge.contract.outputs import require_output
     from clip_rd_edge.convert.calibration import calibration_pairs
+    from clip_rd_edge.convert.options import require_unconverted
     from clip_rd_edge.convert.targets import BROWSER, plan_exports
 
     spec, output = os.fspath(model), Path(output)
@@ -89,14 +90,17 @@ def export(
     bundle = Path(spec) if is_bundle(Path(spec)) else None
     if bundle and options.get("target") != BROWSER:
         raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
+    if bundle:
+        require_unconverted(bundle, options, pretrained)
     if plan.layout == BROWSER:
         from clip_rd_edge.web.browser import find_packages, write_browser, write_from_bundle
 
         reporter.update("looking for onnxruntime-web")
         find_packages(node_modules)
         if bundle:
-            bundled = {**options, "labels": plan.request.labels}
-            return ExportedBundle(output, write_from_bundle(bundle, output, bundled, pretrained, overwrite=force))
+            labels = plan.request.labels
+            written = write_from_bundle(bundle, output, labels=labels, node_modules=node_modules, overwrite=force)
+            return ExportedBundle(output, written)
     needs_pairs = any(plan.request.precision == "int8" for plan in plans)
     pairs = calibration_pairs(as_text(options.get("calibration")), spec) if needs_pairs else None
     if plan.note:

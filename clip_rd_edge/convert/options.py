@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypedDict
 
 import msgspec
@@ -173,6 +174,21 @@ def require_int8(options: ExportOptions, precisions: Sequence[Precision]) -> Non
             raise UsageError(
                 f"{option} is for --precision int8, not {precisions[0]}.",
                 hint=f"omit {option}, or export with --precision int8",
+            )
+
+
+def require_unconverted(bundle: Path, options: ExportOptions, pretrained: str | None) -> None:
+    """Raise UsageError if an option would have to be applied before `bundle` was exported."""
+    fixed = {
+        "pretrained": pretrained is not None,
+        "precision": options.get("precision") is not None,
+        "calibration": options.get("calibration") is not None,
+        "no-text-tower": not options.get("text_tower", True),
+    }
+    for name, is_given in fixed.items():
+        if is_given:
+            raise UsageError(
+                f"{bundle} is a bundle already; --{name} cannot change it.", hint=f"run the export without --{name}"
             )
 
 

@@ -14,10 +14,9 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clip_rd_edge.contract.bundle import (
     LABELS,
@@ -230,32 +229,16 @@ def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def write_from_bundle(
-    bundle: Path, output: Path, options: Mapping[str, Any], pretrained: str | None, *, overwrite: bool
+    bundle: Path, output: Path, *, labels: Sequence[str] | None, node_modules: Path | None, overwrite: bool
 ) -> Manifest:
-    """Write the browser folder from an existing bundle, with a label bank if `options` has labels.
+    """Write the browser folder from an existing bundle, with a label bank of `labels` unless they are None.
 
-    Args:
-        bundle, output, overwrite: see `write_browser`.
-        options: the export's options; `labels` is a list of labels or None.
-        pretrained: the export's `--pretrained`, which a bundle does not take.
-
-    Raises:
-        UsageError: an option cannot be applied to an existing bundle, or the bundle is for another runtime.
+    Arguments and errors are those of `write_browser`.
     """
-    fixed = {"pretrained": pretrained, "precision": options.get("precision"), "calibration": options.get("calibration")}
-    fixed["no-text-tower"] = None if options.get("text_tower", True) else True
-    for name, value in fixed.items():
-        if value is not None:
-            raise UsageError(
-                f"{bundle} is a bundle already; --{name} cannot change it.", hint=f"run the export without --{name}"
-            )
-    node_modules, labels = options.get("node_modules"), options.get("labels")
     with tempfile.TemporaryDirectory() as scratch:
         if labels is not None:
             bundle = shutil.copytree(bundle, Path(scratch) / "bundle")
             manifest = read_manifest(bundle)
             write_label_bank(bundle, manifest, labels)
             write_manifest(bundle, manifest)
-        return write_browser(
-            bundle, output, node_modules=Path(node_modules) if node_modules else None, overwrite=overwrite
-        )
+        return write_browser(bundle, output, node_modules=node_modules, overwrite=overwrite)
