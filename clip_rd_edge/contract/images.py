@@ -1,4 +1,4 @@
-"""Image files: find them, and open them as upright RGB images, including HEIC if pillow-heif is installed."""
+"""Image files: open them as upright RGB images, including HEIC if pillow-heif is installed."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from typing import Literal
 
 from PIL import Image
 
+from clip_rd_edge.contract.images import to_rgb
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
 from clip_rd_edge.utils.files import new_folder
@@ -148,9 +149,7 @@ def _draw_concept(concept: Concept, folder: Path) -> None:
 
 def _save_on_white(png: bytes, path: Path) -> None:
     with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        drawing = image.convert("RGBA")
-    background = Image.new("RGBA", drawing.size, (255, 255, 255, 255))
-    Image.alpha_composite(background, drawing).convert("RGB").save(path)
+        to_rgb(image).save(path)
 
 
 def _readable_name(shortcode: str) -> str:
