@@ -26,7 +26,7 @@ from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
 from clip_rd_edge.contract.preprocess import MAX_EDGE
 from clip_rd_edge.data.shard_index import ShardIndex, index_shards
 from clip_rd_edge.data.tars import TarMember
-from clip_rd_edge.data.webdataset import ShardPairs, read_text
+from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.reporting import Reporter
@@ -124,7 +124,7 @@ class ReinforcedPairs(ShardPairs):
         shard, location = self._locate_reinforcement(index)
         member = TarMember(shard, "", *location.augmentations)
         try:
-            content = _json(member)
+            content = read_json_member(member)
             parameters = content["param_aug"]
             if isinstance(parameters, str):
                 parameters = msgspec.json.decode(parameters)
@@ -144,7 +144,7 @@ class ReinforcedPairs(ShardPairs):
         if location.synthetic is None:
             return {}
         member = TarMember(shard, "", *location.synthetic)
-        content = _json(member)
+        content = read_json_member(member)
         if not isinstance(content, dict):
             raise InputError(f"{member} is not a JSON object.")
         captions = {key: value for key, value in content.items() if isinstance(value, list)}
@@ -160,13 +160,6 @@ class ReinforcedPairs(ShardPairs):
     def _locate_reinforcement(self, index: int) -> Any:
         shard, sample = self._position(index)
         return self._paths[shard], self._index.locate_reinforcement(shard, sample)
-
-
-def _json(member: TarMember) -> Any:
-    try:
-        return msgspec.json.decode(read_text(member))
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{member} is not valid JSON.") from error
 
 
 def _augmentation(parameters: Any) -> Augmentation:

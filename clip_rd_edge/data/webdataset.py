@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -229,18 +230,27 @@ def text_captions(member: TarMember) -> tuple[str, ...]:
     return _require_captions([read_text(member)], str(member))
 
 
+def read_json_member(member: TarMember) -> Any:
+    """Return the content of a .json.
+
+    Raises:
+        InputError: the file is not valid JSON, or as for `read_text`.
+    """
+    try:
+        return msgspec.json.decode(read_text(member))
+    except msgspec.DecodeError as error:
+        raise InputError(f"{member} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
+
+
 def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
     """Return the captions at a key of a .json, a string or a list of strings.
 
     Raises:
         InputError: the file is not valid JSON, or its key is missing or holds no text.
     """
-    try:
-        content = msgspec.json.decode(read_text(member))
-    except msgspec.DecodeError as error:
-        raise InputError(f"{member} is not valid JSON: {error}.") from error
-    except RecursionError as error:
-        raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
+    content = read_json_member(member)
     if not isinstance(content, dict) or key not in content:
         known = [str(name) for name in content] if isinstance(content, dict) else []
         raise InputError(
