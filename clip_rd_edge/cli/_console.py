@@ -19,7 +19,7 @@ from rich.text import Text
 
 from clip_rd_edge.cli._fold import fold
 from clip_rd_edge.utils.printable import printable
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.reporting import Reporter, duration
 
 # Under torchrun, only the first process prints.
 first_process = os.environ.get("RANK", "0") == "0"
@@ -149,15 +149,6 @@ class _Times(ProgressColumn):
         if task.time_remaining is not None and not task.finished:
             texts.append(f"{duration(task.time_remaining)} left")
         return Text(", ".join(texts), style="progress.elapsed")
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in its two largest units, such as `12 s`, `3 min 20 s` or `1 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class _Message(ProgressColumn):

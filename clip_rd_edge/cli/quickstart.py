@@ -65,7 +65,8 @@ def command(output: Path, **options: Any) -> None:
     two trainings. The command can be interrupted at any time: the same command resumes.
     """
     import clip_rd_edge as edge
-    from clip_rd_edge.cli._console import console_reporter, duration, print_table, table_width
+    from clip_rd_edge.cli._console import console_reporter, print_table, table_width
+    from clip_rd_edge.utils.reporting import duration
 
     started = time.perf_counter()
     with console_reporter() as reporter:

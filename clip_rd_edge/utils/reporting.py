@@ -22,6 +22,16 @@ class Reporter:
         """Report a decision or a result, in one sentence that stays on the screen."""
 
 
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, such as `12 s`, `3 min 20 s` or `1 h`."""
+    whole = round(seconds)
+    for name, unit, next_name, next_unit in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= unit:
+            rest = whole % unit // next_unit
+            return f"{whole // unit:,} {name} {rest} {next_name}" if rest else f"{whole // unit:,} {name}"
+    return f"{whole} s"
+
+
 class PrefixedReporter(Reporter):
     """Adds a prefix to every chapter and stage, such as the tower being quantised."""
 

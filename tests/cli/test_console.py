@@ -12,7 +12,7 @@ from rich.console import Console
 from support import wait_until
 
 from clip_rd_edge.cli import _console
-from clip_rd_edge.cli._console import SafeConsole, console_reporter, duration, print_table
+from clip_rd_edge.cli._console import SafeConsole, console_reporter, print_table
 from clip_rd_edge.cli.export import _trial_table
 from clip_rd_edge.convert.int8.select import Trial
 
@@ -134,10 +134,3 @@ def test_the_table_of_trials_has_no_figures_of_a_candidate_that_failed() -> None
     )  # fmt: skip
     print_table(_trial_table([failed]), console=Console(file=stream, width=120))
     assert stream.getvalue().strip().splitlines()[-1].split() == ["text", "static", "failed:", "no", "memory"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")]
-)
-def test_durations_have_named_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

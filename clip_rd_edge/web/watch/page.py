@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, TERM_PREFIX
+from clip_rd_edge.utils.reporting import duration
 from clip_rd_edge.web.watch.charts import Chart, draw, series
 from clip_rd_edge.web.watch.state import Answers, RunState, SampleAnswer
 
@@ -60,17 +61,12 @@ def _lead(state: RunState) -> str:
     if state.phase == "stopped":
         return f"{steps}: the run has stopped; the same distill command with --resume continues it."
     left = state.seconds_left
-    return f"{steps}, about {duration(left)} left." if left is not None else f"{steps}."
+    return f"{steps}, about {rough_duration(left)} left." if left is not None else f"{steps}."
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in its two largest units, such as `3 min 20 s`; above a minute, in steps of 5 s."""
-    whole = round(seconds) if seconds < 60 else 5 * round(seconds / 5)
-    for name, unit, next_name, next_unit in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if whole >= unit:
-            rest = whole % unit // next_unit
-            return f"{whole // unit:,} {name} {rest} {next_name}" if rest else f"{whole // unit:,} {name}"
-    return f"{whole} s"
+def rough_duration(seconds: float) -> str:
+    """Return a duration in its two largest units; above a minute, in steps of 5 s."""
+    return duration(seconds if seconds < 60 else 5 * round(seconds / 5))
 
 
 def _progress(state: RunState) -> str:
@@ -96,7 +92,7 @@ def _facts(state: RunState) -> str:
         elif key == "loss" and last:
             facts.append((name, "not finite", False))
     if state.quiet_s is not None and state.phase != "finished":
-        facts.append(("Last line", f"{duration(state.quiet_s)} ago", False))
+        facts.append(("Last line", f"{rough_duration(state.quiet_s)} ago", False))
     if config := state.config:
         facts += [("Recipe", config.recipe_name, True), ("Student", config.student, True)]
         if isinstance(config.teacher, tuple):

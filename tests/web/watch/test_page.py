@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from clip_rd_edge.web.watch.app import make_app
 from clip_rd_edge.web.watch.charts import Chart, axis_ticks, draw, series
-from clip_rd_edge.web.watch.page import duration, number, percent, render
+from clip_rd_edge.web.watch.page import number, percent, render, rough_duration
 from clip_rd_edge.web.watch.state import Answers, SampleAnswer, read_run
 
 HOSTILE = '<script>alert("x")</script>'
@@ -91,8 +91,8 @@ def test_a_long_curve_is_averaged_and_an_empty_one_is_not_drawn() -> None:
         (2e5, "2 d 7 h"),
     ],
 )
-def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_times_left_are_rounded_to_5_s(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
 
 
 def test_numbers_have_three_significant_digits() -> None:
