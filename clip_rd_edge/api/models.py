@@ -216,7 +216,7 @@ def open_encoder(
 
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
-    from clip_rd_edge.runtime.load import require_threads
+    from clip_rd_edge.runtime.backends.session import require_threads
 
     require_threads(threads)
     if threads is not None:

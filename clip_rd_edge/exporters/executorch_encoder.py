@@ -70,7 +70,7 @@ def open_executorch(model: str | bytes, *, threads: int | None = None) -> ExecuT
     Raises:
         MissingExtraError: ExecuTorch is not installed.
         ConfigError: ExecuTorch cannot load the program.
-        UsageError: `threads` is less than 1.
+        UsageError: `threads` is out of range.
     """
     try:
         with without_progress_bars():

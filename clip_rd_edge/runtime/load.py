@@ -6,16 +6,13 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 from clip_rd_edge.contract.bundle import Manifest, is_bundle, read_manifest
 from clip_rd_edge.contract.formats import FORMATS, RUNTIMES, Runtime, format_of, import_named
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS
+from clip_rd_edge.runtime.backends.session import require_threads
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 from clip_rd_edge.runtime.intact import require_intact_manifest
-
-MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 
 
 def load(
@@ -79,15 +76,6 @@ def open_bundle(
     options = RunOptions(threads=threads, device=device, spin=spin, required=runtime is not None)
     encoder: BundleEncoder = import_named(RUNTIMES[engine]).open(folder, manifest, options)
     return encoder
-
-
-def require_threads(threads: int | None) -> None:
-    """Raise UsageError if a number of threads is neither None nor a whole number from 1 to MAX_THREADS."""
-    if threads is not None and not (isinstance(threads, int | np.integer) and 1 <= threads <= MAX_THREADS):
-        raise UsageError(
-            f"The number of threads is {threads!r}; expected 1 to {MAX_THREADS:,}.",
-            hint=f"this machine has {os.cpu_count()} cores",
-        )
 
 
 def _require_readable(manifest: Manifest, engine: Runtime) -> None:

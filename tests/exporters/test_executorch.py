@@ -94,7 +94,7 @@ def test_a_file_that_executorch_cannot_load_is_reported_in_one_line(
         open_executorch(str(colour_bundle / "image.onnx"), threads=2)
     assert refusing == [2]
     assert capfd.readouterr().err == ""  # the pool's message is no user's business
-    with pytest.raises(UsageError, match="threads is 0; expected at least 1"):
+    with pytest.raises(UsageError, match="number of threads is 0; expected 1 to 1,024"):
         open_executorch(str(colour_bundle / "image.onnx"), threads=0)
 
 

@@ -47,7 +47,7 @@ def open_litert(model: str | bytes, *, threads: int | None = None, xnnpack: bool
     Raises:
         MissingExtraError: LiteRT is not installed.
         ConfigError: LiteRT cannot run the model.
-        UsageError: `threads` is less than 1.
+        UsageError: `threads` is out of range.
     """
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType

@@ -48,7 +48,7 @@ def open_session(
 
     Raises:
         ConfigError: this ONNX Runtime cannot run the model.
-        UsageError: `threads` is less than 1.
+        UsageError: `threads` is out of range.
     """
     import onnxruntime as ort
 

@@ -92,7 +92,7 @@ def open_openvino(
     Raises:
         MissingExtraError: OpenVINO is not installed.
         ConfigError: this OpenVINO cannot run the model.
-        UsageError: `threads` is less than 1, or OpenVINO does not find the processor.
+        UsageError: `threads` is out of range, or OpenVINO does not find the processor.
     """
     try:
         import openvino

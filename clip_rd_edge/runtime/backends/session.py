@@ -1,7 +1,8 @@
-"""What the engines beside ONNX Runtime share, whose models take the place of its sessions."""
+"""What the inference engines share: the limits of threads, and models in place of ONNX Runtime's sessions."""
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.errors import UsageError
+
+MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
 
 
 class NamedInput(NamedTuple):
@@ -48,6 +51,9 @@ class OneInputModel(ABC):
 
 
 def require_threads(threads: int | None) -> None:
-    """Raise UsageError if a number of threads is less than 1; None leaves it to the engine."""
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}; expected at least 1.")
+    """Raise UsageError if a number of threads is neither None nor a whole number from 1 to MAX_THREADS."""
+    if threads is not None and not (isinstance(threads, int | np.integer) and 1 <= threads <= MAX_THREADS):
+        raise UsageError(
+            f"The number of threads is {threads!r}; expected 1 to {MAX_THREADS:,}.",
+            hint=f"this machine has {os.cpu_count()} cores",
+        )

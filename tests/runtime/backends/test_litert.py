@@ -75,7 +75,7 @@ def test_a_file_that_litert_cannot_read_is_reported_in_one_line(
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", module)
     with pytest.raises(ConfigError, match=r"^LiteRT cannot run .*image\.onnx: Model provided has .* 'TFL3'\.$"):
         open_litert(str(colour_bundle / "image.onnx"), threads=2)
-    with pytest.raises(UsageError, match="threads is 0; expected at least 1"):
+    with pytest.raises(UsageError, match="number of threads is 0; expected 1 to 1,024"):
         open_litert(str(colour_bundle / "image.onnx"), threads=0)
 
 
