@@ -19,23 +19,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Tower
+from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import in_batches
-from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.graph import file_content, float_tensors, prepare_for_quantization, with_outputs
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import (
-    HARD_TEXTS,
-    Agreement,
-    Inputs,
-    Timer,
-    agreement,
-    embed,
-    hard_pixels,
-    latencies,
-    measurement,
-)
+from clip_rd_edge.convert.parity import Agreement, Inputs, Timer, agreement, embed, hard_inputs, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.files import write_bytes
@@ -228,12 +217,6 @@ class Fp16Tower:
     model: bytes | None
     agreement: Agreement
     float32_nodes: tuple[str, ...]
-
-
-def hard_inputs(bundle: Path, manifest: Manifest) -> dict[str, Inputs]:
-    """Return hard inputs of a bundle's image tower and text tower."""
-    ids = Tokenizer(bundle / TOKENIZER, manifest.tokenizer)(HARD_TEXTS)
-    return {"image": hard_pixels(manifest.preprocessing), "text": ids}
 
 
 def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:

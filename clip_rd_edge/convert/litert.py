@@ -15,11 +15,11 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, float32_note, hard_inputs
+from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, float32_note
 from clip_rd_edge.convert.graph import silently, without_progress_bars
 from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, measure
+from clip_rd_edge.convert.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -9,10 +9,9 @@ import msgspec
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.int8.candidates import OPENVINO
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, Timer, measure
+from clip_rd_edge.convert.parity import Inputs, Timer, hard_inputs, measure
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.reporting import SILENT, Reporter

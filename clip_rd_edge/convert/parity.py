@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import Measurement
+from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, Measurement
 from clip_rd_edge.contract.encoder import Embeddings, in_batches
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing
+from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.timing import Milliseconds, time_in_turn
 
+Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
 Matches = npt.NDArray[np.bool_]
 
@@ -117,7 +120,12 @@ def hard_pixels(preprocessing: Preprocessing) -> Pixels:
     return pixels
 
 
-Inputs = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+def hard_inputs(bundle: Path, manifest: Manifest) -> dict[str, Inputs]:
+    """Return hard inputs of a bundle's image tower and text tower."""
+    ids = Tokenizer(bundle / TOKENIZER, manifest.tokenizer)(HARD_TEXTS)
+    return {"image": hard_pixels(manifest.preprocessing), "text": ids}
+
+
 # Times several calls in turn: `utils.timing.time_in_turn`, or a stand-in.
 Timer = Callable[[Mapping[str, Callable[[], object]]], Mapping[str, Milliseconds]]
 BATCH_SIZE = 16

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.graph import without_progress_bars
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs
+from clip_rd_edge.convert.parity import Inputs, hard_inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporters.onnx import root_cause
 from clip_rd_edge.exporters.towers import TOWERS, on_cpu

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import read_manifest
-from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, hard_inputs
+from clip_rd_edge.convert.fp16 import MIN_AGREEMENT
 from clip_rd_edge.convert.graph import silently
-from clip_rd_edge.convert.parity import Inputs, agreement
+from clip_rd_edge.convert.parity import Inputs, agreement, hard_inputs
 from clip_rd_edge.convert.targets import RTX_TARGETS
 from clip_rd_edge.convert.tensorrt.bundle import EngineBuilder
 from clip_rd_edge.convert.tensorrt.engine import MAX_BATCH

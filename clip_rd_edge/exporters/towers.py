@@ -13,11 +13,10 @@ from torch import nn
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.fp16 import hard_inputs
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.convert.int8.candidates import Opener
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, measure
+from clip_rd_edge.convert.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.onnx import without_fast_path
 from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower

@@ -17,13 +17,13 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.formats import FORMATS, Format
 from clip_rd_edge.convert.bundle import ConvertedBundle, start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import hard_inputs, write_fp16_tower
+from clip_rd_edge.convert.fp16 import write_fp16_tower
 from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend
 from clip_rd_edge.convert.int8.search import QuantizedTower, TowerSamples, quantize_tower
 from clip_rd_edge.convert.int8.select import nearest
 from clip_rd_edge.convert.litert import LITERT_BACKEND, write_litert_fp16_tower
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.parity import Inputs, Matches, embed, top1_matches
+from clip_rd_edge.convert.parity import Inputs, Matches, embed, hard_inputs, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -15,7 +15,7 @@ import onnx
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, hard_inputs, overflowing_nodes, to_fp16
+from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, overflowing_nodes, to_fp16
 from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.candidates import ERROR_SHARES, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
@@ -24,7 +24,7 @@ from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import group_errors, with_fewest_in_float
 from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
-from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed
+from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, hard_inputs
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
