@@ -17,7 +17,7 @@ from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_b
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
-from clip_rd_edge.convert.int8.sensitivity import group_error, group_errors, layers_no_slower, with_fewest_in_float
+from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, group_error, layers_no_slower, robust_layers
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import WeightBits
@@ -26,11 +26,8 @@ from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
 from clip_rd_edge.utils.reporting import Reporter
 
-SENSITIVITY_SAMPLES = 16
-SENSITIVITY_SECONDS = 15.0
-# Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
-ERROR_SHARES = (0.9, 0.4, 0.1)
-# If all layers together have at most this share, none is worth leaving in float, which takes space and time.
+# If all layers together have at most this share of the max error, none is worth leaving in float, which takes space
+# and time.
 _SMALL_SHARE = 0.4
 
 
@@ -123,9 +120,7 @@ def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> lis
     reference = embed(open_session(str(request.model), threads=threads), samples)
     if group_error(quantizer.layers, embed_with, reference).error <= _SMALL_SHARE * request.max_error:
         return [quantizer.layers]
-    errors = group_errors(quantizer.layers, embed_with, reference, max_seconds=SENSITIVITY_SECONDS)
-    limits = [share * request.max_error for share in ERROR_SHARES]
-    return with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=SENSITIVITY_SECONDS)
+    return robust_layers(quantizer.layers, embed_with, reference, max_error=request.max_error)
 
 
 def _mix(quantizer: StaticQuantizer, convolutions: Sequence[str], *, dynamic: Callable[..., bytes] | None) -> bytes:

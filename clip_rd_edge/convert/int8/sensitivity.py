@@ -19,6 +19,33 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.parity import Inputs, Timer, agreement, latencies, p10
 from clip_rd_edge.utils.timing import time_in_turn
 
+SENSITIVITY_SAMPLES = 16  # calibration samples that the errors are measured on
+_MAX_SECONDS = 15.0
+# Shares of the max error that the INT8 layers may have on the calibration samples; a smaller share may be as fast.
+_ERROR_SHARES = (0.9, 0.4, 0.1)
+
+
+def robust_layers(
+    layers: Sequence[str],
+    embed_with: Callable[[Sequence[str]], Embeddings],
+    reference: Embeddings,
+    *,
+    max_error: float,
+) -> list[tuple[str, ...]]:
+    """Return the layers to quantise for shares of the max error, in their order; the first are the most.
+
+    Shares with the same layers, or with none, have one entry.
+
+    Args:
+        layers: names, in the order of computation.
+        embed_with: returns the embeddings (N, D) of the tower with only the given layers in INT8.
+        reference: the embeddings (N, D) in float32.
+        max_error: 1 − the min centred cosine.
+    """
+    errors = group_errors(layers, embed_with, reference, max_seconds=_MAX_SECONDS)
+    limits = [share * max_error for share in _ERROR_SHARES]
+    return with_fewest_in_float(errors, embed_with, reference, limits, max_seconds=_MAX_SECONDS)
+
 
 @dataclass(frozen=True)
 class GroupError:
@@ -38,9 +65,7 @@ def group_errors(
     """Measure the error of each layer, or of groups of neighbours if single layers would exceed `max_seconds`.
 
     Args:
-        layers: names, in the order of computation.
-        embed_with: returns the embeddings (N, D) of the tower with only the given layers in INT8.
-        reference: the embeddings (N, D) in float32.
+        layers, embed_with, reference: as for `robust_layers`.
         max_seconds: approximate limit of the processor time of all measurements.
     """
     started = time.process_time()  # so that a busy machine does not make larger groups, and a larger file

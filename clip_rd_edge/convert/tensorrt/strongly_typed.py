@@ -17,11 +17,10 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, overflowing_nodes, to_fp16
 from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
-from clip_rd_edge.convert.int8.candidates import ERROR_SHARES, SENSITIVITY_SAMPLES, SENSITIVITY_SECONDS
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
 from clip_rd_edge.convert.int8.search import TowerSamples
-from clip_rd_edge.convert.int8.sensitivity import group_errors, with_fewest_in_float
+from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, robust_layers
 from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, hard_inputs
@@ -88,9 +87,7 @@ def symmetric_tower(
         return embed(open_session(quantize(layers).SerializeToString()), subset)
 
     of_subset = embed(open_session(str(prepared)), subset)
-    errors = group_errors(all_layers, embed_with, of_subset, max_seconds=SENSITIVITY_SECONDS)
-    limits = [share * (1 - min_agreement) for share in ERROR_SHARES]
-    for layers in with_fewest_in_float(errors, embed_with, of_subset, limits, max_seconds=SENSITIVITY_SECONDS):
+    for layers in robust_layers(all_layers, embed_with, of_subset, max_error=1 - min_agreement):
         if layers:
             partial = attempt(layers)
             if partial.agreement.centred_cosine >= min_agreement:
