@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.fp16 import MIN_AGREEMENT, float32_note
 from clip_rd_edge.convert.graph import silently, without_progress_bars
-from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
+from clip_rd_edge.convert.int8.candidates import Candidate, CandidateRequest, one_input_backend
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.runtime.backends.litert import open_litert
@@ -35,8 +35,6 @@ _BETWEEN = (
     "ADD", "MUL", "PAD", "PADV2", "AVERAGE_POOL_2D", "MAX_POOL_2D", "RELU", "HARD_SWISH", "LOGISTIC", "MEAN",
     "CONCATENATION",
 )  # fmt: skip
-# LiteRT multiplies S8 by S8 and adds in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
-_INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64")
 _CALIBRATION_SAMPLES = 64  # ranges are those of minimum and maximum, each sample runs with every value kept
 
 Recipe = list[dict[str, Any]]
@@ -181,11 +179,4 @@ def _recipe(add: Callable[[Any, Any], object], operators: tuple[str, ...]) -> Re
     return recipe
 
 
-LITERT_BACKEND = Backend(
-    LITERT,
-    open_litert,
-    litert_candidates,
-    prepare=lambda model, folder: model,
-    one_at_a_time=lambda content: True,
-    instruction_sets=lambda content: _INSTRUCTION_SETS,
-)
+LITERT_BACKEND = one_input_backend(LITERT, open_litert, litert_candidates)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.bundle import Tower
-from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest
+from clip_rd_edge.convert.int8.candidates import Backend, Candidate, CandidateRequest, one_input_backend
 from clip_rd_edge.convert.parity import Inputs
 from clip_rd_edge.errors import ClipRdEdgeError, MissingExtraError
 from clip_rd_edge.exporters.executorch_encoder import open_executorch
@@ -21,8 +21,6 @@ from clip_rd_edge.models.clip import ClipModel
 
 EXECUTORCH = "executorch"
 _SUFFIX = ".pte"
-# XNNPACK multiplies S8 by S8 and adds in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
-_INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64")
 _PRODUCT = torch.ops.aten.linear.default
 _CONVOLUTION = (torch.ops.aten.conv2d.default, torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 _CALIBRATION_SAMPLES = 64  # each runs through PyTorch's graph with an observer at every operator
@@ -66,14 +64,7 @@ def _lowered(module: nn.Module, example: Tensor) -> bytes:
 
 def executorch_backend(clip: ClipModel) -> Backend:
     """Return what INT8 is searched with: candidates are quantised in PyTorch, not from the float32 file."""
-    return Backend(
-        EXECUTORCH,
-        open_executorch,
-        partial(_candidates, clip),
-        prepare=lambda model, folder: model,
-        one_at_a_time=lambda content: True,
-        instruction_sets=lambda content: _INSTRUCTION_SETS,
-    )
+    return one_input_backend(EXECUTORCH, open_executorch, partial(_candidates, clip))
 
 
 def _candidates(clip: ClipModel, request: CandidateRequest) -> Iterator[Candidate]:

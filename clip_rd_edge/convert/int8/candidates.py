@@ -228,6 +228,22 @@ class Backend:
     instruction_sets: Callable[[bytes], tuple[str, ...]] = instruction_sets
 
 
+def one_input_backend(
+    name: str, open: Opener, candidates: Callable[[CandidateRequest], Iterator[Candidate]]
+) -> Backend:
+    """Return the backend of LiteRT or ExecuTorch, whose files take one input at a time; arguments as for `Backend`."""
+    # Both multiply S8 by S8 and add in 32 bits everywhere, so weights of 8 bits do not saturate on any processor.
+    every_processor = ("x86-64", "x86-64-vnni", "aarch64")
+    return Backend(
+        name,
+        open,
+        candidates,
+        prepare=lambda model, folder: model,
+        one_at_a_time=lambda content: True,
+        instruction_sets=lambda content: every_processor,
+    )
+
+
 def openvino_candidates(request: CandidateRequest) -> Iterator[Candidate]:
     """Yield candidates with U8 and with S8 activations: OpenVINO has fast kernels for both, but S8 is not always right.
 
