@@ -22,7 +22,13 @@ from onnx import TensorProto, helper, numpy_helper
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.convert.bundle import start_conversion
-from clip_rd_edge.convert.graph import file_content, float_tensors, prepare_for_quantization, with_outputs
+from clip_rd_edge.convert.graph import (
+    drop_unused_constants,
+    file_content,
+    float_tensors,
+    prepare_for_quantization,
+    with_outputs,
+)
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, Timer, agreement, embed, hard_inputs, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
@@ -183,15 +189,13 @@ def _final_norm_nodes(graph: onnx.GraphProto) -> set[str]:
 
 def _replace_constants(graph: onnx.GraphProto, fp16_constants: Collection[str]) -> None:
     """Add the float16 constants and drop the float32 ones that are no longer used."""
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
     converted = [
         numpy_helper.from_array(_clip_to_fp16(numpy_helper.to_array(tensor)), f"{tensor.name}/fp16")
         for tensor in graph.initializer
         if tensor.name in fp16_constants
     ]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *converted])
+    drop_unused_constants(graph)
+    graph.initializer.extend(converted)
 
 
 def _clip_to_fp16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

@@ -105,8 +105,8 @@ def output_axis(node: onnx.NodeProto) -> int:
 
 
 def drop_unused_constants(graph: onnx.GraphProto) -> None:
-    """Remove the constants that no node reads, in place."""
-    used = {name for node in graph.node for name in node.input}
+    """Remove the constants that no node reads and that are no output, in place."""
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
