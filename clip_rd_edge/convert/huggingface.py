@@ -30,6 +30,7 @@ from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, req
 from clip_rd_edge.contract.checkpoint import TRANSFORMERS_CONFIG
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
+from clip_rd_edge.convert.graph import rename_tensors
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.files import write_bytes, write_text
 from clip_rd_edge.utils.structs import to_json
@@ -119,12 +120,7 @@ def require_supported(preprocessing: Preprocessing, name: str) -> None:
 def _renamed(model: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:
     """Rename a graph's only input and output in place."""
     graph = model.graph
-    names = {graph.input[0].name: input_name, graph.output[0].name: output_name}
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    graph.input[0].name, graph.output[0].name = input_name, output_name
-    return model
+    return rename_tensors(model, {graph.input[0].name: input_name, graph.output[0].name: output_name})
 
 
 def _last_id(path: Path) -> int | None:

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.convert.graph import rename_tensors
 from clip_rd_edge.convert.huggingface import normalizer_with_cleaning
 from clip_rd_edge.errors import UsageError, near_matches
 from clip_rd_edge.utils.files import new_folder, write_bytes, write_text
@@ -97,7 +98,7 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
             hint="omit --layout or --preprocess-in-graph",
         )
     with new_folder(output, overwrite=overwrite) as folder:
-        image = _rename_input(onnx.load(bundle / manifest.image.file), manifest.image.input_name, "image")
+        image = rename_tensors(onnx.load(bundle / manifest.image.file), {manifest.image.input_name: "image"})
         write_bytes(folder / "visual" / "model.onnx", image.SerializeToString())
         tower = manifest.require_text()
         text = _take_int32_ids(onnx.load(bundle / tower.file), tower.input_name)
@@ -113,14 +114,6 @@ def _model_config(manifest: Manifest) -> dict[str, Any]:
         text["tokenizer_kwargs"] = {"clean": "canonicalize"}
     vision = {"image_size": manifest.preprocessing.size[0]}
     return {"embed_dim": manifest.embedding_size, "vision_cfg": vision, "text_cfg": text}
-
-
-def _rename_input(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
-    """Rename the graph's input in place."""
-    model.graph.input[0].name = new
-    for node in model.graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
-    return model
 
 
 def _take_int32_ids(model: onnx.ModelProto, input_name: str) -> onnx.ModelProto:
