@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clip_rd_edge.contract.images import DANGLING, DANGLING_HINT
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.paths import exists, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_folder, near_files, sorted_paths
 
 # Files in a folder with these suffixes count as images. Those that Pillow cannot open are reported on opening.
 IMAGE_SUFFIXES = {
@@ -58,7 +58,7 @@ def find_images(
         elif exists(path) or path.is_symlink():
             yield path
         elif glob.has_magic(name):
-            matches = (match for match in sorted(_glob(name)) if _counts_as_file(match, []))
+            matches = (match for match in sorted_paths(_glob(name)) if _counts_as_file(match, []))
             yield from _require_any(matches, f"No image matches {name}.")
         else:
             raise InputError(f"The image or folder {name} does not exist.{near_files(path)}", hint="check the path")
@@ -112,7 +112,7 @@ def list_images(folder: Path, *, on_unreadable: Callable[[InputError], None] = _
             report(OSError(failures[0].errno, failures[0].strerror, path))
         else:
             images += files
-    return sorted(images)
+    return sorted_paths(images)
 
 
 def _walk(folder: str, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str]]]:

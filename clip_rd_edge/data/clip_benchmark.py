@@ -19,6 +19,7 @@ from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_text_limited, text_lines
+from clip_rd_edge.utils.paths import sorted_paths
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 SHARD_COUNT = "nshards.txt"
@@ -156,7 +157,7 @@ def _sort_classes(classes: list[Path]) -> list[Path]:
     """Sort by name, or by number if all names are numbers: the class folders of ImageNet-V2 are 0 to 999."""
     if all(path.name.isdecimal() for path in classes):
         return sorted(classes, key=lambda path: int(path.name))
-    return sorted(classes)
+    return sorted_paths(classes)
 
 
 def shard_task(data_set: DataSet) -> Task:
@@ -222,7 +223,7 @@ def _shard_paths(data_set: DataSet) -> list[Path]:
     """Return the paths of the shards: as many as nshards.txt states, or else all tars, sorted by name."""
     count_file = data_set.split / SHARD_COUNT
     if not count_file.is_file():
-        return sorted(data_set.split.glob("*.tar"))
+        return sorted_paths(data_set.split.glob("*.tar"))
     count = read_text_limited(count_file).strip()
     if not is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
         raise InputError(f"{count_file} contains {count!r}; expected the number of shards.")

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ def is_file(path: AnyPath) -> bool:
 def is_folder(path: AnyPath) -> bool:
     """Return whether this is a folder; raises as `exists`."""
     return stat.S_ISDIR(_mode(path))
+
+
+def sorted_paths(paths: Iterable[Path]) -> list[Path]:
+    """Return paths in the order of their names, the same on every system: on Windows, paths compare without case."""
+    return sorted(paths, key=lambda path: path.parts)
 
 
 def expand_home(text: str) -> Path:

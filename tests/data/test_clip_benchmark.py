@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.contract.image_files import list_images
+from clip_rd_edge.contract.image_files import find_images, list_images
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.contract.templates import imagenet_templates
@@ -97,6 +97,23 @@ def test_numbered_class_folders_are_sorted_by_number(tmp_path: Path, encode_imag
     assert [(task.labels[t], grey) for t, grey in zip(task.targets, greys, strict=True)] == [
         ("zero", 0), ("one", 1), ("two", 2), ("ten", 10),
     ]  # fmt: skip
+
+
+def test_classes_and_images_have_the_same_order_where_paths_compare_without_case(
+    tmp_path: Path, encode_image: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ("Bengal", "Zebra", "apple")  # torchvision's order, on Windows, too
+    files = [tmp_path / name / image for name in classes for image in ("B.png", "a.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encode_image(1))
+    (tmp_path / "classnames.txt").write_text("\n".join(classes))
+    monkeypatch.setattr(type(tmp_path), "__lt__", lambda path, other: str(path).lower() < str(other).lower())
+    assert sorted(files) != files
+    task = zero_shot(tmp_path)
+    assert list(task.images) == files
+    assert [task.labels[target] for target in task.targets] == [file.parent.name for file in files]
+    assert list(find_images([str(tmp_path / "*" / "*.png")])) == files
 
 
 def test_a_class_called_test_is_not_a_split(tmp_path: Path, encode_image: Factory) -> None:
