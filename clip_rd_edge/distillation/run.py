@@ -243,7 +243,7 @@ def _run(
     )
     if processes.is_main:
         student.model.to("cpu")
-        evaluation = last_evaluation(run)
+        evaluation = last_evaluation(run, step=steps)
         if config.tuned_share < 1:
             student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
             if evaluate:  # the run has evaluated the trained weights alone

@@ -676,6 +676,24 @@ def test_an_evaluation_that_fails_loses_no_step(config: RunConfig, tmp_path: Pat
     assert read_metrics(tmp_path / "run")[-1]["evaluation/task"] == 0.5
 
 
+def test_a_student_that_is_finished_without_its_tasks_has_no_scores_of_an_earlier_step(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    scores = iter([0.5])
+
+    def evaluate(_: object) -> dict[str, float]:
+        if score := next(scores, None):
+            return {"task": score}
+        raise InputError("The image cannot be read.")
+
+    config = msgspec.structs.replace(with_recipe(config, steps=2), evaluate_every=1)
+    with pytest.raises(InputError, match="The image cannot be read"):
+        run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
+    student = run_distillation(config, tmp_path / "run", resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "evaluation/task" in line] == [1]
+    assert json.loads((student / "distillation.json").read_text())["evaluation"] == {}
+
+
 def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:
     clip = load_clip(str(config.teacher))
     saved = [

@@ -73,8 +73,7 @@ class MetricsLog:
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether there are scores of a step."""
-        lines = [line for line in read_metrics(self._path.parent) if line["step"] == step]
-        return any(name.startswith(EVALUATION_PREFIX) for line in lines for name in line)
+        return bool(last_evaluation(self._path.parent, step=step))
 
     def add_evaluation(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
         """Add scores to the line of the last logged step if it is `step`, else write a line for them; return them."""
@@ -93,12 +92,11 @@ class MetricsLog:
             file.write(msgspec.json.encode(line) + b"\n")
 
 
-def last_evaluation(run: Path) -> dict[str, float]:
-    """Return the scores of a run's last evaluation by task; empty if there was none."""
-    lines = [line for line in read_metrics(run) if any(name.startswith(EVALUATION_PREFIX) for name in line)]
-    if not lines:
-        return {}
-    return {name.removeprefix(EVALUATION_PREFIX): v for name, v in lines[-1].items() if EVALUATION_PREFIX in name}
+def last_evaluation(run: Path, *, step: int) -> dict[str, float]:
+    """Return the scores that a run has of a step, its last one so far, by task; empty if that was not evaluated."""
+    lines = [line for line in read_metrics(run) if line["step"] == step]
+    scores = [item for line in lines for item in line.items() if item[0].startswith(EVALUATION_PREFIX)]
+    return {name.removeprefix(EVALUATION_PREFIX): value for name, value in scores}
 
 
 def metrics_line(
