@@ -192,10 +192,13 @@ def _latency_obstacles(old: Results, new: Results) -> list[str]:
                 f"Latency is not compared: other processes used {load} of the machine during the {name} run; repeat it "
                 f"on a quiet machine."
             ]
-    settings = (
+    settings: list[tuple[str, object, object]] = [
         ("machines", old.environment.machine, new.environment.machine),
         ("numbers of threads", old.suite.threads, new.suite.threads),
-    )
+    ]
+    sets = [", ".join(run.environment.instruction_sets) for run in (old, new)]
+    if old.environment.machine == new.environment.machine and all(sets):  # AMD EPYC names several generations
+        settings.append(("instruction sets of the machines", sets[0], sets[1]))
     return [
         f"Latency is not compared: the {name} differ, {before} and {after}."
         for name, before, after in settings

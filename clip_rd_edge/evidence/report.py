@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,10 +78,17 @@ def _settings(evidence: Evidence) -> str:
 
 
 def _by_machine(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Return the runs by the machine that they ran on: seconds of two machines have no mean."""
+    """Return the runs by the machine that they ran on: seconds of two machines have no mean.
+
+    Machines of one name whose processors have different instruction sets are told apart by these.
+    """
+    known = {(run.environment.machine, run.environment.instruction_sets) for run in runs}
+    counts = Counter(machine for machine, sets in known if sets)
     machines: dict[str, list[RunResult]] = {}
     for run in runs:
-        machines.setdefault(run.environment.machine, []).append(run)
+        machine, sets = run.environment.machine, run.environment.instruction_sets
+        name = f"{machine} with {', '.join(sets)}" if sets and counts[machine] > 1 else machine
+        machines.setdefault(name, []).append(run)
     return machines
 
 
@@ -105,11 +113,15 @@ def _differ_in_steps(evidence: Evidence) -> bool:
 def _time_table(evidence: Evidence) -> str:
     """Return the CPU time of each student and method, in a row per machine if there are several."""
     methods = {method.name: method for method in evidence.suite.methods}
-    several = len(_by_machine(evidence.runs)) > 1
+    by_machine = _by_machine(evidence.runs)
+    several = len(by_machine) > 1
     lines = [["student", "method", *(["machine"] if several else []), "steps", "CPU time of training, s"]]
-    for student, method, runs in _rows(evidence):
-        for machine, on_it in _by_machine(runs).items():
-            seconds = [run.cpu_seconds for run in on_it if run.cpu_seconds is not None]
+    for student, method, _ in _rows(evidence):
+        for machine, on_it in by_machine.items():
+            own = [run for run in on_it if (run.student, run.method) == (student, method)]
+            if not own:
+                continue
+            seconds = [run.cpu_seconds for run in own if run.cpu_seconds is not None]
             shown = _show_spread(spread(seconds), "{:.0f}".format) if seconds else ""
             steps = f"{evidence.suite.steps_of(methods[method], student):,}"
             lines.append([student, f"`{method}`", *([machine] if several else []), steps, shown])

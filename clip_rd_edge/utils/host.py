@@ -45,8 +45,17 @@ ONNXRUNTIMES = (
     "onnxruntime-rocm",
     "onnxruntime-migraphx",
 )
+# Implementer and part in /proc/cpuinfo, which names no processor of Arm servers.
+_ARM_CORES = {
+    ("0x41", "0xd0c"): "Arm Neoverse-N1",
+    ("0x41", "0xd40"): "Arm Neoverse-V1",
+    ("0x41", "0xd49"): "Arm Neoverse-N2",
+    ("0x41", "0xd4f"): "Arm Neoverse-V2",
+}
 _VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 _CPUINFO = Path("/proc/cpuinfo")
+_BOARD = Path("/proc/device-tree/model")
+_SYSCTL = "/usr/sbin/sysctl"
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _JETSON_RELEASE = Path("/etc/nv_tegra_release")
 _TIMEOUT_S = 10
@@ -201,22 +210,37 @@ def _of_nvidia_gpus(what: str) -> list[str]:
 def _features() -> str:
     if _CPUINFO.is_file():
         return _CPUINFO.read_text(errors="replace")
-    if platform.system() == "Darwin":
-        result = subprocess.run(["/usr/sbin/sysctl", "hw.optional"], capture_output=True, text=True, check=False)
-        return result.stdout
-    return ""
+    return _sysctl("hw.optional")
+
+
+def _sysctl(*arguments: str) -> str:
+    """Return what macOS says of its hardware; nothing on other systems."""
+    if platform.system() != "Darwin":
+        return ""
+    command = [_SYSCTL, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _processor() -> str:
-    # platform.processor() is empty on most Linux systems. Arm boards give their name in the device tree.
-    model = Path("/proc/device-tree/model")
-    if model.is_file():
-        return model.read_text(errors="replace").rstrip("\0").strip()
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    # Arm boards give their name in the device tree.
+    if _BOARD.is_file():
+        return _BOARD.read_text(errors="replace").rstrip("\0").strip()
+    named = _processor_in(_CPUINFO.read_text(errors="replace") if _CPUINFO.is_file() else "")
+    # platform.processor() is empty on most Linux systems, and arm on every new Mac.
+    return named or _sysctl("-n", "machdep.cpu.brand_string").strip() or platform.processor() or platform.machine()
+
+
+def _processor_in(cpuinfo: str) -> str:
+    """Return the name that Linux gives to a processor; on Arm, that of the cores, or their numbers; else nothing."""
+    fields = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())]
+    if named := [value for key, value in fields if key == "model name"]:
+        return named[0]
+    implementers, parts = ([value for key, value in fields if key == f"CPU {what}"] for what in ("implementer", "part"))
+    cores = dict.fromkeys(zip(implementers, parts, strict=False))  # few processors have two kinds
+    return " + ".join(_ARM_CORES.get(core, f"{platform.machine()} {'-'.join(core)}") for core in cores)
 
 
 _STAT, _STATUS, _STATM = Path("/proc/stat"), Path("/proc/self/status"), Path("/proc/self/statm")

@@ -209,6 +209,27 @@ def test_latencies_are_not_compared_across_machines_or_with_old_results(results:
     assert compare_runs(msgspec.structs.replace(results, reference=None), results).latencies == ()
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "compared"),
+    [(("AVX2",), ("AVX2", "AVX-512"), False), (("AVX2",), ("AVX2",), True), (("AVX2",), (), True)],
+)
+def test_latencies_are_not_compared_across_processors_of_one_name(
+    results: Results, before: tuple[str, ...], after: tuple[str, ...], compared: bool
+) -> None:
+    old, new = (
+        msgspec.structs.replace(
+            results,
+            environment=msgspec.structs.replace(results.environment, instruction_sets=sets),
+            other_load=None,
+        )
+        for sets in (before, after)
+    )
+    changes = compare_runs(old, new)
+    assert bool(changes.latencies) is compared
+    obstacle = "Latency is not compared: the instruction sets of the machines differ, AVX2 and AVX2, AVX-512."
+    assert (obstacle in changes.remarks) is not compared
+
+
 def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Results) -> None:
     def on(gpu: str, *devices: str) -> Results:
         rows = [

@@ -67,6 +67,26 @@ def test_times_on_two_machines_are_told_apart(make: Make) -> None:
     assert "| test_vit | `none` | Slide rule, 1 core | 3 | 900 |" in text
 
 
+def test_times_on_two_processors_of_one_name_are_told_apart_by_their_instruction_sets(make: Make) -> None:
+    evidence = make(CORRECT)
+    instruction_sets: tuple[tuple[str, ...], ...] = (("AVX2",), ("AVX2",), ("AVX2", "AVX-512"))
+    runs = tuple(
+        msgspec.structs.replace(
+            run,
+            cpu_seconds=seconds,
+            environment=msgspec.structs.replace(run.environment, machine="Abacus, 2 cores", instruction_sets=sets),
+        )
+        for run, sets, seconds in zip(evidence.runs, instruction_sets, (60.0, 120.0, 900.0), strict=True)
+    )
+    methods = tuple(msgspec.structs.replace(method, steps=3) for method in evidence.suite.methods)
+    suite = msgspec.structs.replace(evidence.suite, methods=methods)
+    text = markdown(msgspec.structs.replace(evidence, suite=suite, runs=runs))
+    assert ". Abacus, 2 cores with AVX2 (2 runs) and Abacus, 2 cores with AVX2, AVX-512 (1 run), 1 thread, " in text
+    assert "| test_vit | `none` | Abacus, 2 cores with AVX2 | 3 | 60 |" in text
+    assert "| test_vit | `none` | Abacus, 2 cores with AVX2, AVX-512 | 3 | 900 |" in text
+    assert "| test_vit | `clip-rd` | Abacus, 2 cores with AVX2 | 3 | 120 |" in text
+
+
 def test_a_suite_that_compares_nothing_has_no_differences(make: Make) -> None:
     evidence = make(CORRECT)
     assert "Differences in" in markdown(evidence)
