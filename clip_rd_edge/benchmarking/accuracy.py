@@ -33,6 +33,7 @@ from clip_rd_edge.contract.encoder import (
 )
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
+from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -123,11 +124,14 @@ def image_digest(task: Task) -> str:
 
 
 def names_and_sizes(task: Task) -> list[tuple[str, int]]:
-    """Return the name of each of a task's images, and its size in bytes, which is 0 in a tar."""
-    return [
-        (Path(str(image)).name, image.stat().st_size if isinstance(image, Path) and is_file(image) else 0)
-        for image in task.images
-    ]
+    """Return the name of each of a task's images, and its size in bytes, which is 0 where it is unknown."""
+    return [(Path(str(image)).name, _size(image)) for image in task.images]
+
+
+def _size(image: ImageFile) -> int:
+    if isinstance(image, TarMember):
+        return image.size
+    return image.stat().st_size if isinstance(image, Path) and is_file(image) else 0
 
 
 BATCH_SIZE = 64

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from support import Watch
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.benchmarking.accuracy import TOP1, embed_images, evaluate, pack_correctness, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
-from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
+from clip_rd_edge.data.tars import open_shard
 from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]
@@ -91,12 +93,19 @@ def test_large_images_are_embedded_in_smaller_batches(
     assert encoder.batches == [6, 4, 2]
 
 
-def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_shard", [False, True])
+def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_path: Path, in_shard: bool) -> None:
     digests = []
     for folder, content in (("2025", b"old"), ("moved", b"old"), ("2026", b"renewed")):
         (tmp_path / folder).mkdir()
-        image = tmp_path / folder / "0.jpg"
-        image.write_bytes(content)
+        file = tmp_path / folder / "s0000000.jpg"
+        file.write_bytes(content)
+        image: ImageFile | None = file
+        if in_shard:
+            with tarfile.open(tmp_path / folder / "0.tar", "w") as shard:
+                shard.add(file, file.name)
+            image = open_shard(tmp_path / folder / "0.tar").member(0, "image")
+        assert image is not None
         task = ZeroShotTask(name="t", images=(image,), targets=(0,), labels=("a", "b"))
         packed = pack_correctness(task, TOP1, np.ones(1, dtype=bool))
         digests.append((packed.questions, packed.images))
