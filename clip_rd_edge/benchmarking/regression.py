@@ -192,6 +192,12 @@ def _latency_obstacles(old: Results, new: Results) -> list[str]:
                 f"Latency is not compared: other processes used {load} of the machine during the {name} run; repeat it "
                 f"on a quiet machine."
             ]
+    for name, reference in (("old", old.reference), ("new", new.reference)):
+        if len(reference.image) < statistics.MIN_BLOCKS:
+            return [
+                f"Latency is not compared: a single round in the {name} run tells nothing of the noise; repeat it with "
+                f"more rounds."
+            ]
     settings: list[tuple[str, object, object]] = [
         ("machines", old.environment.machine, new.environment.machine),
         ("numbers of threads", old.suite.threads, new.suite.threads),

@@ -24,6 +24,7 @@ from clip_rd_edge.errors import InputError
 STANDARD_ERRORS = 3.5
 # Standard deviation that blocks of one run cannot show: another process has the model in another place in memory.
 RELOAD_DEVIATION = 0.01
+MIN_BLOCKS = 2  # a single one has no scatter, so that every difference would exceed the noise
 _MEDIAN_TO_MEAN_ERROR = math.sqrt(math.pi / 2)  # standard error of a median over that of a mean
 
 LogRatios = npt.NDArray[np.float64]
@@ -44,12 +45,11 @@ def change_noise(old: LogRatios, new: LogRatios, *, pooled: float = 0.0) -> floa
     """Return how large `relative_change` can be by chance, as a fraction.
 
     Args:
+        old, new: log ratios of at least MIN_BLOCKS blocks each.
         pooled: standard deviation over all models (`pooled_deviation`), used as a lower bound: the blocks of a single
             model may be close together by chance.
     """
-    variances = [
-        max(pooled**2, float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0) / len(ratios) for ratios in (old, new)
-    ]
+    variances = [max(pooled**2, float(np.var(ratios, ddof=1))) / len(ratios) for ratios in (old, new)]
     deviation = math.sqrt(2 * RELOAD_DEVIATION**2 + _MEDIAN_TO_MEAN_ERROR**2 * sum(variances))
     return math.expm1(STANDARD_ERRORS * deviation)
 
@@ -65,7 +65,7 @@ def run_noise(models: Sequence[LogRatios]) -> float:
     """Return how much any row can differ between two runs like this one by chance, as a fraction.
 
     Args:
-        models: the log ratios of all rows for one measurement.
+        models: the log ratios of all rows for one measurement, of at least MIN_BLOCKS blocks each.
     """
     pooled = pooled_deviation(models)
     return max(change_noise(ratios, ratios, pooled=pooled) for ratios in models)

@@ -14,6 +14,7 @@ import pytest
 from clip_rd_edge.benchmarking import latency
 from clip_rd_edge.benchmarking.latency import Latencies
 from clip_rd_edge.benchmarking.regression import Changes, compare_runs
+from clip_rd_edge.benchmarking.report import method
 from clip_rd_edge.benchmarking.results import Results, SkippedRow
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils import timing
@@ -47,7 +48,13 @@ Machine = Callable[[], float]  # how much longer than usual the next call takes,
 
 
 def simulate(
-    results: Results, clock: FakeClock, image: Path, open_fake: Any, machine: Machine, slow: str = ""
+    results: Results,
+    clock: FakeClock,
+    image: Path,
+    open_fake: Any,
+    machine: Machine,
+    slow: str = "",
+    rounds: int = 100,
 ) -> Results:
     """Return the results with the latencies of a simulated machine; the model `slow` takes 15 % longer."""
     rows = {}
@@ -63,7 +70,7 @@ def simulate(
     original = latency.reference_call
     latency.reference_call = lambda threads: lambda: tick(clock, 0.002 * machine())
     try:
-        latencies: Latencies = latency.measure_latencies(rows, image, threads=1, rounds=100)
+        latencies: Latencies = latency.measure_latencies(rows, image, threads=1, rounds=rounds)
     finally:
         latency.reference_call = original
     measured = tuple(msgspec.structs.replace(row, latency=latencies.rows[row.label]) for row in results.rows)
@@ -228,6 +235,22 @@ def test_latencies_are_not_compared_across_processors_of_one_name(
     assert bool(changes.latencies) is compared
     obstacle = "Latency is not compared: the instruction sets of the machines differ, AVX2 and AVX2, AVX-512."
     assert (obstacle in changes.remarks) is not compared
+
+
+def test_latencies_of_a_single_round_are_not_compared(
+    results: Results, clock: FakeClock, squares: dict[str, Path], open_fake: Any
+) -> None:
+    def simulated(rounds: int, slow: str = "") -> Results:
+        return simulate(results, clock, squares["red"], open_fake, steady, slow=slow, rounds=rounds)
+
+    several, single = simulated(2), simulated(1, slow="INT8")
+    for old, new, name in ((several, single, "new"), (single, several, "old")):
+        changes = compare_runs(old, new)
+        assert (changes.latencies, changes.regressions) == ((), 0)
+        assert changes.remarks[0].startswith(f"Latency is not compared: a single round in the {name} run tells nothing")
+    assert (method.latency_noise(single), "Noise: unknown" in " ".join(method.remarks(single))) == (None, True)
+    assert (method.latency_noise(several) or 0) > 0
+    assert verdicts(compare_runs(several, simulated(2, slow="INT8")))["INT8"] == {"regression"}
 
 
 def test_latencies_on_a_gpu_are_not_compared_with_those_on_another(results: Results) -> None:

@@ -62,6 +62,8 @@ def _reliability_remarks(results: Results) -> list[str]:
             f"Noise: the p50s of two runs like this one can differ by up to {formatting.share(noise, 1)} by chance, "
             f"relative to a fixed reference workload that is timed beside the models."
         )
+    elif results.reference is not None:
+        notes.append("Noise: unknown, as a single round does not show it; latencies of more rounds can be compared.")
     if results.other_load is not None and results.other_load > BUSY:
         notes.append(
             f"The machine was busy: other processes used {formatting.share(results.other_load, 1)} of it while the "
@@ -81,7 +83,7 @@ def _reliability_remarks(results: Results) -> list[str]:
 
 def latency_noise(results: Results) -> float | None:
     """Return how much any row's p50 can differ between two such runs by chance, as a fraction; None if unknown."""
-    if results.reference is None:
+    if results.reference is None or len(results.reference.image) < statistics.MIN_BLOCKS:
         return None
     models = {
         field: [
