@@ -104,7 +104,8 @@ def percentiles(blocks: Sequence[Milliseconds]) -> Percentiles:
     """
     p50, p95, p99 = (float(value) for value in np.percentile(np.concatenate(blocks), _PERCENTILES))
     resamples = _resample(blocks, np.random.default_rng(0))
-    lows, highs = np.percentile(np.percentile(resamples, _PERCENTILES, axis=1), [2.5, 97.5], axis=1)
+    percentile = np.nanpercentile if np.isnan(resamples).any() else np.percentile  # the latter is several times as fast
+    lows, highs = np.percentile(percentile(resamples, _PERCENTILES, axis=1), [2.5, 97.5], axis=1)
     at50, at95, at99 = (Interval(float(low), float(high)) for low, high in zip(lows, highs, strict=True))
     return Percentiles(p50, p95, p99, at50, at95, at99, medians(blocks))
 
@@ -115,13 +116,16 @@ def medians(blocks: Sequence[Milliseconds]) -> tuple[float, ...]:
 
 
 def _resample(blocks: Sequence[Milliseconds], rng: np.random.Generator) -> Milliseconds:
-    """Draw bootstrap samples, (RESAMPLES, B × calls of the shortest block)."""
-    calls = min(map(len, blocks))
-    table = np.stack([block[:calls] for block in blocks])
-    shape = (RESAMPLES, len(blocks), calls)
+    """Draw bootstrap samples, (RESAMPLES, B × calls of the longest block), NaN after the calls of shorter ones."""
+    lengths = np.asarray([len(block) for block in blocks])
+    table = np.full((len(blocks), lengths.max()), np.nan)
+    for row, block in zip(table, blocks, strict=True):
+        row[: len(block)] = block
+    shape = (RESAMPLES, *table.shape)
     block_indices = rng.integers(0, len(blocks), shape[:2])[:, :, None]
-    resamples: Milliseconds = table[block_indices, rng.integers(0, calls, shape)]
-    return resamples.reshape(RESAMPLES, -1)
+    drawn_lengths = lengths[block_indices]
+    resamples = table[block_indices, rng.integers(0, drawn_lengths, shape)]
+    return np.where(np.arange(lengths.max()) < drawn_lengths, resamples, np.nan).reshape(RESAMPLES, -1)
 
 
 REFERENCE = "\0reference"  # cannot be the label of a row
