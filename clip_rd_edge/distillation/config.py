@@ -51,6 +51,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 LOCATIONS = frozenset(
     {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
 ) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
+CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -103,7 +104,7 @@ class Recipe(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     betas: tuple[_Decay, _Decay] = (0.9, 0.98)
     epsilon: PositiveFloat = 1e-6
     clip_gradient_norm: NonNegativeFloat = 0.0
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_scale: tuple[float, float] = CROP_SCALE
     ema_decay: _Decay = 0.0
     precision: Precision = "auto"
 

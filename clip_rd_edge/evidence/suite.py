@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
-from clip_rd_edge.distillation.config import Precision, Recipe, RunConfig, Seed, load_recipe
+from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -187,11 +187,13 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
 
     Args:
         teacher: model name, as in `load_clip`.
-        caches: folder of the teacher's embeddings, with one cache per seed, because views depend on the seed.
+        caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
     text = run.method.text or suite.text
+    low, high = recipe.crop_scale
+    cache = f"seed-{run.seed}" + ("" if recipe.crop_scale == CROP_SCALE else f"-crops-{low}-{high}")
     return RunConfig(
         recipe_name=run.method.name,
         recipe=recipe,
@@ -205,7 +207,7 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,
-        teacher_cache=str(caches / f"seed-{run.seed}") if needs_teacher else None,
+        teacher_cache=str(caches / cache) if needs_teacher else None,
         views=suite.views,
         seed=run.seed,
         workers=0,

@@ -93,6 +93,15 @@ def test_a_method_without_a_teacher_gets_none(suite: EvidenceSuite) -> None:
     assert (configs["clip-rd"].teacher, configs["clip-rd"].teacher_cache) == ("t", "c/seed-1")
 
 
+def test_methods_with_other_crops_have_a_teacher_cache_of_their_own(suite: EvidenceSuite) -> None:
+    run = next(run for run in suite.runs() if run.method.name == "clip-rd")
+    settings: tuple[dict[str, object], ...] = ({}, {"crop_scale": [0.9, 1.0]}, {"crop_scale": [0.3, 1.0]})
+    methods = [msgspec.structs.replace(run.method, settings=own) for own in settings]
+    runs = [dataclasses.replace(run, method=method) for method in methods]
+    caches = [run_config(suite, run, teacher="t", caches=Path("c")).teacher_cache for run in runs]
+    assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-crops-0.3-1.0"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
