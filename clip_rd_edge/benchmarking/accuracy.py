@@ -8,8 +8,10 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from clip_rd_edge.benchmarking.metrics import (
+    CHUNK,
     Hits,
     RetrievalScore,
     Score,
@@ -21,7 +23,6 @@ from clip_rd_edge.benchmarking.metrics import (
     nearest_indices,
     recall_from_ranks,
     top_k_accuracy,
-    top_k_indices,
 )
 from clip_rd_edge.contract.encoder import (
     Embeddings,
@@ -170,12 +171,9 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     """
     labels = label_embeddings(encoder, task.labels, task.templates)
     images = embed_images(encoder, task.images, task.name, reporter)
-    label_probabilities = probabilities(images, labels, encoder.describe().logit_scale)
-    # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
-    ranked = top_k_indices(images @ labels.T, 5)
+    confidence, ranked = _classify(images, labels, encoder.describe().logit_scale)
     targets = np.asarray(task.targets, dtype=np.int64)
     hits = ranked[:, 0] == targets
-    confidence = np.take_along_axis(label_probabilities, ranked[:, :1], axis=1)[:, 0]
     score = ZeroShotScore(
         task=task.name,
         images=len(targets),
@@ -190,6 +188,22 @@ def zero_shot(encoder: Encoder, task: ZeroShotTask, *, reporter: Reporter = SILE
     return ZeroShotAnswers(
         score=score, answers=tuple(ranked[:, 0].tolist()), probabilities=tuple(confidence.astype(float).tolist())
     )
+
+
+def _classify(
+    images: Embeddings, labels: Embeddings, logit_scale: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Return the probability of each image's first label, (N,), and its first five labels, (N, min(5, C)).
+
+    Only the similarities of CHUNK images at once are in memory.
+    """
+    # Ranked by similarity, not by probability: a softmax in float32 turns small differences into ties.
+    ranked = nearest_indices(images, labels, 5)
+    confidence = [
+        np.take_along_axis(probabilities(images[chunk], labels, logit_scale), ranked[chunk, :1], axis=1)[:, 0]
+        for chunk in in_batches(len(images), CHUNK)
+    ]
+    return np.concatenate(confidence), ranked
 
 
 def _describe_templates(task: ZeroShotTask) -> str:

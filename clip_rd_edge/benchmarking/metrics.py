@@ -15,14 +15,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.encoder import Embeddings, in_batches
 from clip_rd_edge.utils.sign_test import sign_test
 
 Similarities = npt.NDArray[np.float32]
 Hits = npt.NDArray[np.bool_]
 RESAMPLES = 10_000
 _Z = 1.959964  # standard deviations of a 95 % interval
-_CHUNK = 256  # rows ranked at once: (256, 50,000) indices are 100 MB
+CHUNK = 256  # rows ranked at once: (256, 50,000) indices are 100 MB
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -104,29 +104,25 @@ Score = ZeroShotScore | RetrievalScore
 
 def top_k_indices(similarities: Similarities, k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k largest entries of each row, largest first, (N, C) to (N, min(k, C))."""
-    starts = range(0, len(similarities), _CHUNK)
-    return np.concatenate([_top_k(similarities[start : start + _CHUNK], k) for start in starts])
+    if k >= similarities.shape[1]:
+        return np.argsort(-similarities, axis=1, kind="stable")
+    chosen = np.sort(np.argpartition(-similarities, k - 1, axis=1)[:, :k], axis=1)
+    values = np.take_along_axis(similarities, chosen, axis=1)
+    top: npt.NDArray[np.int64] = np.take_along_axis(chosen, np.argsort(-values, axis=1, kind="stable"), axis=1)
+    # Of entries that tie with the last one chosen, a partition takes any, and the first ones are wanted.
+    tied = (similarities >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
+    top[tied] = np.argsort(-similarities[tied], axis=1, kind="stable")[:, :k]
+    return top
 
 
 def nearest_indices(queries: Embeddings, candidates: Embeddings, k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k candidates nearest to each query, (N, D) and (M, D) to (N, min(k, M)).
 
-    Only the similarities of some queries at once are in memory.
+    Only the similarities of CHUNK queries at once are in memory.
     """
-    starts = range(0, len(queries), _CHUNK)
-    return np.concatenate([_top_k(queries[start : start + _CHUNK] @ candidates.T, k) for start in starts])
-
-
-def _top_k(rows: Similarities, k: int) -> npt.NDArray[np.int64]:
-    if k >= rows.shape[1]:
-        return np.argsort(-rows, axis=1, kind="stable")
-    chosen = np.sort(np.argpartition(-rows, k - 1, axis=1)[:, :k], axis=1)
-    values = np.take_along_axis(rows, chosen, axis=1)
-    top: npt.NDArray[np.int64] = np.take_along_axis(chosen, np.argsort(-values, axis=1, kind="stable"), axis=1)
-    # Of entries that tie with the last one chosen, a partition takes any, and the first ones are wanted.
-    tied = (rows >= values.min(axis=1, keepdims=True)).sum(axis=1) > k
-    top[tied] = np.argsort(-rows[tied], axis=1, kind="stable")[:, :k]
-    return top
+    return np.concatenate(
+        [top_k_indices(queries[chunk] @ candidates.T, k) for chunk in in_batches(len(queries), CHUNK)]
+    )
 
 
 def top_k_accuracy(ranked: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], k: int) -> float:

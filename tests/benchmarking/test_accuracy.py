@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support import Watch
 from clip_rd_edge.benchmarking import accuracy
 from clip_rd_edge.benchmarking.accuracy import TOP1, embed_images, evaluate, pack_correctness, retrieval, zero_shot
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
+from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tars import open_shard
@@ -38,6 +40,27 @@ def test_zero_shot_of_an_encoder_that_knows_half_of_the_colours(make_encoder: Ma
     assert answers.score.top1 == pytest.approx(np.mean(correct))
     assert answers.score.top1_interval.low < answers.score.top1 < answers.score.top1_interval.high
     assert 0 < answers.score.top1 < 1
+
+
+def test_zero_shot_of_many_images_and_labels_needs_no_matrix_of_all_pairs(
+    make_encoder: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tuple(f"label {number}" for number in range(500))
+    images = normalise(np.random.default_rng(0).normal(size=(5_000, 3)))
+    monkeypatch.setattr(accuracy, "embed_images", lambda *_: images)
+    encoder = make_encoder()
+    task = ZeroShotTask(name="t", images=(Path(),) * len(images), targets=(0,) * len(images), labels=labels)
+    tracemalloc.start()
+    answers = zero_shot(encoder, task)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6  # all similarities take 10 MB, and as many again for their softmax
+    logits = 10.0 * images @ encoder.encode_texts(labels).T
+    expected = np.exp(logits - logits.max(axis=1, keepdims=True))
+    assert list(answers.answers) == logits.argmax(axis=1).tolist()
+    np.testing.assert_allclose(
+        answers.probabilities, (expected / expected.sum(axis=1, keepdims=True)).max(axis=1), 1e-5
+    )
 
 
 def test_there_is_no_top5_with_fewer_than_five_labels(make_encoder: Make, colour_task: ZeroShotTask) -> None:
