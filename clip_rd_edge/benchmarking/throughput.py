@@ -102,12 +102,17 @@ def measure_throughput(
 def measure_energy(
     encoders: Mapping[str, TowerEncoder], pixels: Mapping[str, Pixels], *, meter: EnergyMeter | None = None
 ) -> dict[str, float]:
-    """Measure the energy per image of each image tower in joules of the whole processor; empty without a counter."""
+    """Measure the energy per image of each image tower in joules of the whole processor; empty without a counter.
+
+    Models that do not run on the CPU alone are left out: what another device takes is not in the processor's counters.
+    """
     meter = meter or EnergyMeter()
     if not meter:
         return {}
     joules = {}
     for label, encoder in encoders.items():
+        if encoder.describe().device != "cpu":
+            continue
         calls, start = 0, time.perf_counter()
         meter.joules()
         while time.perf_counter() - start < _ENERGY_SECONDS:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -83,6 +84,17 @@ def test_energy_is_measured_per_image(make_encoder: Callable[..., Any], monkeypa
     encoder.encode_pixels = lambda pixels: calls.append(len(pixels))
     assert measure_energy({"a": encoder}, {"a": PIXELS}, meter=FakeMeter()) == {"a": 2.0 / len(calls)}
     assert measure_energy({"a": encoder}, {"a": PIXELS}, meter=EnergyMeter(tmp_path)) == {}
+
+
+def test_energy_of_another_device_is_not_given_as_the_processors(
+    make_encoder: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(throughput, "_ENERGY_SECONDS", 0.01)
+    encoders = {device: make_encoder() for device in ("cpu", "cuda", "cuda + cpu")}
+    for device, encoder in encoders.items():
+        description = msgspec.structs.replace(encoder.describe(), device=device)
+        encoder.describe = lambda description=description: description
+    assert measure_energy(encoders, dict.fromkeys(encoders, PIXELS), meter=FakeMeter()).keys() == {"cpu"}
 
 
 def make_counter(folder: Path, name: str, microjoules: int) -> Path:

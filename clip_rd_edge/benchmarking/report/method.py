@@ -70,8 +70,11 @@ def _reliability_remarks(results: Results) -> list[str]:
             f"models were timed. Latencies are too high, and not all by the same factor."
         )
     rows = results.rows
-    if rows[0].throughput and all(row.energy_joules is None for row in rows):
-        notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")
+    if rows[0].throughput and any(row.energy_joules is None for row in rows):
+        if any(row.energy_joules is None and row.description.device == "cpu" for row in rows):
+            notes.append("Energy: not available on this machine (no readable counter in /sys/class/powercap).")
+        else:
+            notes.append("Energy: of models on the CPU alone; what other devices take is not in its counters.")
     if cold_starts := [row.cold_start for row in rows if row.cold_start]:
         notes.append(
             f"Cold start and memory: a new process that does its imports, loads the model and embeds one image and one "

@@ -148,8 +148,9 @@ def _throughput(results: Results) -> Iterator[Line]:
     if any(row.cold_start for row in rows):
         seconds = [formatting.seconds(row.cold_start.first_answer_s if row.cold_start else None) for row in rows]
         yield _plain("Cold start to first answer, s", seconds)
-    if all(row.energy_joules is not None for row in rows):
-        millijoules = [formatting.three_digits(1000 * (row.energy_joules or 0)) for row in rows]
+    if any(row.energy_joules is not None for row in rows):
+        joules = [row.energy_joules for row in rows]
+        millijoules = [formatting.three_digits(None if value is None else 1000 * value) for value in joules]
         yield _plain("Energy per image, mJ", millijoules)
 
 

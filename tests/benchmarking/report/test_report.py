@@ -15,7 +15,8 @@ from clip_rd_edge.benchmarking import formatting
 from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, ZeroShotScore
 from clip_rd_edge.benchmarking.report.findings import headline
 from clip_rd_edge.benchmarking.report.html import page
-from clip_rd_edge.benchmarking.report.tables import differences
+from clip_rd_edge.benchmarking.report.method import remarks
+from clip_rd_edge.benchmarking.report.tables import details, differences
 from clip_rd_edge.benchmarking.report.text import (
     markdown,
     score_tables,
@@ -83,6 +84,23 @@ def with_retrieval(results: Results) -> Results:
     )
     rows = tuple(msgspec.structs.replace(row, scores=(*row.scores, score)) for row in results.rows)
     return msgspec.structs.replace(results, rows=rows)
+
+
+def test_energy_is_given_where_it_was_measured_and_the_report_says_why_not_elsewhere(results: Results) -> None:
+    def with_energies(*energies: float | None, device: str) -> Results:
+        first, second = (
+            msgspec.structs.replace(row, energy_joules=joules)
+            for row, joules in zip(results.rows, energies, strict=False)
+        )
+        second = msgspec.structs.replace(second, description=msgspec.structs.replace(second.description, device=device))
+        return msgspec.structs.replace(results, rows=(first, second))
+
+    mixed = with_energies(0.125, None, device="cuda")
+    cells = {line.name: [cell.text for cell in line.cells] for section in details(mixed) for line in section.lines}
+    assert cells["Energy per image, mJ"] == ["125", "–"]
+    assert "Energy: of models on the CPU alone" in " ".join(remarks(mixed))
+    assert "Energy: not available on this machine" in " ".join(remarks(with_energies(None, None, device="cuda")))
+    assert "Energy" not in " ".join(remarks(with_energies(0.1, 0.2, device="cpu")))
 
 
 def test_all_figures_of_the_results_are_in_both_reports(with_retrieval: Results) -> None:
