@@ -63,6 +63,8 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
         names |= set(get_type_hints(DistillOptions)) - OF_ONE_RUN
     if function is api.embed:
         names |= set(get_type_hints(api.EmbedOptions))
+    if function is api.evaluate:
+        names |= set(get_type_hints(api.EvaluateOptions))
     if function is api.quickstart:
         names |= set(get_type_hints(api.QuickstartOptions))
     if function is api.serve:
@@ -265,6 +267,22 @@ def test_a_student_can_be_distilled_exported_and_loaded(pairs_csv: Path, tmp_pat
     assert {answer.label for answer in model.classify(np.zeros((9, 9, 3), np.uint8))} == {"a cat", "a dog"}
     with pytest.raises(edge.UsageError, match="is already a bundle"):
         edge.export(bundle, tmp_path / "again")
+
+
+def test_the_names_of_columns_apply_to_a_table_that_is_a_task(pairs_csv: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.csv"
+    renamed.write_text(pairs_csv.read_text().replace("filepath,title", "image,text", 1))
+    columns: Any = {"csv_img_key": "image", "csv_caption_key": "text"}
+    run = edge.distill(
+        data=renamed, student="test_resnet", output=tmp_path / "run", recipe="clip", steps=1, batch_size=8, text="64x1",
+        image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=renamed, **columns,
+    )  # fmt: skip
+    (score,) = edge.evaluate(run, renamed, **columns)
+    assert score.images == 24
+    with pytest.raises(edge.InputError, match=r"renamed\.csv has no column 'filepath'"):
+        edge.evaluate(run, renamed)
+    edge.watch(run, tmp_path / "page.html", task=str(renamed))
+    assert "among the captions of these 12 of renamed" in (tmp_path / "page.html").read_text()
 
 
 def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path, tmp_path: Path) -> None:

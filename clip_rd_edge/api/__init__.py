@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from clip_rd_edge.api.exporting import ExportedBundle, devices, export, verify
 from clip_rd_edge.api.measuring import (
+    EvaluateOptions,
     QuickstartOptions,
     benchmark,
     compare,
@@ -24,6 +25,7 @@ from clip_rd_edge.api.training import EmbedOptions, average, distill, embed, pro
 
 __all__ = [
     "EmbedOptions",
+    "EvaluateOptions",
     "ExportedBundle",
     "QuickstartOptions",
     "ServeOptions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from clip_rd_edge.api.models import first_answer, load, open_encoder
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import InputError, UsageError, require_known_options
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -40,6 +41,17 @@ class QuickstartOptions(TypedDict, total=False):
     photos: AnyPath | None
 
 
+class EvaluateOptions(TypedDict, total=False):
+    """Further options of `evaluate` and the command line.
+
+    Keys:
+        csv_img_key, csv_caption_key: the columns of tables that are tasks. Default: `filepath` and `title`.
+    """
+
+    csv_img_key: str
+    csv_caption_key: str
+
+
 @checked_call
 def evaluate(
     model: AnyPath | Model,
@@ -50,6 +62,7 @@ def evaluate(
     templates: str | Sequence[str] | None = None,
     per_class: bool = False,
     reporter: Reporter = SILENT,
+    **options: Unpack[EvaluateOptions],
 ) -> list[Score]:
     """Evaluate a bundle, a run or any open_clip model on zero-shot classification and retrieval; one score per task.
 
@@ -59,11 +72,14 @@ def evaluate(
         templates: prompt templates with one `{}` for zero-shot tasks, a file of them, or `imagenet` for CLIP's 80; None
             uses each data set's own, or else CLIP's.
         per_class: fill in `per_class` of zero-shot scores: the accuracy of each class, and what it was mistaken for.
+        options: the other options of `clip-rd-edge evaluate`, under the same names.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.runtime.model import Model
 
-    loaded = load_tasks(tasks, templates=templates)
+    known = {**inspect.signature(evaluate).parameters, **EvaluateOptions.__annotations__}
+    require_known_options(options, known, command="evaluate")
+    loaded = load_tasks(tasks, templates=templates, **options)
     evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
     return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
 
@@ -194,7 +210,6 @@ def quickstart(
         seed: random seed of the student.
         options: the other options of `clip-rd-edge quickstart`, under the same names.
     """
-    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.utils.files import require_utf8_path
 
     require_known_options(options, QuickstartOptions.__annotations__, command="quickstart")
@@ -248,7 +263,11 @@ def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
 
 
 def load_tasks(
-    tasks: AnyPath | Task | Iterable[AnyPath | Task], *, templates: str | Sequence[str] | None = None
+    tasks: AnyPath | Task | Iterable[AnyPath | Task],
+    *,
+    templates: str | Sequence[str] | None = None,
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
 ) -> list[Task]:
     """Load tasks by name; arguments as for `evaluate`.
 
@@ -270,7 +289,10 @@ def load_tasks(
     given: Iterable[Any] = [tasks] if single else tasks  # type: ignore[assignment]
     names: list[str | Task] = [as_text(name) for name in given]
     unique = [name for i, name in enumerate(names) if name not in names[:i]]
-    loaded = [load_task(name) if isinstance(name, str) else name for name in unique]
+    loaded = [
+        load_task(name, image_key=csv_img_key, caption_key=csv_caption_key) if isinstance(name, str) else name
+        for name in unique
+    ]
     if templates:
         chosen = parse_templates(as_list(templates))
         loaded = [

@@ -255,7 +255,7 @@ def probe_teachers(
     if not options.get("epochs") and not options.get("steps"):
         options["steps"] = DEFAULT_STEPS
     config = resolve(recipe, data=data, student=student, **options)
-    tasks = load_tasks(config.tasks) if config.tasks else []
+    tasks = _tasks(config)
     return probe_teachers([os.fspath(name) for name in teachers], Path(output), config, tasks, reporter=reporter)
 
 
@@ -297,7 +297,9 @@ def watch(
     if output is not None:
         require_output_file(Path(output), is_page, what="an earlier page of watch", option="-o")
     if task is not None:
-        load_tasks([task])
+        config = state.config
+        columns = {"csv_img_key": config.csv_img_key, "csv_caption_key": config.csv_caption_key} if config else {}
+        load_tasks([task], **columns)
     now: Callable[[], Answers] = Answers
     in_background: Callable[[], Answers] = Answers
     if answers:
@@ -337,5 +339,11 @@ def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.benchmarking.metrics import primary_metric
 
-    tasks = load_tasks(config.tasks)
+    tasks = _tasks(config)
     return lambda encoder: {task.name: primary_metric(score(encoder, task)) for task in tasks}
+
+
+def _tasks(config: RunConfig) -> list[Task]:
+    """Load the tasks of a run; a table has the columns of its data."""
+    columns = {"csv_img_key": config.csv_img_key, "csv_caption_key": config.csv_caption_key}
+    return load_tasks(config.tasks, **columns) if config.tasks else []

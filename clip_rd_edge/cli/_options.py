@@ -197,6 +197,21 @@ def template_option(group: str, *, default: str, use: str = "with {} for the lab
     )  # fmt: skip
 
 
+def column_options(group: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the options that name the columns of images and of captions."""
+    option = grouped(group)
+    return (
+        option(
+            "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
+            help="Column with the image paths, of every table.",
+        ),
+        option(
+            "--csv-caption-key", metavar="COLUMN", default="title", show_default=True,
+            help="Column with the captions, of every table.",
+        ),
+    )  # fmt: skip
+
+
 def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what is trained on besides `--data`, which stands before them, and how it is read."""
     data = grouped("Data")
@@ -212,14 +227,7 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "comment), a table or list as for classify --labels, or a Parquet file.  [default: none]",
         ),
         template_option("Data", use="for --texts", default="texts as they are"),
-        data(
-            "--csv-img-key", metavar="COLUMN", default="filepath", show_default=True,
-            help="Column with the image paths.",
-        ),
-        data(
-            "--csv-caption-key", metavar="COLUMN", default="title", show_default=True,
-            help="Column with the captions.",
-        ),
+        *column_options("Data"),
         data(
             "--train-data-upsampling-factors", metavar="W::W",
             help="How often each source of shards is repeated per epoch, such as 1::2.  [default: once]",

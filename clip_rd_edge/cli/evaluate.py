@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option, threads_option
+from clip_rd_edge.cli._options import (
+    GroupedCommand,
+    PathName,
+    column_options,
+    grouped,
+    template_option,
+    threads_option,
+)
 from clip_rd_edge.utils.printable import inert_cell
 
 if TYPE_CHECKING:
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
+_image_column, _caption_column = column_options("Tasks")
 
 
 @click.command(
@@ -37,6 +45,8 @@ _tasks, _model, _output = grouped("Tasks"), grouped("Model"), grouped("Output")
 )
 @_model("--pretrained", metavar="TAG", help="Weights, if MODEL is an architecture of open_clip.  [default: none]")
 @template_option("Tasks", default="the data set's, else imagenet")
+@_image_column
+@_caption_column
 @threads_option
 @_output(
     "--per-class", is_flag=True,
@@ -58,6 +68,7 @@ def command(
     confusion: Path | None,
     threads: int | None,
     as_json: bool,
+    **columns: str,
 ) -> None:
     """Measure zero-shot accuracy and retrieval of MODEL.
 
@@ -81,7 +92,7 @@ def command(
         _require_free(confusion)
     with console_reporter() as reporter:
         # Before the model, so that a mistyped name is reported at once.
-        loaded_tasks = load_tasks(tasks, templates=templates)
+        loaded_tasks = load_tasks(tasks, templates=templates, **columns)
         reporter.update("loading the model")
         loaded_model = edge.load(model, pretrained=pretrained, threads=threads)
         needs_classes = per_class or confusion is not None

@@ -28,7 +28,7 @@ BUILT_IN_TASKS = (
 )
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "title") -> Task:
     """Load a task. `name` is one of:
 
     - A name in BUILT_IN_TASKS: a task of the built-in data set.
@@ -37,6 +37,9 @@ def load_task(name: str) -> Task:
     - A folder of WebDataset shards as exported by CLIP_benchmark: `test/nshards.txt`, `test/0.tar`, …
     - Pairs, for retrieval: a table (CSV, TSV or Parquet), or shards (`val/{000..003}.tar`). An image in several lines
       of a table has several captions.
+
+    Args:
+        image_key, caption_key: the columns of a table, as for `data.pairs.load_pairs`.
 
     Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
 
@@ -55,7 +58,7 @@ def load_task(name: str) -> Task:
         return retrieval_from_shards(name, shards)
     path = Path(name)
     if name.endswith(TABLE_SUFFIXES) and is_file(path):
-        return _from_table(read_table(path, image_key="filepath", caption_key="title"), path.stem)
+        return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)
     if not is_folder(path):
         raise InputError(
             f"No task named {name!r}: it is neither a folder of images nor one of {', '.join(BUILT_IN_TASKS)}."

@@ -120,7 +120,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         data, images, texts, templates: what to train on; see `data.unpaired.TrainingData`.
-        csv_img_key, csv_caption_key: column names of a table.
+        csv_img_key, csv_caption_key: column names of tables, of tasks, too.
         train_data_upsampling_factors, json_caption_key: for shards; `weights` and `json_key` of `load_pairs`.
         max_bad: max fraction of the samples that may be unreadable; these are skipped.
         teacher: as `models.load.load_clip` takes it, or several of them, which `losses.ensemble` makes one; or

@@ -67,6 +67,8 @@ CASES = [
     ("evaluate B --task nothing", "No task named 'nothing'", "evaluate B --task tasks"),
     ("evaluate B --task emoji:unseen-styel", "Did you mean 'emoji:unseen-style'", "evaluate B --task tasks"),
     ("evaluate B --task empty", "has no images in subfolders", "evaluate B --task tasks"),
+    ("evaluate B --task columns.csv", "columns.csv has no column 'filepath'",
+     "evaluate B --task columns.csv --csv-img-key image --csv-caption-key caption"),
     ("evaluate B --task tasks --template red", "has no {}", "evaluate B --task tasks --template 'red {}'"),
     ("evaluate unfinished --task tasks", "has no student yet", "evaluate run --task tasks"),
     ("evaluate nothing --task tasks", "No model named 'nothing'", "evaluate B --task tasks"),

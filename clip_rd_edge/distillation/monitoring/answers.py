@@ -132,7 +132,7 @@ def _choose_samples(config: RunConfig, task: str | None) -> _Samples:
     rng = np.random.default_rng(config.seed)
     if name is None:
         return _from_pairs(config, rng)
-    loaded = load_task(name)
+    loaded = load_task(name, image_key=config.csv_img_key, caption_key=config.csv_caption_key)
     count = min(SAMPLES, len(loaded.images))
     chosen = sorted(rng.permutation(len(loaded.images))[:count].tolist())
     images = [open_image(loaded.images[index]) for index in chosen]

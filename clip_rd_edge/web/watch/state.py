@@ -39,6 +39,8 @@ class _Config(msgspec.Struct):
     texts: str | None = None
     teacher: str | tuple[str, ...] | None = None
     tasks: tuple[str, ...] = ()
+    csv_img_key: str = "filepath"
+    csv_caption_key: str = "title"
 
 
 class _Inputs(msgspec.Struct):
