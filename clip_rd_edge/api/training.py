@@ -247,10 +247,11 @@ def probe_teachers(
         InterruptedRunError: a signal stopped the runs; their state was saved.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, probe_teachers, require_one_process
+    from clip_rd_edge.distillation.probe import DEFAULT_STEPS, WITHOUT_TORCHRUN, probe_teachers
+    from clip_rd_edge.distillation.processes.distributed import require_one_process
     from clip_rd_edge.utils.files import require_utf8_path
 
-    require_one_process()
+    require_one_process("Teachers are ranked", hint=WITHOUT_TORCHRUN)
     require_utf8_path(Path(output))
     if not options.get("epochs") and not options.get("steps"):
         options["steps"] = DEFAULT_STEPS

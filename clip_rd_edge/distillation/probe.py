@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from clip_rd_edge.benchmarking.answer_cache import task_state
 from clip_rd_edge.benchmarking.metrics import Score, ZeroShotScore, primary_metric
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.processes.signals import stop_on_signals
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.errors import UsageError
@@ -30,6 +30,7 @@ from clip_rd_edge.utils.structs import read_json, to_json
 
 RESULT = "probe.json"
 DEFAULT_STEPS = 200
+WITHOUT_TORCHRUN = "its runs are short: start it without torchrun"
 _MAX_FOLDER_NAME = 80  # characters
 
 
@@ -104,7 +105,7 @@ def probe_teachers(
         InputError, ConfigError: a teacher, the data or the student cannot be used.
         InterruptedRunError: a signal requested a stop.
     """
-    require_one_process()
+    require_one_process("Teachers are ranked", hint=WITHOUT_TORCHRUN)
     _require_comparison(teachers, tasks)
     for name in teachers:  # all, before the first has run
         require_model(name, pretrained=config.teacher_pretrained)
@@ -132,19 +133,6 @@ def probe_teachers(
             )
             write_bytes(folder / RESULT, to_json(_ranked(config, probed, fingerprints)))
     return _ranked(config, probed, fingerprints)
-
-
-def require_one_process() -> None:
-    """Refuse several processes: those of torchrun join each other once, but there is a run per teacher.
-
-    Raises:
-        UsageError: torchrun started several.
-    """
-    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UsageError(
-            f"Teachers are ranked by a single process, but {count} were started.",
-            hint="its runs are short: start it without torchrun",
-        )
 
 
 @contextmanager

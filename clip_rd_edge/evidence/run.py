@@ -29,6 +29,7 @@ from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_d
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
+from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.store.store_build import CACHING_STAGE
 from clip_rd_edge.errors import UsageError
@@ -117,9 +118,15 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         teacher: model name, as in `load_clip`; None tunes the embedded teacher in `folder`.
 
     Raises:
-        UsageError: another process is writing to `folder`, or a run in it has other settings or another teacher.
+        UsageError: torchrun started several processes, another one is writing to `folder`, or a run in it has other
+            settings or another teacher.
         InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
+    require_one_process(
+        "Methods are compared",
+        hint="start it without torchrun; or train each method and seed by distill under torchrun, and measure the "
+        "students by benchmark",
+    )
     torch.set_num_threads(suite.threads)
     with exclusive_writer(folder), resumed_by_the_same_call():
         runs = list(suite.runs())

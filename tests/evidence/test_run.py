@@ -56,6 +56,16 @@ def test_a_second_writer_and_a_missing_teacher_are_errors(squares_suite: Evidenc
         runs.collect(squares_suite, tmp_path / "out")
 
 
+def test_several_processes_are_refused(
+    squares_suite: EvidenceSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="compared by a single process, but 2 were started") as error:
+        runs.run_evidence(squares_suite, tmp_path / "out", SILENT)
+    assert "train each method and seed by distill under torchrun" in error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
 def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_again(
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clip_rd_edge.distillation.processes.heartbeat import heartbeat, open_store
 from clip_rd_edge.distillation.processes.roll_call import Member, this_member
-from clip_rd_edge.errors import ClipRdEdgeError, relayed_error
+from clip_rd_edge.errors import ClipRdEdgeError, UsageError, relayed_error
 from clip_rd_edge.models.clip import default_device
 
 # Indexing, caching and evaluating may take hours, in which the other processes wait for the main one. A process that
@@ -207,6 +207,19 @@ def _as_one_message(tensors: Sequence[Tensor], communicate: Callable[[Tensor], o
 def _sum_bucket(_, bucket):  # type: ignore[no-untyped-def]
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def require_one_process(what: str, *, hint: str) -> None:
+    """Refuse several processes where there are several runs: the processes of torchrun join each other only once.
+
+    Args:
+        what: is done by one process, such as `Teachers are ranked`.
+
+    Raises:
+        UsageError: torchrun started several.
+    """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UsageError(f"{what} by a single process, but {count} were started.", hint=hint)
 
 
 @contextmanager
