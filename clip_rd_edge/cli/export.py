@@ -143,7 +143,7 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter, say
     from clip_rd_edge.contract.bundle import LABELS
-    from clip_rd_edge.convert.targets import BROWSER
+    from clip_rd_edge.convert.targets import BROWSER, BUILD_SHELL
     from clip_rd_edge.runtime.label_list import parse_labels
     from clip_rd_edge.utils.paths import is_file
 
@@ -158,7 +158,9 @@ def command(model: str, output: Path, as_json: bool, labels: tuple[str, ...], **
         use = f"classify {name} photo.jpg{labels_option}"
         if labels_option and not options["text_tower"]:
             use = f"index {name} photos/ -o photos.index"
-        say(f"next: clip-rd-edge verify {name}; clip-rd-edge {use}")
+        steps = f"clip-rd-edge verify {name}; clip-rd-edge {use}"
+        script = output / BUILD_SHELL
+        say(f"next, on the device: bash {as_word(script)}; {steps}" if is_file(script) else f"next: {steps}")
     echo(_as_json(bundle) if as_json else output)
 
 

@@ -65,7 +65,7 @@ FORMATS: dict[Format, FormatInfo] = {
         converter="clip_rd_edge.exporters.converters:TensorRtConverter",
         extras={
             "rtx": "export --format trt for RTX cards, and running the engines on them",
-            "tensorrt": "running engines of the full TensorRT, as on a Jetson",
+            "tensorrt": "running engines of the full TensorRT, which a Jetson has",
         },
         aliases=("tensorrt",),
     ),

@@ -51,6 +51,7 @@ SELF_BUILDING_TARGETS = {
     "jetson-thor": "Jetson Thor, compute capability 11.0; JetPack 7, TensorRT 10.13",
 }
 TARGETS = {**RTX_TARGETS, **SELF_BUILDING_TARGETS}
+BUILD_SHELL = "build.sh"  # in a folder that builds its own engines
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -210,7 +210,9 @@ def test_format_trt_alone_writes_the_folder_that_builds_its_engines_on_any_gpu(
     code, out, err = command_line("export", run_folder, "--format", "trt", "-o", tmp_path / "bundle")
     assert (code, out) == (0, f"{tmp_path / 'bundle'}\n"), err
     assert "copy it there and run bash build.sh" in err
-    assert (tmp_path / "bundle" / "build.sh").is_file()
+    script = tmp_path / "bundle" / "build.sh"
+    assert script.is_file()
+    assert f"next, on the device: bash {script}; clip-rd-edge verify" in " ".join(err.split())
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.target == "tensorrt nvidia-gpu"
     assert "fp16" in manifest.precision

@@ -12,7 +12,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, STAMP_SUFFIX, TOKENIZER,
 from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest
-from clip_rd_edge.convert.targets import RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
+from clip_rd_edge.convert.targets import BUILD_SHELL, RTX_TARGETS, SELF_BUILDING_TARGETS, require_target
 from clip_rd_edge.convert.tensorrt.engine import MAX_BATCH, build_engine, mistyped_layers
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower, typed_towers
 from clip_rd_edge.errors import ClipRdEdgeError
@@ -90,7 +90,7 @@ def _build_from_onnx(name: str, typed: TypedTower, *, target: str) -> bytes:
     return engine.content
 
 
-BUILD_SHELL, BUILD_PYTHON, CHECKSUMS = "build.sh", "build.py", "SHA256SUMS"
+BUILD_PYTHON, CHECKSUMS = "build.py", "SHA256SUMS"
 
 _SHELL = """#!/usr/bin/env bash
 # Builds the engines of {name}. Run it on the device ({title}); it takes minutes.
