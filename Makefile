@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test lint style types script-types docs test-fast test-all dist clean
 
-quickstart: $(STAMP)  ## the whole way on the embedded data, in minutes; interrupt and repeat as you like
+quickstart: $(STAMP)  ## the whole way on the built-in data, in minutes; interrupt and repeat as you like
 	$(BIN)/clip-rd-edge quickstart
 
 test: $(DOCS_STAMP)  ## what CI runs: style, types, layers, the user guide, tests

@@ -55,7 +55,7 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
     help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
     "per line (a line that starts with # and a space is a comment), a CSV with the column label, or a JSON list.  "
-    "[default: the bundle's label bank]",
+    "[default: the labels in the bundle]",
 )  # fmt: skip
 @template_option("Labels", default="the model's")
 @_labels(

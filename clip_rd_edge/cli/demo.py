@@ -19,7 +19,7 @@ _page = grouped("Page")
 @_page(
     "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
     help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify); at most 2,000.  [default: '
-    "the bundle's label bank, else the page's own]",
+    "the labels in the bundle, else the page's own]",
 )  # fmt: skip
 @server_options(8765)
 @threads_option

@@ -108,4 +108,4 @@ def read_labels(folder: Path) -> LabelBank | None:
 
 
 def _damaged(path: Path, reason: str) -> ConfigError:
-    return ConfigError(f"{path} is not a label bank: {reason}.", hint="export the bundle again")
+    return ConfigError(f"The labels in {path} cannot be read: {reason}.", hint="export the bundle again")

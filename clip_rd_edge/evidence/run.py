@@ -115,7 +115,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
     NAME.json is updated after every run.
 
     Args:
-        teacher: model name, as in `load_clip`; None tunes the embedded teacher in `folder`.
+        teacher: model name, as in `load_clip`; None tunes the built-in teacher in `folder`.
 
     Raises:
         UsageError: torchrun started several processes, another one is writing to `folder`, or a run in it has other
@@ -161,7 +161,7 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
 def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> str:
     if suite.data != "emoji":
         raise UsageError(
-            f"The suite {suite.name} trains on {suite.data}, for which there is no embedded teacher.",
+            f"The suite {suite.name} trains on {suite.data}, for which there is no built-in teacher.",
             hint="name a teacher: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
         )
     tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)

@@ -70,7 +70,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         compare_with: methods that all others are compared with, paired by seed.
         views: see `RunConfig`; the teacher's embeddings of the views are computed once per seed.
         evaluate_every: steps between the points of the learning curves.
-        teacher_steps: steps to tune the embedded teacher, if no other teacher is given.
+        teacher_steps: steps to tune the built-in teacher, if no other teacher is given.
         threads: number of training threads.
     """
 

@@ -99,7 +99,7 @@ class ZeroShotClassifier:
                 if isinstance(self.encoder, LabelsEncoder) and not self.encoder.has_text_tower:
                     self.encoder.stored_label_embeddings((), self._templates)  # raises: it has neither
                 raise InputError(
-                    "No labels were given, and the bundle has no label bank.",
+                    "No labels were given, and the bundle has none.",
                     hint='pass labels, such as --labels "a cat" "a dog"',
                 )
             names = list(self._bank_labels)

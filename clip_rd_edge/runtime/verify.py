@@ -245,12 +245,12 @@ def _major(version: str) -> int:
 
 def _check_labels(broken: set[str], encoder: BundleEncoder) -> Check:
     if broken:
-        return _not_run("label bank", broken)
+        return _not_run("labels", broken)
     embeddings = _attempt(lambda: _label_embeddings(encoder))
     if isinstance(embeddings, str):
-        return Check(what="label bank", passed=False, detail=embeddings)
+        return Check(what="labels", passed=False, detail=embeddings)
     problem = _norm_problem(embeddings)
-    return Check(what="label bank", passed=not problem, detail=problem or f"has shape {embeddings.shape}, norm 1")
+    return Check(what="labels", passed=not problem, detail=problem or f"has shape {embeddings.shape}, norm 1")
 
 
 def _attempt(run: Callable[[], Embeddings]) -> Embeddings | str:

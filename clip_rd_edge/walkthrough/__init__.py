@@ -1,1 +1,1 @@
-"""The complete workflow on the embedded data set: tune a teacher, distil, export, compare, classify."""
+"""The complete workflow on the built-in data set: tune a teacher, distil, export, compare, classify."""

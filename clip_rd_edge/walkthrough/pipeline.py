@@ -1,4 +1,4 @@
-"""The stages of the quickstart, from the embedded data set to a benchmark report."""
+"""The stages of the quickstart, from the built-in data set to a benchmark report."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ IMAGE_SIZE = 64  # pixels: enough for emoji, and feasible to train on two cores
 CONTEXT_LENGTH = 16  # the longest name in the data set has 12 tokens, including the start and end tokens
 TEXT_LAYERS, VOCABULARY = 2, 7500  # of the teacher's text tower, 6 and 30,522, that the student starts from
 VIEWS = 5  # of each pair; as the teacher sees them only once, less than half of its work is left
-CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the embedded teacher
+CLASSIFIER, SENTENCE_ENCODER = "tf_efficientnet_lite0", "all-MiniLM-L6-v2"  # the parts of the built-in teacher
 EMBEDDING_SIZE = 384  # the sentence encoder's
 FROZEN_LAYERS = 4  # of its image tower, while it is tuned
 
 
 def build_teacher(folder: Path, reporter: Reporter) -> Path:
-    """Stitch the embedded teacher from packages with weights; an existing folder is left unchanged.
+    """Stitch the built-in teacher from packages with weights; an existing folder is left unchanged.
 
     Raises:
         MissingExtraError: a package is not installed.
@@ -96,7 +96,7 @@ def build_teacher(folder: Path, reporter: Reporter) -> Path:
 
 
 def tune_teacher(settings: Settings, reporter: Reporter) -> None:
-    """Tune the embedded teacher on the training pairs; here, many small batches train better than few large ones.
+    """Tune the built-in teacher on the training pairs; here, many small batches train better than few large ones.
 
     It knows photographs, and would only forget them in its first layers: frozen, they take half of the time, and the
     result is better.

@@ -34,7 +34,7 @@ CASES = [
     ("classify B P --labels labelz.txt", "there is no such file", "classify B P --labels labels.txt"),
     ("classify B P --labels red,green", "looks like a list", f"classify B P {LABELS}"),
     ("classify B P --labels empty.txt", "has no labels", f"classify B P {LABELS}"),
-    ("classify B P", "the bundle has no label bank", f"classify B P {LABELS}"),
+    ("classify B P", "No labels were given, and the bundle has none", f"classify B P {LABELS}"),
     (f"classify B P {LABELS} --top 0", "0 is not in the range", ""),
     (f"classify B P {LABELS} --top three", "'three' is not a valid integer", ""),
     (f"classify B P {LABELS} --none-below 1.5", "1.5 is not in the range", ""),

@@ -98,7 +98,7 @@ def test_a_label_bank_that_the_manifest_does_not_know_is_refused(colour_bundle: 
     with pytest.raises(ConfigError, match=r"has no checksum of labels\.npz"):
         ZeroShotClassifier(load(colour_bundle))
     (check,) = [check for check in verify_bundle(colour_bundle) if not check.passed]
-    assert (check.what, "has no checksum" in check.detail) == ("label bank", True)
+    assert (check.what, "has no checksum" in check.detail) == ("labels", True)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def test_int8_takes_one_byte_per_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"names": np.asarray(["a"])}, "is not a label bank"),
-        ({"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)}, "is not a label bank"),
+        ({"names": np.asarray(["a"])}, "cannot be read"),
+        ({"names": np.asarray(["a"]), "levels": np.zeros((1, 2), np.int8)}, "cannot be read"),
         ({"names": np.asarray(["a"]), "embeddings": np.zeros((2, 2))}, r"1 names for embeddings of shape \(2, 2\)"),
         ({"names": np.asarray(["a"]), "embeddings": np.zeros(2)}, r"1 names for embeddings of shape \(2,\)"),
     ],

@@ -100,7 +100,7 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
     checks = verify_bundle(bundle)
     assert [check.what for check in checks] == [
         *("manifest.json", "image.onnx", "labels.npz", "text.onnx", "tokenizer.json"),
-        *("image tower", "text tower", "label bank", "answers"),
+        *("image tower", "text tower", "labels", "answers"),
     ]
     assert not _failed(checks)
     assert "not compared: the bundle has no reference answers" in checks[-1].detail
@@ -115,7 +115,7 @@ def test_an_intact_bundle_passes(bundle: Path) -> None:
         ("image.onnx", "image tower"),
         ("text.onnx", "text tower"),
         ("tokenizer.json", "text tower"),
-        ("labels.npz", "label bank"),
+        ("labels.npz", "labels"),
     ],
 )
 def test_a_flipped_byte_is_detected_and_its_tower_is_not_run(bundle: Path, file: str, tower: str) -> None:

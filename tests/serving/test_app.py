@@ -231,7 +231,7 @@ def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: An
         ("/v1/embeddings", {"input": [[1, 2]]}, "The request is invalid"),
         ("/v1/embeddings", {"input": "red", "dimensions": 2}, "this model has 3"),
         ("/classify", {"image": encoded(jpeg()), "labels": []}, "No labels"),
-        ("/classify", {"image": encoded(jpeg())}, "no label bank"),
+        ("/classify", {"image": encoded(jpeg())}, "the bundle has none"),
         ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "none_below": 1.5}, "<= 1.0 - at `$.none_below`"),
         ("/search", {"query": ""}, "either a query or an image"),
         ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "top": 0}, "Expected `int` >= 1 - at `$.top`"),

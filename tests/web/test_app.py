@@ -139,7 +139,7 @@ def test_classify(client: Any, key: str) -> None:
         ("/api/classify?labels=KEY", b"", 400, "Cannot read the image that was sent"),
         ("/api/classify?labels=KEY", png()[:60], 400, "Cannot read the image that was sent"),
         ("/api/classify?labels=other", png(), 409, "send them again"),
-        ("/api/classify", png(), 400, "the bundle has no label bank"),
+        ("/api/classify", png(), 400, "the bundle has none"),
         ("/api/classify?bundle=7", png(), 400, "Unknown bundle '7'; expected a number from 0 to 1"),
         ("/api/classify?bundle=-1", png(), 400, "Unknown bundle '-1'"),
         ("/api/labels", b"{", 422, "The request is invalid"),

@@ -43,7 +43,7 @@ function readNpy(buffer) {
   if (dtype === "<f2") return { shape, data: Float32Array.from(new Uint16Array(content), fromHalf) };
   if (dtype === "|i1") return { shape, data: new Int8Array(content) };
   if (dtype.startsWith("<U")) return { shape, data: strings(new Uint32Array(content), Number(dtype.slice(2))) };
-  throw new Error(`The label bank has the dtype ${dtype}, which this page cannot read.`);
+  throw new Error(`The labels in the bundle have the dtype ${dtype}, which this page cannot read.`);
 }
 
 // The value of a float16 with these bits; not every browser has Float16Array.
