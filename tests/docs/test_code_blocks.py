@@ -306,7 +306,7 @@ def reader(
         shutil.copy(colour_images / f"{colour}.png", folder / "my-images" / colour)
     shutil.copy(colour_images / "blue.jpg", folder / "photo.jpg")
     (folder / "labels.txt").write_text("red\ngreen\nblue\n")
-    for table in ("pairs.csv", "held-out.csv"):
+    for table in ("all.csv", "pairs.csv", "held-out.csv"):
         (folder / table).write_text(pairs_csv.read_text().replace("pictures/", f"{pairs_csv.parent}/pictures/"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin", io.StringIO("photos/red.png\n"))
