@@ -17,7 +17,7 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import Answers, RetrievalAnswers, ZeroShotAnswers
 from clip_rd_edge.benchmarking.results import Environment
 from clip_rd_edge.contract.images import ImageFile
-from clip_rd_edge.contract.outputs import OF_FILE_MANAGERS
+from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.utils.files import write_bytes
@@ -34,7 +34,7 @@ def is_cache(folder: Path) -> bool:
 
 
 def _is_ours(path: Path) -> bool:
-    return bool(_FILE.fullmatch(path.name)) or path.name in OF_FILE_MANAGERS
+    return bool(_FILE.fullmatch(path.name)) or is_left_by_system(path)
 
 
 class DamagedCacheError(ConfigError):

@@ -45,7 +45,8 @@ _EXPORTS = (  # beside bundles, whose manifests say what is in them
     ),
 )
 _BUILT_ON_DEVICE = (f"*{ENGINE_SUFFIX}", f"*{ENGINE_SUFFIX}{STAMP_SUFFIX}", f"*{ENGINE_SUFFIX}.part", "timing.cache")
-OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_OF_MACOS = "._"  # before a file's name, on a disk that is not formatted for a Mac
 # The entry of distillation.json that only the command's own models have: a student took days to train.
 _RECORDED = {"average": "average", "stitched model": "classifier", "trimmed model": "trimmed"}
 
@@ -111,6 +112,11 @@ def require_output_file(path: Path, is_earlier: Callable[[bytes], bool], *, what
     )
 
 
+def is_left_by_system(path: Path) -> bool:
+    """Return whether a file manager or macOS, and nobody else, puts files of this name into folders."""
+    return path.name in _OF_FILE_MANAGERS or path.name.startswith(_OF_MACOS)
+
+
 def _stray(folder: Path, kind: OutputKind) -> str | None:
     """Return a file that is no part of an earlier output; empty if the folder is none, None if it is one."""
     if kind != "export":
@@ -152,6 +158,6 @@ def _record(folder: Path) -> dict[str, object]:
 
 def _outside(folder: Path, layout: _Layout) -> str | None:
     patterns = (*layout.required, *layout.optional)
-    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in OF_FILE_MANAGERS)
+    files = (path for path in folder.rglob("*") if not path.is_dir() and not is_left_by_system(path))
     paths = (path.relative_to(folder).as_posix() for path in files)
     return next((path for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns)), None)

@@ -27,7 +27,8 @@ def write(folder: Path, *names: str) -> Path:
 
 def test_an_earlier_bundle_is_replaced_with_force_alone(colour_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(colour_bundle, tmp_path / "bundle")
-    write(bundle, "image.engine", "image.engine.sha256", "timing.cache", ".DS_Store")  # built, or left there, since
+    write(bundle, "image.engine", "image.engine.sha256", "timing.cache")  # built since
+    write(bundle, ".DS_Store", "._image.onnx")  # left there by a Mac
     require_output(bundle, "export", overwrite=True)
     assert "--force" in (refused(bundle, overwrite=False).hint or "")
     shutil.copytree(colour_bundle, tmp_path / "targets" / "sm86")

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.backends.session import OneInputModel
@@ -96,6 +97,7 @@ class CoreMlEncoder(BundleEncoder):
         package = self.folder / tower.file
         for path in package.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and self.manifest.files and name not in self.manifest.files:
+            listed = not self.manifest.files or name in self.manifest.files
+            if path.is_file() and not listed and not is_left_by_system(path):
                 raise ConfigError(f"The manifest of {self.folder} has no checksum of {name}.", hint="export it again")
         return open_coreml(package, tower, cpu_only=self.cpu_only)

@@ -103,6 +103,12 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(packaged: Path, corem
         load(packaged).encode_pixels(np.zeros((1, 3, *read_manifest(packaged).preprocessing.size), dtype=np.float32))
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Data/.DS_Store", "Data/._model.mlmodel"])
+def test_what_a_mac_leaves_in_a_package_does_no_harm(packaged: Path, coreml: type[Model], name: str) -> None:
+    (packaged / "text.mlpackage" / name).write_bytes(b"x")
+    assert load(packaged).encode_texts(["red"]).shape == (1, read_manifest(packaged).embedding_size)
+
+
 def test_elsewhere_than_on_a_mac_it_is_said_in_a_sentence(
     packaged: Path, coreml: type[Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
