@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.errors import ConfigError, in_one_line
 from clip_rd_edge.runtime.backends.providers import (
@@ -77,7 +77,7 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
     """Return a session that really runs on `device`, or None and the reason why there is none."""
     cache = cache_home() / "engines"
     if device in KEEP_ENGINES:
-        cache /= (sha256_of(Path(model)) if isinstance(model, str) else hashlib.sha256(model).hexdigest())[:32]
+        cache /= _engine_folder(model)
     providers = provider_list(device, cache=cache, threads=threads)
     try:
         # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
@@ -87,6 +87,14 @@ def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: i
     if session_device(session, device) != device:
         return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
     return session, ""
+
+
+def _engine_folder(model: str | bytes) -> str:
+    """Return a name that changes with the model, also with weights that are in a file of their own."""
+    if isinstance(model, bytes):
+        return hashlib.sha256(model).hexdigest()[:32]
+    data = Path(f"{model}{EXTERNAL_DATA_SUFFIX}")
+    return "-".join(sha256_of(path)[:32] for path in (Path(model), *([data] if data.is_file() else [])))
 
 
 class OrtEncoder(BundleEncoder):
