@@ -23,12 +23,14 @@ from clip_rd_edge.contract.bundle import (
     MANIFEST,
     TOKENIZER,
     Manifest,
+    damaged_files,
     read_manifest,
     require_whole_towers,
     write_manifest,
 )
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UsageError
+from clip_rd_edge.runtime.intact import require_intact_manifest
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.utils.files import new_folder, size_bytes, write_bytes
 from clip_rd_edge.utils.paths import cache_home, is_file
@@ -173,7 +175,7 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
     """Write a folder that any static web server can serve; return the bundle's manifest.
 
     index.html, …    the page of `clip-rd-edge demo`, with an api.js that runs the model in the browser
-    bundle/          the unchanged bundle
+    bundle/          the unchanged bundle, without what its manifest does not list
     npm/             the files of `PACKAGES`
     sizes.json       bytes to load before the first image, and size of the bundle, which the page shows
 
@@ -184,24 +186,34 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
         overwrite: replace an earlier export in `output`.
 
     Raises:
-        UsageError: `output` exists, the bundle is for another runtime, or its tokenizer type is not supported.
-        InputError, ConfigError: the folder is not a valid bundle.
+        UsageError: `output` exists, the bundle is for another runtime or damaged, or its tokenizer type is not supported.
+        InputError, ConfigError: the folder is not a valid bundle, or its manifest has changed since the export.
         ClipRdEdgeError: the npm packages are not available; see `find_packages`.
     """
     require_output(output, "export", overwrite=overwrite)
     manifest = read_manifest(bundle)
     _require_supported(bundle, manifest)
     if bundle.resolve() in output.resolve().parents:
-        raise UsageError(f"The output {output} is inside the bundle, all of which it holds.", hint="choose another -o")
+        raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another -o")
     with new_folder(output, overwrite=overwrite) as folder:
         for source in (PAGE, ALONE):  # ALONE replaces api.js
             shutil.copytree(source, folder, dirs_exist_ok=True)
         (folder / NPM).mkdir()
         for name, path in find_packages(node_modules).items():
             shutil.copyfile(path, folder / NPM / name)
-        shutil.copytree(bundle, folder / BUNDLE)
+        _copy_bundle(bundle, manifest, folder / BUNDLE)
         write_bytes(folder / SIZES, to_json(_sizes(folder, manifest)))
     return manifest
+
+
+def _copy_bundle(bundle: Path, manifest: Manifest, folder: Path) -> None:
+    """Copy a bundle's manifest and the files that it lists, all as they were exported, into a new folder."""
+    require_intact_manifest(bundle, manifest)
+    if damaged := damaged_files(bundle, manifest):
+        raise UsageError(f"The bundle {bundle} is damaged: {', '.join(damaged)}.", hint="copy or export it again")
+    for name in (MANIFEST, *manifest.files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / name, folder / name)
 
 
 def _require_supported(bundle: Path, manifest: Manifest) -> None:
@@ -237,8 +249,9 @@ def write_from_bundle(
     """
     with tempfile.TemporaryDirectory() as scratch:
         if labels is not None:
-            bundle = shutil.copytree(bundle, Path(scratch) / "bundle")
-            manifest = read_manifest(bundle)
-            write_label_bank(bundle, manifest, labels)
-            write_manifest(bundle, manifest)
+            manifest, copy = read_manifest(bundle), Path(scratch) / "bundle"
+            _copy_bundle(bundle, manifest, copy)
+            write_label_bank(copy, manifest, labels)
+            write_manifest(copy, manifest)
+            bundle = copy
         return write_browser(bundle, output, node_modules=node_modules, overwrite=overwrite)

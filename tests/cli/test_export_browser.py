@@ -82,6 +82,42 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
         assert (code, message in error) == (2, True)
 
 
+@pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
+def test_a_page_holds_the_files_that_the_manifest_lists_and_no_others(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    for name in ("notes.txt", ".DS_Store", "image.engine"):
+        (colour_bundle / name).write_text("private")
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+    assert command_line("export", colour_bundle, *labels, *options)[0] == 0
+    names = {path.name for path in (tmp_path / "site" / "bundle").iterdir()}
+    assert names == {"manifest.json", "image.onnx", "text.onnx", "tokenizer.json", *(["labels.npz"] if labels else [])}
+    assert command_line("verify", tmp_path / "site" / "bundle")[0] == 0
+
+
+@pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])
+@pytest.mark.parametrize(
+    ("name", "word", "message"),
+    [("image.onnx", b"mean", "is damaged: image.onnx"), ("manifest.json", b"colours", "its checksum differs")],
+)
+def test_a_damaged_bundle_is_not_published(
+    command_line: Run,
+    colour_bundle: Path,
+    node_modules: Path,
+    tmp_path: Path,
+    labels: tuple[str, ...],
+    name: str,
+    word: bytes,
+    message: str,
+) -> None:
+    content = (colour_bundle / name).read_bytes()
+    (colour_bundle / name).write_bytes(content.replace(word, word.upper()))
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+    code, _, error = command_line("export", colour_bundle, *labels, *options)
+    assert (code, message in error) == (2, True)
+    assert not (tmp_path / "site").exists()
+
+
 def test_a_page_inside_its_own_bundle_is_refused(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
     for output in (colour_bundle / "site", colour_bundle):
         code, _, error = command_line(
