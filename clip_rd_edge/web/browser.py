@@ -186,7 +186,8 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
         overwrite: replace an earlier export in `output`.
 
     Raises:
-        UsageError: `output` exists, the bundle is for another runtime or damaged, or its tokenizer type is not supported.
+        UsageError: `output` exists, or the bundle is for another runtime, damaged, or without anything to classify
+            among, or its tokenizer type is not supported.
         InputError, ConfigError: the folder is not a valid bundle, or its manifest has changed since the export.
         ClipRdEdgeError: the npm packages are not available; see `find_packages`.
     """
@@ -226,6 +227,11 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
         )
     require_whole_towers(bundle, manifest, purpose="a browser")
     if manifest.text is None:
+        if LABELS not in manifest.files:
+            raise UsageError(
+                f"The bundle {bundle} has no text tower and no labels: a page has nothing to classify images among.",
+                hint="export the model with --labels, or without --no-text-tower",
+            )
         return
     tokenizer_type = json.loads((bundle / TOKENIZER).read_bytes())["model"]["type"]
     if tokenizer_type not in _TOKENIZERS:

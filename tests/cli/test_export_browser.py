@@ -118,6 +118,18 @@ def test_a_damaged_bundle_is_not_published(
     assert not (tmp_path / "site").exists()
 
 
+def test_a_bundle_that_only_embeds_images_becomes_no_page(
+    command_line: Run, colours_without_text: Path, node_modules: Path, tmp_path: Path
+) -> None:
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+    assert command_line("export", colours_without_text, *options)[0] == 0
+    manifest = read_manifest(colours_without_text)
+    (colours_without_text / "labels.npz").unlink()
+    write_manifest(colours_without_text, manifest)
+    code, _, error = command_line("export", colours_without_text, *options, "--force")
+    assert (code, "has no text tower and no labels" in error) == (2, True)
+
+
 def test_a_page_inside_its_own_bundle_is_refused(colour_bundle: Path, node_modules: Path, command_line: Run) -> None:
     for output in (colour_bundle / "site", colour_bundle):
         code, _, error = command_line(
