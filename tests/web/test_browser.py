@@ -256,6 +256,27 @@ def test_labels_and_choices_survive_a_reload(page: Any) -> None:
     assert list(rows(page)) == ["green", "blue"]
 
 
+def test_a_returning_visitor_sees_the_labels_that_a_bundle_was_given_meanwhile(page: Any) -> None:
+    banks = iter([0, 2, 2])
+
+    def answer(route: Any) -> None:
+        bundle = route.fetch().json()["bundles"][1]
+        route.fulfill(json={"labels": [], "bundles": [{**bundle, "bank": next(banks)}]})
+
+    page.route("**/api/bundles", answer)
+    for shown in (False, True):
+        page.reload()
+        page.wait_for_selector("#bundles tr")
+        assert (page.is_visible("#bank-switch"), page.is_checked("#bank")) == (shown, shown)
+    page.uncheck("#bank")
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    page.reload()
+    page.wait_for_selector("#bundles tr")
+    assert not page.is_checked("#bank")  # which the visitor has turned off
+    page.unroute("**/api/bundles")
+
+
 def test_times_leave_out_the_first_call(page: Any) -> None:
     page.evaluate("""() => {
         const send = window.fetch;

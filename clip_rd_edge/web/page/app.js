@@ -117,7 +117,8 @@ function debounce(action) {
 // Keep labels and choices over a reload.
 function remember() {
   if (!choices.length) return;
-  const bank = byId("bank").checked;
+  // Where there are no own labels, nobody has turned them off: a page that gets some later shows them.
+  const bank = choices[selected].bank ? byId("bank").checked : undefined;
   store({ start: startLabels, labels: labels.typedLabels, choice: choices[selected].folder, bank });
 }
 
