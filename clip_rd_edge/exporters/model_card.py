@@ -10,6 +10,7 @@ from clip_rd_edge.benchmarking.report.plot import draw
 from clip_rd_edge.benchmarking.report.text import PLOT, figures_table
 from clip_rd_edge.benchmarking.results import Results
 from clip_rd_edge.contract.bundle import Manifest
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.convert.huggingface import BOTH, SUFFIXES, TEXT, VISION, Variant
 from clip_rd_edge.utils.files import size_bytes, write_bytes, write_text
 
@@ -60,14 +61,18 @@ texts = list(TextEmbedding("ORG/REPO").embed(["a photo of a cat"]))
 Embeddings are L2-normalised: their dot product is the cosine. The ONNX files take texts of any length up to the
 context length, in batches; transformers.js selects FP16 by `dtype: 'fp16'`, and INT8, if it is there, by
 `dtype: 'int8'`."""
-_LIMITS = """- open_clip resizes images with a bicubic filter, transformers.js and fastembed with Lanczos as
-  `preprocessor_config.json` says: in Node, transformers.js has no bicubic filter that suits large images. Their
+_LIMITS = """- open_clip resizes images with a INTERPOLATION filter, transformers.js and fastembed with Lanczos as
+  `preprocessor_config.json` says: in Node, transformers.js has no INTERPOLATION filter that suits large images. Their
   crop may differ by one pixel from open_clip's.
 - clip-rd-edge lays transparent images on white. transformers, transformers.js, fastembed and open_clip drop the
   transparency, and the colours beneath it show: lay such images on white first.
 - The tokenizer file does not decode HTML entities, convert full-width letters or repair wrong encodings, as open_clip
   does.
 - What the model recognises is what its training data show; nothing else was tested."""
+
+_BILINEAR = """- Lanczos is sharper than the bilinear filter that this model was trained with: transformers.js and
+  fastembed embed an image less like open_clip than they do for a bicubic model. Where that matters, resize the
+  shorter edge with a bilinear filter first."""
 
 
 def write_model_card(
@@ -94,7 +99,7 @@ def write_model_card(
     if training:
         rows = [["", ""], *([f"**{inert_markdown(name)}**", inert_markdown(value)] for name, value in training.items())]
         parts += ["## Training", markdown_table(rows, left=range(2))]
-    parts += ["## Limits", _LIMITS, "## Licence", _licence(training)]
+    parts += ["## Limits", _limits(manifest.preprocessing), "## Licence", _licence(training)]
     write_text(folder / _CARD, "\n\n".join(parts) + "\n")
 
 
@@ -135,6 +140,12 @@ def _figures(folder: Path, results: Results) -> list[str]:
         write_bytes(folder / PLOT, plot)
         parts.insert(1, f"![Top-1 against the latency of the image tower]({PLOT})")
     return parts
+
+
+def _limits(preprocessing: Preprocessing) -> str:
+    interpolation = preprocessing.evaluation_interpolation
+    limits = _LIMITS.replace("INTERPOLATION", interpolation)
+    return f"{_BILINEAR}\n{limits}" if interpolation == "bilinear" else limits
 
 
 def _licence(training: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import open_clip
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig
 
 import clip_rd_edge as edge
+from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.contract.outputs import require_output
 from clip_rd_edge.contract.tokenizer import TokenizerSpec, clean_text
 from clip_rd_edge.convert.bundle import ConvertedBundle
@@ -30,7 +32,7 @@ from clip_rd_edge.convert.huggingface import _last_id, _take_any_length, normali
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.huggingface import export_huggingface
-from clip_rd_edge.exporters.model_card import _licence
+from clip_rd_edge.exporters.model_card import _licence, write_model_card
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -225,14 +227,23 @@ def test_the_model_card_names_files_training_and_licences(folder: Path) -> None:
     assert "license:" not in card.split("---")[1]  # for the user to decide
 
 
+def test_the_model_card_names_the_filter_that_the_model_was_trained_with(
+    folder: Path, fp32_bundle: Path, tmp_path: Path
+) -> None:
+    assert "open_clip resizes images with a bicubic filter" in (folder / "README.md").read_text()
+    hub, manifest = shutil.copytree(folder, tmp_path / "hub"), read_manifest(fp32_bundle)
+    bilinear = msgspec.structs.replace(manifest.preprocessing, interpolation="bilinear")
+    manifests = {"fp32": msgspec.structs.replace(manifest, preprocessing=bilinear)}
+    write_model_card(hub, manifests, results=None, training={})
+    card = (hub / "README.md").read_text()
+    assert "open_clip resizes images with a bilinear filter" in card
+    assert "Lanczos is sharper than the bilinear filter" in card
+
+
 def test_a_model_that_the_clients_cannot_preprocess_for_is_refused(student: ClipModel, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    import msgspec
-
     padded = msgspec.structs.replace(student.preprocessing, resize_mode="longest")
     with pytest.raises(UsageError, match="takes 32 × 32 with resize mode longest"):
-        export_huggingface(replace(student, preprocessing=padded), tmp_path / "hub", ExportRequest())
+        export_huggingface(dataclasses.replace(student, preprocessing=padded), tmp_path / "hub", ExportRequest())
     assert not (tmp_path / "hub").exists()
 
 
