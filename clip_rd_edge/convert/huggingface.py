@@ -43,6 +43,10 @@ _END_OF_WORD = "</w>"
 # open_clip's pattern for words, without what JavaScript's regular expressions lack. The text is in lower case before.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}" + "\u0345]+"
 _PUNCTUATION = r"[!-/:-@\[-`{-~]"
+# A sigma that ends a word, as Unicode's Final_Sigma has it, but for two marks in a row before it. Python and JavaScript
+# make it ς, which the tokenizers library, in lower case letter by letter, makes σ.
+_CASED, _MARK = r"[\p{Lu}\p{Ll}\p{Lt}]", r"['.:·\p{M}\p{Cf}\p{Lm}\p{Sk}]"
+_FINAL_SIGMA = rf"(?<={_CASED}|{_CASED}{_MARK})Σ(?!{_MARK}*{_CASED})"
 # As ftfy, with which open_clip cleans texts, removes and writes them. The class has escapes that JavaScript knows, too.
 _TERMINAL_ESCAPE = r"\x1b\[[0-9;]*[a-zA-Z]"
 _CONTROL = r"[\x00-\x08\x0b\x0e-\x1f\x7f" + "\u206a-\u206f\ufeff\ufff9-\ufffc]"
@@ -300,6 +304,8 @@ def normalizer_with_cleaning(existing: dict[str, Any] | None, spec: TokenizerSpe
     if spec.clean == "canonicalize":
         replaced += [("_", " "), (_PUNCTUATION, "")]
     replaced.append((r"\s+", " "))
+    if spec.clean != "whitespace":
+        replaced.append((_FINAL_SIGMA, "ς"))
     steps: list[dict[str, Any]] = [{"type": "NFC"}]
     steps += ({"type": "Replace", "pattern": {"Regex": old}, "content": new} for old, new in replaced)
     steps.append({"type": "Strip", "strip_left": True, "strip_right": True})

@@ -169,6 +169,14 @@ def test_the_tokenizer_file_writes_letters_that_are_two_as_two() -> None:
         assert written.normalize_str(letters) == clean_text(letters, "whitespace").lower()
 
 
+@pytest.mark.parametrize("clean", ["lower", "canonicalize", "whitespace"])
+def test_the_tokenizer_file_makes_lower_case_of_greek_as_the_runtime_does(clean: Any) -> None:
+    normalizer = normalizer_with_cleaning(None, TokenizerSpec(context_length=5, clean=clean))
+    written = Tokenizer.from_str(json.dumps({**json.loads(Tokenizer(models.BPE()).to_str()), "normalizer": normalizer}))
+    for text in ("ΓΑΤΑΣ", "ΣΚΥΛΟΣ ΚΑΙ ΓΑΤΑ", "Ελλάς", "Α.Ε.Σ.", "ΜΑΣ'ΑΡΕΣΕΙ", "«ΦΩΣ», Σ", "2Σ", "猫Σ", "ΣΑΣ!"):
+        assert written.normalizer.normalize_str(text) == clean_text(text, clean)
+
+
 @pytest.mark.parametrize("text", HARD_TEXTS)
 def test_the_tokenizer_file_gives_open_clips_ids(folder: Path, text: str) -> None:
     _, _, tokenize = _load(folder)
