@@ -22,9 +22,9 @@ from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
+from clip_rd_edge.runtime.backends.saturation import processor_saturates
 from clip_rd_edge.runtime.intact import require_intact
 from clip_rd_edge.utils.files import size_bytes
-from clip_rd_edge.utils.host import lacks_vnni
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,7 +53,7 @@ class Placement(NamedTuple):
 def saturates(tower: Tower, placement: Placement) -> str:
     """Return why this processor saturates a tower's INT8, or an empty string."""
     sets = tower.instruction_sets
-    if placement.device != "cpu" or not sets or "x86-64" in sets or not lacks_vnni():
+    if placement.device != "cpu" or not sets or "x86-64" in sets or not processor_saturates():
         return ""
     return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 

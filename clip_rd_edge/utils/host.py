@@ -52,7 +52,6 @@ _ARM_CORES = {
     ("0x41", "0xd49"): "Arm Neoverse-N2",
     ("0x41", "0xd4f"): "Arm Neoverse-V2",
 }
-_VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 _CPUINFO = Path("/proc/cpuinfo")
 _BOARD = Path("/proc/device-tree/model")
 _SYSCTL = "/usr/sbin/sysctl"
@@ -121,17 +120,6 @@ def instruction_sets(features: str | None = None) -> tuple[str, ...]:
     enabled = {key.strip() for key, _, value in lines if value.strip() == "1"}
     flags = {key.removeprefix("hw.optional.").removeprefix("arm.") for key in enabled}
     return tuple(name for flag, name in _MACOS_INSTRUCTION_SETS.items() if flag in flags)
-
-
-def lacks_vnni(features: str | None = None) -> bool:
-    """Return whether this is an x86 processor without VNNI or AMX; False if its flags are unknown.
-
-    Args:
-        features: as for `instruction_sets`.
-    """
-    lines = (_features() if features is None else features).splitlines()
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
-    return bool(flags) and not flags & _VNNI
 
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -311,7 +311,7 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
     answering: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], lacking: bool, failing: set[str]
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda: lacking)
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: lacking)
     _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
     failed = _failed(verify_bundle(answering))
     assert set(failed) == failing
@@ -322,7 +322,7 @@ def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
 def test_a_processor_that_saturates_the_towers_int8_is_warned_about_whatever_the_command(
     answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.lacks_vnni", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
     sets = ("x86-64-vnni", "aarch64")
     _rehash(answering, text=msgspec.structs.replace(read_manifest(answering).text, instruction_sets=sets))
     encoder = load(answering)

@@ -15,7 +15,6 @@ from clip_rd_edge.utils.host import (
     cpu_quota,
     instruction_sets,
     is_running,
-    lacks_vnni,
     machine_name,
     peak_memory_bytes,
     usable_cores,
@@ -34,22 +33,6 @@ def test_instruction_sets_of_macos() -> None:
     output = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
     assert instruction_sets(output) == ("Neon", "Neon dot product")
     assert instruction_sets("hw.optional.avx2_0: 1\nhw.optional.avx512f: 0\n") == ("AVX2",)
-
-
-@pytest.mark.parametrize(
-    ("features", "lacking"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu sse2 avx2 fma\n", True),  # Haswell
-        ("flags\t\t: fpu ssse3 sse4_1\nvmx flags\t: vnmi\n", True),  # Nehalem
-        ("flags\t\t: avx2 avx_vnni\n", False),  # Alder Lake
-        ("flags\t\t: avx512f avx512_vnni\n", False),
-        ("Features\t: fp asimd\n", False),  # Arm
-        ("hw.optional.avx2_0: 1\n", False),  # unknown
-        ("", False),
-    ],
-)
-def test_x86_processors_without_vnni_are_known_by_their_flags(features: str, lacking: bool) -> None:
-    assert lacks_vnni(features) is lacking
 
 
 def test_cpu_limit_of_a_container() -> None:
