@@ -192,6 +192,19 @@ class BundleEncoder(ABC):
             )
         return embeddings
 
+    def require_right_images(self) -> None:
+        """Refuse to embed images for other machines, and other days, if their embeddings are wrong here.
+
+        Raises:
+            UsageError: this processor saturates the image tower's INT8.
+        """
+        image = self.manifest.image
+        if reason := saturates(image, self.placement(image)):
+            raise UsageError(
+                f"{self.folder / image.file} gives wrong answers here: {reason}.",
+                hint="embed the images on a device that it holds for, or export the model with --target cpu-x86",
+            )
+
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
         """Embed images, (N, D)."""
         if self.manifest.image.preprocesses:

@@ -110,7 +110,8 @@ def update_index(
 
     Raises:
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
-        UsageError: `path` contains something else, or the index of another folder.
+        UsageError: `path` contains something else, or the index of another folder; or this processor saturates the
+            image tower's INT8.
         DiskFullError: there is no space left; what was saved before is kept.
     """
     if not is_folder(folder):
@@ -121,6 +122,8 @@ def update_index(
     for location in (folder.resolve(), encoder.folder.resolve()):
         if not is_unicode(str(location)):
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
+    if cluster is None:  # else its workers are asked
+        encoder.require_right_images()
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     try:
         with exclusive_writer(path, on_wait=reporter.say):

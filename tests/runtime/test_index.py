@@ -398,6 +398,18 @@ def test_an_image_that_is_in_no_known_format_is_named(
     assert len(names(index)) == 4
 
 
+def test_images_that_this_processor_embeds_wrongly_are_not_kept(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    with pytest.raises(UsageError, match=r"image\.onnx gives wrong answers here: its INT8 holds for x86-64-vnni and"):
+        update_index(load(colour_bundle), colour_images, index)
+    assert not index.exists()
+
+
 def test_another_model_embeds_everything_again(colour_bundle: Path, colour_images: Path, index: Path) -> None:
     update_index(load(colour_bundle), colour_images, index)
     with (colour_bundle / "image.onnx").open("ab") as file:
