@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.reference import Reference, reference_images, write_reference
+from clip_rd_edge.convert.int8.saturation import open_as_written
 from clip_rd_edge.convert.parity import HARD_TEXTS
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
@@ -28,9 +29,16 @@ class NodeByNode(BundleEncoder):
         """Open a bundle."""
         return cls(folder, manifest, threads=options.threads)
 
+    def saturation(self, tower: Tower) -> str:
+        """Return an empty string: what `open_tower` opens saturates nowhere."""
+        return ""
+
     def open_tower(self, tower: Tower) -> Any:
         """Open an unoptimised session for the tower's ONNX file."""
-        return open_session(str(self.folder / tower.file), threads=self.threads, optimize=False)
+        path = self.folder / tower.file
+        if super().saturation(tower):
+            return open_as_written(path.read_bytes(), threads=self.threads)
+        return open_session(str(path), threads=self.threads, optimize=False)
 
 
 def add_reference(folder: Path, encoder: BundleEncoder) -> None:

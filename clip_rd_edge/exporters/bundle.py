@@ -29,7 +29,7 @@ from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.options import ExportRequest, require_fallback, require_precision, require_via
 from clip_rd_edge.convert.parity import HARD_TEXTS, Inputs, agreement, embed, latencies, measurement
 from clip_rd_edge.convert.preprocess_graph import IMAGE, with_preprocessing
-from clip_rd_edge.convert.reference import add_reference
+from clip_rd_edge.convert.reference import NodeByNode, add_reference
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.converters import Conversion, converter_for
 from clip_rd_edge.exporters.onnx import (
@@ -44,6 +44,7 @@ from clip_rd_edge.models.clip import ClipModel, deployed_parameter_count, evalua
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.tokenizer import export_tokenizer
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.labels import write_label_bank
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import new_folder, write_bytes
@@ -250,12 +251,18 @@ def _finish(
     if request.labels is not None:
         reporter.update("embedding the labels")
         complete = (origin, known) if known.text else (source, read_manifest(source))
-        write_label_bank(folder, manifest, request.labels, encoder=open_bundle(*complete, device="cpu"))
+        write_label_bank(folder, manifest, request.labels, encoder=_label_encoder(*complete))
     if not request.text_tower:
         manifest, known = _without_text(folder, manifest), known.without_text()
     reporter.update("computing the reference answers")
     add_reference(folder, converter.reference(origin, known))
     return write_manifest(folder, manifest)
+
+
+def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
+    """Return the bundle as a device runs it, or if this processor saturates its text tower, node by node."""
+    encoder = open_bundle(folder, manifest, device="cpu")
+    return NodeByNode(folder, manifest) if encoder.saturation(manifest.require_text()) else encoder
 
 
 def _without_text(folder: Path, manifest: Manifest) -> Manifest:

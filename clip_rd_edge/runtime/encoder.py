@@ -50,14 +50,6 @@ class Placement(NamedTuple):
     fallback: str = ""
 
 
-def saturates(tower: Tower, placement: Placement) -> str:
-    """Return why this processor saturates a tower's INT8, or an empty string."""
-    sets = tower.instruction_sets
-    if placement.device != "cpu" or not sets or "x86-64" in sets or not processor_saturates():
-        return ""
-    return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """How to run a bundle; each runtime takes what applies to it.
@@ -106,6 +98,13 @@ class BundleEncoder(ABC):
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower really runs, or before it is loaded, where it is meant to."""
         return Placement(self.runtime, "cpu")
+
+    def saturation(self, tower: Tower) -> str:
+        """Return why a tower's INT8 saturates where it runs, or an empty string."""
+        sets = tower.instruction_sets
+        if self.placement(tower).device != "cpu" or not sets or "x86-64" in sets or not processor_saturates():
+            return ""
+        return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 
     def describe(self) -> Description:
         """Describe this encoder; `precision` names both towers' if they differ."""
@@ -156,7 +155,7 @@ class BundleEncoder(ABC):
         if text is None or not all(files):
             return ""
         placement = self.placement(text)
-        if saturates(text, placement):  # else other processors, of the same user, would answer with them
+        if self.saturation(text):  # else other processors, of the same user, would answer with them
             return ""
         where = (placement.runtime, placement.device, text.precision)
         content = msgspec.json.encode((files, manifest.tokenizer, where, text.one_at_a_time))
@@ -199,7 +198,7 @@ class BundleEncoder(ABC):
             UsageError: this processor saturates the image tower's INT8.
         """
         image = self.manifest.image
-        if reason := saturates(image, self.placement(image)):
+        if reason := self.saturation(image):
             raise UsageError(
                 f"{self.folder / image.file} gives wrong answers here: {reason}.",
                 hint="embed the images on a device that it holds for, or export the model with --target cpu-x86",
@@ -258,7 +257,7 @@ class BundleEncoder(ABC):
         for name in self.manifest.files_of(tower):
             require_intact(self.folder, self.manifest, name)
         session = self.open_tower(tower)
-        if reason := saturates(tower, self.placement(tower)):
+        if reason := self.saturation(tower):
             warn(f"{tower.file} gives wrong answers here: {reason}.")
         return session
 

@@ -25,7 +25,7 @@ from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.contract.reference import REFERENCE, Reference, read_reference, worst_agreement
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
-from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, saturates
+from clip_rd_edge.runtime.encoder import BundleEncoder, Placement
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.files import sha256_of
 from clip_rd_edge.utils.structs import read_json
@@ -172,7 +172,7 @@ def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
         difference = float(np.abs(embeddings - trial.answers).max())
         detail, problem = _compare(trial.tower, len(embeddings), agreement, difference, placement)
     where = f"{placement.runtime} on {placement.device}"
-    if reason := saturates(trial.tower, placement):  # which some inputs alone show
+    if reason := encoder.saturation(trial.tower):  # which some inputs alone show
         problem, detail = reason, f"{detail}; {reason}"
     if placement.fallback:
         problem, detail = placement.fallback, f"{placement.fallback}; {detail}"

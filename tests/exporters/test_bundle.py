@@ -12,16 +12,19 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
+from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
-from clip_rd_edge.exporters.bundle import export_bundle, export_bundles
+from clip_rd_edge.exporters.bundle import _finish, export_bundle, export_bundles
 from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.index import model_key
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
+from clip_rd_edge.utils.reporting import SILENT
 
 
 def test_a_float32_bundle_gives_torchs_embeddings_of_images_and_texts(student: ClipModel, fp32_bundle: Path) -> None:
@@ -94,6 +97,23 @@ def test_the_label_bank_holds_the_text_towers_embeddings(fp32_bundle: Path) -> N
     assert encoder.label_bank is not None
     assert encoder.label_bank.names == ("cat", "dog")
     np.testing.assert_allclose(encoder.label_bank.embeddings, encoder.encode_texts(["cat", "dog"]), atol=1e-6)
+
+
+def test_a_label_bank_does_not_depend_on_a_processor_that_saturates_the_text_tower(
+    fp32_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, folder = load(fp32_bundle).encode_texts(["red", "blue"]), tmp_path / "bundle"
+    shutil.copytree(fp32_bundle, folder)
+    manifest = read_manifest(folder)
+    text = msgspec.structs.replace(manifest.text, instruction_sets=("x86-64-vnni", "aarch64"))
+    manifest = msgspec.structs.replace(manifest, text=text, templates=("{}",), files={})
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    encode = OrtEncoder.encode_ids
+    monkeypatch.setattr(OrtEncoder, "encode_ids", lambda self, ids: encode(self, ids[::-1]))  # wrong answers
+    _finish(folder, manifest, ExportRequest(labels=("red", "blue")), fp32_bundle, SILENT)
+    bank = read_labels(folder)
+    assert bank is not None
+    np.testing.assert_allclose(bank.embeddings, expected, atol=1e-5)
 
 
 def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(

@@ -16,7 +16,7 @@ from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, s
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
-from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets, unsaturated
 from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, group_error, layers_no_slower, robust_layers
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
@@ -115,7 +115,8 @@ def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> lis
     samples, threads = request.samples[:SENSITIVITY_SAMPLES], request.threads
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed(open_session(quantizer.quantize("percentile", layers), threads=threads), samples)
+        content = quantizer.quantize("percentile", layers)
+        return embed(unsaturated(open_session(content, threads=threads), content, threads=threads), samples)
 
     reference = embed(open_session(str(request.model), threads=threads), samples)
     if group_error(quantizer.layers, embed_with, reference).error <= _SMALL_SHARE * request.max_error:

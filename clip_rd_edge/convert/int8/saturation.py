@@ -4,9 +4,14 @@ x86 processors without VNNI (Intel before Ice Lake and Alder Lake, AMD before Ze
 by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16 bits and saturates: 2 · 255 · 127 is
 64,770, twice what fits. The embeddings are then wrong, and nothing says so. Weights of 7 bits cannot saturate:
 2 · 255 · 64 is 32,640, and 32,767 fits. VNNI, AMX and Arm add in 32 bits, so both are right there, at the same speed.
+
+An export for those may be made on a processor that saturates, which then times INT8, but does not say what it answers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +19,8 @@ import onnx
 from onnx import numpy_helper
 
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.saturation import processor_saturates
 
 # Largest level of a weight, by its bits.
 MAX_WEIGHT = {7: 64, 8: 127}
@@ -63,3 +70,43 @@ def _levels(
     shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)] if scale.ndim else []
     levels: npt.NDArray[np.int8] = np.clip(np.rint(values / scale.reshape(shape)), -128, 127).astype(np.int8)
     return levels
+
+
+def unsaturated(
+    session: Any,
+    content: bytes,
+    *,
+    threads: int | None = None,
+    sets: Callable[[bytes], tuple[str, ...]] = instruction_sets,
+) -> Any:
+    """Return a session for a model's embeddings: the given one, or if this processor saturates it, one that does not.
+
+    Args:
+        session: of the model, in any runtime.
+        content: of the model's file; where it saturates, an ONNX file.
+        threads: as for `open_session`.
+        sets: returns the instruction sets of a file, as `instruction_sets` does.
+    """
+    if not processor_saturates():  # asked first, as it takes less time than `sets`
+        return session
+    right_on = sets(content)
+    return open_as_written(content, threads=threads) if right_on and "x86-64" not in right_on else session
+
+
+def open_as_written(content: bytes, *, threads: int | None = None) -> Any:
+    """Open a session that computes an ONNX file's INT8 as the file says on any processor, and slowly.
+
+    Q/DQ is computed in float32, as no nodes are fused. Integer products get U8 weights of the same values, with other
+    zero points: ONNX Runtime saturates S8 weights alone.
+
+    Raises:
+        ConfigError: as `open_session`.
+    """
+    model = onnx.load_from_string(content)
+    products = (node for node in model.graph.node if node.op_type == "MatMulInteger")
+    names = {name for node in products for name in (node.input[1], node.input[3])}
+    for tensor in model.graph.initializer:
+        if tensor.name in names and tensor.data_type == onnx.TensorProto.INT8:
+            levels = numpy_helper.to_array(tensor).astype(np.int16) + 128
+            tensor.CopyFrom(numpy_helper.from_array(levels.astype(np.uint8), tensor.name))
+    return open_session(model.SerializeToString(), threads=threads, optimize=False)

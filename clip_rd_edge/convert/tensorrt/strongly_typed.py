@@ -19,6 +19,7 @@ from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, overflowing_node
 from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
+from clip_rd_edge.convert.int8.saturation import unsaturated
 from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, robust_layers
 from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
@@ -71,9 +72,13 @@ def symmetric_tower(
     def quantize(layers: Sequence[str]) -> onnx.ModelProto:
         return quantize_symmetrically(model, ranges, layers=layers, rounded=rounded)
 
+    def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
+        content = quantized.SerializeToString()
+        return embed(unsaturated(open_session(content), content), inputs)
+
     def attempt(layers: Sequence[str]) -> SymmetricTower:
         quantized = quantize(layers)
-        parity = agreement(reference, embed(open_session(quantized.SerializeToString()), samples.held_out))
+        parity = agreement(reference, embed_int8(quantized, samples.held_out))
         float_layers = tuple(name for name in all_layers if name not in layers)
         return SymmetricTower(quantized, tuple(layers), float_layers, parity)
 
@@ -84,7 +89,7 @@ def symmetric_tower(
     subset = samples.calibrate[:SENSITIVITY_SAMPLES]
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
-        return embed(open_session(quantize(layers).SerializeToString()), subset)
+        return embed_int8(quantize(layers), subset)
 
     of_subset = embed(open_session(str(prepared)), subset)
     for layers in robust_layers(all_layers, embed_with, of_subset, max_error=1 - min_agreement):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
+from clip_rd_edge.convert.int8 import candidates, saturation
 from clip_rd_edge.convert.int8.candidates import OPENVINO, ORT, Backend, Candidate, CandidateRequest, nncf_is_installed
 from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets, max_weight
-from clip_rd_edge.convert.options import WeightBits
+from clip_rd_edge.convert.int8.search import TowerSamples, quantize_tower
+from clip_rd_edge.convert.int8.static import StaticQuantizer
+from clip_rd_edge.convert.options import Budget, WeightBits
+from clip_rd_edge.convert.reference import NodeByNode
+from clip_rd_edge.convert.tensorrt import strongly_typed
+from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
 
@@ -75,8 +85,6 @@ def test_8_bit_weights_hold_with_vnni_and_on_arm_alone(
 
 
 def test_constants_that_are_added_or_multiplied_one_by_one_keep_8_bits(tmp_path: Path) -> None:
-    from clip_rd_edge.convert.int8.static import StaticQuantizer
-
     rng = np.random.default_rng(0)
     constants = {"kernel": (4, 3, 1, 1), "scale": (4, 1, 1)}
     graph = helper.make_graph(
@@ -123,3 +131,124 @@ def test_weights_that_the_graph_itself_quantises_are_seen() -> None:
             ],
         )
         assert max_weight(helper.make_model(graph)) == expected
+
+
+# An export for processors that add in 32 bits, made on one that saturates.
+
+
+class Saturated:
+    """A session whose embeddings are noise, as where INT8 saturates."""
+
+    def __init__(self, session: Any) -> None:
+        self.get_inputs, self._run = session.get_inputs, session.run
+
+    def run(self, names: Any, feed: Any) -> list[Any]:
+        (embeddings,) = self._run(names, feed)
+        return [np.random.default_rng(0).standard_normal(embeddings.shape).astype(np.float32)]
+
+
+def _open_saturated(model: str | bytes, *, threads: int | None = None) -> Any:
+    session = open_session(model, threads=threads)
+    return session if isinstance(model, str) else Saturated(session)
+
+
+@pytest.fixture
+def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that the kernels of this processor saturate."""
+    monkeypatch.setattr(saturation, "processor_saturates", lambda: True)
+    for module in (candidates, strongly_typed):
+        monkeypatch.setattr(module, "open_session", _open_saturated)
+
+
+def _integer_product(weight: int) -> bytes:
+    """An ONNX file that multiplies x (N, 64) uint8, whose zero point is 3, by S8 weights (64, 2) with zero point -1."""
+    constants = {"w": np.full((64, 2), weight, np.int8), "x0": np.uint8(3), "w0": np.full(2, -1, np.int8)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w", "x0", "w0"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, ["N", 2])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def test_integer_products_as_written_have_no_s8_weights_which_alone_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+
+    def record(content: bytes, **options: Any) -> Any:
+        opened.append(content)
+        return open_session(content, **options)
+
+    monkeypatch.setattr(saturation, "open_session", record)
+    for weight in (127, -128):
+        session = saturation.open_as_written(_integer_product(weight))
+        assert session.run(None, {"x": np.full((1, 64), 255, np.uint8)})[0].tolist() == [[64 * 252 * (weight + 1)] * 2]
+    kinds = [{tensor.data_type for tensor in onnx.load_from_string(content).graph.initializer} for content in opened]
+    assert kinds == [{TensorProto.UINT8}] * 2
+
+
+@pytest.mark.parametrize(
+    ("saturates", "weight", "replaced"), [(False, 127, False), (True, 64, False), (True, 127, True)]
+)
+def test_a_session_is_replaced_only_where_the_processor_saturates_it(
+    saturates: bool, weight: int, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saturation, "processor_saturates", lambda: saturates)
+    session, content = object(), _integer_product(weight)
+    assert (saturation.unsaturated(session, content) is not session) == replaced
+    assert saturation.unsaturated(session, b"no ONNX file", sets=lambda content: ("x86-64",)) is session
+
+
+def test_candidates_are_judged_by_what_their_files_say(
+    saturating: None, fp32_bundle: Path, calibration: CalibrationSet
+) -> None:
+    def one_candidate(request: CandidateRequest) -> Iterator[Candidate]:
+        quantizer = StaticQuantizer(request.model, request.samples, weight_bits=request.weight_bits)
+        yield Candidate("static", lambda: quantizer.quantize("min-max", quantizer.layers))
+
+    quantized = quantize_tower(
+        fp32_bundle / "image.onnx",
+        TowerSamples("image", calibration.calibrate.pixels, calibration.held_out.pixels),
+        budget=Budget(image=0.9),
+        weight_bits=8,
+        backend=replace(ORT, open=_open_saturated, candidates=one_candidate),
+        timer=lambda calls: {name: np.full(5, 3.0 if name == "float32" else 1.0) for name in calls},
+    )
+    assert (quantized.precision, quantized.instruction_sets) == ("int8 static", ("x86-64-vnni", "aarch64"))
+    assert quantized.measured.centred_cosine > 0.9
+
+
+def test_layers_are_robust_by_what_their_files_say(
+    saturating: None, fp32_bundle: Path, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    model, samples = prepare_for_quantization(fp32_bundle / "image.onnx", tmp_path), calibration.calibrate.pixels
+    quantizer = StaticQuantizer(model, samples, weight_bits=8)
+    request = CandidateRequest(model=model, samples=samples, max_error=0.5, weight_bits=8, threads=1, reporter=SILENT)
+    assert candidates._robust_layers(quantizer, request) == [quantizer.layers]
+    tower = strongly_typed.symmetric_tower(
+        model, TowerSamples("image", samples[:8], calibration.held_out.pixels[:8], adapt=False), min_agreement=0.9
+    )
+    assert tower is not None
+    assert tower.float_layers == ()
+
+
+def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[bytes] = []
+    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    monkeypatch.setattr(
+        "clip_rd_edge.convert.reference.open_as_written",
+        lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),
+    )
+    manifest = read_manifest(colour_bundle)
+    image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
+    encoder = NodeByNode(colour_bundle, msgspec.structs.replace(manifest, image=image))
+    encoder.encode_texts(["red"])
+    assert opened == []
+    encoder.encode_pixels(np.ones((1, 3, 8, 8), np.float32))
+    assert opened == [(colour_bundle / "image.onnx").read_bytes()]
+    assert "wrong answers" not in caplog.text
