@@ -41,9 +41,10 @@ test-fast: $(STAMP)
 test-all: $(STAMP)  ## the slow tests, too
 	$(BIN)/pytest
 
+# TAG=v0.1.0: what may not be published under this tag is refused.
 dist: $(STAMP)  ## a release: both archives, each checked in clean environments, and their bill of materials (CycloneDX)
 	$(BIN)/python -m pip install --quiet build twine
-	$(BIN)/python packaging/release.py -o dist
+	$(BIN)/python packaging/release.py -o dist $(if $(TAG),--final '$(TAG)')
 	$(BIN)/python packaging/licences.py --sbom dist/clip-rd-edge.cdx.json
 
 # pip and not uv: uv would fetch the CUDA build of torch, gigabytes that a CPU has no use for.

@@ -66,12 +66,15 @@ def _match(pattern: str, path: Path) -> str:
     return found[1]
 
 
-def check_final(root: Path, version: str) -> None:
+def check_final(root: Path, version: str, tag: str) -> None:
     """Check what may be unfinished in a trial, but not in a release.
 
     Raises:
-        ReleaseError: the changelog has no entry of this version, or there are changes that are not committed.
+        ReleaseError: the tag is another version's, the changelog has no entry of this version, or there are changes
+            that are not committed.
     """
+    if tag != f"v{version}":
+        raise ReleaseError(f"The tag is {tag}, and the package has version {version}; expected the tag v{version}.")
     if _match(r"^## (\S+)", root / "CHANGELOG.md") != version:
         raise ReleaseError(f"CHANGELOG.md still begins with Unreleased; head the entry: {version}.")
     changes = _run(["git", "status", "--porcelain"], cwd=root)
@@ -163,14 +166,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist", help="an empty folder")
     parser.add_argument("--extras", nargs="*", default=LIGHT_EXTRAS, help="extras to check, besides none")
     parser.add_argument("--bundle", type=Path, help="a bundle to verify in every environment")
-    parser.add_argument("--final", action="store_true", help="refuse what may not be published yet")
+    parser.add_argument("--final", metavar="TAG", help="refuse what may not be published under this tag")
     args = parser.parse_args()
     if args.output.is_dir() and any(args.output.iterdir()):
         sys.exit(f"error: {args.output} is not empty; archives of another version would be published with this one")
     try:
         version = version_of(ROOT)
-        if args.final:
-            check_final(ROOT, version)
+        if args.final is not None:
+            check_final(ROOT, version, args.final)
         sdist, wheel = build(ROOT, args.output)
         check_contents(sdist, wheel, version)
         _run([sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)])

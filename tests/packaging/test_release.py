@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import yaml
 
 from clip_rd_edge import __version__
 
@@ -64,7 +69,38 @@ def test_an_unreleased_changelog_is_fit_for_a_trial_alone(release: ModuleType, c
     (clone / "CHANGELOG.md").write_text("## Unreleased\n")
     assert release.version_of(clone) == "1.2.3"
     with pytest.raises(release.ReleaseError, match="still begins with Unreleased"):
-        release.check_final(clone, "1.2.3")
+        release.check_final(clone, "1.2.3", "v1.2.3")
+
+
+@pytest.mark.parametrize("tag", ["v1.2.4", "1.2.3", ""])
+def test_a_tag_of_another_version_is_not_published(release: ModuleType, clone: Path, tag: str) -> None:
+    with pytest.raises(release.ReleaseError, match=rf"tag is {tag}, .* expected the tag v1\.2\.3"):
+        release.check_final(clone, "1.2.3", tag)
+
+
+def publishing() -> list[dict[str, Any]]:
+    """The steps of the workflow that publishes."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+def test_pypi_is_given_the_archives_alone(release: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "dist").mkdir()
+    built = archives(release, tmp_path / "dist")
+    release.write_checksums(built)
+    (tmp_path / "dist" / "clip-rd-edge.cdx.json").touch()
+    (upload,) = (step for step in publishing() if step.get("uses", "").startswith("actions/upload-artifact"))
+    assert set(tmp_path.glob(upload["with"]["path"])) == set(built)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_is_published_has_to_be_fit_for_its_tag() -> None:
+    (command,) = (step["run"] for step in publishing() if step.get("run", "").startswith("make dist"))
+    told = subprocess.run(
+        ["sh", "-c", command.replace("make", "make --just-print", 1)],
+        cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": "v1.2.3"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "packaging/release.py -o dist --final 'v1.2.3'" in told
 
 
 def archives(release: ModuleType, folder: Path, *, without: str = "", extra: str = "") -> tuple[Path, Path]:
