@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from clip_rd_edge.errors import InputError, MissingExtraError, require_known_options
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.paths import AnyPath
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -164,16 +165,16 @@ def serve(
 
     Args:
         index: an index that the bundle created, for /search.
-        token: the bearer token that requests need; empty for none.
+        token: the bearer token that requests need, without the white space around it; empty for none.
         ready: called with the server's URL once it accepts connections.
         options: the other options of `clip-rd-edge serve`, under the same names.
 
     Raises:
-        InputError: there is no bundle or index, or another bundle created the index.
+        InputError: there is no bundle or index, another bundle created the index, or no client can send the token.
+        ConfigError: a limit is less than 1.
         UsageError: listening on the address failed, an option is unknown, or a host has no name.
     """
     from clip_rd_edge import __version__
-    from clip_rd_edge.errors import require_known_options
     from clip_rd_edge.runtime.load import load as load_bundle
 
     require_known_options(options, ServeOptions.__annotations__, command="serve")
@@ -182,17 +183,28 @@ def serve(
         from clip_rd_edge.serving.service import Limits, Service
         from clip_rd_edge.web.app import is_loopback, run_server
     except ModuleNotFoundError as error:
-        from clip_rd_edge.errors import MissingExtraError
-
         raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
+    token = sendable_token(token) if token else ""
+    limits = Limits(**{name: options[name] for name in ("max_batch", "max_items") if name in options})
     encoder = load_bundle(
         Path(bundle), threads=options.get("threads"), device=options.get("device", "auto"), spin=False
     )
-    sizes = {name: options[name] for name in ("max_batch", "max_items") if name in options}
     folder = None if index is None else Path(index)
-    service = Service(encoder, index=folder, limits=Limits(**sizes), version=__version__)
+    service = Service(encoder, index=folder, limits=limits, version=__version__)
     app = make_app(service, token=token, loopback=is_loopback(host), names=options.get("allow_host", ()))
     run_server(app, host=host, port=port, ready=ready, stop_within_s=10)
+
+
+def sendable_token(token: str, *, source: str = "The token") -> str:
+    """Return a token without the white space around it; raise InputError if no HTTP header carries it."""
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        reason = "has characters that an HTTP header does not carry" if token else "is empty"
+        raise InputError(
+            f"{source} {reason}.",
+            hint="use a long row of random letters and digits; for a server without a token, leave it out",
+        )
+    return token
 
 
 def doctor() -> list[Finding]:

@@ -65,22 +65,15 @@ def command(bundle: Path, index: Path | None, token_file: Path | None, host: str
 
 
 def _token(file: Path | None) -> str:
+    from clip_rd_edge.api.running import sendable_token
+
     if file is None:
-        token, source = os.environ.get(TOKEN_VARIABLE, ""), f"The token in {TOKEN_VARIABLE}"
-        return _sendable(token.strip(), source) if token else ""
+        # One that is set and empty is a secret that was not found: it opens the server to nobody.
+        of_variable = os.environ.get(TOKEN_VARIABLE)
+        return "" if of_variable is None else sendable_token(of_variable, source=f"The token in {TOKEN_VARIABLE}")
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        token = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"Cannot read the token from {file}: {reason}.", hint="check the path") from error
-    if not token:
-        raise InputError(f"The token file {file} is empty.", hint="write the token into it, or omit --token-file")
-    return _sendable(token, f"The token in {file}")
-
-
-def _sendable(token: str, source: str) -> str:
-    """Return a token that an HTTP header can carry; raise InputError for others, which no client could send."""
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        reason = "has characters that an HTTP header does not carry" if token else "is white space alone"
-        raise InputError(f"{source} {reason}.", hint="use a long row of random letters and digits")
-    return token
+    return sendable_token(token, source=f"The token file {file}")

@@ -30,6 +30,7 @@ from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics
 from clip_rd_edge.serving.protocol import Item
+from clip_rd_edge.utils.checked import CheckedStruct, PositiveInt
 from clip_rd_edge.utils.host import resident_memory_bytes
 from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.structs import decode_request
@@ -44,7 +45,7 @@ class BusyError(ClipRdEdgeError):
     """The server has as much work as it accepts."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class Limits(CheckedStruct, frozen=True, kw_only=True):
     """How much the server takes on.
 
     Attributes:
@@ -54,9 +55,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_requests: max number of requests that are answered at a time, once they are complete; the same holds.
     """
 
-    max_batch: int = 16
-    max_items: int = 1024
-    max_requests: int = 256
+    max_batch: PositiveInt = 16
+    max_items: PositiveInt = 1024
+    max_requests: PositiveInt = 256
 
 
 class Service:

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 from support import PATIENCE_S, patient_server, wait_until
 
+import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
@@ -83,6 +84,8 @@ def start(colour_bundle: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[
     def run(*arguments: str, token: str = "") -> tuple[subprocess.Popen[str], int]:
         command = patient_server("serve", colour_bundle, "--port", "0", *arguments, connections=256)
         environment = {**os.environ, "CLIP_RD_EDGE_TOKEN": token}
+        if not token:
+            del environment["CLIP_RD_EDGE_TOKEN"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         processes.append(process)
         assert process.stdout is not None
@@ -384,6 +387,34 @@ def test_a_token_that_no_client_can_send_is_refused(
     monkeypatch.setenv("CLIP_RD_EDGE_TOKEN", token)
     code, _, error = command_line("serve", colour_bundle)
     assert (code, "The token in CLIP_RD_EDGE_TOKEN" in error) == (2, True)
+    with pytest.raises(edge.InputError, match="The token "):
+        edge.serve(colour_bundle, token=token, port=0, ready=pytest.fail)
+
+
+def test_a_variable_for_the_token_that_is_empty_does_not_open_the_server(
+    colour_bundle: Path, command_line: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIP_RD_EDGE_TOKEN", "")
+    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda *_, **options: pytest.fail("open to everybody"))
+    code, _, error = command_line("serve", colour_bundle)
+    assert (code, "The token in CLIP_RD_EDGE_TOKEN is empty" in error) == (2, True)
+
+
+def test_a_token_that_was_read_with_its_files_newline_is_the_token(
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps: list[Any] = []
+    monkeypatch.setattr("clip_rd_edge.web.app.run_server", lambda app, **_: apps.append(app))
+    edge.serve(colour_bundle, token="secret\n")
+    with testclient.TestClient(apps[0], base_url=BASE_URL) as client:
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("limit", ["max_batch", "max_items"])
+def test_a_limit_below_one_is_refused(limit: Any, colour_bundle: Path) -> None:
+    with pytest.raises(edge.ConfigError, match=f"{limit} is 0; expected an integer at least 1"):
+        edge.serve(colour_bundle, port=0, ready=pytest.fail, **{limit: 0})
 
 
 @pytest.mark.parametrize(
