@@ -118,8 +118,12 @@ def is_index(path: Path) -> bool:
     return is_file(path / INDEX_FILE)
 
 
-def read_index(path: Path) -> tuple[Index, Embeddings]:
-    """Read an index and its embeddings, which are memory-mapped.
+def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embeddings]:
+    """Read an index and its embeddings.
+
+    Args:
+        memory_mapped: whether the embeddings stay in their file. Where that is cut, or goes from a network share, the
+            process ends with SIGBUS, which one that runs for long cannot risk.
 
     Raises:
         InputError: `path` is not an index.
@@ -138,7 +142,7 @@ def read_index(path: Path) -> tuple[Index, Embeddings]:
             if not is_plain_name(name):
                 raise ConfigError(f"{path / INDEX_FILE} names the file {name!r}, which is not inside the index.")
         try:
-            rows = load_array(path / index.embeddings, memory_mapped=True)
+            rows = load_array(path / index.embeddings, memory_mapped=memory_mapped)
             break
         except (OSError, ValueError, EOFError) as error:
             if isinstance(error, FileNotFoundError) and index.embeddings != missing:
@@ -213,9 +217,15 @@ def nearest(index: Index, rows: Embeddings, query: Embeddings, *, top: int, grap
     ]
 
 
-def read_graph(path: Path, index: Index) -> Graph | None:
-    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact."""
-    return open_graph(path, index.graph, len(index.entries)) if index.graph else None
+def read_graph(path: Path, index: Index, *, memory_mapped: bool = True) -> Graph | None:
+    """Open the graph of an index; None if it has none, or it cannot be used here: then search is exact.
+
+    Args:
+        memory_mapped: as for `read_index`.
+    """
+    if index.graph is None:
+        return None
+    return open_graph(path, index.graph, len(index.entries), memory_mapped=memory_mapped)
 
 
 def search_index(

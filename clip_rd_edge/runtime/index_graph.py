@@ -148,7 +148,7 @@ def is_worn(rows: Rows, count: int) -> bool:
     return max(len(rows) - present, count - present) > REBUILD_SHARE * max(len(rows), 1)
 
 
-def open_graph(path: Path, files: GraphFiles, count: int) -> Graph | None:
+def open_graph(path: Path, files: GraphFiles, count: int, *, memory_mapped: bool = True) -> Graph | None:
     """Open the graph of an index with `count` images; None if usearch or a file is missing, or damaged."""
     rows = read_rows(path, files)
     if rows is None or not usearch_is_installed() or not (path / files.file).is_file():
@@ -156,7 +156,7 @@ def open_graph(path: Path, files: GraphFiles, count: int) -> Graph | None:
     from usearch.index import Index
 
     try:
-        graph = Index.restore(str(path / files.file), view=True)
+        graph = Index.restore(str(path / files.file), view=memory_mapped)
     except Exception:  # noqa: BLE001 — whatever it is, comparing all rows answers as well
         return None
     if graph is None or len(graph) != files.keys or (rows >= count).any():

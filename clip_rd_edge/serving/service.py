@@ -292,14 +292,15 @@ class Service:
         assert folder is not None  # /search has no route without an index
         current = file_identity(folder / INDEX_FILE)
         if self._index is None or current != self._index_identity:
-            index, rows = read_index(folder)
+            index, rows = read_index(folder, memory_mapped=False)
             if self._index is not None and index.model != self._index[0].model:
                 raise ClipRdEdgeError(
                     f"Another bundle has made the index {folder} again since this server started.",
                     hint=f"Restart clip-rd-edge serve with that bundle, {index.bundle}.",
                 )
             require_same_model(self.encoder, index, folder)
-            self._index, self._index_identity = (index, rows, read_graph(folder, index)), current
+            graph = read_graph(folder, index, memory_mapped=False)
+            self._index, self._index_identity = (index, rows, graph), current
         return self._index
 
 

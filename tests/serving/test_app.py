@@ -319,6 +319,20 @@ def test_what_goes_from_the_disk_is_not_the_clients_mistake(
         assert client.get("/v1/models").status_code == 200
 
 
+def test_an_index_whose_files_are_cut_under_the_server_is_still_searched(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, start: Callable[..., tuple[subprocess.Popen[str], int]]
+) -> None:
+    """As while a backup is copied over it. The server is a process of its own: the system would end this one, too."""
+    update_index(load(colour_bundle), colour_images, tmp_path / "index")
+    _, port = start(str(tmp_path / "index"))
+    for file in (tmp_path / "index").glob("embeddings-*.npy"):
+        os.truncate(file, 0)
+    query = json.dumps({"query": "blue", "top": 1}).encode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/search", query, timeout=PATIENCE_S) as response:
+        (hit,) = json.load(response)["hits"]
+    assert Path(hit["path"]).name == "blue.jpg"
+
+
 def test_a_link_to_another_index_of_the_same_size_and_time_is_followed(
     colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
