@@ -36,7 +36,7 @@ def test_windows_locks_none_of_the_bytes_that_others_read(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=look, LK_NBLCK=2))
     with exclusive_writer(tmp_path):
         content = (tmp_path / ".lock").read_bytes()
-    assert content == str(os.getpid()).encode()
+    assert content == lock.lock_content(os.getpid()).encode()
     assert locked[0] > len(content)
 
 

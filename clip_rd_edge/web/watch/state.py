@@ -13,8 +13,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import INPUTS_FILE, METRICS_FILE, RUN_CONFIG_FILE, read_metrics
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.host import is_running
-from clip_rd_edge.utils.lock import LOCK_FILE
+from clip_rd_edge.utils.lock import LOCK_FILE, is_held_here
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_json, read_yaml
 
@@ -145,15 +144,16 @@ def _is_worked_on(lock: Path, *, quiet_s: float | None) -> bool:
     Its lock is only looked at: locking it, even for a moment, could refuse a run that starts just then.
     """
     try:
-        holder = lock.read_text()
+        content, locked_s = lock.read_text(), time.time() - lock.stat().st_mtime
     except PermissionError:  # on Windows, of a file that is locked
         return True
     except OSError:
         return False
-    if holder.isdecimal() and is_running(int(holder)):
+    if is_held_here(content):
         return True
-    # The process was killed and left the lock, or works on another machine, whose processes are not known here.
-    return quiet_s is not None and quiet_s < _QUIET_S
+    # The process was killed and left the lock, or works on another machine or in a container, whose processes are not
+    # known here.
+    return any(age_s < _QUIET_S for age_s in (locked_s, quiet_s) if age_s is not None)
 
 
 class SampleAnswer(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from clip_rd_edge.utils.lock import lock_content
 from clip_rd_edge.web.watch.app import make_app
 from clip_rd_edge.web.watch.charts import Chart, axis_ticks, draw, series
 from clip_rd_edge.web.watch.page import number, percent, render, rough_duration
@@ -24,7 +25,7 @@ HOSTILE = '<script>alert("x")</script>'
 @pytest.fixture
 def run(make_run: Callable[..., Path], tmp_path: Path) -> Path:
     run = make_run(tmp_path / "first")
-    (run / ".lock").write_text(str(os.getpid()))
+    (run / ".lock").write_text(lock_content(os.getpid()))
     return run
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.utils.lock import lock_content
 from clip_rd_edge.web.watch.state import read_run
 
 MakeRun = Callable[..., Path]
@@ -20,7 +21,7 @@ MakeRun = Callable[..., Path]
 
 def test_a_run_at_work_has_a_time_left(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
-    (run / ".lock").write_text(str(os.getpid()))
+    (run / ".lock").write_text(lock_content(os.getpid()))
     state = read_run(run)
     assert (state.name, state.phase, state.step, state.steps) == ("first", "running", 20, 50)
     assert state.seconds_left == pytest.approx((50 - 20) * 0.5, abs=2)
@@ -48,11 +49,32 @@ def test_a_run_without_its_lock_has_stopped(make_run: MakeRun, tmp_path: Path) -
 def test_a_killed_run_has_stopped_although_its_lock_is_left(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
     process = subprocess.Popen([sys.executable, "-c", ""])
+    (run / ".lock").write_text(lock_content(process.pid))
     process.wait()
-    (run / ".lock").write_text(str(process.pid))
     assert read_run(run).phase == "running"  # on another machine, perhaps: it wrote a moment ago
-    os.utime(run / "metrics.jsonl", (0, time.time() - 3600))
+    for name in ("metrics.jsonl", ".lock"):
+        os.utime(run / name, (0, time.time() - 3600))
     assert read_run(run).phase == "stopped"
+
+
+@pytest.mark.parametrize("origin", ["", "\nelsewhere", "\n81b8938f-338e-482b-9b72-b2fef03c9885 4123024"])
+def test_another_process_of_the_same_number_does_not_work_on_a_killed_run(
+    origin: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    """That of a container is often the first, and the first process of a machine always runs."""
+    run = make_run(tmp_path / "first")
+    (run / ".lock").write_text(f"{os.getpid()}{origin}")
+    os.utime(run / "metrics.jsonl", (0, time.time() - 3600))
+    assert read_run(run).phase == "running"  # resumed a moment ago, as its lock says
+    os.utime(run / ".lock", (0, time.time() - 3600))
+    assert read_run(run).phase == "stopped"
+
+
+@pytest.mark.parametrize(("age_s", "phase"), [(0, "starting"), (3600, "stopped")])
+def test_a_run_that_begins_elsewhere_is_starting_for_a_while(age_s: float, phase: str, tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("1\nelsewhere")
+    os.utime(tmp_path / ".lock", (0, time.time() - age_s))
+    assert read_run(tmp_path).phase == phase
 
 
 def test_a_finished_run_is_finished(make_run: MakeRun, tmp_path: Path) -> None:
@@ -63,7 +85,7 @@ def test_a_finished_run_is_finished(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_only_begun_can_be_watched(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text(str(os.getpid()))
+    (tmp_path / ".lock").write_text(lock_content(os.getpid()))
     state = read_run(tmp_path)
     assert (state.phase, state.step, state.steps, state.config, state.last) == ("starting", 0, None, None, {})
 
