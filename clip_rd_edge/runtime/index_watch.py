@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from clip_rd_edge.contract.image_files import list_images
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
@@ -97,6 +98,44 @@ class _Images:
         return [self._unreadable.pop(name) for name in names]
 
 
+class _IndexFiles:
+    """The files of the index, which somebody may remove, or copy another index over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, object] = {}
+        self._since = 0.0
+        self.take()
+
+    def take(self) -> None:
+        """Note that the index is as this watch left it."""
+        self._written = file_identity(self._path / INDEX_FILE)
+
+    def are_replaced(self) -> bool:
+        """Return whether somebody else has written, or removed, the index."""
+        return file_identity(self._path / INDEX_FILE) != self._written
+
+    def model(self, now: float) -> str | None:
+        """Return `model_key` of the index that is there, or an empty text; None while it is still being copied.
+
+        Raises:
+            ConfigError: it is damaged, and nothing has changed for BROKEN_S.
+        """
+        files: dict[str, object] = {}
+        with suppress(OSError):  # gone
+            files = {file.name: file_identity(file) for file in self._path.iterdir()}
+        if files != self._files:
+            self._files, self._since = files, now
+        if now - self._since < SETTLE_S:
+            return None
+        try:
+            return read_index(self._path)[0].model if is_index(self._path) else ""
+        except ConfigError:
+            if now - self._since >= BROKEN_S:
+                raise
+            return None
+
+
 def _stamps(folder: Path) -> dict[str, Stamp]:
     """Return the stamps of the images in a folder, without those that are gone already."""
     stamps = {}
@@ -133,7 +172,8 @@ def watch_index(
 
     A file is embedded once it has not changed for SETTLE_S. One that cannot be read is tried again when it changes, and
     reported after BROKEN_S without a change. While the folder is not there, or has no images, the index stays as it is.
-    An index that somebody removes, or writes an older copy over, is brought up to date again.
+    An index that somebody removes, or writes an older copy over, is brought up to date again, once it has not changed
+    for SETTLE_S and is whole.
 
     Args:
         stop: ends the watch when it is set, with everything saved that is embedded; None watches for ever.
@@ -145,14 +185,15 @@ def watch_index(
 
     Raises:
         InputError: as `update_index`, at the start.
-        UsageError: as `update_index`, or somebody has put another model's index there since the start.
+        ConfigError: as `update_index`, or the index that somebody has put there since the start is damaged.
+        UsageError: as `update_index`, or it is another model's.
     """
     if not is_folder(folder):
         raise InputError(f"The folder {folder} does not exist.", hint="name a folder with images")
     stop = stop or threading.Event()
     wait = wait or stop.wait
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
-    images, waiting, written = _Images(folder), False, file_identity(path / INDEX_FILE)
+    images, index, waiting = _Images(folder), _IndexFiles(path), False
     while not stop.is_set():
         started = clock()
         there = images.look(started)
@@ -162,17 +203,18 @@ def watch_index(
         waiting = not there
         settled = images.settled(started) if there else {}
         messages = images.broken(started) if there else []
-        replaced = file_identity(path / INDEX_FILE) != written  # another process may have removed or written it
-        if replaced and is_index(path) and read_index(path)[0].model != model_key(encoder.manifest):
+        replaced = index.are_replaced()
+        model = index.model(started) if replaced else ""
+        if model and model != model_key(encoder.manifest):
             raise UsageError(
                 f"Another model's index has been put at {path}: it stays, and the watch ends.",
                 hint="watch with the bundle that made it, or choose another -o",
             )
-        if there and (replaced or images.differ(settled)):
+        if there and model is not None and (replaced or images.differ(settled)):
             update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
             if not update.unmounted:  # else its images are still to be taken
                 images.take(settled, update)
-                written = file_identity(path / INDEX_FILE)
+                index.take()
             update.unreadable += messages
             if not update.unmounted or messages:
                 yield update

@@ -16,7 +16,7 @@ from PIL import Image
 from support import PATIENCE_S, fail_to_look_at, wait_until
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
 from clip_rd_edge.runtime.index import model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
@@ -206,6 +206,38 @@ def test_an_index_that_is_removed_or_put_back_to_an_older_copy_is_brought_up_to_
     assert "new.png" in watched.names()
 
 
+@pytest.mark.parametrize("first", ["index.json", "embeddings-*.npy"])
+def test_an_older_copy_that_is_still_being_copied_over_the_index_is_waited_for(
+    first: str, watched: Folder, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+
+    def begin() -> None:
+        shutil.rmtree(watched.index)
+        watched.index.mkdir()
+        (file,) = old.glob(first)
+        (watched.index / file.name).write_bytes(file.read_bytes()[:100])
+
+    def complete() -> None:
+        shutil.copytree(old, watched.index, dirs_exist_ok=True)
+
+    updates = watched.watch(
+        lambda: shutil.copytree(watched.index, old) and None, paint(watched.folder / "new.png"), nothing, nothing,
+        begin, complete, nothing, nothing,
+    )  # fmt: skip
+    assert [update.embedded for update in updates] == [4, 1, 1]
+    assert "new.png" in watched.names()
+
+
+def test_a_damaged_index_that_is_put_there_ends_the_watch_after_a_while(watched: Folder) -> None:
+    damage = lambda: (watched.index / "index.json").write_text("{")  # noqa: E731
+    updates = watched.watch(damage, nothing, watched.skip(BROKEN_S / 2))
+    assert [update.embedded for update in updates] == [4]
+    (watched.index / "index.json").unlink()
+    with pytest.raises(ConfigError, match=r"index\.json"):
+        watched.watch(damage, nothing, watched.skip(BROKEN_S), nothing)
+
+
 def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
     watched: Folder, colour_bundle: Path, tmp_path: Path
 ) -> None:
@@ -215,7 +247,7 @@ def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
     write_manifest(tmp_path / "other", read_manifest(tmp_path / "other"))
     other = load(tmp_path / "other", threads=1)
     with pytest.raises(UsageError, match="Another model's index has been put at"):
-        watched.watch(lambda: update_index(other, watched.folder, watched.index) and None, nothing)
+        watched.watch(lambda: update_index(other, watched.folder, watched.index) and None, nothing, nothing)
     assert read_index(watched.index)[0].model == model_key(other.manifest)
 
 
