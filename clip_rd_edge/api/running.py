@@ -181,7 +181,7 @@ def serve(
     try:
         from clip_rd_edge.serving.app import make_app
         from clip_rd_edge.serving.service import Limits, Service
-        from clip_rd_edge.web.app import is_loopback, run_server
+        from clip_rd_edge.web.app import run_server
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "starlette", extra="serve", purpose="Serving a bundle") from error
     token = sendable_token(token) if token else ""
@@ -191,7 +191,7 @@ def serve(
     )
     folder = None if index is None else Path(index)
     service = Service(encoder, index=folder, limits=limits, version=__version__)
-    app = make_app(service, token=token, loopback=is_loopback(host), names=options.get("allow_host", ()))
+    app = make_app(service, token=token, host=host, names=options.get("allow_host", ()))
     run_server(app, host=host, port=port, ready=ready, stop_within_s=10)
 
 

@@ -21,21 +21,21 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.serving.service import BusyError, Service, error_response
 from clip_rd_edge.utils.structs import UnknownFieldError
 from clip_rd_edge.web.app import read_body
-from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, host_names, too_large_message
+from clip_rd_edge.web.guard import LOOPBACK, FullError, Guard, TooLargeError, host_names, too_large_message
 
 RETRY_AFTER_S = 1
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(
-    service: Service, *, token: str = "", loopback: bool = True, names: str | Collection[str] = ()
+    service: Service, *, token: str = "", host: str = LOOPBACK, names: str | Collection[str] = ()
 ) -> Starlette:
     """Return the ASGI application.
 
     Args:
         token: the bearer token that every request but /health needs; empty for none.
-        loopback: whether the server listens only on this machine.
-        names: further host names that requests may use; see `web.guard`.
+        host: that the server listens on.
+        names: further host names that requests may use; see `web.guard` for both.
 
     Raises:
         UsageError: one of them is no host name.
@@ -62,9 +62,7 @@ def make_app(
         for method, handlers in (("POST", posts), ("GET", gets))
         for path, handler in handlers.items()
     ]
-    guard = Middleware(
-        Guard, loopback=loopback, names=host_names(names), token_required=bool(token), respond=error_response
-    )
+    guard = Middleware(Guard, host=host, names=host_names(names), token_required=bool(token), respond=error_response)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

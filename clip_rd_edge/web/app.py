@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,7 +21,15 @@ from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
 from clip_rd_edge.utils.structs import decode_request
-from clip_rd_edge.web.guard import FullError, Guard, TooLargeError, error_response, too_large_message
+from clip_rd_edge.web.guard import (
+    LOOPBACK,
+    FullError,
+    Guard,
+    TooLargeError,
+    error_response,
+    is_loopback,
+    too_large_message,
+)
 from clip_rd_edge.web.limits import MAX_HEAD_BYTES, LimitedProtocol, LogLimit
 from clip_rd_edge.web.models import BundleRemovedError, LabelSets, ServedBundle, distinct_names
 
@@ -98,8 +105,8 @@ class Demo:
         return bundle
 
 
-def make_app(demo: Demo, *, loopback: bool = True) -> Starlette:
-    """Return the ASGI application of a `Demo`, protected by `Guard`."""
+def make_app(demo: Demo, *, host: str = LOOPBACK) -> Starlette:
+    """Return the ASGI application of a `Demo`, protected by `Guard`, for a server that listens on `host`."""
     return Starlette(
         routes=[
             Route("/", serve_file(PAGE / "index.html")),
@@ -108,7 +115,7 @@ def make_app(demo: Demo, *, loopback: bool = True) -> Starlette:
             Route("/api/classify", _report_errors(demo.classify), methods=["POST"]),
             *(Route(f"/{path.name}", serve_file(path)) for path in PAGE.iterdir()),
         ],
-        middleware=[Middleware(Guard, loopback=loopback)],
+        middleware=[Middleware(Guard, host=host)],
     )
 
 
@@ -158,9 +165,6 @@ def _json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-LOOPBACK = "127.0.0.1"
-
-
 def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable[[str], None]) -> None:
     """Serve the demo until it is interrupted.
 
@@ -174,7 +178,7 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
     Raises:
         UsageError: listening on the address failed.
     """
-    run_server(make_app(demo, loopback=is_loopback(host)), host=host, port=port, ready=ready, stop_within_s=2)
+    run_server(make_app(demo, host=host), host=host, port=port, ready=ready, stop_within_s=2)
 
 
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
@@ -238,16 +242,6 @@ def _source_address(family: socket.AddressFamily, destination: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a server on `host` can be reached only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

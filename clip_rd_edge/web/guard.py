@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.checked import is_natural
 
+LOOPBACK = "127.0.0.1"
 MAX_BODY_BYTES = 25_000_000
 MAX_BODIES_BYTES = 200_000_000  # of all requests that are received or answered at a time
 _HEADERS = {  # of every response
@@ -60,7 +61,7 @@ class Guard:
 
     Args:
         app: the application to protect.
-        loopback: whether the server listens only on this machine.
+        host: address or name that the server listens on; whoever chose a name reaches the server by it.
         names: further host names that requests may use, as from `host_names`.
         token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
             no check.
@@ -71,14 +72,14 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        loopback: bool,
+        host: str,
         names: Collection[str] = (),
         token_required: bool = False,
         respond: Callable[[int, str], Response] | None = None,
     ) -> None:
         self.app, self._respond = app, respond or error_response
-        self.loopback = loopback
-        self.names = names
+        self.loopback = is_loopback(host)
+        self.names = {*names, host.lower()} - {""}
         self.token_required = token_required
         self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
         self._last_allowed: str | None = None
@@ -160,6 +161,16 @@ async def _unless_given_up(body: _Body, receive: Receive) -> Message:
         return message.result()
     finally:
         message.cancel()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a server on `host` can be reached only from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def allowed_host(host: str, *, loopback: bool) -> bool:

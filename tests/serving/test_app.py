@@ -183,7 +183,7 @@ def test_labels_are_embedded_once_whatever_is_omitted(colour_bundle: Path, monke
 
 @pytest.mark.parametrize("names", ["Frigate", ["frigate"], ["frigate:8766"], ["http://frigate:8766/"]])
 def test_a_host_that_is_allowed_may_be_given_with_a_port_or_as_an_address(colour_bundle: Path, names: Any) -> None:
-    application = make_app(Service(load(colour_bundle)), loopback=False, names=names)
+    application = make_app(Service(load(colour_bundle)), host="0.0.0.0", names=names)
     with testclient.TestClient(application, base_url="http://frigate:8766") as client:
         assert client.get("/health").status_code == 200
         assert client.get("/health", headers={"Host": "other:8766"}).status_code == 403
@@ -458,7 +458,7 @@ def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_b
         assert client.get("/health", headers=foreign).status_code == 403
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/health", headers={"Origin": "http://evil.example"}).status_code == 403
-    named = make_app(Service(encoder), names=["Clip-Server"], loopback=False)
+    named = make_app(Service(encoder), names=["Clip-Server"], host="0.0.0.0")
     with testclient.TestClient(named, base_url="http://clip-server:8766") as client:
         assert client.get("/health").status_code == 200
         assert client.get("/health", headers={"Host": "evil.example"}).status_code == 403

@@ -29,8 +29,13 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.serving import app as serving_app
+from clip_rd_edge.serving.service import Service
 from clip_rd_edge.web import app, guard, limits, models
-from clip_rd_edge.web.app import _listen, is_loopback
+from clip_rd_edge.web.app import _listen
+from clip_rd_edge.web.guard import is_loopback
+from clip_rd_edge.web.watch import app as watch_app
+from clip_rd_edge.web.watch.state import Answers
 
 pytest.importorskip("starlette")
 testclient = pytest.importorskip("starlette.testclient")
@@ -245,6 +250,18 @@ pytest.importorskip("uvicorn")
 Run = Callable[..., tuple[int, str, str]]
 
 
+def test_the_name_that_the_server_was_told_to_listen_on_reaches_it(colour_bundle: Path, tmp_path: Path) -> None:
+    demo = app.Demo([colour_bundle], threads=1)
+    for application in (
+        app.make_app(demo, host="Camera.lan"),
+        watch_app.make_app(tmp_path, Answers, host="Camera.lan"),
+        serving_app.make_app(Service(load(colour_bundle, threads=1)), host="Camera.lan"),
+    ):
+        for name, refused in (("camera.lan", False), ("evil.lan", True)):
+            with testclient.TestClient(application, base_url=f"http://{name}:8765") as client:
+                assert (client.get("/").status_code == 403) is refused
+
+
 def test_loopback_addresses() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "192.168.1.2", "::", "example.org"))
@@ -353,10 +370,10 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("loopback", [True, False])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "", "camera"])
 @pytest.mark.parametrize("value", HOSTILE)
-def test_odd_hosts_and_origins_are_refused_and_no_error(value: str, loopback: bool, colour_bundle: Path) -> None:
-    application = app.make_app(app.Demo([colour_bundle], threads=1), loopback=loopback)
+def test_odd_hosts_and_origins_are_refused_and_no_error(value: str, host: str, colour_bundle: Path) -> None:
+    application = app.make_app(app.Demo([colour_bundle], threads=1), host=host)
     with testclient.TestClient(application, base_url="http://127.0.0.1:8765", raise_server_exceptions=False) as client:
         for headers in ({"Host": value.encode()}, {"Origin": value.encode()}):
             assert client.get("/", headers=headers).status_code == 403
@@ -382,7 +399,7 @@ def test_odd_lengths_are_refused(client: Any, length: str) -> None:
         async def collect(message: Any) -> None:
             sent.append(message)
 
-        await guard.Guard(client.app, loopback=True)(scope, receive, collect)
+        await guard.Guard(client.app, host="127.0.0.1")(scope, receive, collect)
         return int(sent[0]["status"])
 
     headers = [(b"host", b"127.0.0.1"), (b"content-length", length.encode("latin-1"))]

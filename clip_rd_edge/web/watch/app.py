@@ -15,8 +15,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.web.app import PAGE, is_loopback, run_server, serve_file
-from clip_rd_edge.web.guard import Guard
+from clip_rd_edge.web.app import PAGE, run_server, serve_file
+from clip_rd_edge.web.guard import LOOPBACK, Guard
 from clip_rd_edge.web.watch.page import FOLDER, render
 from clip_rd_edge.web.watch.state import Answers, read_run
 
@@ -26,11 +26,12 @@ _PROBLEM = """<!doctype html>
 <title>clip-rd-edge watch</title><main><h1>clip-rd-edge watch</h1><p>{}</p></main></html>"""
 
 
-def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True) -> Starlette:
+def make_app(run: Path, answers: Callable[[], Answers], *, host: str = LOOPBACK) -> Starlette:
     """Return the ASGI application of a run's page.
 
     Args:
         answers: returns at once what is known of the current student's answers.
+        host: that the server listens on, as for `web.guard.Guard`.
     """
 
     def page() -> Response:
@@ -48,10 +49,10 @@ def make_app(run: Path, answers: Callable[[], Answers], *, loopback: bool = True
             Route("/", serve_page),
             *(Route(f"/{name}", serve_file(path)) for name, path in _FILES.items()),
         ],
-        middleware=[Middleware(Guard, loopback=loopback)],
+        middleware=[Middleware(Guard, host=host)],
     )
 
 
 def serve(run: Path, answers: Callable[[], Answers], *, host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve the page of a run until it is interrupted; arguments as for `web.app.serve` and `make_app`."""
-    run_server(make_app(run, answers, loopback=is_loopback(host)), host=host, port=port, ready=ready, stop_within_s=2)
+    run_server(make_app(run, answers, host=host), host=host, port=port, ready=ready, stop_within_s=2)
