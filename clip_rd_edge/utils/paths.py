@@ -7,6 +7,7 @@ lies in a folder that may not be entered, and a ValueError for one with a NUL.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import stat
@@ -118,13 +119,24 @@ def looks_like_path(text: str, *, suffixes: Collection[str]) -> bool:
     )
 
 
+_MAX_COMPARED = 5_000
+
+
 def near_files(path: Path) -> str:
-    """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own."""
-    if not _exists(path.parent, Path.is_dir):
+    """Return ` Did you mean …?` with the files in the folder of a missing file whose names are close to its own.
+
+    Empty if the folder cannot be listed, as that of others' homes, or has more files than are compared in a moment.
+    """
+    try:
+        with os.scandir(path.parent) as files:
+            listed = [file.name for file in itertools.islice(files, _MAX_COMPARED + 1)]
+    except (OSError, ValueError):
+        return ""
+    if len(listed) > _MAX_COMPARED:
         return ""
     prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
     # Its own name is among them if it is a link that leads nowhere.
-    names = [file.name for file in path.parent.iterdir() if not file.name.startswith(".") and file.name != path.name]
+    names = [name for name in listed if not name.startswith(".") and name != path.name]
     return near_matches(path.name, names, prefix=prefix)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_rd_edge.utils.paths import cache_home, file_identity
+from clip_rd_edge.utils import paths
+from clip_rd_edge.utils.paths import cache_home, file_identity, looks_like_path, near_files, why_no_file
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,29 @@ def test_files_of_the_same_size_and_time_are_told_apart(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (1, 1))  # as in images of OSTree and Nix
     assert file_identity(tmp_path / "a") == file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
     assert file_identity(tmp_path / "c") is None
+
+
+def test_a_folder_that_may_be_entered_but_not_listed_suggests_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "St.Bernard").touch()
+    assert looks_like_path(str(tmp_path / "St.Bern"), suffixes=())
+    monkeypatch.chdir(tmp_path)
+    assert looks_like_path("St.Bern", suffixes=())
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("scandir", "listdir"):  # which of them Path.iterdir calls depends on Python
+        monkeypatch.setattr(os, name, refuse)
+    assert not looks_like_path("St.Bern", suffixes=())
+    assert why_no_file(Path("St.Bern")) == "does not exist."
+
+
+def test_the_names_of_a_large_folder_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(10):
+        (tmp_path / f"image{number}.jpg").touch()
+    monkeypatch.setattr(paths, "_MAX_COMPARED", 10)
+    assert "image1.jpg" in near_files(tmp_path / "image.jpg")
+    (tmp_path / "one-more").touch()
+    assert near_files(tmp_path / "image.jpg") == ""
