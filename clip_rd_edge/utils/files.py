@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -194,8 +195,9 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
     Its content is on the disk before it is renamed, so that a power failure leaves no folder of empty files. An
     existing file or folder at `path` is moved aside first and removed last, so `path` never mixes old and new files; it
-    is moved back if the new one cannot take its place. Temporary folders that killed processes left are removed; what
-    they moved aside, once the new one has its place: until then, it may be all that there is.
+    is moved back if the new one cannot take its place. Temporary folders that killed processes of this machine left are
+    removed, and those of others after a day; what they moved aside, once the new one has its place: until then, it may
+    be all that there is.
 
     Args:
         overwrite: if false, what another process has put there meanwhile is kept.
@@ -203,7 +205,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Raises:
         UsageError: `path` cannot be written or replaced, or is in use and `overwrite` is false.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _beside(path, "tmp")
     with named_failures(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         unheld = temporary.with_suffix(".new")
@@ -214,7 +216,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+        old = _beside(path, "old")
         require_free_output(path, overwrite=overwrite, replaced=False)
         with named_failures(path):
             if path.exists():
@@ -231,6 +233,21 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Return a new name for what `new_folder(path)` has beside it, which begins with this machine's mark."""
+    return path.with_name(f".{path.name}.{_mark()}{uuid.uuid4().hex[_MARK_DIGITS:]}.{kind}")
+
+
+_MARK_DIGITS = 8
+_DAY_S = 86_400.0  # since the last change of its name, too, which a time of modification leaves out
+
+
+def _mark() -> str:
+    import platform
+
+    return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:_MARK_DIGITS]
 
 
 def _hold(folder: Path) -> int | None:
@@ -260,10 +277,21 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
-    """Return what `new_folder(path)` calls `.tmp` or `.old`, of this process and of others; empty if that is secret."""
+    """Return what `new_folder(path)` calls `.tmp` or `.old`, of this process and of others; empty if that is secret.
+
+    What another machine has there is among them after a day: on some network file systems, each sees its own locks
+    alone, and would take for abandoned what the other is writing. Containers, which have a new name each time, leave
+    theirs for good otherwise.
+    """
     with suppress(OSError):
         named = [(other, _LEFTOVER.fullmatch(other.name)) for other in path.parent.iterdir()]
-        return [other for other, match in named if match and (match["name"], match["kind"]) == (path.name, kind)]
+        return [
+            other
+            for other, match in named
+            if match
+            and (match["name"], match["kind"]) == (path.name, kind)
+            and (match["key"].startswith(_mark()) or time.time() - other.lstat().st_ctime > _DAY_S)
+        ]
     return []
 
 
@@ -290,7 +318,7 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.(?P<kind>new|tmp|old)")
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<key>[0-9a-f]{32})\.(?P<kind>new|tmp|old)")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -119,8 +119,25 @@ def test_a_later_folder_of_the_same_name_removes_what_a_kill_left_but_not_what_i
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot lock folders")
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_what_another_machine_is_writing_is_kept_for_a_day_as_its_locks_may_not_be_seen_here(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("platform.node", lambda: "elsewhere")
+        others = files._beside(tmp_path / "out", kind)
+    others.mkdir()
+    changed = others.stat().st_ctime
+    for days, names in ((0, [others.name, "out"]), (2, ["out"])):
+        monkeypatch.setattr(files.time, "time", lambda days=days: changed + 86_400 * days)
+        with new_folder(tmp_path / "out"):
+            pass
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tmp_path: Path) -> None:
-    mark = "0123456789abcdef" * 2
+    mark = files._mark() + "0123456789abcdef01234567"
     old, other = tmp_path / f".out.{mark}.old", tmp_path / f".others.{mark}.old"
     for folder in (old, other):
         folder.mkdir()
