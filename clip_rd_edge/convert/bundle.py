@@ -44,7 +44,7 @@ def start_conversion(
         return manifest.without_text()
     if calibration is not None:
         _require_different_captions(calibration)
-    shutil.copy2(source / TOKENIZER, folder / TOKENIZER)
+    shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
     return manifest
 
 

@@ -265,7 +265,7 @@ def write_fp16_tower(
     fp32_file, fp16_file = source / tower.file, folder / tower.file
     converted = fp16_tower(fp32_file, inputs)
     if converted.model is None:
-        shutil.copy2(fp32_file, fp16_file)
+        shutil.copyfile(fp32_file, fp16_file)
         return msgspec.structs.replace(tower, note=float32_note(converted.agreement.centred_cosine))
     write_bytes(fp16_file, converted.model)
     files = {"fp32": fp32_file, "fp16": fp16_file}

@@ -65,7 +65,7 @@ def write_litert_fp16_tower(source: Path, folder: Path, tower: Tower, inputs: In
     reference, session = (open_litert(model, threads=threads) for model in (str(file), content))
     measured = measure(session, reference, inputs, threads=threads)
     if measured.centred_cosine < MIN_AGREEMENT:
-        shutil.copy2(file, folder / tower.file)
+        shutil.copyfile(file, folder / tower.file)
         return msgspec.structs.replace(tower, note=float32_note(measured.centred_cosine))
     write_bytes(folder / tower.file, content)
     return msgspec.structs.replace(tower, precision="fp16", measured=measured)

@@ -41,7 +41,7 @@ def write_openvino(
     towers = {}
     for name, tower in manifest.towers.items():
         reporter.update(f"{name} tower: comparing OpenVINO with ONNX Runtime")
-        shutil.copy2(source / tower.file, folder / tower.file)
+        shutil.copyfile(source / tower.file, folder / tower.file)
         towers[name] = _measure_tower(folder / tower.file, tower, inputs[name], request, timer=timer)
     return manifest.with_towers(towers, target=OPENVINO.name)
 

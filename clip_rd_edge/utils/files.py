@@ -230,7 +230,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         for replaced in {old, *_leftovers(path, "old")}:
             _remove(replaced)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if held is not None:
             os.close(held)
 
@@ -272,7 +272,7 @@ def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of `new_folder(path)` that no living process holds."""
     for folder in _leftovers(path, "tmp"):
         if folder.is_dir() and (held := _hold(folder)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             os.close(held)
 
 
@@ -299,9 +299,21 @@ def _remove(path: Path) -> None:
     """Remove a file, a folder or a link if it is there; what cannot be removed is a leftover, and no reason to fail."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            _make_writable(path)
+            shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _make_writable(folder: Path) -> None:
+    """Make what is in a folder removable by its owner, who may have protected it."""
+    with suppress(OSError):
+        folder.chmod(0o700)
+        for path in folder.rglob("*"):
+            if not path.is_symlink() and (path.is_dir() or os.name == "nt"):
+                path.chmod(0o700)
 
 
 _MANY_FILES = 64  # each is waited for, which takes milliseconds; for more, the whole system is asked once

@@ -198,7 +198,8 @@ def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = Non
         raise UsageError(f"The output {output} is inside the bundle that it holds.", hint="choose another -o")
     with new_folder(output, overwrite=overwrite) as folder:
         for source in (PAGE, ALONE):  # ALONE replaces api.js
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            for path in source.iterdir():  # as everywhere: without modes, as the package may be read-only
+                shutil.copyfile(path, folder / path.name)
         (folder / NPM).mkdir()
         for name, path in find_packages(node_modules).items():
             shutil.copyfile(path, folder / NPM / name)

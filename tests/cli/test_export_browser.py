@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,27 @@ def test_a_bundle_is_exported_as_a_browser_page(
     assert sizes["loaded"] == sizes["bundle"] == sum(path.stat().st_size for path in (site / "bundle").iterdir())
     code, _, error = command_line("export", colour_bundle, *options)
     assert (code, "--force" in error) == (2, True)
+
+
+def test_what_is_made_from_a_read_only_package_and_bundle_can_be_written_and_removed(
+    colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Nix, OSTree, and where somebody has protected a bundle."""
+    for name in ("PAGE", "ALONE"):
+        protected = shutil.copytree(getattr(browser, name), tmp_path / name)
+        monkeypatch.setattr(browser, name, protected)
+    sources = (tmp_path / "PAGE", tmp_path / "ALONE", colour_bundle, node_modules)
+    paths = [path for source in sources for path in (*source.rglob("*"), source)]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        browser.write_browser(colour_bundle, tmp_path / "site", node_modules=node_modules)
+    finally:
+        for path in reversed(paths):
+            path.chmod(0o755)
+    written = [*(tmp_path / "site").rglob("*")]
+    assert tmp_path / "site/bundle/image.onnx" in written
+    assert [path for path in written if not path.stat().st_mode & stat.S_IWUSR] == []
 
 
 @pytest.mark.parametrize(

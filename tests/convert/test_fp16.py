@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -176,3 +178,12 @@ def test_only_a_float32_bundle_is_converted(
     with pytest.raises(UsageError, match="are made from a float32 bundle"):
         export_bundle(student, tmp_path / "int8", ExportRequest(precision="int8"), source=fp16, calibration=calibration)
     assert not (tmp_path / "int8").exists()
+
+
+def test_a_bundle_that_is_made_from_a_read_only_one_can_be_written(fp32_bundle: Path, tmp_path: Path) -> None:
+    protected = shutil.copytree(fp32_bundle, tmp_path / "fp32")
+    for path in protected.iterdir():
+        path.chmod(0o444)
+    (tmp_path / "fp16").mkdir()
+    write_fp16(protected, tmp_path / "fp16", ExportRequest(precision="fp16"))
+    assert [path.name for path in (tmp_path / "fp16").iterdir() if not path.stat().st_mode & stat.S_IWUSR] == []

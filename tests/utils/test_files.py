@@ -150,6 +150,18 @@ def test_what_a_killed_process_moved_aside_is_removed_once_there_is_a_new_one(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may remove everything")
+def test_a_folder_that_its_owner_has_protected_is_replaced_without_a_trace(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").touch()
+    for path in ("out/deep/file", "out/deep", "out"):
+        (tmp_path / path).chmod(0o555)
+    with new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
 def test_write_text_leaves_no_temporary_file(tmp_path: Path) -> None:
     write_text(tmp_path / "deep" / "file", "content")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["file"]

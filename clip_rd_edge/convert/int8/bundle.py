@@ -159,7 +159,7 @@ def _alternatives(falling_back: Mapping[str, QuantizedTower], request: ExportReq
 
 def _write_tower(quantized: QuantizedTower, tower: Tower, source: Path, folder: Path) -> Tower:
     if quantized.model is None:
-        shutil.copy2(source / tower.file, folder / tower.file)
+        shutil.copyfile(source / tower.file, folder / tower.file)
     else:
         write_bytes(folder / tower.file, quantized.model)
     return msgspec.structs.replace(
