@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def install_command(extra: str = "", *, options: str = "") -> str:
         options: options of `pip install`, such as `-U`.
     """
     import shlex  # these imports take 20 ms, and most processes need no install command
-    from urllib.parse import unquote, urlsplit
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
 
     suffix = f"[{extra}]" if extra else ""
     origin = _origin()
@@ -27,11 +29,12 @@ def install_command(extra: str = "", *, options: str = "") -> str:
         requirement = f"{PACKAGE}{suffix}"
     elif "dir_info" in origin:
         options = f"{options} -e" if origin["dir_info"].get("editable") else options
-        requirement = f"{unquote(urlsplit(origin['url']).path)}{suffix}"
+        requirement = f"{url2pathname(urlsplit(origin['url']).path)}{suffix}"
     else:
         version_control = origin.get("vcs_info", {}).get("vcs")
         requirement = f"{PACKAGE}{suffix} @ {version_control + '+' if version_control else ''}{origin['url']}"
-    return " ".join(["pip install", *options.split(), shlex.quote(requirement)])
+    quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
+    return " ".join(["pip install", *options.split(), quoted])
 
 
 def _origin() -> dict[str, Any]:

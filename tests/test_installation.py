@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from clip_rd_edge import installation
 from clip_rd_edge.installation import install_command
 
 
@@ -41,6 +43,14 @@ def test_the_install_command_works_from_where_the_package_came_from(
     assert install_command("train") == command
     assert install_command(options="-U").startswith("pip install -U ")
     assert "[" not in install_command()
+
+
+def test_on_windows_the_command_has_a_path_and_quotes_that_its_shells_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = {"url": "file:///C:/my/clone", "dir_info": {"editable": True}}
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(origin))
+    monkeypatch.setattr(installation, "os", SimpleNamespace(name="nt"))
+    monkeypatch.setattr("urllib.request.url2pathname", lambda path: {"/C:/my/clone": "C:\\my\\clone"}[path])
+    assert install_command("train") == 'pip install -e "C:\\my\\clone[train]"'
 
 
 def test_a_clone_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
