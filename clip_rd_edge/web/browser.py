@@ -9,6 +9,8 @@ import base64
 import hashlib
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -128,6 +130,10 @@ def _cached(package: Package) -> Path:
     return source
 
 
+# npm's errors begin with codes, and end with advice and the name of a log.
+_NPM_MARK, _NPM_CODE = re.compile(r"npm (error|ERR!) "), re.compile(r"(code|syscall|errno|path|dest) ")
+
+
 def _download(package: Package) -> bytes:
     """Download the package's archive with npm, which uses the user's mirror and proxy, or without npm by HTTPS."""
     npm = shutil.which("npm")
@@ -137,12 +143,14 @@ def _download(package: Package) -> bytes:
                 content: bytes = response.read()
             return content
         with tempfile.TemporaryDirectory() as scratch:
-            command = [npm, "pack", package.spec, "--silent", "--pack-destination", scratch]
-            subprocess.run(command, check=True, capture_output=True, text=True, cwd=scratch)
+            command = [npm, "pack", package.spec, "--loglevel=error", "--pack-destination", scratch]
+            # Its own cache needs a home folder that can be written to.
+            environment = {**os.environ, "npm_config_cache": f"{scratch}/cache"}
+            subprocess.run(command, check=True, capture_output=True, text=True, cwd=scratch, env=environment)
             return next(Path(scratch).glob("*.tgz")).read_bytes()
     except (OSError, StopIteration, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        reason = lines[-1].removeprefix("npm error ") if lines else "npm gave no reason"
+        lines = [_NPM_MARK.sub("", line) for line in (getattr(error, "stderr", "") or str(error)).splitlines()]
+        reason = next((line.rstrip(".") for line in lines if line and not _NPM_CODE.match(line)), "npm gave no reason")
         raise ClipRdEdgeError(
             f"Cannot download {package.spec}, which the browser page needs, from npm's registry: {reason}.",
             hint=_manual_install_hint("on a machine with a network connection"),

@@ -58,8 +58,14 @@ def test_an_archive_with_another_checksum_is_refused(package: browser.Package, t
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_a_network_the_hint_explains_the_manual_installation(package: browser.Package, tmp_path: Path) -> None:
-    write_npm(tmp_path, "echo 'npm error code ENOTFOUND' >&2; echo 'npm error no such host' >&2; exit 1")
+def test_without_a_network_the_hint_explains_the_manual_installation(
+    package: browser.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("code ENOTFOUND", "errno ENOTFOUND", "no such host", "A complete log of this run can be found in: /log")
+    shown = "; ".join(f"echo 'npm error {line}' >&2" for line in lines)
+    # As npm does, which with --silent is silent, and needs a folder of its own.
+    write_npm(tmp_path, f'[ "$3" != --silent ] && mkdir -p "$npm_config_cache" && {{ {shown}; }}; exit 1')
+    monkeypatch.setenv("HOME", "/proc")
     with pytest.raises(
         ClipRdEdgeError, match="which the browser page needs, from npm's registry: no such host"
     ) as raised:
