@@ -15,7 +15,9 @@ def completions(line: str) -> list[tuple[str, str]]:
         **os.environ, "_CLIP_RD_EDGE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),
     }  # fmt: skip
     command = [sys.executable, "-m", "clip_rd_edge"]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.stderr == ""
+    output = process.stdout
     return [(kind, value) for kind, _, value in (row.partition(",") for row in output.splitlines())]
 
 
@@ -34,6 +36,10 @@ def completions(line: str) -> list[tuple[str, str]]:
 )
 def test_the_shell_is_offered_commands_options_values_presets_and_files(line: str, expected: tuple[str, str]) -> None:
     assert expected in completions(line)
+
+
+def test_a_wrong_command_is_no_error_in_the_prompt() -> None:
+    assert ("plain", "quickstart") in completions("clip-rd-edge clasify ")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
