@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -105,6 +106,7 @@ def main() -> None:
 
 
 def _main() -> None:
+    _open_closed_streams()
     _pass_on_any_path()
     arguments: list[str] = sys.argv[1:]
     debug = "--debug" in arguments
@@ -189,6 +191,14 @@ def _is_deadly(number: int) -> bool:
 _NO_MEMORY = ClipRdEdgeError(
     "There is not enough memory for this.", hint="end other programs, or use smaller images, batches or models"
 )
+
+
+def _open_closed_streams() -> None:
+    """Let a daemon that starts with closed streams, and pythonw, read nothing and write into nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = Path(os.devnull).open(mode, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 — to the end
+            setattr(sys, name, nothing)
 
 
 def _pass_on_any_path() -> None:

@@ -188,6 +188,21 @@ def test_a_run_that_lost_a_process_ends_at_once_with_its_loaders() -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="closes streams with a POSIX shell")
+def test_closed_streams_are_read_and_written_as_empty_ones(colour_bundle: Path, colour_images: Path) -> None:
+    """As daemons have them."""
+
+    def classify(image: str, closed: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "clip_rd_edge", "classify", str(colour_bundle), image, "--labels", "red", "blue"]
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *words]
+        return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+
+    done = classify(str(colour_images / "red.png"), ">&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = classify("-", "<&-")
+    assert (done.returncode, "the list on stdin is empty" in done.stderr) == (2, True)
+
+
 def test_a_full_disk_is_reported_in_one_line(command_line: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_disk_full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/mnt/manifest.json")
