@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.config import LOCATIONS, RunConfig
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.student import text_source
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.models.clip import model_fingerprint
+from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
 from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
@@ -49,6 +49,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
             and for runs that did not record it yet.
         student_file_sha256: of the JSON file with a new student's architecture and preprocessing; None for others, and
             for runs that did not record it yet.
+        form_sha256: of what a checkpoint's weights belong to: the form of the student and the teachers' embedding
+            sizes; None for runs that did not record it yet.
     """
 
     pairs: int
@@ -61,6 +63,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     image_weights_sha256: str | None = None
     text_sha256: str | None = None
     student_file_sha256: str | None = None
+    form_sha256: str | None = None
 
 
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
@@ -82,7 +85,13 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
         text_sha256=model_fingerprint(text) if text else None,
         student_file_sha256=sha256_of(file) if (file := student_file(config.student)) else None,
+        form_sha256=_form_of(setup),
     )
+
+
+def _form_of(setup: RunSetup) -> str:
+    form = (form_fingerprint(setup.student), setup.objective.teacher_widths)
+    return hashlib.sha256(msgspec.json.encode(form)).hexdigest()
 
 
 def _taken_text(config: RunConfig) -> Path | None:
@@ -116,20 +125,22 @@ def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> R
 def check_inputs(
     run: Path, inputs: RunInputs, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT
 ) -> None:
-    """Write RUN/inputs.json if there is none yet; else check that data and models are still those.
+    """Check that data and models are those of RUN/inputs.json, if there is one.
 
-    A run without a checkpoint starts again, with whatever is there now.
+    A run without a checkpoint starts again, with whatever is there now, which is recorded. Otherwise, `record_inputs`
+    has to follow once the checkpoint is loaded: until then, the run can go on with its earlier inputs.
 
     Args:
         inputs: fingerprints of data and models.
         setup: names them.
-        accept_changes: report a difference, and keep the new fingerprints, instead of raising, unless the run is
-            finished, or its student would get another tokenizer, architecture or preprocessing.
+        accept_changes: report a difference instead of raising, unless the run is finished, or its student would get
+            another tokenizer, architecture or preprocessing, or a teacher another embedding size.
 
     Raises:
         UsageError: data, teacher or trained student changed; the message says from what to what.
         ConfigError: inputs.json is damaged.
     """
+    has_checkpoint = bool(list_checkpoints(run))
     path = run / INPUTS_FILE
     if path.is_file():
         old = read_json(path, RunInputs)
@@ -138,11 +149,10 @@ def check_inputs(
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
         # The weights of a checkpoint belong to the tokens and the architecture that they were trained with.
-        is_same_student = all(
-            getattr(old, name) in (None, getattr(inputs, name)) for name in ("text_sha256", "student_file_sha256")
-        )
+        of_student = ("form_sha256", "text_sha256", "student_file_sha256")
+        is_same_student = all(getattr(old, name) in (None, getattr(inputs, name)) for name in of_student)
         is_acceptable = not is_finished and is_same_student
-        if is_finished or (list_checkpoints(run) and not (accept_changes and is_acceptable)):
+        if is_finished or (has_checkpoint and not (accept_changes and is_acceptable)):
             ways = ["name those that it was finished with" if is_finished else "restore them"]
             ways.append("start a new run with another -o")
             if is_acceptable:
@@ -151,7 +161,13 @@ def check_inputs(
                 f"{run} began with other inputs: {difference}.", hint=f"{', '.join(ways[:-1])}, or {ways[-1]}"
             )
         reporter.say(f"the run goes on with changed inputs: {difference}")
-    write_bytes(path, to_json(inputs))
+    if not has_checkpoint:
+        record_inputs(run, inputs)
+
+
+def record_inputs(run: Path, inputs: RunInputs) -> None:
+    """Write RUN/inputs.json: the run has begun with these, or goes on with them."""
+    write_bytes(run / INPUTS_FILE, to_json(inputs))
 
 
 def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> frozenset[str]:
@@ -237,6 +253,8 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
         return f"the model that it trains on has other weights, another configuration or another tokenizer ({change})"
     if change := _change(old.image_weights_sha256, new.image_weights_sha256):
         return f"the image weights that the student starts from are others ({change})"
+    if change := _change(old.form_sha256, new.form_sha256):
+        return f"the student has another architecture, tokenizer or preprocessing ({change})"
     return None
 
 
@@ -261,6 +279,7 @@ def _described(inputs: RunInputs) -> dict[str, str]:
         "image_weights_sha256": f"image weights with the {_digest(inputs.image_weights_sha256 or '')}",
         "text_sha256": f"a text tower to start from with the {_digest(inputs.text_sha256 or '')}",
         "student_file_sha256": f"a file of the student with the {_digest(inputs.student_file_sha256 or '')}",
+        "form_sha256": f"a student whose form has the {_digest(inputs.form_sha256 or '')}",
         "pairs_sha256": f"{_counts(inputs)} with the {_digest(inputs.pairs_sha256)}",
     }
 

@@ -49,6 +49,7 @@ from clip_rd_edge.distillation.inputs import (
     check_inputs,
     common_inputs,
     newer_inputs,
+    record_inputs,
     record_locations,
     sources_known_by_content,
 )
@@ -69,7 +70,7 @@ from clip_rd_edge.distillation.teacher import (
     LiveTeacher,
     Teacher,
 )
-from clip_rd_edge.distillation.train import caption_batch, step_settings, total_steps, train
+from clip_rd_edge.distillation.train import caption_batch, prepare, step_settings, total_steps, train
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -231,11 +232,13 @@ def _run(
     if is_finished:
         return _finished(config, run, processes, reporter)
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
+    trained = prepare(config, run, setup, teacher=teacher, dataset=dataset, processes=processes, reporter=reporter)
+    processes.on_main(lambda: record_inputs(run, inputs))
     student = train(
         config,
         run,
         setup,
-        teacher=teacher,
+        trained,
         dataset=dataset,
         processes=processes,
         reporter=reporter,

@@ -52,7 +52,28 @@ def total_steps(config: RunConfig, pairs: Pairs) -> int:
     return config.recipe.steps or config.recipe.epochs * (len(pairs) // config.recipe.batch_size)
 
 
-def train(
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains, as its newest checkpoint left it.
+
+    Attributes:
+        compute: computes gradients from a batch; `optimizer` applies them.
+        parts: what a checkpoint holds, by its key there; `bad` are the samples among them that could not be read.
+        student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
+        start, steps: completed steps, and steps in total.
+    """
+
+    compute: TrainingStep
+    optimizer: RunOptimizer
+    parts: dict[str, Stateful]
+    bad: BadSamples
+    student: ClipModel
+    encoder: Encoder
+    start: int
+    steps: int
+
+
+def prepare(
     config: RunConfig,
     run: Path,
     setup: RunSetup,
@@ -60,23 +81,71 @@ def train(
     teacher: BatchTeacher | None,
     dataset: ViewDataset,
     processes: Processes,
-    reporter: Reporter = SILENT,
-    evaluate: Callable[[Encoder], dict[str, float]] | None = None,
-) -> ClipModel:
-    """Train the student, from the newest checkpoint in `run` if there is one; return the model to save.
+    reporter: Reporter,
+) -> Trained:
+    """Move student and objective to the device, and restore their state, and all else that training changes.
 
     Args:
         config: resolved; its precision is not `auto`.
         teacher: None if the objective does not need one.
+
+    Raises:
+        ConfigError: there are checkpoints, but all are damaged.
+    """
+    recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
+    seed_everything(config.seed)
+    model = to_device(student.model, processes.device)
+    objective = setup.objective.to(processes.device)
+    set_training_mode(student, config)
+    optimizer = RunOptimizer(model, objective, recipe, steps=steps)
+    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer, "bad": dataset.bad}
+    quantization = Quantization() if config.quantize else None
+    if quantization:
+        parts["ranges"] = quantization.ranges
+    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device)
+    if bank:
+        parts["bank"] = bank
+    start = load_checkpoint(run, parts, processes, reporter=reporter)
+    if start:
+        reporter.say(f"resumed after step {start:,} of {steps:,}")
+    saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
+    if quantization and start == 0:
+        quantization.calibrate(student, dataset, config)
+    compute = TrainingStep(
+        student,
+        teacher,
+        objective,
+        processes,
+        step_settings(config, AUTOCAST[recipe.precision], processes.device),
+        image_tower=quantization.tower(student) if quantization else None,
+        bank=bank,
+    )
+    encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
+    return Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps)
+
+
+def train(
+    config: RunConfig,
+    run: Path,
+    setup: RunSetup,
+    trained: Trained,
+    *,
+    dataset: ViewDataset,
+    processes: Processes,
+    reporter: Reporter = SILENT,
+    evaluate: Callable[[Encoder], dict[str, float]] | None = None,
+) -> ClipModel:
+    """Train the student from where `prepare` left it; return the model to save.
+
+    Args:
+        config: resolved; its precision is not `auto`.
         evaluate: called with the student every `config.evaluate_every` steps and at the end, in all processes with an
             encoder that they share. Its scores are added to the metrics, and the best student is saved as `RUN/best`.
 
     Raises:
-        ConfigError: there are checkpoints, but all are damaged.
         InterruptedRunError: a signal requested a stop; the state was saved.
         ClipRdEdgeError: the loss was not finite for several steps in a row; the message names the last good checkpoint.
     """
-    trained = _prepare(config, run, setup, teacher=teacher, dataset=dataset, processes=processes, reporter=reporter)
     start, steps = trained.start, trained.steps
     log = MetricsLog(run, start=start) if processes.is_main else None
     tracker = open_tracker(config, run, start=start, reporter=reporter) if processes.is_main else Tracker()
@@ -131,70 +200,6 @@ def train(
     return trained.student
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """What a run trains, as its newest checkpoint left it.
-
-    Attributes:
-        compute: computes gradients from a batch; `optimizer` applies them.
-        parts: what a checkpoint holds, by its key there; `bad` are the samples among them that could not be read.
-        student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
-        start, steps: completed steps, and steps in total.
-    """
-
-    compute: TrainingStep
-    optimizer: RunOptimizer
-    parts: dict[str, Stateful]
-    bad: BadSamples
-    student: ClipModel
-    encoder: Encoder
-    start: int
-    steps: int
-
-
-def _prepare(
-    config: RunConfig,
-    run: Path,
-    setup: RunSetup,
-    *,
-    teacher: BatchTeacher | None,
-    dataset: ViewDataset,
-    processes: Processes,
-    reporter: Reporter,
-) -> _Trained:
-    """Move student and objective to the device, and restore their state, and all else that training changes."""
-    recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
-    seed_everything(config.seed)
-    model = to_device(student.model, processes.device)
-    objective = setup.objective.to(processes.device)
-    set_training_mode(student, config)
-    optimizer = RunOptimizer(model, objective, recipe, steps=steps)
-    parts: dict[str, Stateful] = {"model": model, "objective": objective, "update": optimizer, "bad": dataset.bad}
-    quantization = Quantization() if config.quantize else None
-    if quantization:
-        parts["ranges"] = quantization.ranges
-    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device)
-    if bank:
-        parts["bank"] = bank
-    start = load_checkpoint(run, parts, processes, reporter=reporter)
-    if start:
-        reporter.say(f"resumed after step {start:,} of {steps:,}")
-    saved_student = dataclasses.replace(student, model=optimizer.model_to_save)
-    if quantization and start == 0:
-        quantization.calibrate(student, dataset, config)
-    compute = TrainingStep(
-        student,
-        teacher,
-        objective,
-        processes,
-        step_settings(config, AUTOCAST[recipe.precision], processes.device),
-        image_tower=quantization.tower(student) if quantization else None,
-        bank=bank,
-    )
-    encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
-    return _Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps)
-
-
 class _Clock:
     """Counts seconds from when it is made, and how many of them go into waiting for batches and into evaluating."""
 
@@ -231,7 +236,7 @@ class _Loop:
     config: RunConfig
     run: Path
     setup: RunSetup
-    trained: _Trained
+    trained: Trained
     processes: Processes
     request: StopRequest
     log: MetricsLog | None

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
+from clip_rd_edge.models.tokenizer import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ def model_fingerprint(clip: ClipModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def form_fingerprint(clip: ClipModel) -> str:
+    """Return a SHA-256 of what a model's weights belong to: its configuration, preprocessing and tokens.
+
+    Another model of the same form can take its weights and computes the same with them.
+    """
+    vocabulary = sorted(vocabulary_of(clip.tokenizer).items())
+    ids = np.asarray(clip.tokenizer([PROBE_TEXT])).tolist()
+    form = [_without_locations(clip.model_cfg), msgspec.to_builtins(clip.preprocessing), vocabulary, ids]
+    return hashlib.sha256(json.dumps(form, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _without_locations(config: dict[str, Any]) -> dict[str, Any]:

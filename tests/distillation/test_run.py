@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from support import Watch, save_tiny_teacher
+from text_towers import bert_clip
 from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
 from clip_rd_edge.contract.encoder import Encoder
@@ -29,6 +31,7 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.structs import read_yaml
 
 STEPS = 8
@@ -262,6 +265,80 @@ def test_a_run_whose_inputs_were_replaced_is_resumed_only_when_that_is_accepted(
         run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=watch)
     assert any(difference in sentence for sentence in watch.said)
     distil(config, tmp_path / "run", resume=True)  # with the inputs that were accepted
+
+
+def with_tokens_in_another_order(config: RunConfig) -> str:
+    """Have the teacher's tokenizer give two words each other's id, which no weight tells."""
+    folder = Path(str(config.teacher))
+    content = (folder / "tokenizer.json").read_text()
+    ids = {word: re.search(rf'"{word}": *(\d+)', content) for word in ("gear", "bolt")}
+    gear, bolt = (match[1] for match in ids.values() if match)
+    content = re.sub(r'("gear": *)\d+', rf"\g<1>{bolt}", content)
+    (folder / "tokenizer.json").write_text(re.sub(r'("bolt": *)\d+', rf"\g<1>{gear}", content))
+    return "the student has another architecture, tokenizer or preprocessing"
+
+
+def of_another_width(config: RunConfig) -> str:
+    student = student_config("test_resnet", embedding_size=16, image_size=48, text="64x1", context_length=12)
+    save_clip(Path(str(config.teacher)), build_student(student, name="teacher"), provenance={})
+    return "the teacher teacher has other weights"
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"text": "teacher", "freeze_text": True}, with_tokens_in_another_order),
+        ({"pretrained_image": "teacher"}, other_preprocessing),
+        ({"embedding_size": 24}, of_another_width),
+    ],
+)
+def test_weights_of_a_checkpoint_are_not_joined_to_what_they_do_not_belong_to(
+    config: RunConfig, tmp_path: Path, settings: dict[str, Any], change: Callable[[RunConfig], str]
+) -> None:
+    model = bert_clip(tmp_path / "encoder", image_size=48)
+    save_clip(tmp_path / "teacher", model, provenance={})
+    small = {"student": "test_resnet", "image_size": 48, "context_length": 12}
+    config = msgspec.structs.replace(config, **small, **settings)
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    shutil.copytree(tmp_path / "teacher", tmp_path / "before")
+    difference = change(config)
+    for accept_changes in (False, True):
+        with pytest.raises(UsageError, match=difference) as error:
+            run_distillation(config, tmp_path / "run", resume=True, accept_changes=accept_changes)
+        assert error.value.hint == "restore them, or start a new run with another -o"
+    shutil.rmtree(tmp_path / "teacher")
+    (tmp_path / "before").rename(tmp_path / "teacher")
+    distil(config, tmp_path / "run", resume=True)
+
+
+def test_changes_are_accepted_for_good_once_the_checkpoint_is_loaded(config: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        distil(config, run, on_step=stop_at(4))
+    before = (run / "inputs.json").read_bytes()
+    other_captions(config)
+    state = run / "checkpoints" / "step-3" / "state.pt"
+    content = state.read_bytes()
+    state.write_bytes(content[:100])
+    with pytest.raises(ConfigError, match="No checkpoint"):
+        run_distillation(config, run, resume=True, accept_changes=True)
+    assert (run / "inputs.json").read_bytes() == before
+    state.write_bytes(content)
+    with pytest.raises(MemoryError):
+        run_distillation(config, run, resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(4)))
+    assert (run / "inputs.json").read_bytes() != before
+
+
+def test_a_run_that_did_not_record_the_form_of_its_student_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        distil(config, run, on_step=stop_at(4))
+    recorded = json.loads((run / "inputs.json").read_text())
+    form = recorded.pop("form_sha256")
+    (run / "inputs.json").write_text(json.dumps(recorded))
+    distil(config, run, resume=True)
+    assert json.loads((run / "inputs.json").read_text()) == {**recorded, "form_sha256": form}
 
 
 def spoil_an_image(config: RunConfig) -> Path:
