@@ -20,13 +20,16 @@ class EpochOrder:
     rather than single samples from all of them. Where all pairs fit into one window, the order is a plain permutation.
 
     Args:
-        groups: number of pairs in each group; group i holds the pairs that follow those of group i - 1.
+        groups: number of pairs in each group, (G,); group i holds the pairs that follow those of group i - 1. Or (G, K)
+            for groups of K such parts: those of column k follow all of column k - 1.
         window: minimum number of pairs per window, but for the last.
     """
 
     def __init__(self, groups: Sequence[int] | Indices, *, seed: int, window: int = SHUFFLE_WINDOW) -> None:
-        self._sizes = np.asarray(groups, np.int64)
-        self._first = np.cumsum(self._sizes) - self._sizes
+        sizes = np.asarray(groups, np.int64)
+        self._parts = sizes.reshape(len(sizes), -1).T  # (K, G): in the order of the pairs
+        self._first = np.cumsum(self._parts).reshape(self._parts.shape) - self._parts
+        self._sizes = self._parts.sum(axis=0)
         self._seed, self._window = seed, window
         self._epoch = -1
         self._groups = self._ends = np.empty(0, np.int64)  # groups in the epoch's order; the end of each window in it
@@ -77,4 +80,5 @@ class EpochOrder:
         return self._order[1]
 
     def _ranges(self, groups: Indices) -> list[tuple[int, int]]:
-        return list(zip(self._first[groups].tolist(), self._sizes[groups].tolist(), strict=True))
+        first, sizes = (of_parts[:, groups].ravel().tolist() for of_parts in (self._first, self._parts))
+        return list(zip(first, sizes, strict=True))

@@ -48,7 +48,8 @@ class Pairs(Protocol):
         left_out: parts of the source that are not pairs, such as a sample without a caption; each entry is a message
             that names the location.
         lost: about how many further samples are in damaged parts of the source, of which nothing else is known.
-        groups: numbers of consecutive pairs that are stored together, such as the samples of each shard.
+        groups: numbers of consecutive pairs that are stored together, such as the samples of each shard; see
+            `data.order.EpochOrder` for those in several parts.
     """
 
     @property

@@ -132,9 +132,12 @@ class MixedSamples:
 
     @cached_property
     def groups(self) -> npt.NDArray[np.int64]:
-        """Numbers of rows that are stored together."""
-        unpaired = self.images.groups if self.images is not None else [self.unpaired_count]
-        return np.concatenate([np.asarray(self.pairs.groups if self.pairs is not None else [], np.int64), unpaired])
+        """Numbers of rows that are stored together: of texts beside pairs, with the pairs whose images they have."""
+        of_pairs = np.asarray(self.pairs.groups if self.pairs is not None else [], np.int64)
+        if self.pairs is not None and self.images is None:
+            ends = -(-np.cumsum(of_pairs) * self.unpaired_count // self.pair_count)  # by `_pair_of`
+            return np.stack([of_pairs, np.diff(ends, prepend=0)], axis=1)
+        return np.concatenate([of_pairs, [self.unpaired_count] if self.images is None else self.images.groups])
 
     def prefetch(self, groups: Sequence[int]) -> None:
         """Begin to fetch what these groups are read from."""
@@ -174,7 +177,10 @@ class MixedSamples:
         yield "\0".join(self.templates).encode()
 
     def _pair_of(self, row: int) -> int:
-        """Return the pair whose image or captions stand in an unpaired row: evenly spaced, or all in turn."""
+        """Return the pair whose image or captions stand in an unpaired row: evenly spaced, or all in turn.
+
+        Without images of their own, later rows have later pairs, by which `groups` divides them.
+        """
         if self.unpaired_count < self.pair_count:
             return row * self.pair_count // self.unpaired_count
         return row % self.pair_count

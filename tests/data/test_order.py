@@ -35,6 +35,17 @@ def test_a_window_holds_few_groups() -> None:
     assert (neighbours == 1).mean() < 0.2  # shuffled within the window
 
 
+def test_the_parts_of_a_group_are_shown_in_one_window() -> None:
+    groups = np.array([(10, 5)] * 50)
+    order = EpochOrder(groups, seed=0, window=60)
+    indices = order.indices(0, 0, len(order))
+    assert sorted(indices) == list(range(750))
+    for start in range(0, len(order) - 60, 60):
+        window = indices[start : start + 60]
+        first, second = window[window < 500] // 10, (window[window >= 500] - 500) // 5
+        assert (len(first), len(second), set(first)) == (40, 20, set(second))
+
+
 def test_order_differs_by_seed_and_epoch_also_within_a_single_group() -> None:
     for groups in ([60], GROUPS):
         orders = [tuple(EpochOrder(groups, seed=s, window=20).indices(e, 0, 50)) for s in (0, 1) for e in (0, 1)]

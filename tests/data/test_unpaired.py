@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clip_rd_edge.data.order import EpochOrder
 from clip_rd_edge.data.pairs import Pairs, fingerprint, load_pairs
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
@@ -189,7 +190,7 @@ class Prefetched:
     """Records which groups are fetched; the rest is a table's."""
 
     def __init__(self, pairs: Pairs) -> None:
-        self.pairs, self.fetched = pairs, list[int]()
+        self.pairs, self.groups, self.fetched = pairs, pairs.groups, list[int]()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.pairs, name)
@@ -205,6 +206,28 @@ def test_each_part_fetches_its_own_groups(pairs_csv: Path) -> None:
     pairs, images = (Prefetched(load_pairs(str(pairs_csv))) for _ in range(2))
     MixedSamples(pairs, images).prefetch([0, 1])  # type: ignore[arg-type]
     assert (pairs.fetched, images.fetched) == ([0], [0])
+
+
+@pytest.mark.parametrize("texts", [24, 18, 5])
+def test_texts_beside_pairs_are_read_with_the_pairs_whose_images_they_have(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, texts: int
+) -> None:
+    pairs = Prefetched(load_pairs(str(pairs_csv)))
+    pairs.groups = [7, 7, 7, 3]
+    samples = MixedSamples(pairs, None, tuple(map(str, range(texts))))  # type: ignore[arg-type]
+    order = EpochOrder(samples.groups, seed=0, window=1)
+    seen = list[int]()
+    for _ in range(4):
+        (group,) = order.groups(0, len(seen), windows=1)
+        size = samples.groups[group].sum()
+        rows = order.indices(0, len(seen), len(seen) + size).tolist()
+        monkeypatch.setattr(pairs, "open", lambda index, group=group: index // 7 == group)
+        assert all(map(samples.open, rows))
+        assert sum(row < 24 for row in rows) == pairs.groups[group]
+        seen += rows
+    assert sorted(seen) == list(range(24 + texts))
+    samples.prefetch([3])
+    assert pairs.fetched == [3]
 
 
 def test_texts_alone_are_as_many_rows_without_images() -> None:
