@@ -10,7 +10,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.teacher import FrozenTextTower
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.clip import ClipModel, TextTower
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.student import build_student, student_config
 
 
@@ -45,6 +45,18 @@ def test_a_text_tower_without_a_projection_is_frozen_whole(texts_alone: RunConfi
     assert not frozen.requires_grad
     expected = TextTower(student.model)(student.tokenizer(["red", "a cat"]))
     torch.testing.assert_close(frozen, expected.detach())
+
+
+@pytest.mark.parametrize(("name", "image_size"), [("test_resnet", 32), ("test_vit", 160)])
+def test_all_that_is_not_frozen_has_a_gradient_with_gradient_checkpointing(name: str, image_size: int) -> None:
+    config = student_config(name, embedding_size=8, image_size=image_size, text="64x1", context_length=8)
+    student = build_student(config, name=name)
+    set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", freeze_image=1, gradient_checkpointing=True))
+    ImageTower(student.model)(torch.randn(2, 3, image_size, image_size))[:, 0].sum().backward()
+    visual = dict(student.model.get_submodule("visual").named_parameters())
+    trained = {name for name, parameter in visual.items() if parameter.requires_grad}
+    assert 0 < len(trained) < len(visual)
+    assert trained == {name for name, parameter in visual.items() if parameter.grad is not None}
 
 
 def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
