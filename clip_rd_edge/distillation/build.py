@@ -38,7 +38,7 @@ from clip_rd_edge.distillation.student import make_student
 from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.losses.objective import PAIR_TERMS, Objective
+from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.label_list import read_texts
@@ -83,8 +83,8 @@ def load_setup(
         processes: the processes that share a batch. The main one indexes the shards; the others read its index.
 
     Raises:
-        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised or
-            would train nothing.
+        UsageError: a teacher is needed but not named, the batch size is unsuitable, or the run cannot be quantised, or
+            would train nothing, or images and texts that do not match.
         InputError, ConfigError: data, teacher or student cannot be used, in any of the processes.
     """
     require_quantizable(config)
@@ -131,7 +131,26 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
         widths=(student.embedding_size, *ensemble.widths) if ensemble else None,
         bank_temperature=config.recipe.bank_temperature,
     )
-    return RunSetup(pairs, teachers, student, objective, stored, ensemble)
+    setup = RunSetup(pairs, teachers, student, objective, stored, ensemble)
+    _require_matching_towers(config, setup)
+    return setup
+
+
+def _require_matching_towers(config: RunConfig, setup: RunSetup) -> None:
+    """Refuse an objective that trains the student's images and texts only through a projection for each."""
+    objective = setup.objective
+    terms = {name for name in objective.weights.active() if name not in PAIR_TERMS or pair_count(setup.pairs)}
+    if not objective.has_projections or terms & MATCHING_TERMS:
+        return
+    size, of_teachers = setup.student.embedding_size, sum(objective.teacher_widths)
+    recipe = "" if is_texts_alone(config) else ", or another recipe: --recipe clip-rd"
+    raise UsageError(
+        f"The embeddings of the student have {size} entries and those of {' and '.join(setup.teacher_names)} "
+        f"{of_teachers}, and no term of the objective compares the student's images with its texts: they would not "
+        "match, since each learns a projection of its own.",
+        hint=f"name one teacher with embeddings of {size}, or give the student theirs: --embedding-size {of_teachers}"
+        f"{recipe}",
+    )
 
 
 def _require_terms_without_pairs(config: RunConfig) -> None:

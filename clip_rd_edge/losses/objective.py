@@ -48,6 +48,9 @@ from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat
 TeacherScale = float | Tensor | tuple[float, ...]
 # Terms that need the caption of an image; see above.
 PAIR_TERMS = frozenset({"task", "icl", "vrd_kl", "xrd"})
+# Terms that compare the student's own image and text embeddings. The others compare each with the teacher's: where the
+# sizes differ, through a projection each, which does not keep the student's images and texts together.
+MATCHING_TERMS = frozenset({"task", "hrd", "affinity"})
 # Terms that have a part for texts alone; without images, that of images is 0.
 TEXT_TERMS = frozenset({"fd", "vrd_ce_text"})
 
@@ -182,6 +185,11 @@ class Objective(nn.Module):
         differ = widths is not None and student != total
         self.image_projection = nn.Linear(student, total, bias=False) if differ else nn.Identity()
         self.text_projection = nn.Linear(student, total, bias=False) if differ else nn.Identity()
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether the embedding sizes of student and teachers differ."""
+        return not isinstance(self.text_projection, nn.Identity)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -33,7 +34,7 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store.embed import embed_teacher
 from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
-from clip_rd_edge.losses.objective import Objective
+from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import training_facts
 from clip_rd_edge.models.student import build_student, student_config
@@ -129,6 +130,39 @@ def test_texts_alone_are_refused_where_images_are_needed(config: RunConfig, tmp_
     config = msgspec.structs.replace(config, recipe=recipe, student=teacher, quantize="int8", views=0)
     with pytest.raises(UsageError, match="it is the image tower that is trained for INT8"):
         run_distillation(config, tmp_path / "run", resume=False)
+
+
+def test_texts_alone_do_not_train_a_text_tower_away_from_its_images(config: RunConfig, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(config.recipe, batch_size=4)
+    narrow = msgspec.structs.replace(config, recipe=recipe, images=None, embedding_size=16)
+    message = (
+        r"student have 16 entries and those of teacher 24, and no term of the objective compares .* would not match"
+    )
+    with pytest.raises(UsageError, match=message) as error:
+        run_distillation(narrow, tmp_path / "run", resume=False)
+    assert error.value.hint == "name one teacher with embeddings of 16, or give the student theirs: --embedding-size 24"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "with_pairs", "matches"),
+    [
+        ({"fd": 1, "vrd_ce_image": 1, "vrd_ce_text": 1, "icl": 1, "xrd": 1}, True, False),
+        ({"fd": 1, "task": 1}, True, True),
+        ({"fd": 1, "task": 1}, False, False),
+        ({"fd": 1, "hrd": 1}, False, True),
+        ({"fd": 1, "affinity": 1}, False, True),
+    ],
+)
+def test_projections_need_a_term_that_keeps_images_and_texts_together(
+    config: RunConfig, pairs_csv: Path, weights: dict[str, float], with_pairs: bool, matches: bool
+) -> None:
+    recipe = msgspec.structs.replace(config.recipe, objective=Weights(**weights))
+    config = msgspec.structs.replace(config, recipe=recipe, data=str(pairs_csv) if with_pairs else None)
+    load_setup(config, name="student", processes=Processes())  # as wide as the teacher
+    with nullcontext() if matches else pytest.raises(UsageError, match="student's images with its texts") as error:
+        load_setup(msgspec.structs.replace(config, embedding_size=16), name="student", processes=Processes())
+    assert matches or str(error.value.hint).endswith("--embedding-size 24, or another recipe: --recipe clip-rd")
 
 
 def test_the_teachers_image_tower_must_fit_the_student(config: RunConfig, tmp_path: Path) -> None:
