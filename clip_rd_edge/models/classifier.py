@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from clip_rd_edge.models.packaged import CLASSIFIERS
 from clip_rd_edge.utils.paths import is_file
 
 TORCHVISION = "torchvision:"
+_SHOWN_CHARACTERS = 200  # of a message of torch, which may list all tensors
 # torchvision's architectures that timm has under another name, with the same layers in the same order.
 _TIMM_NAMES = {
     "mobilenet_v2": "mobilenetv2_100",
@@ -138,7 +140,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
     packaged = CLASSIFIERS.get(architecture)
     if pretrained is None and packaged and "." not in spec and packaged.is_installed():
         model = timm.create_model(architecture)
-        load_in_order(model, _read_weights(packaged.verified()), source=packaged.package)
+        load_in_order(model, read_weights(packaged.verified()), source=packaged.package)
         return _checked(architecture, model, source=str(packaged))
     if pretrained is None:
         try:
@@ -149,7 +151,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
                 hint="download them on a machine with network access, and pass the file: --pretrained FILE",
             ) from error
         return _checked(architecture, model, source=f"timm, {spec}")
-    weights = _read_weights(Path(pretrained))
+    weights = read_weights(Path(pretrained))
     with torch.device("meta"):
         head = timm.create_model(architecture).default_cfg["classifier"]
     head = head if isinstance(head, str) else str(head[0])
@@ -179,7 +181,7 @@ def _torchvision_classifier(name: str, pretrained: str | None) -> ImageClassifie
                 hint="download them on a machine with network access, and pass the file: --pretrained FILE",
             ) from error
     else:
-        weights = _read_weights(Path(pretrained))
+        weights = read_weights(Path(pretrained))
         matrices = [value for value in weights.values() if value.ndim >= 2]
         theirs = torchvision.models.get_model(name, num_classes=len(matrices[-1]) if matrices else 1)
         _load(theirs, weights, architecture=f"torchvision's {name}", source=pretrained)
@@ -231,21 +233,31 @@ def _checked(
 def _load(model: nn.Module, weights: Mapping[str, Tensor], *, architecture: str, source: str) -> None:
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes differ; the second line of torch's message names the first tensor
-        detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise ConfigError(f"The weights {source} do not match {architecture}: {detail}") from error
+    except RuntimeError as error:  # shapes differ
+        raise ConfigError(f"The weights {source} do not match {architecture}: {mismatch(error)}") from error
     wrong = [name for name in (*missing, *unexpected) if not _is_counter(name)]
     if wrong:
         raise ConfigError(f"The weights {source} do not match {architecture}: {wrong[0]} is missing or not expected.")
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by their names.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+    """
     from timm.models import load_state_dict
 
     try:
         return dict(load_state_dict(str(path), device="cpu", weights_only=True))
     except Exception as error:  # a damaged file may raise any type
         raise unreadable_weights(path, error) from error
+
+
+def mismatch(error: Exception) -> str:
+    """Return what torch says about weights that do not fit: the second line of its message names the first tensors."""
+    detail = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
+    return textwrap.shorten(detail, _SHOWN_CHARACTERS, placeholder=" …")
 
 
 def unreadable_weights(path: str | os.PathLike[str], error: Exception) -> InputError:

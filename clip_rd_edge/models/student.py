@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError, InputError, first_line, near_matches
-from clip_rd_edge.models.classifier import load_classifier, unreadable_weights
+from clip_rd_edge.models.classifier import load_classifier, mismatch, read_weights
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.models.packaged import CLASSIFIERS
@@ -205,7 +205,7 @@ def init_image_tower(student: ClipModel, source: str) -> str:
     Args:
         source: `timm` for the weights that timm publishes for the trunk; `package` for those of an installed package of
             the extra `emoji`, where there is one; or a file with timm's weights (.safetensors, .pth), with or without
-            the classifier.
+            a classifier, of any classes.
 
     Returns:
         A sentence that describes what was done.
@@ -246,23 +246,41 @@ def _timm_weights(name: str, source: str) -> dict[str, Tensor]:
             )
         CLASSIFIERS[name].verified()
         return dict(load_classifier(name).model.state_dict())
-    if source != TIMM and not is_file(source):
-        raise InputError(f"The image weights file {source} does not exist.", hint="pass a file, or: timm, package")
-    overlay = None if source == TIMM else {"file": source}
+    if source != TIMM:
+        return _weights_of_file(name, source)
     try:
-        return dict(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).state_dict())
+        return dict(timm.create_model(name, pretrained=True).state_dict())
     except Exception as error:  # timm, the hub client and torch raise many types
-        if source == TIMM:
-            raise InputError(
-                f"timm's weights for {name} could not be fetched: {first_line(error)}.",
-                hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
-            ) from error
-        if "weights_only" in str(error):
-            raise unreadable_weights(source, error) from error
-        raise ConfigError(
-            f"The image weights {source} do not match {name}: {first_line(error)}.",
-            hint=f"pass weights of timm's {name}, as --pretrained-image timm would load them",
+        raise InputError(
+            f"timm's weights for {name} could not be fetched: {first_line(error)}.",
+            hint="download them on a machine with network access, and pass the file: --pretrained-image FILE",
         ) from error
+
+
+def _weights_of_file(name: str, path: str) -> dict[str, Tensor]:
+    """Return the weights in a file by timm's names, into which timm translates those of some architectures."""
+    import timm
+
+    if not is_file(path):
+        raise InputError(f"The image weights file {path} does not exist.", hint="pass a file, or: timm, package")
+    with torch.device("meta"):
+        published: Any = timm.create_model(name)
+    weights = read_weights(Path(path))
+    classes = next((len(weights[key]) for key in _classifier_names(published) if key in weights), 0)
+    errors = list[Exception]()
+    # A classifier that seems to be missing may have a name that timm translates: then it has the published classes.
+    for count in dict.fromkeys((classes, published.num_classes)):
+        overlay = {"file": path, "num_classes": count}
+        try:
+            model = timm.create_model(name, pretrained=True, num_classes=count, pretrained_cfg_overlay=overlay)
+        except Exception as error:  # noqa: BLE001 — timm and torch raise many types
+            errors.append(error)
+        else:
+            return dict(model.state_dict())
+    raise ConfigError(
+        f"The image weights {path} do not match {name}: {mismatch(errors[0])}",
+        hint=f"pass weights of timm's {name}, with any classifier or none",
+    ) from errors[0]
 
 
 def _classifier_names(trunk: nn.Module) -> set[str]:

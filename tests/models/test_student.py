@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,21 +117,44 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> str:
     return str(path)
 
 
-def test_an_image_trunk_is_initialised_from_a_timm_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [1000, 10, 0])
+def test_an_image_trunk_is_initialised_from_a_timm_file_with_any_classifier(tmp_path: Path, classes: int) -> None:
     torch.manual_seed(5)
-    published = timm.create_model("test_resnet").state_dict()  # timm publishes it with the classifier
+    published = timm.create_model("test_resnet", num_classes=classes).state_dict()
     student = clip("64x1")
     init_image_tower(student, saved(tmp_path / "weights.safetensors", published))
     trunk = student.model.get_submodule("visual.trunk").state_dict()
-    assert trunk.keys() < published.keys()
+    assert trunk.keys() == published.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, published[name]) for name, value in trunk.items())
+
+
+def test_an_image_trunk_is_initialised_from_a_file_with_names_that_timm_translates(tmp_path: Path) -> None:
+    published = timm.create_model("test_convnext").state_dict()
+
+    def original(name: str) -> str:
+        name = re.sub(r"stages\.(\d)\.downsample", lambda match: f"downsample_layers.{match[1]}", name)
+        name = re.sub(r"(stages\.\d)\.blocks", r"\1", name.replace("stem", "downsample_layers.0"))
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        return name.replace("head.norm", "norm").replace("head.fc", "head")
+
+    student = clip("64x1", trunk="test_convnext")
+    weights = {original(name): value for name, value in published.items()}
+    assert not weights.keys() & published.keys() & {"head.fc.weight", "stem.0.weight"}
+    init_image_tower(student, saved(tmp_path / "weights.safetensors", weights))
+    trunk = student.model.get_submodule("visual.trunk").state_dict()
     assert all(torch.equal(value, published[name]) for name, value in trunk.items())
 
 
 def test_image_weights_that_do_not_match_are_refused(tmp_path: Path) -> None:
     student = clip("64x1")
     other = saved(tmp_path / "vit.safetensors", timm.create_model("test_vit").state_dict())
-    with pytest.raises(ConfigError, match="do not match test_resnet"):
+    with pytest.raises(ConfigError, match=r'do not match test_resnet: Missing key\(s\) in state_dict: "conv1') as error:
         init_image_tower(student, other)
+    assert len(str(error.value)) < 400 + len(other)
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"damaged\.pth could not be read"):
+        init_image_tower(student, str(damaged))
     with pytest.raises(InputError, match=r"image weights file nothing\.pt does not exist"):
         init_image_tower(student, "nothing.pt")
     with pytest.raises(ConfigError, match="is not a timm trunk"):
