@@ -43,8 +43,8 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
         teacher_sha256: see `models.clip.model_fingerprint`; those of several teachers in turn; None without one.
         student_sha256: the same of a trained student that is trained on; None for a new one, and for runs that did not
             record it yet.
-        image_weights_sha256: of the file that the student's image tower starts from; None for what is no file, and for
-            runs that did not record it yet.
+        image_weights_sha256, text_weights_sha256: of the file that a tower of the student starts from; None for what is
+            no file, for a file that is gone, and for runs that did not record it yet.
         text_sha256: of the text tower and tokenizer that a new student takes from a model's folder; None for others,
             and for runs that did not record it yet.
         student_file_sha256: of the JSON file with a new student's architecture and preprocessing; None for others, and
@@ -61,6 +61,7 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     teacher_preprocessing: tuple[Preprocessing, ...] = ()
     student_sha256: str | None = None
     image_weights_sha256: str | None = None
+    text_weights_sha256: str | None = None
     text_sha256: str | None = None
     student_file_sha256: str | None = None
     form_sha256: str | None = None
@@ -71,7 +72,6 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     teachers = tuple(map(model_fingerprint, setup.teachers))
     if setup.stored is not None:
         teachers = (hashlib.sha256(msgspec.json.encode(setup.stored)).hexdigest(),)
-    image_weights = Path(config.pretrained_image) if config.pretrained_image else None
     takes_text = _taken_text(config) is not None  # the student still has the weights that it starts from
     text = replace(setup.student, model=setup.student.model.get_submodule("text")) if takes_text else None
     return RunInputs(
@@ -82,11 +82,16 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
         samples=describe_counts(setup.pairs),
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
         student_sha256=None if model_folder(config.student) is None else model_fingerprint(setup.student),
-        image_weights_sha256=sha256_of(image_weights) if image_weights and is_file(image_weights) else None,
+        image_weights_sha256=_sha256_of_file(config.pretrained_image),
+        text_weights_sha256=_sha256_of_file(config.pretrained_text),
         text_sha256=model_fingerprint(text) if text else None,
         student_file_sha256=sha256_of(file) if (file := student_file(config.student)) else None,
         form_sha256=_form_of(setup),
     )
+
+
+def _sha256_of_file(name: str | None) -> str | None:
+    return sha256_of(Path(name)) if name and is_file(name) else None
 
 
 def _form_of(setup: RunSetup) -> str:
@@ -189,8 +194,8 @@ def sources_known_by_content(run: Path, old: RunConfig, new: RunConfig) -> froze
     if len(old.teachers) == len(new.teachers):
         fields |= {"teacher", "teacher_pretrained"}
     inputs = read_json(run / INPUTS_FILE, RunInputs)
-    if inputs.image_weights_sha256 and new.pretrained_image and is_file(Path(new.pretrained_image)):
-        fields.add("pretrained_image")
+    weights = {"pretrained_image": inputs.image_weights_sha256, "pretrained_text": inputs.text_weights_sha256}
+    fields |= {name for name, sha256 in weights.items() if sha256 and is_file(getattr(new, name) or "")}
     if inputs.text_sha256 and _taken_text(new) is not None:
         fields.add("text")
     if (inputs.student_sha256 and model_folder(new.student) is not None) or (
@@ -253,6 +258,8 @@ def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
         return f"the model that it trains on has other weights, another configuration or another tokenizer ({change})"
     if change := _change(old.image_weights_sha256, new.image_weights_sha256):
         return f"the image weights that the student starts from are others ({change})"
+    if change := _change(old.text_weights_sha256, new.text_weights_sha256):
+        return f"the text weights that the student starts from are others ({change})"
     if change := _change(old.form_sha256, new.form_sha256):
         return f"the student has another architecture, tokenizer or preprocessing ({change})"
     return None
@@ -277,6 +284,7 @@ def _described(inputs: RunInputs) -> dict[str, str]:
         "teacher_preprocessing": f"a teacher with the preprocessing {preprocessing}",
         "student_sha256": f"a trained student with the {_digest(inputs.student_sha256 or '')}",
         "image_weights_sha256": f"image weights with the {_digest(inputs.image_weights_sha256 or '')}",
+        "text_weights_sha256": f"text weights with the {_digest(inputs.text_weights_sha256 or '')}",
         "text_sha256": f"a text tower to start from with the {_digest(inputs.text_sha256 or '')}",
         "student_file_sha256": f"a file of the student with the {_digest(inputs.student_file_sha256 or '')}",
         "form_sha256": f"a student whose form has the {_digest(inputs.form_sha256 or '')}",

@@ -76,7 +76,7 @@ from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.text_weights import TOKENS
+from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.files import disk_full_error, remove_leftovers, write_text
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -212,8 +212,10 @@ def _run(
     if is_finished and state != "moved":
         return _finished(config, run, processes, reporter)
     start = config
-    if config.pretrained_text == TOKENS and processes.from_main(bool(list_checkpoints(run))):
-        start = msgspec.structs.replace(config, pretrained_text=None)  # a checkpoint will replace what takes its time
+    if processes.from_main(bool(list_checkpoints(run))):
+        # The checkpoint will replace weights that cost time, or are gone. A teacher's also shape the student.
+        initial = {"pretrained_image": config.pretrained_image, "pretrained_text": config.pretrained_text}
+        start = msgspec.structs.replace(config, **{name: None for name in initial if initial[name] != TEACHER})
     setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
     steps = total_steps(config, setup.pairs)
     if state == "new":

@@ -30,6 +30,7 @@ from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
+from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.structs import read_yaml
@@ -440,24 +441,64 @@ def test_a_run_is_resumed_from_another_working_directory(
         assert (recorded.data, recorded.teacher) == (there.data, there.teacher)
 
 
-def test_image_weights_to_start_from_are_known_by_their_content(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def image_weights(config: RunConfig) -> dict[str, torch.Tensor]:
     import timm
 
+    return dict(timm.create_model(config.student, pretrained=False).state_dict())
+
+
+def text_weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    student = student_config("test_resnet", embedding_size=24, text=config.text, context_length=config.context_length)
+    return build_student(student, name="start").model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("tower", "make_weights", "other"), [("image", image_weights, "timm"), ("text", text_weights, "teacher")]
+)
+def test_weights_to_start_from_are_known_by_their_content_and_not_needed_again(
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tower: str,
+    make_weights: Callable[[RunConfig], dict[str, torch.Tensor]],
+    other: str,
+) -> None:
+    def starting_from(source: str) -> RunConfig:
+        return msgspec.structs.replace(config, **{f"pretrained_{tower}": source})
+
+    run = tmp_path / "run"
     for name in ("weights", "others"):
-        model = timm.create_model(config.student, pretrained=False)
-        torch.save(model.state_dict(), tmp_path / f"{name}.pth")
+        torch.save(make_weights(config), tmp_path / f"{name}.pth")
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MemoryError):
-        distil(msgspec.structs.replace(config, pretrained_image="weights.pth"), tmp_path / "run", on_step=stop_at(4))
+        distil(starting_from("weights.pth"), run, on_step=stop_at(4))
     monkeypatch.chdir(tmp_path / "inner")
-    with pytest.raises(UsageError, match="image weights that the student starts from are others"):
-        distil(msgspec.structs.replace(config, pretrained_image="../others.pth"), tmp_path / "run", resume=True)
-    with pytest.raises(UsageError, match=r"pretrained_image: weights\.pth → timm"):
-        distil(msgspec.structs.replace(config, pretrained_image="timm"), tmp_path / "run", resume=True)
-    distil(msgspec.structs.replace(config, pretrained_image="../weights.pth"), tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match=f"{tower} weights that the student starts from are others"):
+        distil(starting_from("../others.pth"), run, resume=True)
+    with pytest.raises(UsageError, match=rf"pretrained_{tower}: weights\.pth → {other}"):
+        distil(starting_from(other), run, resume=True)
+    with pytest.raises(MemoryError):
+        distil(starting_from("../weights.pth"), run, resume=True, on_step=stop_at(5))
+    (tmp_path / "weights.pth").unlink()
+    distil(starting_from("../weights.pth"), run, resume=True)
+
+
+def test_weights_that_timm_publishes_are_fetched_for_the_start_alone(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = list[str]()
+
+    def fetch(student: ClipModel, source: str) -> str:
+        fetched.append(source)
+        return "weights of timm"
+
+    monkeypatch.setattr("clip_rd_edge.distillation.student.init_image_tower", fetch)
+    config = msgspec.structs.replace(config, pretrained_image="timm")
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(4))
+    distil(config, tmp_path / "run", resume=True)
+    assert fetched == ["timm"]
 
 
 def test_what_a_killed_save_left_is_removed_when_the_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
