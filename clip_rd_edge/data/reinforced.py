@@ -28,7 +28,7 @@ from clip_rd_edge.data.shard_index import ShardIndex, index_shards
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
-from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat
+from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json
 
@@ -72,10 +72,18 @@ class StoredTeachers(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Attributes:
         image_size: edge in pixels to which crops were resized for the teachers, bicubically, before RandAugment.
+        share_text: the teachers have one text tower; see `losses.ensemble`.
     """
 
     teachers: Annotated[tuple[StoredTeacher, ...], Meta(min_length=1)]
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
+    share_text: bool | msgspec.UnsetType = msgspec.UNSET  # a file without it stays as it is when it is written
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share_text and len(set(self.widths)) > 1:
+            sizes = " and ".join(map(str, self.widths))
+            raise CheckedError(f"share_text is true, but the teachers have the embedding sizes {sizes}; expected one")
 
     @property
     def widths(self) -> tuple[int, ...]:

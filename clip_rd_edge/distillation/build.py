@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_quantizable
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.distillation.student import make_student
-from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective
@@ -116,10 +116,8 @@ def _load_models(config: RunConfig, pairs: Pairs, *, name: str, processes: Proce
     if stored is not None and isinstance(pairs, ReinforcedPairs):
         require_stored_width(pairs, stored)
     teachers = load_teachers(config)
-    ensemble = ensemble_of(teachers) if teachers else None
-    if stored is not None:
-        ensemble = Ensemble(stored.widths, stored.logit_scales)
-    elif ensemble and ensemble.share_text:
+    ensemble = ensemble_of_stored(stored) if stored else ensemble_of(teachers) if teachers else None
+    if ensemble and ensemble.share_text:
         reporter.say("the teachers share a text tower: the student learns the mean of their image embeddings")
     seed_everything(config.seed)
     student = make_student(config, teachers, name=name, reporter=reporter)

@@ -13,7 +13,7 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
-from clip_rd_edge.distillation.teacher import ensemble_of, load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
@@ -186,7 +186,7 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if (source := text_source(config)) is not None:
         return int(read_open_clip_config(source)["model_cfg"]["embed_dim"])
     if (stored := load_stored_teachers(config)) is not None:
-        return sum(stored.widths)
+        return sum(ensemble_of_stored(stored).widths)
     if config.text == TEACHER or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
     return sum(ensemble_of(teachers).widths) if teachers else 512

@@ -20,6 +20,7 @@ from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 
 import clip_rd_edge as edge
 from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.data.reinforced import read_stored_teachers
 from clip_rd_edge.distillation.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
@@ -29,6 +30,7 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import embed
 from clip_rd_edge.distillation.store.embedding_store import TeacherCaches, cache_folders, image_shard, open_caches
+from clip_rd_edge.distillation.store.reinforce import reinforce
 from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
@@ -259,6 +261,30 @@ def test_teachers_that_share_a_text_tower_are_the_mean_of_both(alike: RunConfig,
     both = bank.with_batch(torch.empty(0), torch.empty(0))
     assert both.image.shape == both.text.shape == (24, WIDTHS[0])
     torch.testing.assert_close(both.image.norm(dim=1), torch.ones(24), atol=1e-6, rtol=0)
+
+
+def test_stored_teachers_that_share_a_text_tower_are_one_teacher(
+    alike: RunConfig, config: RunConfig, tmp_path: Path
+) -> None:
+    for name, teachers in {"one-tower": alike.teacher, "two-towers": config.teacher}.items():
+        reinforce(msgspec.structs.replace(alike, teacher=teachers, views=2), tmp_path / name)
+    shared = {name: json.loads((tmp_path / name / "teachers.json").read_text()) for name in ("one-tower", "two-towers")}
+    assert [content.get("share_text") for content in shared.values()] == [True, None]
+    stored = f"stored:{tmp_path}/one-tower/teachers.json"
+    setup = load_setup(
+        msgspec.structs.replace(alike, data=str(tmp_path / "one-tower/00000.tar"), teacher=stored),
+        name="student",
+        processes=Processes(),
+    )
+    assert setup.student.embedding_size == WIDTHS[0]
+    assert setup.ensemble == load_setup(alike, name="student", processes=Processes()).ensemble
+    sampler = StepSampler(setup.pairs.groups, 4, seed=0, start=0, stop=1)
+    batch = next(iter(step_loader(make_dataset(alike, setup), sampler, workers=0)))
+    targets = CachedTeacher(setup.ensemble, CPU).embed(batch)
+    assert targets.image.shape == targets.text.shape == (4, WIDTHS[0])
+    (tmp_path / "wrong.json").write_text(json.dumps({**shared["two-towers"], "share_text": True}))
+    with pytest.raises(ConfigError, match="share_text is true, but the teachers have the embedding sizes 24 and 16"):
+        read_stored_teachers(tmp_path / "wrong.json")
 
 
 @pytest.mark.parametrize("differs", ["weights", "tokenizer", "context"])

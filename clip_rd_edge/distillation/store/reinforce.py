@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.store.embedding_store import claim_folder
 from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, ensemble_of, load_models_to_embed_with
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device, model_fingerprint
 from clip_rd_edge.utils.arrays import npz_bytes
@@ -145,6 +145,7 @@ class _Writer:
                 for teacher in teachers
             ),
             image_size=manifest.image_size,
+            share_text=ensemble_of([teacher.clip for teacher in teachers]).share_text or msgspec.UNSET,
         )
 
     def write_shard(self, rows: range, file: IO[bytes]) -> None:
