@@ -153,6 +153,7 @@ def trim(
     """
     from clip_rd_edge.contract.checkpoint import model_folder
     from clip_rd_edge.contract.outputs import require_output
+    from clip_rd_edge.data.unpaired import load_texts
     from clip_rd_edge.runtime.label_list import read_texts
     from clip_rd_edge.utils.files import require_utf8_path
 
@@ -160,7 +161,7 @@ def trim(
     require_utf8_path(folder)
     source = model_folder(spec)
     require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
-    lines = read_texts(os.fspath(texts), column="title") if texts is not None else []
+    lines = load_texts(os.fspath(texts), "title", read_texts) if texts is not None else []
 
     from clip_rd_edge.models.trim import write_trimmed
 

@@ -266,12 +266,15 @@ def load_samples(
             f"There are {len(templates):,} templates; the limit is {MAX_TEMPLATES:,}, as in the bundle of the student.",
             hint="name fewer with --template",
         )
-    texts: Sequence[str] = ()
-    if source.texts is not None:
-        path = Path(source.texts)
-        is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
-        texts = (read_column if is_parquet else read_texts)(source.texts, source.csv_caption_key)
+    texts = load_texts(source.texts, source.csv_caption_key, read_texts) if source.texts is not None else ()
     return MixedSamples(pairs, images, tuple(dict.fromkeys(texts)), templates)
+
+
+def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequence[str]]) -> Sequence[str]:
+    """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
+    path = Path(source)
+    is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
+    return (read_column if is_parquet else read_texts)(source, column)
 
 
 def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pairs:

@@ -18,6 +18,7 @@ from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, text_module
 from clip_rd_edge.models.load import load_clip, preprocessing_of, save_clip
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.tokenizer import vocabulary_of
 from clip_rd_edge.models.trim import trim_text_tower
 from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, with_tokens
 
@@ -176,6 +177,24 @@ def test_what_cannot_be_trimmed_is_refused(bert: ClipModel) -> None:
         trim_text_tower(bert, vocabulary=3, texts=TEXTS)
     with pytest.raises(ConfigError, match="has 45 tokens, and 45 are to stay"):
         trim_text_tower(bert, vocabulary=45, texts=TEXTS)
+
+
+def test_texts_of_a_trimmed_model_come_from_what_a_run_takes(bert: ClipModel, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    save_clip(tmp_path / "teacher", bert, provenance={})
+    pyarrow.parquet.write_table(pyarrow.table({"title": TEXTS}), tmp_path / "texts.parquet")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    vocabularies = [
+        vocabulary_of(
+            load_clip(
+                str(edge.trim(tmp_path / "teacher", tmp_path / kind, vocabulary=39, texts=tmp_path / f"texts.{kind}"))
+            ).tokenizer
+        )
+        for kind in ("txt", "parquet")
+    ]
+    assert len(vocabularies[0]) == 39
+    assert vocabularies[0] == vocabularies[1]
 
 
 def test_a_trimmed_student_learns_its_teachers_texts(bert: ClipModel, tmp_path: Path) -> None:
