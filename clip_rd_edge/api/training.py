@@ -27,7 +27,8 @@ class EmbedOptions(TypedDict, total=False):
     """The options of `embed` and the command line.
 
     Keys:
-        student: a trained student to fine-tune with the embeddings; crops then have its input's shape. Default: square.
+        student: the student of the run, if it is a trained one or a JSON file: crops have its input's shape. Or the
+            teacher, if a new student takes its image tower and that squeezes images. Default: square crops.
         precision: `fp32`, `bf16` or `fp16`. Default: `fp32`.
         layout: `cache`, or `mobileclip`, which writes shards with the pairs themselves, for
             `distill(data=…, teacher="stored:OUTPUT/teachers.json")`: views are then random crops with RandAugment.

@@ -49,7 +49,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
 @_teacher("--seed", metavar="N", type=int, default=0, show_default=True, help="Random seed of the crops.")
 @_teacher(
     "--student", metavar="MODEL",
-    help="A trained student that will be fine-tuned, if its input is not square.  [default: square]",
+    help="The student of the run, if it is a trained one or a JSON file, for crops of its shape.  [default: square]",
 )  # fmt: skip
 @_output("-o", "--output", required=True, type=PathName(), metavar="CACHE", help="Folder for distill --teacher-cache.")
 @_output(

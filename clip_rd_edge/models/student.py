@@ -108,6 +108,12 @@ def student_config(
     }
 
 
+def student_preprocessing(student: str, *, image_size: int = 224) -> Preprocessing:
+    """Return how a new student sees images, as `student_config` has it, but for any size; raises as that does."""
+    cfg = {"size": [image_size, image_size], **msgspec.to_builtins(_preset(student).preprocess_cfg)}
+    return convert(cfg, Preprocessing, source="the student's preprocess_cfg")
+
+
 def build_student(config: dict[str, Any], *, name: str) -> ClipModel:
     """Build a student with random weights from torch's default generator; `config` is that of `student_config`.
 

@@ -27,6 +27,7 @@ from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.student import student_preprocessing
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -69,10 +70,11 @@ def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
 
 def _crops(config: RunConfig) -> Crops:
     """Return the crops of a run: those for the input of its student, which is square unless it is a trained one."""
-    scale = config.recipe.crop_scale
     if model_folder(config.student) is None:
-        return Crops(scale=scale, aspect_ratio=1.0)
-    return crops_for(load_clip(config.student).preprocessing, scale)
+        preprocessing = student_preprocessing(config.student)
+    else:
+        preprocessing = load_clip(config.student).preprocessing
+    return crops_for(preprocessing, config.recipe.crop_scale)
 
 
 def _on_cluster(

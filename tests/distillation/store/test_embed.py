@@ -47,6 +47,18 @@ def test_embed_fills_the_store_of_a_run_which_then_takes_its_precision(source: d
     assert "teacher_precision: bf16" in (tmp_path / "second" / "config.yaml").read_text()
 
 
+def test_a_store_for_a_student_that_squeezes_images_holds_its_crops(source: dict[str, Any], tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}
+    preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    student = tmp_path / "student.json"
+    student.write_text(json.dumps({"vision_cfg": vision, "preprocess_cfg": preprocessing}))
+    stored = edge.embed(student=str(student), output=tmp_path / "stored", **source)
+    (manifest,) = stored.rglob("manifest.json")
+    assert json.loads(manifest.read_text())["crops"]["aspect_ratio"] is None  # that of the image
+    sizes = {"image_size": 48, "text": "64x1", "context_length": 12, "batch_size": 6, "steps": 1}
+    edge.distill(student=str(student), output=tmp_path / "run", teacher_cache=str(stored), **source, **sizes)
+
+
 def test_the_workers_of_a_cluster_give_the_same_bytes(
     source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
