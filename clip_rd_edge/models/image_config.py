@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
 
 from clip_rd_edge.errors import ConfigError
@@ -42,14 +43,7 @@ def with_image_of(config: dict[str, Any], teacher: ClipModel) -> dict[str, Any]:
     quick_gelu = quick_gelu_of(teacher.model.get_submodule("visual"))
     if quick_gelu is not None:
         model_cfg["quick_gelu"] = quick_gelu
-    of_teacher = teacher.preprocessing
-    preprocess_cfg = {
-        **preprocess_cfg,
-        "mean": list(of_teacher.mean),
-        "std": list(of_teacher.std),
-        "interpolation": of_teacher.interpolation,
-        "resize_mode": of_teacher.resize_mode,
-    }
+    preprocess_cfg = {**msgspec.to_builtins(teacher.preprocessing), "size": preprocess_cfg["size"]}
     return {**config, "model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 

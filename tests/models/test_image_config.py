@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of
@@ -57,6 +60,16 @@ def test_the_student_has_the_activation_of_the_teachers_image_tower(quick_gelu: 
     save_clip(tmp_path / "student", student, provenance={})
     for clip in (student, load_clip(str(tmp_path / "student"))):
         torch.testing.assert_close(embeddings(clip), embeddings(teacher))
+
+
+def test_the_student_sees_images_as_the_teacher_does_but_for_their_size() -> None:
+    teacher = model(quick_gelu=False)
+    changes = {"resize_mode": "longest", "fill_color": 114, "interpolation": "bilinear", "mean": (0.1, 0.2, 0.3)}
+    seen = msgspec.structs.replace(teacher.preprocessing, **changes)
+    own = {**architecture(), "preprocess_cfg": {"size": [48, 48], "mean": [0.5] * 3, "std": [0.5] * 3}}
+    config = with_image_of(own, replace(teacher, preprocessing=seen))
+    actual = msgspec.convert(config["preprocess_cfg"], Preprocessing)
+    assert actual == msgspec.structs.replace(seen, size=(48, 48))
 
 
 def test_an_image_tower_that_computes_something_else_with_the_same_weights_is_refused() -> None:
