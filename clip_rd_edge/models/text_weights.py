@@ -104,10 +104,14 @@ def _matching_weights(text: nn.Module, state: Mapping[str, Tensor], source: str)
         if weights.shape == parameter.shape:
             matching[name] = weights
         elif name not in _PROJECTIONS:
+            has_few_positions = name == "positional_embedding" and weights.shape[1:] == parameter.shape[1:]
+            width = len(state.get("ln_final.weight", ()))
             raise ConfigError(
                 f"The text weights of {source} do not match the student: {name} is {_shape(weights)} in the weights "
                 f"and {_shape(parameter)} in the student.",
-                hint=f"--text {len(state.get('ln_final.weight', ()))}xLAYERS gives the student the same width",
+                hint=f"--context-length {len(weights)} gives the student as many positions"
+                if has_few_positions
+                else f"--text {width}xLAYERS gives the student the same width",
             )
     return matching
 
