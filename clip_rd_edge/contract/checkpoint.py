@@ -75,6 +75,8 @@ def read_training_record(spec: str) -> dict[str, Any]:
 
 
 def was_quantized_in_training(spec: str) -> bool:
-    """Return whether a model was trained under INT8's rounding, by `distill --quantize int8`."""
+    """Return whether a model has weights that were trained under INT8's rounding, by `distill --quantize int8`."""
     configuration = read_training_record(spec).get("configuration")
-    return isinstance(configuration, dict) and configuration.get("quantize") == "int8"
+    if not isinstance(configuration, dict) or configuration.get("tuned_share") == 0:  # of which it has none
+        return False
+    return configuration.get("quantize") == "int8"

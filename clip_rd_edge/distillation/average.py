@@ -109,8 +109,9 @@ def average_models(
             encoder = TorchEncoder(interpolate_clip(first, second, share=share))
             curve.append(CurvePoint(share, {task.name: primary_metric(evaluate(encoder, task)) for task in tasks}))
     chosen = _best(curve) if weight == BEST else float(weight)
+    before, after = map(read_training_record, names)
     record = {
-        **(read_training_record(names[1]) or read_training_record(names[0])),
+        **((after or before) if chosen > 0 else before),  # with a weight of 0, it is the first
         "average": {
             "models": [first.name, second.name],
             "sha256": [model_fingerprint(first), model_fingerprint(second)],

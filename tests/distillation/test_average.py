@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import clip_rd_edge as edge
+from clip_rd_edge.contract.checkpoint import was_quantized_in_training
 from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.distillation import average
 from clip_rd_edge.errors import ConfigError, UsageError
@@ -69,6 +70,17 @@ def test_the_result_keeps_the_record_of_the_training(
     assert record["date"] != RECORD["date"]
     monkeypatch.setattr("clip_rd_edge.data.unpaired.load_pairs", lambda source, **_: f"pairs of {source}")
     assert calibration_pairs(None, str(tmp_path / "between")) == "pairs of emoji"
+
+
+def test_weights_trained_for_int8_are_told_from_those_that_were_not(tmp_path: Path) -> None:
+    names = {"plain": {"quantize": None}, "int8": {"quantize": "int8", "tuned_share": 0.5}}
+    names["start"] = {"quantize": "int8", "tuned_share": 0.0}  # of which the trained weights have no share
+    for seed, (name, configuration) in enumerate(names.items()):
+        save_clip(tmp_path / name, build(seed), provenance={"configuration": configuration})
+    for first, second, weight in (("plain", "int8", 0.5), ("plain", "int8", 0.0), ("int8", "plain", 0.0)):
+        edge.average(tmp_path / first, tmp_path / second, tmp_path / f"{first}-{second}-{weight}", weight=weight)
+    adapted = {path.name for path in tmp_path.iterdir() if was_quantized_in_training(str(path))}
+    assert adapted == {"int8", "plain-int8-0.5", "int8-plain-0.0"}
 
 
 def test_the_curve_goes_from_one_model_to_the_other(models: tuple[Path, Path], task: Path, tmp_path: Path) -> None:
