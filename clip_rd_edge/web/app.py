@@ -81,8 +81,11 @@ class Demo:
             return error_response(422, str(error), hint=error.hint)
 
     async def classify(self, request: Request) -> Response:
-        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own)."""
-        bundle = self._bundle(request.query_params.get("bundle", "0"))
+        """Classify the image in the body with ?bundle=NUMBER among ?labels=KEY (without a key: the bundle's own).
+
+        With &name=NAME, as the page calls the bundle, another one that has the number since a restart is not asked.
+        """
+        bundle = self._bundle(request.query_params.get("bundle", "0"), request.query_params.get("name"))
         key = request.query_params.get("labels", "")
         labels = self.label_sets.get(key) if key else None
         if key and labels is None:
@@ -98,8 +101,10 @@ class Demo:
             self.pending -= 1
         return _json(result)
 
-    def _bundle(self, number: str) -> ServedBundle:
+    def _bundle(self, number: str, name: str | None) -> ServedBundle:
         bundle = {str(index): bundle for index, bundle in enumerate(self.served)}.get(number)
+        if name is not None and (bundle is None or bundle.shown != name):
+            raise BundleRemovedError(f"Bundle {number[:20]!r} is not {name[:300]!r} any more.", hint="reload the page")
         if bundle is None:
             raise InputError(f"Unknown bundle {number[:20]!r}; expected a number from 0 to {len(self.served) - 1}.")
         return bundle

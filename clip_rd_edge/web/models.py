@@ -33,7 +33,7 @@ _MAX_CLASSIFIERS = 8  # label lists cached per bundle
 
 
 class BundleRemovedError(InputError):
-    """A bundle was removed while the demo was running."""
+    """A bundle was removed while the demo was running, or a page asks for one of an earlier demo."""
 
 
 class BundleInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ class ServedBundle:
     """
 
     def __init__(self, folder: Path, *, shown: str | None = None, threads: int | None = None) -> None:
-        self.folder, self._shown = folder, shown or folder.resolve().name
+        self.folder, self.shown = folder, shown or folder.resolve().name
         self._threads = threads
         self._lock = threading.Lock()
         self._opened: tuple[int, ...] | None = None  # the identity of the manifest last opened
@@ -164,7 +164,7 @@ class ServedBundle:
         bank = encoder.label_bank
         return BundleInfo(
             name=description.name,
-            folder=self._shown,
+            folder=self.shown,
             precision=description.precision,
             size_bytes=description.size_bytes,
             bank=len(bank.names) if bank else 0,

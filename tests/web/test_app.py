@@ -137,6 +137,17 @@ def test_classify(client: Any, key: str) -> None:
         assert response.json()["model_ms"] > 0
 
 
+def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: Any, key: str) -> None:
+    def status(bundle: int, name: str) -> int:
+        query = {"bundle": bundle, "name": name, "labels": key}
+        return int(client.post("/api/classify", params=query, content=png()).status_code)
+
+    first, second = (bundle["folder"] for bundle in client.get("/api/bundles").json()["bundles"])
+    assert (status(0, first), status(1, second)) == (200, 200)
+    assert (status(0, second), status(1, first)) == (410, 410)
+    assert status(2, "third") == 410  # which an earlier server had
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [

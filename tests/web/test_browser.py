@@ -88,6 +88,12 @@ def rows(page: Any) -> dict[str, str]:
     return dict(zip(fields, page.locator("#labels output").all_inner_texts(), strict=True))
 
 
+def expect_failed_requests(page: Any, *, status: int) -> None:
+    """Forget the failed requests with this status, which Chromium logs to the console; nothing else was logged."""
+    assert [text for text in page.problems if str(status) not in text] == []
+    page.problems.clear()
+
+
 def delay_permission(page: Any) -> None:
     """Keep the camera's streams back until `grant()` is called, as while the browser asks; `tracks` lists theirs."""
     page.evaluate(
@@ -167,9 +173,18 @@ def test_images_labels_and_bundles(page: Any, bundles: list[Path]) -> None:
     page.wait_for_function("() => document.getElementById('error').textContent.includes('was removed')")
     page.get_by_label("colours").check()
     page.wait_for_function("() => document.getElementById('error').textContent === ''")
-    # Chromium logs failed requests to the console.
-    assert [text for text in page.problems if "410" not in text] == []
-    page.problems.clear()
+    expect_failed_requests(page, status=410)
+
+
+def test_a_server_that_is_started_again_with_other_bundles_does_not_answer_for_the_old_ones(page: Any) -> None:
+    page.route("**/api/classify*", lambda route: route.continue_(url=route.request.url.replace("bundle=0", "bundle=1")))
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "No result.")
+    assert "reload the page" in page.inner_text("#error")
+    page.unroute("**/api/classify*")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    expect_failed_requests(page, status=410)
 
 
 def test_the_camera(page: Any) -> None:

@@ -13,7 +13,7 @@ const MESSAGES = {
   400: "This image cannot be read. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF of at most 50 megapixels.",
   403: "The server does not accept this address. Open the page under the address that clip-rd-edge demo printed.",
   408: "The image took too long to arrive. Try it again, or choose a smaller one.",
-  410: "This bundle was removed. Choose another one.",
+  410: "This bundle was removed, or the server now has others. Choose another one, or reload the page.",
   413: "This image is too large. Choose one of at most 25 MB.",
   422: "These labels cannot be used: at most 2,000 labels of at most 300 characters each.",
   429: "The server is busy. Try again in a moment.",
@@ -32,9 +32,12 @@ async function request(path, body) {
   return content;
 }
 
+let names = []; // of the bundles: a server that is started again may have others under their numbers
+
 // The bundles to choose from, and the texts that the page shows about them.
 export async function loadChoices() {
   const { bundles, labels } = await request("api/bundles");
+  names = bundles.map(({ folder }) => folder);
   const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
   const privacy = local
     ? "Images are sent only to the program on this machine and are not stored."
@@ -63,9 +66,10 @@ async function labelKey(labels) {
 export async function classify(bundle, labels, image) {
   for (let attempt = 0; ; attempt++) {
     const key = labels === null ? "" : await labelKey(labels);
+    const query = new URLSearchParams({ bundle, name: names[bundle], labels: key });
     try {
       const started = performance.now();
-      const result = await request(`api/classify?bundle=${bundle}&labels=${key}`, image);
+      const result = await request(`api/classify?${query}`, image);
       return { ...result, elapsed_ms: performance.now() - started };
     } catch (error) {
       // The server was restarted or has dropped the labels: send them again, once.
