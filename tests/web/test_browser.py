@@ -22,7 +22,7 @@ from clip_rd_edge.web.app import PAGE
 
 pytest.importorskip("uvicorn")
 pytestmark = pytest.mark.browser
-RED, BLUE = (230, 20, 20), (20, 20, 230)
+RED, GREEN, BLUE = (230, 20, 20), (20, 230, 20), (20, 20, 230)
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (320, 240)) -> bytes:
@@ -92,6 +92,19 @@ def expect_failed_requests(page: Any, *, status: int) -> None:
     """Forget the failed requests with this status, which Chromium logs to the console; nothing else was logged."""
     assert [text for text in page.problems if str(status) not in text] == []
     page.problems.clear()
+
+
+def hold_answers(page: Any) -> list[Any]:
+    """Keep requests to classify back until `answer_now`, as a slow device does; return the list that they go to."""
+    waiting: list[Any] = []
+    page.route("**/api/classify*", lambda route: waiting.append(route))
+    return waiting
+
+
+def answer_now(page: Any, waiting: list[Any]) -> None:
+    for route in waiting:
+        route.continue_()
+    page.unroute("**/api/classify*")
 
 
 def delay_permission(page: Any) -> None:
@@ -310,6 +323,18 @@ def test_times_leave_out_the_first_call(page: Any) -> None:
     page.wait_for_function(f"() => {cell} === '2.0 ms'")
 
 
+def test_the_last_answer_does_not_stay_beside_an_image_that_takes_long(page: Any) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    waiting = hold_answers(page)
+    send_image(page, GREEN, "drop")
+    wait_for_lead(page, "Classifying …")
+    assert rows(page) == {"red": "", "green": ""}
+    answer_now(page, waiting)
+    wait_for_lead(page, "green ")
+    assert all(rows(page).values())
+
+
 def test_an_image_that_follows_a_change_of_labels_is_classified_once(page: Any) -> None:
     requests: list[str] = []
     page.on("request", lambda request: "api/classify" in request.url and requests.append(request.url))
@@ -374,8 +399,7 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
 
 
 def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> None:
-    waiting: list[Any] = []
-    page.route("**/api/classify*", lambda route: waiting.append(route))
+    waiting = hold_answers(page)
     page.evaluate(
         """() => {
             navigator.mediaDevices.getUserMedia = () => Promise.reject(new DOMException("", "NotFoundError"));
@@ -387,8 +411,7 @@ def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> N
         page.wait_for_timeout(50)
     page.click("#camera")
     page.wait_for_function("() => document.getElementById('error').textContent !== ''")
-    waiting[0].continue_()
-    page.unroute("**/api/classify*")
+    answer_now(page, waiting)
     wait_for_lead(page, "red ")
     assert page.inner_text("#error") == "The camera cannot be used: no camera was found."
     send_image(page, RED, "drop")

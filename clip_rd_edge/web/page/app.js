@@ -7,6 +7,7 @@ import { restore, store } from "./memory.js";
 
 const byId = (id) => document.getElementById(id);
 const MEDIAN_COUNT = 30; // number of recent times that the medians cover
+const WAITING_MS = 300; // after which an image without an answer is said to be at work
 const QUESTION = byId("lead").textContent;
 const START_LABELS = ["a person", "a cat", "a dog", "a flower", "food", "a building"];
 
@@ -45,6 +46,12 @@ async function update(captureTime = 0) {
     return;
   }
   const oldError = byId("error").textContent;
+  // Do not leave the answer to the last image beside this one. A camera has its next answer soon enough.
+  const waiting = setTimeout(() => {
+    if (number !== lastRequest || source.stream) return;
+    labels.clear();
+    showProgress("Classifying …");
+  }, WAITING_MS);
   try {
     const result = await classify(choice, current, image);
     if (number !== lastRequest) return;
@@ -61,6 +68,8 @@ async function update(captureTime = 0) {
     setLead("No result.");
     showError(error.message);
     if (source.stream && error.status !== 429) source.stop();
+  } finally {
+    clearTimeout(waiting);
   }
 }
 
