@@ -60,6 +60,13 @@ def _lead(state: RunState) -> str:
         return "The run has begun, and has not logged a step yet."
     if state.phase == "stopped":
         return f"{steps}: the run has stopped; the same distill command with --resume continues it."
+    if state.step == state.steps:
+        return f"{steps}: the last step is done; the student is being saved."
+    if state.silent_s is not None:
+        return (
+            f"{steps}, and nothing new for {rough_duration(state.silent_s)}: the run is evaluating or saving, or it "
+            "hangs; its terminal tells."
+        )
     left = state.seconds_left
     return f"{steps}, about {rough_duration(left)} left." if left is not None else f"{steps}."
 
@@ -92,7 +99,7 @@ def _facts(state: RunState) -> str:
         elif key == "loss" and last:
             facts.append((name, "not finite", False))
     if state.quiet_s is not None and state.phase != "finished":
-        facts.append(("Last line", f"{rough_duration(state.quiet_s)} ago", False))
+        facts.append(("Last logged", f"{rough_duration(state.quiet_s)} ago", False))
     if config := state.config:
         facts += [("Recipe", config.recipe_name, True), ("Student", config.student, True)]
         if isinstance(config.teacher, tuple):

@@ -18,6 +18,8 @@ from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
 from clip_rd_edge.utils.structs import read_json, read_yaml
 
 Phase = Literal["starting", "running", "stopped", "finished"]
+_MISSING_LINES = 10  # a run that has written none of these counts as silent
+_MIN_SILENCE_S = 60.0  # that of a run whose lines follow each other quickly
 _QUIET_S = 600.0  # a locked run that has written nothing for so long, by a process that is not here, counts as stopped
 
 
@@ -37,6 +39,7 @@ class _Config(msgspec.Struct):
     images: str | None = None
     texts: str | None = None
     teacher: str | tuple[str, ...] | None = None
+    log_every: int = 10
     tasks: tuple[str, ...] = ()
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
@@ -79,11 +82,24 @@ class RunState:
     @property
     def seconds_left(self) -> float | None:
         """Expected seconds until the last step, evaluations included, as since the start or resume; None if unknown."""
-        seconds_per_step = self.last.get("seconds_per_step")
-        if self.phase != "running" or not seconds_per_step or self.steps is None:
+        if self.phase != "running" or not self._seconds_per_line or self.steps is None:
             return None
-        # The run has gone on since its last line.
-        return max((self.steps - self.step) * float(seconds_per_step) - (self.quiet_s or 0.0), 0.0)
+        # The run has gone on since its last line, yet no further than to the next.
+        gone_on_s = min(self.quiet_s or 0.0, self._seconds_per_line)
+        return max((self.steps - self.step) * float(self.last["seconds_per_step"]) - gone_on_s, 0.0)
+
+    @property
+    def silent_s(self) -> float | None:
+        """Seconds since the last line of a running run, if much longer than from one line to the next; else None."""
+        if self.phase != "running" or self.quiet_s is None:
+            return None
+        usual_s = max(_MISSING_LINES * self._seconds_per_line, _MIN_SILENCE_S)
+        return self.quiet_s if self.quiet_s > usual_s else None
+
+    @property
+    def _seconds_per_line(self) -> float:
+        """Expected seconds from one line to the next; 0 if unknown."""
+        return (self.config.log_every if self.config else 0) * float(self.last.get("seconds_per_step") or 0.0)
 
 
 def read_run(run: Path) -> RunState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -127,6 +128,25 @@ def test_the_page_tells_how_far_the_run_is_and_what_the_student_answers(run: Pat
     assert ("progress", {"aria-label": "Completed steps", "max": "50", "value": "20"}) in page.elements
     names = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
     assert names[0] == "total: from 2.75 at step 5 to 2 at step 20"
+
+
+@pytest.mark.parametrize("quiet_s", [30, 180])
+def test_a_run_that_logs_nothing_new_is_not_told_to_be_nearly_done(run: Path, quiet_s: int) -> None:
+    now = time.time()
+    os.utime(run / "metrics.jsonl", (now, now - quiet_s))
+    page = Parsed(render(read_run(run), Answers(), served=False)).text
+    if quiet_s < 60:
+        assert "20 of 50 steps, about 10 s left." in page  # as it would be at step 30, whose line does not come
+    else:
+        assert "20 of 50 steps, and nothing new for 3 min: the run is evaluating or saving, or it hangs" in page
+        assert "left." not in page
+
+
+def test_a_run_whose_last_step_is_done_is_saving(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", logged=50)
+    (run / ".lock").write_text(lock_content(os.getpid()))
+    page = Parsed(render(read_run(run), Answers(), served=False)).text
+    assert "50 of 50 steps: the last step is done; the student is being saved." in page
 
 
 def test_the_file_is_complete_in_itself(run: Path) -> None:
