@@ -58,6 +58,11 @@ def _lead(state: RunState) -> str:
         return f"{steps}: the run is finished."
     if state.phase == "starting":
         return "The run has begun, and has not logged a step yet."
+    if state.phase == "stopped" and not state.is_finite:  # as distill says where a run has diverged
+        return (
+            f"{steps}: the run has stopped, and its loss was not finite. Begin a new run, with another -o, with a "
+            "lower learning rate, or precision: fp32."
+        )
     if state.phase == "stopped":
         return f"{steps}: the run has stopped; the same distill command with --resume continues it."
     if state.step == state.steps:
@@ -96,7 +101,7 @@ def _facts(state: RunState) -> str:
     ):
         if isinstance(last.get(key), int | float):
             facts.append((name, form(last[key]), False))
-        elif key == "loss" and last:
+        elif key == "loss" and not state.is_finite:
             facts.append((name, "not finite", False))
     if state.quiet_s is not None and state.phase != "finished":
         facts.append(("Last logged", f"{rough_duration(state.quiet_s)} ago", False))
@@ -123,7 +128,8 @@ def _accuracy_charts(state: RunState) -> list[Chart]:
 def _loss_charts(state: RunState) -> list[Chart]:
     terms = sorted({key for line in state.lines for key in line if key.startswith(TERM_PREFIX)})
     parts = [Chart(f"{key.removeprefix(TERM_PREFIX)}, unweighted", series(state.lines, key), number) for key in terms]
-    return [Chart("total", series(state.lines, "loss"), number), *(parts if len(parts) > 1 else [])]
+    total = "total" if state.is_finite else "total, last finite value"
+    return [Chart(total, series(state.lines, "loss"), number), *(parts if len(parts) > 1 else [])]
 
 
 def _speed_charts(state: RunState) -> list[Chart]:

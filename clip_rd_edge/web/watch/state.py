@@ -75,6 +75,11 @@ class RunState:
         return next((line for line in reversed(self.lines) if "loss" in line), {})
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the last loss is a number, or there is none yet; a loss that is not finite is null."""
+        return self.last.get("loss", 0.0) is not None
+
+    @property
     def step(self) -> int:
         """Completed steps, as far as they are logged."""
         return int(self.lines[-1]["step"]) if self.lines else 0

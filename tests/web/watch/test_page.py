@@ -142,6 +142,18 @@ def test_a_run_that_logs_nothing_new_is_not_told_to_be_nearly_done(run: Path, qu
         assert "left." not in page
 
 
+def test_a_run_that_has_diverged_is_not_said_to_go_on(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    assert "--resume continues it" in Parsed(render(read_run(run), Answers(), served=False)).text
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step":25,"loss":null,"loss/task":null}\n')
+    page = Parsed(render(read_run(run), Answers(), served=False))
+    assert "--resume" not in page.text
+    assert "its loss was not finite. Begin a new run, with another -o, with a lower learning rate" in page.text
+    names = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert names == ["total, last finite value: from 2.75 at step 5 to 2 at step 20"]
+
+
 def test_a_run_whose_last_step_is_done_is_saving(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(tmp_path / "first", logged=50)
     (run / ".lock").write_text(lock_content(os.getpid()))
