@@ -47,7 +47,7 @@ def serve() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture
 def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Return a function that opens a page whose camera plays a clip.
+    """Return a function that opens a page whose camera plays a clip, and waits for what matches `ready`.
 
     Errors and warnings in the console, and requests to other servers, fail the test.
     """
@@ -57,11 +57,12 @@ def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     problems: list[str] = []
     with playwright.sync_playwright() as play:
 
-        def open_url(url: str, *, camera: Path) -> Any:
+        def open_url(url: str, *, camera: Path | None = None, ready: str = "#bundles tr") -> Any:
+            camera_flags = [f"--use-file-for-fake-video-capture={camera}"] if camera else []
             context = play.chromium.launch_persistent_context(
                 tmp_path / "profile",
                 executable_path=CHROMIUM,
-                args=[*FLAGS, f"--use-file-for-fake-video-capture={camera}"],
+                args=[*FLAGS, *camera_flags],
                 viewport={"width": 1280, "height": 800},
                 timeout=120_000,
             )
@@ -76,7 +77,7 @@ def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             page.on("pageerror", lambda error: problems.append(str(error)))
             page.on("request", lambda request: request.url.startswith((url, "blob:")) or problems.append(request.url))
             page.goto(url)
-            page.wait_for_selector("#bundles tr")
+            page.wait_for_selector(ready)
             page.problems = problems
             return page
 

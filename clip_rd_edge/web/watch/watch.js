@@ -1,25 +1,36 @@
 // Replaces the parts of the page that changed, every few seconds while it is seen.
 const INTERVAL_MS = 4000;
-const footer = document.querySelector("footer");
-const footerText = footer.textContent;
+const lost = document.getElementById("lost");
+let title = document.title;
+let updated = new Date();
 
 async function refresh() {
   if (document.hidden) return;
   try {
     const response = await fetch(location.href, { cache: "no-store" });
-    if (!response.ok) throw new Error(response.status);
     const next = new DOMParser().parseFromString(await response.text(), "text/html");
-    document.title = next.title;
-    for (const part of next.querySelectorAll("[data-part]")) {
-      const shown = document.querySelector(`[data-part="${part.dataset.part}"]`);
-      if (shown.innerHTML !== part.innerHTML) shown.innerHTML = part.innerHTML;
-    }
-    footer.textContent = footerText;
-    footer.classList.remove("lost");
+    if (response.ok) update(next);
+    else showLost(next.querySelector("p")?.textContent ?? `The server answers with status ${response.status}.`);
   } catch {
-    footer.textContent = "clip-rd-edge watch does not answer any more; start it again to see how the run goes on.";
-    footer.classList.add("lost");
+    showLost("clip-rd-edge watch does not answer any more; start it again to see how the run goes on.");
   }
+}
+
+function update(next) {
+  for (const part of next.querySelectorAll("[data-part]")) {
+    const shown = document.querySelector(`[data-part="${part.dataset.part}"]`);
+    if (shown.innerHTML !== part.innerHTML) shown.innerHTML = part.innerHTML;
+  }
+  lost.textContent = "";
+  document.title = title = next.title;
+  updated = new Date();
+}
+
+// Say at the figures, and in the title, that they are old, and why.
+function showLost(reason) {
+  const message = `${reason} This page is of ${updated.toLocaleTimeString()}.`;
+  if (lost.textContent !== message) lost.textContent = message; // which is read out each time
+  document.title = `lost, ${title}`;
 }
 
 setInterval(refresh, INTERVAL_MS);
