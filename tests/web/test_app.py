@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -135,6 +136,17 @@ def test_classify(client: Any, key: str) -> None:
         assert response.json()["labels"][0] == "red"
         assert len(response.json()["probabilities"]) == 3
         assert response.json()["model_ms"] > 0
+
+
+def test_the_time_to_embed_labels_is_told_apart(client: Any, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: Any, **options: Any) -> ZeroShotClassifier:
+        time.sleep(0.05)
+        return ZeroShotClassifier(*arguments, **options)
+
+    monkeypatch.setattr(models, "ZeroShotClassifier", slow)
+    labels_ms = [client.post(f"/api/classify?labels={key}", content=png()).json()["labels_ms"] for _ in range(2)]
+    assert labels_ms[0] >= 50
+    assert labels_ms[1] < labels_ms[0]
 
 
 def test_a_page_of_an_earlier_server_gets_no_answer_of_another_bundle(client: Any, key: str) -> None:

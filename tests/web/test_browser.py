@@ -323,6 +323,15 @@ def test_times_leave_out_the_first_call(page: Any) -> None:
     page.wait_for_function(f"() => {cell} === '2.0 ms'")
 
 
+def test_times_leave_out_the_embedding_of_labels(page: Any) -> None:
+    elapsed = page.evaluate("""async () => {
+        const { classify } = await import("./api.js");
+        window.fetch = async (path) => Response.json(path === "api/labels" ? { key: "k" } : { labels_ms: 1e9 });
+        return (await classify(0, ["red"], new Blob([]))).elapsed_ms;
+    }""")
+    assert -1e9 <= elapsed < 0
+
+
 def test_the_last_answer_does_not_stay_beside_an_image_that_takes_long(page: Any) -> None:
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")
