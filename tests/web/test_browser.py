@@ -88,6 +88,17 @@ def rows(page: Any) -> dict[str, str]:
     return dict(zip(fields, page.locator("#labels output").all_inner_texts(), strict=True))
 
 
+def shown_colour(page: Any) -> list[int]:
+    """Return the mean colour of the still image on the stage."""
+    assert page.is_visible("#preview")
+    colour: list[int] = page.evaluate("""() => {
+        const context = document.createElement("canvas").getContext("2d");
+        context.drawImage(document.getElementById("preview"), 0, 0, 1, 1);
+        return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    }""")
+    return colour
+
+
 def expect_failed_requests(page: Any, *, status: int) -> None:
     """Forget the failed requests with this status, which Chromium logs to the console; nothing else was logged."""
     assert [text for text in page.problems if str(status) not in text] == []
@@ -210,8 +221,37 @@ def test_the_camera(page: Any) -> None:
     assert page.get_attribute("#camera", "aria-pressed") == "true"
     page.click("#camera")
     page.wait_for_function("() => document.getElementById('video').hidden && document.getElementById('rate').hidden")
+    # Its last frame stays beside its answer.
+    assert page.inner_text("#lead").startswith("blue ")
+    assert shown_colour(page) == pytest.approx(BLUE, abs=40)
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")
+    assert shown_colour(page) == pytest.approx(RED, abs=40)
+
+
+@pytest.mark.parametrize(("end", "message"), [("click", ""), ("unplug", "The camera stopped.")])
+def test_images_that_were_chosen_before_the_camera_come_back_after_it(
+    page: Any, tmp_path: Path, end: str, message: str
+) -> None:
+    page.fill("#new", "blue")
+    page.press("#new", "Enter")
+    for name, colour in {"1.jpg": RED, "2.jpg": GREEN}.items():
+        (tmp_path / name).write_bytes(jpeg(colour))
+    page.set_input_files("#file", [tmp_path / "1.jpg", tmp_path / "2.jpg"])
+    page.click("#next")
+    wait_for_lead(page, "green ")
+    page.click("#camera")
+    wait_for_lead(page, "blue ")
+    assert not page.is_visible("#several")
+    if end == "click":
+        page.click("#camera")
+    else:
+        page.evaluate("document.getElementById('video').srcObject.getTracks()[0].dispatchEvent(new Event('ended'))")
+    wait_for_lead(page, "green ")
+    assert page.inner_text("#position") == "2 of 2: 2.jpg"
+    assert page.is_visible("#several")
+    assert shown_colour(page) == pytest.approx(GREEN, abs=40)
+    page.wait_for_function(f"() => document.getElementById('error').textContent === '{message}'")
 
 
 def test_the_page_can_be_used_by_keyboard(page: Any, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ export class ImageSource {
       const containsFiles = [...event.dataTransfer.items].some((item) => item.kind === "file");
       if (containsFiles) droppedImages(event.dataTransfer.items).then((files) => this.#openFolder(files));
     });
-    button.addEventListener("click", () => (this.stream ? this.stop() : this.start()));
+    button.addEventListener("click", () => (this.stream ? this.#leaveCamera() : this.start()));
   }
 
   #openFolder(files) {
@@ -58,14 +58,14 @@ export class ImageSource {
     this.#move(0);
   }
 
-  #move(step) {
+  async #move(step) {
     const count = this.files.length;
     this.position = (this.position + step + count) % count;
     const file = this.files[this.position];
     document.getElementById("several").hidden = count < 2;
     const name = file.webkitRelativePath || file.name;
     document.getElementById("position").textContent = `${this.position + 1} of ${count}: ${name}`;
-    this.#open(file);
+    await this.#open(file);
   }
 
   async #open(file) {
@@ -74,17 +74,8 @@ export class ImageSource {
     // show may still be classified.
     const bitmap = await createImageBitmap(file).catch(() => null);
     if (file !== this.files[this.position]) return; // another one was opened in the meantime
-    preview.hidden = bitmap === null;
-    stage.classList.toggle("full", bitmap !== null);
-    if (bitmap) {
-      preview.width = bitmap.width;
-      preview.height = bitmap.height;
-      const context = preview.getContext("2d");
-      context.fillStyle = "#fff"; // the background for transparent images that the model sees
-      context.fillRect(0, 0, preview.width, preview.height);
-      context.drawImage(bitmap, 0, 0);
-    }
-    this.onImage(file, 0);
+    showStill(bitmap);
+    await this.onImage(file, 0);
   }
 
   async start() {
@@ -94,6 +85,7 @@ export class ImageSource {
     }
     if (this.starting) return; // clicked twice
     const starting = (this.starting = {});
+    this.hasFrame = false; // whether `canvas` has one of this camera
     try {
       const constraints = { video: { facingMode: "environment", width: { ideal: 640 } }, audio: false };
       const stream = await navigator.mediaDevices.getUserMedia(constraints);
@@ -117,15 +109,23 @@ export class ImageSource {
     }
     if (this.starting !== starting) return;
     this.starting = null;
-    this.stream.getVideoTracks()[0].addEventListener("ended", () => {
-      this.stop();
+    this.stream.getVideoTracks()[0].addEventListener("ended", async () => {
+      await this.#leaveCamera();
       this.onError("The camera stopped.");
     });
     this.#show(true);
     this.#next();
   }
 
+  // Turn the camera off, and go back to the image that was chosen before.
+  async #leaveCamera() {
+    if (this.files.length) await this.#move(0);
+    else this.stop();
+  }
+
+  // Turn the camera off. Its last frame stays, which the answer belongs to.
   stop() {
+    if (this.stream && this.hasFrame) showStill(canvas);
     if (this.stream) stopTracks(this.stream);
     this.stream = this.starting = null;
     video.srcObject = null;
@@ -152,6 +152,7 @@ export class ImageSource {
       const started = performance.now();
       const image = await captureFrame();
       if (this.stream !== stream) return; // stopped in the meantime: do not replace an image that was dropped since
+      this.hasFrame = true;
       await this.onImage(image, performance.now() - started);
       this.#next();
     };
@@ -159,6 +160,19 @@ export class ImageSource {
     if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(capture);
     else requestAnimationFrame(capture);
   }
+}
+
+// Show a bitmap or canvas on the stage; null is an image that the browser cannot show.
+function showStill(image) {
+  preview.hidden = image === null;
+  stage.classList.toggle("full", image !== null);
+  if (!image) return;
+  preview.width = image.width;
+  preview.height = image.height;
+  const context = preview.getContext("2d");
+  context.fillStyle = "#fff"; // the background for transparent images that the model sees
+  context.fillRect(0, 0, preview.width, preview.height);
+  context.drawImage(image, 0, 0);
 }
 
 function stopTracks(stream) {
