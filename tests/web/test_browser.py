@@ -307,6 +307,39 @@ def test_new_labels_are_visible_and_duplicates_are_one(page: Any) -> None:
     assert page.locator("#labels li").count() == 21
 
 
+def paste_labels(page: Any, text: str) -> None:
+    page.evaluate(
+        """(text) => {
+            const data = new DataTransfer();
+            data.setData("text", text);
+            const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData: data });
+            document.getElementById("new").dispatchEvent(event);
+        }""",
+        text,
+    )
+
+
+def test_too_many_labels_are_removed_at_once(page: Any) -> None:
+    paste_labels(page, "\n".join(f"label {number}" for number in range(2_000)))
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "No result.")
+    assert "at most 2,000 labels" in page.inner_text("#error")
+    page.click("#clear")
+    wait_for_lead(page, "Add a label")
+    assert (rows(page), page.inner_text("#error")) == ({}, "")
+    page.keyboard.type("red")  # the focus is where labels are added
+    page.keyboard.press("Enter")
+    wait_for_lead(page, "red 100")
+    expect_failed_requests(page, status=422)
+
+
+def test_pasted_labels_are_cut_like_typed_ones(page: Any) -> None:
+    paste_labels(page, f"red\n{'🟥' * 299} {'b' * 9}\n")
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    assert list(rows(page)) == ["red", "green", "🟥" * 299]
+
+
 def test_labels_and_choices_survive_a_reload(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")

@@ -42,6 +42,7 @@ async function update(captureTime = 0) {
   const current = labels.current;
   if (current?.length === 0) {
     labels.clear();
+    showError("");
     setLead("Add a label to choose from.");
     return;
   }

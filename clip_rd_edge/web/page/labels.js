@@ -1,6 +1,7 @@
 // The list of labels, which also shows the results: each row is a text field with a bar behind it.
 
 const list = document.getElementById("labels");
+const MAX_LENGTH = 300; // characters of a label that are used
 const BANK_ROWS = 8; // rows shown for the bundle's own labels
 
 export class LabelList {
@@ -26,6 +27,11 @@ export class LabelList {
     field.addEventListener("change", () => {
       if (field.value.trim()) form.requestSubmit();
     });
+    document.getElementById("clear").addEventListener("click", () => {
+      list.replaceChildren();
+      field.focus();
+      this.onChange();
+    });
     this.form = form;
   }
 
@@ -41,11 +47,13 @@ export class LabelList {
     return this.bank ? this.typed : this.current;
   }
 
-  // Append a row for each label that is not in the list yet; scroll the last one into view where the user has typed it.
+  // Append a row for each label that is not in the list yet, cut like those that are typed.
+  // Scroll the last one into view where the user has typed it.
   // Elsewhere, scrolling would make Tab go on from there: in new browsers, what is scrolled to is where Tab starts.
   add(labels) {
     let row = null;
-    for (const label of labels.map((text) => text.trim()).filter(Boolean)) {
+    const cut = (text) => [...text.trim()].slice(0, MAX_LENGTH).join("").trim();
+    for (const label of labels.map(cut).filter(Boolean)) {
       row = this.#find(label);
       if (!row) list.append((row = this.#createRow(label)));
     }
@@ -104,7 +112,7 @@ export class LabelList {
     const bar = createElement("div", "bar");
     const field = createElement("input", "text");
     field.value = label;
-    field.maxLength = 300;
+    field.maxLength = MAX_LENGTH;
     field.dir = "auto";
     field.autocomplete = "off";
     field.setAttribute("aria-label", "Label");
