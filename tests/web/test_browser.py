@@ -480,6 +480,20 @@ def test_the_page_fits_a_narrow_screen(page: Any, scheme: str) -> None:
     assert small == []  # all are large enough for touch
 
 
+@pytest.mark.parametrize("width", [320, 360])
+def test_the_names_of_bundles_are_not_broken_on_a_phone(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 740})
+    page.evaluate("""() => document.querySelectorAll("#bundles td").forEach((cell, i) => {
+        cell.textContent = ["fp32", "128 MB", "38 ms", "131 ms"][i % 4];
+    })""")
+    # Names and precisions are a line each, and no column is out of sight.
+    heights = page.locator("#bundles label").evaluate_all("labels => labels.map((label) => label.offsetHeight)")
+    assert max(heights) <= 2 * 24
+    shown = """labels => labels.map((label) => getComputedStyle(label, "::after").content)"""
+    assert page.locator("#bundles label").evaluate_all(shown) == ['"fp32"', '"fp32"']
+    assert page.locator(".scroll").evaluate("(table) => table.scrollWidth <= table.clientWidth")
+
+
 def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> None:
     waiting = hold_answers(page)
     page.evaluate(

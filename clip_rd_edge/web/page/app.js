@@ -158,6 +158,7 @@ function createRow(choice, index) {
   radio.addEventListener("change", () => select(index));
   label.append(radio, choice.folder.replaceAll("/", "/\u200b")); // where a line may end
   label.title = choice.name;
+  label.dataset.precision = choice.precision; // shown here on a narrow screen, in place of the column
   head.append(label);
   row.append(head);
   for (const text of [choice.precision, megabytes(choice.size_bytes), "–", "–"]) row.insertCell().textContent = text;
