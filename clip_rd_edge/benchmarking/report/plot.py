@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -59,17 +60,22 @@ class Dots:
 
 def place_labels(
     axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int] = ()
-) -> None:
+) -> bool:
     """Label each dot at the first of _POSITIONS that is free, or at the one with the smallest overlap.
 
     Args:
         line: indices of the dots that a line connects, in order; labels avoid the line as well.
+
+    Returns:
+        Whether the labels can be read: none covers another or leaves the frame.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
     occupied = [*_dot_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, line)]
     frame = axes.get_window_extent()
+    labels: list[Bbox] = []
+    legible = True
     for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
         candidates = [_annotate(axes, dots, index, position, name, colour) for position in _POSITIONS]
         boxes = [candidate.get_window_extent() for candidate in candidates]
@@ -77,7 +83,10 @@ def place_labels(
         for i, candidate in enumerate(candidates):
             if i != best:
                 candidate.remove()
+        legible = legible and _overlap(boxes[best], labels, frame) < 1
+        labels.append(boxes[best])
         occupied.append(boxes[best])
+    return legible
 
 
 def _dot_boxes(axes: Axes, dots: Dots, pixels_per_point: float) -> list[Bbox]:
@@ -134,6 +143,8 @@ def _overlap(box: Bbox, others: Sequence[Bbox], frame: Bbox) -> float:
     return shared + box.width * box.height - (inside.width * inside.height if inside else 0)
 
 
+_WIDTH, _HEIGHT = 6.4, 4.2  # inches
+_KEY_LINE_LENGTH, _KEY_LINE_HEIGHT = 84, 0.2  # characters, inches
 _MAX_AREA = 1100.0  # points², the dot of the largest model
 _MIN_AREA = 30.0  # points²; smaller dots would be hard to see
 
@@ -208,7 +219,7 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     settings = {"font.size": 10, "font.family": ["sans-serif", *_further_fonts(texts)], "svg.hashsalt": "clip-rd-edge"}
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # no installed font has it
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor=palette.ground)
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained", facecolor=palette.ground)
         FigureCanvasAgg(figure)
         _fill(figure.add_subplot(), rows, palette)
         buffer = io.BytesIO()
@@ -257,7 +268,9 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.vlines(x, low, high, colors=colours, linewidth=1.2, zorder=2)
     axes.scatter(x, y, s=areas, c=colours, linewidths=1.2, edgecolors=palette.ground, zorder=3)
     names = [f"{row.label}\n{formatting.megabytes(row.description.size_bytes)} MB" for row, _ in rows]
-    place_labels(axes, Dots(x, y, low, high, np.sqrt(areas / np.pi)), names, colours, line=front)
+    dots = Dots(x, y, low, high, np.sqrt(areas / np.pi))
+    if not place_labels(axes, dots, names, colours, line=front):
+        _number(axes, dots, names, colours, line=front)
     title = f"{heading(rows[0][1].task)}: top-1, %"
     weight = "bold" if rcParams["font.family"] == ["sans-serif"] else "normal"  # which further fonts may not have
     axes.set_title(title, loc="left", color=palette.ink, fontsize=11, fontweight=weight, pad=10)
@@ -265,6 +278,25 @@ def _fill(axes: Axes, rows: list[tuple[RowResult, ZeroShotScore]], palette: Pale
     axes.set_xlabel(
         f"Image tower, ms per image (log scale)\n{legend}", color=palette.muted, fontsize=9, linespacing=1.5
     )
+
+
+def _number(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str], *, line: Sequence[int]) -> None:
+    """Label the dots with numbers in place of their names, which stand in a key below."""
+    from matplotlib.lines import Line2D
+
+    for text in list(axes.texts):
+        text.remove()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    key = [
+        textwrap.fill(f"{number}  {name}".replace("\n", ", "), _KEY_LINE_LENGTH)
+        for number, name in zip(numbers, names, strict=True)
+    ]
+    figure.set_figheight(_HEIGHT + _KEY_LINE_HEIGHT * len("\n".join(key).splitlines()))
+    handles = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in colours]
+    figure.legend(handles, key, loc="outside lower center", frameon=False, fontsize=8.5, labelcolor=list(colours))
+    place_labels(axes, dots, numbers, colours, line=line)
 
 
 def _set_axes(axes: Axes, x: Numbers, low: Numbers, high: Numbers, palette: Palette) -> None:
