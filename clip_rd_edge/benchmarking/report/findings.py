@@ -12,6 +12,7 @@ from clip_rd_edge.benchmarking.metrics import (
     difference_p_value,
     may_be_chance,
 )
+from clip_rd_edge.benchmarking.report.tables import sign_test
 from clip_rd_edge.benchmarking.results import Comparison, Results, RowResult
 
 
@@ -120,9 +121,8 @@ def _chance(comparison: Comparison) -> str:
     """Return what follows an interval: whether this may be chance, and why if the interval leaves out zero."""
     if not comparison.may_be_chance:
         return ""
-    p_value, interval = comparison.p_value, comparison.interval
-    test = "" if p_value is None or interval.low <= 0 <= interval.high else f"; exact sign test: p = {p_value:.2f}"
-    return f"{test}, so this may be chance"
+    test = sign_test(comparison)
+    return f"{f'; {test}' if test else ''}, so this may be chance"
 
 
 def _certain(figure: str, comparison: Comparison) -> str:

@@ -172,7 +172,16 @@ def _verdict(comparison: Comparison) -> str:
     interval = comparison.interval
     if interval.low == interval.high == 0:
         return "correct on the same images"
-    return "not significant" if comparison.may_be_chance else ""
+    if not comparison.may_be_chance:
+        return ""
+    test = sign_test(comparison)
+    return f"not significant ({test})" if test else "not significant"
+
+
+def sign_test(comparison: Comparison) -> str:
+    """Return the test that calls a difference chance although its interval leaves out zero; empty if it includes it."""
+    p_value, interval = comparison.p_value, comparison.interval
+    return "" if p_value is None or interval.low <= 0 <= interval.high else f"exact sign test: p = {p_value:.2f}"
 
 
 def heading(task: str) -> str:

@@ -230,7 +230,9 @@ def test_headline_without_a_shipped_model_is_about_the_student(timed: Results) -
 def test_a_difference_of_a_few_answers_may_be_chance_though_its_interval_leaves_out_zero(timed: Results) -> None:
     comparison = msgspec.structs.replace(timed.comparisons[0], interval=Interval(-0.016, -0.002), p_value=0.125)
     shown = msgspec.structs.replace(timed, comparisons=(comparison,))
-    assert differences(shown)[0].verdict == "not significant"
+    assert differences(shown)[0].verdict == "not significant (exact sign test: p = 0.12)"
+    wide = msgspec.structs.replace(comparison, interval=Interval(-0.016, 0.002))
+    assert differences(msgspec.structs.replace(timed, comparisons=(wide,)))[0].verdict == "not significant"
     int8 = msgspec.structs.replace(comparison, label="INT8", reference="FP32")
     sentence = headline(msgspec.structs.replace(timed, comparisons=(int8,)))[-1]
     assert (
