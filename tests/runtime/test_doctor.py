@@ -38,6 +38,13 @@ def test_a_missing_extra_is_reported_with_its_pip_command(monkeypatch: pytest.Mo
     assert train.remedy == install_command("train")
 
 
+def test_a_missing_package_that_few_need_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "is_installed", lambda package: package != "segno")
+    demo = next(finding for finding in doctor.examine() if finding.what == "[demo]")
+    assert "(segno: only for the QR code of demo --host)" in demo.detail
+    assert demo.detail.endswith(": needs segno")
+
+
 def test_every_extra_except_the_combined_ones_is_checked() -> None:
     assert {"train", "emoji"} <= doctor.extras().keys()
     assert not {"all", "dev", "torch-tensorrt"} & doctor.extras().keys()
