@@ -278,8 +278,8 @@ def _no_pixels(width: int, height: int) -> str:
     return f"An image has {width} × {height} pixels; expected at least one."
 
 
-def as_images(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
-    """Return a list of images, which has one entry for a single image.
+def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
+    """Return images as they are, and a single image in a list.
 
     Raises:
         InputError: `images` is neither an image nor a list of them.
@@ -292,7 +292,7 @@ def as_images(images: ImageInput | Iterable[ImageInput]) -> list[ImageInput]:
             "list of them.",
             hint="open the bytes of a file with PIL.Image.open(io.BytesIO(content))",
         )
-    return list(images)
+    return images
 
 
 def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:

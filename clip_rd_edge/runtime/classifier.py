@@ -19,10 +19,11 @@ from clip_rd_edge.contract.encoder import (
     require_top,
     top_indices,
 )
-from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb
+from clip_rd_edge.contract.images import ImageInput
 from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.calls import checked_call
@@ -115,12 +116,12 @@ class ZeroShotClassifier:
 
     def probabilities(self, images: ImageInput | Sequence[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
-        return probabilities(self._encode(images), self._embeddings, self._logit_scale)
+        return probabilities(encode_inputs(self.encoder, images), self._embeddings, self._logit_scale)
 
     @checked_call
     def classify(self, images: ImageInput | Sequence[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
-        return self.classify_embeddings(self._encode(images), top=top)
+        return self.classify_embeddings(encode_inputs(self.encoder, images), top=top)
 
     @checked_call
     def classify_embeddings(
@@ -175,9 +176,6 @@ class ZeroShotClassifier:
             )
         unit: Embeddings = (rows / lengths[:, None]).astype(np.float32)
         return unit
-
-    def _encode(self, images: ImageInput | Sequence[ImageInput]) -> Embeddings:
-        return self.encoder.encode_images([as_rgb(image) for image in as_images(images)])
 
     def _embed(self, labels: Sequence[str]) -> Embeddings:
         """Return the labels' embeddings, (C, D); the text tower embeds only labels that the last call did not have."""

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder, image_batch_size, in_batches
-from clip_rd_edge.contract.images import ImageFile, open_image
+from clip_rd_edge.contract.encoder import Embeddings, Encoder, TowerEncoder, image_batch_size, in_batches
+from clip_rd_edge.contract.images import ImageFile, ImageInput, as_images, as_rgb, image_path, open_image
 from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.cluster import map_on_cluster
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from clip_rd_edge.contract.bundle import Manifest
     from clip_rd_edge.runtime.encoder import BundleEncoder
 
@@ -45,6 +47,51 @@ class EmbeddedBatch(Generic[P]):
     images: Sequence[P]
     embeddings: Embeddings
     unreadable: Sequence[InputError]
+
+
+def encode_inputs(encoder: Encoder, images: ImageInput | Iterable[ImageInput], *, quick: bool = False) -> Embeddings:
+    """Embed an image or images in any form, (N, D).
+
+    Only a batch of them is in memory. Each is converted before the next is drawn: cameras and decoders fill one buffer
+    again and again. Files that come first are opened by threads, as in `embed_images`.
+
+    Args:
+        quick: as for `embed_images`.
+
+    Raises:
+        InputError: `images` are of another type, or an image could not be read; the message names the first one.
+    """
+    entries, others = iter(as_images(images)), list[ImageInput]()
+
+    def leading_files() -> Iterator[Path]:
+        for image in entries:
+            if not isinstance(image, str | os.PathLike):
+                others.append(image)
+                return
+            yield image_path(image)
+
+    parts, files = list[Embeddings](), leading_files()
+    first: list[Path] = list(islice(files, 2))
+    if len(first) == 2 and isinstance(encoder, TowerEncoder):
+        for embedded in embed_images(encoder, chain(first, files), quick=quick):
+            if embedded.unreadable:
+                raise embedded.unreadable[0]
+            parts.append(embedded.embeddings)
+        first = []
+    min_edge = fast_decode_edge(encoder.describe().preprocessing) if quick else None
+    kept = isinstance(images, Sequence)  # a list holds all of its images, which then need no copies
+    rgb_images = (_to_rgb(image, min_edge, copy=not kept) for image in chain(first, others, entries))
+    while batch := list(islice(rgb_images, BATCH_SIZE)):
+        parts.append(encoder.encode_images(batch))
+        del batch  # before the next images are opened
+    return np.concatenate(parts) if parts else encoder.encode_images([])
+
+
+def _to_rgb(image: ImageInput, min_edge: int | None, *, copy: bool) -> Image.Image:
+    if isinstance(image, str | os.PathLike):
+        return open_image(image_path(image), min_edge=min_edge)
+    rgb = as_rgb(image)
+    return rgb.copy() if copy and rgb is image else rgb
 
 
 def embed_images(

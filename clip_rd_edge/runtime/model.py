@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
-from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list, in_batches
-from clip_rd_edge.contract.images import ImageInput, as_images, as_rgb, image_path, is_single_image, open_image
-from clip_rd_edge.contract.preprocess import fast_decode_edge
+from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list
+from clip_rd_edge.contract.images import ImageInput, is_single_image
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
-from clip_rd_edge.runtime.embed import embed_images
+from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.utils.calls import checked_call
-
-BATCH_SIZE = 32
 
 
 class Model:
@@ -79,7 +72,7 @@ class Model:
         Raises:
             InputError: an image could not be read; the message names the first one.
         """
-        rows = self._encode(as_images(images), quick)
+        rows = encode_inputs(self.encoder, images, quick=quick)
         first: Embeddings = rows[0] if is_single_image(images) else rows
         return first
 
@@ -149,7 +142,7 @@ class Model:
         """
         classifier = self._classifier_for(labels, templates, none_below, cache)
         single = is_single_image(images)
-        embeddings = self._encode(as_images(images), quick)
+        embeddings = encode_inputs(self.encoder, images, quick=quick)
         predictions = classifier.classify_embeddings(embeddings, top=top)
         return predictions[0] if single else predictions
 
@@ -178,34 +171,6 @@ class Model:
         classifier = self._classifier_for(labels, templates, none_below, True)
         for frame in frames(str(camera)):
             yield classifier.classify([frame], top=top)[0]
-
-    def _encode(self, images: Sequence[ImageInput], quick: bool) -> Embeddings:
-        files = [image_path(image) for image in images if isinstance(image, str | os.PathLike)]
-        if len(files) == len(images) > 1:
-            return self._encode_files(files, quick)
-        min_edge = fast_decode_edge(self.describe().preprocessing) if quick else None
-        parts = [self._no_rows()]
-        for batch in in_batches(len(images), BATCH_SIZE):
-            rgb_images = [
-                open_image(image_path(image), min_edge=min_edge)
-                if isinstance(image, str | os.PathLike)
-                else as_rgb(image)
-                for image in images[batch]
-            ]
-            parts.append(self.encoder.encode_images(rgb_images))
-        return np.concatenate(parts)
-
-    def _encode_files(self, files: Sequence[Path], quick: bool) -> Embeddings:
-        """Embed files, which threads open while the model runs."""
-        parts = [self._no_rows()]
-        for batch in embed_images(self.encoder, files, quick=quick):
-            if batch.unreadable:
-                raise batch.unreadable[0]
-            parts.append(batch.embeddings)
-        return np.concatenate(parts)
-
-    def _no_rows(self) -> Embeddings:
-        return np.zeros((0, self.describe().embedding_size), dtype=np.float32)
 
     def _classifier_for(
         self, labels: Labels, templates: Sequence[str] | str | None, none_below: float, cache: bool

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
+from clip_rd_edge.runtime.embed import BATCH_SIZE
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.model import Model
 
@@ -68,6 +70,20 @@ def test_a_classifier_takes_images_in_any_form(colour_bundle: Path, tmp_path: Pa
     expected = classifier.classify([rgb])
     assert classifier.classify([image]) == classifier.classify(image) == expected
     np.testing.assert_array_equal(classifier.probabilities(image), classifier.probabilities([rgb]))
+
+
+def test_only_a_batch_of_images_is_in_memory(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, size, alive = load(colour_bundle), (31, 7), list[int]()
+    encode = encoder.encode_images
+
+    def count_and_encode(images: Sequence[Image.Image]) -> np.ndarray:
+        alive.append(sum(type(thing) is Image.Image and thing.size == size for thing in gc.get_objects()))
+        return encode(images)
+
+    monkeypatch.setattr(encoder, "encode_images", count_and_encode)
+    answers = ZeroShotClassifier(encoder, LABELS).classify((Image.new("RGB", size, "red") for _ in range(100)), top=1)
+    assert [answer[0].label for answer in answers] == ["red"] * 100
+    assert max(alive) < 2 * BATCH_SIZE
 
 
 def test_a_text_is_one_text_and_not_its_characters(colour_bundle: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,38 @@ def test_generators_count_as_lists(model: Model, colour_images: Path) -> None:
     assert model.encode_texts(label for label in LABELS).shape == (2, 3)
     scores = edge.evaluate(model, (task for task in [colour_images.parent / "photos"]))
     assert scores[0].images == 1
+
+
+def frames_of_a_camera() -> Iterator[np.ndarray]:
+    """Yield a red, a green and a blue image in one buffer, as cv2.VideoCapture.read(buffer) does."""
+    buffer = np.zeros((9, 9, 3), dtype=np.uint8)
+    for colour in np.eye(3):
+        buffer[:] = 250 * colour
+        yield buffer
+
+
+def frames_of_a_decoder() -> Iterator[Image.Image]:
+    image = Image.new("RGB", (9, 9))
+    for colour in np.eye(3, dtype=int):
+        image.paste(tuple(250 * colour), (0, 0, 9, 9))
+        yield image
+
+
+@pytest.mark.parametrize("frames", [frames_of_a_camera, frames_of_a_decoder])
+def test_frames_that_share_a_buffer_are_looked_at_one_by_one(model: Model, frames: Callable[[], Iterator[Any]]) -> None:
+    labels = ["red", "green", "blue"]
+    classifier = edge.ZeroShotClassifier(model, labels)
+    for answers in (model.classify(frames(), labels, top=1), classifier.classify(frames(), top=1)):
+        assert [answer[0].label for answer in answers] == labels
+
+
+def test_files_and_other_images_keep_their_order_in_one_iterator(model: Model, colour_images: Path) -> None:
+    files = [colour_images / "red.png", str(colour_images / "green.png")]
+    images = (*files, Image.new("RGB", (9, 9), (5, 5, 250)), *files)
+    labels = ["red", "green", "blue"]
+    answers = model.classify(iter(images), labels, top=1)
+    assert [answer[0].label for answer in answers] == ["red", "green", "blue", "red", "green"]
+    assert model.encode_images(iter(())).shape == (0, 3)
 
 
 @pytest.mark.parametrize("top", [0, -1, 1.5])
