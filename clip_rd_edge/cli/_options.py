@@ -98,6 +98,9 @@ class ManyOption(GroupedOption):
         process = option.process
 
         def take_all(value: str, state: click.parser._ParsingState) -> None:
+            # click takes the first value unseen. Another option comes here if an empty variable was to give the values.
+            if value.partition("=")[0] in {**parser._long_opt, **parser._short_opt}:
+                raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
             process(value, state)
             while state.rargs and not state.rargs[0].startswith("-"):
                 process(state.rargs.pop(0), state)

@@ -158,6 +158,18 @@ def test_labels_come_from_files_and_words_together(
     assert {row["label"] for row in json.loads(output)["predictions"]} == {"red", "green", "blue"}
 
 
+@pytest.mark.parametrize("following", [("--none-below", "0.5"), ("--none-below=0.5",), ("--json",), ("-0",)])
+def test_an_option_is_not_taken_as_a_label(
+    command_line: Run, colour_bundle: Path, colour_images: Path, following: tuple[str, ...]
+) -> None:
+    code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", *following)
+    assert (code, output) == (2, "")
+    assert error.startswith("error: Option '--labels' requires an argument.")
+    code, output, _ = command_line("classify", colour_bundle, colour_images / "red.png", "--labels", "-1", "red")
+    assert code == 0
+    assert "\tred " in output
+
+
 def test_a_mistyped_label_file_is_no_label(command_line: Run, colour_bundle: Path, colour_images: Path) -> None:
     code, output, error = command_line("classify", colour_bundle, colour_images, "--labels", "labelz.txt")
     assert (code, output) == (2, "")
