@@ -76,6 +76,11 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     return names
 
 
+def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:
+    with pytest.raises(edge.UsageError, match=r"colours has weights of its own; pretrained, 'best\.pt', is for an"):
+        edge.load(colour_bundle, pretrained="best.pt")
+
+
 @pytest.mark.parametrize("name", sorted(set(commands()) - {"classify"}))
 def test_a_command_and_its_function_have_the_same_options(name: str) -> None:
     function, extra = FUNCTIONS.get(name) or (getattr(edge, name.replace("-", "_")), set())

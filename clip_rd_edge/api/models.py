@@ -59,7 +59,8 @@ def load(
 
     Raises:
         InputError, ConfigError: the model does not exist or is damaged.
-        UsageError: the runtime cannot run the model, or the device is not available.
+        UsageError: the runtime cannot run the model, the device is not available, or `pretrained` is given for a model
+            that has weights of its own.
         MissingExtraError: the model needs a package that is not installed.
     """
     from clip_rd_edge.runtime.model import Model
@@ -202,10 +203,11 @@ def open_encoder(
 ) -> TowerEncoder:
     """Open a bundle without PyTorch, or another model with it; arguments and errors as for `load`."""
     from clip_rd_edge.contract.bundle import is_bundle
-    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder
+    from clip_rd_edge.contract.checkpoint import LOCAL_DIR, model_folder, refuse_other_weights
 
     path = Path(spec.removeprefix(LOCAL_DIR))
     if is_bundle(path):
+        refuse_other_weights(spec, pretrained)
         if runtime == "torch" or runtime == "torch-compile":
             raise UsageError(f"{spec} is a bundle, which torch cannot run.", hint="pass the model it was exported from")
         from clip_rd_edge.runtime.load import load as load_bundle

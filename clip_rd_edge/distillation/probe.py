@@ -19,6 +19,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.processes.signals import stop_on_signals
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.teacher import require_use_of_weights, teacher_weights
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
@@ -107,8 +108,9 @@ def probe_teachers(
     """
     require_one_process("Teachers are ranked", hint=WITHOUT_TORCHRUN)
     _require_comparison(teachers, tasks)
+    require_use_of_weights(config, teachers)
     for name in teachers:  # all, before the first has run
-        require_model(name, pretrained=config.teacher_pretrained)
+        require_model(name, pretrained=teacher_weights(config, name))
     fingerprints = {task.name: hashlib.sha256(task_state(task).encode()).hexdigest() for task in tasks}
     known = _measured_before(folder, fingerprints)
     probed = list[ProbedTeacher]()
@@ -117,7 +119,8 @@ def probe_teachers(
             reporter.begin(name, number, len(teachers))
             # A store holds the embeddings of one teacher.
             store = config.teacher_cache and str(Path(config.teacher_cache) / run)
-            own = msgspec.structs.replace(config, teacher=name, teacher_cache=store)
+            weights = teacher_weights(config, name)
+            own = msgspec.structs.replace(config, teacher=name, teacher_pretrained=weights, teacher_cache=store)
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
             if name in known:
@@ -127,7 +130,7 @@ def probe_teachers(
             probed.append(
                 ProbedTeacher(
                     teacher=name,
-                    teacher_scores=_scores(load_clip(name, pretrained=config.teacher_pretrained), tasks),
+                    teacher_scores=_scores(load_clip(name, pretrained=weights), tasks),
                     student_scores=_scores(load_clip(str(student)), tasks),
                 )
             )

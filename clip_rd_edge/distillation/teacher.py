@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from clip_rd_edge.contract.checkpoint import is_architecture
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
 from clip_rd_edge.distillation.config import RunConfig
@@ -25,7 +26,7 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
     """Return the teachers of a run, none if its objective does not need one or their embeddings are stored.
 
     Raises:
-        UsageError: one is needed but not named.
+        UsageError: one is needed but not named, or `teacher_pretrained` is for none of them.
         InputError, ConfigError: one cannot be loaded.
     """
     if not config.recipe.objective.needs_teacher:
@@ -37,7 +38,23 @@ def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:
         )
     if config.stored_teachers is not None:
         return ()
-    return tuple(load_clip(name, pretrained=config.teacher_pretrained) for name in config.teachers)
+    require_use_of_weights(config, config.teachers)
+    return tuple(load_clip(name, pretrained=teacher_weights(config, name)) for name in config.teachers)
+
+
+def teacher_weights(config: RunConfig, name: str) -> str | None:
+    """Return `teacher_pretrained` for a teacher that is named by an architecture alone; the others have weights."""
+    return config.teacher_pretrained if is_architecture(name) else None
+
+
+def require_use_of_weights(config: RunConfig, teachers: Sequence[str]) -> None:
+    """Raise UsageError if all of these teachers have weights of their own, and `teacher_pretrained` names others."""
+    if config.teacher_pretrained is not None and not any(map(is_architecture, teachers)):
+        which = f"the teacher {teachers[0]} has" if len(teachers) == 1 else "all teachers have"
+        raise UsageError(
+            f"teacher_pretrained is {config.teacher_pretrained!r}, but {which} weights already.",
+            hint="omit --teacher-pretrained, or name an architecture alone with --teacher",
+        )
 
 
 def load_models_to_embed_with(config: RunConfig) -> tuple[ClipModel, ...]:

@@ -24,9 +24,11 @@ from clip_rd_edge.contract.checkpoint import (
     DISTILLATION_FILE,
     LOCAL_DIR,
     STUDENT_FOLDER,
+    TAG_MARK,
     TRANSFORMERS_CONFIG,
     WEIGHTS_FILE,
     model_folder,
+    refuse_other_weights,
     refuse_unfinished_run,
     training_record_path,
 )
@@ -50,6 +52,7 @@ def load_clip(spec: str, *, pretrained: str | None = None) -> ClipModel:
         pretrained: for an architecture without a tag of its own, an open_clip tag or a checkpoint file.
 
     Raises:
+        UsageError: `pretrained` is given for a model that has weights of its own.
         InputError: the folder, file or architecture does not exist (with suggestions), or the download failed.
         ConfigError: the configuration does not match the weights.
     """
@@ -93,6 +96,7 @@ def require_model(spec: str, *, pretrained: str | None = None) -> None:
     """Refuse a model that cannot be there; nothing is fetched, and no weights are read. Arguments as for `load_clip`.
 
     Raises:
+        UsageError: `pretrained` is given for a model that has weights of its own.
         InputError: the folder, architecture, tag or checkpoint file does not exist (with suggestions).
         ConfigError: the folder's configuration is damaged.
     """
@@ -102,13 +106,14 @@ def require_model(spec: str, *, pretrained: str | None = None) -> None:
 def _find(spec: str, pretrained: str | None) -> tuple[str, str | None, Path | None, dict[str, Any]]:
     """Return open_clip's name of a model, its weights, its folder if it has one, and what is known of its model_cfg."""
     spec = spec.removeprefix("open_clip:")
+    refuse_other_weights(spec, pretrained)
     folder = model_folder(spec)
     if folder is not None:
-        return f"{LOCAL_DIR}{folder}", pretrained, folder, read_open_clip_config(folder)["model_cfg"]
+        return f"{LOCAL_DIR}{folder}", None, folder, read_open_clip_config(folder)["model_cfg"]
     if spec.startswith("hf-hub:"):
-        return spec, pretrained, None, {}
+        return spec, None, None, {}
     if not exists(spec):
-        spec, _, tag = spec.partition(_TAG_MARK)
+        spec, _, tag = spec.partition(TAG_MARK)
         pretrained = tag or pretrained
     return spec, pretrained, None, _architecture(spec, pretrained)
 
@@ -205,7 +210,6 @@ def _usage(folder: Path | None) -> _Usage:
     return _Usage() if path is None else read_json(path, _Usage)
 
 
-_TAG_MARK = "@"  # between an architecture and its pretrained tag
 _TRAINING_FACTS = ("recipe", "teacher", "data", "image_source", "pairs", "images", "texts", "steps", "seed", "date")
 
 

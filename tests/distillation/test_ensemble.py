@@ -31,7 +31,7 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.store import embed
 from clip_rd_edge.distillation.store.embedding_store import TeacherCaches, cache_folders, image_shard, open_caches
 from clip_rd_edge.distillation.store.reinforce import reinforce
-from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of, load_teachers
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel
@@ -208,6 +208,21 @@ def test_the_command_line_takes_several(
 def test_an_architecture_may_carry_its_tag() -> None:
     with pytest.raises(InputError, match="The weights 'no-such-tag' of ViT-B-32 are neither"):
         load_clip("ViT-B-32@no-such-tag")
+
+
+def test_weights_are_for_the_teachers_that_are_named_by_an_architecture_alone(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = config.teachers[0]
+    mixed = msgspec.structs.replace(config, teacher=(folder, "ViT-B-32"), teacher_pretrained="best.pt")
+    monkeypatch.setattr("clip_rd_edge.distillation.teacher.load_clip", lambda name, pretrained: (name, pretrained))
+    assert load_teachers(mixed) == ((folder, None), ("ViT-B-32", "best.pt"))
+    monkeypatch.undo()
+    alone = msgspec.structs.replace(config, teacher=folder, teacher_pretrained="best.pt")
+    with pytest.raises(
+        UsageError, match=r"teacher_pretrained is 'best.pt', but the teacher .*first has weights already"
+    ):
+        load_teachers(alone)
 
 
 def test_the_first_teachers_text_tower_can_be_kept(config: RunConfig, tmp_path: Path) -> None:

@@ -16,9 +16,17 @@ import pytest
 import torch
 from support import share_in_threads
 
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import _NO_REMOTE_CODE, _QUIET, _RemoteCodeError, load_clip, preprocessing_of, save_clip
+from clip_rd_edge.models.load import (
+    _NO_REMOTE_CODE,
+    _QUIET,
+    _RemoteCodeError,
+    load_clip,
+    preprocessing_of,
+    require_model,
+    save_clip,
+)
 from clip_rd_edge.models.student import build_student, student_config
 
 ARCHITECTURE = "ViT-B-16"
@@ -85,6 +93,17 @@ def test_what_a_model_records_is_utf_8_whatever_the_locale(tmp_path: Path, monke
     monkeypatch.setattr(Path, "write_text", as_on_windows)
     save_clip(tmp_path / "model", tiny(), provenance={"data": "データ/Müller.csv"})
     assert json.loads((tmp_path / "model" / "distillation.json").read_bytes())["data"] == "データ/Müller.csv"
+
+
+@pytest.mark.parametrize("model", ["tiny", "local-dir:tiny", "open_clip:tiny", "hf-hub:a/b", "ViT-B-32@openai"])
+def test_other_weights_than_its_own_are_refused_for_a_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_clip(Path("tiny"), tiny(), provenance={})
+    for load in (load_clip, require_model):
+        with pytest.raises(UsageError, match=r"has weights of its own; pretrained, 'best\.pt', is for an architecture"):
+            load(model, pretrained="best.pt")
 
 
 def test_a_failed_download_is_reported_in_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from clip_rd_edge.distillation.store.store_build import (
     build_cache,
     shard_maker,
 )
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with
+from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with, teacher_weights
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip
@@ -86,7 +86,8 @@ def _on_cluster(
 
 def _make_worker(config: RunConfig, number: int, manifest: CacheManifest) -> ShardMaker:
     """Return what computes shards of a teacher in a worker, whose data and teacher must be those of the store."""
-    clip = load_clip(config.teachers[number], pretrained=config.teacher_pretrained)
+    name = config.teachers[number]
+    clip = load_clip(name, pretrained=teacher_weights(config, name))
     maker = _maker(config, clip, training_pairs(config))
     for name in ("teacher_sha256", "pairs_sha256"):
         if getattr(maker.manifest, name) != getattr(manifest, name):
