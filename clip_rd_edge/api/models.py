@@ -215,17 +215,13 @@ def open_encoder(
         return load_bundle(path, threads=threads, runtime=runtime, device=device)
     if runtime not in (None, "torch", "torch-compile"):
         raise UsageError(f"{spec} is not a bundle: {runtime} cannot run it.", hint="export it with clip-rd-edge export")
-    import torch
-
     from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
     from clip_rd_edge.models.load import load_clip
     from clip_rd_edge.runtime.backends.session import require_threads
 
     require_threads(threads)
-    if threads is not None:
-        torch.set_num_threads(threads)
     kind = CompiledEncoder if runtime == "torch-compile" else TorchEncoder
-    return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec))
+    return kind(load_clip(spec, pretrained=pretrained), folder=model_folder(spec), threads=threads)
 
 
 def first_answer(spec: str, runtime: RowRuntime | None, threads: int) -> list[str]:

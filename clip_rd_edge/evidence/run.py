@@ -48,7 +48,7 @@ from clip_rd_edge.evidence.results import (
 )
 from clip_rd_edge.evidence.suite import TEACHER_RESULT, EvidenceSuite, Run, run_config
 from clip_rd_edge.models.clip import model_fingerprint
-from clip_rd_edge.models.encoder import TorchEncoder
+from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.lock import exclusive_writer
@@ -127,8 +127,7 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         hint="start it without torchrun; or train each method and seed by distill under torchrun, and measure the "
         "students by benchmark",
     )
-    torch.set_num_threads(suite.threads)
-    with exclusive_writer(folder), resumed_by_the_same_call():
+    with torch_threads(suite.threads), exclusive_writer(folder), resumed_by_the_same_call():
         runs = list(suite.runs())
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -22,17 +24,61 @@ from clip_rd_edge.utils.files import size_bytes
 BATCH_SIZE = 64
 
 
+class _ThreadNumbers(threading.local):
+    """The number of torch's threads that `torch_threads` has set in this thread; None outside of its blocks."""
+
+    here: int | None = None
+
+
+_numbers, _lock, _inside, _before = _ThreadNumbers(), threading.Lock(), 0, 0
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Iterator[None]:
+    """Within the block, torch computes with this many threads; None leaves their number as it is.
+
+    Torch has a number for each thread, and when a thread first computes or asks, gives it what any other has set last.
+    So each asks before it sets its own, and restores what held before the first one came.
+    """
+    global _inside, _before
+    if number is None:
+        yield
+        return
+    with _lock:
+        now = torch.get_num_threads()
+        _before = _before if _inside else now
+        _inside += 1
+    outer, _numbers.here = _numbers.here, number
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        _numbers.here = outer
+        torch.set_num_threads(outer or _before)
+        with _lock:
+            _inside -= 1
+
+
 class TorchEncoder:
     """Runs a `ClipModel` in eager PyTorch, in evaluation mode; each module is then back in its own previous mode.
 
     Args:
         folder: the model's folder, for its size on disk; None if it is not saved yet.
         image_tower: replaces the model's image tower, for instance by one that simulates INT8.
+        threads: that a tower computes with; None leaves their number to torch.
     """
 
-    def __init__(self, clip: ClipModel, *, folder: Path | None = None, image_tower: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        clip: ClipModel,
+        *,
+        folder: Path | None = None,
+        image_tower: nn.Module | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.clip = clip
         self.folder = folder
+        self.threads = threads
         self._image_tower = image_tower or ImageTower(clip.model)
         self._text_tower = TextTower(clip.model)
         self._caption_tower: nn.Module = CaptionTower(self._text_tower, clip.model)
@@ -90,7 +136,7 @@ class TorchEncoder:
         self, tower: Callable[[Tensor], Tensor], inputs: npt.NDArray[np.float32] | npt.NDArray[np.int64]
     ) -> Embeddings:
         device = next(self.clip.model.parameters()).device
-        with evaluation_mode(self.clip.model), torch.inference_mode():
+        with torch_threads(self.threads), evaluation_mode(self.clip.model), torch.inference_mode():
             embeddings: Embeddings = tower(torch.from_numpy(inputs).to(device)).cpu().numpy()
             return require_finite(embeddings, self.clip.name)
 
@@ -105,8 +151,8 @@ class CompiledEncoder(TorchEncoder):
         UsageError: on the first call of a tower, if torch cannot compile it, for instance without a C++ compiler.
     """
 
-    def __init__(self, clip: ClipModel, *, folder: Path | None = None) -> None:
-        super().__init__(clip, folder=folder)
+    def __init__(self, clip: ClipModel, *, folder: Path | None = None, threads: int | None = None) -> None:
+        super().__init__(clip, folder=folder, threads=threads)
         self._caption_tower = self._text_tower  # each length would be compiled apart
         self._compiled: dict[tuple[int, bool], Callable[[Tensor], Tensor]] = {}
 

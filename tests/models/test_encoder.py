@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import share_in_threads
+from torch import nn
 
-from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder
+from clip_rd_edge.api.models import open_encoder
+from clip_rd_edge.models.clip import ClipModel
+from clip_rd_edge.models.encoder import CompiledEncoder, TorchEncoder, torch_threads
+from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config
 
 
@@ -45,3 +52,36 @@ def test_compiled_towers_return_the_same_embeddings() -> None:
         )
     np.testing.assert_allclose(compiled.encode_texts(["a cat"]), eager.encode_texts(["a cat"]), rtol=1e-3, atol=1e-4)
     assert (eager.describe().runtime, compiled.describe().runtime) == ("torch", "torch-compile")
+
+
+def test_each_encoder_computes_with_its_own_number_of_threads_and_leaves_torchs(student: ClipModel) -> None:
+    numbers = list[int]()
+
+    class Counting(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            numbers.append(torch.get_num_threads())
+            return pixels[:, :, 0, 0]
+
+    before, pixels = torch.get_num_threads(), np.zeros((1, 3, 2, 2), dtype=np.float32)
+    for threads in (before + 1, before + 2, None, before + 1):
+        TorchEncoder(student, image_tower=Counting(), threads=threads).encode_pixels(pixels)
+        assert torch.get_num_threads() == before
+    assert numbers == [before + 1, before + 2, before, before + 1]
+
+
+def test_blocks_in_each_other_and_in_threads_restore_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with torch_threads(before + 2):
+        with torch_threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+        assert torch.get_num_threads() == before + 2
+    assert share_in_threads(lambda: torch_threads(before + 3), torch.get_num_threads) == before + 3
+    with ThreadPoolExecutor(1) as thread:  # starts with what the others have left
+        assert thread.submit(torch.get_num_threads).result() == before
+
+
+def test_an_encoder_is_opened_with_its_threads(student: ClipModel, tmp_path: Path) -> None:
+    save_clip(tmp_path / "student", student, provenance={})
+    before = torch.get_num_threads()
+    encoder = open_encoder(str(tmp_path / "student"), threads=before + 1)
+    assert (encoder.threads, torch.get_num_threads()) == (before + 1, before)  # type: ignore[attr-defined]

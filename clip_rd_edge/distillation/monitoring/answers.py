@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from clip_rd_edge.benchmarking.samples import thumbnail_of
@@ -86,7 +85,6 @@ class StudentAnswers:
         return checkpoints[-1] if checkpoints else None
 
     def _update(self, source: Path) -> None:
-        torch.set_num_threads(self._threads)
         try:
             config = read_yaml(self._run / RUN_CONFIG_FILE, RunConfig)
             self._samples = self._samples or _choose_samples(config, self._task)
@@ -106,7 +104,7 @@ class StudentAnswers:
                 self._student = empty_student(config, name=self._run.resolve().name)
             student = self._student
             student.model.load_state_dict(read_weights(source))
-        encoder = TorchEncoder(student)
+        encoder = TorchEncoder(student, threads=self._threads)
         images = encoder.encode_images(samples.images)
         texts = label_embeddings(encoder, samples.texts, samples.templates)
         rows = probabilities(images, texts, student.logit_scale)
