@@ -76,6 +76,41 @@ def parameters_of(function: Callable[..., Any]) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "hf"}, r"layout is 'hf'; expected one of bundle, huggingface, immich\."),
+        ({"format": "onx"}, r"format is 'onx'; expected one of onnx, .*\. Did you mean 'onnx'\?"),
+        ({"via": "x"}, r"via is 'x'; expected one of onnx, torch-tensorrt\."),
+        ({"precision": "int4"}, r"precision is 'int4'; expected one of fp32, .* Did you mean 'int8'\?"),
+        ({"fallback": 8}, r"fallback is 8; expected one of fp32, fp16, none\."),
+        ({"layout": None}, r"layout is None; expected one of bundle"),
+        ({"target": ["sm86", "sm86"]}, r"The target 'sm86' is named twice"),
+    ],
+)
+def test_an_export_refuses_unknown_names_before_it_reads_the_model(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(edge.UsageError, match=message):
+        edge.export("nothing", tmp_path / "bundle", **options)
+
+
+def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(edge.recipe("clip-rd"))
+    assert "objective:" in edge.recipe(recipe)
+    with pytest.raises(edge.InputError, match="No device is named 'jetson'"):
+        edge.devices(Path("jetson"))
+    with pytest.raises(edge.InputError, match=r"The weights '.*w\.pt' of RN50 are neither a tag"):
+        edge.load("RN50", pretrained=tmp_path / "w.pt")
+
+
+def test_a_single_teacher_is_no_list_of_letters(tmp_path: Path, pairs_csv: Path) -> None:
+    run = {"student": "test_resnet", "output": tmp_path / "probe", "data": pairs_csv, "tasks": pairs_csv}
+    with pytest.raises(edge.InputError, match="No model named 'ViT-B-99'"):
+        edge.probe_teachers("ViT-B-99", **run)
+
+
 def test_other_weights_are_refused_for_a_bundle(colour_bundle: Path) -> None:
     with pytest.raises(edge.UsageError, match=r"colours has weights of its own; pretrained, 'best\.pt', is for an"):
         edge.load(colour_bundle, pretrained="best.pt")

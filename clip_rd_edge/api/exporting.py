@@ -52,7 +52,7 @@ def export(
     model: AnyPath,
     output: AnyPath,
     *,
-    pretrained: str | None = None,
+    pretrained: AnyPath | None = None,
     force: bool = False,
     reporter: Reporter = SILENT,
     **options: Unpack[ExportOptions],
@@ -80,6 +80,7 @@ def export(
     from clip_rd_edge.convert.targets import BROWSER, plan_exports
 
     spec, output = os.fspath(model), Path(output)
+    weights: str | None = as_text(pretrained)
     read = (options.get(name) for name in ("labels", "calibration", "report", "node_modules"))
     named = [name for name in (pretrained, *read) if isinstance(name, str | os.PathLike)]
     require_output(output, "export", overwrite=force, sources=[*_folders(spec), *map(Path, named)])
@@ -88,10 +89,10 @@ def export(
     node_modules = Path(folder) if (folder := options.get("node_modules")) else None
     results = None if (report := options.get("report")) is None else read_results(Path(report))
     bundle = Path(spec) if is_bundle(Path(spec)) else None
-    if bundle and options.get("target") != BROWSER:
+    if bundle and plan.layout != BROWSER:
         raise UsageError(f"{spec} is already a bundle.", hint="pass the model that it was exported from")
     if bundle:
-        require_unconverted(bundle, options, pretrained)
+        require_unconverted(bundle, options, weights)
     if plan.layout == BROWSER:
         from clip_rd_edge.web.browser import find_packages, write_browser, write_from_bundle
 
@@ -111,7 +112,7 @@ def export(
     from clip_rd_edge.models.load import load_clip, training_facts
 
     reporter.update("loading the model")
-    clip = load_clip(spec, pretrained=pretrained)
+    clip = load_clip(spec, pretrained=weights)
     if plan.layout == "immich":
         from clip_rd_edge.convert.immich import immich_name, where_it_goes, write_immich
 
@@ -120,7 +121,7 @@ def export(
     if pairs is not None:
         reporter.update(f"reading images of {pairs.name}")
         calibration = _calibration_set(pairs, clip, as_text(options.get("calibration")), spec)
-    requests = {planned.device: _request(planned, clip, spec, pretrained) for planned in plans}
+    requests = {planned.device: _request(planned, clip, spec, weights) for planned in plans}
     if len(plans) > 1:
         bundles = export_bundles(clip, output, requests, calibration=calibration, overwrite=force, reporter=reporter)
         exported = [ExportedBundle(output / name, part.manifest, part.trials) for name, part in bundles.items()]
@@ -201,9 +202,9 @@ def verify(bundle: AnyPath, *, threads: int | None = None, device: str = "auto")
     return verify_bundle(Path(bundle), threads=threads, device=device)
 
 
-def devices(name: str | None = None) -> dict[str, Device]:
+def devices(name: AnyPath | None = None) -> dict[str, Device]:
     """Return the supported devices by name: their requirements, how to export for them, and what was tested."""
     from clip_rd_edge.convert.targets import device_names, read_device
 
-    names = [name] if name else device_names()
+    names = [os.fspath(name)] if name else device_names()
     return {device: read_device(device) for device in names}

@@ -57,7 +57,7 @@ def evaluate(
     model: AnyPath | Model,
     tasks: AnyPath | Task | Iterable[AnyPath | Task],
     *,
-    pretrained: str | None = None,
+    pretrained: AnyPath | None = None,
     threads: int | None = None,
     templates: str | Sequence[str] | None = None,
     per_class: bool = False,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.calls import checked_call
-from clip_rd_edge.utils.paths import AnyPath
+from clip_rd_edge.utils.paths import AnyPath, as_text
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StitchOptions(TypedDict, total=False):
 def load(
     model: AnyPath,
     *,
-    pretrained: str | None = None,
+    pretrained: AnyPath | None = None,
     threads: int | None = None,
     runtime: RowRuntime | None = None,
     device: str = "auto",
@@ -65,7 +65,8 @@ def load(
     """
     from clip_rd_edge.runtime.model import Model
 
-    return Model(open_encoder(os.fspath(model), pretrained=pretrained, threads=threads, runtime=runtime, device=device))
+    weights = as_text(pretrained)
+    return Model(open_encoder(os.fspath(model), pretrained=weights, threads=threads, runtime=runtime, device=device))
 
 
 @checked_call

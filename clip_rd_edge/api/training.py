@@ -204,7 +204,7 @@ def average(
     )
 
 
-def recipe(name: str | None = None) -> str:
+def recipe(name: AnyPath | None = None) -> str:
     """Return a recipe as commented YAML, to start one's own from; without a name, a list of the shipped recipes.
 
     Args:
@@ -215,12 +215,12 @@ def recipe(name: str | None = None) -> str:
     """
     from clip_rd_edge.distillation.config import commented_recipe, describe_recipes
 
-    return describe_recipes() if name is None else commented_recipe(name)
+    return describe_recipes() if name is None else commented_recipe(os.fspath(name))
 
 
 @checked_call
 def probe_teachers(
-    teachers: Sequence[AnyPath],
+    teachers: AnyPath | Sequence[AnyPath],
     *,
     data: AnyPath | None = None,
     student: AnyPath,
@@ -258,7 +258,8 @@ def probe_teachers(
         options["steps"] = DEFAULT_STEPS
     config = resolve(recipe, data=data, student=student, **options)
     tasks = _tasks(config)
-    return probe_teachers([os.fspath(name) for name in teachers], Path(output), config, tasks, reporter=reporter)
+    names = [teachers] if isinstance(teachers, str | os.PathLike) else teachers
+    return probe_teachers([os.fspath(name) for name in names], Path(output), config, tasks, reporter=reporter)
 
 
 @checked_call

@@ -92,8 +92,9 @@ class ExportOptions(TypedDict, total=False):
     Keys:
         format: one of `contract.formats.FORMATS`. Default: the target's, else onnx.
         precision: `fp32`, `fp16`, `bf16` or `int8`. Default: the target's, else fp32.
-        target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, separated
-            by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on any.
+        target: a device's name, an RTX card's capability such as `sm86`, or `browser`; or several devices, in a list
+            or separated by commas. Default for `trt`: the GPU that is here, else a folder that builds its engines on
+            any.
         via: `onnx` or `torch-tensorrt`.
         layout: `bundle`; `huggingface` for a folder that open_clip, transformers.js and fastembed load; or `immich`
             for a model folder of immich.
@@ -116,7 +117,7 @@ class ExportOptions(TypedDict, total=False):
 
     format: Format | None
     precision: Precision | None
-    target: str | None
+    target: str | Sequence[str] | None
     via: Via
     layout: Layout
     as_name: str | None

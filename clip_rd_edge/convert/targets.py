@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
+from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.contract.formats import Format, Precision
 from clip_rd_edge.convert.options import (
     ExportOptions,
     ExportRequest,
+    Fallback,
     Layout,
+    Via,
     WeightBits,
     int8_budget,
     require_fallback,
@@ -197,21 +200,40 @@ class ExportPlan:
 
 
 def plan_exports(options: ExportOptions) -> tuple[ExportPlan, ...]:
-    """Plan the export for each target in `target`, which are separated by commas; one plan if there is at most one.
+    """Plan the export for each target in `target`, a list or separated by commas; one plan if there is at most one.
 
     Raises:
-        InputError, UsageError: as `plan_export`, or several targets cannot be exported together, or an option is for
-            INT8, in which none of them is.
+        InputError: no target has that name, or the labels cannot be read.
+        UsageError: options or several targets cannot be combined, an option or its value is unknown, or an option is
+            for INT8, in which none of the targets is.
     """
-    target = options.get("target") or ""
-    names = [name.strip() for name in target.split(",")]
-    single: list[ExportOptions] = [options]
+    require_known_options(options, ExportOptions.__annotations__, command="export")
+    _require_names(options)
+    target = options.get("target")
+    names = [] if target is None else [name.strip() for text in as_list(target) for name in text.split(",")]
     if len(names) > 1:
         _require_together(options, names)
-        single = [{**options, "target": name} for name in names]
-    plans = tuple(map(plan_export, single))
+    plans = tuple(_plan_export(options, name) for name in names) or (_plan_export(options, None),)
     require_int8(options, [plan.request.precision for plan in plans])
     return plans
+
+
+_NAMES = {
+    "format": (*get_args(Format), None), "precision": (*get_args(Precision), None), "via": get_args(Via),
+    "layout": get_args(Layout), "fallback": (*get_args(Fallback), None),
+}  # fmt: skip
+
+
+def _require_names(options: ExportOptions) -> None:
+    """Raise UsageError if an option that takes one of several names has another."""
+    for option, names in _NAMES.items():
+        value = options.get(option, names[0])
+        if value not in names:
+            known = [name for name in names if name]
+            raise UsageError(
+                f"{option} is {value!r}; expected one of {', '.join(known)}.{near_matches(str(value), known)}",
+                hint="name one of them",
+            )
 
 
 def _require_together(options: ExportOptions, targets: Sequence[str]) -> None:
@@ -224,15 +246,9 @@ def _require_together(options: ExportOptions, targets: Sequence[str]) -> None:
         raise UsageError(f"{what} cannot be exported for several targets at once.", hint="export it alone")
 
 
-def plan_export(options: ExportOptions) -> ExportPlan:
-    """Check an export's options and fill in the defaults, before anything heavy is imported.
-
-    Raises:
-        InputError: no target has that name, or the labels cannot be read.
-        UsageError: options cannot be combined, or an option is unknown.
-    """
-    require_known_options(options, ExportOptions.__annotations__, command="export")
-    target, layout = options.get("target"), options.get("layout", "bundle")
+def _plan_export(options: ExportOptions, target: str | None) -> ExportPlan:
+    """Check the options of an export for one target, and fill in the defaults; raises as `plan_exports`."""
+    layout = options.get("layout", "bundle")
     if target == BROWSER:
         _require_browser_options(options)
         resolved = resolve_target(None, format="onnx", precision=options.get("precision"))

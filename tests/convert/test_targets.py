@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clip_rd_edge.cli._fold import fold
-from clip_rd_edge.convert.targets import device_guide, device_names, plan_export, plan_exports, read_device
+from clip_rd_edge.convert.targets import device_guide, device_names, plan_exports, read_device
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import shipped_path
 
@@ -59,7 +59,7 @@ def test_the_devices_command(command_line: Run) -> None:
 )
 def test_an_option_that_a_layout_does_not_take_is_refused(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        plan_export(options)
+        plan_exports(options)
 
 
 @pytest.mark.parametrize(("target", "title"), [("openvino", "OpenVINO"), ("cpu-x86,executorch", "")])
