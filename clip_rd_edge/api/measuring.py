@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.regression import Changes
     from clip_rd_edge.benchmarking.results import Results
     from clip_rd_edge.contract.task import Task
+    from clip_rd_edge.contract.templates import TemplateNames
     from clip_rd_edge.evidence.results import Evidence
     from clip_rd_edge.runtime.model import Model
 
@@ -59,7 +60,7 @@ def evaluate(
     *,
     pretrained: AnyPath | None = None,
     threads: int | None = None,
-    templates: str | Sequence[str] | None = None,
+    templates: TemplateNames = None,
     per_class: bool = False,
     reporter: Reporter = SILENT,
     **options: Unpack[EvaluateOptions],
@@ -265,7 +266,7 @@ def evidence_report(results: AnyPath, *, into: AnyPath | None = None) -> str:
 def load_tasks(
     tasks: AnyPath | Task | Iterable[AnyPath | Task],
     *,
-    templates: str | Sequence[str] | None = None,
+    templates: TemplateNames = None,
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
 ) -> list[Task]:
@@ -276,9 +277,8 @@ def load_tasks(
     """
     import msgspec
 
-    from clip_rd_edge.contract.encoder import as_list
     from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask, with_distinct_names
-    from clip_rd_edge.contract.templates import parse_templates
+    from clip_rd_edge.contract.templates import parse_templates, template_words
     from clip_rd_edge.data.tasks import load_task
 
     single = isinstance(tasks, str | os.PathLike | ZeroShotTask | RetrievalTask)
@@ -293,8 +293,8 @@ def load_tasks(
         load_task(name, image_key=csv_img_key, caption_key=csv_caption_key) if isinstance(name, str) else name
         for name in unique
     ]
-    if templates:
-        chosen = parse_templates(as_list(templates))
+    if words := template_words(templates):
+        chosen = parse_templates(words)
         loaded = [
             msgspec.structs.replace(task, templates=chosen.prompts, templates_from=chosen.origin)
             if isinstance(task, ZeroShotTask)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.files import read_text_limited, text_lines
-from clip_rd_edge.utils.paths import expand_home, near_files
+from clip_rd_edge.utils.paths import as_text, expand_home, near_files
 
 _PLACEHOLDERS = ("{}", "{c}")  # the latter in CLIP_benchmark's files
 IMAGENET = "imagenet"  # names CLIP's templates on the command line
@@ -31,6 +33,19 @@ def imagenet_templates() -> Templates:
     Source: https://github.com/openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb (MIT, see NOTICE).
     """
     return Templates(tuple(_IMAGENET_FILE.read_text(encoding="utf-8").splitlines()), "CLIP's for ImageNet")
+
+
+# Templates in Python: one or several, each as for `parse_templates`; a path; or None.
+TemplateNames = Iterable[str] | str | os.PathLike[str] | None
+
+
+def template_words(templates: TemplateNames) -> list[str]:
+    """Return the templates of a call in Python as words for `parse_templates`; no words are the model's own templates.
+
+    Raises:
+        InputError: they are of another type.
+    """
+    return [] if templates is None else as_list(as_text(templates))
 
 
 def parse_templates(words: Sequence[str]) -> Templates:

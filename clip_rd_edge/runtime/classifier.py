@@ -13,7 +13,6 @@ from clip_rd_edge.contract.encoder import (
     Encoder,
     LabelsEncoder,
     Probabilities,
-    as_list,
     label_embeddings,
     probabilities,
     require_top,
@@ -21,7 +20,7 @@ from clip_rd_edge.contract.encoder import (
 )
 from clip_rd_edge.contract.images import ImageInput
 from clip_rd_edge.contract.label_bank import LabelBank
-from clip_rd_edge.contract.templates import parse_templates
+from clip_rd_edge.contract.templates import TemplateNames, parse_templates, template_words
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
@@ -73,7 +72,7 @@ class ZeroShotClassifier:
         encoder: Encoder,
         labels: Labels = None,
         *,
-        templates: Sequence[str] | str | None = None,
+        templates: TemplateNames = None,
         none_below: float = 0.0,
         cache: bool = True,
     ) -> None:
@@ -81,7 +80,7 @@ class ZeroShotClassifier:
         self.none_below = _probability(none_below)
         description = encoder.describe()
         self._logit_scale = description.logit_scale
-        words = as_list(templates or ())
+        words = template_words(templates)
         self._templates = parse_templates(words).prompts if words else description.templates
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank_labels = bank.names if bank else None

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list
 from clip_rd_edge.contract.images import ImageInput, is_single_image
+from clip_rd_edge.contract.templates import TemplateNames, template_words
 from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
 from clip_rd_edge.runtime.embed import encode_inputs
 from clip_rd_edge.runtime.label_list import Labels, label_names
@@ -94,7 +95,7 @@ class Model:
         images: ImageInput,
         labels: Labels = None,
         *,
-        templates: Sequence[str] | str | None = None,
+        templates: TemplateNames = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -107,7 +108,7 @@ class Model:
         images: Sequence[ImageInput],
         labels: Labels = None,
         *,
-        templates: Sequence[str] | str | None = None,
+        templates: TemplateNames = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -120,7 +121,7 @@ class Model:
         images: ImageInput | Sequence[ImageInput],
         labels: Labels = None,
         *,
-        templates: Sequence[str] | str | None = None,
+        templates: TemplateNames = None,
         top: int = 5,
         none_below: float = 0.0,
         cache: bool = True,
@@ -152,7 +153,7 @@ class Model:
         camera: str | int = 0,
         labels: Labels = None,
         *,
-        templates: Sequence[str] | str | None = None,
+        templates: TemplateNames = None,
         top: int = 5,
         none_below: float = 0.0,
     ) -> Iterator[list[Prediction]]:
@@ -173,9 +174,9 @@ class Model:
             yield classifier.classify([frame], top=top)[0]
 
     def _classifier_for(
-        self, labels: Labels, templates: Sequence[str] | str | None, none_below: float, cache: bool
+        self, labels: Labels, templates: TemplateNames, none_below: float, cache: bool
     ) -> ZeroShotClassifier:
-        names, words = label_names(labels), as_list(templates or ())
+        names, words = label_names(labels), template_words(templates)
         key = (None if names is None else tuple(names), tuple(words), none_below, cache)
         kept = self._classifier  # another thread may replace it meanwhile
         if kept is None or kept[0] != key:

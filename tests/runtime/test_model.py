@@ -111,6 +111,23 @@ def test_files_and_other_images_keep_their_order_in_one_iterator(model: Model, c
     assert model.encode_images(iter(())).shape == (0, 3)
 
 
+@pytest.mark.parametrize("form", ["array", "path", "text", "generator"])
+def test_templates_come_in_every_form_of_labels(
+    model: Model, colour_images: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["a {}", "green {}"]
+    Path("t.txt").write_text("\n".join(words))
+    forms = {"array": np.array(words), "path": Path("t.txt"), "text": "t.txt", "generator": (word for word in words)}
+    image, templates = colour_images / "red.png", forms[form]
+    expected = model.classify(image, LABELS, templates=words)
+    assert expected != model.classify(image, LABELS)
+    assert model.classify(image, LABELS, templates=templates) == expected
+    if form != "generator":
+        assert edge.ZeroShotClassifier(model, LABELS, templates=templates).classify(image) == [expected]
+        assert edge.evaluate(model, colour_images, templates=templates)
+
+
 @pytest.mark.parametrize("top", [0, -1, 1.5])
 def test_the_number_of_answers_is_at_least_one(
     model: Model, colour_bundle: Path, colour_images: Path, tmp_path: Path, top: Any
