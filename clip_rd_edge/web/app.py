@@ -7,6 +7,7 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio.to_thread
@@ -209,11 +210,35 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
             timeout_graceful_shutdown=stop_within_s,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        log_limit = LogLimit()
-        for name in ("uvicorn.error", "asyncio"):
-            logging.getLogger(name).addFilter(log_limit)
-        ready(url)
-        uvicorn.Server(config).run(sockets=[listener])
+        log_limit, loggers = LogLimit(), [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
+        for logger in loggers:
+            logger.addFilter(log_limit)
+        try:
+            ready(url)
+            _run(uvicorn.Server(config), listener)
+        finally:
+            for logger in loggers:
+                logger.removeFilter(log_limit)
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Run a server until it ends; in a thread of its own within an event loop, as in the cell of a notebook."""
+    if not _is_in_event_loop():
+        server.run(sockets=[listener])
+        return
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            thread.submit(server.run, sockets=[listener]).result()
+        finally:
+            server.should_exit = True  # after Ctrl-C, which reaches this thread alone
+
+
+def _is_in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def url_of(host: str, port: int) -> str:

@@ -313,6 +313,33 @@ def test_it_serves_until_ctrl_c_and_warns_about_an_open_network(colour_bundle: P
     assert ("Anyone on this network" in error) is (host == "0.0.0.0")
 
 
+CELL = """
+import asyncio, logging, sys
+import clip_rd_edge as edge
+
+async def cell():
+    edge.demo(sys.argv[1], port=0, ready=lambda url: print(url, flush=True))
+
+try:
+    asyncio.new_event_loop().run_until_complete(cell())
+except KeyboardInterrupt:
+    print("interrupted", [logging.getLogger(name).filters for name in ("asyncio", "uvicorn.error")])
+"""
+
+
+def test_it_serves_in_the_cell_of_a_notebook_until_ctrl_c(colour_bundle: Path) -> None:
+    command = [sys.executable, "-c", CELL, str(colour_bundle)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            with urllib.request.urlopen(process.stdout.readline().strip()) as response:
+                assert response.status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.read() == "interrupted [[], []]\n"
+        finally:
+            process.kill()
+
+
 def test_a_server_on_all_addresses_prints_those_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, None, 0, "", (address, 0)) for address in ("127.0.1.1", "10.0.0.7", "192.168.1.9")]
     found.append((socket.AF_INET6, None, 0, "", ("fe80::1%eth0", 0)))
