@@ -82,6 +82,11 @@ class BundleEncoder(ABC):
         self.manifest = manifest
         self.threads = threads
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return what pickle takes to another process, or copy to a twin, which opens the towers itself."""
+        opened = ("_image_session", "_text_session", "_tokenizer")
+        return {name: value for name, value in vars(self).items() if name not in opened}
+
     @classmethod
     @abstractmethod
     def open(cls, folder: Path, manifest: Manifest, options: RunOptions) -> Self:

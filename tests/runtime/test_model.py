@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,16 @@ def test_templates_come_in_every_form_of_labels(
     if form != "generator":
         assert edge.ZeroShotClassifier(model, LABELS, templates=templates).classify(image) == [expected]
         assert edge.evaluate(model, colour_images, templates=templates)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_used_model_can_be_copied_and_sent_to_another_process(
+    model: Model, colour_images: Path, twin: Callable[[Model], Model]
+) -> None:
+    red = colour_images / "red.png"
+    expected = model.classify(red, LABELS)
+    assert twin(model).classify(red, LABELS) == expected
+    assert np.array_equal(twin(model).encode_texts("green"), model.encode_texts("green"))
 
 
 @pytest.mark.parametrize("top", [0, -1, 1.5])
