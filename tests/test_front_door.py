@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,8 +21,10 @@ from PIL import Image
 import clip_rd_edge as edge
 from clip_rd_edge import api
 from clip_rd_edge.cli.main import COMMANDS
+from clip_rd_edge.contract.images import ImageInput
 from clip_rd_edge.convert.options import ExportOptions
 from clip_rd_edge.distillation.config import DistillOptions
+from clip_rd_edge.utils.paths import AnyPath
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -103,6 +105,16 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
         edge.devices(Path("jetson"))
     with pytest.raises(edge.InputError, match=r"The weights '.*w\.pt' of RN50 are neither a tag"):
         edge.load("RN50", pretrained=tmp_path / "w.pt")
+
+
+def test_hints_take_what_the_calls_take() -> None:
+    options = get_type_hints(DistillOptions)
+    for name in ("teacher_pretrained", "teacher_cache", "pretrained_image", "pretrained_text"):
+        assert options[name] == AnyPath | None
+    assert options["tasks"] == AnyPath | Sequence[AnyPath]
+    for call in (edge.Model.classify, edge.Model.encode_images, edge.ZeroShotClassifier.classify):
+        assert get_type_hints(call)["images"] == ImageInput | Iterable[ImageInput]
+    assert get_type_hints(edge.Model.classify)["labels"] == Iterable[str] | str | os.PathLike[str] | None
 
 
 def test_a_single_teacher_is_no_list_of_letters(tmp_path: Path, pairs_csv: Path) -> None:

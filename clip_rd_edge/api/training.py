@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -37,8 +37,8 @@ class EmbedOptions(TypedDict, total=False):
     All others are as for `distill`.
     """
 
-    teacher_pretrained: str | None
-    student: str | None
+    teacher_pretrained: AnyPath | None
+    student: AnyPath | None
     precision: Literal["fp32", "bf16", "fp16"] | None
     layout: Literal["cache", "mobileclip"]
     images: AnyPath | None
@@ -166,7 +166,7 @@ def average(
     output: AnyPath,
     *,
     weight: float | Literal["best"] = 0.5,
-    tasks: str | Task | Sequence[str | Task] = (),
+    tasks: AnyPath | Task | Iterable[AnyPath | Task] = (),
     templates: str | Sequence[str] | None = None,
     force: bool = False,
     reporter: Reporter = SILENT,

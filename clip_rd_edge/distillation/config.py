@@ -261,19 +261,19 @@ class DistillOptions(TypedDict, total=False):
     train_data_upsampling_factors: str | None
     json_caption_key: str | None
     max_bad: float
-    teacher_pretrained: str | None
+    teacher_pretrained: AnyPath | None
     epochs: int | None
     steps: int | None
     batch_size: int | None
     learning_rate: float | None
     precision: Precision | None
     image_size: int
-    text: str
-    pretrained_image: str | None
-    pretrained_text: str | None
+    text: AnyPath
+    pretrained_image: AnyPath | None
+    pretrained_text: AnyPath | None
     context_length: int
     embedding_size: int
-    teacher_cache: str | None
+    teacher_cache: AnyPath | None
     views: int
     compile: bool
     gradient_checkpointing: bool
@@ -288,7 +288,7 @@ class DistillOptions(TypedDict, total=False):
     quantize: Literal["int8"] | None
     seed: int
     workers: int
-    tasks: str | Sequence[str]
+    tasks: AnyPath | Sequence[AnyPath]
     evaluate_every: int
     report_to: TrackerName | None
     checkpoint_every: int

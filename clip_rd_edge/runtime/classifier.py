@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,12 +113,12 @@ class ZeroShotClassifier:
         self._embeddings = self._embed(unique) if stored is None else stored
         self.labels = unique
 
-    def probabilities(self, images: ImageInput | Sequence[ImageInput]) -> Probabilities:
+    def probabilities(self, images: ImageInput | Iterable[ImageInput]) -> Probabilities:
         """Return the probability of each label for each image, (N, C)."""
         return probabilities(encode_inputs(self.encoder, images), self._embeddings, self._logit_scale)
 
     @checked_call
-    def classify(self, images: ImageInput | Sequence[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
+    def classify(self, images: ImageInput | Iterable[ImageInput], *, top: int = 5) -> list[list[Prediction]]:
         """Return the `top` most likely labels of each image, most likely first; see also `none_below`."""
         return self.classify_embeddings(encode_inputs(self.encoder, images), top=top)
 

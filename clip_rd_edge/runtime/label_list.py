@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ LABEL_FILE_SUFFIXES = (".txt", ".names", ".list", *TABLE_SUFFIXES, *STRUCTURED_S
 # The keys and column headings, in any case, under which other programs write class names.
 HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name", "classname", "classnames", "id2label")
 # Labels in Python: a list of them as they are; a text, which is one label or the path of a label file; a path; or None.
-Labels = Sequence[str] | str | os.PathLike[str] | None
+Labels = Iterable[str] | str | os.PathLike[str] | None
 MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
 EVERYDAY = "everyday"  # names the shipped list on the command line

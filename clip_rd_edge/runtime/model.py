@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 from clip_rd_edge.contract.encoder import Description, Embeddings, TowerEncoder, as_list
@@ -60,7 +60,7 @@ class Model:
         return rows
 
     @checked_call
-    def encode_images(self, images: ImageInput | Sequence[ImageInput], *, quick: bool = False) -> Embeddings:
+    def encode_images(self, images: ImageInput | Iterable[ImageInput], *, quick: bool = False) -> Embeddings:
         """Embed images.
 
         Args:
@@ -78,7 +78,7 @@ class Model:
         return first
 
     @checked_call
-    def encode_texts(self, texts: str | Sequence[str]) -> Embeddings:
+    def encode_texts(self, texts: str | Iterable[str]) -> Embeddings:
         """Embed texts as they are, without templates.
 
         Returns:
@@ -105,7 +105,7 @@ class Model:
     @overload
     def classify(
         self,
-        images: Sequence[ImageInput],
+        images: Iterable[ImageInput],
         labels: Labels = None,
         *,
         templates: TemplateNames = None,
@@ -118,7 +118,7 @@ class Model:
     @checked_call
     def classify(
         self,
-        images: ImageInput | Sequence[ImageInput],
+        images: ImageInput | Iterable[ImageInput],
         labels: Labels = None,
         *,
         templates: TemplateNames = None,
