@@ -28,7 +28,7 @@ function update(next) {
 
 // Say at the figures, and in the title, that they are old, and why.
 function showLost(reason) {
-  const message = `${reason} This page is of ${updated.toLocaleTimeString()}.`;
+  const message = `${reason} This page is as of ${updated.toLocaleTimeString()}.`;
   if (lost.textContent !== message) lost.textContent = message; // which is read out each time
   document.title = `lost, ${title}`;
 }

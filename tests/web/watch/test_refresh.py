@@ -52,7 +52,7 @@ def test_a_page_that_is_no_longer_updated_says_so_above_its_figures(
 
     assert lost(lambda route: route.abort()).startswith("clip-rd-edge watch does not answer any more; start it again")
     failed = lost(lambda route: route.fulfill(status=500, content_type="text/html", body=PROBLEM))
-    assert failed.startswith("The run first does not exist. This page is of ")
+    assert failed.startswith("The run first does not exist. This page is as of ")
     assert "again" not in failed  # which fails
     assert all("Failed to load" in text for text in page.problems)
     page.problems.clear()
