@@ -296,9 +296,9 @@ def as_images(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]
 
 
 def is_single_image(images: ImageInput | Iterable[ImageInput]) -> bool:
-    """Return whether `images` is a single image; a four-dimensional array is a batch."""
+    """Return whether `images` is a single image; a four-dimensional array is a batch, and one of texts a list."""
     if isinstance(images, np.ndarray):
-        return images.ndim < 4
+        return images.ndim < 4 and not (images.ndim == 1 and images.dtype.kind in "OUT")
     return isinstance(images, str | os.PathLike | Image.Image)
 
 

@@ -140,6 +140,13 @@ def test_a_used_model_can_be_copied_and_sent_to_another_process(
     assert np.array_equal(twin(model).encode_texts("green"), model.encode_texts("green"))
 
 
+@pytest.mark.parametrize("dtype", [None, object])
+def test_an_array_of_paths_is_a_list_of_them(model: Model, colour_images: Path, dtype: Any) -> None:
+    paths = np.array([str(colour_images / "red.png"), str(colour_images / "green.png")], dtype=dtype)
+    answers = model.classify(paths, LABELS, top=1)
+    assert [answer[0].label for answer in answers] == ["red", "green"]
+
+
 @pytest.mark.parametrize("top", [0, -1, 1.5])
 def test_the_number_of_answers_is_at_least_one(
     model: Model, colour_bundle: Path, colour_images: Path, tmp_path: Path, top: Any
