@@ -78,7 +78,7 @@ class BundleEncoder(ABC):
     runtime: ClassVar[str]
 
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # towers are opened on first use, when the working folder may be another one
         self.manifest = manifest
         self.threads = threads
 

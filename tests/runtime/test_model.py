@@ -147,6 +147,15 @@ def test_an_array_of_paths_is_a_list_of_them(model: Model, colour_images: Path, 
     assert [answer[0].label for answer in answers] == ["red", "green"]
 
 
+def test_a_relative_bundle_is_found_from_another_working_folder(
+    colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(colour_bundle.parent)
+    model = edge.load(colour_bundle.name)
+    monkeypatch.chdir(colour_images)
+    assert model.classify("red.png", LABELS, top=1)[0].label == "red"
+
+
 @pytest.mark.parametrize("top", [0, -1, 1.5])
 def test_the_number_of_answers_is_at_least_one(
     model: Model, colour_bundle: Path, colour_images: Path, tmp_path: Path, top: Any
