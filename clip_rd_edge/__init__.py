@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         InputError,
         InterruptedRunError,
         MissingExtraError,
+        UnreachableError,
         UsageError,
     )
     from clip_rd_edge.runtime.classifier import Prediction, ZeroShotClassifier
@@ -78,6 +79,7 @@ __all__ = [
     "Model",
     "Prediction",
     "Reporter",
+    "UnreachableError",
     "UsageError",
     "ZeroShotClassifier",
     "average",

@@ -107,6 +107,13 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
         edge.load("RN50", pretrained=tmp_path / "w.pt")
 
 
+def test_the_errors_that_docstrings_name_can_be_caught() -> None:
+    functions = [getattr(edge, name) for name in edge.__all__]
+    named = {error for function in functions for error in re.findall(r"\b[A-Z]\w+Error\b", function.__doc__ or "")}
+    assert "UnreachableError" in named
+    assert named <= set(edge.__all__)
+
+
 def test_hints_take_what_the_calls_take() -> None:
     options = get_type_hints(DistillOptions)
     for name in ("teacher_pretrained", "teacher_cache", "pretrained_image", "pretrained_text"):
