@@ -189,6 +189,14 @@ def require_finite(embeddings: Embeddings, source: str) -> Embeddings:
 Probabilities = npt.NDArray[np.float32]
 
 
+def require_labels(labels: Sequence[str]) -> None:
+    """Raise InputError if there are no labels, or one is empty."""
+    if not labels:
+        raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
+    if empty := [i for i, label in enumerate(labels) if not label.strip()]:
+        raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
+
+
 def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
     """Return one embedding per label, shape (C, D): the normalised mean of its embeddings over all templates.
 
@@ -202,10 +210,7 @@ def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
             tower, and a label is none of those that it has stored.
         UsageError: it has stored them with other templates.
     """
-    if not labels:
-        raise InputError("No labels were given.", hint='name some: --labels "a cat" "a dog"')
-    if empty := [i for i, label in enumerate(labels) if not label.strip()]:
-        raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
+    require_labels(labels)
     if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
         return encoder.stored_label_embeddings(labels, templates)
     prompts = [fill_template(template, label) for label in labels for template in templates]

@@ -15,6 +15,7 @@ from clip_rd_edge.contract.encoder import (
     Probabilities,
     label_embeddings,
     probabilities,
+    require_labels,
     require_top,
     top_indices,
 )
@@ -63,7 +64,7 @@ class ZeroShotClassifier:
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
             no `{}`.
-        UsageError: `none_below` is not between 0 and 1.
+        UsageError: `none_below` is not between 0 and 1, or `encoder` is none.
     """
 
     @checked_call
@@ -76,6 +77,11 @@ class ZeroShotClassifier:
         none_below: float = 0.0,
         cache: bool = True,
     ) -> None:
+        if not isinstance(encoder, Encoder):
+            raise UsageError(
+                f"encoder is {encoder!r}, of type {type(encoder).__name__}; expected a loaded model.",
+                hint='load it first: clip_rd_edge.load("bundle")',
+            )
         self.encoder = encoder
         self.none_below = _probability(none_below)
         description = encoder.describe()
@@ -106,6 +112,7 @@ class ZeroShotClassifier:
         if self._bank and tuple(names) == self._bank.names:
             self.labels, self._embeddings = self._bank.names, self._bank.embeddings
             return
+        require_labels(names)
         unique = tuple(dict.fromkeys(names))
         if others := [name for name in unique if not is_unicode(name)]:
             raise InputError(f"The label {others[0]!r} is no Unicode.", hint="write it anew, in UTF-8")

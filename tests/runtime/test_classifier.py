@@ -118,9 +118,16 @@ def test_unusual_labels_are_accepted_and_empty_ones_refused(colour_bundle: Path)
     assert np.isclose(probabilities.sum(), 1, atol=1e-4)
     with pytest.raises(InputError, match="Label 2 of 2 is empty"):
         classifier.set_labels(["yellow", " "])
+    with pytest.raises(InputError, match="Label 2 of 2 is empty"):
+        classifier.set_labels([labels[0], ""])  # the first of which is known already
     with pytest.raises(InputError, match="No labels"):
         classifier.set_labels([])
     assert classifier.labels == tuple(labels)  # unchanged by a refusal
+
+
+def test_a_bundles_path_is_no_model() -> None:
+    with pytest.raises(UsageError, match="encoder is 'bundle', of type str; expected a loaded model"):
+        ZeroShotClassifier("bundle", ["red"])  # type: ignore[arg-type]
 
 
 @pytest.fixture
