@@ -78,7 +78,7 @@ class Heartbeat:
         *,
         holder: int | None,
         on_silence: Callable[[int], None],
-        interval_s: float = INTERVAL_S,
+        interval_s: float,
     ) -> None:
         self._rank, self._watched = rank, (rank + 1) % world_size
         self._store, self._holder, self._on_silence, self._interval_s = store, holder, on_silence, interval_s
@@ -138,7 +138,7 @@ def heartbeat(rank: int, world_size: int) -> Iterator[None]:
     """Within the block, this process ends with exit code 1 if another one of the run is stopped."""
     store = open_store(INTERVAL_S * MAX_MISSED)
     holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-    beats = Heartbeat(rank, world_size, store, holder=holder, on_silence=_end)
+    beats = Heartbeat(rank, world_size, store, holder=holder, on_silence=_end, interval_s=INTERVAL_S)
     beats.start()
     try:
         yield
