@@ -74,12 +74,21 @@ def evaluate(
             uses each data set's own, or else CLIP's.
         per_class: fill in `per_class` of zero-shot scores: the accuracy of each class, and what it was mistaken for.
         options: the other options of `clip-rd-edge evaluate`, under the same names.
+
+    Raises:
+        UsageError: `pretrained` or `threads` beside a loaded model, or an option is unknown.
+        ClipRdEdgeError: as `load`, or a task cannot be read.
     """
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.runtime.model import Model
 
     known = {**inspect.signature(evaluate).parameters, **EvaluateOptions.__annotations__}
     require_known_options(options, known, command="evaluate")
+    if isinstance(model, Model) and (pretrained, threads) != (None, None):
+        raise UsageError(
+            "The model is loaded already, so that pretrained and threads come too late.",
+            hint="pass them to clip_rd_edge.load, or the model's name or path to evaluate",
+        )
     loaded = load_tasks(tasks, templates=templates, **options)
     evaluated = model if isinstance(model, Model) else load(model, pretrained=pretrained, threads=threads)
     return [score(evaluated.encoder, task, per_class=per_class, reporter=reporter) for task in loaded]
