@@ -19,7 +19,7 @@ A bundle exported with `--no-text-tower` has no text.* and no tokenizer.json.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -192,6 +192,11 @@ class Manifest(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Return a manifest without the text tower and without file hashes."""
         alone = self.with_towers({"image": self.image})
         return msgspec.structs.replace(alone, format_version=VERSION_WITHOUT_TEXT)
+
+
+def can_saturate(sets: Sequence[str]) -> bool:
+    """Return whether INT8 that is right on these instruction sets is wrong on x86 processors without VNNI."""
+    return bool(sets) and "x86-64" not in sets
 
 
 def _require_plain(name: str) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower
+from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower, can_saturate
 from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
@@ -107,7 +107,7 @@ class BundleEncoder(ABC):
     def saturation(self, tower: Tower) -> str:
         """Return why a tower's INT8 saturates where it runs, or an empty string."""
         sets = tower.instruction_sets
-        if self.placement(tower).device != "cpu" or not sets or "x86-64" in sets or not processor_saturates():
+        if self.placement(tower).device != "cpu" or not can_saturate(sets) or not processor_saturates():
             return ""
         return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, can_saturate
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.saturation import processor_saturates
 
@@ -87,10 +87,9 @@ def unsaturated(
         threads: as for `open_session`.
         sets: returns the instruction sets of a file, as `instruction_sets` does.
     """
-    if not processor_saturates():  # asked first, as it takes less time than `sets`
+    if not processor_saturates() or not can_saturate(sets(content)):  # `sets` takes more time
         return session
-    right_on = sets(content)
-    return open_as_written(content, threads=threads) if right_on and "x86-64" not in right_on else session
+    return open_as_written(content, threads=threads)
 
 
 def open_as_written(content: bytes, *, threads: int | None = None) -> Any:
