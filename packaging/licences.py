@@ -4,7 +4,7 @@
     python packaging/licences.py --sbom dist/sbom.json  # CycloneDX of what is installed here: make sbom
 
 A package is listed if it is required by pyproject.toml, directly or through others that are installed here. Its licence
-is what its metadata says, or what OTHERS says where that is no SPDX expression. `tests/scripts/test_licences.py`
+is what its metadata says, or what OTHERS says where that is no SPDX expression. `tests/packaging/test_licences.py`
 compares the table with what is required and installed.
 """
 
