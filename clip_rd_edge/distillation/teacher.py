@@ -313,7 +313,8 @@ class _Features(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         projection = getattr(self.text, self._projection_name)
-        setattr(self.text, self._projection_name, nn.Identity() if isinstance(projection, nn.Module) else None)
+        # Towers from Hugging Face always call theirs; open_clip's own have None without one, whatever kind it was.
+        setattr(self.text, self._projection_name, nn.Identity() if self._projection_name == "proj" else None)
         try:
             features: Tensor = self.text(ids)
         finally:

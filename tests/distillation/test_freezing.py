@@ -47,6 +47,18 @@ def test_a_text_tower_without_a_projection_is_frozen_whole(texts_alone: RunConfi
     torch.testing.assert_close(frozen, expected.detach())
 
 
+def test_a_text_tower_whose_projection_has_a_bias_is_frozen_but_for_it(texts_alone: RunConfig) -> None:
+    config = student_config("test_resnet", embedding_size=8, image_size=32, text="64x1", context_length=8)
+    config["model_cfg"]["text_cfg"]["proj_bias"] = True  # as SigLIP's
+    student = build_student(config, name="test_resnet")
+    set_training_mode(student, texts_alone)
+    frozen = FrozenTextTower(student, torch.device("cpu"), autocast=None, caption_batch=2)(["red", "a cat"])
+    torch.testing.assert_close(frozen, TextTower(student.model)(student.tokenizer(["red", "a cat"])))
+    frozen[:, 0].sum().backward()
+    trained = {name for name, parameter in student.model.named_parameters() if parameter.grad is not None}
+    assert trained == {"text.text_projection.weight", "text.text_projection.bias"}
+
+
 @pytest.mark.parametrize(("name", "image_size"), [("test_resnet", 32), ("test_vit", 160)])
 def test_all_that_is_not_frozen_has_a_gradient_with_gradient_checkpointing(name: str, image_size: int) -> None:
     config = student_config(name, embedding_size=8, image_size=image_size, text="64x1", context_length=8)
