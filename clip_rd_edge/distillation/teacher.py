@@ -316,10 +316,10 @@ class _Features(nn.Module):
         # Towers from Hugging Face always call theirs; open_clip's own have None without one, whatever kind it was.
         setattr(self.text, self._projection_name, nn.Identity() if self._projection_name == "proj" else None)
         try:
-            features: Tensor = self.text(ids)
+            features: Tensor | tuple[Tensor, Tensor] = self.text(ids)
         finally:
             setattr(self.text, self._projection_name, projection)
-        return features
+        return features[0] if isinstance(features, tuple) else features  # CoCa's returns those of its tokens, too
 
 
 def projection_name(text: nn.Module) -> str:
