@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ import msgspec
 
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.answer_cache import task_state
-from clip_rd_edge.benchmarking.metrics import Score, ZeroShotScore, primary_metric
+from clip_rd_edge.benchmarking.metrics import Interval, Score, primary_interval, primary_metric
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import require_one_process
@@ -72,19 +73,24 @@ class Probe(msgspec.Struct, frozen=True):
     tasks: dict[str, str] = {}
 
     def is_certain(self) -> bool:
-        """Return whether the first is ahead of the second by more than chance on some zero-shot task.
+        """Return whether the first is ahead of the second by more than chance in the mean over the tasks.
 
-        That is: their 95 % intervals over images do not overlap. Another seed of the student may still rank otherwise.
+        That is: the 95 % intervals of their means over images do not overlap. Another seed of the student may still
+        rank otherwise.
         """
         if len(self.teachers) < 2:
             return True
-        first, second = (teacher.student_scores for teacher in self.teachers[:2])
-        return any(
-            isinstance(score, ZeroShotScore)
-            and isinstance(second[name], ZeroShotScore)
-            and score.top1_interval.low > second[name].top1_interval.high  # type: ignore[union-attr]
-            for name, score in first.items()
-        )
+        first, second = (_interval_of_mean(list(teacher.student_scores.values())) for teacher in self.teachers[:2])
+        return first.low > second.high
+
+
+def _interval_of_mean(scores: Sequence[Score]) -> Interval:
+    """Return the 95 % interval of the mean over tasks, as if of different images each (Zou and Donner 2008, MOVER)."""
+    figures = [(primary_metric(score), primary_interval(score)) for score in scores]
+    mean = statistics.fmean(figure for figure, _ in figures)
+    below = math.hypot(*(figure - interval.low for figure, interval in figures)) / len(figures)
+    above = math.hypot(*(interval.high - figure for figure, interval in figures)) / len(figures)
+    return Interval(mean - below, mean + above)
 
 
 def probe_teachers(

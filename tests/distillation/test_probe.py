@@ -13,7 +13,7 @@ import torch
 from support import Watch
 
 import clip_rd_edge as edge
-from clip_rd_edge.benchmarking.metrics import Interval, RetrievalScore, Score, ZeroShotScore
+from clip_rd_edge.benchmarking.metrics import Interval, Recall, RetrievalScore, Score, ZeroShotScore
 from clip_rd_edge.cli.probe_teachers import command
 from clip_rd_edge.distillation import probe as probing
 from clip_rd_edge.distillation.config import RunConfig
@@ -161,6 +161,30 @@ def test_teachers_whose_intervals_overlap_are_not_told_apart() -> None:
     assert probe_of(zero_shot(0.5), zero_shot(0.39)).is_certain()
     assert not probe_of(zero_shot(0.5), zero_shot(0.41)).is_certain()
     assert probe_of(zero_shot(0.5)).is_certain()
+
+
+def retrieval(at1: float) -> RetrievalScore:
+    recall = Recall(at1=at1, at5=None, at10=None)
+    return RetrievalScore(task="captions", images=100, captions=100, image_to_text=recall, text_to_image=recall)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_certain"),
+    [
+        ((zero_shot(0.7), zero_shot(0.5)), (zero_shot(0.5), zero_shot(0.69)), False),
+        ((zero_shot(0.9), zero_shot(0.5)), (zero_shot(0.5), zero_shot(0.69)), True),
+        ((zero_shot(0.6), zero_shot(0.6)), (zero_shot(0.52), zero_shot(0.52)), True),  # neither alone would tell
+        ((zero_shot(0.9), retrieval(0.1)), (zero_shot(0.1), retrieval(0.8)), False),
+        ((retrieval(0.8),), (retrieval(0.5),), True),
+    ],
+)
+def test_teachers_are_told_apart_by_the_mean_over_tasks_that_ranks_them(
+    first: tuple[Score, ...], second: tuple[Score, ...], is_certain: bool
+) -> None:
+    students = [dict(zip("xy", scores, strict=False)) for scores in (first, second)]
+    teachers = [ProbedTeacher(teacher=".", teacher_scores=scores, student_scores=scores) for scores in students]
+    assert teachers[0].student_mean > teachers[1].student_mean
+    assert Probe("resnet18", 200, tuple(teachers)).is_certain() is is_certain
 
 
 def test_each_teacher_has_a_folder_of_its_own() -> None:
