@@ -105,6 +105,8 @@ def test_path_objects_are_taken_for_names(tmp_path: Path) -> None:
         edge.devices(Path("jetson"))
     with pytest.raises(edge.InputError, match=r"The weights '.*w\.pt' of RN50 are neither a tag"):
         edge.load("RN50", pretrained=tmp_path / "w.pt")
+    with pytest.raises(edge.InputError, match="no-run"):
+        edge.evidence_run("bank", tmp_path / "evidence", teacher=tmp_path / "no-run")
 
 
 def test_the_errors_that_docstrings_name_can_be_caught() -> None:

@@ -236,7 +236,7 @@ def quickstart(
 
 @checked_call
 def evidence_run(
-    suite: AnyPath, output: AnyPath, *, teacher: str | None = None, reporter: Reporter = SILENT
+    suite: AnyPath, output: AnyPath, *, teacher: AnyPath | None = None, reporter: Reporter = SILENT
 ) -> Evidence:
     """Train a suite's students with each method and seed, measure them, and write tables and figures.
 
@@ -252,7 +252,7 @@ def evidence_run(
 
     require_utf8_path(Path(output))
     require_matplotlib()
-    evidence = run_evidence(read_evidence(os.fspath(suite)), Path(output), reporter, teacher=teacher)
+    evidence = run_evidence(read_evidence(os.fspath(suite)), Path(output), reporter, teacher=as_text(teacher))
     for path in write_report(evidence, Path(output)):
         reporter.say(f"written: {path}")
     return evidence
