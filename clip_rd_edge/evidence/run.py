@@ -173,12 +173,13 @@ def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: S
     weights = model_fingerprint(clip)
     if path.is_file():
         known = read_json(path, ModelResult)
-        if known.weights not in ("", weights) and any(read_run(folder / run.subfolder) for run in suite.runs()):
+        is_same = known.weights in ("", weights)
+        if not is_same and any(read_run(folder / run.subfolder) for run in suite.runs()):
             raise UsageError(
                 f"{folder} has finished runs beside another teacher, {known.model}, or one with other weights.",
                 hint="name that teacher again, or choose another -o",
             )
-        if known.model == clip.name and has_tasks(known, _named(tasks)):
+        if is_same and known.model == clip.name and has_tasks(known, _named(tasks)):
             return
     result = evaluate_model(TorchEncoder(clip), tasks, name=clip.name)
     write_bytes(path, to_json(msgspec.structs.replace(result, weights=weights)))

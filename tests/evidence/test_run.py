@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
@@ -16,15 +17,16 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
-from clip_rd_edge.evidence.results import Geometry
+from clip_rd_edge.evidence.results import Geometry, ModelResult
 from clip_rd_edge.evidence.run import _geometry
 from clip_rd_edge.evidence.suite import EvidenceSuite
+from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT
-from clip_rd_edge.utils.structs import to_yaml
+from clip_rd_edge.utils.structs import read_json, to_yaml
 
 COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
 
@@ -102,6 +104,18 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     stale.write_bytes(stale.read_bytes().replace(b'"pairs"', b'"others"'))  # evaluated with another suite
     with pytest.raises(UsageError, match="no finished run"):
         runs.collect(both, tmp_path / "out")
+
+
+def test_a_teacher_of_the_same_name_is_measured_again_while_no_run_has_learned_from_the_other(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path
+) -> None:
+    other = shutil.copytree(teacher, tmp_path / "other" / "teacher")
+    weights = load_file(other / "open_clip_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "open_clip_model.safetensors")
+    for name in (teacher, str(other), str(other)):
+        runs._evaluate_teacher(squares_suite, tmp_path, name, [])
+        result = read_json(tmp_path / "teacher-result.json", ModelResult)
+        assert result.weights == model_fingerprint(load_clip(name))
 
 
 @pytest.mark.slow
