@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import INPUTS_FILE, RUN_CONFIG_FILE
-from clip_rd_edge.data.pairs import fingerprint
+from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.unpaired import describe_counts
 from clip_rd_edge.distillation.build import RunSetup
@@ -75,19 +77,29 @@ def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     takes_text = _taken_text(config) is not None  # the student still has the weights that it starts from
     text = replace(setup.student, model=setup.student.model.get_submodule("text")) if takes_text else None
     return RunInputs(
-        pairs=len(setup.pairs),
-        left_out=len(setup.pairs.left_out),
-        pairs_sha256=fingerprint(setup.pairs),
+        **_data_inputs(setup.pairs),
         teacher_sha256=teachers if len(teachers) > 1 else teachers[0] if teachers else None,
-        samples=describe_counts(setup.pairs),
         teacher_preprocessing=tuple(clip.preprocessing for clip in setup.teachers),
         student_sha256=None if model_folder(config.student) is None else model_fingerprint(setup.student),
         image_weights_sha256=_sha256_of_file(config.pretrained_image),
         text_weights_sha256=_sha256_of_file(config.pretrained_text),
         text_sha256=model_fingerprint(text) if text else None,
-        student_file_sha256=sha256_of(file) if (file := student_file(config.student)) else None,
+        student_file_sha256=_student_file_sha256(config),
         form_sha256=_form_of(setup),
     )
+
+
+def _data_inputs(pairs: Pairs) -> dict[str, Any]:
+    return {
+        "pairs": len(pairs),
+        "left_out": len(pairs.left_out),
+        "samples": describe_counts(pairs),
+        "pairs_sha256": fingerprint(pairs),
+    }
+
+
+def _student_file_sha256(config: RunConfig) -> str | None:
+    return sha256_of(file) if (file := student_file(config.student)) else None
 
 
 def _sha256_of_file(name: str | None) -> str | None:
@@ -149,7 +161,8 @@ def check_inputs(
     path = run / INPUTS_FILE
     if path.is_file():
         old = read_json(path, RunInputs)
-        difference = _difference(old, inputs, setup)
+        names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
+        difference = _difference(old, inputs, data=setup.pairs.name, teachers=names)
         if difference is None:
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
@@ -168,6 +181,29 @@ def check_inputs(
         reporter.say(f"the run goes on with changed inputs: {difference}")
     if not has_checkpoint:
         record_inputs(run, inputs)
+
+
+def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs: Pairs) -> None:
+    """Check that runs began with the data and the students' files that are there now; no model is loaded.
+
+    Args:
+        configs: of the runs, all on the same data.
+        runs: their folders; those without a checkpoint or a student, which begin again, are left out.
+        pairs: the data.
+
+    Raises:
+        UsageError: one of them changed; the message says from what to what.
+        ConfigError: an inputs.json is damaged.
+    """
+    data = _data_inputs(pairs)
+    for config, run in zip(configs, runs, strict=True):
+        has_trained = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE) or list_checkpoints(run)
+        if not (has_trained and is_file(run / INPUTS_FILE)):
+            continue
+        old = read_json(run / INPUTS_FILE, RunInputs)
+        new = msgspec.structs.replace(old, **data, student_file_sha256=_student_file_sha256(config))
+        if difference := _difference(old, new, data=pairs.name, teachers=config.teachers):
+            raise UsageError(f"{run} began with other inputs: {difference}.", hint="restore them, or choose another -o")
 
 
 def record_inputs(run: Path, inputs: RunInputs) -> None:
@@ -232,26 +268,23 @@ def _written_ns(name: str) -> int:
     return max((file.stat().st_mtime_ns for file in files if is_file(file)), default=0)
 
 
-def _difference(old: RunInputs, new: RunInputs, setup: RunSetup) -> str | None:
+def _difference(old: RunInputs, new: RunInputs, *, data: str, teachers: Sequence[str]) -> str | None:
     if change := _change(old.text_sha256, new.text_sha256):
         return f"the text tower that the student starts from has other weights or another tokenizer ({change})"
     if change := _change(old.student_file_sha256, new.student_file_sha256):
         return f"the file of the student's architecture has another content ({change})"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
-        return f"{setup.pairs.name} had {_counts(old)}, and now has {_counts(new)}"
+        return f"{data} had {_counts(old)}, and now has {_counts(new)}"
     if change := _change(old.pairs_sha256, new.pairs_sha256):
-        return (
-            f"{setup.pairs.name} still has {_counts(new)}, but other names, captions, sizes or another order ({change})"
-        )
+        return f"{data} still has {_counts(new)}, but other names, captions, sizes or another order ({change})"
     before, after = _all_of(old.teacher_sha256), _all_of(new.teacher_sha256)
     if len(before) != len(after):
         return f"there were {len(before)} teachers, and now {len(after)}"
-    names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
-    for name, was, now in zip(names, before, after, strict=True):
+    for name, was, now in zip(teachers, before, after, strict=True):
         if change := _change(was, now):
             return f"the teacher {name} has other weights, another configuration or another tokenizer ({change})"
     # A run that an older version began did not record it.
-    for name, seen, sees in zip(names, old.teacher_preprocessing, new.teacher_preprocessing, strict=False):
+    for name, seen, sees in zip(teachers, old.teacher_preprocessing, new.teacher_preprocessing, strict=False):
         if seen != sees:
             return f"the teacher {name} has other preprocessing of images"
     if change := _change(old.student_sha256, new.student_sha256):

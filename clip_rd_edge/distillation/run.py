@@ -206,7 +206,7 @@ def _run(
     with processes.together():
         _require_same_options(main_config, config)
     # Only the main process needs to see the run's folder: machines need not share their files.
-    main_config, state = processes.on_main(lambda: _check_folder(config, run, resume=resume, reporter=reporter))
+    main_config, state = processes.on_main(lambda: check_folder(config, run, resume=resume, reporter=reporter))
     config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
     is_finished = processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file())
     if is_finished and state != "moved":
@@ -278,12 +278,16 @@ def _batch_words(config: RunConfig, setup: RunSetup) -> str:
     return f"{size} images and {size} captions" if isinstance(setup.pairs, MixedSamples) else f"{size} pairs"
 
 
-def _check_folder(
-    config: RunConfig, run: Path, *, resume: bool, reporter: Reporter
+def check_folder(
+    config: RunConfig, run: Path, *, resume: bool, reporter: Reporter = SILENT
 ) -> tuple[RunConfig, Literal["new", "same", "moved"]]:
     """Return the configuration to run and what the run is; a resumed run keeps its measured precision.
 
     Of a run that was `moved`, data or models have paths that may lead elsewhere: their content has to be compared.
+
+    Raises:
+        UsageError: the folder, which exists, holds a run with another configuration, or something else.
+        ConfigError: a file of its run is damaged.
     """
     config = _with_precision_of_store(config)
     if config.teacher_cache and not config.views and not is_texts_alone(config):  # which takes no cache at all

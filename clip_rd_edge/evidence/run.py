@@ -27,11 +27,15 @@ from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, read_metrics
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask, with_distinct_names
 from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.checkpoint import BEST_FOLDER, CHECKPOINTS_FOLDER
+from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.inputs import require_same_files
 from clip_rd_edge.distillation.monitoring.metrics import mean_similarities
 from clip_rd_edge.distillation.processes.distributed import require_one_process
-from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
+from clip_rd_edge.distillation.run import check_folder, resumed_by_the_same_call, run_distillation
 from clip_rd_edge.distillation.store.store_build import CACHING_STAGE
+from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence.report import write_evidence
 from clip_rd_edge.evidence.results import (
@@ -118,8 +122,8 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         teacher: model name, as in `load_clip`; None tunes the built-in teacher in `folder`.
 
     Raises:
-        UsageError: torchrun started several processes, another one is writing to `folder`, or a run in it has other
-            settings or another teacher.
+        UsageError: torchrun started several processes, another one is writing to `folder`, a run in it has other
+            settings, data or another teacher, or a student cannot be trained by a method. Nothing is trained then.
         InterruptedRunError: a signal requested a stop; the same call resumes from there.
     """
     require_one_process(
@@ -132,11 +136,13 @@ def run_evidence(suite: EvidenceSuite, folder: Path, reporter: Reporter, *, teac
         reporter.begin("Teacher", 1, len(runs) + 1)
         if teacher is None:
             teacher = _embedded_teacher(suite, folder, reporter)
+        configs = [run_config(suite, run, teacher=teacher, caches=folder / CACHES) for run in runs]
+        _check_runs(configs, [folder / run.subfolder for run in runs], reporter)
         tasks = with_distinct_names([load_task(name) for name in suite.tasks], suite.tasks)
         _evaluate_teacher(suite, folder, teacher, tasks)
-        for number, run in enumerate(runs, start=2):
+        for number, (run, config) in enumerate(zip(runs, configs, strict=True), start=2):
             reporter.begin(str(run), number, len(runs) + 1)
-            _train_and_evaluate(suite, run, folder, teacher=teacher, tasks=tasks, reporter=reporter)
+            _train_and_evaluate(config, run, folder / run.subfolder, tasks=tasks, reporter=reporter)
             write_evidence(folder / f"{suite.name}.json", collect(suite, folder))
     return collect(suite, folder)
 
@@ -206,13 +212,26 @@ class _TrainingClock(Reporter):
         self._reporter.update(stage, step, total, message)
 
 
+def _check_runs(configs: Sequence[RunConfig], folders: Sequence[Path], reporter: Reporter) -> None:
+    """Check all runs of a suite before the first is trained: the others may be days away."""
+    for config, folder in zip(configs, folders, strict=True):
+        if folder.is_dir():
+            check_folder(config, folder, resume=True)
+    require_same_files(configs, folders, training_pairs(configs[0], reporter=reporter))
+    for config in {(config.student, config.recipe_name): config for config in configs}.values():  # of one seed
+        try:
+            empty_student(config, name=config.student)
+        except UsageError as error:
+            raise UsageError(
+                f"The method {config.recipe_name} cannot train {config.student}: {error}", hint=error.hint
+            ) from error
+
+
 def _train_and_evaluate(
-    suite: EvidenceSuite, run: Run, folder: Path, *, teacher: str, tasks: Sequence[Task], reporter: Reporter
+    config: RunConfig, run: Run, run_folder: Path, *, tasks: Sequence[Task], reporter: Reporter
 ) -> None:
-    run_folder = folder / run.subfolder
-    config = run_config(suite, run, teacher=teacher, caches=folder / CACHES)
     resumed, clock = run_folder.is_dir(), _TrainingClock(reporter)
-    # Also called for a finished run, because it raises an error if that run has other settings.
+    # Also called for a finished run, whose student it returns.
     student = run_distillation(
         config, run_folder, resume=True, reporter=clock, evaluate=lambda encoder: curve_scores(encoder, tasks)
     )

@@ -133,12 +133,15 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return a method's recipe with this suite's settings.
 
         Raises:
-            ConfigError: the recipe, a weight or a setting does not exist, or has an invalid value.
+            ConfigError: the recipe, a weight or a setting does not exist, or has an invalid value; or no term is left.
         """
         raw = msgspec.to_builtins(load_recipe(method.recipe))
         raw |= {**method.settings, "objective": {**raw["objective"], **method.weights}}
+        recipe = convert(raw, Recipe, source=f"The method {method.name}")
+        if not recipe.objective.active():
+            raise ConfigError(f"All weights of the method {method.name} are 0; expected at least one term.")
         return msgspec.structs.replace(
-            convert(raw, Recipe, source=f"The method {method.name}"),
+            recipe,
             steps=self.steps_of(method, student),
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,

@@ -12,18 +12,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clip_rd_edge.contract.task import RetrievalTask
+from clip_rd_edge.data.pairs import fingerprint, load_pairs
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.inputs import RunInputs, record_inputs
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.evidence import run as runs
 from clip_rd_edge.evidence.report import read_evidence_file
 from clip_rd_edge.evidence.results import Geometry, ModelResult
 from clip_rd_edge.evidence.run import _geometry
-from clip_rd_edge.evidence.suite import EvidenceSuite
+from clip_rd_edge.evidence.suite import EvidenceSuite, run_config
 from clip_rd_edge.models.clip import model_fingerprint
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.student import CONFIGS, build_student, student_config
+from clip_rd_edge.utils.files import sha256_of, write_text
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.reporting import SILENT
 from clip_rd_edge.utils.structs import read_json, to_yaml
@@ -72,7 +75,7 @@ def test_with_other_tasks_or_another_teacher_what_was_evaluated_is_evaluated_aga
     squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(config: RunConfig, run: Path, **_: object) -> Path:
-        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / "config.yaml", to_yaml(config))
         (run / "metrics.jsonl").touch()
         return Path(teacher)
 
@@ -116,6 +119,52 @@ def test_a_teacher_of_the_same_name_is_measured_again_while_no_run_has_learned_f
         runs._evaluate_teacher(squares_suite, tmp_path, name, [])
         result = read_json(tmp_path / "teacher-result.json", ModelResult)
         assert result.weights == model_fingerprint(load_clip(name))
+
+
+def test_a_suite_is_checked_before_its_first_run(
+    squares_suite: EvidenceSuite, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "run_distillation", lambda *_, **__: pytest.fail("a run has begun"))
+    typo = msgspec.structs.replace(squares_suite, students=("test_resnet", "test_resnett"))
+    with pytest.raises(UsageError, match="The method none cannot train test_resnett: No student named 'test_resnett'"):
+        runs.run_evidence(typo, tmp_path / "out", SILENT, teacher=teacher)
+    unknown = msgspec.structs.replace(squares_suite.methods[2], text="runs/trimed")
+    late = msgspec.structs.replace(squares_suite, methods=(*squares_suite.methods[:2], unknown))
+    with pytest.raises(UsageError, match="The method clip-rd-without-xrd cannot train test_resnet: The text tower is"):
+        runs.run_evidence(late, tmp_path / "out", SILENT, teacher=teacher)
+
+
+def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
+    squares_suite: EvidenceSuite, teacher: str, pairs_csv: Path, tmp_path: Path
+) -> None:
+    out, student, data = tmp_path / "out", tmp_path / "mine.json", pairs_csv.read_text()
+    student.write_bytes((CONFIGS / "resnet10t.json").read_bytes())
+    suite = msgspec.structs.replace(squares_suite, students=(str(student),), seeds=(0,))
+    for run in suite.runs():
+        folder = out / run.subfolder
+        write_text(folder / "config.yaml", to_yaml(run_config(suite, run, teacher=teacher, caches=out / "cache")))
+        write_text(folder / "student" / "open_clip_model.safetensors", "")
+        record_inputs(
+            folder,
+            RunInputs(
+                pairs=24, left_out=0, pairs_sha256=fingerprint(load_pairs(str(pairs_csv))), teacher_sha256=None,
+                student_file_sha256=sha256_of(student),
+            ),
+        )  # fmt: skip
+
+    def refuse(suite: EvidenceSuite, message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            runs.run_evidence(suite, out, SILENT, teacher=teacher)
+
+    heavier = msgspec.structs.replace(suite.methods[2], weights={"xrd": 0, "fd": 1})
+    changed = msgspec.structs.replace(suite, methods=(*suite.methods[:2], heavier))
+    refuse(changed, r"clip-rd-without-xrd.seed-0 holds a run with another configuration: objective\.fd: ")
+    pairs_csv.write_text(data.replace("a red picture", "a reddish picture"))
+    refuse(suite, r"none.seed-0 began with other inputs: .*pairs\.csv still has 24 pairs, but other names, captions")
+    pairs_csv.write_text(data)
+    student.write_text(student.read_text().replace("resnet10t", "resnet18"))
+    refuse(suite, "the file of the student's architecture has another content")
+    assert [path.name for path in out.iterdir()] == ["runs"]  # nothing was measured or written
 
 
 @pytest.mark.slow

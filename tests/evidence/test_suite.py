@@ -109,6 +109,7 @@ def test_methods_with_other_crops_have_a_teacher_cache_of_their_own(suite: Evide
         ("steps: 2", "steps: 0", "`int` >= 1.*steps"),
         ("tasks:\n- emoji:unseen-style\n- emoji:unseen-style:retrieval", "tasks: []", "length >= 1.*tasks"),
         ("xrd: 0", "xdr: 0", "clip-rd-without-xrd is invalid.*`xdr`.*Did you mean 'xrd'"),
+        ("weights: {}", "weights: {task: 0}", "All weights of the method none are 0; expected at least one term"),
         ("recipe: clip-rd\n", "recipe: clip-dr\n", "no recipe 'clip-dr'"),
         ("- none\n", "- nobody\n", "compare_with names 'nobody'; expected one of none, clip-rd"),
         ("- 1\n", "- 0\n", "seeds has duplicates: 0, 0"),
