@@ -12,6 +12,7 @@ import msgspec
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
 from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
 from clip_rd_edge.errors import UsageError
@@ -24,6 +25,7 @@ from clip_rd_edge.models.student import (
     build_student,
     init_image_tower,
     student_config,
+    student_preprocessing,
     text_size,
 )
 from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
@@ -190,6 +192,19 @@ def _embedding_size(config: RunConfig, teachers: Sequence[ClipModel]) -> int:
     if config.text == TEACHER or config.pretrained_image == TEACHER:
         teachers = teachers[:1]
     return sum(ensemble_of(teachers).widths) if teachers else 512
+
+
+def crops_of(config: RunConfig) -> Crops:
+    """Return the crops of a run: those for the input of its student, which is square unless it is a trained one.
+
+    Raises:
+        InputError, ConfigError: the student is unknown, or cannot be loaded.
+    """
+    if model_folder(config.student) is None:
+        preprocessing = student_preprocessing(config.student)
+    else:
+        preprocessing = load_clip(config.student).preprocessing
+    return crops_for(preprocessing, config.recipe.crop_scale)
 
 
 def empty_student(config: RunConfig, *, name: str) -> ClipModel:

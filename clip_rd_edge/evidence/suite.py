@@ -12,6 +12,7 @@ import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
 from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
+from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -191,13 +192,14 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
     Args:
         teacher: model name, as in `load_clip`.
         caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
+
+    Raises:
+        InputError, ConfigError: the student of a method with a teacher is unknown, or its file is invalid.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
     text = run.method.text or suite.text
-    low, high = recipe.crop_scale
-    cache = f"seed-{run.seed}" + ("" if recipe.crop_scale == CROP_SCALE else f"-crops-{low}-{high}")
-    return RunConfig(
+    config = RunConfig(
         recipe_name=run.method.name,
         recipe=recipe,
         data=suite.data,
@@ -210,7 +212,6 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         context_length=suite.context_length,
         embedding_size=suite.embedding_size,
         teacher_precision=suite.precision,
-        teacher_cache=str(caches / cache) if needs_teacher else None,
         views=suite.views,
         seed=run.seed,
         workers=0,
@@ -219,3 +220,15 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         evaluate_every=suite.evaluate_every,
         tasks=suite.tasks,
     )
+    if not needs_teacher:
+        return config
+    return msgspec.structs.replace(config, teacher_cache=str(caches / _cache_name(config)))
+
+
+def _cache_name(config: RunConfig) -> str:
+    crops, name = crops_of(config), f"seed-{config.seed}"
+    if crops.scale != CROP_SCALE:
+        name += f"-crops-{crops.scale[0]}-{crops.scale[1]}"
+    if crops.aspect_ratio is None:
+        return f"{name}-squash"
+    return name if crops.aspect_ratio == 1 else f"{name}-{crops.aspect_ratio:.3f}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.evidence.suite import EvidenceSuite, Method, read_evidence, run_config
+from clip_rd_edge.models.student import CONFIGS
 from clip_rd_edge.utils.structs import to_yaml
 
 
@@ -100,6 +102,18 @@ def test_methods_with_other_crops_have_a_teacher_cache_of_their_own(suite: Evide
     runs = [dataclasses.replace(run, method=method) for method in methods]
     caches = [run_config(suite, run, teacher="t", caches=Path("c")).teacher_cache for run in runs]
     assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-crops-0.3-1.0"]
+
+
+def test_students_that_squeeze_images_have_a_teacher_cache_of_their_own(suite: EvidenceSuite, tmp_path: Path) -> None:
+    preset = json.loads((CONFIGS / "resnet10t.json").read_text())
+    run, caches = next(run for run in suite.runs() if run.method.name == "clip-rd"), []
+    for mode in ("shortest", "longest", "squash"):
+        student = tmp_path / f"{mode}.json"
+        own = {**preset, "preprocess_cfg": {**preset["preprocess_cfg"], "resize_mode": mode}}
+        student.write_text(json.dumps(own))
+        config = run_config(suite, dataclasses.replace(run, student=str(student)), teacher="t", caches=Path("c"))
+        caches.append(config.teacher_cache)
+    assert caches == ["c/seed-0", "c/seed-0", "c/seed-0-squash"]
 
 
 @pytest.mark.parametrize(

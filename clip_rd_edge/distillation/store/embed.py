@@ -6,12 +6,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.unpaired import require_images
 from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders
@@ -23,11 +21,11 @@ from clip_rd_edge.distillation.store.store_build import (
     build_cache,
     shard_maker,
 )
+from clip_rd_edge.distillation.student import crops_of
 from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with, teacher_weights
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip
-from clip_rd_edge.models.student import student_preprocessing
 from clip_rd_edge.utils.cluster import map_on_cluster
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -65,16 +63,7 @@ def _maker(config: RunConfig, clip: ClipModel, pairs: Pairs) -> ShardMaker:
     device = default_device()
     autocast, captions = AUTOCAST[config.teacher_precision], caption_batch_size(BATCH_SIZE, device)
     teacher = Teacher(clip, device, autocast=autocast, caption_batch=captions)
-    return shard_maker(config, teacher, pairs, _crops(config))
-
-
-def _crops(config: RunConfig) -> Crops:
-    """Return the crops of a run: those for the input of its student, which is square unless it is a trained one."""
-    if model_folder(config.student) is None:
-        preprocessing = student_preprocessing(config.student)
-    else:
-        preprocessing = load_clip(config.student).preprocessing
-    return crops_for(preprocessing, config.recipe.crop_scale)
+    return shard_maker(config, teacher, pairs, crops_of(config))
 
 
 def _on_cluster(
