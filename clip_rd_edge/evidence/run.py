@@ -56,7 +56,7 @@ from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.lock import exclusive_writer
-from clip_rd_edge.utils.reporting import Reporter
+from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
 
@@ -195,11 +195,11 @@ def _named(tasks: Sequence[Task]) -> list[tuple[str, str]]:
     return [(task.name, _content(task)) for task in tasks]
 
 
-class _TrainingClock(Reporter):
+class _TrainingClock(PrefixedReporter):
     """Measures the CPU time of a run, restarted while the teacher cache is filled, which one run does for all."""
 
     def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
+        super().__init__(reporter, prefix="")
         self._start = time.process_time()
 
     @property
@@ -209,7 +209,7 @@ class _TrainingClock(Reporter):
     def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
         if stage == CACHING_STAGE:
             self._start = time.process_time()
-        self._reporter.update(stage, step, total, message)
+        super().update(stage, step, total, message)
 
 
 def _check_runs(configs: Sequence[RunConfig], folders: Sequence[Path], reporter: Reporter) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import Watch
 
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.pairs import fingerprint, load_pairs
@@ -165,6 +166,14 @@ def test_finished_runs_are_compared_with_the_suite_before_the_first_run(
     student.write_text(student.read_text().replace("resnet10t", "resnet18"))
     refuse(suite, "the file of the student's architecture has another content")
     assert [path.name for path in out.iterdir()] == ["runs"]  # nothing was measured or written
+
+
+def test_what_a_run_says_is_heard_in_a_suite() -> None:
+    watch = Watch()
+    clock = runs._TrainingClock(watch)
+    clock.say("the run goes on with changed inputs")
+    clock.update("training", 1, 2)
+    assert (watch.said, watch.updates) == (["the run goes on with changed inputs"], [("training", 1, 2)])
 
 
 @pytest.mark.slow
