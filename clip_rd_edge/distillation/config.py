@@ -52,6 +52,7 @@ LOCATIONS = frozenset(
     {"recipe_name", "data", "images", "texts", "teacher", "teacher_pretrained", "student"}
 ) | frozenset({"text", "pretrained_image", "pretrained_text", "teacher_cache", "tasks"})
 CROP_SCALE = (0.9, 1.0)  # of recipes that name no other
+CONTEXT_LENGTH = 77  # of runs that name no other; a text tower that they take from a model keeps its own
 MAX_WORKERS = 1_024  # loader processes
 MAX_BANK_SIZE = 2**24  # rows; of 512 dimensions, 32 GiB
 _Decay = Annotated[float, Meta(ge=0, lt=1)]
@@ -178,7 +179,7 @@ class RunConfig(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fields=
     student: str
     image_size: Annotated[int, Meta(ge=1, le=MAX_EDGE)] = 224
     text: str = "standard"
-    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] = 77
+    context_length: Annotated[int, Meta(ge=2, le=MAX_CONTEXT)] = CONTEXT_LENGTH
     embedding_size: Annotated[int, Meta(ge=0, le=MAX_EMBEDDING_SIZE)] = 0
     pretrained_image: str | None = None
     pretrained_text: str | None = None

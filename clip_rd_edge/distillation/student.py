@@ -11,7 +11,7 @@ import msgspec
 
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
-from clip_rd_edge.distillation.config import RunConfig
+from clip_rd_edge.distillation.config import CONTEXT_LENGTH, RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
 from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
@@ -152,7 +152,7 @@ def _load_text_source(config: RunConfig, folder: Path) -> ClipModel:
         InputError, ConfigError: it cannot be loaded.
     """
     clip = load_clip(str(folder))
-    if config.context_length not in (_DEFAULTS["context_length"], clip.context_length):
+    if config.context_length not in (CONTEXT_LENGTH, clip.context_length):
         raise UsageError(
             f"The student takes the text tower of {config.text}, whose context length is {clip.context_length}; "
             f"{config.context_length} was asked for.",

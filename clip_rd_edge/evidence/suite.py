@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import msgspec
 
 from clip_rd_edge.benchmarking.suite import Threads, find_suite
-from clip_rd_edge.distillation.config import CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
-from clip_rd_edge.distillation.student import crops_of
+from clip_rd_edge.distillation.config import CONTEXT_LENGTH, CROP_SCALE, Precision, Recipe, RunConfig, Seed, load_recipe
+from clip_rd_edge.distillation.student import crops_of, text_source
 from clip_rd_edge.errors import ConfigError
+from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.models.student import TEACHER
 from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeFloat, PositiveFloat, PositiveInt
 from clip_rd_edge.utils.structs import convert, read_yaml
@@ -71,6 +72,7 @@ class EvidenceSuite(CheckedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         compare_with: methods that all others are compared with, paired by seed.
         views: see `RunConfig`; the teacher's embeddings of the views are computed once per seed.
         evaluate_every: steps between the points of the learning curves.
+        context_length: tokens per caption; the text tower of a model, in `text`, keeps its own.
         teacher_steps: steps to tune the built-in teacher, if no other teacher is given.
         threads: number of training threads.
     """
@@ -194,7 +196,8 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         caches: folder of the teacher's embeddings, with one cache per seed and crops, because views depend on these.
 
     Raises:
-        InputError, ConfigError: the student of a method with a teacher is unknown, or its file is invalid.
+        InputError, ConfigError: the student of a method with a teacher is unknown, or its file or that of a text tower
+            is invalid.
     """
     recipe = suite.recipe(run.method, run.student)
     needs_teacher = recipe.objective.needs_teacher
@@ -220,6 +223,10 @@ def run_config(suite: EvidenceSuite, run: Run, *, teacher: str, caches: Path) ->
         evaluate_every=suite.evaluate_every,
         tasks=suite.tasks,
     )
+    if (source := text_source(config)) is not None:
+        own = read_open_clip_config(source)["model_cfg"].get("text_cfg", {}).get("context_length")
+        if own != suite.context_length:
+            config = msgspec.structs.replace(config, context_length=CONTEXT_LENGTH)
     if not needs_teacher:
         return config
     return msgspec.structs.replace(config, teacher_cache=str(caches / _cache_name(config)))
