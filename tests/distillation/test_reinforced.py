@@ -425,6 +425,21 @@ def test_an_image_too_wide_for_a_jpeg_is_left_out(own_store: dict[str, Any], pai
     assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 23
 
 
+def test_a_store_of_ours_that_was_refused_is_refused_again_until_the_images_are_repaired(
+    own_store: dict[str, Any], pairs_csv: Path
+) -> None:
+    images = {path: path.read_bytes() for path in (pairs_csv.parent / "pictures" / f"{n}.png" for n in (3, 12))}
+    for path, content in images.items():
+        path.write_bytes(bytes(len(content)))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"2 of 24 samples .* are bad"):
+            edge.embed(**own_store, max_bad=0.05)
+    for path, content in images.items():
+        path.write_bytes(content)
+    folder = edge.embed(**own_store, max_bad=0.05)
+    assert len(open_store(f"{folder}/{{00000..00002}}.tar")) == 24
+
+
 def test_a_store_of_ours_is_continued_and_its_options_are_checked(own_store: dict[str, Any], tmp_path: Path) -> None:
     folder = edge.embed(**own_store)
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}

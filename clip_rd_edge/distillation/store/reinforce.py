@@ -122,8 +122,11 @@ def _write_shards(folder: Path, writer: _Writer, processes: Processes, reporter:
         if not is_file(path):
             rows = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, len(writer.pairs)))
             known = writer.bad.bad_pairs
-            with new_file(path) as file:
-                writer.write_shard(rows, file)
+            try:
+                with new_file(path) as file:
+                    writer.write_shard(rows, file)
+            except InputError:  # too many are bad already, for which all processes are refused below
+                break
             with_bad += [path] * (writer.bad.bad_pairs > known)
     reporter.update(_STAGE, len(mine), len(mine))
     share_bad(writer.bad, processes, with_bad)

@@ -140,7 +140,10 @@ def build_cache(
         with_bad: list[Path] = []
         reporter.update(CACHING_STAGE, 0, len(mine))
         for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
-            bad.add(shard.bad)
+            try:
+                bad.add(shard.bad)
+            except InputError:  # too many already, for which all processes are refused below
+                break
             write_array(task.path(folder), shard.rows)
             with_bad += [task.path(folder)] * bool(shard.bad)
             reporter.update(CACHING_STAGE, done, len(mine))
@@ -162,6 +165,8 @@ def build_cache(
 
 def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> None:
     """Wait for all processes, and count their bad pairs together.
+
+    A process that has too many of its own stops there and refuses here, so that the others remove their files, too.
 
     Args:
         files: those that this process wrote without some bad pairs. They are removed if the bad pairs of all processes

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support import save_tiny_teacher
+from thread_processes import call_in_threads
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import Pairs
@@ -281,6 +282,31 @@ def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
     for _ in range(2):
         with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
             make_build(config, setup, OneOfTwo())()
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("processes", "bad"), [(1, (3, 12)), (2, (3, 7, 12))])
+def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired(
+    processes: int, bad: tuple[int, ...], config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of two processes keeps a file that lacks an image."""
+
+    def fail(pairs: Pairs, index: int) -> Image.Image:
+        if index in bad:
+            raise InputError(f"Cannot read image {index}.")
+        return open_image(pairs, index)  # type: ignore[arg-type]
+
+    config = msgspec.structs.replace(config, max_bad=0.05)  # one of 24
+    open_image = type(setup.pairs).open
+    monkeypatch.setattr(type(setup.pairs), "open", fail)
+    for _ in range(2):
+        for error in call_in_threads(processes, lambda own: make_build(config, setup, own)()):
+            assert isinstance(error, InputError)
+            assert f"{len(bad)} of 24 samples" in str(error)
+    monkeypatch.setattr(type(setup.pairs), "open", open_image)
+    assert call_in_threads(processes, lambda own: make_build(config, setup, own)()) == [None] * processes
+    cache = open_cache(Path(str(config.teacher_cache)))
+    assert all(cache.lookup(view, index, setup.pairs.captions(index)[0]) for view in (0, 1) for index in range(24))
 
 
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
