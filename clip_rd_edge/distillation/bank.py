@@ -20,6 +20,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     TeacherCache,
     TeacherCaches,
     image_shard,
+    is_embedding,
     shard_rows,
     text_shard,
 )
@@ -36,6 +37,10 @@ class TeacherBank(Protocol):
 
     def with_batch(self, image: Tensor, text: Tensor) -> Bank:
         """Return the bank of a step whose global batch has these embeddings of the teacher, (B, D) each."""
+        ...
+
+    def drop_not_finite(self) -> None:
+        """Drop embeddings that are not finite: with them, the loss of every further step would not be, either."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +122,9 @@ class StoredBank:
         """See `TeacherBank`."""
         return self._bank
 
+    def drop_not_finite(self) -> None:
+        """Do nothing: there are none, see `_readable`."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return the kind alone: the embeddings are in the cache."""
         return {"kind": "stored"}
@@ -154,8 +162,8 @@ def _read_rows(
 
 
 def _readable(parts: Sequence[npt.NDArray[np.float16]], path: Callable[[int], Path]) -> list[npt.NDArray[np.float16]]:
-    """Return the rows of each teacher without those that are zero for one of them, which could not be embedded."""
-    readable = np.logical_and.reduce([part.any(axis=1) for part in parts])
+    """Return the rows of each teacher without those that could not be embedded by one of them."""
+    readable = np.logical_and.reduce([is_embedding(part) for part in parts])
     if not readable.any():
         raise InputError(
             f"None of the {len(readable):,} embeddings chosen for the bank from {path(0).parent} could be computed.",
@@ -185,6 +193,15 @@ class QueueBank:
         self._rows[:, positions] = newest
         self._seen += newest.shape[1]
         return Bank(*self._filled())
+
+    def drop_not_finite(self) -> None:
+        """See `TeacherBank`."""
+        rows = self._filled()
+        rows = rows.roll(-(self._seen % rows.shape[1]), dims=1)  # the oldest first
+        rows = rows[:, rows.isfinite().all(dim=2).all(dim=0)]
+        if rows.shape[1] < self._filled().shape[1]:
+            self._seen = rows.shape[1]
+            self._rows[:, : self._seen] = rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return the embeddings."""

@@ -143,6 +143,8 @@ class TrainingStep:
                 with nullcontext() if is_last else processes.accumulate(self._synchronised):
                     self._backward(self._embed(self._synchronised, chunk, step, number), list(part))
         parameter.grad = log_scale.grad
+        if self.bank is not None and not loss.total.isfinite():  # looked at here, where nothing waits for the device
+            self.bank.drop_not_finite()
         return StepResult(loss, embeddings)
 
     def _chunks(self, batch: Batch) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     open_cache,
     text_shard,
 )
+from clip_rd_edge.distillation.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import load_array
@@ -88,9 +90,10 @@ def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache
     path = image_shard(cache.folder, 0, 0)
     rows = load_array(path)
     rows[3] = 0
+    rows[5, 0] = np.nan  # of a cache of an earlier version
     np.save(path, rows)
     image, text = stored(cache, 1_000)
-    assert (len(image), len(text)) == (23, 24)
+    assert (len(image), len(text)) == (22, 24)
     rows[:] = 0
     np.save(path, rows)
     with pytest.raises(InputError, match=r"None of the 24 embeddings chosen for the bank from .*view-000"):
@@ -126,6 +129,38 @@ def test_a_queue_holds_the_last_embeddings_and_those_of_the_step() -> None:
     assert torch.equal(bank.text, -bank.image)
     assert QueueBank(2, CPU).with_batch(batches[0], batches[0]).image.shape == (2, 2)
     assert QueueBank(8, CPU).with_batch(batches[0], batches[0]).image.shape == (3, 2)
+
+
+def test_a_queue_drops_what_is_not_finite_and_goes_on_with_the_rest_in_their_order() -> None:
+    queue = QueueBank(5, CPU)
+    for number in range(1, 5):
+        image = torch.full((2, 2), float(number))
+        image[0] = math.nan if number == 3 else number
+        bank = queue.with_batch(image, -torch.full((2, 2), float(number)))
+    assert bank.image.isnan().any()
+    queue.drop_not_finite()
+    for number in (5, 6):
+        bank = queue.with_batch(torch.full((1, 2), float(number)), torch.full((1, 2), -float(number)))
+    assert sorted(bank.image[:, 0].tolist()) == [3, 4, 4, 5, 6]
+    assert torch.equal(bank.text, -bank.image)
+
+
+def test_an_image_without_a_finite_embedding_costs_a_run_one_step(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a teacher that overflows in float16: the bank must not keep the embedding."""
+    embed, calls = Teacher.embed_images, list[Teacher]()
+
+    def overflow_at_first(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        embeddings = embed(teacher, pixels)
+        if not calls:
+            embeddings[2] = math.nan
+        calls.append(teacher)
+        return embeddings
+
+    monkeypatch.setattr(Teacher, "embed_images", overflow_at_first)
+    run_distillation(config, tmp_path / "run", resume=False)
+    assert [line["loss"] is None for line in read_metrics(tmp_path / "run")] == [True] + [False] * (STEPS - 1)
 
 
 @pytest.mark.parametrize("size", [3, 5, 8, 20])

@@ -16,8 +16,8 @@ The embeddings of several teachers are several caches side by side, in a folder 
 teacher's fingerprint, so that a run with some of the teachers, or with another one more, finds what is there.
 
 Images are stored by view and pair, captions once each, by a hash of their text. A pair that could not be read when the
-cache was built has a row of zeros, which no embedding is: it is then bad in training, too, and another pair takes its
-place with its own row.
+cache was built, or for which the teacher computed no finite numbers, has a row of zeros, which no embedding is: it is
+then bad in training, too, and another pair takes its place with its own row.
 
 Files are written atomically, so several processes or machines can build one cache together, and an interrupted build
 continues where it stopped. Rows are read with plain reads, so neither opening a cache nor reading from it needs memory
@@ -137,7 +137,7 @@ class TeacherCache:
     def lookup(self, epoch: int, index: int, caption: str) -> tuple[HalfArray, HalfArray] | None:
         """Return the teacher's embeddings of a pair's image in an epoch and of a caption, (D,) each.
 
-        None if one of them could not be read when the cache was built.
+        None if one of them could not be read or embedded when the cache was built.
         """
         path = image_shard(self.folder, epoch % self.manifest.views, index // SHARD_SIZE)
         image = self._row(path, index, total=self.manifest.pairs)
@@ -147,7 +147,7 @@ class TeacherCache:
             if row == self.captions or keys[row] != key:
                 return None
         text = self._row(text_shard(self.folder, row // SHARD_SIZE), row, total=self.captions)
-        return (image, text) if image.any() and text.any() else None
+        return (image, text) if is_embedding(image) and is_embedding(text) else None
 
     def _row(self, path: Path, index: int, *, total: int) -> HalfArray:
         shape = (self.manifest.embedding_size,)
@@ -169,6 +169,12 @@ class TeacherCaches:
             return None
         images, texts = zip(*rows, strict=True)
         return np.concatenate(images), np.concatenate(texts)
+
+
+def is_embedding(rows: HalfArray) -> npt.NDArray[np.bool_]:
+    """Return which rows, (…, D), are embeddings: not zeros, and finite. Caches of earlier versions may hold others."""
+    embedded: npt.NDArray[np.bool_] = np.logical_and(rows.any(axis=-1), np.isfinite(rows).all(axis=-1))
+    return embedded
 
 
 def caption_key(caption: str) -> int:

@@ -27,6 +27,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     caption_shard,
     claim_cache,
     image_shard,
+    is_embedding,
     shard_count,
     shard_rows,
     text_shard,
@@ -238,7 +239,7 @@ class ShardMaker:
         return np.asarray(entries, dtype=[("key", KEY), ("pair", "<i8")])
 
     def _texts(self, keys: npt.NDArray[Any], pairs: npt.NDArray[Any]) -> HalfArray:
-        """Embed captions by their keys; rows of zeros for those that cannot be read."""
+        """Embed captions by their keys; rows of zeros for those that cannot be read or embedded."""
         captions: dict[int, str] = {}  # by row
         for row, (key, pair) in enumerate(zip(keys.tolist(), pairs.tolist(), strict=True)):
             for caption in self._captions(pair):
@@ -252,7 +253,7 @@ class ShardMaker:
         return embeddings
 
     def _images(self, view: int, rows: range) -> Shard:
-        """Embed the images of pairs in a view; rows of zeros for those that cannot be read."""
+        """Embed the images of pairs in a view; rows of zeros for those that cannot be read or embedded."""
         embeddings = self._empty(len(rows))
         # What cannot be read is tried once more: most errors of networks and disks pass.
         by_pair = dict(zip(rows, embeddings, strict=True))
@@ -264,7 +265,7 @@ class ShardMaker:
     def _embed_images(
         self, view: int, indices: Sequence[int], embeddings: Mapping[int, HalfArray], *, workers: int
     ) -> dict[int, str]:
-        """Fill the rows of these pairs; return those that cannot be read, with the reasons."""
+        """Fill the rows of these pairs; return those that cannot be read or embedded, with the reasons."""
         bad: dict[int, str] = {}
         parts = [indices[part] for part in in_batches(len(indices), BATCH_SIZE)]
         views: list[list[View]] = [[(view, index) for index in part] for part in parts]
@@ -272,8 +273,14 @@ class ShardMaker:
             bad |= dict(batch.bad)
             rows = _to_half(self._teacher.embed_images(batch.student_pixels))
             for index, row in zip(part, rows, strict=True):
-                if index not in bad:
+                if index in bad:
+                    continue
+                if is_embedding(row):
                     embeddings[index][:] = row
+                else:
+                    bad[index] = (
+                        f"The teacher's embedding of image {index:,} is not finite in {self.manifest.precision}."
+                    )
         return bad
 
     def _views(self) -> ViewDataset:
@@ -309,5 +316,7 @@ def shard_maker(config: RunConfig, teacher: Teacher, pairs: Pairs, crops: Crops)
 
 
 def _to_half(embeddings: Tensor) -> HalfArray:
+    """Return rows of a store: zeros for embeddings that are not finite, as where a teacher overflows in float16."""
     half: HalfArray = embeddings.float().cpu().numpy().astype("<f2")
+    half[~is_embedding(half)] = 0
     return half

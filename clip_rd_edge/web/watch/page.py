@@ -61,7 +61,7 @@ def _lead(state: RunState) -> str:
     if state.phase == "stopped" and not state.is_finite:  # as distill says where a run has diverged
         return (
             f"{steps}: the run has stopped, and its loss was not finite. Begin a new run, with another -o, with a "
-            "lower learning rate, or precision: fp32."
+            "lower learning rate, or --precision fp32."
         )
     if state.phase == "stopped":
         return f"{steps}: the run has stopped; the same distill command with --resume continues it."

@@ -34,7 +34,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     text_shard,
 )
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
-from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 VIEWS = 2
@@ -247,6 +247,34 @@ def test_a_read_error_that_passes_while_the_cache_is_built_leaves_no_gap(
     cache = open_cache(Path(str(config.teacher_cache)))
     assert len(failed) == 5
     assert all(cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24))
+
+
+def test_what_the_teacher_does_not_embed_in_finite_numbers_is_bad(
+    config: RunConfig, setup: RunSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a teacher that overflows in float16, for one image and for the caption of another."""
+    embed_images, embed_captions = Teacher.embed_images, CaptionCache.__call__
+    (caption,) = setup.pairs.captions(7)
+
+    def images(teacher: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        embeddings = embed_images(teacher, pixels)
+        embeddings[5 if len(embeddings) == 24 else 0, 3] = np.nan  # what is bad is tried once more
+        return embeddings
+
+    def captions(cache: CaptionCache, texts: list[str]) -> torch.Tensor:
+        embeddings = embed_captions(cache, texts)
+        embeddings[texts.index(caption), 3] = np.inf
+        return embeddings
+
+    monkeypatch.setattr(Teacher, "embed_images", images)
+    monkeypatch.setattr(CaptionCache, "__call__", captions)
+    with pytest.raises(InputError, match=r"1 of 24 .*: The teacher's embedding of image 5 is not finite in fp32"):
+        make_build(config, setup)()
+    make_build(msgspec.structs.replace(config, max_bad=0.05), setup)()
+    cache = open_cache(Path(str(config.teacher_cache)))
+    rows = [cache.lookup(0, index, setup.pairs.captions(index)[0]) for index in range(24)]
+    assert [index for index, row in enumerate(rows) if row is None] == [5, 7]
+    assert np.isfinite([row for row in rows if row is not None]).all()
 
 
 def test_too_many_unreadable_images_stop_the_build(
