@@ -99,6 +99,39 @@ def test_chunks_and_blocks_give_the_loss_and_gradients_of_the_whole(
     assert_close(compute(make_step(Processes(), settings)), expected)
 
 
+class Tokens(nn.Module):
+    """An image tower with a class token and positions, as a ViT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = nn.Parameter(torch.ones(1, 1, 32)), nn.Parameter(torch.ones(1, 97, 32))
+        self.projection = nn.Linear(97 * 32, 16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        tokens = torch.cat([self.token.expand(len(pixels), -1, -1), pixels.flatten(1, 2)], dim=1)
+        return nn.functional.normalize(self.projection((tokens + self.positions).flatten(1)), dim=-1)
+
+
+def test_a_compiled_step_in_chunks_of_one_pair_gives_the_gradients_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_as = nn.Module.compile
+
+    def gradients(settings: StepSettings) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        tower = Tokens()
+        step = TrainingStep(model(0), None, Objective(Weights(task=1)), Processes(), settings, image_tower=tower)
+        compute(step)
+        return {name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None}
+
+    def compile_tokens(module: nn.Module) -> None:
+        if isinstance(module, Tokens):
+            compile_as(module, backend="aot_eager")  # which needs no compiler of C++
+
+    monkeypatch.setattr(nn.Module, "compile", compile_tokens)
+    assert_close(gradients(StepSettings(compile=True, chunks=8)), gradients(StepSettings()))
+
+
 def test_the_loss_scale_multiplies_every_gradient_and_not_the_loss(expected: dict[str, Tensor]) -> None:
     assert_close(compute(make_step(Processes(), StepSettings()), loss_scale=8.0), expected, factor=8.0)
 
