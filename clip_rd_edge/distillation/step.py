@@ -111,7 +111,7 @@ class TrainingStep:
         self._synchronised = processes.synchronised(self._towers)
 
     def __call__(self, batch: Batch, step: int, *, loss_scale: float = 1.0) -> StepResult:
-        """Compute one step.
+        """Compute one step. A step whose loss is not finite is to be skipped, and does not spoil those that follow.
 
         Args:
             batch: this process's part of the global batch.
@@ -120,6 +120,8 @@ class TrainingStep:
         """
         model, processes = self.student.model, self.processes
         processes.broadcast(model.buffers())
+        # Activations that exceed float16's range would stay in the statistics of batch norms.
+        buffers = _buffer_values(model) if self.settings.autocast is torch.float16 else None
         chunks = list(self._chunks(batch))
         targets = [self.teacher.embed(chunk) for chunk in chunks] if self.teacher else []
         if targets:
@@ -143,8 +145,11 @@ class TrainingStep:
                 with nullcontext() if is_last else processes.accumulate(self._synchronised):
                     self._backward(self._embed(self._synchronised, chunk, step, number), list(part))
         parameter.grad = log_scale.grad
-        if self.bank is not None and not loss.total.isfinite():  # looked at here, where nothing waits for the device
-            self.bank.drop_not_finite()
+        if not loss.total.isfinite():  # the step will be skipped; asked here, where the loss is awaited anyway
+            if buffers is not None:
+                _restore_buffers(model, buffers)
+            if self.bank is not None:
+                self.bank.drop_not_finite()
         return StepResult(loss, embeddings)
 
     def _chunks(self, batch: Batch) -> Iterator[Batch]:
@@ -260,11 +265,19 @@ def _part(batch: Batch, part: slice) -> Batch:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Undo what the block does to a model's buffers: batch norms would count a batch that passes twice as two."""
-    saved = [buffer.clone() for buffer in model.buffers()]
+    saved = _buffer_values(model)
     yield
-    with torch.no_grad():
-        for buffer, own in zip(model.buffers(), saved, strict=True):
-            buffer.copy_(own)
+    _restore_buffers(model, saved)
+
+
+def _buffer_values(model: nn.Module) -> list[Tensor]:
+    return [buffer.clone() for buffer in model.buffers()]
+
+
+@torch.no_grad()
+def _restore_buffers(model: nn.Module, values: list[Tensor]) -> None:
+    for buffer, own in zip(model.buffers(), values, strict=True):
+        buffer.copy_(own)
 
 
 def _separate_gradients(model: nn.Module) -> None:

@@ -172,6 +172,26 @@ def test_batch_norms_count_each_chunk_once() -> None:
     assert all(count == 2 for count in counts)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_step_that_overflows_in_float16_leaves_the_batch_norms_as_they_were(chunks: int) -> None:
+    student, factor = model(0, "test_resnet"), 1.0
+    convolution = next(m for m in student.model.modules() if isinstance(m, nn.Conv2d))
+    convolution.register_forward_pre_hook(lambda _, args: (factor * args[0],))
+    settings = StepSettings(autocast=torch.float16, chunks=chunks)
+    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), settings)
+
+    def buffers() -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in student.model.named_buffers()}
+
+    start = buffers()
+    assert compute(step)["loss"].isfinite()
+    after_one = buffers()
+    assert any(not torch.equal(after_one[name], start[name]) for name in start)
+    factor = 1e5
+    assert not compute(step)["loss"].isfinite()
+    torch.testing.assert_close(buffers(), after_one, rtol=0, atol=0)
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, {})
