@@ -134,21 +134,22 @@ def build_cache(
     bad = BadSamples(maker.pairs, max_share=maker.max_bad)
 
     def write(tasks: Sequence[ShardTask]) -> None:
-        missing = [task for task in tasks if not task.path(folder).is_file()]
-        processes.barrier()  # before the first one is written, so that all processes list the same ones
-        mine = missing[processes.rank :: processes.world_size]
-        left = (task.with_captions(folder) for task in mine if not task.path(folder).is_file())
-        with_bad: list[Path] = []
-        reporter.update(CACHING_STAGE, 0, len(mine))
-        for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
-            try:
-                bad.add(shard.bad)
-            except InputError:  # too many already, for which all processes are refused below
-                break
-            write_array(task.path(folder), shard.rows)
-            with_bad += [task.path(folder)] * bool(shard.bad)
-            reporter.update(CACHING_STAGE, done, len(mine))
-        share_bad(bad, processes, with_bad)
+        # Another job may write files meanwhile, so that one process lists them for all; or remove those that it wrote,
+        # if it is refused.
+        while missing := processes.on_main(lambda: [task for task in tasks if not task.path(folder).is_file()]):
+            mine = missing[processes.rank :: processes.world_size]
+            left = (task.with_captions(folder) for task in mine if not task.path(folder).is_file())
+            with_bad: list[Path] = []
+            reporter.update(CACHING_STAGE, 0, len(mine))
+            for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
+                try:
+                    bad.add(shard.bad)
+                except InputError:  # too many already, for which all processes are refused below
+                    break
+                write_array(task.path(folder), shard.rows)
+                with_bad += [task.path(folder)] * bool(shard.bad)
+                reporter.update(CACHING_STAGE, done, len(mine))
+            share_bad(bad, processes, with_bad)
 
     shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
     write([ShardTask("captions", shard, rows) for shard, rows in shards])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import save_tiny_teacher
+from support import PATIENCE_S, save_tiny_teacher
 from thread_processes import call_in_threads
 
 from clip_rd_edge.contract.preprocess import Preprocessing
@@ -33,7 +34,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     open_cache,
     text_shard,
 )
-from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.store.store_build import ShardMaker, ShardTask, build_cache, make_manifest
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
@@ -335,6 +336,56 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
     assert call_in_threads(processes, lambda own: make_build(config, setup, own)()) == [None] * processes
     cache = open_cache(Path(str(config.teacher_cache)))
     assert all(cache.lookup(view, index, setup.pairs.captions(index)[0]) for view in (0, 1) for index in range(24))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_file_that_another_job_finishes_between_two_processes_leaves_no_gap(
+    config: RunConfig, setup: RunSetup, build: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    finished = (tmp_path / "cache").rename(tmp_path / "of the other job")
+    path_of, ranks, is_listed, copied = ShardTask.path, dict[int, int](), threading.Event(), list[Path]()
+
+    def path(task: ShardTask, folder: Path) -> Path:
+        file = path_of(task, folder)
+        if task.kind == "images" and ranks[threading.get_ident()] == 0 and (task.view, task.shard) == (VIEWS - 1, 2):
+            is_listed.set()
+        if task.kind == "images" and ranks[threading.get_ident()] == 1 and not copied:
+            assert is_listed.wait(PATIENCE_S)
+            copied.append(image_shard(folder, 0, 0))
+            copied[0].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image_shard(finished, 0, 0), copied[0])
+        return file
+
+    def call(processes: Processes) -> None:
+        ranks[threading.get_ident()] = processes.rank
+        make_build(config, setup, processes)()
+
+    monkeypatch.setattr(ShardTask, "path", path)
+    assert call_in_threads(2, call) == [None, None]
+    assert len(copied) == 1
+    names = [{file.relative_to(folder) for file in folder.rglob("*")} for folder in (tmp_path / "cache", finished)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_file_that_another_job_removes_is_computed_again(
+    build: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a job does that is refused for too many bad images."""
+    share_bad, file = store_build.share_bad, image_shard(tmp_path / "cache", 1, 1)
+    removed = list[Path]()
+
+    def share_and_remove(*args: Any) -> None:
+        share_bad(*args)
+        if file.exists() and not removed:
+            removed.append(file)
+            file.unlink()
+
+    monkeypatch.setattr(store_build, "share_bad", share_and_remove)
+    build()
+    assert removed
+    assert file.exists()
 
 
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
