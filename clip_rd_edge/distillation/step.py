@@ -26,6 +26,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, FrozenTextTower, Targets, Teacher
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.logits import MAX_SCALE
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
 from clip_rd_edge.models.captions import LENGTHS, CaptionTower
@@ -117,6 +118,9 @@ class TrainingStep:
             batch: this process's part of the global batch.
             step: counted from 0.
             loss_scale: factor on all gradients, for float16.
+
+        Raises:
+            UsageError: a batch norm sees a single image.
         """
         model, processes = self.student.model, self.processes
         processes.broadcast(model.buffers())
@@ -165,8 +169,16 @@ class TrainingStep:
         pixels = batch.student_pixels
         if pixels.numel():  # else there are texts alone
             pixels = self._normalise(pixels)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            image, text = towers(pixels, batch.captions)
+        try:
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                image, text = towers(pixels, batch.captions)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its spread.",
+                hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
+            ) from error
         return image, text
 
     def _embed_captions(self, captions: list[str]) -> Tensor:

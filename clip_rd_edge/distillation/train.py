@@ -40,7 +40,7 @@ from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, st
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
-from clip_rd_edge.errors import InterruptedRunError, UsageError
+from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
@@ -267,15 +267,7 @@ class _Loop:
     def update(self, batch: Batch, step: int) -> StepResult:
         """Update the weights with the gradients of a batch."""
         optimizer = self.trained.optimizer
-        try:
-            result = self.trained.compute(batch, step, loss_scale=optimizer.loss_scale)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UsageError(
-                "A batch norm of the student sees a single image in a part of a batch, and cannot scale by its spread.",
-                hint="a larger --batch-size, a lower --accumulate, fewer processes, or --freeze-norms",
-            ) from error
+        result = self.trained.compute(batch, step, loss_scale=optimizer.loss_scale)
         optimizer.apply(step, result.loss.total.item(), run=self.run)
         return result
 

@@ -591,11 +591,14 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_so(config: 
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "auto"])  # auto: where it is measured
 def test_a_part_of_a_batch_with_one_image_is_refused_where_a_batch_norm_cannot_take_it(
-    config: RunConfig, tmp_path: Path
+    precision: str, config: RunConfig, tmp_path: Path
 ) -> None:
+    recipe = msgspec.structs.replace(config.recipe, precision=precision)
+    config = msgspec.structs.replace(config, recipe=recipe, student="test_resnet", image_size=32, accumulate=6)
     with pytest.raises(UsageError, match="sees a single image in a part of a batch") as refusal:
-        distil(msgspec.structs.replace(config, student="test_resnet", image_size=32, accumulate=6), tmp_path / "run")
+        distil(config, tmp_path / "run")
     assert "--accumulate" in refusal.value.hint
     assert not (tmp_path / "run").exists()
 
