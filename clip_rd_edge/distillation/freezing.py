@@ -33,6 +33,11 @@ def set_training_mode(student: ClipModel, config: RunConfig) -> None:
                 module.eval()
     if config.gradient_checkpointing:
         student.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        if student.has_hugging_face_text:
+            # By default, transformers before 5 recompute in a way that several processes cannot have: it reports
+            # each gradient to DistributedDataParallel twice.
+            transformer: Any = student.model.get_submodule("text.transformer")
+            transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if config.freeze_text:
         freeze_all_but_projection(student.model.get_submodule("text"))
     if is_texts_alone(config):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from text_towers import bert_clip
 from tiny_runs import tiny_run
+from transformers import BertModel
 
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
@@ -84,6 +87,16 @@ def test_all_that_is_not_frozen_has_a_gradient_with_gradient_checkpointing(name:
     trained = {name for name, parameter in visual.items() if parameter.requires_grad}
     assert 0 < len(trained) < len(visual)
     assert trained == {name for name, parameter in visual.items() if parameter.grad is not None}
+
+
+def test_a_text_tower_of_transformers_recomputes_in_a_way_that_several_processes_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases before 5 take another way unless they are told."""
+    student, chosen = bert_clip(tmp_path / "text"), list[object]()
+    monkeypatch.setattr(BertModel, "gradient_checkpointing_enable", lambda _, options=None: chosen.append(options))
+    set_training_mode(student, tiny_run("clip", {}, data="pairs.csv", gradient_checkpointing=True))
+    assert chosen[-1] == {"use_reentrant": False}
 
 
 def test_layers_without_groups_cannot_be_frozen(student: ClipModel, monkeypatch: pytest.MonkeyPatch) -> None:
