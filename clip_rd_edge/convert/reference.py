@@ -19,7 +19,7 @@ from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 class NodeByNode(BundleEncoder):
     """Runs the ONNX files without fusing nodes: Q/DQ layers are computed in float32, as the file says.
 
-    INT8 kernels differ by processor, and may saturate on this one; the reference must not depend on it.
+    INT8 kernels differ by processor, and may be wrong on this one; the reference must not depend on it.
     """
 
     runtime = "onnxruntime"
@@ -29,14 +29,14 @@ class NodeByNode(BundleEncoder):
         """Open a bundle."""
         return cls(folder, manifest, threads=options.threads)
 
-    def saturation(self, tower: Tower) -> str:
-        """Return an empty string: what `open_tower` opens saturates nowhere."""
+    def int8_fault(self, tower: Tower) -> str:
+        """Return an empty string: what `open_tower` opens is right everywhere."""
         return ""
 
     def open_tower(self, tower: Tower) -> Any:
         """Open an unoptimised session for the tower's ONNX file."""
         path = self.folder / tower.file
-        if super().saturation(tower):
+        if super().int8_fault(tower):
             return open_as_written(path.read_bytes(), threads=self.threads)
         return open_session(str(path), threads=self.threads, optimize=False)
 

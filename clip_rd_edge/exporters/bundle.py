@@ -260,9 +260,9 @@ def _finish(
 
 
 def _label_encoder(folder: Path, manifest: Manifest) -> BundleEncoder:
-    """Return the bundle as a device runs it, or if this processor saturates its text tower, node by node."""
+    """Return the bundle as a device runs it, or if its text tower's INT8 gives wrong answers here, node by node."""
     encoder = open_bundle(folder, manifest, device="cpu")
-    return NodeByNode(folder, manifest) if encoder.saturation(manifest.require_text()) else encoder
+    return NodeByNode(folder, manifest) if encoder.int8_fault(manifest.require_text()) else encoder
 
 
 def _without_text(folder: Path, manifest: Manifest) -> Manifest:

@@ -23,6 +23,7 @@ from clip_rd_edge.errors import in_one_line
 from clip_rd_edge.installation import PACKAGE, install_command
 from clip_rd_edge.runtime.backends.providers import AUTO, OPENVINO_PROCESSORS, PROVIDERS, choose_device
 from clip_rd_edge.utils.host import (
+    ONNXRUNTIMES,
     cpu_quota,
     instruction_sets,
     is_installed,
@@ -131,7 +132,10 @@ def _onnxruntime() -> Finding:
     try:
         import onnxruntime as ort
 
+        from clip_rd_edge.runtime.backends.int8_kernels import RIGHT_SUMS, wrong_sums
+
         available = ort.get_available_providers()
+        fault = wrong_sums()
     except Exception as error:  # noqa: BLE001 — any reason why it does not load is the finding
         detail = f"cannot be imported: {in_one_line(error)}"
         return Finding(what="ONNX Runtime", state="broken", detail=detail, remedy="pip install -U onnxruntime")
@@ -144,7 +148,12 @@ def _onnxruntime() -> Finding:
     others = [name for name in devices if name not in ("cpu", default)]
     if others:
         detail += f"; --device also takes {', '.join(others)}"
-    return Finding(what="ONNX Runtime", state="ok", detail=detail)
+    if not fault:
+        return Finding(what="ONNX Runtime", state="ok", detail=detail)
+    package = next((name for name in ONNXRUNTIMES if is_installed(name)), ONNXRUNTIMES[0])
+    return Finding(
+        what="ONNX Runtime", state="ok", detail=f"{detail}. {fault}", remedy=f'pip install "{package}{RIGHT_SUMS}"'
+    )
 
 
 def _openvino() -> list[Finding]:

@@ -14,15 +14,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower, can_saturate
+from clip_rd_edge.contract.bundle import LABELS, TOKENIZER, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, image_batch_size, in_batches, require_finite
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.label_bank import LabelBank, read_labels
 from clip_rd_edge.contract.preprocess import preprocess, to_uint8
 from clip_rd_edge.contract.tokenizer import Tokenizer
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError, in_one_line, near_matches
+from clip_rd_edge.runtime.backends.int8_kernels import int8_fault
 from clip_rd_edge.runtime.backends.providers import AUTO, warn
-from clip_rd_edge.runtime.backends.saturation import processor_saturates
 from clip_rd_edge.runtime.intact import require_intact
 from clip_rd_edge.utils.files import size_bytes
 
@@ -104,12 +104,10 @@ class BundleEncoder(ABC):
         """Return where a tower really runs, or before it is loaded, where it is meant to."""
         return Placement(self.runtime, "cpu")
 
-    def saturation(self, tower: Tower) -> str:
-        """Return why a tower's INT8 saturates where it runs, or an empty string."""
-        sets = tower.instruction_sets
-        if self.placement(tower).device != "cpu" or not can_saturate(sets) or not processor_saturates():
-            return ""
-        return f"its INT8 holds for {' and '.join(sets)}, and this processor has no VNNI: export for any x86 processor"
+    def int8_fault(self, tower: Tower) -> str:
+        """Return why a tower's INT8 gives wrong answers where it runs, and what to do, or an empty string."""
+        placement = self.placement(tower)
+        return int8_fault(tower.instruction_sets, runtime=placement.runtime) if placement.device == "cpu" else ""
 
     def describe(self) -> Description:
         """Describe this encoder; `precision` names both towers' if they differ."""
@@ -152,7 +150,7 @@ class BundleEncoder(ABC):
     def text_key(self) -> str:
         """A key that changes when text embeddings may change; empty if they are not worth keeping.
 
-        They are not if the manifest lacks the checksums for a key, or this processor saturates the text tower.
+        They are not if the manifest lacks the checksums for a key, or the text tower's INT8 gives wrong answers here.
         It changes when the text tower is loaded and does not run where it was meant to.
         """
         manifest, text = self.manifest, self.manifest.text
@@ -160,7 +158,7 @@ class BundleEncoder(ABC):
         if text is None or not all(files):
             return ""
         placement = self.placement(text)
-        if self.saturation(text):  # else other processors, of the same user, would answer with them
+        if self.int8_fault(text):  # else other processors, of the same user, would answer with them
             return ""
         where = (placement.runtime, placement.device, text.precision)
         content = msgspec.json.encode((files, manifest.tokenizer, where, text.one_at_a_time))
@@ -200,13 +198,13 @@ class BundleEncoder(ABC):
         """Refuse to embed images for other machines, and other days, if their embeddings are wrong here.
 
         Raises:
-            UsageError: this processor saturates the image tower's INT8.
+            UsageError: the image tower's INT8 gives wrong answers here.
         """
         image = self.manifest.image
-        if reason := self.saturation(image):
+        if reason := self.int8_fault(image):
             raise UsageError(
                 f"{self.folder / image.file} gives wrong answers here: {reason}.",
-                hint="embed the images on a device that it holds for, or export the model with --target cpu-x86",
+                hint="do so, or embed the images on a device where clip-rd-edge verify passes",
             )
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:
@@ -262,7 +260,7 @@ class BundleEncoder(ABC):
         for name in self.manifest.files_of(tower):
             require_intact(self.folder, self.manifest, name)
         session = self.open_tower(tower)
-        if reason := self.saturation(tower):
+        if reason := self.int8_fault(tower):
             warn(f"{tower.file} gives wrong answers here: {reason}.")
         return session
 

@@ -110,8 +110,8 @@ def update_index(
 
     Raises:
         InputError: the folder does not exist, or has no images, or its path is not UTF-8.
-        UsageError: `path` contains something else, or the index of another folder; or this processor saturates the
-            image tower's INT8.
+        UsageError: `path` contains something else, or the index of another folder; or the image tower's
+            INT8 gives wrong answers here.
         DiskFullError: there is no space left; what was saved before is kept.
     """
     if not is_folder(folder):

@@ -172,7 +172,7 @@ def _check_tower(encoder: BundleEncoder, trial: _Trial) -> Check:
         difference = float(np.abs(embeddings - trial.answers).max())
         detail, problem = _compare(trial.tower, len(embeddings), agreement, difference, placement)
     where = f"{placement.runtime} on {placement.device}"
-    if reason := encoder.saturation(trial.tower):  # which some inputs alone show
+    if reason := encoder.int8_fault(trial.tower):  # which some inputs alone show
         problem, detail = reason, f"{detail}; {reason}"
     if placement.fallback:
         problem, detail = placement.fallback, f"{placement.fallback}; {detail}"

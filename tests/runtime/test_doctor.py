@@ -9,6 +9,7 @@ import pytest
 
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime import doctor
+from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.doctor import Footprint, _disk_usage, footprints
 
 Run = Callable[..., tuple[int, str, str]]
@@ -91,6 +92,18 @@ def test_providers_and_the_default_device_are_reported(monkeypatch: pytest.Monke
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     detail = doctor._onnxruntime().detail
     assert detail.endswith("for cpu, cuda, tensorrt; bundles run on cuda (INT8 on cpu); --device also takes tensorrt")
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxruntime-openvino"])
+def test_wrong_sums_of_int8_are_reported_with_the_versions_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_kernels, "wrong_sums", lambda: "ONNX Runtime 1.23.0 gets sums of INT8 wrong")
+    monkeypatch.setattr(doctor, "is_installed", lambda name: name == package)
+    finding = doctor._onnxruntime()
+    assert finding.state == "ok"
+    assert finding.detail.endswith("; bundles run on cpu. ONNX Runtime 1.23.0 gets sums of INT8 wrong")
+    assert finding.remedy == f'pip install "{package}!=1.21.*,!=1.22.*,!=1.23.*,!=1.24.*"'
 
 
 def test_a_gpu_that_only_lacks_a_package_gets_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_a_worker_that_embeds_images_wrongly_is_refused(colour_bundle: Path, mon
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
     manifest = write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
     with pytest.raises(UsageError, match="gives wrong answers here"):
         embed._make_worker(colour_bundle, manifest)
 

@@ -20,7 +20,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.reference import read_reference, write_reference
 from clip_rd_edge.contract.tokenizer import TokenizerSpec
-from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import Check, verify_bundle
 
@@ -311,7 +311,7 @@ def test_a_runtime_that_drifts_is_detected_by_the_precisions_limit(
 def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
     answering: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], lacking: bool, failing: set[str]
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: lacking)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: lacking)
     _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
     failed = _failed(verify_bundle(answering))
     assert set(failed) == failing
@@ -322,7 +322,7 @@ def test_a_processor_that_saturates_the_towers_int8_fails_whatever_it_answers(
 def test_a_processor_that_saturates_the_towers_int8_is_warned_about_whatever_the_command(
     answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
     sets = ("x86-64-vnni", "aarch64")
     _rehash(answering, text=msgspec.structs.replace(read_manifest(answering).text, instruction_sets=sets))
     encoder = load(answering)
@@ -331,6 +331,22 @@ def test_a_processor_that_saturates_the_towers_int8_is_warned_about_whatever_the
     encoder.encode_pixels(np.ones((1, 3, 32, 32), np.float32))
     (record,) = caplog.records
     assert record.getMessage().startswith("text.onnx gives wrong answers here: its INT8 holds for x86-64-vnni and")
+
+
+def test_wrong_sums_of_int8_are_warned_about_and_fail_whatever_the_weights(
+    answering: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reason = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor"
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.wrong_sums", lambda: reason)
+    assert not _failed(verify_bundle(answering))  # in float32
+    sets = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
+    _rehash(answering, image=msgspec.structs.replace(read_manifest(answering).image, instruction_sets=sets))
+    failed = _failed(verify_bundle(answering))
+    assert set(failed) == {"image tower"}
+    assert reason in failed["image tower"]
+    assert caplog.messages == [f"image.onnx gives wrong answers here: {reason}."]
+    with pytest.raises(UsageError, match=reason):
+        load(answering).require_right_images()
 
 
 def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answering: Path) -> None:

@@ -25,6 +25,8 @@ from clip_rd_edge.convert.litert import LITERT_BACKEND, write_litert_fp16_tower
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Inputs, Matches, embed, hard_inputs, top1_matches
 from clip_rd_edge.errors import ClipRdEdgeError
+from clip_rd_edge.runtime.backends.int8_kernels import wrong_sums
+from clip_rd_edge.runtime.backends.providers import warn
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -60,6 +62,8 @@ def write_int8(
     """
     manifest = start_conversion(source, folder, request, calibration=calibration)
     backend = backend or _BACKENDS.get(request.format, ORT)
+    if backend is ORT and (reason := wrong_sums()):
+        warn(f"{reason}. INT8 is timed, and evaluated in float arithmetic, but its bundle gives wrong answers here.")
     quantized = {
         samples.tower: quantize_tower(
             source / manifest.towers[samples.tower].file,

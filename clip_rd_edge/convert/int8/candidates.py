@@ -16,7 +16,7 @@ from clip_rd_edge.convert.graph import file_content, prepare_for_quantization, s
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
-from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets, unsaturated
+from clip_rd_edge.convert.int8.saturation import MAX_WEIGHT, instruction_sets, right_session
 from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, group_error, layers_no_slower, robust_layers
 from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
@@ -116,7 +116,7 @@ def _robust_layers(quantizer: StaticQuantizer, request: CandidateRequest) -> lis
 
     def embed_with(layers: Sequence[str]) -> Embeddings:
         content = quantizer.quantize("percentile", layers)
-        return embed(unsaturated(open_session(content, threads=threads), content, threads=threads), samples)
+        return embed(right_session(open_session(content, threads=threads), content, threads=threads), samples)
 
     reference = embed(open_session(str(request.model), threads=threads), samples)
     if group_error(quantizer.layers, embed_with, reference).error <= _SMALL_SHARE * request.max_error:

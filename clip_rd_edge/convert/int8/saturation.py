@@ -6,6 +6,7 @@ by S8 weights with `vpmaddubsw`, which adds each two neighbouring products in 16
 2 · 255 · 64 is 32,640, and 32,767 fits. VNNI, AMX and Arm add in 32 bits, so both are right there, at the same speed.
 
 An export for those may be made on a processor that saturates, which then times INT8, but does not say what it answers.
+Nor does one where ONNX Runtime's kernels are wrong; see `runtime.backends.int8_kernels`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, can_saturate
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
+from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
-from clip_rd_edge.runtime.backends.saturation import processor_saturates
 
 # Largest level of a weight, by its bits.
 MAX_WEIGHT = {7: 64, 8: 127}
@@ -72,22 +73,25 @@ def _levels(
     return levels
 
 
-def unsaturated(
+def right_session(
     session: Any,
     content: bytes,
     *,
     threads: int | None = None,
+    runtime: str = "onnxruntime",
     sets: Callable[[bytes], tuple[str, ...]] = instruction_sets,
 ) -> Any:
-    """Return a session for a model's embeddings: the given one, or if this processor saturates it, one that does not.
+    """Return a session for a model's embeddings: the given one, or if it is wrong on this processor, one that is not.
 
     Args:
-        session: of the model, in any runtime.
-        content: of the model's file; where it saturates, an ONNX file.
+        session: of the model, in `runtime`.
+        content: of the model's file; where the session is wrong, an ONNX file.
         threads: as for `open_session`.
+        runtime: as for `int8_fault`.
         sets: returns the instruction sets of a file, as `instruction_sets` does.
     """
-    if not processor_saturates() or not can_saturate(sets(content)):  # `sets` takes more time
+    is_right = not (processor_saturates() or wrong_sums())  # which takes less time than `sets`
+    if is_right or not int8_fault(sets(content), runtime=runtime):
         return session
     return open_as_written(content, threads=threads)
 
@@ -95,17 +99,33 @@ def unsaturated(
 def open_as_written(content: bytes, *, threads: int | None = None) -> Any:
     """Open a session that computes an ONNX file's INT8 as the file says on any processor, and slowly.
 
-    Q/DQ is computed in float32, as no nodes are fused. Integer products get U8 weights of the same values, with other
-    zero points: ONNX Runtime saturates S8 weights alone.
+    Q/DQ is computed in float32, as no nodes are fused; integer products are in float64, which holds their sums.
 
     Raises:
         ConfigError: as `open_session`.
     """
     model = onnx.load_from_string(content)
-    products = (node for node in model.graph.node if node.op_type == "MatMulInteger")
-    names = {name for node in products for name in (node.input[1], node.input[3])}
-    for tensor in model.graph.initializer:
-        if tensor.name in names and tensor.data_type == onnx.TensorProto.INT8:
-            levels = numpy_helper.to_array(tensor).astype(np.int16) + 128
-            tensor.CopyFrom(numpy_helper.from_array(levels.astype(np.uint8), tensor.name))
+    nodes = [
+        part for node in model.graph.node for part in (_in_float64(node) if node.op_type == "MatMulInteger" else [node])
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     return open_session(model.SerializeToString(), threads=threads, optimize=False)
+
+
+def _in_float64(product: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return the nodes of a MatMulInteger without INT8 kernels: some of them are wrong for U8 weights, too."""
+    output = product.output[0]
+    nodes, factors = [], []
+    for role, inputs in (("a", product.input[::2]), ("b", product.input[1::2])):  # levels, and perhaps a zero point
+        casts = [
+            helper.make_node("Cast", [name], [f"{output}/{role}{i}"], to=onnx.TensorProto.DOUBLE)
+            for i, name in enumerate(filter(None, inputs))
+        ]
+        nodes += casts
+        if len(casts) > 1:
+            nodes.append(helper.make_node("Sub", [cast.output[0] for cast in casts], [f"{output}/{role}"]))
+        factors.append(nodes[-1].output[0])
+    nodes.append(helper.make_node("MatMul", factors, [f"{output}/sums"]))
+    nodes.append(helper.make_node("Cast", [f"{output}/sums"], [output], to=onnx.TensorProto.INT32))
+    return nodes

@@ -13,7 +13,7 @@ import numpy as np
 from clip_rd_edge.contract.bundle import Measurement
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.int8.candidates import ORT, Backend, Candidate, CandidateRequest
-from clip_rd_edge.convert.int8.saturation import unsaturated
+from clip_rd_edge.convert.int8.saturation import right_session
 from clip_rd_edge.convert.int8.select import MeasuredCandidate, Trial, choose
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.parity import BATCH_SIZE, Inputs, Matches, Timer, agreement, embed, latencies, measurement
@@ -126,7 +126,9 @@ def quantize_tower(
     one_at_a_time = {name for name, content in contents.items() if backend.one_at_a_time(content)}
     measured = {}
     for name, content in contents.items():
-        session = unsaturated(sessions[name], content, threads=threads, sets=backend.instruction_sets)
+        session = right_session(
+            sessions[name], content, threads=threads, runtime=backend.name, sets=backend.instruction_sets
+        )
         embeddings = embed(session, inputs, batch_size=1 if name in one_at_a_time else BATCH_SIZE)
         correct = samples.correct(embeddings)
         measured[name] = MeasuredCandidate(

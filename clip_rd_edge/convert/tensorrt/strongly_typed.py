@@ -19,7 +19,7 @@ from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, overflowing_node
 from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
-from clip_rd_edge.convert.int8.saturation import unsaturated
+from clip_rd_edge.convert.int8.saturation import right_session
 from clip_rd_edge.convert.int8.search import TowerSamples
 from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, robust_layers
 from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
@@ -74,7 +74,7 @@ def symmetric_tower(
 
     def embed_int8(quantized: onnx.ModelProto, inputs: Inputs) -> Embeddings:
         content = quantized.SerializeToString()
-        return embed(unsaturated(open_session(content), content), inputs)
+        return embed(right_session(open_session(content), content), inputs)
 
     def attempt(layers: Sequence[str]) -> SymmetricTower:
         quantized = quantize(layers)

@@ -171,3 +171,15 @@ def test_a_loss_of_a_model_that_answers_hardly_any_pair_is_said_to_mean_nothing(
     reporter = Watch()
     export("fp32", reporter=reporter)
     assert any(line.startswith("float32 answers 0.0% of the held-out pairs") for line in reporter.said) == said
+
+
+def test_an_export_where_onnx_runtime_is_wrong_says_so_before_the_search(
+    export: Export, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor: install another"
+    monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.wrong_sums", lambda: wrong)
+    monkeypatch.setattr("clip_rd_edge.convert.int8.bundle.quantize_tower", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(pytest.fail.Exception, match="searched"):
+        export("fp32")
+    (message,) = caplog.messages
+    assert message.startswith(f"{wrong}. ")

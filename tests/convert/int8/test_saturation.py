@@ -24,6 +24,7 @@ from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.reference import NodeByNode
 from clip_rd_edge.convert.tensorrt import strongly_typed
+from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
@@ -155,7 +156,8 @@ def _open_saturated(model: str | bytes, *, threads: int | None = None) -> Any:
 @pytest.fixture
 def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that the kernels of this processor saturate."""
-    monkeypatch.setattr(saturation, "processor_saturates", lambda: True)
+    for module in (saturation, int8_kernels):
+        monkeypatch.setattr(module, "processor_saturates", lambda: True)
     for module in (candidates, strongly_typed):
         monkeypatch.setattr(module, "open_session", _open_saturated)
 
@@ -175,7 +177,7 @@ def _integer_product(weight: int) -> bytes:
     return content
 
 
-def test_integer_products_as_written_have_no_s8_weights_which_alone_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_products_as_written_are_computed_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[bytes] = []
 
     def record(content: bytes, **options: Any) -> Any:
@@ -186,20 +188,29 @@ def test_integer_products_as_written_have_no_s8_weights_which_alone_saturate(mon
     for weight in (127, -128):
         session = saturation.open_as_written(_integer_product(weight))
         assert session.run(None, {"x": np.full((1, 64), 255, np.uint8)})[0].tolist() == [[64 * 252 * (weight + 1)] * 2]
-    kinds = [{tensor.data_type for tensor in onnx.load_from_string(content).graph.initializer} for content in opened]
-    assert kinds == [{TensorProto.UINT8}] * 2
+    kinds = [[node.op_type for node in onnx.load_from_string(content).graph.node] for content in opened]
+    assert kinds == [["Cast", "Cast", "Sub", "Cast", "Cast", "Sub", "MatMul", "Cast"]] * 2
 
 
 @pytest.mark.parametrize(
-    ("saturates", "weight", "replaced"), [(False, 127, False), (True, 64, False), (True, 127, True)]
+    ("saturates", "wrong", "weight", "replaced"),
+    [
+        (False, "", 127, False),
+        (True, "", 64, False),
+        (True, "", 127, True),
+        (False, "wrong sums", 64, True),
+    ],
 )
-def test_a_session_is_replaced_only_where_the_processor_saturates_it(
-    saturates: bool, weight: int, replaced: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_session_is_replaced_only_where_the_processor_computes_it_wrongly(
+    saturates: bool, wrong: str, weight: int, replaced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saturation, "processor_saturates", lambda: saturates)
+    for module in (saturation, int8_kernels):
+        monkeypatch.setattr(module, "processor_saturates", lambda: saturates)
+        monkeypatch.setattr(module, "wrong_sums", lambda: wrong)
     session, content = object(), _integer_product(weight)
-    assert (saturation.unsaturated(session, content) is not session) == replaced
-    assert saturation.unsaturated(session, b"no ONNX file", sets=lambda content: ("x86-64",)) is session
+    assert (saturation.right_session(session, content) is not session) == replaced
+    of_litert = {"runtime": "litert", "sets": lambda content: ("x86-64",)}
+    assert saturation.right_session(session, b"no ONNX file", **of_litert) is session
 
 
 def test_candidates_are_judged_by_what_their_files_say(
@@ -239,7 +250,7 @@ def test_the_reference_answers_of_a_tower_are_computed_as_its_file_says(
     colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     opened: list[bytes] = []
-    monkeypatch.setattr("clip_rd_edge.runtime.encoder.processor_saturates", lambda: True)
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
     monkeypatch.setattr(
         "clip_rd_edge.convert.reference.open_as_written",
         lambda content, *, threads: opened.append(content) or open_session(content, threads=threads),
