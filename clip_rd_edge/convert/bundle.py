@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, damaged_files, read_manifest, require_whole_towers
@@ -32,12 +33,13 @@ def start_conversion(
 
     Raises:
         InputError, ConfigError: `source` is not a bundle.
-        UsageError: it is not in float32, is damaged, has a tower above 2 GB, or the calibration set was made for
-            another model, or has one caption for all images although the text tower is converted.
+        UsageError: it is not in float32, is damaged, a tower to convert is above 2 GB, or the calibration set was made
+            for another model, or has one caption for all images although the text tower is converted.
     """
     manifest = read_manifest(source)
     _require_fp32(source, manifest)
-    require_whole_towers(source, manifest, purpose="every conversion of float32 ONNX")
+    converted = manifest if request.text_tower else msgspec.structs.replace(manifest, text=None)
+    require_whole_towers(source, converted, purpose="every conversion of float32 ONNX")
     if calibration is not None:
         _require_matching_shapes(manifest, calibration)
     if not request.text_tower:

@@ -14,8 +14,10 @@ from clip_rd_edge.convert.bundle import ConvertedBundle
 from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.huggingface import Variant, require_supported, write_huggingface
 from clip_rd_edge.convert.options import ExportRequest
+from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.exporters.model_card import write_model_card
+from clip_rd_edge.exporters.onnx import MAX_FILE_BYTES
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_open_clip
 from clip_rd_edge.utils.files import new_folder
@@ -46,11 +48,18 @@ def export_huggingface(
         The manifest of the last variant, and the trials of INT8.
 
     Raises:
-        UsageError: `output` is in use, or one of the clients does not support the model.
+        UsageError: `output` is in use, one of the clients does not support the model, or it has more than 2 GB.
         ClipRdEdgeError: as `export_bundle`.
     """
     require_output(output, "export", overwrite=overwrite)
     require_supported(clip.preprocessing, clip.name)
+    size = sum(tensor.nbytes for tensor in clip.model.state_dict().values())
+    if size > MAX_FILE_BYTES:
+        raise UsageError(
+            f"{clip.name} has {size / 1e9:.1f} GB of weights, and the Hugging Face layout has both towers in one file "
+            "of up to 2 GB.",
+            hint="omit --layout, or distil a smaller student",
+        )
     variants: list[Variant] = ["fp32", "fp16"]
     if request.precision == "int8":
         variants.append("int8")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.bundle import IMAGE_MODEL, TEXT_MODEL
 from clip_rd_edge.convert.graph import silently
 from clip_rd_edge.errors import ClipRdEdgeError, first_line
-from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower
+from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, inference_image_tower
 from clip_rd_edge.utils.files import disk_full_error
 from clip_rd_edge.utils.shared_block import SharedBlock
 
@@ -64,7 +64,7 @@ class _Int32TextTower(TextTower):
 
 def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, str], clip: ClipModel) -> Path:
     example = example.to(next(tower.parameters()).device)
-    is_large = sum(tensor.nbytes for tensor in tower.state_dict().values()) > MAX_FILE_BYTES
+    is_large = _weight_bytes(tower) > MAX_FILE_BYTES
     try:
         with evaluation_mode(tower), without_fast_path(), silently(), torch.no_grad():
             torch.onnx.export(
@@ -91,6 +91,13 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
             hint="use one of clip-rd-edge's presets, or a newer torch",
         ) from error
     return path
+
+
+def _weight_bytes(tower: nn.Module) -> int:
+    """Return the size of the weights that a tower's file has: its module holds the whole model."""
+    of_image = isinstance(tower, ImageTower)
+    weights = tower.state_dict().items()
+    return sum(tensor.nbytes for name, tensor in weights if name.startswith("model.visual.") == of_image)
 
 
 def root_cause(error: BaseException) -> str:

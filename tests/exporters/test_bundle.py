@@ -11,8 +11,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
+from clip_rd_edge.convert.bundle import start_conversion
 from clip_rd_edge.convert.calibration import CalibrationSet, Samples
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, UsageError
@@ -114,6 +115,15 @@ def test_a_label_bank_does_not_depend_on_a_processor_that_saturates_the_text_tow
     bank = read_labels(folder)
     assert bank is not None
     np.testing.assert_allclose(bank.embeddings, expected, atol=1e-5)
+
+
+def test_a_conversion_without_the_text_tower_takes_one_above_2_gb(fp32_bundle: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(fp32_bundle, tmp_path / "large"))
+    (source / "text.onnx.data").write_bytes(b"weights")
+    write_manifest(source, read_manifest(source))
+    with pytest.raises(UsageError, match="GB of weights, and every conversion of float32 ONNX takes towers"):
+        start_conversion(source, tmp_path, ExportRequest(precision="fp16"))
+    assert start_conversion(source, tmp_path, ExportRequest(precision="fp16", text_tower=False)).text is None
 
 
 def test_an_int8_bundle_is_smaller_runs_and_lists_its_trials(

@@ -85,6 +85,16 @@ def _expected(folder: Path, images: list[Image.Image], texts: list[str]) -> tupl
     )
 
 
+def test_a_model_whose_towers_do_not_fit_one_file_is_refused_before_the_export(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(tensor.nbytes for tensor in student.model.state_dict().values())
+    monkeypatch.setattr("clip_rd_edge.exporters.huggingface.MAX_FILE_BYTES", size - 1)
+    monkeypatch.setattr("clip_rd_edge.exporters.huggingface.export_bundle", lambda *_, **__: pytest.fail("exported"))
+    with pytest.raises(UsageError, match="GB of weights, and the Hugging Face layout has both towers in one file"):
+        export_huggingface(student, tmp_path / "hub", ExportRequest())
+
+
 def test_the_folder_has_the_files_of_all_clients(folder: Path) -> None:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     models = {f"onnx/{name}{suffix}.onnx" for name in ("vision_model", "text_model", "model")

@@ -186,3 +186,24 @@ def run(model: onnx.ModelProto, optimized_file: Path | None = None) -> np.ndarra
     session = ort.InferenceSession(model.SerializeToString(), options)
     inputs = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
     return np.asarray(session.run(None, {session.get_inputs()[0].name: inputs})[0])
+
+
+def test_only_a_tower_that_is_itself_above_the_limit_has_its_weights_in_a_file_of_their_own(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = student.model.state_dict()
+    image = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("visual."))
+    text = sum(tensor.nbytes for tensor in weights.values()) - image
+    separate = []
+
+    def record(*_: Any, external_data: bool, **__: Any) -> None:
+        separate.append(external_data)
+        raise OSError(errno.EIO, "not exported")
+
+    monkeypatch.setattr(torch.onnx, "export", record)
+    for limit in (max(image, text), min(image, text)):
+        monkeypatch.setattr("clip_rd_edge.exporters.onnx.MAX_FILE_BYTES", limit)
+        for export in (export_image_tower, export_text_tower):
+            with pytest.raises(ClipRdEdgeError, match="not exported"):
+                export(student, tmp_path)
+    assert separate == [False, False, image > text, text > image]
