@@ -38,6 +38,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn
 
 FP16_MAX = float(np.finfo(np.float16).max)  # 65504
+_FP16_MIN = 2.0**-24  # the smallest that is not 0
 # From this opset on, QuantizeLinear and DequantizeLinear take float16; its other changes since 18 are additions. Other
 # models keep theirs: ONNX Runtime has no float16 AveragePool of opset 19 on Arm processors with FP16 arithmetic.
 _QDQ_OPSET = 19
@@ -66,7 +67,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
 
     Args:
         model: float32, with or without Q/DQ, of opset 18 or later.
-        keep_float32: names of nodes that stay in float32, such as those that `overflowing_nodes` returns.
+        keep_float32: names of nodes that stay in float32, such as those that `nodes_out_of_range` returns.
 
     Raises:
         ClipRdEdgeError: the model has branches or loops, which no tower of a CLIP model needs.
@@ -88,37 +89,46 @@ def to_fp16(model: onnx.ModelProto, *, keep_float32: Collection[str] = ()) -> on
     return copy
 
 
-def overflowing_nodes(model: onnx.ModelProto, samples: Inputs) -> list[str]:
+def nodes_out_of_range(model: onnx.ModelProto, samples: Inputs) -> list[str]:
     """Return the names of nodes that, on some inputs, read, write or sum values near or beyond float16's range.
 
-    The values are those of the float32 model, because a runtime may compute float16 nodes in float32 and hide an
-    overflow.
+    These are large values, and tensors that are 0 in float16 and not in float32, such as squares of small activations,
+    or the constant that keeps a norm from dividing by 0. The values are those of the float32 model, because a runtime
+    may compute float16 nodes in float32 and hide what becomes of them.
     """
     floats = float_tensors(model.graph)
     producers = {name: node.name for node in model.graph.node for name in node.output if name in floats}
     session = open_session(with_outputs(model, list(producers)).SerializeToString())
-    large_nodes: set[str] = set()
+    out_of_range: set[str] = set()
     large_sums: set[str] = set()
     means = [node for node in model.graph.node if node.op_type in _MEANS and node.output[0] in producers]
     for batch in in_batches(len(samples), _BATCH_SIZE):
         inputs = {session.get_inputs()[0].name: samples[batch]}
         values = {**inputs, **dict(zip(producers, session.run(list(producers), inputs), strict=True))}
-        large_nodes.update(producer for name, producer in producers.items() if _is_large(values[name]))
+        out_of_range.update(
+            producer for name, producer in producers.items() if _is_large(values[name]) or _vanishes(values[name])
+        )
         for node in means:
             mean = values[node.output[0]]
             if _is_large(mean * (values[node.input[0]].size / max(mean.size, 1))):
                 large_sums.add(node.name)
-    large_tensors = {name for name, producer in producers.items() if producer in large_nodes}
+    tensors = {name for name, producer in producers.items() if producer in out_of_range}
+    constants = (tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT)
+    tensors.update(tensor.name for tensor in constants if _vanishes(numpy_helper.to_array(tensor)))
     return [
         node.name
         for node in model.graph.node
-        if node.name in large_sums or large_tensors.intersection([*node.input, *node.output])
+        if node.name in large_sums or tensors.intersection([*node.input, *node.output])
     ]
 
 
 def _is_large(value: npt.NDArray[np.float32]) -> bool:
     # Infinity is not an overflow: it is what a causal attention mask contains, and float16 can represent it.
     return bool((np.abs(value[np.isfinite(value)]) > FP16_MAX / _HEADROOM).any())
+
+
+def _vanishes(value: npt.NDArray[np.float32]) -> bool:
+    return bool(0 < np.abs(value).max(initial=0) < _FP16_MIN)
 
 
 class _Converter:
@@ -215,7 +225,7 @@ class Fp16Tower:
     Attributes:
         model: the file's content, or None if the tower has to stay in float32.
         agreement: with float32, on hard inputs.
-        float32_nodes: names of the nodes that stay in float32 because their values would overflow.
+        float32_nodes: names of the nodes that stay in float32 because of their values.
     """
 
     model: bytes | None
@@ -232,7 +242,7 @@ def fp16_tower(model: Path, inputs: Inputs) -> Fp16Tower:
     """
     with tempfile.TemporaryDirectory() as scratch:
         prepared = onnx.load(prepare_for_quantization(model, Path(scratch)))
-    float32_nodes = overflowing_nodes(prepared, inputs)
+    float32_nodes = nodes_out_of_range(prepared, inputs)
     content = file_content(to_fp16(prepared, keep_float32=float32_nodes))
     parity = agreement(embed(open_session(str(model)), inputs), embed(open_session(content), inputs))
     return Fp16Tower(content if parity.centred_cosine >= MIN_AGREEMENT else None, parity, tuple(float32_nodes))

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import FP16_MAX, fp16_tower, overflowing_nodes, to_fp16, write_fp16
+from clip_rd_edge.convert.fp16 import FP16_MAX, fp16_tower, nodes_out_of_range, to_fp16, write_fp16
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import agreement, embed
@@ -76,7 +77,7 @@ def test_nodes_that_overflow_float16_stay_in_float32(tmp_path: Path) -> None:
     model = onnx.shape_inference.infer_shapes(_tower_with_large_values(1e5))
     pixels = np.random.default_rng(0).uniform(-1, 1, (8, 3, 4, 4)).astype(np.float32)
     reference = embed(open_session(model.SerializeToString()), pixels)
-    assert overflowing_nodes(model, pixels) == ["grow", "shrink"]
+    assert nodes_out_of_range(model, pixels) == ["grow", "shrink"]
     path = tmp_path / "tower.onnx"
     onnx.save(model, path)
     tower = fp16_tower(path, pixels)
@@ -85,7 +86,7 @@ def test_nodes_that_overflow_float16_stay_in_float32(tmp_path: Path) -> None:
     assert types["large"] == types["small"] == TensorProto.FLOAT
     assert types["embedding"] == TensorProto.FLOAT16
     assert agreement(reference, embed(open_session(tower.model), pixels)).centred_cosine > 0.9999
-    assert overflowing_nodes(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
+    assert nodes_out_of_range(onnx.shape_inference.infer_shapes(_tower_with_large_values(10)), pixels) == []
 
 
 def _tower_with_a_reduction(kind: str) -> onnx.ModelProto:
@@ -105,6 +106,55 @@ def _tower_with_a_reduction(kind: str) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(helper.make_model(graph, opset_imports=opset, ir_version=9))
 
 
+def _tower_with_rms_norm(epsilon: float) -> onnx.ModelProto:
+    """Return activations (N, 8) -> embedding (N, 4), which divides them by the root of their mean square."""
+    node, rng = helper.make_node, np.random.default_rng(0)
+    nodes = [
+        node("Mul", ["x", "x"], ["squares"], name="square"),
+        node("ReduceMean", ["squares", "axis"], ["mean"], name="mean"),
+        node("Add", ["mean", "epsilon"], ["sum"], name="add"),
+        node("Sqrt", ["sum"], ["rms"], name="root"),
+        node("Div", ["x", "rms"], ["normed"], name="divide"),
+        node("MatMul", ["normed", "w"], ["product"], name="project"),
+        node("LpNormalization", ["product"], ["y"], name="norm"),
+    ]
+    values = {"epsilon": np.float32(epsilon), "axis": np.array([-1]), "w": rng.normal(size=(8, 4)).astype(np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+        initializer=[numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize(
+    ("size", "epsilon", "expected"),
+    [
+        (1.0, 1e-6, []),
+        (1.0, 1e-8, ["add"]),
+        (0.0, 1e-8, ["add", "root"]),
+        (1e-4, 1e-8, ["square", "mean", "add", "root"]),  # squares of at most 6e-8 become 0, too
+    ],
+)
+def test_what_becomes_0_in_float16_stays_in_float32(size: float, epsilon: float, expected: list[str]) -> None:
+    model = _tower_with_rms_norm(epsilon)
+    inputs = size * np.random.default_rng(1).uniform(0.5, 1, (8, 8)).astype(np.float32)
+    assert nodes_out_of_range(model, inputs) == expected
+
+
+def test_a_norm_of_small_activations_is_right_where_float16_is_computed_in_float16() -> None:
+    model = _tower_with_rms_norm(1e-8)
+    inputs = 2e-4 * np.random.default_rng(1).normal(size=(8, 8)).astype(np.float32)
+    expected, embeddings = (
+        ReferenceEvaluator(tower).run(None, {"x": inputs})[0]
+        for tower in (model, to_fp16(model, keep_float32=nodes_out_of_range(model, inputs)))
+    )
+    np.testing.assert_allclose(embeddings, expected, atol=0.02)
+
+
 @pytest.mark.parametrize("kind", ["ReduceL2", "ReduceL1", "ReduceSum", "ReduceSumSquare", "ReduceLogSumExp"])
 def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) -> None:
     model = _tower_with_a_reduction(kind)
@@ -115,7 +165,7 @@ def test_sums_are_in_float32_even_where_input_and_output_are_small(kind: str) ->
 def test_a_mean_is_in_float32_where_the_sum_behind_it_is_large() -> None:
     model = _tower_with_a_reduction("ReduceMean")
     for level, expected in ((20.0, ["reduce"]), (1.0, [])):  # the sums over 4,096 pixels are 81,920 and 4,096
-        assert overflowing_nodes(model, np.full((2, 1, 64, 64), level, dtype=np.float32)) == expected
+        assert nodes_out_of_range(model, np.full((2, 1, 64, 64), level, dtype=np.float32)) == expected
     types = _types(to_fp16(model, keep_float32=["reduce"]))
     assert (types["reduced"], types["embedding"]) == (TensorProto.FLOAT, TensorProto.FLOAT16)
 

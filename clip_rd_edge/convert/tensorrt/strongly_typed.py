@@ -15,7 +15,7 @@ import onnx
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.convert.calibration import CalibrationSet
-from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, overflowing_nodes, to_fp16
+from clip_rd_edge.convert.fp16 import float32_note, fp16_tower, nodes_out_of_range, to_fp16
 from clip_rd_edge.convert.graph import prepare_for_quantization, weighted_layers
 from clip_rd_edge.convert.int8.ranges import measure_ranges
 from clip_rd_edge.convert.int8.rounding import RoundedLayers
@@ -100,7 +100,7 @@ def symmetric_tower(
     return None
 
 
-_MEASURED = ", measured on this ONNX in ONNX Runtime."
+_MEASURED = ", measured on this ONNX in ONNX Runtime, which on most CPUs computes float16 in float32."
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budg
         if tower is None:
             note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
             return _float_tower(model, inputs, fp16=True, note=note)
-        float32_nodes = overflowing_nodes(onnx.load(prepared), inputs)
+        float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
     typed = to_fp16(tower.model, keep_float32=float32_nodes)
     in_float, total = len(tower.float_layers), len(tower.int8_layers) + len(tower.float_layers)
     return TypedTower(
