@@ -34,7 +34,7 @@ class SymmetricTower:
     """A tower with symmetric Q/DQ.
 
     Attributes:
-        model: with Q/DQ, in float32 otherwise.
+        model: with Q/DQ, in float16 otherwise.
         int8_layers: names of the layers in INT8.
         float_layers: names of the layers left in float for accuracy.
         agreement: with float32 on the held-out samples.
@@ -47,14 +47,22 @@ class SymmetricTower:
 
 
 def symmetric_tower(
-    prepared: Path, samples: TowerSamples, *, min_agreement: float, reporter: Reporter = SILENT
+    prepared: Path,
+    samples: TowerSamples,
+    *,
+    min_agreement: float,
+    keep_float32: Collection[str] = (),
+    reporter: Reporter = SILENT,
 ) -> SymmetricTower | None:
     """Quantise every layer or, if that loses too much accuracy, all but the layers that lose most.
+
+    The others are in float16 when the agreement is measured, as in the file that is shipped.
 
     Args:
         prepared: a float32 model that `quant_pre_process` has optimised.
         samples: inputs to set ranges by, and others to measure the agreement on.
         min_agreement: min centred cosine with float32.
+        keep_float32: as for `to_fp16`.
         reporter: shows progress.
 
     Returns:
@@ -77,10 +85,10 @@ def symmetric_tower(
         return embed(right_session(open_session(content), content), inputs)
 
     def attempt(layers: Sequence[str]) -> SymmetricTower:
-        quantized = quantize(layers)
-        parity = agreement(reference, embed_int8(quantized, samples.held_out))
+        typed = to_fp16(quantize(layers), keep_float32=keep_float32)
+        parity = agreement(reference, embed_int8(typed, samples.held_out))
         float_layers = tuple(name for name in all_layers if name not in layers)
-        return SymmetricTower(quantized, tuple(layers), float_layers, parity)
+        return SymmetricTower(typed, tuple(layers), float_layers, parity)
 
     full = attempt(all_layers)
     if full.agreement.centred_cosine >= min_agreement:
@@ -163,23 +171,23 @@ def _int8_tower(model: Path, samples: TowerSamples, inputs: Inputs, budget: Budg
     min_agreement = budget.min_agreement(samples.tower)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare_for_quantization(model, Path(scratch))
+        float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
         tower = symmetric_tower(
             prepared,
             samples,
             min_agreement=min_agreement,
+            keep_float32=float32_nodes,
             reporter=PrefixedReporter(reporter, f"{samples.tower} tower: "),
         )
-        if tower is None:
-            note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
-            return _float_tower(model, inputs, fp16=True, note=note)
-        float32_nodes = nodes_out_of_range(onnx.load(prepared), inputs)
-    typed = to_fp16(tower.model, keep_float32=float32_nodes)
+    if tower is None:
+        note = f"fp16: INT8 does not reach a centred cosine of {min_agreement}."
+        return _float_tower(model, inputs, fp16=True, note=note)
     in_float, total = len(tower.float_layers), len(tower.int8_layers) + len(tower.float_layers)
     return TypedTower(
-        typed.SerializeToString(),
+        tower.model.SerializeToString(),
         f"int8 symmetric{f', {in_float} of {total} layers in FP16' if in_float else ''}",
         f"Its centred cosine with float32 is {tower.agreement.centred_cosine:.4f}{_MEASURED}",
-        _expected_types(typed, int8=tower.int8_layers, float32=float32_nodes),
+        _expected_types(tower.model, int8=tower.int8_layers, float32=float32_nodes),
     )
 
 
