@@ -107,7 +107,9 @@ class BundleEncoder(ABC):
     def int8_fault(self, tower: Tower) -> str:
         """Return why a tower's INT8 gives wrong answers where it runs, and what to do, or an empty string."""
         placement = self.placement(tower)
-        return int8_fault(tower.instruction_sets, runtime=placement.runtime) if placement.device == "cpu" else ""
+        # ONNX Runtime's provider for OpenVINO runs on the CPU, too, in kernels of its own.
+        runtime = {"cpu": placement.runtime, "openvino": "openvino"}.get(placement.device, "")
+        return int8_fault(tower.instruction_sets, runtime=runtime) if runtime else ""
 
     def describe(self) -> Description:
         """Describe this encoder; `precision` names both towers' if they differ."""

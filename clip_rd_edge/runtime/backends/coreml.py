@@ -6,10 +6,12 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import Manifest, Tower
+from clip_rd_edge.contract.encoder import Description
 from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.errors import ConfigError, MissingExtraError, UsageError, in_one_line
 from clip_rd_edge.runtime.backends.providers import AUTO
@@ -87,6 +89,10 @@ class CoreMlEncoder(BundleEncoder):
         if options.device not in (AUTO, COREML, _CPU):
             raise UsageError(f"Core ML has no device {options.device!r}; expected auto, coreml or cpu.")
         return cls(folder, manifest, threads=options.threads, cpu_only=options.device == _CPU)
+
+    def describe(self) -> Description:
+        """Describe this encoder; `device` is `coreml` or `cpu`, as in `placement`."""
+        return msgspec.structs.replace(super().describe(), device=self.placement(self.manifest.image).device)
 
     def placement(self, tower: Tower) -> Placement:
         """Return where a tower is meant to run: Core ML does not say which of a Mac's processors it chose."""

@@ -81,6 +81,8 @@ def test_a_bundle_runs_on_a_mac_and_is_verified(packaged: Path, coreml: type[Mod
     assert [check for check in checks if not check.passed] == []
     assert {(check.runtime, check.device) for check in checks if check.runtime} == {("coreml", "cpu")}
     assert set(coreml.units) == {Units.CPU_ONLY}
+    assert load(packaged, device="cpu").describe().device == "cpu"
+    assert load(packaged).describe().device == "coreml"
     texts = load(packaged).encode_texts(["red", "blue"])
     assert (texts.shape[0], texts.dtype) == (2, np.float32)
     assert coreml.units[-1] is Units.ALL

@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.onnxruntime import _open_on
 from clip_rd_edge.runtime.backends.providers import PROVIDERS, choose_device, provider_list
 from clip_rd_edge.runtime.load import load
@@ -169,3 +170,18 @@ def test_classify_takes_a_device(command_line: Run, colour_bundle: Path, colour_
     assert code == 2
     assert "This ONNX Runtime has no provider for cuda" in error
     assert "hint: install onnxruntime-gpu in place of onnxruntime" in error
+
+
+@pytest.mark.parametrize("device", ["cpu", "openvino", "cuda"])
+def test_int8_saturates_in_every_provider_that_runs_on_the_cpu(
+    device: str, colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["OpenVINOExecutionProvider", CUDA, CPU])
+    monkeypatch.setattr(int8_kernels, "processor_saturates", lambda: True)
+    monkeypatch.setattr(int8_kernels, "wrong_sums", lambda: "wrong sums")
+    encoder = load(colour_bundle, device=device)
+    for sets in (("x86-64-vnni", "aarch64"), ("x86-64", "aarch64")):
+        tower = msgspec.structs.replace(encoder.manifest.image, instruction_sets=sets)
+        reason = encoder.int8_fault(tower)
+        assert ("has no VNNI" in reason) == (device != "cuda" and "x86-64" not in sets)
+        assert ("wrong sums" in reason) == (device == "cpu" and "x86-64" in sets)  # OpenVINO has kernels of its own
