@@ -11,7 +11,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 MAX_CONNECTIONS = 256  # well below the usual limit of 1,024 open files
 REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
-MAX_HEAD_BYTES = 64_000  # of a request
+MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
+MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
 MAX_LOG_LINES, LOG_PERIOD_S = 20, 60.0
 
 
@@ -19,12 +20,14 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
     """One HTTP connection. One too many ends the oldest that waits for its client, never one that is being answered.
 
     So clients that hold connections open, or send their requests slowly, keep nobody out. Requests are parsed by
-    httptools if it is installed, and by h11 otherwise, whose limit of a request's head is uvicorn's setting; httptools
-    has none, and calls the methods that begin with `on_`.
+    httptools if it is installed, and by h11 otherwise, whose limit of a request's head and trailers is uvicorn's
+    setting; httptools has none, and calls the methods that begin with `on_`. Neither limits what arrives before it is
+    its turn, as uvicorn reads on while a request is answered.
     """
 
-    in_head = False  # whether a request has begun whose head is not complete
-    head_bytes = 0  # received of it since
+    in_fields = False  # whether header fields may follow: of the head, or after the last chunk of the body
+    field_bytes = 0  # received since they began
+    ahead_bytes = 0  # received since a request is being answered
 
     def connection_made(self, transport: Any) -> None:
         """Count the connection, and start to wait for its first request."""
@@ -44,20 +47,39 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        self.in_head, self.head_bytes = True, 0
+        self.in_fields, self.field_bytes = True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Its head is complete."""
-        self.in_head = False
+        """Its head is complete. What is raised here ends the parsing, and the answer is 400."""
+        self.in_fields = False
+        if len(self.pipeline) >= MAX_AHEAD:
+            raise OverflowError
         super().on_headers_complete()
 
+    def on_chunk_header(self) -> None:
+        """A chunk begins, or after the last one, trailers."""
+        self.in_fields, self.field_bytes = True, 0
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body has arrived."""
+        self.in_fields = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request has ended."""
+        self.in_fields = False
+        super().on_message_complete()
+
     def data_received(self, data: bytes) -> None:
-        """Parse what arrives; refuse a head without an end."""
-        self.head_bytes += len(data) if self.in_head else 0
+        """Parse what arrives; refuse fields without an end, and too much before the answer to an earlier request."""
+        self.field_bytes += len(data) if self.in_fields else 0
+        self.ahead_bytes = 0 if self.waits_for_client else self.ahead_bytes + len(data)
         super().data_received(data)
-        if self.in_head and self.head_bytes > MAX_HEAD_BYTES:
+        if self.in_fields and self.field_bytes > MAX_HEAD_BYTES:
             self.send_400_response("The head of the request is too large.")
+        elif self.ahead_bytes > MAX_AHEAD_BYTES:
+            self.transport.abort()
 
     @property
     def waits_for_client(self) -> bool:

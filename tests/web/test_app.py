@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import io
 import json
 import logging
 import mimetypes
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -602,6 +604,91 @@ def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+@pytest.fixture(params=["httptools_impl.HttpToolsProtocol", "h11_impl.H11Protocol"])
+def protocol(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`LimitedProtocol` over either parser of uvicorn."""
+    name, _, parser = request.param.partition(".")
+    module = pytest.importorskip(f"uvicorn.protocols.http.{name}")
+    monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", getattr(module, parser))
+    return runpy.run_path(limits.__file__)["LimitedProtocol"]
+
+
+async def send_until_closed(protocol: Any, application: Any, parts: Iterable[bytes]) -> tuple[int, bytes]:
+    """Send bytes to a server, which ends the connection; return how many it took, and its answers."""
+    from uvicorn.config import Config
+    from uvicorn.server import ServerState
+
+    config, state = Config(application, http=protocol, ws="none", log_config=None), ServerState()
+    connect = functools.partial(protocol, config=config, server_state=state, app_state={})
+    server = await asyncio.get_running_loop().create_server(connect, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    reading = asyncio.ensure_future(reader.read())
+    sent, answers = 0, b""
+    with suppress(ConnectionError):
+        for part in parts:
+            writer.write(part)
+            await asyncio.wait_for(writer.drain(), 20)
+            await asyncio.sleep(0)
+            sent += len(part)
+    with suppress(ConnectionError):
+        answers = await asyncio.wait_for(reading, 20)
+    writer.close()
+    server.close()
+    return sent, answers
+
+
+async def answer_after_the_body(scope: Any, receive: Any, send: Any) -> None:
+    """An application that reads the body, and answers with two bytes."""
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def refuse(scope: Any, receive: Any, send: Any) -> None:
+    """An application that reads no body, as where the token is wrong."""
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+
+
+@pytest.mark.parametrize("application", [answer_after_the_body, refuse])
+@pytest.mark.parametrize("field", [b"a: b\r\n", b"x" * 6])
+def test_trailers_without_an_end_are_refused(protocol: Any, application: Any, field: bytes) -> None:
+    parts = [CHUNKED + b"0\r\n", b"a: "] + [field * 10_000] * 200
+    assert asyncio.run(send_until_closed(protocol, application, parts))[0] < 8_000_000  # what buffers take is less
+
+
+def test_many_small_chunks_and_their_trailers_are_a_body(protocol: Any) -> None:
+    chunked = CHUNKED.replace(b"Host", b"Connection: close\r\nHost")
+    parts = [chunked, *[b"1\r\na\r\n" * 2_000] * 20, b"0\r\na: b\r\n\r\n"]
+    answers = asyncio.run(send_until_closed(protocol, answer_after_the_body, parts))[1]
+    assert answers.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("request_line", [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 0\r\n"])
+def test_any_number_of_requests_before_the_first_answer_is_refused(protocol: Any, request_line: bytes) -> None:
+    answered = 0
+
+    async def answer_some(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal answered
+        answered += 1
+        headers = [(b"content-length", b"0"), *([(b"connection", b"close")] if answered == 200 else [])]
+        await receive()
+        await asyncio.sleep(0.001)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    request = request_line + b"Host: a\r\n\r\n"
+    asyncio.run(send_until_closed(protocol, answer_some, [request * 5_000] * 20))
+    assert answered < 200
+    last = request_line + b"Host: a\r\nConnection: close\r\n\r\n"
+    answered, answers = 0, asyncio.run(send_until_closed(protocol, answer_some, [request * 19 + last]))[1]
+    assert answers.count(b"200 OK") == 20  # those that are not too many are answered
 
 
 def test_a_bundle_without_a_text_tower_classifies_among_its_own_labels(
