@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-MAX_CONNECTIONS = 256  # well below the usual limit of 1,024 open files
+MAX_CONNECTIONS = 256
+OPEN_FILES = 1024  # the usual limit of a process; a shell of macOS has 256
 REQUEST_TIMEOUT_S = 10.0  # for the head of the first request to arrive
 MAX_HEAD_BYTES = 64_000  # of a request; of what follows its body, too
 MAX_AHEAD, MAX_AHEAD_BYTES = 64, 256_000  # requests that arrive before the answer to an earlier one, and their bytes
@@ -33,7 +35,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
         """Count the connection, and start to wait for its first request."""
         super().connection_made(transport)
         self.opened_at = time.monotonic()
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > connection_limit():
             waiting = [connection for connection in self.connections if connection.waits_for_client]
             oldest = min(waiting, key=lambda connection: connection.opened_at)
             self.connections.discard(oldest)
@@ -89,6 +91,25 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type,unused-
     def _end_without_request(self) -> None:
         if self.cycle is None:
             self.transport.abort()
+
+
+def connection_limit() -> int:
+    """Return how many connections are kept: with what else is open, fewer than files that this process may open.
+
+    That limit is raised to OPEN_FILES where it may be: without a file for it, a connection cannot even be refused.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MAX_CONNECTIONS
+    unlimited = resource.RLIM_INFINITY
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == unlimited else min(hard, OPEN_FILES)
+    if soft != unlimited and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return MAX_CONNECTIONS if soft == unlimited else min(MAX_CONNECTIONS, soft // 2)
 
 
 class LogLimit(logging.Filter):

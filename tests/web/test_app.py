@@ -582,6 +582,29 @@ def test_clients_that_hold_connections_keep_nobody_out(colour_bundle: Path, sent
     assert len(log) < 10_000
 
 
+@pytest.mark.parametrize("hard", [100, 4_096])
+def test_a_low_limit_of_open_files_keeps_nobody_out(colour_bundle: Path, hard: int) -> None:
+    resource = pytest.importorskip("resource")
+    command = patient_server("demo", colour_bundle, "--port", "0", "--threads", "1", connections=256)
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (100, hard))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    assert process.stdout is not None
+    held = []
+    try:
+        address = urllib.parse.urlsplit(process.stdout.readline().strip())
+        for _ in range(120):
+            held.append(socket.create_connection((address.hostname, address.port), timeout=60))
+        for _ in range(3):
+            with urllib.request.urlopen(f"http://{address.netloc}/api/bundles", timeout=20) as response:
+                assert response.status == 200
+    finally:
+        for connection in held:
+            connection.close()
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+    assert "Traceback" not in log
+
+
 def test_a_head_without_an_end_is_refused(colour_bundle: Path) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "demo", str(colour_bundle), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
