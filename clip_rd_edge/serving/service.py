@@ -37,6 +37,7 @@ from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.models import MAX_PIXELS, LabelSets, UploadedImage, label_key
 
 OPENERS = 2  # threads that decode images
+_BATCHES_AHEAD = 3  # of opened images: one in the model, one being opened, and one ready in between
 _FEW_CHARACTERS = 1000  # that are tokenised at once: a change of threads takes longer
 _MAX_CLASSIFIERS = 8  # label lists whose embeddings are kept
 
@@ -92,6 +93,7 @@ class Service:
         encode_images, encode_texts = _stacked(encoder.encode_pixels), _stacked(encoder.encode_ids)
         self._images = Batcher(encode_images, self._model, max_batch=size, on_batch=batches["image"].observe)
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
+        self._room = asyncio.Semaphore(_BATCHES_AHEAD * size)  # for opened images, of all requests
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
         self._index_folder = index
         self._index_identity: tuple[int, ...] | None = None
@@ -257,14 +259,18 @@ class Service:
         return await self._texts.embed(list(ids)), tokens
 
     async def _embed_images(self, images: Sequence[UploadedImage]) -> Embeddings:
-        loop = asyncio.get_running_loop()
-        opened = [loop.run_in_executor(self._openers, self._open, image) for image in images]
+        tasks = [asyncio.ensure_future(self._embed_image(image)) for image in images]
         try:
-            pixels = await asyncio.gather(*opened)
+            return np.concatenate(await asyncio.gather(*tasks))
         finally:
-            for future in opened:  # if one cannot be opened, the others keep no other request waiting
-                future.cancel()
-        return await self._images.embed(pixels)
+            for task in tasks:  # if one cannot be opened, the others keep no other request waiting
+                task.cancel()
+
+    async def _embed_image(self, image: UploadedImage) -> Embeddings:
+        """Return the embedding of an image, (1, D). A small file may be large when opened, so few are at a time."""
+        async with self._room:
+            pixels = await asyncio.get_running_loop().run_in_executor(self._openers, self._open, image)
+            return await self._images.embed([pixels])
 
     def _open(self, image: UploadedImage) -> Pixels:
         return preprocess(open_image(image, max_pixels=MAX_PIXELS), self.encoder.manifest.preprocessing)
