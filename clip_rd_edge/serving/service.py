@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,7 @@ class Service:
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
         self._room = asyncio.Semaphore(_BATCHES_AHEAD * size)  # for opened images, of all requests
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
-        self._index_folder = index
+        self._index_folder, self._index_reader = index, threading.Lock()
         self._index_identity: tuple[int, ...] | None = None
         self._index: tuple[Index, Embeddings, Graph | None] | None = None
         if index is not None:
@@ -293,11 +294,22 @@ class Service:
         return nearest(index, rows, row, top=top, graph=graph)
 
     def _read_index(self) -> tuple[Index, Embeddings, Graph | None]:
-        """Return the index, read again if it was updated."""
+        """Return the index, read again if it was updated; as it was, while another thread reads it."""
         folder = self._index_folder
         assert folder is not None  # /search has no route without an index
         current = file_identity(folder / INDEX_FILE)
         if self._index is None or current != self._index_identity:
+            self._read_updated_index(folder)
+        assert self._index is not None  # it was read at the start
+        return self._index
+
+    def _read_updated_index(self, folder: Path) -> None:
+        if not self._index_reader.acquire(blocking=False):
+            return
+        try:
+            current = file_identity(folder / INDEX_FILE)
+            if self._index is not None and current == self._index_identity:  # another thread has read it meanwhile
+                return
             index, rows = read_index(folder, memory_mapped=False)
             if self._index is not None and index.model != self._index[0].model:
                 raise ClipRdEdgeError(
@@ -307,7 +319,8 @@ class Service:
             require_same_model(self.encoder, index, folder)
             graph = read_graph(folder, index, memory_mapped=False)
             self._index, self._index_identity = (index, rows, graph), current
-        return self._index
+        finally:
+            self._index_reader.release()
 
 
 def _stacked(encode: Callable[[Any], Embeddings]) -> Callable[[Sequence[Any]], Embeddings]:

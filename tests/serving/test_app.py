@@ -27,6 +27,7 @@ import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.runtime.index import read_index
 from clip_rd_edge.runtime.index_update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.batching import Batcher
@@ -207,6 +208,38 @@ def test_an_updated_index_is_read_again(client: Any, colour_bundle: Path, colour
     update_index(load(colour_bundle), colour_images, tmp_path / "index")
     (hit,) = client.post("/search", json={"query": "blue", "top": 1}).json()["hits"]
     assert hit["path"] != str(colour_images / "blue.jpg")
+
+
+def test_one_search_reads_an_updated_index_and_the_others_use_what_was_read_before(
+    colour_bundle: Path, colour_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(colour_bundle)
+    update_index(encoder, colour_images, tmp_path / "index")
+    service = Service(encoder, index=tmp_path / "index")
+    began, goes_on, reads, read = threading.Event(), threading.Event(), list[Path](), read_index
+
+    def read_slowly(path: Path, **options: Any) -> Any:
+        reads.append(path)
+        began.set()
+        assert goes_on.wait(PATIENCE_S)
+        return read(path, **options)
+
+    monkeypatch.setattr("clip_rd_edge.serving.service.read_index", read_slowly)
+    (colour_images / "blue.jpg").unlink()
+    update_index(encoder, colour_images, tmp_path / "index")
+    row = encoder.encode_texts(["blue"])[0]
+    with ThreadPoolExecutor(8) as threads:
+        first = threads.submit(service._nearest, row, 1)
+        assert began.wait(PATIENCE_S)
+        others = [threads.submit(service._nearest, row, 1) for _ in range(7)]
+        try:
+            assert {other.result(10)[0].path.name for other in others} == {"blue.jpg"}
+        finally:
+            goes_on.set()
+        assert first.result(PATIENCE_S)[0].path.name != "blue.jpg"
+    assert service._nearest(row, 1)[0].path.name != "blue.jpg"
+    assert len(reads) == 1
+    service.close()
 
 
 def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: Any) -> None:
