@@ -68,10 +68,14 @@ class Demo:
         ]
         self.pending = 0  # classify requests in progress or queued
         self._limiter: CapacityLimiter | None = None
+        self._lister: CapacityLimiter | None = None
 
     async def bundles(self, request: Request) -> Response:
         """Return the bundles and the labels to start with."""
-        return _json({"bundles": [bundle.info() for bundle in self.served], "labels": self.start_labels})
+        # In a thread, as one that was exported anew is opened first; one at a time, as files need threads, too.
+        self._lister = self._lister or CapacityLimiter(1)
+        infos = await anyio.to_thread.run_sync(lambda: [bundle.info() for bundle in self.served], limiter=self._lister)
+        return _json({"bundles": infos, "labels": self.start_labels})
 
     async def labels(self, request: Request) -> Response:
         """Store a list of labels; return the key by which classify requests refer to it."""

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import mimetypes
+import os
 import re
 import runpy
 import shutil
@@ -26,7 +27,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import patient_server
+from support import PATIENCE_S, patient_server
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError
@@ -537,6 +538,27 @@ def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkey
         finish.set()
         assert all(len(future.result(60).labels) == 2 for future in waiting)
     assert embedded == [["a", "b"]]
+
+
+def test_the_page_is_answered_while_a_bundle_is_opened_anew(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, finish, load_bundle = threading.Event(), threading.Event(), models.load
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        began.set()
+        assert finish.wait(20)
+        return load_bundle(*arguments, **options)
+
+    monkeypatch.setattr(models, "load", slow)
+    os.utime(client.demo.served[1].folder / "manifest.json")  # exported anew
+    with ThreadPoolExecutor(2) as pool:
+        bundles = pool.submit(client.get, "/api/bundles")
+        assert began.wait(PATIENCE_S)
+        try:
+            assert pool.submit(client.get, "/").result(10).status_code == 200
+            assert not bundles.done()
+        finally:
+            finish.set()
+        assert len(bundles.result(PATIENCE_S).json()["bundles"]) == 2
 
 
 def test_the_log_says_how_many_lines_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
