@@ -15,6 +15,7 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
 
 
 @click.command("index", cls=GroupedCommand, short_help="Embed a folder of images for searching.")
@@ -62,7 +63,7 @@ def command(
 
 
 def _watch(bundle: Path, folder: Path, output: Path, *, threads: int | None, device: str) -> None:
-    """Keep the index up to date until SIGINT or SIGTERM; a second SIGINT ends at once."""
+    """Keep the index up to date until one of the `stop_signals`; a second SIGINT ends at once."""
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import console_reporter
 
@@ -78,15 +79,16 @@ def _watch(bundle: Path, folder: Path, output: Path, *, threads: int | None, dev
 
 @contextmanager
 def stop_event() -> Iterator[threading.Event]:
-    """Within the block, SIGINT and SIGTERM set the event; a second SIGINT interrupts."""
+    """Within the block, the `stop_signals` set the event; a second SIGINT interrupts."""
     stop = threading.Event()
 
     def handle(number: int, _: FrameType | None) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        leave_lost_terminal()
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in stop_signals()}
     try:
         yield stop
     finally:

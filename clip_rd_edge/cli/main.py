@@ -22,6 +22,7 @@ from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, causes, near_matches
 from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
@@ -101,7 +102,7 @@ def cli(debug: bool) -> None:
 
 def main() -> None:
     """Entry point: run the command, and report errors as a short message and an exit code."""
-    with _unwound_by_sigterm():
+    with _unwound_by_signals():
         _main()
 
 
@@ -150,37 +151,42 @@ def _main() -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM has arrived."""
+    """SIGTERM or SIGHUP has arrived."""
 
 
 @contextmanager
-def _unwound_by_sigterm() -> Iterator[None]:
-    """Within the block, SIGTERM ends the process only after what is unfinished was removed; a second one, at once.
+def _unwound_by_signals() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP end the process only after what is unfinished was removed.
 
-    Commands that have something to save or to answer first handle it themselves.
+    A second SIGTERM does at once; of SIGHUP, a closed terminal sends several. Commands that have something to save or
+    to answer first handle them themselves.
     """
-    if not _is_deadly(signal.SIGTERM):
-        yield
-        return
-    process = os.getpid()
+    deadly = [number for number in stop_signals() if _is_deadly(number)]
+    process, received = os.getpid(), list[int]()
 
     def handle(number: int, _: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != process:  # a worker that was forked
+        forked = os.getpid() != process  # a worker
+        signal.signal(number, signal.SIG_DFL if forked or number == signal.SIGTERM else signal.SIG_IGN)
+        if forked:
             signal.raise_signal(number)
+        leave_lost_terminal()
+        received.append(number)
         raise _Terminated
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in deadly:
+        signal.signal(number, handle)
     try:
         yield
     except _Terminated:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # nobody reads it any more
                 stream.flush()
-        signal.raise_signal(signal.SIGTERM)
-        sys.exit(128 + signal.SIGTERM)  # the first process of a container, which no signal ends by itself
+        signal.signal(received[0], signal.SIG_DFL)
+        signal.raise_signal(received[0])
+        sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _is_deadly(number: int) -> bool:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import signal
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import anyio.to_thread
 import msgspec
@@ -21,6 +25,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
+from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import (
     LOOPBACK,
@@ -192,7 +197,7 @@ def serve(demo: Demo, *, host: str = LOOPBACK, port: int = 8765, ready: Callable
 
 
 def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], None], stop_within_s: int) -> None:
-    """Run an application until SIGINT or SIGTERM; requests in progress have `stop_within_s` seconds to finish.
+    """Run an application until one of the `stop_signals`; requests in progress have `stop_within_s` seconds to finish.
 
     Args:
         host, port, ready: as for `serve`.
@@ -228,13 +233,40 @@ def run_server(app: Starlette, *, host: str, port: int, ready: Callable[[str], N
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Run a server until it ends; in a thread of its own within an event loop, as in the cell of a notebook."""
     if not _is_in_event_loop():
-        server.run(sockets=[listener])
+        with _stopped_by_lost_terminal(server):
+            server.run(sockets=[listener])
         return
     with ThreadPoolExecutor(1) as thread:
         try:
             thread.submit(server.run, sockets=[listener]).result()
         finally:
             server.should_exit = True  # after Ctrl-C, which reaches this thread alone
+
+
+@contextmanager
+def _stopped_by_lost_terminal(server: uvicorn.Server) -> Iterator[None]:
+    """Within the block, SIGHUP stops the server, which knows the other `stop_signals`, and then acts as outside.
+
+    An event loop may swallow what another handler raises.
+    """
+    received = list[int]()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        leave_lost_terminal()
+        received.append(number)
+        server.should_exit = True
+
+    numbers = set(stop_signals()) - {signal.SIGINT, signal.SIGTERM}
+    if threading.current_thread() is not threading.main_thread():
+        numbers = set()  # Python delivers signals only to the main thread
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def _is_in_event_loop() -> bool:

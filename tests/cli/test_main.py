@@ -228,8 +228,10 @@ def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeyp
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
-@pytest.mark.parametrize("raised", ["_Terminated", "ImportError"])
-def test_sigterm_removes_what_is_unfinished_before_it_ends_the_process(tmp_path: Path, raised: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "raised"), [("SIGTERM", "_Terminated"), ("SIGTERM", "ImportError"), ("SIGHUP", "_Terminated")]
+)
+def test_a_signal_removes_what_is_unfinished_before_it_ends_the_process(tmp_path: Path, name: str, raised: str) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
@@ -256,9 +258,9 @@ main.main()"""
     assert process.stdout
     assert process.stdout.readline().startswith("writing")
     assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
-    process.terminate()
+    process.send_signal(signal.Signals[name])
     assert process.communicate(timeout=PATIENCE_S) == ("", "")
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == -signal.Signals[name]
     assert not list(tmp_path.iterdir())
 
 

@@ -148,12 +148,13 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
-def test_sigterm_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path, name: str) -> None:
     def terminate(step: int) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.Signals[name])
 
-    with pytest.raises(InterruptedRunError, match="SIGTERM after step 3 of 8") as error:
+    with pytest.raises(InterruptedRunError, match=f"{name} after step 3 of 8") as error:
         distil(config, tmp_path / "run", on_step=terminate)
     assert error.value.exit_code == 75
     watch = Watch()

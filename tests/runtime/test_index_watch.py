@@ -310,9 +310,9 @@ def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_ends_the_command_with_everything_saved(
-    number: signal.Signals, colour_bundle: Path, colour_images: Path, tmp_path: Path
+    name: str, colour_bundle: Path, colour_images: Path, tmp_path: Path
 ) -> None:
     index = tmp_path / "index"
     for path in colour_images.rglob("*.*"):
@@ -320,7 +320,7 @@ def test_ctrl_c_ends_the_command_with_everything_saved(
     command = [sys.executable, "-m", "clip_rd_edge", "index", colour_bundle, colour_images, "-o", index, "--watch"]
     process = subprocess.Popen([*map(str, command)], stdout=-1, stderr=-1, text=True)
     wait_until((index / "index.json").is_file)
-    process.send_signal(number)
+    process.send_signal(signal.Signals[name])
     output, error = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, output) == (0, f"{index}\n"), error
     assert "4 embedded, 0 removed: 4 images in the index" in error

@@ -684,8 +684,9 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
     service.close()
 
 
-def test_sigterm_lets_a_request_in_progress_finish(
-    start: Callable[..., tuple[subprocess.Popen[str], int]],
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_lets_a_request_in_progress_finish(
+    start: Callable[..., tuple[subprocess.Popen[str], int]], name: str
 ) -> None:
     process, port = start("--max-batch", "1")
     content = frigate_request("/embeddings", {"content": ["red blue"] * 2000})
@@ -697,10 +698,10 @@ def test_sigterm_lets_a_request_in_progress_finish(
     with ThreadPoolExecutor(1) as clients:
         answer = clients.submit(exchange, port, content)
         assert wait_until(lambda: in_progress() or answer.done(), pause=0)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.Signals[name])
         status, _, items = answer.result(60)
     assert (status, len(items)) == (200, 2000)
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.Signals[name])
     assert "Traceback" not in (process.stderr.read() if process.stderr else "")
 
 

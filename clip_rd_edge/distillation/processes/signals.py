@@ -1,4 +1,4 @@
-"""How a run stops on SIGINT and SIGTERM: between two steps with its state saved, and elsewhere at once.
+"""How a run stops on SIGINT, SIGTERM and SIGHUP: between two steps with its state saved, and elsewhere at once.
 
 Job schedulers and service managers send SIGTERM to every process of a job, so the loader's workers get it, too. They
 ignore it: the run still needs them, and stops them itself when it ends.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
 
 
 class Stopped(BaseException):
@@ -61,6 +61,7 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt
+        leave_lost_terminal()
         first, self.signal_name = not self, signal.Signals(number).name
         if first and self._at_once:
             self._at_once = False
@@ -69,12 +70,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM sets the request; a second SIGINT interrupts at once."""
+    """Within the block, the first of the `stop_signals` sets the request; a second SIGINT interrupts at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python delivers signals only to the main thread
         return
-    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    previous = {number: signal.getsignal(number) for number in stop_signals()}
     for number in previous:
         signal.signal(number, request._handle)
     try:
@@ -86,11 +87,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Within the block, this thread receives no SIGINT and SIGTERM; processes started in it never do."""
+    """Within the block, this thread receives none of the `stop_signals`; processes started in it never do."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows, which has no such signals either
         yield
         return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:

@@ -154,6 +154,46 @@ def test_handlers_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+HUNG_UP = """
+import sys
+from pathlib import Path
+from clip_rd_edge.distillation.processes.signals import stop_on_signals
+
+with stop_on_signals() as request, request.deferred():
+    print("begun", flush=True)
+    while not request:
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        print("saving", file=stream, flush=True)
+    Path(sys.argv[1]).write_text(request.signal_name)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a terminal that can be closed")
+def test_what_is_printed_after_a_terminal_was_closed_does_not_keep_a_run_from_saving(tmp_path: Path) -> None:
+    import pty  # Windows has none
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")])
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_under_nohup_a_run_goes_on_without_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def dataset(pairs_csv: Path) -> ViewDataset:
     from clip_rd_edge.contract.preprocess import Preprocessing
     from clip_rd_edge.utils.structs import convert
@@ -174,7 +214,7 @@ def test_loader_workers_survive_the_signals_of_their_group_and_end_with_the_run(
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             from_elsewhere(worker.pid, number)
     captions += [batch.captions for batch in batches]
     assert captions == [batch.captions for batch in step_loader(dataset(pairs_csv), sampler, workers=0)]
