@@ -58,7 +58,8 @@ from clip_rd_edge.utils.paths import exists, is_file, is_folder
 from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
-SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose
+SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose of an index that is saved fast
+_REST = 20  # as each save writes the whole index, the time between two is at least this many times as long as one
 
 
 @dataclass(kw_only=True)
@@ -98,9 +99,9 @@ def update_index(
 
     An image whose size and modification time are those in the index counts as unchanged. If the index has an entry of
     the same size, the file is hashed: it may have been moved, copied or touched, and is embedded only if its content is
-    new. The same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, and on an
-    interruption. Another model's index stays until all images are embedded again. If another process is writing to the
-    index, the update waits for it.
+    new. The same holds for all of them if the folder was moved. Progress is saved every SAVE_EVERY_S seconds, less
+    often where that takes long, and on an interruption. Another model's index stays until all images are embedded
+    again. If another process is writing to the index, the update waits for it.
 
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
@@ -187,7 +188,7 @@ def _update(
         current = msgspec.structs.replace(index, entries=entries, graph=graph, missing=missing, listed_ns=listed_ns)
         return write_index(saved_at, current, merged), merged
 
-    last_saved = time.monotonic()
+    next_save = time.monotonic() + SAVE_EVERY_S
     done = unmounted_images = 0
     reporter.update("embedding", 0, len(new))  # the first batch of large images takes many seconds
     try:
@@ -206,9 +207,10 @@ def _update(
             reporter.update("embedding", done, len(new))
             if stop is not None and stop.is_set():
                 break
-            if time.monotonic() - last_saved > SAVE_EVERY_S:
+            if (began := time.monotonic()) > next_save:
                 save()
-                last_saved = time.monotonic()
+                ended = time.monotonic()
+                next_save = ended + max(SAVE_EVERY_S, _REST * (ended - began))
     finally:
         saved, merged = save()
     if saved_at != path:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -311,6 +312,32 @@ def test_a_kill_loses_only_the_work_since_the_last_save(
     # A partly written file beside them is ignored.
     (index / ".index.json.abc.tmp").write_text("{")
     assert len(names(index)) == 64
+
+
+def test_saving_a_large_index_takes_a_small_share_of_the_time(
+    colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(40):
+        Image.new("RGB", (9, 9), (i, 50, 50)).save(colour_images / f"{i:03}.png")
+    clock, saves, write_index, embed_images = [0.0], list[float](), indexing.write_index, indexing.embed_images
+
+    def write_slowly(*arguments: Any) -> Any:
+        saves.append(clock[0])
+        clock[0] += 10
+        return write_index(*arguments)
+
+    def embed(*arguments: Any) -> Iterator[Any]:
+        for batch in embed_images(*arguments, batch_size=1):
+            clock[0] += 30
+            yield batch
+
+    monkeypatch.setattr(indexing, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(indexing, "write_index", write_slowly)
+    monkeypatch.setattr(indexing, "embed_images", embed)
+    update_index(load(colour_bundle), colour_images, index)
+    assert saves[:2] == [30, 250]  # of 10 s each; a save every 20 s would take a quarter of the time
+    assert len(saves) == 8  # with the last one
+    assert len(names(index)) == 44
 
 
 def test_a_full_disk_keeps_what_was_saved_before_and_says_so(
