@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +26,7 @@ from clip_rd_edge.contract.images import to_rgb
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tables.load import TablePairs
 from clip_rd_edge.utils.files import new_folder
+from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.paths import cache_home
 
 Split = Literal["training", "unseen style", "unseen concepts"]
@@ -121,7 +121,7 @@ def draw_images() -> Path:
     """
     folder = cache_home() / f"emoji-{_content_key()}"
     if not folder.is_dir():
-        with new_folder(folder) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with new_folder(folder) as temporary, ThreadPoolExecutor(usable_cores()) as pool:
             for style in ("twemoji", "openmoji"):
                 (temporary / style).mkdir()
             list(pool.map(lambda concept: _draw_concept(concept, temporary), concepts()))

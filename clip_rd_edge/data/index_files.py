@@ -21,6 +21,7 @@ import msgspec
 
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils.files import new_folder, now_in
+from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.lock import exclusive_writer
 from clip_rd_edge.utils.paths import cache_home
 
@@ -130,7 +131,7 @@ def ordered_map(*, parallel: bool) -> Iterator[OrderedMap]:
     Args:
         parallel: whether the work is worth starting processes.
     """
-    workers = min(os.cpu_count() or 1, _MAX_WORKERS)
+    workers = min(usable_cores(), _MAX_WORKERS)
     if workers < 2 or not parallel:
         yield _in_turn
         return

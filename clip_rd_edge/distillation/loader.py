@@ -25,6 +25,7 @@ from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
 from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError, UnreachableError
 from clip_rd_edge.utils.files import machine_failure
+from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 HalfArray = npt.NDArray[np.float16]
@@ -227,7 +228,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
     """Yield the batches of the sampler's steps in order, prefetched by worker processes.
 
     Args:
-        workers: number of worker processes; 0 loads in the training process; -1 uses half of the cores, at most 8.
+        workers: number of worker processes; 0 loads in the training process; -1 uses half of the usable cores, up to 8.
 
     Raises:
         InputError: during iteration, if more samples are bad than the data set allows.
@@ -235,7 +236,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         LostProcessError: during iteration, if a worker process was killed.
     """
     if workers < 0:
-        workers = min(8, (os.cpu_count() or 1) // 2)
+        workers = min(8, usable_cores() // 2)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,

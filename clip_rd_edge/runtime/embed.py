@@ -20,6 +20,7 @@ from clip_rd_edge.contract.images import ImageFile, ImageInput, as_images, as_rg
 from clip_rd_edge.contract.preprocess import Pixels, fast_decode_edge, preprocess
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.cluster import map_on_cluster
+from clip_rd_edge.utils.host import usable_cores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -136,7 +137,7 @@ def embed_images(
 
     batch_size = image_batch_size(batch_size, preprocessing)
     remaining = iter(images)
-    openers = ThreadPoolExecutor(min(_MAX_OPENERS, os.cpu_count() or 1), initializer=_lower_priority)
+    openers = ThreadPoolExecutor(min(_MAX_OPENERS, usable_cores()), initializer=_lower_priority)
     model = ThreadPoolExecutor(1)
     try:
         ahead: deque[Future[EmbeddedBatch[P]]] = deque()

@@ -57,7 +57,7 @@ def test_several_workers_give_the_same_index(
         pytest.skip("this system cannot fork")
     monkeypatch.setattr(index_files, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(shard_index, "_SERIAL_BYTES", 0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("clip_rd_edge.data.index_files.usable_cores", lambda: 4)
     assert contents(paths) == EXPECTED
 
 

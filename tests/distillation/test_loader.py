@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -42,6 +43,22 @@ def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(pairs_csv: P
     for expected, actual in zip(uninterrupted[6:], resumed, strict=True):
         assert expected.captions == actual.captions
         assert torch.equal(expected.student_pixels, actual.student_pixels)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processes that may use some cores alone")
+def test_workers_are_half_of_the_cores_that_a_job_may_use(pairs_csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, loader = list[int](), loader_module.DataLoader
+
+    def load(*arguments: Any, num_workers: int, **options: Any) -> Any:
+        asked.append(num_workers)
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(loader_module, "DataLoader", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for cores in (1, 2, 12, 40):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        batches(pairs_csv, 0, 1, workers=-1)
+    assert asked == [0, 1, 6, 8]
 
 
 def test_an_epoch_has_no_repeated_pairs_and_the_next_is_shuffled_differently(pairs_csv: Path) -> None:

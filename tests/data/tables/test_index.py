@@ -29,7 +29,7 @@ CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nl
 @pytest.fixture(autouse=True)
 def _indexed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "INDEXED_ROWS", -1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("clip_rd_edge.data.index_files.usable_cores", lambda: 2)
 
 
 def in_memory(path: Path) -> TablePairs:
