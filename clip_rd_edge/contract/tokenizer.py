@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.utils.checked import CheckedStruct
+from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.printable import is_unicode
 
 TokenIds = npt.NDArray[np.int64]
@@ -88,6 +89,8 @@ def _reported(path: Path) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if failure := machine_failure(error):  # it starts a thread per core
+            raise failure from error
         raise ConfigError(
             f"{path} could not be read as a tokenizer: {error}.", hint="export the bundle again"
         ) from error

@@ -397,7 +397,16 @@ def machine_failure(error: BaseException) -> UnreachableError | None:
             # In the sentence and not a hint, which would not leave a loader process.
             advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
             return UnreachableError(f"{what.rstrip('.')}{advice}.")
+        if _NO_THREAD.search(str(cause)):
+            return UnreachableError(
+                "The system starts no further thread or process; raise their limit first: ulimit -u, or --pids-limit "
+                "of a container."
+            )
     return None
+
+
+# How Python, and libraries in Rust and C++, report that a thread cannot be started; the latter is the system's EAGAIN.
+_NO_THREAD = re.compile("can't start new thread|Resource temporarily unavailable")
 
 
 def _failed(error: OSError) -> str:

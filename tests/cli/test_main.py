@@ -227,6 +227,32 @@ def test_too_many_open_files_are_reported_in_one_line(command_line: Run, monkeyp
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+        type("PanicException", (BaseException,), {})(
+            "The global thread pool has not been initialized.: ThreadPoolBuildError { kind: IOError(Os { code: 11, "
+            'kind: WouldBlock, message: "Resource temporarily unavailable" }) }'
+        ),
+    ],
+)
+def test_a_limit_of_threads_is_not_taken_for_a_damaged_bundle(
+    command_line: Run, colour_bundle: Path, colour_images: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    class Unthreaded:
+        @staticmethod
+        def from_file(path: str) -> None:
+            raise error
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Unthreaded)
+    code, output, message = command_line("classify", colour_bundle, colour_images, "--labels", "a", "b", "--no-cache")
+    assert (code, output) == (1, "")
+    assert "error: The system starts no further thread or process; raise their limit first: ulimit -u" in message
+    assert "export the bundle again" not in message
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
 @pytest.mark.parametrize(
     ("name", "raised"), [("SIGTERM", "_Terminated"), ("SIGTERM", "ImportError"), ("SIGHUP", "_Terminated")]
