@@ -8,8 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -28,6 +28,7 @@ from clip_rd_edge.cli._options import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import inert_cell, one_line
+from clip_rd_edge.utils.reporting import Reporter
 
 if TYPE_CHECKING:
     from clip_rd_edge.contract.encoder import Embeddings, TowerEncoder
@@ -131,9 +132,15 @@ def command(
     for error in folders:
         echo(f"error: {one_line(error)}", err=True)
     encoder = load(bundle, threads=threads, device=device, spin=len(paths) < MANY_IMAGES)
-    classifier = ZeroShotClassifier(
-        encoder, parse_labels(labels), templates=templates or None, none_below=none_below, cache=cache
-    )
+    with ExitStack() as stack:
+        classifier = ZeroShotClassifier(
+            encoder,
+            parse_labels(labels),
+            templates=templates or None,
+            none_below=none_below,
+            cache=cache,
+            reporter=_LateReporter(stack),
+        )
     if len(classifier.labels) == 1 and not none_below:
         _warn_of_single_label(classifier.labels[0])
     width = 0 if camera is not None else terminal_width(sys.stdout)
@@ -151,6 +158,25 @@ def command(
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+
+
+class _LateReporter(Reporter):
+    """A console that is set up with the first report: most runs have none, and answer sooner without it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    @cached_property
+    def _console(self) -> Reporter:
+        from clip_rd_edge.cli._console import console_reporter
+
+        return self._stack.enter_context(console_reporter())
+
+    def update(self, stage: str, step: int = 0, total: int | None = None, message: str = "") -> None:
+        self._console.update(stage, step, total, message)
+
+    def say(self, message: str) -> None:
+        self._console.say(message)
 
 
 def _require_bundle(bundle: Path, images: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.errors import InputError, NotFiniteError, UsageError
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -197,13 +198,19 @@ def require_labels(labels: Sequence[str]) -> None:
         raise InputError(f"Label {empty[0] + 1} of {len(labels)} is empty.")
 
 
-def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequence[str]) -> Embeddings:
+_REPORTED_LABELS = 1024  # from one report of progress to the next; whole batches, whatever the number of templates
+
+
+def label_embeddings(
+    encoder: Encoder, labels: Sequence[str], templates: Sequence[str], *, reporter: Reporter = SILENT
+) -> Embeddings:
     """Return one embedding per label, shape (C, D): the normalised mean of its embeddings over all templates.
 
     Args:
         labels: names, such as `cat`.
         templates: prompt templates with one `{}` for the name (or `{c}`, as in CLIP_benchmark), such as
             `a photo of a {}.`
+        reporter: hears how many labels are embedded.
 
     Raises:
         InputError: there are no labels, a label is empty, or a template has no placeholder; or the encoder has no text
@@ -213,9 +220,13 @@ def label_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
     require_labels(labels)
     if isinstance(encoder, LabelsEncoder) and not encoder.has_text_tower:
         return encoder.stored_label_embeddings(labels, templates)
-    prompts = [fill_template(template, label) for label in labels for template in templates]
-    embeddings = encoder.encode_texts(prompts).reshape(len(labels), len(templates), -1)
-    return normalise(embeddings.mean(axis=1))
+    means = []
+    for part in in_batches(len(labels), _REPORTED_LABELS):
+        reporter.update("embedding labels", part.start, len(labels))
+        prompts = [fill_template(template, label) for label in labels[part] for template in templates]
+        embeddings = encoder.encode_texts(prompts).reshape(part.stop - part.start, len(templates), -1)
+        means.append(embeddings.mean(axis=1))
+    return normalise(np.concatenate(means))
 
 
 def fill_template(template: str, label: str) -> str:

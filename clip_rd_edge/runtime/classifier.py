@@ -28,7 +28,9 @@ from clip_rd_edge.runtime.label_list import Labels, label_names
 from clip_rd_edge.runtime.labels import label_set_key, read_label_set, write_label_set
 from clip_rd_edge.utils.calls import checked_call
 from clip_rd_edge.utils.printable import is_unicode
+from clip_rd_edge.utils.reporting import SILENT, Reporter
 
+_MANY_LABELS = 2000  # from this number on, embedding them is reported: it takes many seconds
 _NO_LENGTH = 1e-12  # up to this, an embedding has no direction
 Similarities = npt.NDArray[np.float32]
 
@@ -60,6 +62,7 @@ class ZeroShotClassifier:
             prediction. The softmax over a single label is always 1: there, the cosine similarity is compared instead.
         cache: keep the embeddings of a bundle's labels in the user's cache folder (see `runtime.labels`), so that the
             next process with the same labels need not load the text tower. Set to False if labels change often.
+        reporter: hears that many labels are embedded, and how many are.
 
     Raises:
         InputError: there are no labels, a label is empty or looks like the path of a missing file, or a template has
@@ -76,6 +79,7 @@ class ZeroShotClassifier:
         templates: TemplateNames = None,
         none_below: float = 0.0,
         cache: bool = True,
+        reporter: Reporter = SILENT,
     ) -> None:
         if not isinstance(encoder, Encoder):
             raise UsageError(
@@ -91,7 +95,7 @@ class ZeroShotClassifier:
         bank: LabelBank | None = getattr(encoder, "label_bank", None)
         self._bank_labels = bank.names if bank else None
         self._bank = bank if self._templates == description.templates else None
-        self._cache = cache
+        self._cache, self._reporter = cache, reporter
         self._known: dict[str, Embeddings] = {}
         self.labels: tuple[str, ...] = ()
         self._embeddings: Embeddings
@@ -200,7 +204,12 @@ class ZeroShotClassifier:
 
     def _embed_new(self, labels: Sequence[str], new: Sequence[str]) -> dict[str, Embeddings]:
         """Embed the new labels and write the whole set to the cache."""
-        embedded = dict(zip(new, label_embeddings(self.encoder, new, self._templates), strict=True))
+        reporter = SILENT
+        if len(new) >= _MANY_LABELS:
+            reporter = self._reporter
+            reporter.say(f"embedding {len(new):,} labels; a bundle that is exported with --labels has them at once")
+        embeddings = label_embeddings(self.encoder, new, self._templates, reporter=reporter)
+        embedded = dict(zip(new, embeddings, strict=True))
         if key := self._cache_key(labels):  # now of where the text tower really runs
             rows = np.stack([embedded[label] if label in embedded else self._known[label] for label in labels])
             write_label_set(key, rows)

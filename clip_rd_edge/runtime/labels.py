@@ -14,6 +14,7 @@ import numpy as np
 
 from clip_rd_edge.contract.bundle import Manifest
 from clip_rd_edge.contract.encoder import Embeddings, Encoder, label_embeddings
+from clip_rd_edge.contract.label_bank import MAX_BYTES as BANK_BYTES
 from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, require_readable, write_labels
 from clip_rd_edge.runtime.load import open_bundle
 from clip_rd_edge.utils.arrays import load_array, npy_bytes
@@ -48,7 +49,7 @@ def write_label_bank(
     write_labels(folder, LabelBank(names, embeddings), precision=precision)
 
 
-MAX_BYTES = 64_000_000  # of the label cache
+MAX_BYTES = BANK_BYTES + 1024  # of the label cache: as many labels as a bundle may have, and what is beside the rows
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -88,7 +89,7 @@ def read_label_set(key: str, *, count: int) -> Embeddings | None:
 def write_label_set(key: str, embeddings: Embeddings) -> None:
     """Cache embeddings, (C, D); silently do nothing if they are too large or cannot be written."""
     rows = npy_bytes(embeddings.astype(np.float32, copy=False))
-    if len(rows) > MAX_BYTES:
+    if _DIGEST_BYTES + len(rows) > MAX_BYTES:
         return
     with suppress(OSError):
         write_bytes(label_cache_folder() / key, hashlib.sha256(rows).digest() + rows)

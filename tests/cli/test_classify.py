@@ -43,6 +43,20 @@ def test_a_subfolder_that_cannot_be_read_is_reported_by_classify_and_index(
     assert "3 embedded" in error
 
 
+def test_that_many_labels_are_embedded_is_said_once(
+    command_line: Run, colour_bundle: Path, colour_images: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("red\n" + "".join(f"blue {number}\n" for number in range(2_099)))
+    command = "classify", colour_bundle, colour_images / "red.png", "--labels", labels, "--top", "1"
+    code, output, error = command_line(*command)
+    assert (code, "red" in output) == (0, True)
+    assert "embedding 2,100 labels; a bundle that is exported with --labels has them at once" in error
+    assert command_line(*command) == (0, output, "")  # they are cached
+    labels.write_text("red\nblue\n")
+    assert "embedding" not in command_line(*command)[2]
+
+
 def test_an_empty_name_is_refused(command_line: Run, colour_bundle: Path) -> None:
     code, output, error = command_line("classify", colour_bundle, "", *LABELS)
     assert (code, output) == (2, "")

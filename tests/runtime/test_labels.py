@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.contract import label_bank
 from clip_rd_edge.contract.bundle import LABELS, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.runtime import labels as labels_module
@@ -107,6 +108,13 @@ def test_the_cache_is_limited_and_keeps_recently_used_files(label_cache: Path, m
     labels_module.write_label_set("too large", np.zeros((4 * size, 8), dtype=np.float32))
     assert not (label_cache / "too large").exists()
     assert labels_module.read_label_set("a", count=5) is None  # a different number of labels
+
+
+def test_as_many_labels_are_cached_as_a_bundle_may_have(label_cache: Path) -> None:
+    rows = np.zeros((45_000, 384), dtype=np.float32)
+    labels_module.write_label_set("many", rows)
+    assert labels_module.read_label_set("many", count=45_000) is not None
+    assert labels_module.MAX_BYTES > label_bank.MAX_BYTES
 
 
 def test_a_cache_that_cannot_be_written_is_ignored(colour_bundle: Path, label_cache: Path) -> None:
