@@ -21,6 +21,9 @@ from PIL import Image
 
 # Towers here are tiny: threads would wait for one another longer than they work. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What a terminal shows is compared as it is without colours that the environment wants, and not on a dumb terminal.
+for variable in ("FORCE_COLOR", "TERM"):
+    os.environ.pop(variable, None)
 # A shell's job in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

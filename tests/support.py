@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -30,6 +31,13 @@ def wait_until(condition: Callable[[], object], *, seconds: float = PATIENCE_S, 
     while not (holds := bool(condition())) and time.monotonic() < end:
         time.sleep(pause)
     return holds
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 _PATIENT = """

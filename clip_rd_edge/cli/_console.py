@@ -54,23 +54,34 @@ def say(message: str) -> None:
     stderr.print(Text.assemble((bullet, "dim"), space, rest), soft_wrap=True)
 
 
+def _columns(console: Console) -> int:
+    """Return the number of columns of a console's terminal, 0 if it is none."""
+    # FORCE_COLOR sets `is_terminal` in a pipe, too, where it asks for colours and not for lines of 80 columns.
+    return console.width if console.file.isatty() else 0
+
+
+def _redraws(console: Console) -> bool:
+    """Return whether a console's lines can be drawn again: a terminal does that unless it is a dumb one."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+
+
 def _folded(text: str, console: Console) -> str:
     """Return a text with lines that fit the console's terminal."""
-    return fold(text, console.width if console.is_terminal else 0)
+    return fold(text, _columns(console))
 
 
 def print_table(table: Table, *, console: Console | None = None) -> None:
     """Print a table to stdout or another console; into a file or a pipe without wrapping lines."""
     console = console or SafeConsole()
-    if not console.is_terminal:
-        console = SafeConsole(width=_PIPED_WIDTH, file=console.file)
+    if not _columns(console):
+        # Without a height, rich would take the width of a dumb terminal, which is 80.
+        console = SafeConsole(width=_PIPED_WIDTH, height=console.height, file=console.file)
     console.print(table)
 
 
 def table_width() -> int:
     """Return the number of columns that `print_table` has for a table on stdout."""
-    console = SafeConsole()
-    return console.width if console.is_terminal else _PIPED_WIDTH
+    return _columns(SafeConsole()) or _PIPED_WIDTH
 
 
 def json_line(content: object) -> str:
@@ -84,7 +95,7 @@ def json_line(content: object) -> str:
 
 
 class ConsoleReporter(Reporter):
-    """Reports progress on stderr: messages, and a progress bar on a terminal, else a line now and then.
+    """Reports progress on stderr: messages, and a progress bar if it is enabled, else a line now and then.
 
     Chapters (`begin`) are numbered lines; messages within them are indented.
 
@@ -97,7 +108,7 @@ class ConsoleReporter(Reporter):
         self._stage = ""
         self._task: TaskID | None = None
         self._chapter_start: float | None = None
-        self._piped = not bar.console.is_terminal
+        self._piped = bar.disable
         self._next_line = 0.0  # when the next line of progress is due in a pipe
 
     def begin(self, title: str, number: int, count: int) -> None:
@@ -182,8 +193,8 @@ class _StepCount(ProgressColumn):
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Return a reporter for the duration of a command; its progress bar disappears at the end.
 
-    The bar, or the first line in a pipe, appears at once: importing PyTorch takes seconds, in which nothing else would
-    be shown.
+    The bar, or the first line where none can be drawn, appears at once: importing PyTorch takes seconds, in which
+    nothing else would be shown.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -192,7 +203,7 @@ def console_reporter() -> Iterator[ConsoleReporter]:
         _Times(Column(no_wrap=True)),
         _Message(),
     )
-    with _Bar(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as bar:
+    with _Bar(*columns, console=stderr, disable=not _redraws(stderr), transient=True) as bar:
         reporter = ConsoleReporter(bar)
         context = click.get_current_context(silent=True)
         reporter.update(f"starting {context.command_path.partition(' ')[2]}" if context else "starting")

@@ -38,7 +38,7 @@ def command(name: str | None, as_json: bool) -> None:
         console = SafeConsole()
         guide = device_guide(name)
         # Print plain Markdown unless stdout is a terminal.
-        console.print(Markdown(_fit(guide, console.width))) if console.is_terminal else echo(guide, nl=False)
+        console.print(Markdown(_fit(guide, console.width))) if console.file.isatty() else echo(guide, nl=False)
     else:
         from rich.table import Table
         from rich.text import Text

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
-from support import wait_until
+from support import Terminal, wait_until
 
 from clip_rd_edge.cli import _console
 from clip_rd_edge.cli._console import SafeConsole, console_reporter, print_table
@@ -42,7 +42,7 @@ TRIALS = [
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """A terminal of 80 columns in place of stderr."""
-    stream = io.StringIO()
+    stream = Terminal()
     console = Console(file=stream, force_terminal=True, width=80, highlight=False, color_system=None)
     monkeypatch.setattr(_console, "stderr", console)
     yield stream
@@ -87,16 +87,35 @@ def test_ctrl_c_leaves_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[?25h" in stream.getvalue()  # the cursor is visible again
 
 
-def test_a_pipe_gets_a_line_at_once_and_then_one_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, now = io.StringIO(), [1000.0]
-    monkeypatch.setattr(_console, "stderr", SafeConsole(file=stream, width=80))
+@pytest.mark.parametrize(
+    ("stream", "variables"),
+    [
+        (io.StringIO, {}),
+        (io.StringIO, {"FORCE_COLOR": "1", "TERM": "xterm"}),
+        (io.StringIO, {"FORCE_COLOR": "1", "TERM": "dumb"}),
+        (Terminal, {"TERM": "dumb"}),
+        (Terminal, {"TTY_COMPATIBLE": "0"}),
+    ],
+)
+def test_without_a_terminal_that_redraws_there_is_a_line_at_once_and_then_one_a_minute(
+    monkeypatch: pytest.MonkeyPatch, stream: Callable[[], io.StringIO], variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    file, now = stream(), [1000.0]
+    monkeypatch.setattr(_console, "stderr", SafeConsole(file=file, width=80))
     monkeypatch.setattr("clip_rd_edge.cli._console.time.monotonic", lambda: now[0])
     with console_reporter() as reporter:
-        assert stream.getvalue() == "· starting\n"
+        assert _plain(file) == "· starting\n"
         for step in range(1, 130):
             now[0] += 1
             reporter.update("training", step, 1200, "loss 1.0")
-    assert stream.getvalue().splitlines()[1:] == ["· training 60/1,200, loss 1.0", "· training 120/1,200, loss 1.0"]
+    assert _plain(file).splitlines()[1:] == ["· training 60/1,200, loss 1.0", "· training 120/1,200, loss 1.0"]
+
+
+def _plain(stream: io.StringIO) -> str:
+    """Return what was written without its colours; whatever else a terminal would obey stays."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
 
 
 def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +131,13 @@ def test_every_chapter_says_how_long_it_took_and_the_last_one_too(monkeypatch: p
     ]  # fmt: skip
 
 
-def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing() -> None:
-    stream = io.StringIO()
+@pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "TERM": "dumb"}])
+def test_the_table_of_trials_fits_80_columns_and_a_pipe_cuts_nothing(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream: io.StringIO = Terminal()
     print_table(_trial_table(TRIALS), console=Console(file=stream, force_terminal=True, width=80, color_system=None))
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 80

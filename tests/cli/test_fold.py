@@ -6,14 +6,10 @@ import io
 import shlex
 
 import pytest
+from support import Terminal
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._fold import cut, fold, fold_command, fold_items
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_line_is_broken_at_spaces_and_what_follows_is_indented() -> None:

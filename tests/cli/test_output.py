@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
+from support import Terminal
 
 import clip_rd_edge
 from clip_rd_edge.cli._console import ConsoleReporter, SafeConsole, console_reporter, print_table
@@ -25,11 +26,6 @@ from clip_rd_edge.utils.printable import printable
 Run = Callable[..., tuple[int, str, str]]
 HOSTILE = ["\x1b[2J", "\x1b]52;c;ZXZpbA==\x07", "\x9b31m", "\u202egnp.exe", "a\rb", "a\x08b", "\x1b]8;;http://x\x1b\\"]
 MARKUP = ["[/nope]", "[bold]x[/bold]", "[link=http://x]y[/link]", ":smile:", "[red", "\\[x]", "a\\"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("text", HOSTILE)
