@@ -145,18 +145,25 @@ def test_each_process_loads_its_own_part_of_the_batch() -> None:
     assert local == [[0, 1], [2, 3], [4, 5]]
 
 
-def in_chunks(student: ClipModel) -> None:
-    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), StepSettings(chunks=2))
-    step(Batch(torch.rand(8, 3, 32, 32), (), CAPTIONS), 3)
+def run_steps(student: ClipModel, *steps: int, **settings: int) -> None:
+    step = TrainingStep(student, None, Objective(Weights(task=1)), Processes(), StepSettings(**settings))
+    for number in steps:
+        step(Batch(torch.rand(8, 3, 32, 32), (), CAPTIONS), number)
 
 
-def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:
-    student = model(0)
+def dropout_masks(student: ClipModel) -> list[Tensor]:
+    """Add dropout to a student's image tower; return the list that its masks are added to."""
     masks = list[Tensor]()
     dropout = nn.Dropout(0.5)
     dropout.register_forward_hook(lambda _, __, output: masks.append(output.detach() != 0))
     student.model.get_submodule("visual").register_forward_hook(lambda _, __, output: dropout(output))
-    in_chunks(student)
+    return masks
+
+
+def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:
+    student = model(0)
+    masks = dropout_masks(student)
+    run_steps(student, 3, chunks=2)
     first, second, *again = masks
     assert len(again) == 2
     assert torch.equal(again[0], first)
@@ -164,9 +171,19 @@ def test_the_second_pass_of_a_chunk_draws_the_dropout_of_the_first() -> None:
     assert not torch.equal(first, second)
 
 
+def test_each_step_and_seed_draws_its_own_dropout_and_the_same_one_again() -> None:
+    student = model(0)
+    masks = dropout_masks(student)
+    run_steps(student, 0, 0, 1)
+    run_steps(student, 0, seed=1)
+    first, again, *others = masks
+    assert torch.equal(again, first)
+    assert [torch.equal(other, first) for other in others] == [False] * 2
+
+
 def test_batch_norms_count_each_chunk_once() -> None:
     student = model(0, "test_resnet")
-    in_chunks(student)
+    run_steps(student, 3, chunks=2)
     counts = [value for name, value in student.model.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts
     assert all(count == 2 for count in counts)
