@@ -12,7 +12,16 @@ import pytest
 from support import Watch
 
 from clip_rd_edge.benchmarking import accuracy
-from clip_rd_edge.benchmarking.accuracy import TOP1, embed_images, evaluate, pack_correctness, retrieval, zero_shot
+from clip_rd_edge.benchmarking.accuracy import (
+    IMAGE_TO_TEXT,
+    TEXT_TO_IMAGE,
+    TOP1,
+    embed_images,
+    evaluate,
+    pack_correctness,
+    retrieval,
+    zero_shot,
+)
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.contract.images import ImageFile, open_image
@@ -77,6 +86,26 @@ def test_retrieval_accepts_any_caption_of_an_image(make_encoder: Make, colour_re
     assert score.text_to_image.at1 == pytest.approx(6 / 7)
     assert (score.images, score.captions) == (6, 7)
     assert score.text_to_image.at10 is None
+
+
+def test_retrieval_says_which_images_and_which_captions_found_their_own(
+    make_encoder: Make, colour_retrieval: RetrievalTask
+) -> None:
+    images, captions = retrieval(make_encoder(), colour_retrieval).correctness
+    assert (images.measure, images.hits().tolist()) == (IMAGE_TO_TEXT, [True] * 6)
+    assert (captions.measure, captions.hits().tolist()) == (TEXT_TO_IMAGE, [True] * 6 + [False])
+
+
+def test_corrected_labels_and_captions_make_other_questions(
+    colour_task: ZeroShotTask, colour_retrieval: RetrievalTask
+) -> None:
+    hits, swapped = np.ones(6, dtype=bool), (1, 0)
+    corrected = (
+        msgspec.structs.replace(colour_task, targets=(*swapped, *colour_task.targets[2:])),
+        msgspec.structs.replace(colour_retrieval, caption_images=(*swapped, *colour_retrieval.caption_images[2:])),
+    )
+    for task, other in zip((colour_task, colour_retrieval), corrected, strict=True):
+        assert pack_correctness(task, TOP1, hits).questions != pack_correctness(other, TOP1, hits).questions
 
 
 def test_evaluate_accepts_both_kinds_of_task(

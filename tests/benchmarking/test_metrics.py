@@ -115,6 +115,15 @@ def test_paired_interval_is_narrower_than_an_unpaired_one() -> None:
     assert interval.high - interval.low < (unpaired.high - unpaired.low) / 4
 
 
+@pytest.mark.parametrize(("level", "deviations"), [(0.9, 1.645), (0.95, 1.960), (0.99, 2.576)])
+def test_an_interval_of_many_differences_is_that_of_a_normal_distribution(level: float, deviations: float) -> None:
+    number = np.arange(1000)
+    hits, reference = number < 560, (number >= 60) & (number < 600)  # 60 won, 40 lost
+    interval = difference_interval(hits, reference, level=level)
+    half = deviations * np.sqrt((0.06 + 0.04 - 0.02**2) / 1000)
+    assert [interval.low, interval.high] == pytest.approx([0.02 - half, 0.02 + half], abs=0.0015)
+
+
 @pytest.mark.parametrize(("count", "won"), [(5, 4), (10, 9), (10, 10)])
 def test_a_paired_interval_needs_no_example_that_is_alike(count: int, won: int) -> None:
     hits = np.arange(count) < won
