@@ -148,6 +148,15 @@ def test_deep_greyscale_is_scaled_by_its_range(tmp_path: Path, values: list[floa
             assert np.asarray(opened)[0, :, 0].tolist() == expected, kind
 
 
+def test_sixteen_bits_may_be_big_endian(tmp_path: Path) -> None:
+    """As ImageJ and scanners write them."""
+    ramp = np.asarray([[0, 257 * 128, 65535]], dtype=">u2")
+    Image.frombytes("I;16B", (3, 1), ramp.tobytes()).save(tmp_path / "ramp.tif")
+    with Image.open(tmp_path / "ramp.tif") as image:
+        assert image.mode == "I;16B"
+    assert np.asarray(open_image(tmp_path / "ramp.tif"))[0, :, 0].tolist() == [0, 128, 255]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

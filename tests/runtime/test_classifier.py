@@ -44,6 +44,12 @@ def test_unlikely_labels_are_omitted(colour_bundle: Path) -> None:
         ZeroShotClassifier(load(colour_bundle), LABELS, none_below="0.5")  # type: ignore[arg-type]
 
 
+def test_a_limit_of_a_call_replaces_the_classifiers_also_if_it_is_zero(colour_bundle: Path) -> None:
+    classifier = ZeroShotClassifier(load(colour_bundle), LABELS, none_below=0.5)
+    grey = classifier.encoder.encode_images([GREY])
+    assert [len(classifier.classify_embeddings(grey, none_below=limit)[0]) for limit in (None, 0.5, 0.0)] == [0, 0, 3]
+
+
 def test_a_single_label_is_omitted_by_its_cosine_similarity(colour_bundle: Path) -> None:
     classifier = ZeroShotClassifier(load(colour_bundle), "red", none_below=0.9)
     embeddings = classifier.encoder.encode_images([RED, GREY])
@@ -139,7 +145,10 @@ def bundle_with_bank(colour_bundle: Path) -> Path:
 
 def test_labels_of_the_bank_keep_their_own_rows_in_any_order(bundle_with_bank: Path) -> None:
     for labels in (["red", "blue"], ["blue", "red"]):
-        (predictions,) = ZeroShotClassifier(load(bundle_with_bank), labels).classify([RED])
+        classifier = ZeroShotClassifier(load(bundle_with_bank), labels)
+        assert classifier.labels == tuple(labels)  # the columns of `probabilities`
+        assert classifier.probabilities([RED]).argmax() == labels.index("red")
+        (predictions,) = classifier.classify([RED])
         assert predictions[0].label == "red"
         assert predictions[0].probability > 0.99
 

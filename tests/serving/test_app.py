@@ -589,6 +589,32 @@ def test_an_error_of_the_model_reaches_the_requests_of_its_batch_alone() -> None
     asyncio.run(run())
 
 
+def test_an_error_of_the_model_reaches_a_request_beside_one_that_was_given_up() -> None:
+    waiting, computing, failing = threading.Event(), threading.Event(), threading.Event()
+    sizes: list[int] = []
+
+    def encode(items: list[int]) -> np.ndarray:
+        computing.set()
+        failing.wait(60)
+        raise InputError("no such item")
+
+    async def run() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(waiting.wait, 60)
+            batcher = Batcher(encode, executor, max_batch=4, on_batch=sizes.append)
+            given_up, other = (asyncio.create_task(batcher.embed([i])) for i in range(2))
+            await asyncio.sleep(0)
+            waiting.set()
+            await asyncio.to_thread(computing.wait, 60)
+            given_up.cancel()
+            failing.set()
+            with pytest.raises(InputError, match="no such item"):
+                await asyncio.wait_for(other, 20)
+
+    asyncio.run(run())
+    assert sizes == [2]
+
+
 def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_bundle: Path) -> None:
     service = Service(load(colour_bundle), limits=Limits(max_items=4, max_requests=2))
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
