@@ -21,6 +21,9 @@ from PIL import Image
 
 # Towers here are tiny: threads would wait for one another longer than they work. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The servers of the tests are on this machine, which a proxy does not reach.
+for variable in ("no_proxy", "NO_PROXY"):
+    os.environ[variable] = ",".join(["localhost", "127.0.0.1", *filter(None, [os.environ.get(variable)])])
 # What a terminal shows is compared as it is without colours that the environment wants, and not on a dumb terminal.
 for variable in ("FORCE_COLOR", "TERM"):
     os.environ.pop(variable, None)

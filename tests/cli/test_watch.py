@@ -47,13 +47,16 @@ def test_the_page_replaces_only_an_earlier_one(command_line: Run, run: Path, tmp
 def test_the_page_is_served_until_ctrl_c(run: Path) -> None:
     command = [sys.executable, "-m", "clip_rd_edge", "watch", str(run), "--no-answers", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        url = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
-        with urllib.request.urlopen(url, timeout=60) as response:
-            assert "10 of 50 steps" in response.read().decode()
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        try:
+            assert process.stdout
+            url = process.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+            with urllib.request.urlopen(url, timeout=60) as response:
+                assert "10 of 50 steps" in response.read().decode()
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode in (0, 130, -signal.SIGINT)
     assert "Traceback" not in error
     assert error.startswith("· starting watch\nPress Ctrl-C to stop.\n")
