@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_rd_edge.cli._echo import as_word
+
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ("--student", "test_resnet", "--image-size", "48", "--text", "64x1", "--context-length", "12")
 
@@ -155,7 +157,7 @@ def test_embeddings_of_frames_and_labels_are_computed_once(
     cache = tmp_path / "cache"
     code, output, error = command_line("embed", *data, "--views", "2", "--workers", "0", "-o", cache)
     assert (code, output) == (0, f"{cache}\n")
-    assert f"--teacher-cache {cache}" in error
+    assert f"--teacher-cache {as_word(cache)}" in error
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     code, _, _ = command_line("distill", *unpaired, "--teacher-cache", cache, "--views", "2", "-o", tmp_path / "run")
     assert code == 0

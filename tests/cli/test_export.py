@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_rd_edge.cli._echo import as_word
 from clip_rd_edge.contract.bundle import read_manifest
 from clip_rd_edge.convert import targets
 from clip_rd_edge.convert.calibration import calibration_max_bad, calibration_pairs
@@ -212,7 +213,7 @@ def test_format_trt_alone_writes_the_folder_that_builds_its_engines_on_any_gpu(
     assert "copy it there and run bash build.sh" in err
     script = tmp_path / "bundle" / "build.sh"
     assert script.is_file()
-    assert f"next, on the device: bash {script}; clip-rd-edge verify" in " ".join(err.split())
+    assert f"next, on the device: bash {as_word(script)}; clip-rd-edge verify" in " ".join(err.split())
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.target == "tensorrt nvidia-gpu"
     assert "fp16" in manifest.precision

@@ -140,7 +140,8 @@ def test_pipes_have_utf_8_whatever_the_locale(colour_bundle: Path, colour_images
     command = ["-m", "clip_rd_edge", "classify", colour_bundle, "-", "--json"]
     result = subprocess.run(
         [sys.executable, *command, "--labels", "red", "猫", "Möwe"], input=f"{image}\n".encode(),
-        capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
+        capture_output=True, check=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "", "LC_CTYPE": "C.UTF-8"},
     )  # fmt: skip
     assert "赤.png" in result.stdout.decode()
     assert '"猫"' in result.stdout.decode()

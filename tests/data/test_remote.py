@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -158,9 +159,9 @@ def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: Unre
 def test_a_command_after_pipe_gives_a_shard(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.01,) * 4)
     local = load_pairs(f"{shards}/{{000..001}}.tar")
-    assert contents(load_pairs(f"pipe:cat {shards}/{{000..001}}.tar")) == contents(local)
+    assert contents(load_pairs(f"pipe:cat {shlex.quote(str(shards))}/{{000..001}}.tar")) == contents(local)
     with pytest.raises(InputError, match=r"could not be fetched: exit status \d+: .*No such file"):
-        load_pairs(f"pipe:cat {shards}/9.tar")
+        load_pairs(f"pipe:cat {shlex.quote(str(shards))}/9.tar")
 
 
 def test_a_relative_command_in_another_folder_gives_other_shards(
