@@ -72,11 +72,14 @@ def test_zero_shot_of_many_images_and_labels_needs_no_matrix_of_all_pairs(
     )
 
 
-def test_there_is_no_top5_with_fewer_than_five_labels(make_encoder: Make, colour_task: ZeroShotTask) -> None:
+@pytest.mark.parametrize(("labels", "top5"), [(4, None), (5, 1.0)])
+def test_there_is_no_top5_with_fewer_than_five_labels(
+    make_encoder: Make, colour_task: ZeroShotTask, labels: int, top5: float | None
+) -> None:
     short = msgspec.structs.replace(
-        colour_task, images=colour_task.images[:3], targets=colour_task.targets[:3], labels=colour_task.labels[:3]
+        colour_task, images=colour_task.images[:3], targets=colour_task.targets[:3], labels=colour_task.labels[:labels]
     )
-    assert zero_shot(make_encoder(), short).score.top5 is None
+    assert zero_shot(make_encoder(), short).score.top5 == top5
 
 
 def test_retrieval_accepts_any_caption_of_an_image(make_encoder: Make, colour_retrieval: RetrievalTask) -> None:

@@ -59,6 +59,8 @@ def test_calibration_error_by_hand() -> None:
     error = calibration_error(np.asarray([0.9, 0.9, 0.5]), np.asarray([True, False, True]), bins=10)
     assert error == pytest.approx((0.8 + 0.5) / 3)
     assert calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
+    # The last bin includes 1.
+    assert calibration_error(np.asarray([1.0, 0.9]), np.asarray([False, True]), bins=2) == pytest.approx(0.9 / 2)
 
 
 def test_top_k_accuracy_by_hand() -> None:

@@ -63,6 +63,9 @@ def test_labels_that_no_reader_would_open_are_refused(
     with pytest.raises(InputError, match=message):
         label_bank.require_readable(names, 16, "fp32")
     label_bank.require_readable(["a"] * 16, 16, "fp32")
+    label_bank.require_readable(["a"] * 16, 4 * 16, "int8")
+    with pytest.raises(InputError, match="at most 16 with embeddings of 32 numbers"):
+        label_bank.require_readable(["a"] * 17, 2 * 16, "fp16")
 
 
 def test_as_many_labels_as_are_taken_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

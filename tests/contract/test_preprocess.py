@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, features
 
 from clip_rd_edge.contract.images import as_rgb, open_image
-from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
+from clip_rd_edge.contract.preprocess import Preprocessing, preprocess, to_uint8
 from clip_rd_edge.errors import InputError
 
 MEAN, STD = (0.481, 0.457, 0.408), (0.268, 0.261, 0.275)
@@ -32,6 +32,12 @@ def test_preprocessing_is_bit_identical_to_open_clip(mode: str, interpolation: s
     preprocessing = Preprocessing(size=(64, 64), mean=MEAN, std=STD, interpolation=interpolation, resize_mode=mode)
     image = noise(*size)
     np.testing.assert_array_equal(preprocess(image, preprocessing), reference(image).numpy())
+
+
+def test_the_pixels_of_a_preprocessed_image_are_found_again() -> None:
+    image = noise(64, 64)
+    preprocessing = Preprocessing(size=(64, 64), mean=MEAN, std=STD)
+    np.testing.assert_array_equal(to_uint8(preprocess(image, preprocessing)[None], preprocessing)[0], np.asarray(image))
 
 
 def test_transparent_images_get_a_white_background(tmp_path: Path) -> None:

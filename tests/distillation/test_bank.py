@@ -100,6 +100,20 @@ def test_a_stored_bank_leaves_out_what_could_not_be_embedded(cache: TeacherCache
         stored(cache, 1_000)
 
 
+def test_an_image_that_one_of_two_teachers_could_not_embed_is_left_out(cache: TeacherCache, tmp_path: Path) -> None:
+    lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions)
+    shutil.copytree(cache.folder, lacking.folder)
+    path = image_shard(lacking.folder, 0, 0)
+    rows = load_array(path)
+    rows[3] = 0
+    np.save(path, rows)
+    both = Ensemble((WIDTH, WIDTH), (1.0, 1.0))
+    bank = StoredBank(TeacherCaches((cache, lacking)), both, size=1_000, seed=0, device=CPU)
+    image = bank.with_batch(torch.empty(0), torch.empty(0)).image
+    assert image.shape == (23, 2 * WIDTH)
+    assert torch.equal(image[:, :WIDTH], image[:, WIDTH:])
+
+
 def test_a_caption_that_one_of_two_caches_lacks_is_left_out_of_both(cache: TeacherCache, tmp_path: Path) -> None:
     lacking = TeacherCache(tmp_path / "lacking", cache.manifest, cache.captions - 1)
     shutil.copytree(cache.folder, lacking.folder)

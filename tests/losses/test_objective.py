@@ -89,6 +89,14 @@ def test_bounded_scales_stay_in_range_and_can_return(value: float) -> None:
     assert gradient.item() != 0.0
 
 
+def test_raw_scales_have_no_range() -> None:
+    scales = Scales("raw")
+    with torch.no_grad():
+        scales.cross.fill_(-3.0)
+    scales.clamp_()
+    assert scales.multiplier(scales.cross).item() == -3.0
+
+
 def test_scales_start_at_the_published_multiplier() -> None:
     for kind in ("bounded", "raw"):
         scales = Scales(kind)
