@@ -16,9 +16,9 @@ from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import EmbeddingSource
 from clip_rd_edge.distillation.store.embedding_store import (
     SHARD_SIZE,
-    RowFile,
     TeacherCache,
     TeacherCaches,
+    embedding_file,
     image_shard,
     is_embedding,
     shard_rows,
@@ -156,7 +156,7 @@ def _read_rows(
     """Read rows of shards of together `total` rows, (K, width)."""
     shards, rows = chosen // SHARD_SIZE, []
     for shard in np.unique(shards).tolist():
-        with RowFile(path(shard), count=len(shard_rows(shard, total)), dtype="<f2", shape=(width,)) as file:
+        with embedding_file(path(shard), shard_rows(shard, total), width=width) as file:
             rows += [file[row] for row in (chosen[shards == shard] % SHARD_SIZE).tolist()]
     return np.stack(rows)
 

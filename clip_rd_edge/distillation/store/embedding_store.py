@@ -52,6 +52,7 @@ MANIFEST, COMPLETE = "manifest.json", "complete.json"
 FORMAT_VERSION = 3  # increase when the same manifest gives other embeddings, such as by other crops
 SHARD_SIZE = 4096  # rows per shard: 4 MiB at D = 512
 KEY = np.dtype("<u8")
+_HEADER_BYTES = 128  # of .npy, before the rows: of any number of them
 
 
 class CacheManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,18 +98,40 @@ class RowFile(Sequence[Any]):
         self._path, self._count, self._shape = path, count, shape
         self._dtype = np.dtype(dtype)
         self._row_bytes = self._dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        self._size_bytes = _HEADER_BYTES + count * self._row_bytes
 
     def __enter__(self) -> RowFile:
         # Opening costs 10 µs, and leaves no position in an open file that worker processes would share.
-        self._file = self._path.open("rb", buffering=0)
-        self._start = self._file.seek(0, io.SEEK_END) - self._count * self._row_bytes  # after the header of .npy
-        if self._start <= 0:
+        try:
+            self._file = self._path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise self._not_whole(None) from error
+        if (size := self._file.seek(0, io.SEEK_END)) != self._size_bytes:
             self._file.close()
-            raise ConfigError(
-                f"{self._path} is damaged: it is too short for {self._count} rows.",
-                hint="delete it, and build it again",
-            )
+            raise self._not_whole(size)
         return self
+
+    def is_whole(self) -> bool:
+        """Return whether the file exists and is as long as its rows; it is not opened."""
+        return self._actual_bytes() == self._size_bytes
+
+    def require_whole(self) -> None:
+        """Raise ConfigError unless the file is whole."""
+        if (size := self._actual_bytes()) != self._size_bytes:
+            raise self._not_whole(size)
+
+    def _actual_bytes(self) -> int | None:
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def _not_whole(self, size: int | None) -> ConfigError:
+        problem = "is missing" if size is None else f"is damaged: it has {size:,} bytes"
+        return ConfigError(
+            f"{self._path} {problem}; expected {self._size_bytes:,} bytes, for {self._count:,} rows.",
+            hint="run the command again, which computes what a teacher cache lacks, or copy the cache again",
+        )
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -117,7 +140,7 @@ class RowFile(Sequence[Any]):
         return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        self._file.seek(self._start + index * self._row_bytes)
+        self._file.seek(_HEADER_BYTES + index * self._row_bytes)
         row = np.frombuffer(self._file.read(self._row_bytes), dtype=self._dtype)
         return row.reshape(self._shape) if self._shape else row[0]
 
@@ -139,21 +162,41 @@ class TeacherCache:
 
         None if one of them could not be read or embedded when the cache was built.
         """
-        path = image_shard(self.folder, epoch % self.manifest.views, index // SHARD_SIZE)
-        image = self._row(path, index, total=self.manifest.pairs)
+        with self._images(epoch % self.manifest.views, index // SHARD_SIZE) as images:
+            image: HalfArray = images[index % SHARD_SIZE]
         key = caption_key(caption)
-        with RowFile(self.folder / "texts" / "keys.npy", count=self.captions, dtype=KEY) as keys:
+        with self._keys() as keys:
             row = bisect_left(keys, key)
             if row == self.captions or keys[row] != key:
                 return None
-        text = self._row(text_shard(self.folder, row // SHARD_SIZE), row, total=self.captions)
+        with self._texts(row // SHARD_SIZE) as texts:
+            text: HalfArray = texts[row % SHARD_SIZE]
         return (image, text) if is_embedding(image) and is_embedding(text) else None
 
-    def _row(self, path: Path, index: int, *, total: int) -> HalfArray:
-        shape = (self.manifest.embedding_size,)
-        with RowFile(path, count=len(shard_rows(index // SHARD_SIZE, total)), dtype="<f2", shape=shape) as rows:
-            row: HalfArray = rows[index % SHARD_SIZE]
-        return row
+    def require_whole(self) -> None:
+        """Raise ConfigError if a file is missing or not as long as its rows; none is opened."""
+        self._keys().require_whole()
+        for shard in range(shard_count(self.captions)):
+            self._texts(shard).require_whole()
+        for view in range(self.manifest.views):
+            for shard in range(shard_count(self.manifest.pairs)):
+                self._images(view, shard).require_whole()
+
+    def _keys(self) -> RowFile:
+        return RowFile(self.folder / "texts" / "keys.npy", count=self.captions, dtype=KEY)
+
+    def _texts(self, shard: int) -> RowFile:
+        rows = shard_rows(shard, self.captions)
+        return embedding_file(text_shard(self.folder, shard), rows, width=self.manifest.embedding_size)
+
+    def _images(self, view: int, shard: int) -> RowFile:
+        rows = shard_rows(shard, self.manifest.pairs)
+        return embedding_file(image_shard(self.folder, view, shard), rows, width=self.manifest.embedding_size)
+
+
+def embedding_file(path: Path, rows: range, *, width: int) -> RowFile:
+    """Return the file of a shard with these rows, (width,) each."""
+    return RowFile(path, count=len(rows), dtype="<f2", shape=(width,))
 
 
 @dataclass(frozen=True)
@@ -293,15 +336,17 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def open_cache(folder: Path) -> TeacherCache:
-    """Open a complete cache. Its size does not matter: no embedding is read.
+    """Open a complete cache. No embedding is read, only the size of each file.
 
     Raises:
-        ConfigError: the manifest cannot be read, or the cache is not complete.
+        ConfigError: the manifest cannot be read, the cache is not complete, or a file is missing or damaged.
     """
     manifest = read_json(folder / MANIFEST, CacheManifest)
     if not (folder / COMPLETE).is_file():
         raise ConfigError(f"The teacher cache {folder} is not complete.", hint="finish building it first")
-    return TeacherCache(folder, manifest, read_json(folder / COMPLETE, CompleteCache).captions)
+    cache = TeacherCache(folder, manifest, read_json(folder / COMPLETE, CompleteCache).captions)
+    cache.require_whole()
+    return cache
 
 
 def open_caches(folders: Sequence[Path]) -> TeacherCaches:

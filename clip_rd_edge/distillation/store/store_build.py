@@ -26,15 +26,17 @@ from clip_rd_edge.distillation.store.embedding_store import (
     caption_key,
     caption_shard,
     claim_cache,
+    embedding_file,
     image_shard,
     is_embedding,
+    open_cache,
     shard_count,
     shard_rows,
     text_shard,
     write_array,
 )
 from clip_rd_edge.distillation.teacher import Teacher
-from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import write_bytes
@@ -87,6 +89,11 @@ class ShardTask(NamedTuple):
             return image_shard(folder, self.view, self.shard)
         return (caption_shard if self.kind == "captions" else text_shard)(folder, self.shard)
 
+    def is_done(self, folder: Path, *, width: int) -> bool:
+        """Return whether the file is there and, if it holds embeddings, (width,) each, as long as its rows."""
+        path = self.path(folder)
+        return path.is_file() if self.kind == "captions" else embedding_file(path, self.rows, width=width).is_whole()
+
     def with_captions(self, folder: Path) -> ShardTask:
         """Return the task with what it needs of the store's other files."""
         if self.kind != "texts":
@@ -115,7 +122,7 @@ def build_cache(
     compute: Compute | None = None,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Compute what is missing in `folder`; each process computes its share of the shards.
+    """Compute what is missing or cut off in `folder`; each process computes its share of the shards.
 
     Args:
         compute: computes the shards; None for `maker`, in each process.
@@ -131,14 +138,18 @@ def build_cache(
         complete = _is_complete(folder, manifest, processes)
     if processes.sum(int(complete))[0] == processes.world_size:
         return
+    processes.on_main(lambda: (folder / COMPLETE).unlink(missing_ok=True))
     bad = BadSamples(maker.pairs, max_share=maker.max_bad)
+
+    def is_done(task: ShardTask) -> bool:
+        return task.is_done(folder, width=manifest.embedding_size)
 
     def write(tasks: Sequence[ShardTask]) -> None:
         # Another job may write files meanwhile, so that one process lists them for all; or remove those that it wrote,
         # if it is refused.
-        while missing := processes.on_main(lambda: [task for task in tasks if not task.path(folder).is_file()]):
+        while missing := processes.on_main(lambda: [task for task in tasks if not is_done(task)]):
             mine = missing[processes.rank :: processes.world_size]
-            left = (task.with_captions(folder) for task in mine if not task.path(folder).is_file())
+            left = (task.with_captions(folder) for task in mine if not is_done(task))
             with_bad: list[Path] = []
             reporter.update(CACHING_STAGE, 0, len(mine))
             for done, (task, shard) in enumerate((compute or maker.compute)(left), start=1):
@@ -154,7 +165,7 @@ def build_cache(
     shards = [(shard, shard_rows(shard, len(maker.pairs))) for shard in range(shard_count(len(maker.pairs)))]
     write([ShardTask("captions", shard, rows) for shard, rows in shards])
     keys = folder / "texts" / "keys.npy"
-    if processes.is_main and not keys.is_file():
+    if processes.is_main and not (_is_array(keys) and _is_array(keys.with_name("pairs.npy"))):
         _merge_captions(folder, keys, len(shards))
     processes.barrier()
     captions = len(load_array(keys, memory_mapped=True))
@@ -193,11 +204,28 @@ def _is_complete(folder: Path, manifest: CacheManifest, processes: Processes) ->
             hint="choose another --teacher-cache, or copy a complete one to each machine",
         )
     claim_cache(folder, manifest)
-    return is_file(folder / COMPLETE)
+    try:
+        open_cache(folder)
+    except ConfigError:  # also a cache that lost a file, or a part of one, after it was complete
+        return False
+    return True
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        load_array(path, memory_mapped=True)
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _merge_captions(folder: Path, path: Path, shards: int) -> None:
-    """Write the keys of all different captions, sorted, and beside them a pair that has each."""
+    """Write the keys of all different captions, sorted, and beside them a pair that has each.
+
+    Embeddings of texts are there only if the keys were lost, and those to which their rows belong may have been others.
+    """
+    for texts in path.parent.glob("shard-*.npy"):
+        texts.unlink()
     entries = np.concatenate([load_array(caption_shard(folder, shard)) for shard in range(shards)])
     keys, first = np.unique(entries["key"], return_index=True)
     write_array(path.with_name("pairs.npy"), entries["pair"][first])

@@ -388,6 +388,29 @@ def test_a_file_that_another_job_removes_is_computed_again(
     assert file.exists()
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("name", ["images/view-001/shard-00001.npy", "texts/shard-00002.npy", "texts/keys.npy"])
+@pytest.mark.parametrize("lost_bytes", [None, 1])
+def test_a_file_that_a_complete_cache_has_lost_is_refused_and_computed_again(
+    lost_bytes: int | None, name: str, build: Callable[..., None], setup: RunSetup, tmp_path: Path
+) -> None:
+    build()
+    cache, file = open_cache(tmp_path / "cache"), tmp_path / "cache" / name
+    content = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")}
+    if lost_bytes is None:
+        file.unlink()
+    else:
+        file.write_bytes(content[file][:-lost_bytes])
+    expected = rf"{file.name} is (missing|damaged: it has \d+ bytes); expected {len(content[file])} bytes"
+    with pytest.raises(ConfigError, match=expected):
+        open_cache(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=expected) as raised:  # by a run that has begun
+        [cache.lookup(1, index, setup.pairs.captions(index)[0]) for index in range(24)]
+    assert "run the command again" in raised.value.hint
+    build()
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")} == content
+
+
 def test_a_copy_of_the_data_and_of_the_teacher_in_other_folders_uses_the_same_cache(
     config: RunConfig, pairs_csv: Path, tmp_path: Path, build: Callable[..., None]
 ) -> None:
