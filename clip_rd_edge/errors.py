@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from clip_rd_edge.installation import install_command
 
@@ -46,6 +47,16 @@ class ClipRdEdgeError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(_shortened(message))
         self.hint = _shortened(hint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle would call the class with the message alone, but not each class takes one, such as MissingExtraError.
+        return _from_parts, (type(self), str(self), self.hint)
+
+
+def _from_parts(kind: type[ClipRdEdgeError], message: str, hint: str) -> ClipRdEdgeError:
+    error = kind.__new__(kind, message)
+    error.hint = hint
+    return error
 
 
 def _shortened(text: str) -> str:

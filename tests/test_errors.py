@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from clip_rd_edge.errors import causes, in_one_line
+from clip_rd_edge.errors import MissingExtraError, causes, in_one_line
 
 CALL = (
     "/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:114 std::conditional_t<THRW, void, "
@@ -42,3 +44,9 @@ def test_the_causes_of_an_error_are_those_it_was_raised_from_or_else_while_handl
     stated.__context__ = first
     last.__cause__, last.__context__ = stated, TypeError("handled meanwhile")
     assert list(causes(last)) == [last, stated, first]
+
+
+def test_an_error_comes_whole_out_of_another_process() -> None:
+    error = MissingExtraError("ray", extra="ray", purpose="The option --ray")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), copied.hint) == (MissingExtraError, str(error), error.hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadPair, BadSamples, Pairs, r
 from clip_rd_edge.data.unpaired import MixedSamples, has_images
 from clip_rd_edge.distillation.pixels import Crops, Levels, crop_levels
 from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, stop_signals_blocked
-from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError, UnreachableError
+from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, LostProcessError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import usable_cores
 from clip_rd_edge.utils.shared_block import SharedBlock
@@ -75,8 +76,6 @@ class Batch:
             embeddings = embeddings[0].pin_memory(), embeddings[1].pin_memory()
         return replace(self, student_pixels=student, teacher_pixels=teacher, teacher_embeddings=embeddings)
 
-
-_SHARED_MEMORY_HINT = "give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0"
 
 _ENDED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed|exited unexpectedly(?: with exit code (\d+))?)"
@@ -234,14 +233,16 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         InputError: during iteration, if more samples are bad than the data set allows.
         UnreachableError: if a machine or network fails to deliver a shard or an image, also when tried again.
         LostProcessError: during iteration, if a worker process was killed.
+        ClipRdEdgeError: during iteration, what else the data set raises, also in a worker process.
     """
     if workers < 0:
         workers = min(8, usable_cores() // 2)
     loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
+        _Batches(dataset),
+        sampler=sampler,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=partial(obey_only_the_parent, os.getpid()),
     )
@@ -250,7 +251,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
             batches = iter(loader)
         except OSError as error:
             raise machine_failure(error) or error from error
-    for batch in _one_sentence(batches):
+    for batch in _raising(batches):
         if dataset.substitute:
             dataset.bad.add(batch.bad)
         yield batch
@@ -279,14 +280,40 @@ def _without_main_module() -> Iterator[None]:
 _MAIN_MODULE_HIDDEN = SharedBlock(_without_main_module)
 
 
-def _one_sentence(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Iterate, with torch's traceback of a worker process taken off the message of an error of our own."""
+@dataclass(frozen=True)
+class _Failure:
+    """An error of our own in a worker process: torch would make it a text, with a traceback and without its hint."""
+
+    error: ClipRdEdgeError
+    traceback: str
+
+
+class _Batches(Dataset[Any]):
+    """The batch of a list of views; in a worker process, a failure in place of one."""
+
+    def __init__(self, dataset: ViewDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, views: list[View]) -> Batch | _Failure:
+        try:
+            return _collate([self._dataset[view] for view in views])
+        except ClipRdEdgeError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(error, traceback.format_exc())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _raising(batches: Iterable[Batch | _Failure]) -> Iterator[Batch]:
+    """Iterate, and raise what a worker process failed with, or was ended by."""
     try:
-        yield from batches
-    except (DiskFullError, UnreachableError) as error:
-        kind = type(error)
-        reason = str(error).strip().splitlines()[-1].rpartition(f"{kind.__name__}: ")[2]
-        raise kind(reason, hint=_SHARED_MEMORY_HINT if kind is DiskFullError else "") from error
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise batch.error from RuntimeError(batch.traceback)
+            yield batch
     except RuntimeError as error:
         raise lost_worker(error) or error from error
 
@@ -352,5 +379,6 @@ def _shared(tensor: Tensor) -> Tensor:
     except RuntimeError as error:
         raise DiskFullError(
             f"A worker process could not pass a batch of {tensor.nbytes / 1e6:.1f} MB through shared memory: "
-            f"{str(error).splitlines()[0].rpartition(': ')[2]}."
+            f"{str(error).splitlines()[0].rpartition(': ')[2]}.",
+            hint="give the container more, as by docker run --shm-size 2g, or load without processes: --workers 0",
         ) from error

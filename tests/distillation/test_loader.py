@@ -26,7 +26,7 @@ from clip_rd_edge.data.pairs import load_pairs
 from clip_rd_edge.distillation import loader as loader_module
 from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
-from clip_rd_edge.errors import DiskFullError, InputError, LostProcessError
+from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, LostProcessError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
 TEACHER = Preprocessing(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -218,6 +218,21 @@ def test_a_batch_too_large_for_shared_memory_ends_the_run_in_a_sentence(pairs_cs
     with pytest.raises(DiskFullError, match=r"pass a batch of 0\.0 MB through shared memory: File too large") as caught:
         next(loader)
     assert "--workers 0" in caught.value.hint
+
+
+class Refusing(ViewDataset):
+    """Raises in its worker process, as a damaged cache does."""
+
+    def __getitem__(self, view: View) -> PairView:
+        assert get_worker_info() is not None
+        raise ConfigError("It is damaged.", hint="repair it")
+
+
+def test_an_error_of_our_own_keeps_its_sentence_and_its_hint_from_a_worker(pairs_csv: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^It is damaged\.$") as caught:
+        next(loader_with_a_worker(Refusing, pairs_csv))
+    assert caught.value.hint == "repair it"
+    assert "in __getitem__" in str(caught.value.__cause__)  # where it was raised, for --debug
 
 
 class Killed(ViewDataset):
