@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+GUIDE = Path(__file__).parents[2] / "docs" / "index.md"
 
 
 def completions(line: str) -> list[tuple[str, str]]:
@@ -48,3 +52,20 @@ def test_each_shell_gets_a_script(shell: str) -> None:
     command = [sys.executable, "-m", "clip_rd_edge"]
     script = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
     assert f"_CLIP_RD_EDGE_COMPLETE={shell}_complete" in script
+
+
+def test_a_new_shell_completes_though_the_command_is_not_there_yet(tmp_path: Path) -> None:
+    """It is in a virtual environment, which the shell's own file does not activate."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "clip-rd-edge"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m clip_rd_edge "$@"\n')
+    script.chmod(0o755)
+    guide = GUIDE.read_text(encoding="utf-8")
+    lines = guide.partition("\n# bash\n")[2].partition("\n# zsh\n")[0]
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", lines], env=environment, check=True)
+    outside = {"HOME": str(tmp_path), "PATH": ""}
+    command = [str(shutil.which("bash")), "--norc", "-c", ". ~/.bashrc; complete -p clip-rd-edge"]
+    shell = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+    assert shell.stderr == ""
+    assert shell.stdout.split()[0] == "complete"
