@@ -149,6 +149,13 @@ def folder_names(task: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*folders, f"{task}.csv", f"{task}.tsv")))
 
 
+def shipped_suites(key: str = "rows") -> list[str]:
+    """Return the names of the shipped suites of a kind, sorted; `key` as for `find_suite`."""
+    kind = re.compile(rf"^{key}:", re.MULTILINE)
+    suites = shipped_path(_SHIPPED).glob("*.yaml")
+    return sorted(path.stem for path in suites if kind.search(path.read_text(encoding="utf-8")))
+
+
 def find_suite(name: str, *, key: str = "rows") -> Path:
     """Return a suite's file: `name` itself if it is a file, else the shipped suite of that name.
 
@@ -163,8 +170,7 @@ def find_suite(name: str, *, key: str = "rows") -> Path:
     folder = shipped_path(_SHIPPED)
     path = folder / f"{name}.yaml"
     if path not in folder.glob("*.yaml"):
-        kind = re.compile(rf"^{key}:", re.MULTILINE)
-        known = sorted(path.stem for path in folder.glob("*.yaml") if kind.search(path.read_text(encoding="utf-8")))
+        known = shipped_suites(key)
         raise InputError(
             f"There is no suite {name!r}: neither a file nor one of {', '.join(known)}.{near_matches(name, known)}",
             hint="check the path, or write a suite, starting from the output of: clip-rd-edge benchmark --init",

@@ -169,6 +169,61 @@ def grouped(heading: str) -> Callable[..., Callable[[Any], Any]]:
     return option
 
 
+def completed_by(names: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
+    """Return a `shell_complete` callback that offers names, such as those of presets, and file names.
+
+    Args:
+        names: a function is called when the shell asks, because listing the names may import packages.
+    """
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        matches = [CompletionItem(name) for name in _called(names) if name.startswith(incomplete)]
+        return matches or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+def _called(names: Iterable[str] | Callable[[], Iterable[str]]) -> Iterable[str]:
+    return names() if callable(names) else names
+
+
+def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
+    """Return a function that lists the files of a folder of the package, without their suffix; it imports nothing."""
+    return lambda: sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob(f"*{suffix}"))
+
+
+def _devices() -> list[str]:
+    from clip_rd_edge.convert.targets import device_names
+
+    return device_names()
+
+
+def _targets() -> list[str]:
+    from clip_rd_edge.convert.targets import TARGETS, device_names
+
+    return sorted({*device_names(), *TARGETS})
+
+
+def _tasks() -> Iterable[str]:
+    from clip_rd_edge.data.tasks import BUILT_IN_TASKS
+
+    return BUILT_IN_TASKS
+
+
+def complete_targets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Offer the targets of an export for the last one of several, which commas separate."""
+    before = incomplete[: incomplete.rfind(",") + 1]
+    return completed_by(lambda: [before + name for name in _targets()])(context, parameter, incomplete)
+
+
+complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
+complete_student = completed_by(packaged_names("models/configs", ".json"))
+complete_device = completed_by(_devices)
+complete_task = completed_by(_tasks)
+complete_data = completed_by(("emoji",))
+complete_labels = completed_by(("everyday",))
+
+
 _device = grouped("Device")
 device_option = _device(
     "--device", metavar="NAME",
@@ -194,7 +249,7 @@ def template_option(group: str, *, default: str, use: str = "with {} for the lab
         use: what a template is for.
     """
     return grouped(group)(
-        "--template", "templates", multiple=True, metavar="PROMPT|FILE",
+        "--template", "templates", multiple=True, metavar="PROMPT|FILE", shell_complete=completed_by(("imagenet",)),
         help=f'Prompt template {use}, such as "a photo of a {{}}", a file with one per line, or imagenet for '
         f"CLIP's 80; can be repeated.  [default: {default}]",
     )  # fmt: skip
@@ -250,29 +305,6 @@ def data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )):  # fmt: skip
         command = option(command)
     return command
-
-
-def completed_by(names: Callable[[], Iterable[str]]) -> Callable[..., list[CompletionItem]]:
-    """Return a `shell_complete` callback that offers names, such as those of presets, and file names.
-
-    Args:
-        names: called when the shell asks, because listing the names may import packages.
-    """
-
-    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        matches = [CompletionItem(name) for name in names() if name.startswith(incomplete)]
-        return matches or [CompletionItem(incomplete, type="file")]
-
-    return complete
-
-
-def packaged_names(folder: str, suffix: str) -> Callable[[], list[str]]:
-    """Return a function that lists the files of a folder of the package, without their suffix; it imports nothing."""
-    return lambda: sorted(path.stem for path in (Path(__file__).parents[1] / folder).glob(f"*{suffix}"))
-
-
-complete_recipe = completed_by(packaged_names("distillation/recipes", ".yaml"))
-complete_student = completed_by(packaged_names("models/configs", ".json"))
 
 
 def drop_none(**options: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from clip_rd_edge.cli._echo import as_word, echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped, template_option
+from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_task, grouped, template_option
 
 _weight, _evaluation, _output = grouped("Weight"), grouped("Evaluation"), grouped("Output")
 
@@ -38,7 +38,7 @@ class _Weight(click.ParamType):  # type: ignore[type-arg]  # generic since click
     help="Share of SECOND in the result, from 0 to 1; best: that of the highest mean accuracy on the tasks.",
 )  # fmt: skip
 @_evaluation(
-    "--task", "tasks", metavar="NAME", multiple=True,
+    "--task", "tasks", metavar="NAME", multiple=True, shell_complete=complete_task,
     help="Measure the models between the two at every tenth, on this task (see clip-rd-edge evaluate); can be "
     "repeated.  [default: none]",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, completed_by, grouped
 from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +24,14 @@ _comparison, _output = grouped("Comparison"), grouped("Output")
 _STYLES: dict[str, str] = {"regression": "bold red", "improvement": "green", "noise": "dim", "same": "dim"}
 
 
+def _suites() -> list[str]:
+    from clip_rd_edge.benchmarking.suite import shipped_suites
+
+    return shipped_suites()
+
+
 @click.command("benchmark", cls=GroupedCommand)
-@click.argument("suite", required=False)
+@click.argument("suite", required=False, shell_complete=completed_by(_suites))
 @_suite("--init", is_flag=True, help="Print a suite with a comment on each key, to start your own from.")
 @_suite("--root", metavar="DIR", help="Folder with the data sets.  [default: the suite's]")
 @_suite(

@@ -21,6 +21,7 @@ from clip_rd_edge.cli._options import (
     GroupedCommand,
     ManyOption,
     PathName,
+    complete_labels,
     device_option,
     grouped,
     template_option,
@@ -53,7 +54,7 @@ _labels, _images, _output = grouped("Labels"), grouped("Images"), grouped("Outpu
 @click.argument("bundle", type=PathName())
 @click.argument("images", nargs=-1, metavar="IMAGE...")
 @_labels(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
     help='Labels such as "a cat" "a dog"; everyday, for some 300 everyday things; or a label file: text with one label '
     "per line (a line that starts with # and a space is a comment), a CSV with the column label, or a JSON list.  "
     "[default: the labels in the bundle]",

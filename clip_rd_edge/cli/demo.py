@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, grouped, threads_option
+from clip_rd_edge.cli._options import GroupedCommand, ManyOption, PathName, complete_labels, grouped, threads_option
 from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
 
 _page = grouped("Page")
@@ -17,7 +17,7 @@ _page = grouped("Page")
 @click.command("demo", cls=GroupedCommand, short_help="Try bundles on a local web page, with a camera or image files.")
 @click.argument("bundles", nargs=-1, required=True, type=PathName(), metavar="BUNDLE...")
 @_page(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
     help='Initial labels such as "a cat" "a dog", everyday, or a label file (see classify); at most 2,000.  [default: '
     "the labels in the bundle, else the page's own]",
 )  # fmt: skip

@@ -6,14 +6,14 @@ import click
 
 from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._fold import fold_command
-from clip_rd_edge.cli._options import GroupedCommand, grouped
+from clip_rd_edge.cli._options import GroupedCommand, complete_device, grouped
 
 # The words of the column `tested` for Device.runs.
 _TESTED = {"here": "yes", "nearby": "in part", "not yet": "not yet"}
 
 
 @click.command("devices", cls=GroupedCommand, short_help="List the supported devices, and how to deploy to them.")
-@click.argument("name", required=False, metavar="[NAME]")
+@click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_device)
 @grouped("Output")("--json", "as_json", is_flag=True, help="Print the devices as JSON.")
 def command(name: str | None, as_json: bool) -> None:
     """List the supported devices, or show how to deploy to the device NAME.

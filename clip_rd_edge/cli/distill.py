@@ -13,8 +13,11 @@ from clip_rd_edge.cli._options import (
     GroupedCommand,
     NameChoice,
     PathName,
+    complete_data,
     complete_recipe,
     complete_student,
+    complete_task,
+    completed_by,
     data_options,
     drop_none,
     grouped,
@@ -35,6 +38,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 @_data(
     "--data",
     metavar="SOURCE",
+    shell_complete=complete_data,
     help="CSV, TSV or Parquet file of images and captions (columns filepath,title), WebDataset shards "
     "(a/{000..012}.tar::b.tar), or emoji for the built-in data set.  [default: none; see --images]",
 )
@@ -84,6 +88,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_student(
     "--text", default="standard", show_default=True, metavar="SIZE|MODEL",
+    shell_complete=completed_by(("tiny", "small", "standard", "teacher")),
     help="Size of the text tower: tiny, small, standard, or WIDTHxLAYERS such as 512x6; or the folder of a model, for "
     "its text tower; or teacher, for that of the (first) teacher, of which only the projection is trained.",
 )  # fmt: skip
@@ -104,12 +109,13 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
 )
 @_student(
     "--pretrained-image", metavar="timm|package|teacher|FILE",
+    shell_complete=completed_by(("timm", "package", "teacher")),
     help="Initial weights of the student's image trunk; package: from an installed package, for efficientnet_lite0; "
     "teacher: the (first) teacher's whole image tower, of the same architecture.  "
     "[default: random]",
 )  # fmt: skip
 @_student(
-    "--pretrained-text", metavar="tokens|teacher|FILE",
+    "--pretrained-text", metavar="tokens|teacher|FILE", shell_complete=completed_by(("tokens", "teacher")),
     help="Initial weights of the student's text tower. tokens: only those of the token embeddings, which are what the "
     "teacher says of each token. teacher: evenly spaced layers of the (first) teacher's. FILE: of a checkpoint's.  "
     "[default: random]",
@@ -167,6 +173,7 @@ OWN_DATA_EXAMPLE = """distill --data pairs.csv --batch-size 256 -o runs/first \\
     "--task",
     "tasks",
     metavar="NAME",
+    shell_complete=complete_task,
     multiple=True,
     help="Evaluate on this task (see clip-rd-edge evaluate) and keep the best student in RUN/best; can be "
     "repeated.  [default: none]",

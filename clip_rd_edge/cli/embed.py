@@ -13,6 +13,7 @@ from clip_rd_edge.cli._options import (
     GroupedCommand,
     NameChoice,
     PathName,
+    complete_data,
     complete_recipe,
     data_options,
     drop_none,
@@ -24,7 +25,7 @@ _data, _teacher, _output = grouped("Data"), grouped("Teacher"), grouped("Output"
 
 
 @click.command("embed", cls=GroupedCommand, short_help="Compute a teacher's embeddings once, for many runs.")
-@_data("--data", metavar="SOURCE", help="The pairs, as for distill.  [default: none]")
+@_data("--data", metavar="SOURCE", shell_complete=complete_data, help="The pairs, as for distill.  [default: none]")
 @data_options
 @_teacher(
     "--teacher", required=True, metavar="MODEL", multiple=True, help="The teacher, as for distill; can be repeated."

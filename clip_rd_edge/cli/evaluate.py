@@ -15,6 +15,7 @@ from clip_rd_edge.cli._options import (
     GroupedCommand,
     PathName,
     column_options,
+    complete_task,
     grouped,
     template_option,
     threads_option,
@@ -37,6 +38,7 @@ _image_column, _caption_column = column_options("Tasks")
     "--task",
     "tasks",
     metavar="NAME",
+    shell_complete=complete_task,
     multiple=True,
     required=True,
     help="A folder of images with one subfolder per class, a data set that CLIP_benchmark exported, a CSV file or "

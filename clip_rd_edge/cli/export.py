@@ -15,6 +15,8 @@ from clip_rd_edge.cli._options import (
     ManyOption,
     NameChoice,
     PathName,
+    complete_labels,
+    complete_targets,
     drop_none,
     grouped,
 )
@@ -34,6 +36,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
 @_bundle(
     "--target",
     metavar="NAME",
+    shell_complete=complete_targets,
     help="Device to export for, which sets format and precision: one of `clip-rd-edge devices`, such as cpu-x86 or "
     "jetson-orin, or an RTX card's compute capability, such as sm86; several, as in sm86,sm89,jetson-orin, make one "
     "bundle per target. browser writes a static web page that runs the bundle in the browser; MODEL may then be a "
@@ -51,7 +54,7 @@ _bundle, _int8, _output = grouped("Bundle"), grouped("INT8"), grouped("Output")
     help="Precision of the towers: fp32, fp16, bf16 or int8.  [default: the target's, else fp32]",
 )
 @_bundle(
-    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE",
+    "--labels", cls=ManyOption, multiple=True, metavar="LABEL...|FILE", shell_complete=complete_labels,
     help='Labels such as "a cat" "a dog", everyday, or a label file (see classify), whose embeddings are stored in '
     "the bundle.  [default: the model's own, if it was stitched]",
 )  # fmt: skip

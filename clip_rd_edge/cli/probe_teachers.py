@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_task, drop_none, grouped
 from clip_rd_edge.cli.distill import command as distill
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _NOT_SHARED |= {"global_logits"}  # for several processes
 @click.command("probe-teachers", cls=GroupedCommand, short_help="Rank teachers for a student by short runs.")
 @click.argument("teachers", nargs=-1, required=True)
 @_probe(
-    "--task", "tasks", metavar="NAME", multiple=True, required=True,
+    "--task", "tasks", metavar="NAME", multiple=True, required=True, shell_complete=complete_task,
     help="Rank by the student's accuracy on this task (see clip-rd-edge evaluate), or the mean of several.",
 )  # fmt: skip
 @_probe(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from clip_rd_edge.cli._echo import as_word, echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, completed_by, drop_none, grouped
 
 _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("Output")
 
@@ -18,7 +18,7 @@ _classifier, _text, _output = grouped("Classifier"), grouped("Text"), grouped("O
 )
 @click.argument("classifier")
 @_text(
-    "--names", required=True, metavar="FILE|imagenet",
+    "--names", required=True, metavar="FILE|imagenet", shell_complete=completed_by(("imagenet",)),
     help="The names of the classes: one class per line, in the order of the classifier's outputs; ';' separates "
     "synonyms and descriptions. imagenet: the names of ImageNet's 1,000 classes.",
 )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from clip_rd_edge.cli._echo import echo
-from clip_rd_edge.cli._options import GroupedCommand, PathName, drop_none, grouped
+from clip_rd_edge.cli._options import GroupedCommand, PathName, complete_task, drop_none, grouped
 from clip_rd_edge.cli._server import print_addresses, print_how_to_stop, server_options
 
 _page = grouped("Page")
@@ -20,7 +20,7 @@ _page = grouped("Page")
     help="Write the page as it is now into one HTML file, and serve nothing.  [default: serve it]",
 )  # fmt: skip
 @_page(
-    "--task", metavar="NAME",
+    "--task", metavar="NAME", shell_complete=complete_task,
     help="Task whose images the student is asked about (see evaluate).  [default: the run's first, else its pairs]",
 )  # fmt: skip
 @_page(

@@ -36,6 +36,16 @@ def completions(line: str) -> list[tuple[str, str]]:
         ("clip-rd-edge distill --student mobilevit_x", ("plain", "mobilevit_xxs")),
         ("clip-rd-edge distill --recipe mine", ("file", "mine")),
         ("clip-rd-edge classify bun", ("file", "bun")),
+        ("clip-rd-edge export run --target cpu", ("plain", "cpu-x86")),
+        ("clip-rd-edge export run --target sm86,jetson-o", ("plain", "sm86,jetson-orin")),
+        ("clip-rd-edge devices c", ("plain", "cpu-arm")),
+        ("clip-rd-edge evaluate run --task emo", ("plain", "emoji:unseen-style")),
+        ("clip-rd-edge distill --data em", ("plain", "emoji")),
+        ("clip-rd-edge distill --text sm", ("plain", "small")),
+        ("clip-rd-edge distill --pretrained-image t", ("plain", "timm")),
+        ("clip-rd-edge benchmark qui", ("plain", "quickstart")),
+        ("clip-rd-edge stitch classifier --names ima", ("plain", "imagenet")),
+        ("clip-rd-edge classify bundle --labels every", ("plain", "everyday")),
     ],
 )
 def test_the_shell_is_offered_commands_options_values_presets_and_files(line: str, expected: tuple[str, str]) -> None:
