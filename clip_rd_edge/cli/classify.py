@@ -28,6 +28,7 @@ from clip_rd_edge.cli._options import (
     threads_option,
 )
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.paths import exists
 from clip_rd_edge.utils.printable import inert_cell, one_line
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -113,6 +114,12 @@ def command(
 
     For many images, set --threads to one less than the number of cores: that leaves one core for opening the images.
     """
+    # A single value that is a file is one of labels.
+    if camera is None and not images and len(labels) > 1 and _is_there(labels[-1]):
+        raise UsageError(
+            f"There are no images: --labels took {labels[-1]}, as it takes all that stands before the next option.",
+            hint="put the images before --labels",
+        )
     if (camera is None) == (not images):
         raise UsageError(
             "Expected either images or --camera.", hint="pass files, a folder, - for a list, or --camera 0"
@@ -159,6 +166,13 @@ def command(
     if folders:
         count = len(folders)
         raise InputError(f"{count:,} folder{'s' * (count > 1)} could not be read; the others are classified.")
+
+
+def _is_there(label: str) -> bool:
+    try:
+        return exists(label)
+    except InputError:  # no path, such as a long label
+        return False
 
 
 class _LateReporter(Reporter):
