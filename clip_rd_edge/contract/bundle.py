@@ -243,6 +243,13 @@ def listed_files(folder: Path) -> Collection[str] | None:
     return files if is_ours else None
 
 
+def inner_bundles(folder: Path) -> str:
+    """Return a hint that names the bundles in a folder that is none, such as those of a run; empty if it has none."""
+    folders = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
+    inner = sorted(path for path in folders if listed_files(path) is not None)
+    return f"there are bundles in it: {', '.join(map(str, inner))}" if inner else ""
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a bundle's manifest; check that its files exist, and that it has the checksums of towers and tokenizer.
 
@@ -253,10 +260,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not is_bundle(folder):
         reason = "has no manifest.json" if is_folder(folder) else "is a file" if exists(folder) else "does not exist"
-        hint = "create one with clip-rd-edge export"
-        folders = (path.parent for pattern in ("*", "bundles/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
-        if inner := sorted(path for path in folders if listed_files(path) is not None):
-            hint = f"there are bundles in it: {', '.join(map(str, inner))}"
+        hint = inner_bundles(folder) or "create one with clip-rd-edge export"
         nearest = "" if exists(folder) else near_files(folder)
         raise InputError(f"{folder} is not a bundle: it {reason}.{nearest}", hint=hint)
     try:

@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from clip_rd_edge.contract.bundle import is_bundle
+from clip_rd_edge.contract.bundle import inner_bundles, is_bundle
 from clip_rd_edge.contract.checkpoint import (
     CONFIG_FILE,
     DISTILLATION_FILE,
@@ -159,7 +159,7 @@ def _architecture(name: str, pretrained: str | None) -> dict[str, Any]:
         if is_folder(name):
             raise InputError(
                 f"The folder {name} holds no model: it has no {CONFIG_FILE}.",
-                hint="name the folder of a run, or of a model that open_clip can load",
+                hint=inner_bundles(Path(name)) or "name the folder of a run, or of a model that open_clip can load",
             )
         raise InputError(
             f"No model named {name!r}: it is neither a folder nor an open_clip architecture."

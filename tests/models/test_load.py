@@ -289,3 +289,10 @@ def test_a_configuration_of_a_model_that_nobody_has_takes_no_memory(name: str, t
     shutil.copy(Path(__file__).parents[1] / "corpus" / "teachers" / f"{name}.json", tmp_path / "open_clip_config.json")
     with pytest.raises(ConfigError, match=r"no such model exists|expected at most|is no object"):
         load_clip(f"local-dir:{tmp_path}")
+
+
+def test_the_bundles_in_a_folder_that_is_no_model_are_named(colour_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(colour_bundle, tmp_path / "bundles" / "int8")
+    with pytest.raises(InputError, match="bundles holds no model") as refusal:
+        load_clip(str(tmp_path / "bundles"))
+    assert refusal.value.hint == f"there are bundles in it: {tmp_path / 'bundles' / 'int8'}"
