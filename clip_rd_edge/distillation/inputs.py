@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,13 @@ def common_inputs(config: RunConfig, setup: RunSetup, processes: Processes) -> R
 
 
 def check_inputs(
-    run: Path, inputs: RunInputs, setup: RunSetup, *, accept_changes: bool, reporter: Reporter = SILENT
+    run: Path,
+    inputs: RunInputs,
+    config: RunConfig,
+    setup: RunSetup,
+    *,
+    accept_changes: bool,
+    reporter: Reporter = SILENT,
 ) -> None:
     """Check that data and models are those of RUN/inputs.json, if there is one.
 
@@ -149,7 +156,7 @@ def check_inputs(
 
     Args:
         inputs: fingerprints of data and models.
-        setup: names them.
+        config, setup: name them.
         accept_changes: report a difference instead of raising, unless the run is finished, or its student would get
             another tokenizer, architecture or preprocessing, or a teacher another embedding size.
 
@@ -162,7 +169,8 @@ def check_inputs(
     if path.is_file():
         old = read_json(path, RunInputs)
         names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
-        difference = _difference(old, inputs, data=setup.pairs.name, teachers=names)
+        former = _former_data(run, config) if old.pairs_sha256 != inputs.pairs_sha256 else None
+        difference = _difference(old, inputs, data=setup.pairs.name, teachers=names, former=former)
         if difference is None:
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
@@ -172,6 +180,8 @@ def check_inputs(
         is_acceptable = not is_finished and is_same_student
         if is_finished or (has_checkpoint and not (accept_changes and is_acceptable)):
             ways = ["name those that it was finished with" if is_finished else "restore them"]
+            if former:
+                ways = [f"name those that it began with: --data {shlex.quote(former)}"]
             ways.append("start a new run with another -o")
             if is_acceptable:
                 ways.append("go on with the new ones: --accept-changes")
@@ -268,11 +278,23 @@ def _written_ns(name: str) -> int:
     return max((file.stat().st_mtime_ns for file in files if is_file(file)), default=0)
 
 
-def _difference(old: RunInputs, new: RunInputs, *, data: str, teachers: Sequence[str]) -> str | None:
+def _former_data(run: Path, config: RunConfig) -> str | None:
+    """Return the data that a run was begun with, if `config` names others: neither may have changed since."""
+    former = read_yaml(run / RUN_CONFIG_FILE, RunConfig).data
+    return former if former and config.data and Path(former).name != Path(config.data).name else None
+
+
+def _difference(
+    old: RunInputs, new: RunInputs, *, data: str, teachers: Sequence[str], former: str | None = None
+) -> str | None:
     if change := _change(old.text_sha256, new.text_sha256):
         return f"the text tower that the student starts from has other weights or another tokenizer ({change})"
     if change := _change(old.student_file_sha256, new.student_file_sha256):
         return f"the file of the student's architecture has another content ({change})"
+    if former and (change := _change(old.pairs_sha256, new.pairs_sha256)):
+        other = f"as many, but other names, captions, sizes or another order ({change})"
+        has = other if _counts(old) == _counts(new) else _counts(new)
+        return f"{Path(former).name} with {_counts(old)}, where {data} has {has}"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
         return f"{data} had {_counts(old)}, and now has {_counts(new)}"
     if change := _change(old.pairs_sha256, new.pairs_sha256):

@@ -229,7 +229,9 @@ def _run(
         if processes.is_main:
             write_text(run / RUN_CONFIG_FILE, to_yaml(config))
     inputs = common_inputs(config, setup, processes)
-    processes.on_main(lambda: check_inputs(run, inputs, setup, accept_changes=accept_changes, reporter=reporter))
+    processes.on_main(
+        lambda: check_inputs(run, inputs, config, setup, accept_changes=accept_changes, reporter=reporter)
+    )
     processes.on_main(lambda: record_locations(run, config))
     if is_finished:
         return _finished(config, run, processes, reporter)

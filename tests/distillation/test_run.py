@@ -433,8 +433,10 @@ def test_a_run_is_resumed_from_another_working_directory(
     monkeypatch.chdir(inner)
     other = msgspec.structs.replace(there, data="other.csv")
     for _ in ("unfinished", "finished"):
-        with pytest.raises(UsageError, match=r"began with other inputs: other\.csv had 24 pairs, and now has 19 pairs"):
+        inputs = r"began with other inputs: pairs\.csv with 24 pairs, where other\.csv has 19 pairs"
+        with pytest.raises(UsageError, match=inputs) as refusal:
             distil(other, run, resume=True)
+        assert re.match(r"name those that it began with: --data \S*pairs\.csv,", refusal.value.hint)
         with pytest.raises(UsageError, match="another configuration: images: None → "):
             distil(msgspec.structs.replace(there, images=there.data), run, resume=True)
         assert_same_weights(distil(there, run, resume=True), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import shutil
 import threading
@@ -328,12 +329,17 @@ def test_a_store_that_was_refused_is_refused_again_until_the_images_are_repaired
     config = msgspec.structs.replace(config, max_bad=0.05)  # one of 24
     open_image = type(setup.pairs).open
     monkeypatch.setattr(type(setup.pairs), "open", fail)
+    setups = [copy.deepcopy(setup) for _ in range(processes)]  # a model of its own, whose tensors no other replaces
+
+    def build(own: Processes) -> None:
+        make_build(config, setups[own.rank], own)()
+
     for _ in range(2):
-        for error in call_in_threads(processes, lambda own: make_build(config, setup, own)()):
+        for error in call_in_threads(processes, build):
             assert isinstance(error, InputError)
             assert f"{len(bad)} of 24 samples" in str(error)
     monkeypatch.setattr(type(setup.pairs), "open", open_image)
-    assert call_in_threads(processes, lambda own: make_build(config, setup, own)()) == [None] * processes
+    assert call_in_threads(processes, build) == [None] * processes
     cache = open_cache(Path(str(config.teacher_cache)))
     assert all(cache.lookup(view, index, setup.pairs.captions(index)[0]) for view in (0, 1) for index in range(24))
 
@@ -357,9 +363,11 @@ def test_a_file_that_another_job_finishes_between_two_processes_leaves_no_gap(
             shutil.copy(image_shard(finished, 0, 0), copied[0])
         return file
 
+    setups = [copy.deepcopy(setup) for _ in range(2)]
+
     def call(processes: Processes) -> None:
         ranks[threading.get_ident()] = processes.rank
-        make_build(config, setup, processes)()
+        make_build(config, setups[processes.rank], processes)()
 
     monkeypatch.setattr(ShardTask, "path", path)
     assert call_in_threads(2, call) == [None, None]
