@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -19,6 +21,8 @@ LENGTHS = (8, 16, 32, 64)
 _BATCH = 1_024  # texts between two reports of progress
 # Tensors of open_clip's own towers that have a row, and maybe a column, per position; those of Hugging Face adapt.
 _ROWS, _ROWS_AND_COLUMNS = "positional_embedding", "attn_mask"
+# While a tower computes fewer positions, its model has parts in the place of these tensors, for all threads.
+_replaced = threading.Lock()
 _MASKED_POOLERS = ("MeanPooler", "ClsPooler", "ClsLastHiddenStatePooler")
 
 
@@ -69,10 +73,11 @@ class CaptionTower(nn.Module):
     def compute(self, input_ids: Tensor, length: int) -> Tensor:
         """Return the rows of texts that need no more than the first `length` positions."""
         ids = input_ids[:, :length].to(next(self.tower.parameters()).device)
-        cut = {}
-        if length < input_ids.shape[1]:
-            cut = {name: self._part(own, slice(length)) for name, own in self._positional.items()}
-        rows: Tensor = functional_call(self.tower, cut, (ids,))
+        with _replaced if self._positional else nullcontext():
+            cut = {}
+            if length < input_ids.shape[1]:
+                cut = {name: self._part(own, slice(length)) for name, own in self._positional.items()}
+            rows: Tensor = functional_call(self.tower, cut, (ids,))
         return rows
 
     def _part(self, name: str, part: slice) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,23 @@ def test_a_text_of_any_length_has_room_for_its_end() -> None:
     assert (ids.argmax(1) + 1).tolist() == ends
     assert tower.lengths(ids) == [next(length for length in (8, 16, 32, 64, 77) if end <= length) for end in ends]
     torch.testing.assert_close(tower(ids), TextTower(model)(ids))
+
+
+def test_threads_that_share_a_tower_see_the_positions_of_their_own_texts() -> None:
+    model = custom()
+    tower = CaptionTower(TextTower(model), model)
+    ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    expected, names = tower(ids), list(model.state_dict())
+    with (
+        next(m for m in tower.modules() if isinstance(m, nn.Embedding)).register_forward_hook(
+            lambda *_: time.sleep(0.01)  # so that calls overlap
+        ),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        rows = list(pool.map(tower, [ids[row : row + 1] for row in (0, 4, 5, 6)]))
+    torch.testing.assert_close(torch.cat(rows), expected[[0, 4, 5, 6]])
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(tower(ids), expected)
 
 
 def test_gradients_are_those_of_the_whole_context() -> None:
