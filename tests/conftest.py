@@ -57,6 +57,16 @@ def marks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP acts as in a terminal, in the test and in what it starts; under nohup, both would ignore it."""
+    number: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+    before = None if number is None else signal.signal(number, signal.SIG_DFL)
+    yield
+    if number is not None:
+        signal.signal(number, before)
+
+
+@pytest.fixture
 def pairs_csv(tmp_path: Path) -> Path:
     """A CSV in open_clip's format: 24 noisy images in four colours, with captions."""
     folder = tmp_path / "pictures"

@@ -254,6 +254,7 @@ def test_a_limit_of_threads_is_not_taken_for_a_damaged_bundle(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process without asking it")
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize(
     ("name", "raised"), [("SIGTERM", "_Terminated"), ("SIGTERM", "ImportError"), ("SIGHUP", "_Terminated")]
 )

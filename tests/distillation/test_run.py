@@ -148,6 +148,7 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path, name: str) -> None:
     def terminate(step: int) -> None:

@@ -310,6 +310,7 @@ def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_ends_the_command_with_everything_saved(
     name: str, colour_bundle: Path, colour_images: Path, tmp_path: Path

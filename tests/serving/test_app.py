@@ -710,6 +710,7 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
     service.close()
 
 
+@pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_lets_a_request_in_progress_finish(
     start: Callable[..., tuple[subprocess.Popen[str], int]], name: str

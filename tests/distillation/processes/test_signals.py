@@ -170,6 +170,7 @@ with stop_on_signals() as request, request.deferred():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a terminal that can be closed")
+@pytest.mark.usefixtures("hang_up")
 def test_what_is_printed_after_a_terminal_was_closed_does_not_keep_a_run_from_saving(tmp_path: Path) -> None:
     import pty  # Windows has none
 
