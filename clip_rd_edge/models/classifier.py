@@ -152,8 +152,7 @@ def _timm_classifier(spec: str, pretrained: str | None) -> ImageClassifier:
             ) from error
         return _checked(architecture, model, source=f"timm, {spec}")
     weights = read_weights(Path(pretrained))
-    with torch.device("meta"):
-        head = timm.create_model(architecture).default_cfg["classifier"]
+    head = timm.create_model(architecture).default_cfg["classifier"]
     head = head if isinstance(head, str) else str(head[0])
     if f"{head}.weight" not in weights:
         raise ConfigError(f"The weights {pretrained} do not match {architecture}: {head}.weight is missing.")

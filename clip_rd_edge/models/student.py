@@ -185,7 +185,8 @@ def _timm_preset(trunk: str) -> _Preset:
             f"No student named {trunk!r}: it is neither a preset nor a timm model.{near_matches(trunk, known)}",
             hint=f"presets: {', '.join(preset_names())}",
         )
-    with torch.device("meta"):
+    # Not on the meta device: timm before 1.0.21 fails on it with most transformers, and later releases with RegNets.
+    with torch.random.fork_rng(devices=[]):  # the student's own initial weights are drawn after this
         module = timm.create_model(trunk, num_classes=0)
     # open_clip's linear projection expects `num_features`, but some trunks (MobileNetV3 and V4) widen again after
     # pooling. For these, timm's own classifier becomes the projection.
@@ -269,7 +270,7 @@ def _weights_of_file(name: str, path: str) -> dict[str, Tensor]:
 
     if not is_file(path):
         raise InputError(f"The image weights file {path} does not exist.", hint="pass a file, or: timm, package")
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):
         published: Any = timm.create_model(name)
     weights = read_weights(Path(path))
     classes = next((len(weights[key]) for key in _classifier_names(published) if key in weights), 0)

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clip_rd_edge.errors import ConfigError, InputError
+from clip_rd_edge.models.classifier import load_classifier
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, save_clip
@@ -57,6 +58,24 @@ def test_open_clip_loads_a_saved_student(tmp_path: Path, name: str) -> None:
 
 def test_any_timm_trunk_can_be_used_by_name() -> None:
     assert tiny("test_resnet", 96).embedding_size == 32
+
+
+def test_a_trunk_is_described_by_any_timm_and_without_drawing_random_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+
+    def older(*arguments: object, **options: object) -> torch.nn.Module:
+        torch.linspace(0, 0.1, 2).tolist()  # as timm before 1.0.21 does for the rates of drop path
+        return create(*arguments, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(timm, "create_model", older)
+    state = torch.get_rng_state()
+    student_config("test_vit", embedding_size=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = saved(tmp_path / "weights.safetensors", create("test_resnet").state_dict())
+    init_image_tower(clip("64x1"), weights)
+    load_classifier("test_resnet", pretrained=weights)
 
 
 @pytest.mark.parametrize(("name", "match"), [("mobilevit_xx", "mobilevit_xxs"), ("resnet81", "resnet18")])
