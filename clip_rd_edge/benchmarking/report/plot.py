@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from clip_rd_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -69,8 +70,7 @@ def place_labels(
     Returns:
         Whether the labels can be read: none covers another or leaves the frame.
     """
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = cast("Figure", axes.figure)  # get_figure(root=True) is new in matplotlib 3.10
     figure.draw_without_rendering()  # fixes the layout, so that pixel coordinates are final
     occupied = [*_dot_boxes(axes, dots, figure.dpi / 72), *_line_boxes(axes, dots, line)]
     frame = axes.get_window_extent()
@@ -286,8 +286,7 @@ def _number(axes: Axes, dots: Dots, names: Sequence[str], colours: Sequence[str]
 
     for text in list(axes.texts):
         text.remove()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = cast("Figure", axes.figure)
     numbers = [str(number) for number in range(1, len(names) + 1)]
     key = [
         textwrap.fill(f"{number}  {name}".replace("\n", ", "), _KEY_LINE_LENGTH)
