@@ -86,9 +86,11 @@ def _export(tower: nn.Module, example: Tensor, path: Path, *, names: tuple[str, 
     except Exception as error:  # the exporter raises many types, with reports that are pages long
         if full := disk_full_error(error):
             raise full from error
+        # torch's exporter is written with onnxscript, which torch does not require: pip may have kept an old one.
+        is_outdated = isinstance(_first_error(error), ImportError)
         raise ClipRdEdgeError(
             f"The {path.stem} tower of {clip.name} cannot be exported to ONNX: {root_cause(error)}.",
-            hint="use one of clip-rd-edge's presets, or a newer torch",
+            hint="pip install -U onnxscript" if is_outdated else "use one of clip-rd-edge's presets, or a newer torch",
         ) from error
     return path
 
@@ -102,10 +104,15 @@ def _weight_bytes(tower: nn.Module) -> int:
 
 def root_cause(error: BaseException) -> str:
     """Return the type and first line of the error that caused `error`, which the exporter's own errors hide."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = _first_error(error)
     name, reason = type(error).__name__, first_line(error)
     return name if reason == name else f"{name}: {reason}"
+
+
+def _first_error(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

@@ -132,6 +132,18 @@ def test_the_error_for_an_unsupported_operator_is_one_sentence(
     assert raised.value.hint
 
 
+def test_an_onnxscript_that_is_too_old_for_torch_is_to_be_upgraded(
+    student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outdated(*_: object, **__: object) -> None:
+        raise RuntimeError("the exporter failed") from ImportError("cannot import name 'opset23' from 'onnxscript'")
+
+    monkeypatch.setattr("torch.onnx.export", outdated)
+    with pytest.raises(ClipRdEdgeError, match="exported to ONNX: ImportError: cannot import name 'opset23'") as raised:
+        export_image_tower(student, tmp_path)
+    assert raised.value.hint == "pip install -U onnxscript"
+
+
 def test_a_full_disk_is_not_reported_as_an_unsupported_operator(
     student: ClipModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
