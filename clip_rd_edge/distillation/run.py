@@ -104,7 +104,8 @@ def run_distillation(
 
     Raises:
         UsageError: `run` is not empty and `resume` is false, holds a run with another configuration, data or teacher,
-            or is being written by another process; or the teacher cache was made with other settings.
+            or is being written by another process, or is removed meanwhile; or the teacher cache was made with other
+            settings.
         InputError, ConfigError: data, teacher or student cannot be used.
         InterruptedRunError: a signal requested a stop; the state was saved.
         DiskFullError: there is no space left on the disk; the checkpoints that are complete are kept.
@@ -132,9 +133,19 @@ def run_distillation(
         except Exception as error:  # torch and safetensors hide the type of what the system reports
             if killed := lost_worker(error):
                 raise killed from error
-            if (full := disk_full_error(error)) is None:
-                raise
-            raise _without_space(run, full) from error
+            if full := disk_full_error(error):
+                raise _without_space(run, full) from error
+            if _is_within(error, run) and not run.exists():
+                raise UsageError(
+                    f"The folder of the run, {run}, was moved or removed while it was being written.",
+                    hint="move it back and resume with the same command and --resume, or begin again without",
+                ) from error
+            raise
+
+
+def _is_within(error: Exception, run: Path) -> bool:
+    """Return whether a file of the run was not found."""
+    return isinstance(error, FileNotFoundError) and run in Path(str(error.filename)).parents
 
 
 def _without_space(run: Path, error: DiskFullError) -> DiskFullError:

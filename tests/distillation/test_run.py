@@ -148,6 +148,15 @@ def test_a_full_disk_when_the_student_is_written_leaves_no_student(
     assert not (tmp_path / "run" / "student").exists()
 
 
+def test_a_run_whose_folder_is_removed_meanwhile_says_so(config: RunConfig, tmp_path: Path) -> None:
+    def remove(step: int) -> None:
+        if step == 3:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(UsageError, match="run, was moved or removed while it was being written"):
+        distil(config, tmp_path / "run", on_step=remove)
+
+
 @pytest.mark.usefixtures("hang_up")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_saves_the_state_and_tells_how_to_resume(config: RunConfig, tmp_path: Path, name: str) -> None:

@@ -155,14 +155,14 @@ def test_handlers_are_restored() -> None:
 
 
 HUNG_UP = """
-import sys
+import sys, time
 from pathlib import Path
 from clip_rd_edge.distillation.processes.signals import stop_on_signals
 
 with stop_on_signals() as request, request.deferred():
     print("begun", flush=True)
     while not request:
-        pass
+        time.sleep(0.001)
     for stream in (sys.stdout, sys.stderr):
         print("saving", file=stream, flush=True)
     Path(sys.argv[1]).write_text(request.signal_name)
