@@ -144,6 +144,8 @@ def _trim_layers(clip: ClipModel, count: int) -> str:
     else:
         blocks = transformer.resblocks
     total = len(blocks)
+    if total == 1:
+        raise ConfigError(f"The text tower of {clip.name} has one layer, which has to stay.", hint="omit --text-layers")
     if not 1 <= count < total:
         raise ConfigError(
             f"The text tower of {clip.name} has {total} layers, and {count} are to stay; expected 1 to {total - 1}."
