@@ -1,4 +1,4 @@
-"""The command that installs this package with an extra, from where it was installed: a clone, a URL, or an index."""
+"""How to install this package with an extra, or a newer one, from where it came from: a clone, a URL, or an index."""
 
 from __future__ import annotations
 
@@ -10,31 +10,49 @@ PACKAGE = "clip-rd-edge"
 _CLONE = Path(__file__).resolve().parents[1]
 
 
-def install_command(extra: str = "", *, options: str = "") -> str:
-    """Return the pip command that installs this package with an extra, as it works on this machine.
+def install_command(extra: str) -> str:
+    """Return the pip command that installs this package with an extra, such as `train`, as it works on this machine.
 
     pip records where a package came from, unless it was an index (PEP 610, `direct_url.json`).
-
-    Args:
-        extra: such as `train`; empty for none.
-        options: options of `pip install`, such as `-U`.
     """
+    origin = _origin()
+    if "dir_info" in origin:
+        options = ["-e"] if origin["dir_info"].get("editable") else []
+        return _pip_install(*options, f"{_folder(origin)}[{extra}]")
+    return _pip_install(f"{PACKAGE}[{extra}]{_source(origin)}")
+
+
+def upgrade_hint() -> str:
+    """Return what to do for a newer version: pip's command, or words where that would install the same files again."""
+    origin = _origin()
+    if "dir_info" in origin:
+        return f"git pull in {_folder(origin)}, then install it again"
+    if "archive_info" in origin:
+        return f"install a newer {PACKAGE}: this one is from {origin['url']}"
+    return _pip_install("-U", f"{PACKAGE}{_source(origin)}")
+
+
+def _pip_install(*arguments: str) -> str:
     import shlex  # these imports take 20 ms, and most processes need no install command
+
+    *options, requirement = arguments
+    quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
+    return " ".join(["pip install", *options, quoted])
+
+
+def _folder(origin: dict[str, Any]) -> str:
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
 
-    suffix = f"[{extra}]" if extra else ""
-    origin = _origin()
+    return url2pathname(urlsplit(origin["url"]).path)
+
+
+def _source(origin: dict[str, Any]) -> str:
+    """Return the part of a requirement after the name; empty for an index."""
     if not origin:
-        requirement = f"{PACKAGE}{suffix}"
-    elif "dir_info" in origin:
-        options = f"{options} -e" if origin["dir_info"].get("editable") else options
-        requirement = f"{url2pathname(urlsplit(origin['url']).path)}{suffix}"
-    else:
-        version_control = origin.get("vcs_info", {}).get("vcs")
-        requirement = f"{PACKAGE}{suffix} @ {version_control + '+' if version_control else ''}{origin['url']}"
-    quoted = f'"{requirement}"' if os.name == "nt" else shlex.quote(requirement)
-    return " ".join(["pip install", *options.split(), quoted])
+        return ""
+    version_control = origin.get("vcs_info", {}).get("vcs")
+    return f" @ {version_control + '+' if version_control else ''}{origin['url']}"
 
 
 def _origin() -> dict[str, Any]:

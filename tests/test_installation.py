@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from clip_rd_edge import installation
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.installation import install_command, upgrade_hint
 
 
 class _Installed:
@@ -21,28 +21,37 @@ class _Installed:
 
 
 @pytest.mark.parametrize(
-    ("direct_url", "command"),
+    ("direct_url", "command", "upgrade"),
     [
-        (None, "pip install 'clip-rd-edge[train]'"),
-        ({"url": "file:///home/a%20b/clone", "dir_info": {}}, "pip install '/home/a b/clone[train]'"),
-        ({"url": "file:///clone", "dir_info": {"editable": True}}, "pip install -e '/clone[train]'"),
+        (None, "pip install 'clip-rd-edge[train]'", "pip install -U clip-rd-edge"),
+        (
+            {"url": "file:///home/a%20b/clone", "dir_info": {}},
+            "pip install '/home/a b/clone[train]'",
+            "git pull in /home/a b/clone, then install it again",
+        ),
+        (
+            {"url": "file:///clone", "dir_info": {"editable": True}},
+            "pip install -e '/clone[train]'",
+            "git pull in /clone, then install it again",
+        ),
         (
             {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
             "pip install 'clip-rd-edge[train] @ git+https://host/clone.git'",
+            "pip install -U 'clip-rd-edge @ git+https://host/clone.git'",
         ),
         (
             {"url": "file:///wheels/a.whl", "archive_info": {}},
             "pip install 'clip-rd-edge[train] @ file:///wheels/a.whl'",
+            "install a newer clip-rd-edge: this one is from file:///wheels/a.whl",
         ),
     ],
 )
-def test_the_install_command_works_from_where_the_package_came_from(
-    direct_url: object, command: str, monkeypatch: pytest.MonkeyPatch
+def test_the_hints_work_from_where_the_package_came_from(
+    direct_url: object, command: str, upgrade: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.metadata.distribution", lambda name: _Installed(direct_url))
     assert install_command("train") == command
-    assert install_command(options="-U").startswith("pip install -U ")
-    assert "[" not in install_command()
+    assert upgrade_hint() == upgrade
 
 
 def test_on_windows_the_command_has_a_path_and_quotes_that_its_shells_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
-from clip_rd_edge.installation import install_command
+from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.utils.files import read_limited
 from clip_rd_edge.utils.yaml_text import MAX_YAML_BYTES, parse_yaml, yaml_classes
 
@@ -121,7 +121,7 @@ def read_versioned_json(
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
-            hint=install_command(options="-U"),
+            hint=upgrade_hint(),
         )
     if upgrade is not None and version < newest:
         content = upgrade(content)
