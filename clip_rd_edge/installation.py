@@ -19,7 +19,8 @@ def install_command(extra: str) -> str:
     if "dir_info" in origin:
         options = ["-e"] if origin["dir_info"].get("editable") else []
         return _pip_install(*options, f"{_folder(origin)}[{extra}]")
-    return _pip_install(f"{PACKAGE}[{extra}]{_source(origin)}")
+    # The commit, since a branch may have moved on: the extras of other code, or other code, would be installed.
+    return _pip_install(f"{PACKAGE}[{extra}]{_source(origin, origin.get('vcs_info', {}).get('commit_id'))}")
 
 
 def upgrade_hint() -> str:
@@ -47,12 +48,15 @@ def _folder(origin: dict[str, Any]) -> str:
     return url2pathname(urlsplit(origin["url"]).path)
 
 
-def _source(origin: dict[str, Any]) -> str:
+def _source(origin: dict[str, Any], commit: str | None = None) -> str:
     """Return the part of a requirement after the name; empty for an index."""
     if not origin:
         return ""
     version_control = origin.get("vcs_info", {}).get("vcs")
-    return f" @ {version_control + '+' if version_control else ''}{origin['url']}"
+    scheme = f"{version_control}+" if version_control else ""
+    revision = f"@{commit}" if commit else ""
+    folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+    return f" @ {scheme}{origin['url']}{revision}{folder}"
 
 
 def _origin() -> dict[str, Any]:

@@ -35,9 +35,18 @@ class _Installed:
             "git pull in /clone, then install it again",
         ),
         (
-            {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
-            "pip install 'clip-rd-edge[train] @ git+https://host/clone.git'",
+            {"url": "https://host/clone.git", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
+            "pip install 'clip-rd-edge[train] @ git+https://host/clone.git@1a'",
             "pip install -U 'clip-rd-edge @ git+https://host/clone.git'",
+        ),
+        (
+            {
+                "url": "https://host/all.git",
+                "vcs_info": {"vcs": "git", "commit_id": "1a", "requested_revision": "v0.1.0"},
+                "subdirectory": "edge",
+            },
+            "pip install 'clip-rd-edge[train] @ git+https://host/all.git@1a#subdirectory=edge'",
+            "pip install -U 'clip-rd-edge @ git+https://host/all.git#subdirectory=edge'",
         ),
         (
             {"url": "file:///wheels/a.whl", "archive_info": {}},
