@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,14 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.store.embedding_store import CacheManifest, claim_cache
+from clip_rd_edge.distillation.store.embedding_store import (
+    KEY,
+    CacheManifest,
+    claim_cache,
+    image_shard,
+    text_shard,
+    write_array,
+)
 from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 
@@ -200,6 +208,9 @@ def test_a_teacher_cache_that_one_machine_does_not_see_is_refused_unless_it_is_c
     assert_all_say(call_in_threads(COUNT, build, hosts="abc"), "The teacher cache .*other is not on a file system that")
     for name in ("shared", "other"):
         claim_cache(tmp_path / name, manifest)
+        write_array(tmp_path / name / "texts" / "keys.npy", np.zeros(1, KEY))
+        for shard in (text_shard(tmp_path / name, 0), image_shard(tmp_path / name, 0, 0)):
+            write_array(shard, np.zeros((1, 2), "<f2"))
         (tmp_path / name / "complete.json").write_text('{"captions": 1}')
     assert call_in_threads(COUNT, build, hosts="abc") == [None] * COUNT
 
