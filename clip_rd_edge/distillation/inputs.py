@@ -168,9 +168,8 @@ def check_inputs(
     path = run / INPUTS_FILE
     if path.is_file():
         old = read_json(path, RunInputs)
-        names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
-        former = _former_data(run, config) if old.pairs_sha256 != inputs.pairs_sha256 else None
-        difference = _difference(old, inputs, data=setup.pairs.name, teachers=names, former=former)
+        former = _former_data(run, config, old, inputs)
+        difference = _difference_of_run(old, inputs, setup, former=former)
         if difference is None:
             return
         is_finished = is_file(run / STUDENT_FOLDER / WEIGHTS_FILE)
@@ -191,6 +190,16 @@ def check_inputs(
         reporter.say(f"the run goes on with changed inputs: {difference}")
     if not has_checkpoint:
         record_inputs(run, inputs)
+
+
+def changed_inputs(run: Path, inputs: RunInputs, config: RunConfig, setup: RunSetup) -> str | None:
+    """Return in words how data and models differ from those of RUN/inputs.json; None if they do not.
+
+    Raises:
+        InputError, ConfigError: inputs.json is missing or damaged.
+    """
+    old = read_json(run / INPUTS_FILE, RunInputs)
+    return _difference_of_run(old, inputs, setup, former=_former_data(run, config, old, inputs))
 
 
 def require_same_files(configs: Sequence[RunConfig], runs: Sequence[Path], pairs: Pairs) -> None:
@@ -278,10 +287,17 @@ def _written_ns(name: str) -> int:
     return max((file.stat().st_mtime_ns for file in files if is_file(file)), default=0)
 
 
-def _former_data(run: Path, config: RunConfig) -> str | None:
+def _former_data(run: Path, config: RunConfig, old: RunInputs, new: RunInputs) -> str | None:
     """Return the data that a run was begun with, if `config` names others: neither may have changed since."""
+    if old.pairs_sha256 == new.pairs_sha256:
+        return None
     former = read_yaml(run / RUN_CONFIG_FILE, RunConfig).data
     return former if former and config.data and Path(former).name != Path(config.data).name else None
+
+
+def _difference_of_run(old: RunInputs, new: RunInputs, setup: RunSetup, *, former: str | None) -> str | None:
+    names = setup.teacher_names if setup.stored is None else [" and ".join(setup.teacher_names)]
+    return _difference(old, new, data=setup.pairs.name, teachers=names, former=former)
 
 
 def _difference(

@@ -46,8 +46,10 @@ from clip_rd_edge.distillation.config import (
 )
 from clip_rd_edge.distillation.freezing import set_training_mode
 from clip_rd_edge.distillation.inputs import (
+    changed_inputs,
     check_inputs,
     common_inputs,
+    inputs_of,
     newer_inputs,
     record_inputs,
     record_locations,
@@ -221,12 +223,12 @@ def _run(
     config = msgspec.structs.replace(main_config, **{name: getattr(config, name) for name in LOCATIONS})
     is_finished = processes.from_main((run / STUDENT_FOLDER / WEIGHTS_FILE).is_file())
     if is_finished and state != "moved":
-        return _finished(config, run, processes, reporter)
+        change = processes.on_main(lambda: _change_since(config, run))
+        reporter.say(f"{run} is already finished{change}")
+        return run / STUDENT_FOLDER
     start = config
     if processes.from_main(bool(list_checkpoints(run))):
-        # The checkpoint will replace weights that cost time, or are gone. A teacher's also shape the student.
-        initial = {"pretrained_image": config.pretrained_image, "pretrained_text": config.pretrained_text}
-        start = msgspec.structs.replace(config, **{name: None for name in initial if initial[name] != TEACHER})
+        start = _without_initial_weights(config)
     setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
     steps = total_steps(config, setup.pairs)
     if state == "new":
@@ -245,7 +247,8 @@ def _run(
     )
     processes.on_main(lambda: record_locations(run, config))
     if is_finished:
-        return _finished(config, run, processes, reporter)
+        reporter.say(f"{run} is already finished")
+        return run / STUDENT_FOLDER
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
     trained = prepare(config, run, setup, teacher=teacher, dataset=dataset, processes=processes, reporter=reporter)
     processes.on_main(lambda: record_inputs(run, inputs))
@@ -276,12 +279,27 @@ def _run(
     return run / STUDENT_FOLDER
 
 
-def _finished(config: RunConfig, run: Path, processes: Processes, reporter: Reporter) -> Path:
-    """Say that there is nothing to do, and which inputs changed since; return the student's folder."""
-    newer = newer_inputs(config, run / STUDENT_FOLDER) if processes.is_main else []
-    which = f"; {' and '.join(newer)} changed since then, which a new run with another -o would use" if newer else ""
-    reporter.say(f"{run} is already finished{which}")
-    return run / STUDENT_FOLDER
+def _without_initial_weights(config: RunConfig) -> RunConfig:
+    """Return the configuration without weights that a checkpoint replaces, and that cost time, or are gone."""
+    initial = {"pretrained_image": config.pretrained_image, "pretrained_text": config.pretrained_text}
+    # A teacher's also shape the student.
+    return msgspec.structs.replace(config, **{name: None for name in initial if initial[name] != TEACHER})
+
+
+def _change_since(config: RunConfig, run: Path) -> str:
+    """Return in words what changed in the inputs of a finished run; empty if nothing did.
+
+    The content is compared where a date is newer, as it also is in a copy.
+    """
+    newer = newer_inputs(config, run / STUDENT_FOLDER)
+    if not newer:
+        return ""
+    try:
+        setup = load_setup(_without_initial_weights(config), name=run.resolve().name, processes=Processes())
+        change = changed_inputs(run, inputs_of(config, setup), config, setup)
+    except ClipRdEdgeError:  # what is there now cannot be used for this run
+        change = f"{' and '.join(newer)} changed since then"
+    return f"; {change}, which a new run with another -o would use" if change else ""
 
 
 def _batch_words(config: RunConfig, setup: RunSetup) -> str:
