@@ -59,7 +59,7 @@ from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 SAVE_EVERY_S = 20.0  # the most work that a kill -9 can lose of an index that is saved fast
-_REST = 20  # as each save writes the whole index, the time between two is at least this many times as long as one
+REST = 20  # a pause is at least this many times as long as the work before it, such as a save of the whole index
 
 
 @dataclass(kw_only=True)
@@ -210,7 +210,7 @@ def _update(
             if (began := time.monotonic()) > next_save:
                 save()
                 ended = time.monotonic()
-                next_save = ended + max(SAVE_EVERY_S, _REST * (ended - began))
+                next_save = ended + max(SAVE_EVERY_S, REST * (ended - began))
     finally:
         saved, merged = save()
     if saved_at != path:

@@ -19,12 +19,11 @@ from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
-from clip_rd_edge.runtime.index_update import Update, update_index
+from clip_rd_edge.runtime.index_update import REST, Update, update_index
 from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 POLL_S = 2.0
-_REST = 20  # a pause is at least this many times as long as the work before it
 _MAX_REST_S = 60.0  # after an update: embedding a large archive takes hours
 SETTLE_S = 2.0  # a file that has not changed for this long counts as written
 BROKEN_S = 60.0  # one that cannot be read is reported if it has not changed for this long: its writer may be slow
@@ -220,4 +219,4 @@ def watch_index(
                 yield update
         elif messages:
             yield Update(unreadable=messages)
-        wait(max(POLL_S, _REST * listing_s, min(_MAX_REST_S, _REST * (clock() - started))))
+        wait(max(POLL_S, REST * listing_s, min(_MAX_REST_S, REST * (clock() - started))))

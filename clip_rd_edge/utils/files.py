@@ -394,7 +394,6 @@ def machine_failure(error: BaseException) -> UnreachableError | None:
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in _FAILURES:
             what = str(error) if isinstance(error, ClipRdEdgeError) else _failed(cause)
-            # In the sentence and not a hint, which would not leave a loader process.
             advice = "; raise their limit first: ulimit -n 4096" if cause.errno in _TOO_MANY_FILES else ""
             return UnreachableError(f"{what.rstrip('.')}{advice}.")
         if _NO_THREAD.search(str(cause)):

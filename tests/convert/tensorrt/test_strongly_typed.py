@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,27 @@ def _int8_tower(bundle: Path, calibration: CalibrationSet) -> TypedTower:
     return strongly_typed._int8_tower(bundle / "image.onnx", samples, calibrate, Budget(image=0.9), SILENT)
 
 
+def _change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[TensorProto]], None]) -> None:
+    """Change the INT8 weights of each tower when its other layers are rounded to float16."""
+    to_fp16 = strongly_typed.to_fp16
+
+    def changed(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
+        typed = to_fp16(model, **options)
+        change([tensor for tensor in typed.graph.initializer if tensor.data_type == TensorProto.INT8])
+        return typed
+
+    monkeypatch.setattr(strongly_typed, "to_fp16", changed)
+
+
 def test_the_note_has_the_agreement_of_the_file_that_is_shipped(
     fp32_bundle: Path, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to_fp16 = strongly_typed.to_fp16
-
-    def shift(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
-        """Convert a model and change the largest INT8 weight a little, as rounding to float16 might."""
-        typed = to_fp16(model, **options)
-        weights = [tensor for tensor in typed.graph.initializer if tensor.data_type == TensorProto.INT8]
+    def shift(weights: list[TensorProto]) -> None:
+        """Change the largest weight a little, as rounding to float16 might."""
         weight = max(weights, key=lambda tensor: len(tensor.raw_data))
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) // 4 * 4, weight.name))
-        return typed
 
-    monkeypatch.setattr(strongly_typed, "to_fp16", shift)
+    _change_weights(monkeypatch, shift)
     tower = _int8_tower(fp32_bundle, calibration)
     pixels = calibration.held_out.pixels
     reference = embed(open_session(str(fp32_bundle / "image.onnx")), pixels)
@@ -51,16 +59,12 @@ def test_the_note_has_the_agreement_of_the_file_that_is_shipped(
 def test_a_tower_that_float16_spoils_beside_int8_is_not_shipped(
     fp32_bundle: Path, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to_fp16 = strongly_typed.to_fp16
-
-    def spoil(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
-        typed = to_fp16(model, **options)
-        for tensor in typed.graph.initializer:
-            if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1:
+    def spoil(weights: list[TensorProto]) -> None:
+        for tensor in weights:
+            if len(tensor.dims) > 1:
                 flipped = np.ascontiguousarray(numpy_helper.to_array(tensor)[::-1])
                 tensor.CopyFrom(numpy_helper.from_array(flipped, tensor.name))
-        return typed
 
-    monkeypatch.setattr(strongly_typed, "to_fp16", spoil)
+    _change_weights(monkeypatch, spoil)
     tower = _int8_tower(fp32_bundle, calibration)
     assert (tower.precision, tower.note) == ("fp16", "fp16: INT8 does not reach a centred cosine of 0.9.")
