@@ -15,7 +15,7 @@ from clip_rd_edge.cli._echo import echo
 from clip_rd_edge.cli._options import GroupedCommand, PathName, device_option, grouped, ray_option, threads_option
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
 
 @click.command("index", cls=GroupedCommand, short_help="Embed a folder of images for searching.")
@@ -88,9 +88,5 @@ def stop_event() -> Iterator[threading.Event]:
         leave_lost_terminal()
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in stop_signals()}
-    try:
+    with handled_by(handle, stop_signals()):
         yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

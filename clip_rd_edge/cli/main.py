@@ -7,7 +7,6 @@ import io
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from clip_rd_edge.cli._hints import fitting_hint
 from clip_rd_edge.cli._options import CommandGroup
 from clip_rd_edge.errors import ClipRdEdgeError, LostProcessError, MissingExtraError, causes, near_matches
 from clip_rd_edge.utils.printable import one_line
-from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
 # name: (module, short help). The short help is repeated here so that listing the commands imports none of them.
 COMMANDS = {
@@ -161,7 +160,7 @@ def _unwound_by_signals() -> Iterator[None]:
     A second SIGTERM does at once; of SIGHUP, a closed terminal sends several. Commands that have something to save or
     to answer first handle them themselves.
     """
-    deadly = [number for number in stop_signals() if _is_deadly(number)]
+    deadly = [number for number in stop_signals() if signal.getsignal(number) == signal.SIG_DFL]
     process, received = os.getpid(), list[int]()
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -173,25 +172,16 @@ def _unwound_by_signals() -> Iterator[None]:
         received.append(number)
         raise _Terminated
 
-    for number in deadly:
-        signal.signal(number, handle)
-    try:
-        yield
-    except _Terminated:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody reads it any more
-                stream.flush()
-        signal.signal(received[0], signal.SIG_DFL)
-        signal.raise_signal(received[0])
-        sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
-    finally:
-        for number in deadly:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _is_deadly(number: int) -> bool:
-    """Return whether a signal would end the process at once, and Python delivers it to this thread."""
-    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) == signal.SIG_DFL
+    with handled_by(handle, deadly):
+        try:
+            yield
+        except _Terminated:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    stream.flush()
+            signal.signal(received[0], signal.SIG_DFL)
+            signal.raise_signal(received[0])
+            sys.exit(128 + received[0])  # the first process of a container, which no signal ends by itself
 
 
 _NO_MEMORY = ClipRdEdgeError(

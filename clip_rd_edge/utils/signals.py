@@ -1,11 +1,14 @@
-"""The signals that ask a process to stop, and the terminal that one of them takes away."""
+"""The signals that ask a process to stop, who handles them, and the terminal that one of them takes away."""
 
 from __future__ import annotations
 
 import os
 import signal
 import stat
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -14,6 +17,20 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     if hang_up is None or signal.getsignal(hang_up) in (signal.SIG_IGN, None):
         return signal.SIGINT, signal.SIGTERM
     return signal.SIGINT, signal.SIGTERM, hang_up
+
+
+@contextmanager
+def handled_by(handle: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Within the block, a function handles these signals, unless this is not the main thread: it alone receives any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def leave_lost_terminal() -> None:

@@ -7,7 +7,6 @@ import errno
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, InputError, UsageError
-from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 from clip_rd_edge.utils.structs import decode_request
 from clip_rd_edge.web.guard import (
     LOOPBACK,
@@ -256,15 +255,8 @@ def _stopped_by_lost_terminal(server: uvicorn.Server) -> Iterator[None]:
         received.append(number)
         server.should_exit = True
 
-    numbers = set(stop_signals()) - {signal.SIGINT, signal.SIGTERM}
-    if threading.current_thread() is not threading.main_thread():
-        numbers = set()  # Python delivers signals only to the main thread
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with handled_by(handle, set(stop_signals()) - {signal.SIGINT, signal.SIGTERM}):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if received:
         signal.raise_signal(received[0])
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from clip_rd_edge.utils.signals import leave_lost_terminal, stop_signals
+from clip_rd_edge.utils.signals import handled_by, leave_lost_terminal, stop_signals
 
 
 class Stopped(BaseException):
@@ -72,17 +72,8 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block, the first of the `stop_signals` sets the request; a second SIGINT interrupts at once."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # Python delivers signals only to the main thread
-        return
-    previous = {number: signal.getsignal(number) for number in stop_signals()}
-    for number in previous:
-        signal.signal(number, request._handle)
-    try:
+    with handled_by(request._handle, stop_signals()):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
