@@ -41,7 +41,7 @@ from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.arrays import load_array
 from clip_rd_edge.utils.files import is_plain_name, write_bytes
 from clip_rd_edge.utils.paths import exists, expand_home, is_file, is_folder, looks_like_path, near_files
-from clip_rd_edge.utils.structs import read_json
+from clip_rd_edge.utils.structs import read_versioned_json
 
 INDEX_VERSION = 1
 INDEX_FILE, NEXT, _ROWS = "index.json", "next", "embeddings-"
@@ -133,11 +133,7 @@ def read_index(path: Path, *, memory_mapped: bool = True) -> tuple[Index, Embedd
         raise InputError(f"{path} is not an index: it has no {INDEX_FILE}.", hint="create one with clip-rd-edge index")
     missing = ""
     while True:
-        index = read_json(path / INDEX_FILE, Index)
-        if index.version > INDEX_VERSION:
-            raise ConfigError(
-                f"{path / INDEX_FILE} has version {index.version}; this clip-rd-edge reads up to {INDEX_VERSION}."
-            )
+        index = read_versioned_json(path / INDEX_FILE, Index, newest=INDEX_VERSION, key="version")
         for name in (index.embeddings, *((index.graph.file, index.graph.rows) if index.graph else ())):
             if not is_plain_name(name):
                 raise ConfigError(f"{path / INDEX_FILE} names the file {name!r}, which is not inside the index.")

@@ -102,13 +102,15 @@ def read_versioned_json(
     kind: type[T],
     *,
     newest: int,
+    key: str = "format_version",
     upgrade: Callable[[bytes], bytes] | None = None,
     max_bytes: int = MAX_JSON_BYTES,
 ) -> T:
-    """Read a JSON file with a `format_version` into a struct.
+    """Read a JSON file with the version of its format into a struct.
 
     Args:
         newest: latest supported format version.
+        key: what the file calls its version.
         upgrade: rewrites the content of an older version to the newest one's keys.
         max_bytes: limit on the size of the file.
 
@@ -117,7 +119,7 @@ def read_versioned_json(
         ConfigError: it is damaged, or its format is newer. The version is checked before anything else.
     """
     content = read_limited(path, max_bytes)
-    version = _decode_json(content, _Version, source=path).format_version
+    version = getattr(_decode_json(content, msgspec.defstruct("Version", [(key, int)]), source=path), key)
     if version > newest:
         raise ConfigError(
             f"{path} has format version {version}; this clip-rd-edge reads up to {newest}.",
@@ -126,10 +128,6 @@ def read_versioned_json(
     if upgrade is not None and version < newest:
         content = upgrade(content)
     return _decode_json(content, kind, source=path)
-
-
-class _Version(msgspec.Struct):
-    format_version: int
 
 
 def convert(raw: Any, kind: type[T], *, source: str) -> T:

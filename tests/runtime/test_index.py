@@ -27,6 +27,7 @@ from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
+from clip_rd_edge.installation import upgrade_hint
 from clip_rd_edge.runtime import index_folder
 from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
@@ -645,6 +646,13 @@ def test_what_is_not_an_index_is_refused(colour_bundle: Path, colour_images: Pat
     next(index.glob("*.npy")).write_bytes(b"")
     with pytest.raises(ConfigError, match="is damaged"):
         read_index(index)
+
+
+def test_an_index_of_a_newer_version_asks_for_one(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(ConfigError, match="has format version 2; this clip-rd-edge reads up to 1") as caught:
+        read_index(tmp_path)
+    assert caught.value.hint == upgrade_hint()
 
 
 def test_search_matches_the_recall_of_the_evaluation(colour_bundle: Path, pairs_csv: Path, index: Path) -> None:
