@@ -27,6 +27,7 @@ from clip_rd_edge.distillation.processes.signals import obey_only_the_parent, st
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, LostProcessError
 from clip_rd_edge.utils.files import machine_failure
 from clip_rd_edge.utils.host import usable_cores
+from clip_rd_edge.utils.memory import return_freed_memory
 from clip_rd_edge.utils.shared_block import SharedBlock
 
 HalfArray = npt.NDArray[np.float16]
@@ -244,7 +245,7 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(obey_only_the_parent, os.getpid()),
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
     with stop_signals_blocked(), _MAIN_MODULE_HIDDEN:  # the workers inherit the signals
         try:
@@ -255,6 +256,11 @@ def step_loader(dataset: ViewDataset, sampler: Iterable[list[View]], *, workers:
         if dataset.substitute:
             dataset.bad.add(batch.bad)
         yield batch
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    obey_only_the_parent(parent)
+    return_freed_memory()  # of large images, which each worker would keep for itself
 
 
 @contextmanager

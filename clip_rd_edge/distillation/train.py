@@ -44,6 +44,7 @@ from clip_rd_edge.errors import InterruptedRunError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
+from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -159,7 +160,7 @@ def train(
         processes=processes.world_size,
         prefetch=setup.pairs.prefetch,
     )
-    with stop_on_signals() as request, request.deferred(), tracker:
+    with stop_on_signals() as request, request.deferred(), tracker, FREED_MEMORY_KEPT:
         loop = _Loop(
             config=config,
             run=run,

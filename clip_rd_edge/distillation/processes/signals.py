@@ -89,7 +89,7 @@ def stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def obey_only_the_parent(parent: int, _worker: int = 0) -> None:
+def obey_only_the_parent(parent: int) -> None:
     """End this process on SIGTERM from `parent` and ignore others'; for processes started with the signals blocked.
 
     What `os.getppid` says is not enough: from Python 3.14 on, a fork server stands between the two.

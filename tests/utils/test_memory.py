@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT, _glibc
+
+resource = pytest.importorskip("resource")
+
+
+def page_faults() -> int:
+    """Return how many pages the system has to give for 80 MB that are freed and asked for again."""
+    np.ones(10_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(10_000_000)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(_glibc() is None, reason="another C library decides for itself")
+def test_freed_memory_is_kept_within_the_block_and_returned_after_it() -> None:
+    with FREED_MEMORY_KEPT:
+        kept = page_faults()
+    returned = page_faults()
+    assert kept < 100 < returned
+
+
+@pytest.mark.skipif(_glibc() is None, reason="another C library decides for itself")
+def test_the_block_returns_what_it_has_kept() -> None:
+    program = """
+from pathlib import Path
+import numpy as np
+from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+before = resident()
+with FREED_MEMORY_KEPT:
+    np.ones(25_000_000)
+    assert resident() > before + 150_000_000, "nothing was kept"
+assert resident() < before + 50_000_000, "it was not returned"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
