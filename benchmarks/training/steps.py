@@ -3,12 +3,14 @@
     python -m benchmarks.training.steps compiled resnet18 mobilevit_s
     python -m benchmarks.training.steps whole-contexts resnet10t resnet18 --text standard \\
         -o benchmarks/results/MACHINE/captions.json
+    python -m benchmarks.training.steps pass-per-length resnet10t mobilevit_xxs --image-size 64 --text tiny \\
+        --batch-size 32
     python -m benchmarks.training.steps torch-depthwise efficientnet_lite0 --image-size 64 --text tiny --batch-size 64
 
-`compiled` runs the towers through torch.compile, `whole-contexts` computes all 77 positions of every caption, and
-`torch-depthwise` leaves the gradients of all depthwise convolutions to torch. Captions are the definitions of
-ImageNet's classes, which are about as long as captions of the web. One thread, no teacher; times are of the clock,
-ratios medians over the steps with their 10th and 90th percentiles.
+`compiled` runs the towers through torch.compile, `whole-contexts` computes all 77 positions of every caption,
+`pass-per-length` joins no captions of different lengths, and `torch-depthwise` leaves the gradients of all depthwise
+convolutions to torch. Captions are the definitions of ImageNet's classes, which are about as long as captions of the
+web. One thread, no teacher; times are of the clock, ratios medians over the steps with their 10th and 90th percentiles.
 """
 
 from __future__ import annotations
@@ -48,6 +50,13 @@ def definitions() -> list[str]:
     return [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
 
 
+class PassPerLength(CaptionTower):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        passes = self.rows_by_length(input_ids)
+        computed = torch.cat([self.compute(input_ids[rows], length) for length, rows in passes.items()])
+        return computed[torch.tensor([row for rows in passes.values() for row in rows]).argsort()]
+
+
 def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:
     size, processes = arguments.batch_size, Processes(device=default_device())
     objective = Objective(load_recipe("clip").objective).to(processes.device)
@@ -62,6 +71,8 @@ def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
     }
     if arguments.way == "whole-contexts":
         steps[arguments.way]._text_tower = CaptionTower(TextTower(other.model), other.model, choices=())
+    if arguments.way == "pass-per-length":
+        steps[arguments.way]._text_tower = PassPerLength(TextTower(other.model), other.model)
     if arguments.way == "torch-depthwise":
         for module in other.model.modules():
             if isinstance(module, depthwise._DepthwiseConvolution):
@@ -90,7 +101,7 @@ def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare training steps with those computed in another way.")
-    parser.add_argument("way", choices=["compiled", "whole-contexts", "torch-depthwise"])
+    parser.add_argument("way", choices=["compiled", "whole-contexts", "pass-per-length", "torch-depthwise"])
     parser.add_argument("students", nargs="+")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--text", default="small")

@@ -19,6 +19,8 @@ from clip_rd_edge.utils.reporting import Reporter
 # Texts are computed together with those of about the same length.
 LENGTHS = (8, 16, 32, 64)
 _BATCH = 1_024  # texts between two reports of progress
+# So many positions of padding take less time than a pass of their own for the shorter texts; by trial on a CPU.
+_PASS = 96
 # Tensors of open_clip's own towers that have a row, and maybe a column, per position; those of Hugging Face adapt.
 _ROWS, _ROWS_AND_COLUMNS = "positional_embedding", "attn_mask"
 # While a tower computes fewer positions, its model has parts in the place of these tensors, for all threads.
@@ -65,9 +67,12 @@ class CaptionTower(nn.Module):
         return {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        rows = self.rows_by_length(input_ids)
-        computed = torch.cat([self.compute(input_ids[own], length) for length, own in rows.items()])
-        order = torch.tensor([row for own in rows.values() for row in own]).argsort()
+        passes = list(self.rows_by_length(input_ids).items())
+        # Only there was it measured; kernels of GPUs also prefer multiples of 8 positions.
+        if self._needed is not None and next(self.tower.parameters()).device.type == "cpu":
+            passes = _fewer_passes(passes, self._needed(input_ids).tolist())
+        computed = torch.cat([self.compute(input_ids[own], length) for length, own in passes])
+        order = torch.tensor([row for _, own in passes for row in own]).argsort()
         return computed[order.to(computed.device)]
 
     def compute(self, input_ids: Tensor, length: int) -> Tensor:
@@ -83,6 +88,22 @@ class CaptionTower(nn.Module):
     def _part(self, name: str, part: slice) -> Tensor:
         tensor: Tensor = getattr(self._text, name)
         return tensor[part, part] if name == _ROWS_AND_COLUMNS else tensor[part]
+
+
+def _fewer_passes(passes: list[tuple[int, list[int]]], needed: list[int]) -> list[tuple[int, list[int]]]:
+    """Return passes over the same rows, each no longer than its rows need, and joined where that costs less.
+
+    Args:
+        passes: numbers of positions, ascending, and rows.
+        needed: of each row.
+    """
+    fewer = list[tuple[int, list[int]]]()
+    for _, rows in passes:
+        length = max(needed[row] for row in rows)
+        if fewer and (length - fewer[-1][0]) * len(fewer[-1][1]) < _PASS:
+            rows = fewer.pop()[1] + rows
+        fewer.append((length, rows))
+    return fewer
 
 
 def embed_with_progress(

@@ -51,9 +51,18 @@ def test_clips_texts_come_out_the_same_without_what_follows_their_ends(make: Any
     whole, tower = TextTower(model), CaptionTower(TextTower(model), model)
     ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
     assert tower.lengths(ids) == [8, 8, 8, 8, 16, 64, 77, 8]
-    assert positions(tower, ids) == [(5, 8), (1, 16), (1, 64), (1, 77)]
+    assert positions(tower, ids) == [(6, 13), (2, 77)]
     torch.testing.assert_close(tower(ids), whole(ids))
     assert torch.equal(tower.compute(ids[:1], 77), whole(ids[:1]))
+
+
+def test_short_texts_are_computed_with_longer_ones_where_they_are_few() -> None:
+    model = custom()
+    tower = CaptionTower(TextTower(model), model)
+    few, many = (open_clip.get_tokenizer("ViT-B-32")(["tea"] * count + ["tea " * 60, "tea " * 12]) for count in (2, 40))
+    assert positions(tower, few) == [(3, 14), (1, 62)]
+    assert positions(tower, many) == [(40, 3), (2, 62)]
+    torch.testing.assert_close(tower(many), TextTower(model)(many))
 
 
 def test_a_text_of_any_length_has_room_for_its_end() -> None:
