@@ -57,7 +57,13 @@ class TeacherBank(Protocol):
 
 
 def make_bank(
-    config: RunConfig, pairs: int, cache: EmbeddingSource | None, ensemble: Ensemble | None, device: torch.device
+    config: RunConfig,
+    pairs: int,
+    cache: EmbeddingSource | None,
+    ensemble: Ensemble | None,
+    device: torch.device,
+    *,
+    source: str | None = None,
 ) -> TeacherBank | None:
     """Return the bank of a run, None if its objective does not need one.
 
@@ -66,6 +72,7 @@ def make_bank(
             those of the same pairs in earlier epochs.
         cache: where the run's embeddings come from; None if they are computed as training goes.
         ensemble: how those of the teachers become one; None without a teacher.
+        source: see `QueueBank`.
 
     Raises:
         ConfigError, InputError: the cache is damaged, or too little of it can be used.
@@ -75,7 +82,7 @@ def make_bank(
     size = config.recipe.bank_size
     if isinstance(cache, TeacherCaches) and ensemble is not None:
         return StoredBank(cache, ensemble, size=size, seed=config.seed, device=device)
-    return QueueBank(min(size, pairs), device)
+    return QueueBank(min(size, pairs), device, source=source)
 
 
 class StoredBank:
@@ -177,10 +184,11 @@ class QueueBank:
 
     Args:
         size: max number of pairs.
+        source: names the teachers: a state with the embeddings of others is not loaded. None if it is not known.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._size, self._device = size, device
+    def __init__(self, size: int, device: torch.device, *, source: str | None = None) -> None:
+        self._size, self._device, self._source = size, device, source
         self._rows = torch.empty(2, 0, 0)  # (2, size, D): images and texts; the embedding size is that of the batches
         self._seen = 0
 
@@ -205,7 +213,7 @@ class QueueBank:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the embeddings."""
-        return {"kind": "queue", "seen": self._seen, "rows": self._filled().clone()}
+        return {"kind": "queue", "seen": self._seen, "rows": self._filled().clone(), "source": self._source}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `TeacherBank`."""
@@ -214,6 +222,9 @@ class QueueBank:
                 "The run began with a bank from a teacher cache; expected to go on with this cache.",
                 hint="add the --teacher-cache and --views of the run, or start a new run",
             )
+        source = state.get("source")  # earlier versions did not record it
+        if self._source and source and source != self._source:
+            return  # the embeddings of another teacher lie in another space
         rows, seen = state["rows"].to(self._device), state["seen"]
         count = rows.shape[1]
         if count != min(seen, self._size):  # the data have become more or fewer pairs: the oldest row comes first

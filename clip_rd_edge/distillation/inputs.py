@@ -70,6 +70,11 @@ class RunInputs(msgspec.Struct, frozen=True, kw_only=True):
     form_sha256: str | None = None
 
 
+def teachers_digest(inputs: RunInputs) -> str:
+    """Return a digest of the teachers and of how they see images, by which their embeddings are known again."""
+    return hashlib.sha256(msgspec.json.encode((inputs.teacher_sha256, inputs.teacher_preprocessing))).hexdigest()
+
+
 def inputs_of(config: RunConfig, setup: RunSetup) -> RunInputs:
     """Return the fingerprints of a run's data and models."""
     teachers = tuple(map(model_fingerprint, setup.teachers))

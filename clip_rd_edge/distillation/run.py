@@ -54,6 +54,7 @@ from clip_rd_edge.distillation.inputs import (
     record_inputs,
     record_locations,
     sources_known_by_content,
+    teachers_digest,
 )
 from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, lost_worker, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation
@@ -250,7 +251,16 @@ def _run(
         reporter.say(f"{run} is already finished")
         return run / STUDENT_FOLDER
     teacher, dataset = _prepare_teacher(config, setup, processes, reporter)
-    trained = prepare(config, run, setup, teacher=teacher, dataset=dataset, processes=processes, reporter=reporter)
+    trained = prepare(
+        config,
+        run,
+        setup,
+        teacher=teacher,
+        dataset=dataset,
+        processes=processes,
+        reporter=reporter,
+        bank_source=teachers_digest(inputs),
+    )
     processes.on_main(lambda: record_inputs(run, inputs))
     student = train(
         config,

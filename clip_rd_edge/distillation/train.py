@@ -40,7 +40,7 @@ from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, st
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
-from clip_rd_edge.errors import InterruptedRunError
+from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import save_clip
@@ -83,15 +83,18 @@ def prepare(
     dataset: ViewDataset,
     processes: Processes,
     reporter: Reporter,
+    bank_source: str | None = None,
 ) -> Trained:
     """Move student and objective to the device, and restore their state, and all else that training changes.
 
     Args:
         config: resolved; its precision is not `auto`.
         teacher: None if the objective does not need one.
+        bank_source: names the teachers whose embeddings a bank holds.
 
     Raises:
         ConfigError: there are checkpoints, but all are damaged.
+        UsageError: more steps are done than the run has with the data that are there now.
     """
     recipe, steps, student = config.recipe, total_steps(config, setup.pairs), setup.student
     seed_everything(config.seed)
@@ -103,10 +106,16 @@ def prepare(
     quantization = Quantization() if config.quantize else None
     if quantization:
         parts["ranges"] = quantization.ranges
-    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device)
+    bank = make_bank(config, len(setup.pairs), dataset.cache, setup.ensemble, processes.device, source=bank_source)
     if bank:
         parts["bank"] = bank
     start = load_checkpoint(run, parts, processes, reporter=reporter)
+    if start > steps:
+        raise UsageError(
+            f"{run} has done {start:,} steps, and {config.recipe.epochs:,} epochs of {len(setup.pairs):,} pairs have "
+            f"{steps:,}.",
+            hint="restore the data that it began with, or start a new run with another -o",
+        )
     if start:
         reporter.say(f"resumed after step {start:,} of {steps:,}")
     saved_student = dataclasses.replace(student, model=optimizer.model_to_save)

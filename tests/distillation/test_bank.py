@@ -192,6 +192,25 @@ def test_a_queue_of_another_size_goes_on_with_the_newest_embeddings(size: int) -
     assert seen(after, 6, 7, 8) == [2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8][-size:]
 
 
+def test_the_embeddings_of_another_teacher_do_not_stay_in_a_queue() -> None:
+    before = QueueBank(5, CPU, source="one teacher")
+    before.with_batch(torch.ones(2, 2), torch.ones(2, 2))
+    for source, rows in (("one teacher", 3), (None, 3), ("another", 1)):
+        after = QueueBank(5, CPU, source=source)
+        after.load_state_dict(before.state_dict())
+        assert len(after.with_batch(torch.zeros(1, 2), torch.zeros(1, 2)).image) == rows
+
+
+def test_a_run_that_goes_on_with_another_teacher_begins_its_queue_anew(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(4)))
+    save_tiny_teacher(tmp_path / "teacher", seed=2)
+    with pytest.raises(MemoryError):
+        run_distillation(config, tmp_path / "run", resume=True, accept_changes=True, reporter=Watch(on_step=stop_at(7)))
+    queue = torch.load(tmp_path / "run" / "checkpoints" / "step-6" / "state.pt", weights_only=True)["bank"]
+    assert queue["seen"] == 3 * BATCH_SIZE  # of steps 4 to 6: step 3 was the last that was saved
+
+
 def test_a_queue_is_no_longer_than_the_data_and_only_made_if_the_objective_needs_it(config: RunConfig) -> None:
     bank = make_bank(config, 5, None, None, CPU)
     assert bank is not None
