@@ -183,11 +183,26 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    if is_trained := any(modes.values()):  # not of a model that several threads use
+        forget_attention_biases(model)
     try:
         yield
     finally:
+        if is_trained:
+            forget_attention_biases(model)
         for module, mode in modes.items():
             module.training = mode
+
+
+def forget_attention_biases(model: nn.Module) -> None:
+    """Have some of timm's trunks, such as LeViT, compute their attention biases anew.
+
+    In evaluation mode they keep the first ones, whose parameters may have changed since, or that have no graph.
+    """
+    for module in model.modules():
+        cache = getattr(module, "attention_bias_cache", None)
+        if isinstance(cache, dict):
+            cache.clear()
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:

@@ -47,6 +47,24 @@ def test_branches_are_merged_in_a_copy_that_gives_the_same_embeddings(make_stude
     assert all(torch.equal(weights[name], after[name]) for name in weights)
 
 
+def test_an_evaluation_after_training_sees_the_attention_biases_that_were_learned() -> None:
+    class Attention(torch.nn.Module):
+        """As in timm 1.0.13."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.biases, self.attention_bias_cache = torch.nn.Parameter(torch.zeros(2)), dict[str, torch.Tensor]()
+
+        def forward(self) -> torch.Tensor:
+            return self.biases if self.training else self.attention_bias_cache.setdefault("cpu", self.biases + 0)
+
+    model = Attention()
+    for learned in (1.0, 2.0):
+        model.biases.data.fill_(learned)
+        with evaluation_mode(model), torch.no_grad():
+            assert model().tolist() == [learned, learned]
+
+
 def test_the_parameters_of_a_deployed_model_are_those_of_its_merged_branches(
     make_student: Callable[..., ClipModel],
 ) -> None:

@@ -28,7 +28,13 @@ from clip_rd_edge.distillation.quantized.fake_quant import (
     RangeObserver,
 )
 from clip_rd_edge.errors import UsageError
-from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, inference_image_tower
+from clip_rd_edge.models.clip import (
+    ClipModel,
+    ImageTower,
+    evaluation_mode,
+    forget_attention_biases,
+    inference_image_tower,
+)
 
 _T = Tensor
 _CLAMPS = {F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, _T.relu, _T.relu_}
@@ -224,6 +230,7 @@ class QuantizedTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Embed pixels, (N, 3, H, W) to (N, D)."""
+        forget_attention_biases(self.tower)
         with FakeQuantMode(FakeQuantizer(self.ranges, pixel_values.device), self.norms):
             embeddings: Tensor = self.tower(pixel_values)
         return embeddings

@@ -163,6 +163,18 @@ def test_every_weight_gets_a_gradient_through_the_rounding() -> None:
     assert float(first.grad.abs().sum()) > 0
 
 
+def test_attention_biases_that_timm_keeps_for_evaluation_are_trained() -> None:
+    clip = make_student("tiny_vit_5m_224")
+    tower, pixels = quantized(clip, make_pixels()), torch.from_numpy(make_pixels()[:4])
+    with torch.no_grad():
+        tower(pixels)
+    tower(pixels).square()[:, 0].sum().backward()
+    visual = clip.model.get_submodule("visual")
+    biases = [parameter for name, parameter in visual.named_parameters() if name.endswith("attention_biases")]
+    assert biases
+    assert all(parameter.grad is not None for parameter in biases)
+
+
 def test_the_model_itself_is_unchanged() -> None:
     clip, pixels = make_student("test_resnet"), torch.from_numpy(make_pixels()[:2])
     with torch.no_grad():
