@@ -108,16 +108,20 @@ def read_sample(pairs: ReinforcedPairs, index: int, stored: StoredTeachers) -> R
     own = list(pairs.captions(index))
     if len(texts) < len(own):
         raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
-    captions, rows = list[str](), [texts]
+    captions, rows, unknown = list[str](), [texts], len(texts) - len(own)
     for key, synthetic in pairs.synthetic_captions(index).items():
         # Captions without embeddings, those of other keys than their generator was asked for, are of no use.
         if key + _SUFFIX in arrays:
             rows.append(arrays[key + _SUFFIX])
         elif len(texts) != len(own) + len(synthetic):
             continue
+        else:
+            unknown = 0
         if len(rows[-1]) != len(synthetic) + (len(own) if rows[-1] is texts else 0):
             raise InputError(f"{member} has {len(rows[-1])} embeddings for {len(synthetic)} captions of {key}.")
         captions += synthetic
+    if unknown and (len(own) > 1 or pairs.synthetic_captions(index)):
+        raise InputError(f"{member} has {len(texts)} embeddings for {len(own)} captions.")
     text_embeddings = np.concatenate(rows)
     if any(array.ndim != 2 or array.shape[1] != sum(stored.widths) for array in (images, text_embeddings)):
         raise InputError(f"{member} has embeddings of another width than {sum(stored.widths)}.")

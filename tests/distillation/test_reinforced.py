@@ -232,6 +232,7 @@ def npz(**arrays: Any) -> bytes:
         ("npz", npz(image_emb=units(3, 0)), "has no text_emb"),
         ("npz", npz(image_emb=units(2, 0), text_emb=units(3, 0)), "has 2 embeddings for 3 augmentations"),
         ("npz", npz(image_emb=units(3, 0), text_emb=units(3, 0)[:0]), "has 0 embeddings for 1 captions"),
+        ("npz", npz(image_emb=units(3, 0), text_emb=units(2, 0)), "has 2 embeddings for 1 captions"),
         ("npz", npz(image_emb=0 * units(3, 0), text_emb=units(3, 0)), "zero or not finite"),
         ("npz", npz(image_emb=units(3, 0)[:, :4], text_emb=units(3, 0)), "of another width than 9"),
         ("paug.json", b'{"param_aug": [[[1, 2, 3], null]]}', "is not as expected: param_aug as a list"),
