@@ -341,6 +341,8 @@ def choose_teacher_precision(
     """Return the precision of the teachers, and the reason as a sentence."""
     if requested != "auto":
         return requested, f"{requested}, as requested"
+    if not any(pixels.numel() for pixels in batch.teacher_pixels):
+        return "fp32", "fp32, as there are no images whose embedding could be timed"
     calls = {name: partial(_embed_images, make_teachers(AUTOCAST[name]), batch) for name in measured_precisions(device)}
     return _measure_precision(calls, "embedding a batch's images", device)
 

@@ -98,12 +98,14 @@ def test_texts_alone_train_the_text_tower_and_nothing_else(config: RunConfig, tm
         image_size=40,
         pretrained_image="teacher",
         recipe=msgspec.structs.replace(config.recipe, batch_size=4, precision="auto"),
+        teacher_precision="auto",
     )
     watch = Watch()
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     said = " ".join(watch.said)
     assert "the image tower is initialised from that of teacher" in said
     assert "4 texts, 6 steps of 4 texts" in said
+    assert "fp32, as there are no images whose embedding could be timed" in said
     assert "the text tower alone is trained, by these terms of the objective: fd, vrd_ce_text" in said
     lines = read_metrics(tmp_path / "run")
     assert {key for key in lines[0] if key.startswith("loss/")} == {"loss/fd", "loss/vrd_ce_text"}
