@@ -274,7 +274,7 @@ def histogram_embeddings(config: RunConfig, setup: RunSetup) -> dict[str, tuple[
     indices = np.random.default_rng(0).permutation(pair_count(setup.pairs))[:_HISTOGRAM_PAIRS]
     if not len(indices):
         return {}
-    bad = BadSamples(setup.pairs, max_share=config.max_bad)
+    bad = BadSamples(setup.pairs, max_share=1)  # the training has refused too many; a plot refuses no trained student
     pairs = [bad.take(int(index)) for index in indices]
     images, captions = [pair.image for pair in pairs], [pair.captions[0] for pair in pairs]
     encoder = TorchEncoder(setup.student)

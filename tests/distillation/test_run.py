@@ -24,8 +24,10 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation import checkpoint
+from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
+from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import StopRequest
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
@@ -398,6 +400,27 @@ def test_a_trained_student_that_was_replaced_is_noticed(config: RunConfig, tmp_p
         distil(config, tmp_path / "run", resume=True)
     save_tiny_teacher(model)
     distil(config, tmp_path / "run", resume=True)
+
+
+def test_a_run_is_not_finished_because_it_has_fewer_pairs(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, recipe=msgspec.structs.replace(config.recipe, steps=0, epochs=4))
+    with pytest.raises(MemoryError):
+        distil(config, tmp_path / "run", on_step=stop_at(13))
+    pairs = Path(config.data).read_text()
+    half_the_rows(config)
+    with pytest.raises(UsageError, match="has done 12 steps, and 4 epochs of 12 pairs have 8") as error:
+        run_distillation(config, tmp_path / "run", resume=True, accept_changes=True)
+    assert "restore the data" in error.value.hint
+    Path(config.data).write_text(pairs)
+    distil(config, tmp_path / "run", resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_an_unreadable_image_of_the_histogram_refuses_no_trained_student(config: RunConfig, tmp_path: Path) -> None:
+    next(tmp_path.rglob("*.png")).write_bytes(b"")
+    config = msgspec.structs.replace(config, max_bad=0.0)
+    setup = load_setup(config, name="run", processes=Processes())
+    assert {len(image) for image, _ in histogram_embeddings(config, setup).values()} == {24}
 
 
 def test_inputs_that_were_moved_are_the_same(config: RunConfig, tmp_path: Path) -> None:
