@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def update_index(
     *,
     settled: Collection[str] | None = None,
     stop: threading.Event | None = None,
+    require: Callable[[], object] | None = None,
     cluster: str | None = None,
     reporter: Reporter = SILENT,
 ) -> Update:
@@ -107,6 +108,7 @@ def update_index(
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
             folder was unmounted since it was listed. None takes all.
         stop: ends the update after the batch in which it is set, with everything saved that is embedded.
+        require: called before anything is written, once nobody else writes to the index, to refuse what is there then.
         cluster: address of a Ray cluster whose workers embed the images.
 
     Raises:
@@ -128,6 +130,8 @@ def update_index(
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     try:
         with exclusive_writer(path, on_wait=reporter.say):
+            if require is not None:
+                require()
             return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
     except Exception as error:
         if (full := disk_full_error(error)) is None:

@@ -100,8 +100,8 @@ class _Images:
 class _IndexFiles:
     """The files of the index, which somebody may remove, or copy another index over."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, model: str) -> None:
+        self._path, self._model = path, model
         self._files: dict[str, object] = {}
         self._since = 0.0
         self.take()
@@ -114,25 +114,42 @@ class _IndexFiles:
         """Return whether somebody else has written, or removed, the index."""
         return file_identity(self._path / INDEX_FILE) != self._written
 
-    def model(self, now: float) -> str | None:
-        """Return `model_key` of the index that is there, or an empty text; None while it is still being copied.
+    def require_own_model(self) -> None:
+        """Refuse an index of another model that somebody has put there.
 
         Raises:
-            ConfigError: it is damaged, and nothing has changed for BROKEN_S.
+            ConfigError: it is damaged.
+            UsageError: it is another model's.
         """
+        if self.are_replaced() and is_index(self._path) and read_index(self._path)[0].model != self._model:
+            raise UsageError(
+                f"Another model's index has been put at {self._path}: it stays, and the watch ends.",
+                hint="watch with the bundle that made it, or choose another -o",
+            )
+
+    def are_whole(self, now: float) -> bool:
+        """Return whether an update may go on from them: whether they are as they were left, or not still being copied.
+
+        Raises:
+            ConfigError: they are damaged, and nothing has changed for BROKEN_S.
+            UsageError: they are another model's.
+        """
+        if not self.are_replaced():
+            return True
         files: dict[str, object] = {}
         with suppress(OSError):  # gone
             files = {file.name: file_identity(file) for file in self._path.iterdir()}
         if files != self._files:
             self._files, self._since = files, now
         if now - self._since < SETTLE_S:
-            return None
+            return False
         try:
-            return read_index(self._path)[0].model if is_index(self._path) else ""
+            self.require_own_model()
         except ConfigError:
             if now - self._since >= BROKEN_S:
                 raise
-            return None
+            return False
+        return True
 
 
 def _stamps(folder: Path) -> dict[str, Stamp]:
@@ -192,7 +209,7 @@ def watch_index(
     stop = stop or threading.Event()
     wait = wait or stop.wait
     open_image_tower(encoder)  # now: an update may put another bundle into its folder before there are images
-    images, index, waiting = _Images(folder), _IndexFiles(path), False
+    images, index, waiting = _Images(folder), _IndexFiles(path, model_key(encoder.manifest)), False
     while not stop.is_set():
         started = clock()
         there = images.look(started)
@@ -203,14 +220,16 @@ def watch_index(
         settled = images.settled(started) if there else {}
         messages = images.broken(started) if there else []
         replaced = index.are_replaced()
-        model = index.model(started) if replaced else ""
-        if model and model != model_key(encoder.manifest):
-            raise UsageError(
-                f"Another model's index has been put at {path}: it stays, and the watch ends.",
-                hint="watch with the bundle that made it, or choose another -o",
+        if index.are_whole(started) and there and (replaced or images.differ(settled)):
+            update = update_index(
+                encoder,
+                folder,
+                path,
+                settled=settled.keys(),
+                stop=stop,
+                require=index.require_own_model,  # again: another writer may have been waited for
+                reporter=reporter,
             )
-        if there and model is not None and (replaced or images.differ(settled)):
-            update = update_index(encoder, folder, path, settled=settled.keys(), stop=stop, reporter=reporter)
             if not update.unmounted:  # else its images are still to be taken
                 images.take(settled, update)
                 index.take()

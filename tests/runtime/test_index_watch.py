@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support import PATIENCE_S, fail_to_look_at, wait_until
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime import index_update, index_watch
+from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.index import model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
@@ -238,17 +240,48 @@ def test_a_damaged_index_that_is_put_there_ends_the_watch_after_a_while(watched:
         watched.watch(damage, nothing, watched.skip(BROKEN_S), nothing)
 
 
-def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
-    watched: Folder, colour_bundle: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def other(colour_bundle: Path, tmp_path: Path) -> BundleEncoder:
+    """Another model."""
     shutil.copytree(colour_bundle, tmp_path / "other")
     with (tmp_path / "other" / "image.onnx").open("ab") as file:
         file.write(b"\x3a\x00")
     write_manifest(tmp_path / "other", read_manifest(tmp_path / "other"))
-    other = load(tmp_path / "other", threads=1)
+    return load(tmp_path / "other", threads=1)
+
+
+def test_another_models_index_that_is_put_there_is_kept_and_ends_the_watch(
+    watched: Folder, other: BundleEncoder
+) -> None:
     with pytest.raises(UsageError, match="Another model's index has been put at"):
         watched.watch(lambda: update_index(other, watched.folder, watched.index) and None, nothing, nothing)
     assert read_index(watched.index)[0].model == model_key(other.manifest)
+
+
+def test_another_models_index_that_an_update_waited_for_is_kept_and_ends_the_watch(
+    watched: Folder, other: BundleEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def wait_for_the_other(*args: Any, **options: Any) -> Iterator[None]:
+        monkeypatch.undo()
+        update_index(other, watched.folder, watched.index)
+        with index_update.exclusive_writer(*args, **options):
+            yield
+
+    def begin() -> None:
+        paint(watched.folder / "new.png")()
+        monkeypatch.setattr(index_update, "exclusive_writer", wait_for_the_other)
+
+    with pytest.raises(UsageError, match="Another model's index has been put at"):
+        watched.watch(begin, nothing, nothing)
+    assert read_index(watched.index)[0].model == model_key(other.manifest)
+
+
+def test_another_models_index_is_replaced_when_the_watch_starts(watched: Folder, other: BundleEncoder) -> None:
+    update_index(other, watched.folder, watched.index)
+    (update,) = watched.watch()
+    assert update.embedded == 4
+    assert read_index(watched.index)[0].model == model_key(watched.encoder.manifest)
 
 
 def test_an_empty_folder_is_waited_for(colour_bundle: Path, tmp_path: Path) -> None:
