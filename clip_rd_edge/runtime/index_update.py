@@ -72,7 +72,8 @@ class Update:
         unreadable_images: those of images that could not be read, by their path in the folder.
         approximate: whether search is approximate, because the index has a graph.
         vanished: paths of images that were listed, here or in `settled`, and were not there when they were looked at.
-        unmounted: the folder was gone, or empty, when a watch looked at it again: nothing was done.
+        skipped: nothing was done, because the folder was gone, or empty, when a watch looked at it again, or `stop` was
+            set while another process was writing.
     """
 
     kept: int = 0
@@ -82,7 +83,7 @@ class Update:
     unreadable_images: dict[str, str] = field(default_factory=dict)
     approximate: bool = False
     vanished: set[str] = field(default_factory=set)
-    unmounted: bool = False
+    skipped: bool = False
 
 
 def update_index(
@@ -107,7 +108,8 @@ def update_index(
     Args:
         settled: paths in the folder of the images to take; others keep the entry that they have, and so do all if the
             folder was unmounted since it was listed. None takes all.
-        stop: ends the update after the batch in which it is set, with everything saved that is embedded.
+        stop: ends the update after the batch in which it is set, with everything saved that is embedded, and the wait
+            for another process at once.
         require: called before anything is written, once nobody else writes to the index, to refuse what is there then.
         cluster: address of a Ray cluster whose workers embed the images.
 
@@ -119,7 +121,7 @@ def update_index(
     """
     if not is_folder(folder):
         if settled is not None:
-            return Update(unmounted=True)
+            return Update(skipped=True)
         reason = "is a file" if exists(folder) else "does not exist"
         raise InputError(f"The folder {folder} {reason}.", hint="name a folder with images")
     for location in (folder.resolve(), encoder.folder.resolve()):
@@ -129,7 +131,9 @@ def update_index(
         encoder.require_right_images()
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     try:
-        with exclusive_writer(path, on_wait=reporter.say):
+        with exclusive_writer(path, on_wait=reporter.say, stop=stop) as may_write:
+            if not may_write:
+                return Update(skipped=True)
             if require is not None:
                 require()
             return _update(encoder, folder, path, settled=settled, stop=stop, cluster=cluster, reporter=reporter)
@@ -171,7 +175,7 @@ def _update(
     listed_ns = int(now_in(path) * 1e9)
     plan = _plan(folder, path, index, settled, last_listed_ns=last_listed_ns)
     if plan is None:
-        return Update(kept=len(index.entries), unmounted=True)
+        return Update(kept=len(index.entries), skipped=True)
     new, update = plan.new, plan.update
     entries = [entry for entry, _ in plan.kept]
     if saved_at == path and entries == index.entries and not new and not index.missing and is_index(path):

@@ -230,11 +230,11 @@ def watch_index(
                 require=index.require_own_model,  # again: another writer may have been waited for
                 reporter=reporter,
             )
-            if not update.unmounted:  # else its images are still to be taken
+            if not update.skipped:  # else its images are still to be taken
                 images.take(settled, update)
                 index.take()
             update.unreadable += messages
-            if not update.unmounted or messages:
+            if not update.skipped or messages:
                 yield update
         elif messages:
             yield Update(unreadable=messages)

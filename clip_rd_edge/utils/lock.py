@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,9 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def exclusive_writer(
+    folder: Path, *, on_wait: Callable[[str], None] | None = None, stop: threading.Event | None = None
+) -> Iterator[bool]:
     """Lock a folder, creating it if it is missing, against other processes that use this lock.
 
     Afterwards the lock file is removed, and so is the folder if it was created here and is still empty. Nothing is
@@ -46,6 +49,10 @@ def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = No
     Args:
         on_wait: if another process holds the lock, called once with a sentence that says so, and the lock is waited
             for; None does not wait.
+        stop: ends the wait when it is set.
+
+    Yields:
+        Whether the folder may be written: False only if `stop` has ended the wait.
 
     Raises:
         UsageError: another process holds the lock and there is no `on_wait`, `folder` is a file, or it cannot be
@@ -56,12 +63,15 @@ def exclusive_writer(folder: Path, *, on_wait: Callable[[str], None] | None = No
         if is_file(folder):
             raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
         created = not exists(folder)
-        file = _acquire(path, on_wait)
+        file = _acquire(path, on_wait, stop or threading.Event())
     except (InputError, OSError) as error:
         raise unwritable_output(folder, error) from error
+    if file is None:
+        yield False
+        return
     _held.add(file)
     try:
-        yield
+        yield True
     finally:
         # Removed while locked: a process that has opened it meanwhile notices that the file is gone and retries.
         if file in _held:  # not in a process that was forked meanwhile
@@ -85,7 +95,8 @@ def is_held_here(content: str) -> bool:
     return is_natural(number) and content == lock_content(int(number)) and is_running(int(number)) is True
 
 
-def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
+def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.Event) -> int | None:
+    """Return the locked file, or None if `stop` was set while another process held the lock."""
     waiting, attempts = False, 0
     while True:
         # Its last holder may remove the folder at any moment, also while `mkdir` finds out what is there already.
@@ -115,7 +126,8 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None) -> int:
             if not waiting:
                 on_wait(f"{message}: waiting for it")
             waiting = True
-            time.sleep(_POLL_S)
+            if stop.wait(_POLL_S):
+                return None
             continue
         if _is_same_file(path, file):
             try:

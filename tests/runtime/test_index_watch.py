@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support import PATIENCE_S, fail_to_look_at, wait_until
+from support import PATIENCE_S, Watch, fail_to_look_at, wait_until
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
@@ -24,6 +24,7 @@ from clip_rd_edge.runtime.index import model_key, read_index
 from clip_rd_edge.runtime.index_update import Update, update_index
 from clip_rd_edge.runtime.index_watch import BROKEN_S, POLL_S, watch_index
 from clip_rd_edge.runtime.load import load
+from clip_rd_edge.utils.lock import exclusive_writer
 
 
 class Folder:
@@ -262,11 +263,11 @@ def test_another_models_index_that_an_update_waited_for_is_kept_and_ends_the_wat
     watched: Folder, other: BundleEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def wait_for_the_other(*args: Any, **options: Any) -> Iterator[None]:
+    def wait_for_the_other(*args: Any, **options: Any) -> Iterator[bool]:
         monkeypatch.undo()
         update_index(other, watched.folder, watched.index)
-        with index_update.exclusive_writer(*args, **options):
-            yield
+        with exclusive_writer(*args, **options) as may_write:
+            yield may_write
 
     def begin() -> None:
         paint(watched.folder / "new.png")()
@@ -340,6 +341,19 @@ def test_a_stop_saves_what_is_embedded(watched: Folder) -> None:
     names = {path.relative_to(watched.folder).as_posix() for path in watched.folder.rglob("*.*")}
     update = update_index(watched.encoder, watched.folder, watched.index, settled=names, stop=stop)
     assert update.embedded == len(watched.names()) == 32
+
+
+def test_a_stop_ends_the_wait_for_another_writer(watched: Folder) -> None:
+    stop, reporter, updates = threading.Event(), Watch(), list[Update]()
+    watch = watch_index(watched.encoder, watched.folder, watched.index, stop=stop, reporter=reporter)
+    thread = threading.Thread(target=lambda: updates.extend(watch))
+    with exclusive_writer(watched.index):
+        thread.start()
+        wait_until(lambda: reporter.said)
+        stop.set()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert updates == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
