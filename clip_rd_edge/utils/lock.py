@@ -102,7 +102,7 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
         # Its last holder may remove the folder at any moment, also while `mkdir` finds out what is there already.
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file, writable = _open(path)
         except (FileNotFoundError, FileExistsError):
             attempts += 1
             if attempts == _ATTEMPTS:
@@ -113,7 +113,10 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
             _lock(file)
         except OSError as error:
             if error.errno not in _HELD_ELSEWHERE:
-                return file
+                if writable:
+                    return file
+                os.close(file)  # on NFS, only a file that may be written can be locked
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
             try:
                 holder = os.pread(file, 32, 0).decode(errors="replace") if hasattr(os, "pread") else ""
             finally:
@@ -129,15 +132,27 @@ def _acquire(path: Path, on_wait: Callable[[str], None] | None, stop: threading.
             if stop.wait(_POLL_S):
                 return None
             continue
-        if _is_same_file(path, file):
-            try:
-                os.ftruncate(file, 0)
-                os.write(file, lock_content(os.getpid()).encode())
-            except BaseException:  # a full disk, perhaps; still open, it would lock this process itself out
-                os.close(file)
-                raise
-            return file
+        try:
+            if _is_same_file(path, file):
+                if writable:
+                    os.ftruncate(file, 0)
+                    os.write(file, lock_content(os.getpid()).encode())
+                    return file
+                path.unlink()  # its holder was killed
+        except BaseException:  # a full disk, perhaps; still open, it would lock this process itself out
+            os.close(file)
+            raise
         os.close(file)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Open or create a lock file; return also whether it may be written, as one of another account may not."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), True
+    except PermissionError:
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or one that may not be created
+            return os.open(path, os.O_RDONLY), False
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644), True
 
 
 def _lock(file: int) -> None:

@@ -57,6 +57,48 @@ def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
         pass
 
 
+@pytest.fixture
+def lock_of_another_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The lock file of a process that was killed, in a folder that several accounts may write."""
+    path, open_file = tmp_path / ".lock", os.open
+    path.write_text("7\n")
+    theirs = path.stat()
+
+    def refuse_to_write(name: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR and path.exists() and os.path.samestat(path.stat(), theirs):
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return open_file(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
+def test_the_lock_that_a_killed_process_of_another_account_left_is_replaced(lock_of_another_account: Path) -> None:
+    with exclusive_writer(lock_of_another_account.parent):
+        assert lock_of_another_account.read_text() == lock.lock_content(os.getpid())
+    assert not lock_of_another_account.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads a file that another process has locked")
+def test_a_writer_of_another_account_is_told_of(lock_of_another_account: Path) -> None:
+    with lock_of_another_account.open() as file:
+        lock._lock(file.fileno())
+        with pytest.raises(UsageError, match=r"is being written by another run, process 7\."):
+            exclusive_writer(lock_of_another_account.parent).__enter__()
+    assert lock_of_another_account.read_text() == "7\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks every file that may be read")
+def test_a_lock_of_another_account_that_cannot_be_tried_is_not_passed_over(
+    lock_of_another_account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a file has to be open for writing."""
+    monkeypatch.setattr(lock, "_lock", lambda file: os.write(file, b""))
+    with pytest.raises(UsageError, match="cannot be written: Permission denied"):
+        exclusive_writer(lock_of_another_account.parent).__enter__()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_does_not_hold_its_parents_lock(tmp_path: Path) -> None:
     program = (
