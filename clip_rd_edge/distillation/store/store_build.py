@@ -192,7 +192,7 @@ def share_bad(bad: BadSamples, processes: Processes, files: Iterable[Path]) -> N
         bad.share(processes.gather_objects)
     except InputError:
         for path in files:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another job that wrote it, too, may have removed it
         raise
 
 

@@ -20,7 +20,7 @@ from support import PATIENCE_S, save_tiny_teacher
 from thread_processes import call_in_threads
 
 from clip_rd_edge.contract.preprocess import Preprocessing
-from clip_rd_edge.data.pairs import Pairs
+from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.distillation.build import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.loader import StepSampler, step_loader
@@ -312,6 +312,15 @@ def test_bad_pairs_of_all_processes_count_together_also_at_the_next_attempt(
     for _ in range(2):
         with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
             make_build(config, setup, OneOfTwo())()
+
+
+def test_a_refused_job_removes_its_files_though_another_has_removed_some(setup: RunSetup, tmp_path: Path) -> None:
+    bad, files = BadSamples(setup.pairs, max_share=0.1), [tmp_path / "removed.npy", tmp_path / "left.npy"]
+    bad.add([(5, "here")])
+    files[1].touch()
+    with pytest.raises(InputError, match=r"3 of 24 samples .* are bad"):
+        store_build.share_bad(bad, OneOfTwo(), files)
+    assert not files[1].exists()
 
 
 @pytest.mark.usefixtures("small_shards")
