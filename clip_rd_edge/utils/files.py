@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError, causes
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, near_files
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of, near_files
 
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 
@@ -88,10 +88,14 @@ def require_free_output(path: Path, *, overwrite: bool, replaced: bool = True, i
         ignoring: names of files in the folder to ignore.
 
     Raises:
-        UsageError: `path` is a file or a non-empty folder, and `overwrite` is false; or it is no path that can be
-            written, such as one that is too long or in a folder that is read-only.
+        UsageError: `path` is a file or a non-empty folder, and `overwrite` is false; it is a device, a pipe or a
+            socket; or it is no path that can be written, such as one that is too long or in a folder that is read-only.
     """
     try:
+        if exists(path) and not (is_file(path) or is_folder(path)):
+            raise UsageError(
+                f"The output {path} is {kind_of(path.stat().st_mode)}; expected a folder.", hint="choose another -o"
+            )
         in_use = is_file(path) or (is_folder(path) and any(child.name not in ignoring for child in path.iterdir()))
     except (InputError, OSError) as error:
         raise unwritable_output(path, error) from error

@@ -175,6 +175,20 @@ def test_an_output_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
     require_free_output(tmp_path / "used", overwrite=True)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    """As root, the user of most containers, /dev/null could be, and every other program would miss it."""
+    os.mkfifo(tmp_path / "pipe")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="pipe is a pipe; expected a folder"):
+            require_free_output(tmp_path / "pipe", overwrite=overwrite)
+        with pytest.raises(UsageError, match=f"{os.devnull} is a device or a socket; expected a folder"):
+            require_free_output(Path(os.devnull), overwrite=overwrite)
+    with pytest.raises(UsageError, match="is a pipe"), new_folder(tmp_path / "pipe"):
+        pass
+    assert [path.name for path in tmp_path.iterdir() if path.is_fifo()] == ["pipe"]
+
+
 def test_an_output_that_cannot_be_put_in_its_place_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
