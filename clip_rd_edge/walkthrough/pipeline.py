@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from clip_rd_edge.benchmarking.report.text import write_report
+from clip_rd_edge.benchmarking.report.text import HTML, write_report
 from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results
 from clip_rd_edge.benchmarking.run import OpenEncoder, run_suite
 from clip_rd_edge.benchmarking.suite import Suite, read_suite
@@ -34,7 +34,7 @@ from clip_rd_edge.models.stitch import IMAGENET, class_nouns, read_class_names, 
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.trim import write_trimmed
 from clip_rd_edge.runtime.label_list import everyday_labels
-from clip_rd_edge.utils.files import new_folder, require_free_output, write_text
+from clip_rd_edge.utils.files import require_free_output, write_text
 from clip_rd_edge.utils.host import instruction_sets
 from clip_rd_edge.utils.paths import is_file, is_folder, shipped_path
 from clip_rd_edge.utils.reporting import Reporter
@@ -221,7 +221,7 @@ def run_quickstart(
     """
     require_free_output(settings.folder, overwrite=True, replaced=False)  # stages that are complete stay
     report = settings.folder / "report"
-    require_free_output(report, overwrite=is_file(report / RESULTS))  # it is replaced, and may be somebody's own
+    require_free_output(report, overwrite=is_file(report / RESULTS))  # it may be somebody's own
     # The student is built again minutes later, after the teacher is tuned: report at once what will fail then.
     photo_tasks(settings.photos)
     load_recipe(settings.recipe)
@@ -315,11 +315,13 @@ def _report_trials(reporter: Reporter, trials: Sequence[Trial]) -> None:
 
 def _compare(settings: Settings, reporter: Reporter, *, open_encoder: OpenEncoder, launch: Launch | None) -> None:
     report, suite = settings.folder / "report", quickstart_suite(settings.folder, photos=settings.photos)
-    if (report / RESULTS).is_file() and read_results(report / RESULTS).suite == suite:
+    results = read_results(report / RESULTS) if (report / RESULTS).is_file() else None
+    if results is None or results.suite != suite:
+        results = run_suite(suite, open_encoder, reporter, launch=launch)
+        (report / HTML).unlink(missing_ok=True)  # it is written last: where it is missing, the report is unfinished
+    elif (report / HTML).is_file():
         return
-    results = run_suite(suite, open_encoder, reporter, launch=launch)
-    with new_folder(report) as folder:
-        write_report(results, folder)
+    write_report(results, report)  # file by file, as others in the folder are the user's
 
 
 def photo_tasks(photos: Path | None) -> tuple[str, ...]:

