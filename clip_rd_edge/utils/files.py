@@ -257,27 +257,34 @@ def _mark() -> str:
 def _hold(folder: Path) -> int | None:
     """Lock a folder until the file descriptor is closed, or the process ends.
 
-    None if somebody else holds it, or where folders cannot be locked, as on Windows and on network shares.
+    None where folders cannot be locked, as on Windows and on network shares.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
     """
-    with suppress(ImportError, OSError):
+    try:
         import fcntl
 
         file = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        if isinstance(error, BlockingIOError):
             raise
-        return file
-    return None
+        return None
+    return file
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of `new_folder(path)` that no living process holds."""
     for folder in _leftovers(path, "tmp"):
-        if folder.is_dir() and (held := _hold(folder)) is not None:
-            _remove(folder)
-            os.close(held)
+        with suppress(BlockingIOError):
+            if folder.is_dir() and (held := _hold(folder)) is not None:
+                _remove(folder)
+                os.close(held)
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
@@ -338,9 +345,10 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<key>[0-9a-f]{32})\.(?P<kind>new|tmp
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of unfinished files and folders in `folder`, which nobody else may be writing.
+    """Remove what killed processes left of unfinished files and folders in `folder`, where nobody else writes files.
 
-    What `new_folder` had moved aside without having put the new one in its place is moved back.
+    A folder that another process is writing there, such as an export into a run's folder, stays where folders can be
+    locked. What `new_folder` had moved aside without having put the new one in its place is moved back.
     """
     if not folder.is_dir():
         return
@@ -351,7 +359,11 @@ def remove_leftovers(folder: Path) -> None:
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             path.rename(path.with_name(match["name"]))
         elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            with suppress(BlockingIOError):
+                held = _hold(path)
+                shutil.rmtree(path)
+                if held is not None:
+                    os.close(held)
         else:
             path.unlink()
 

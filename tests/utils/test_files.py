@@ -104,6 +104,16 @@ def test_what_a_kill_left_is_removed_or_moved_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot lock folders")
+def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
+    """Such as several exports into a run's folder, of which the first would be missing, while the run is resumed."""
+    with new_folder(tmp_path / "bundles") as bundles:
+        write_text(bundles / "cpu-x86" / "image.onnx", "content")
+        remove_leftovers(tmp_path)
+        write_text(bundles / "cpu-arm" / "image.onnx", "content")
+    assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == ["cpu-arm", "cpu-x86"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot lock folders")
 def test_a_later_folder_of_the_same_name_removes_what_a_kill_left_but_not_what_is_being_written(tmp_path: Path) -> None:
     program = (
         "import sys, os; from pathlib import Path; from clip_rd_edge.utils.files import new_folder\n"
