@@ -120,7 +120,7 @@ def stitch(
     if os.fspath(names) == IMAGENET:  # a camera sees few of its 118 breeds of dogs
         clip = replace(clip, labels=tuple(everyday_labels()))
     reporter.update("writing the model")
-    save_clip(folder, clip, provenance=provenance)
+    save_clip(folder, clip, provenance=provenance, overwrite=force)
     return folder
 
 
@@ -167,7 +167,9 @@ def trim(
 
     from clip_rd_edge.models.trim import write_trimmed
 
-    write_trimmed(spec, folder, layers=text_layers, vocabulary=vocabulary, texts=lines, reporter=reporter)
+    write_trimmed(
+        spec, folder, layers=text_layers, vocabulary=vocabulary, texts=lines, overwrite=force, reporter=reporter
+    )
     return folder
 
 

@@ -126,6 +126,7 @@ def average_models(
         interpolate_clip(first, second, share=chosen),
         provenance=record,
         extras=(lambda path: _plot(curve, chosen, path / PLOT)) if curve else None,
+        overwrite=force,
     )
     return AveragedModel(folder, chosen, tuple(curve))
 

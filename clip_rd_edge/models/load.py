@@ -368,15 +368,24 @@ def _needs_network(error: BaseException) -> bool:
 
 
 def save_clip(
-    folder: Path, clip: ClipModel, *, provenance: dict[str, Any], extras: Callable[[Path], None] | None = None
+    folder: Path,
+    clip: ClipModel,
+    *,
+    provenance: dict[str, Any],
+    extras: Callable[[Path], None] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a model atomically as an open_clip `local-dir:` folder, replacing an existing one.
 
     Args:
         provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json.
         extras: called with the folder to write additional files, such as plots.
+        overwrite: if false, what is in use at `folder` once the model is written is kept.
+
+    Raises:
+        UsageError: `folder` cannot be written or replaced, or is in use and `overwrite` is false.
     """
-    with new_folder(folder) as temporary:
+    with new_folder(folder, overwrite=overwrite) as temporary:
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         save_open_clip(temporary, clip, location=folder)

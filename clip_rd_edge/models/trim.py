@@ -91,13 +91,14 @@ def write_trimmed(
     layers: int | None = None,
     vocabulary: int | None = None,
     texts: Sequence[str] = (),
+    overwrite: bool = True,
     reporter: Reporter = SILENT,
 ) -> None:
     """Load a model, trim it as `trim_text_tower` does, and save it in a folder, with what is known of its training.
 
     Args:
         spec: as for `load_clip`.
-        folder: one that exists is replaced.
+        overwrite: if false, what is in use at `folder` once the model is written is kept.
     """
     require_trim(layers, vocabulary, texts)
     reporter.update("loading the model")
@@ -106,7 +107,7 @@ def write_trimmed(
     reporter.say(trimmed.description)
     reporter.update("writing the model")
     record = {"model": spec, "text_layers": layers, "vocabulary": vocabulary}
-    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record})
+    save_clip(folder, trimmed.clip, provenance={**read_training_record(spec), "trimmed": record}, overwrite=overwrite)
 
 
 def require_trim(layers: int | None, vocabulary: int | None, texts: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Watch
 from torch import nn
 
 import clip_rd_edge as edge
@@ -177,6 +178,14 @@ def test_an_output_that_is_in_use_or_holds_a_model_is_refused(models: tuple[Path
     for folder in (models[0], tmp_path):
         with pytest.raises(UsageError, match=r"The output .* (is|contains) .*first.*, which it would replace"):
             edge.average(*models, folder, force=True)
+
+
+def test_what_is_put_there_meanwhile_is_kept(models: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "between" / "checkpoints" / "step-5000"
+    watch = Watch("loading both models", lambda step: checkpoint.mkdir(parents=True))
+    with pytest.raises(UsageError, match="already exists and is not empty"):
+        edge.average(*models, tmp_path / "between", reporter=watch)
+    assert [path.name for path in checkpoint.parents[1].iterdir()] == ["checkpoints"]
 
 
 def test_the_command_prints_a_table_and_the_name_of_the_model(

@@ -117,6 +117,15 @@ def test_the_classifier_decides_among_its_own_class_names() -> None:
     assert torch.equal(similarities.argmax(1), (features @ weight.T).argmax(1))
 
 
+def test_what_is_put_there_meanwhile_is_kept(encoder: Path, names: Path, tmp_path: Path) -> None:
+    weights = random_classifier(tmp_path / "w.pth", timm.create_model("test_resnet", num_classes=4))
+    folder = tmp_path / "teacher"
+    watch = Watch("joining the two", lambda step: (folder / "checkpoints").mkdir(parents=True))
+    with pytest.raises(edge.UsageError, match="already exists and is not empty"):
+        edge.stitch("test_resnet", folder, names=names, text=str(encoder), pretrained=weights, reporter=watch)
+    assert list(folder.iterdir()) == [folder / "checkpoints"]
+
+
 def test_each_stage_is_reported_and_the_names_one_batch_after_the_other(
     encoder: Path, names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

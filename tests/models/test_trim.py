@@ -201,6 +201,17 @@ def test_texts_of_a_trimmed_model_come_from_what_a_run_takes(bert: ClipModel, tm
     assert vocabularies[0] == vocabularies[1]
 
 
+def test_what_is_put_there_meanwhile_is_kept(bert: ClipModel, tmp_path: Path) -> None:
+    save_clip(tmp_path / "teacher", bert, provenance={})
+    run = tmp_path / "start" / "checkpoints"
+    with pytest.raises(UsageError, match="already exists and is not empty"):
+        edge.trim(
+            tmp_path / "teacher", tmp_path / "start", text_layers=1,
+            reporter=Watch("loading the model", lambda step: run.mkdir(parents=True)),
+        )  # fmt: skip
+    assert list((tmp_path / "start").iterdir()) == [run]
+
+
 def test_a_trimmed_student_learns_its_teachers_texts(bert: ClipModel, tmp_path: Path) -> None:
     teacher, texts = tmp_path / "teacher", tmp_path / "texts.txt"
     save_clip(teacher, bert, provenance={"data": "somewhere"})
