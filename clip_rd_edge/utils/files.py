@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from clip_rd_edge.errors import ClipRdEdgeError, DiskFullError, InputError, UnreachableError, UsageError, causes
-from clip_rd_edge.utils.paths import exists, is_file, is_folder, kind_of, near_files
+from clip_rd_edge.utils.paths import cache_home, exists, is_file, is_folder, kind_of, near_files
 
 MAX_TEXT_BYTES = 1 << 24  # of a list of names or templates
 
@@ -164,11 +164,15 @@ def require_utf8_path(path: Path) -> None:
 
 
 def unwritable_output(path: Path, error: Exception, *, hint: str = "choose another -o") -> UsageError:
-    """Return the error for an output that cannot be written."""
+    """Return the error for an output that cannot be written, or for a place in the cache, which no -o has named."""
     cause = error.__cause__ or error
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     if link := _link_to_nothing(path):
         reason = f"{link} is a link to {link.readlink()}, which is not there"
+    if cache_home() in path.parents:
+        return UsageError(
+            f"The cache {path} cannot be written: {reason}.", hint="name another folder with CLIP_RD_EDGE_CACHE"
+        )
     return UsageError(f"The output {path} cannot be written: {reason}.", hint=hint)
 
 

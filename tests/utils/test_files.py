@@ -11,6 +11,7 @@ import pytest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.utils import files
 from clip_rd_edge.utils.files import disk_full_error, new_folder, remove_leftovers, require_free_output, write_text
+from clip_rd_edge.utils.lock import exclusive_writer
 
 
 def test_new_folder_leaves_nothing_behind_when_interrupted(tmp_path: Path) -> None:
@@ -225,6 +226,17 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         new_folder(tmp_path / "file/out"),
     ):
         pass
+
+
+def test_a_cache_that_cannot_be_written_names_what_moves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for service accounts, whose home is often empty or another's: -o would not help."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLIP_RD_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+    images = tmp_path / "file" / "cache" / "emoji"
+    for place in (new_folder(images), exclusive_writer(images)):
+        with pytest.raises(UsageError, match=r"^The cache .*emoji cannot be written: ") as raised, place:
+            pass
+        assert "CLIP_RD_EDGE_CACHE" in (raised.value.hint or "")
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_reported_in_one_sentence(
