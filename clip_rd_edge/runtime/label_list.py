@@ -154,7 +154,8 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
     """Read labels from a file of any of these forms, told apart by suffix:
 
     - text: one label per line; empty lines and lines that start with # and white space are skipped.
-    - .csv, .tsv: a column headed `label` (or another of `headings`), or the only column of a table without a heading.
+    - .csv, .tsv: a column headed `label` (or another of `headings`), or the only column of a table without a heading;
+      commas, tabs, semicolons and bars separate columns.
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
 
@@ -197,8 +198,8 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
 
 
 def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
-    first = text.partition("\n")[0]
-    separator = ";" if ";" in first and "," not in first else TABLE_SUFFIXES[path.suffix.lower()]
+    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    separator = _table_separator(first, TABLE_SUFFIXES[path.suffix.lower()], headings)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     try:
@@ -207,6 +208,11 @@ def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
                 raise InputError(
                     f"The label file {path}, line {reader.line_num}: a quoted field holds several lines.",
                     hint="write each text on one line, and close the quote, if it was left open",
+                )
+            if rows and any(cell.strip() for cell in row[len(rows[0]) :]):
+                raise InputError(
+                    f"The label file {path}, line {reader.line_num}, has more fields than its first line.",
+                    hint=f"put a text with {separator!r} in quotes, and a heading above each column",
                 )
             if any(cell.strip() for cell in row):
                 rows.append(row)
@@ -230,6 +236,15 @@ def _from_table(text: str, path: Path, headings: Sequence[str]) -> list[str]:
             hint="head the column of the labels: label",
         )
     return _column(rows, 0)
+
+
+def _table_separator(first: str, usual: str, headings: Sequence[str]) -> str:
+    """Return the separator that splits the first line into cells of which one is a heading, else the likeliest one."""
+    for separator in usual + ",\t;|":
+        if any(cell.strip().strip('"').lower() in headings for cell in first.split(separator)):
+            return separator
+    # Without a heading, a comma may be part of a text.
+    return usual if "," in first else next((separator for separator in usual + "\t;|" if separator in first), usual)
 
 
 def _column(rows: Sequence[Sequence[str]], number: int) -> list[str]:
