@@ -4,8 +4,8 @@
     rows.bin, texts.bin, folders.bin     the pairs, see `data.tables.packed`
     left-out                             one message per row that is not a pair, as JSON lines
 
-The index is named after the table's path, size and modification time. Nothing is kept in memory, so loader processes
-share the pages of the files, and 15 million rows cost as much as 15.
+The index is named after the table's path, with and without links, its size and modification time. Nothing is kept in
+memory, so loader processes share the pages of the files, and 15 million rows cost as much as 15.
 """
 
 from __future__ import annotations
@@ -147,8 +147,10 @@ def index_table(table: Table, *, key: Sequence[str], reporter: Reporter = SILENT
         InputError: the table cannot be read, or its images have changed.
     """
     status = table.path.stat()
-    # Relative paths of images depend on the working directory.
-    identity = [_FORMAT, str(table.path.resolve()), str(Path.cwd()), str(status.st_size), str(status.st_mtime_ns), *key]
+    # Relative paths of images depend on the working directory and on the folder of the table, which may be a link to it
+    # in another folder, or lie in a folder that is a link.
+    places = (table.path.resolve(), table.path.absolute(), table.path.parent.resolve(), Path.cwd())
+    identity = [_FORMAT, *map(str, places), str(status.st_size), str(status.st_mtime_ns), *key]
     pairs = IndexedTable(
         str(table.path), kept_index("table-indices", identity, partial(_build, table=table, reporter=reporter))
     )

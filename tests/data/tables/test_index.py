@@ -134,6 +134,21 @@ def test_relative_paths_depend_on_the_working_directory(
     assert load_pairs(str(pairs_csv)).open(0).tobytes() != from_table
 
 
+def test_relative_paths_depend_on_the_folder_of_a_link_to_the_table(pairs_csv: Path, tmp_path: Path) -> None:
+    from_table = load_pairs(str(pairs_csv)).open(0).tobytes()
+    other = tmp_path / "other"
+    shutil.copytree(pairs_csv.parent / "pictures", other / "pictures")
+    shutil.copy(other / "pictures" / "1.png", other / "pictures" / "0.png")
+    (other / "pairs.csv").symlink_to(pairs_csv)
+    from_other = load_pairs(str(other / "pairs.csv")).open(0).tobytes()
+    assert from_other != from_table
+    current = tmp_path / "current"
+    for folder, expected in ((other, from_other), (pairs_csv.parent, from_table)):
+        current.unlink(missing_ok=True)
+        current.symlink_to(folder)
+        assert load_pairs(str(current / "pairs.csv")).open(0).tobytes() == expected
+
+
 def test_a_copy_in_another_process_opens_the_files_itself(pairs_csv: Path) -> None:
     pairs = load_pairs(str(pairs_csv))
     assert contents(pickle.loads(pickle.dumps(pairs))) == contents(pairs)
