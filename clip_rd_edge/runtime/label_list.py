@@ -21,7 +21,8 @@ from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.yaml_text import parse_yaml
 
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-STRUCTURED_SUFFIXES = (".json", ".yaml", ".yml")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+STRUCTURED_SUFFIXES = (".json", *JSON_LINES_SUFFIXES, ".yaml", ".yml")
 LABEL_FILE_SUFFIXES = (".txt", ".names", ".list", *TABLE_SUFFIXES, *STRUCTURED_SUFFIXES)
 # The keys and column headings, in any case, under which other programs write class names.
 HEADINGS = ("label", "labels", "name", "names", "class", "classes", "class_name", "classname", "classnames", "id2label")
@@ -31,6 +32,7 @@ MAX_FILE_BYTES = 1 << 24  # 200,000 labels
 MAX_TEXTS_BYTES = 1 << 28  # some four million captions
 EVERYDAY = "everyday"  # names the shipped list on the command line
 _EVERYDAY_FILE = Path(__file__).with_name("everyday_labels.txt")
+_ID = re.compile(r"\S*\d\S*")  # of a class or a file, as n02084071, /m/0bt9lr and 0001.jpg are
 _COMMENT = re.compile(r"#(\s|$)")  # a label or caption may begin with a #hashtag
 # A separator between words, but not between digits, as in 1,000.
 _SEPARATOR = re.compile(r"\s*(?:[;|\n]|,(?!\d)|(?<!\d),)\s*")
@@ -56,7 +58,7 @@ def read_texts(name: str, column: str) -> list[str]:
     """Return captions or labels to train on, from a file as for `read_labels_file`, but larger.
 
     Args:
-        column: heading of a table's captions, before HEADINGS.
+        column: heading or key of the captions, before HEADINGS.
 
     Raises:
         InputError: as `read_labels_file`.
@@ -158,6 +160,7 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
       commas, tabs, semicolons and bars separate columns.
     - .json, .yaml: a list, or an object with one under such a key; its items are names, or objects with a name. Also an
       object from class numbers to names, in the order of the numbers.
+    - .jsonl, .ndjson: an item of such a list per line.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels.
@@ -178,7 +181,7 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
         )
     suffix = path.suffix.lower()
     if suffix in STRUCTURED_SUFFIXES:
-        labels = _from_structure(_parse(text, path), path)
+        labels = _from_structure(_parse(text, path), path, headings)
     elif suffix in TABLE_SUFFIXES:
         labels = _from_table(text, path, headings)
     else:
@@ -254,39 +257,55 @@ def _column(rows: Sequence[Sequence[str]], number: int) -> list[str]:
 
 
 def _parse(text: str, path: Path) -> Any:
-    if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise InputError(f"The label file {path} is not valid JSON: {error}.") from error
-        except RecursionError as error:
-            raise InputError(f"The label file {path} is not a list of labels: it is nested too deep.") from error
-    return parse_yaml(text, source=path)
+    suffix = path.suffix.lower()
+    if suffix in JSON_LINES_SUFFIXES:
+        lines = enumerate(text_lines(text), start=1)
+        return [_parse_json(line, f"{path}, line {number},") for number, line in lines if line.strip()]
+    return _parse_json(text, str(path)) if suffix == ".json" else parse_yaml(text, source=path)
 
 
-def _from_structure(content: Any, path: Path) -> list[str]:
-    if isinstance(content, dict):
-        keys = {str(key).lower(): value for key, value in content.items()}
-        nested = next((keys[heading] for heading in HEADINGS if heading in keys), None)
-        if nested is not None:
-            content = nested
+def _parse_json(text: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"The label file {location} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise InputError(f"The label file {location} is not a list of labels: it is nested too deep.") from error
+
+
+def _from_structure(content: Any, path: Path, headings: Sequence[str]) -> list[str]:
+    content = _under_heading(content, headings, (list, dict))
     if isinstance(content, dict) and content and all(is_natural(str(key)) for key in content):
         content = [content[key] for key in sorted(content, key=int)]
     if not isinstance(content, list):
         raise InputError(
             f"The label file {path} has no list of labels.", hint='write a list of names, such as ["a cat", "a dog"]'
         )
-    return [_name(item, number, path) for number, item in enumerate(content, start=1)]
+    return [_name(item, f"{path}: entry {number}", headings) for number, item in enumerate(content, start=1)]
 
 
-def _name(item: Any, number: int, path: Path) -> str:
+def _name(item: Any, location: str, headings: Sequence[str]) -> str:
     """Return the name in an item: a text, an object with a name, or a pair such as ["n01440764", "tench"]."""
-    if isinstance(item, dict):
-        item = next((item[heading] for heading in HEADINGS if heading in item), item)
-    if isinstance(item, list) and item:
+    item = _under_heading(item, headings)
+    if isinstance(item, list) and item and all(_ID.fullmatch(str(part)) for part in item[:-1]):  # no several names
         item = item[-1]
     if not isinstance(item, str) or not item.strip():
-        raise InputError(f"The label file {path}: entry {number} is {item!r}; expected a name.")
+        raise InputError(
+            f"The label file {location} is {item!r}; expected a name.",
+            hint="write one text per entry, or objects with the text at the key 'label'",
+        )
     if not is_unicode(item):
-        raise InputError(f"The label file {path}: entry {number} is {item!r}, which is no Unicode.")
+        raise InputError(f"The label file {location} is {item!r}, which is no Unicode.")
     return item.strip()
+
+
+def _under_heading(content: Any, headings: Sequence[str], kinds: tuple[type, ...] = (object,)) -> Any:
+    """Return the value of an object at the first of the headings, in any case, that has one of these kinds there.
+
+    Anything else is returned as it is.
+    """
+    if not isinstance(content, dict):
+        return content
+    values = {str(key).lower(): value for key, value in content.items()}
+    found = (values[heading] for heading in headings if heading in values)
+    return next((value for value in found if isinstance(value, kinds)), content)

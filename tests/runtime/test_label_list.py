@@ -27,6 +27,8 @@ FILES = {
     "id2label.json": '{"id2label": {"10": "a dog, asleep", "2": "a pig"}}',
     "imagenet.json": '{"0": ["n02395406", "a pig"], "1": ["n02084071", "a dog, asleep"]}',
     "coco.json": '{"classes": [{"id": 1, "name": "a pig"}, {"id": 2, "name": "a dog, asleep"}]}',
+    "lines.jsonl": '{"id": 7, "Name": "a pig"}\n\n{"id": 8, "Name": "a dog, asleep"}\n',
+    "lines.ndjson": '"a pig"\r\n"a dog, asleep"\r\n',
     "yolo.yaml": "path: data\nnames:\n  0: a pig\n  1: a dog, asleep\n",
 }
 
@@ -47,6 +49,20 @@ def test_numbers_are_labels_where_a_table_has_no_names_or_the_column_is_asked_fo
     assert read_labels_file(path) == ["0", "1"]
     path.write_text("digit,name\n0,zero\n1,one\n")
     assert read_texts(str(path), "digit") == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"name": "1.jpg", "Caption": "a pig"}, {"name": "2.jpg", "Caption": "a dog"}]',
+        '{"name": ["1.jpg", "2.jpg"], "Caption": ["a pig", "a dog"]}',
+        '{"caption": "of animals", "names": ["a pig", "a dog"]}',
+    ],
+)
+def test_the_key_that_is_asked_for_comes_before_the_usual_ones(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "captions.json"
+    path.write_text(content)
+    assert read_texts(str(path), "Caption") == ["a pig", "a dog"]
 
 
 # What ImageNet calls otherwise: test data for the next test.
@@ -159,6 +175,9 @@ def test_a_list_in_python_is_taken_as_it_is(tmp_path: Path) -> None:
         ("broken.json", '["a pig",', "is not valid JSON"),
         ("number.json", "[1, 2]", "entry 1 is 1; expected a name"),
         ("object.json", '{"a": 1}', "has no list of labels"),
+        ("captions.json", '[["a pig", "two pigs", "pigs"]]', "entry 1 is .'a pig', .*; expected a name"),
+        ("synonyms.json", '{"0": ["tench", "Tinca tinca"]}', "entry 1 is .'tench', .*; expected a name"),
+        ("broken.jsonl", '"a pig"\n"a dog\n', r"broken.jsonl, line 2, is not valid JSON"),
         ("broken.yaml", "names: [", "is not valid YAML"),
         ("missing.txt", None, "Cannot read .*missing.txt: No such file"),
         ("folder", None, "is a folder"),
