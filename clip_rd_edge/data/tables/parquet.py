@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_rd_edge.data.tables.blocks import CAPTION_OPTION, IMAGE_OPTION, Block, PairFinder, numbered, require_columns
+from clip_rd_edge.data.tables.blocks import (
+    CAPTION_OPTION,
+    IMAGE_OPTION,
+    Block,
+    Fault,
+    PairFinder,
+    numbered,
+    require_columns,
+)
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError, MissingExtraError, first_line
 
@@ -45,7 +53,11 @@ class ParquetTable:
     def read(self, place: Any) -> Block:
         """See `Table`."""
         finder = PairFinder(self.path, self.caption_key)
-        names, captions = (place.column(key).to_pylist() for key in (self.image_key, self.caption_key))
+        columns = [place.column(key) for key in (self.image_key, self.caption_key)]
+        try:
+            names, captions = (column.to_pylist() for column in columns)
+        except UnicodeDecodeError:
+            return Block(pack([]), [], 0, fault=_text_fault(columns))
         pairs, left_out = list[Pair](), list[tuple[int, str]]()
         for number, (name, caption) in enumerate(zip(names, captions, strict=True), 1):
             pair = finder.pair(name or "", caption or "")
@@ -79,13 +91,32 @@ def read_column(name: str, column: str) -> list[str]:
     _rows_with(path, {column: CAPTION_OPTION})
     pyarrow, parquet = _import_pyarrow(path)
     try:
-        values = parquet.read_table(path, columns=[column], use_threads=False).column(column).to_pylist()
+        cells = parquet.read_table(path, columns=[column], use_threads=False).column(column)
+        values = cells.to_pylist()
+    except UnicodeDecodeError as error:
+        fault = _text_fault([cells])
+        raise InputError(f"{path}, row {fault.number}: {fault.reason}.", hint=fault.hint) from error
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} is damaged: {first_line(error)}.") from error
     texts = [value.strip() for value in values if value and value.strip()]
     if not texts:
         raise InputError(f"{path} has no text in its column {column!r}.", hint=f"name the column with {CAPTION_OPTION}")
     return texts
+
+
+def _text_fault(columns: Sequence[Any]) -> Fault:
+    """Return the first row of Arrow columns whose text is not UTF-8, which not all that write Parquet check."""
+    rows = enumerate(zip(*columns, strict=True), 1)
+    number = next(number for number, cells in rows if not all(map(_is_utf_8, cells)))
+    return Fault(number, "it is not UTF-8 text", "save the table as UTF-8")
+
+
+def _is_utf_8(cell: Any) -> bool:
+    try:
+        cell.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _rows_with(path: Path, columns: Mapping[str, str]) -> int:

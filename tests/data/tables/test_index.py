@@ -231,6 +231,21 @@ def test_what_is_no_parquet_or_damaged_is_named(pairs_csv: Path) -> None:
         load_pairs(str(path))
 
 
+@pytest.mark.parametrize("indexed", [False, True], ids=["in memory", "indexed"])
+def test_parquet_with_text_that_is_not_utf_8_is_named_by_its_row(
+    pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    captions = pytest.importorskip("pyarrow").array([b"a cat"] * 12 + [b"caf\xe9"]).view("string")
+    path = write_parquet(pairs_csv.with_suffix(".parquet"), {"filepath": ["pictures/0.png"] * 13, "title": captions})
+    monkeypatch.setattr(parquet, "_BLOCK_ROWS", 10)
+    monkeypatch.setattr(load, "INDEXED_ROWS", -1 if indexed else 1 << 30)
+    message = r"pairs\.parquet, row 13: it is not UTF-8 text"
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(path))
+    with pytest.raises(InputError, match=message):
+        parquet.read_column(str(path), "title")
+
+
 def test_a_parquet_table_is_a_retrieval_task(pairs_csv: Path) -> None:
     path = write_parquet(
         pairs_csv.with_suffix(".parquet"),
