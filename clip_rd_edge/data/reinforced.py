@@ -29,6 +29,7 @@ from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, PositiveFloat
+from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json
 
@@ -156,7 +157,8 @@ class ReinforcedPairs(ShardPairs):
         if not isinstance(content, dict):
             raise InputError(f"{member} is not a JSON object.")
         captions = {key: value for key, value in content.items() if isinstance(value, list)}
-        if not all(isinstance(caption, str) for value in captions.values() for caption in value):
+        texts = [text for value in captions.values() for text in value]
+        if not all(isinstance(text, str) and is_unicode(text) for text in texts):
             raise InputError(f"{member} has captions that are no texts.")
         return {key: tuple(value) for key, value in captions.items()}
 

@@ -6,6 +6,8 @@ run sees the same batches as an uninterrupted one. This needs the location of ev
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from clip_rd_edge.data.shard_index import SampleLocation, ShardIndex, index_shar
 from clip_rd_edge.data.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.printable import is_unicode
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
@@ -231,14 +234,17 @@ def text_captions(member: TarMember) -> tuple[str, ...]:
 
 
 def read_json_member(member: TarMember) -> Any:
-    """Return the content of a .json.
+    """Return the content of a .json, which may have NaN, Infinity and halves of surrogate pairs, as Python writes them.
 
     Raises:
         InputError: the file is not valid JSON, or as for `read_text`.
     """
+    text = read_text(member)
     try:
-        return msgspec.json.decode(read_text(member))
-    except msgspec.DecodeError as error:
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(text)
+        return json.loads(text)  # slower, but reads them
+    except ValueError as error:
         raise InputError(f"{member} is not valid JSON: {error}.") from error
     except RecursionError as error:
         raise InputError(f"{member} is not valid JSON for this: its values are nested too deep.") from error
@@ -261,6 +267,8 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
     captions = [caption for caption in (value if isinstance(value, list) else [value]) if caption is not None]
     if not all(isinstance(caption, str) for caption in captions):
         raise InputError(f"{member}: {key!r} is neither a string nor a list of strings.")
+    if not all(map(is_unicode, captions)):
+        raise InputError(f"{member}: {key!r} is no Unicode.")
     return _require_captions(captions, str(member))
 
 

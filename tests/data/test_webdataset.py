@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import io
+import json
+import math
 import os
 import tarfile
 import time
@@ -81,18 +83,26 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
             "c.json": as_json(capton="typo", more=3),
             "d.png": encode_image(3),
             "d.json": as_json(more=[None]),
+            "e.png": encode_image(4),
+            "e.json": json.dumps({"caption": "of Python", "score": math.nan, "more": "\ud83d"}).encode(),
+            "f.png": encode_image(5),
+            "f.json": b'{"caption": NaN',
         },
     )
     pairs = load_pairs(str(path))
-    assert [pairs.captions(i) for i in (0, 1)] == [("from json",), ("from text",)]
+    assert [pairs.captions(i) for i in (0, 1, 4)] == [("from json",), ("from text",), ("of Python",)]
     with pytest.raises(InputError, match=r"0\.tar: c\.json has no key 'caption'\. Did you mean 'capton'"):
         pairs.captions(2)
+    with pytest.raises(InputError, match=r"f\.json is not valid JSON"):
+        pairs.captions(5)
     lists = load_pairs(str(path), json_key="more")
     assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
     with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
         lists.captions(2)
     with pytest.raises(InputError, match=r"d\.json: the caption is empty"):
         lists.captions(3)
+    with pytest.raises(InputError, match=r"e\.json: 'more' is no Unicode"):
+        lists.captions(4)
 
 
 def test_samples_without_image_or_caption_are_left_out_and_reported(

@@ -241,7 +241,9 @@ def npz(**arrays: Any) -> bytes:
         ("paug.json", b'{"param_aug": [[[0, 0, 9, 1e400], null]]}', "is not as expected|is not valid JSON"),
         ("paug.json", b'{"param_aug": []}', "has no augmentations"),
         ("paug.json", b"{", "is not valid JSON"),
+        ("paug.json", b'{"param_aug": [[[0, 0, 9, 9], [[5, NaN]]]]}', "is not as expected"),
         ("syn.json", b'{"syn_text": [3]}', "captions that are no texts"),
+        ("syn.json", rb'{"syn_text": ["\ud83d"]}', "captions that are no texts"),
         ("syn.json", b"[]", "is not a JSON object"),
     ],
 )
