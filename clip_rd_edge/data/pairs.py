@@ -161,8 +161,15 @@ def _hint_about_left_out(pairs: Pairs) -> str:
         return "each sample needs an image and a caption, as .txt or in a .json: see --json-caption-key"
     return (
         "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
-        "table; a caption is not empty"
+        f"table; a caption is not empty{_hint_to_index_again(pairs)}"
     )
+
+
+def _hint_to_index_again(pairs: Pairs) -> str:
+    """Return what to do about images that came after a large table was indexed; empty for other data."""
+    from clip_rd_edge.data.tables.index import IndexedTable
+
+    return f"; if images were added since, touch {pairs.name}" if isinstance(pairs, IndexedTable) else ""
 
 
 def require_batch(pairs: Pairs, batch_size: int, *, processes: int = 1, what: str = "pairs") -> None:
@@ -332,7 +339,10 @@ class BadSamples:
         raise InputError(
             f"{bad:,} of {samples:,} samples of {self._pairs.name} are bad, more than {self._max_share:.2%}: "
             f"{example.rstrip('.')}.",
-            hint=f"fix or remove them, or accept them: --max-bad {math.ceil(100 * bad / samples) / 100:g}"
-            if bad <= samples / 2
-            else "check the source: half of it or more is no use",
+            hint=(
+                f"fix or remove them, or accept them: --max-bad {math.ceil(100 * bad / samples) / 100:g}"
+                if bad <= samples / 2
+                else "check the source: half of it or more is no use"
+            )
+            + _hint_to_index_again(self._pairs),
         )

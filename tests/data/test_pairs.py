@@ -109,7 +109,7 @@ def test_a_row_that_is_no_pair_counts_as_bad_and_is_named_by_its_line(pairs_csv:
     assert pairs.left_out[0].startswith(f"{pairs_csv}, line 26: {reason}")
     with pytest.raises(InputError, match=r"1 of 25 samples of .* are bad, more than 1\.00%: .*line 26") as raised:
         BadSamples(pairs, max_share=0.01)
-    assert raised.value.hint == "fix or remove them, or accept them: --max-bad 0.04"
+    assert raised.value.hint.startswith("fix or remove them, or accept them: --max-bad 0.04")
     assert len(BadSamples(pairs, max_share=0.04)) == 1  # as the hint says
 
 

@@ -16,7 +16,7 @@ import pytest
 from support import Watch, contents
 
 from clip_rd_edge.data import index_files
-from clip_rd_edge.data.pairs import fingerprint, load_pairs
+from clip_rd_edge.data.pairs import BadSamples, fingerprint, load_pairs
 from clip_rd_edge.data.tables import load, parquet, text
 from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
 from clip_rd_edge.data.tables.load import TablePairs, read_table
@@ -100,6 +100,19 @@ def test_another_time_of_the_table_indexes_it_again(pairs_csv: Path) -> None:
     (pairs_csv.parent / "pictures" / "0.png").write_bytes((pairs_csv.parent / "pictures" / "1.png").read_bytes())
     os.utime(pairs_csv, (1, 1))
     assert fingerprint(load_pairs(str(pairs_csv))) != first
+
+
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_images_that_came_after_the_table_was_indexed_are_found_as_the_hint_says(pairs_csv: Path, share: float) -> None:
+    late = pairs_csv.parent / "late"
+    write_rows(pairs_csv, [(f"{'late' if i < 24 * share else 'pictures'}/{i}.png", "a caption") for i in range(24)])
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"late/0\.png") as refusal:
+            BadSamples(load_pairs(str(pairs_csv)))
+        assert refusal.value.hint.endswith(f"; if images were added since, touch {pairs_csv}")
+        shutil.copytree(pairs_csv.parent / "pictures", late, dirs_exist_ok=True)
+    pairs_csv.touch()
+    assert not BadSamples(load_pairs(str(pairs_csv)))
 
 
 @pytest.mark.parametrize(
