@@ -41,8 +41,21 @@ class DataSet:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the images of the split are in tars."""
-        return _is_sharded(self.split)
+        """Whether the images of the split are in tars.
+
+        Raises:
+            InputError: some are in tars and some in subfolders, and no nshards.txt tells which are meant.
+        """
+        if not _is_sharded(self.split):
+            return False
+        if not (self.split / SHARD_COUNT).is_file():
+            for folder in filter(_has_images, _subfolders(self.split)):
+                raise InputError(
+                    f"{self.split} has shards, such as {_tars(self.split)[0].name}, and subfolders of images, such as "
+                    f"{folder.name}.",
+                    hint="move the ones that are not meant, such as the archive of the others, to another folder",
+                )
+        return True
 
     def labels(self) -> list[str]:
         """Return the class names; empty if there is no classnames.txt."""
@@ -92,7 +105,15 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _is_sharded(folder: Path) -> bool:
-    return (folder / SHARD_COUNT).is_file() or any(folder.glob("*.tar"))
+    return (folder / SHARD_COUNT).is_file() or bool(_tars(folder))
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted_paths(path for path in folder.glob("*.tar") if not is_ignored(path.name))
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -146,7 +167,7 @@ def _require_classes(data_set: DataSet, subfolders: list[Path]) -> None:
             f"{data_set.split} has the subfolder {splits[0].name}, which looks like a split and not like a class.",
             hint=f"name the folder of the classes: {splits[0]}",
         )
-    if len(subfolders) == 1 and above and not any(path.suffix.lower() in IMAGE_SUFFIXES for path in above[0].iterdir()):
+    if len(subfolders) == 1 and above and not _has_images(above[0]):
         raise InputError(
             f"{data_set.split} has a single class, {above[0].name}, whose images are in subfolders.",
             hint=f"name the folder of the classes: {above[0]}",
@@ -223,7 +244,7 @@ def _shard_paths(data_set: DataSet) -> list[Path]:
     """Return the paths of the shards: as many as nshards.txt states, or else all tars, sorted by name."""
     count_file = data_set.split / SHARD_COUNT
     if not count_file.is_file():
-        return sorted_paths(data_set.split.glob("*.tar"))
+        return _tars(data_set.split)
     count = read_text_limited(count_file).strip()
     if not is_natural(count) or not 1 <= int(count) <= MAX_SHARDS:
         raise InputError(f"{count_file} contains {count!r}; expected the number of shards.")

@@ -187,6 +187,26 @@ def test_an_exported_retrieval_data_set(retrieval_shards: Path) -> None:
     assert [open_image(image).size for image in task.images] == [(24, 20)] * 2
 
 
+def test_a_hidden_tar_is_no_shard(retrieval_shards: Path) -> None:
+    (retrieval_shards / "test" / "nshards.txt").unlink()
+    task = load_task(str(retrieval_shards))
+    (retrieval_shards / "test" / "._0.tar").write_bytes(b"written by macOS")
+    assert load_task(str(retrieval_shards)) == task
+
+
+def test_tars_beside_classes_are_asked_about(retrieval_shards: Path, encode_image: Factory) -> None:
+    classes = retrieval_shards / "test"
+    task = load_task(str(classes))
+    (classes / "daisy").mkdir()
+    (classes / "daisy" / "1.png").write_bytes(encode_image(1))
+    assert load_task(str(classes)) == task
+    (classes / "nshards.txt").unlink()
+    with pytest.raises(InputError, match=r"test has shards, such as 0\.tar, and subfolders of images, such as daisy"):
+        load_task(str(classes))
+    (classes / "0.tar").unlink()
+    assert zero_shot(classes).labels == ("daisy",)
+
+
 def test_captioned_shards_without_metadata_are_retrieval(retrieval_shards: Path) -> None:
     (retrieval_shards / "dataset_type.txt").unlink()
     (retrieval_shards / "test" / "nshards.txt").unlink()
