@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -214,14 +214,17 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         UsageError: `path` cannot be written or replaced, or is in use and `overwrite` is false.
     """
     temporary = _beside(path, "tmp")
-    with named_failures(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unheld = temporary.with_suffix(".new")
-        unheld.mkdir()
-        held = _hold(unheld)
-        unheld.rename(temporary)  # only now, as nobody removes what is held
-        _remove_abandoned(path)
-    try:
+    with ExitStack() as stack:
+        with named_failures(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unheld = temporary.with_suffix(".new")
+            stack.callback(_remove, unheld)
+            unheld.mkdir()
+            if (held := _hold(unheld)) is not None:
+                stack.callback(os.close, held)
+            stack.callback(_remove, temporary)
+            unheld.rename(temporary)  # only now, as nobody removes what is held
+            _remove_abandoned(path)
         yield temporary
         _sync(temporary)
         old = _beside(path, "old")
@@ -237,10 +240,6 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
                 raise
         for replaced in {old, *_leftovers(path, "old")}:
             _remove(replaced)
-    finally:
-        _remove(temporary)
-        if held is not None:
-            os.close(held)
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -363,11 +362,10 @@ def remove_leftovers(folder: Path) -> None:
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             path.rename(path.with_name(match["name"]))
         elif path.is_dir() and not path.is_symlink():
-            with suppress(BlockingIOError):
-                held = _hold(path)
+            with suppress(BlockingIOError), ExitStack() as stack:
+                if (held := _hold(path)) is not None:
+                    stack.callback(os.close, held)
                 shutil.rmtree(path)
-                if held is not None:
-                    os.close(held)
         else:
             path.unlink()
 
