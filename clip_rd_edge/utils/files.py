@@ -220,8 +220,7 @@ def new_folder(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
             unheld = temporary.with_suffix(".new")
             stack.callback(_remove, unheld)
             unheld.mkdir()
-            if (held := _hold(unheld)) is not None:
-                stack.callback(os.close, held)
+            stack.enter_context(_held(unheld))
             stack.callback(_remove, temporary)
             unheld.rename(temporary)  # only now, as nobody removes what is held
             _remove_abandoned(path)
@@ -257,10 +256,12 @@ def _mark() -> str:
     return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:_MARK_DIGITS]
 
 
-def _hold(folder: Path) -> int | None:
-    """Lock a folder until the file descriptor is closed, or the process ends.
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Within the block, a folder is locked, unless folders cannot be, as on Windows and on network shares.
 
-    None where folders cannot be locked, as on Windows and on network shares.
+    Yields:
+        Whether it is locked.
 
     Raises:
         BlockingIOError: somebody else holds it.
@@ -270,24 +271,28 @@ def _hold(folder: Path) -> int | None:
 
         file = os.open(folder, os.O_RDONLY)
     except (ImportError, OSError):
-        return None
+        yield False
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
-        if isinstance(error, BlockingIOError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except BlockingIOError:
             raise
-        return None
-    return file
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(file)
 
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the temporary folders of `new_folder(path)` that no living process holds."""
     for folder in _leftovers(path, "tmp"):
-        with suppress(BlockingIOError):
-            if folder.is_dir() and (held := _hold(folder)) is not None:
-                _remove(folder)
-                os.close(held)
+        if folder.is_dir():
+            with suppress(BlockingIOError), _held(folder) as is_held:
+                if is_held:
+                    _remove(folder)
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
@@ -362,9 +367,7 @@ def remove_leftovers(folder: Path) -> None:
         if match["kind"] == "old" and not path.with_name(match["name"]).exists():
             path.rename(path.with_name(match["name"]))
         elif path.is_dir() and not path.is_symlink():
-            with suppress(BlockingIOError), ExitStack() as stack:
-                if (held := _hold(path)) is not None:
-                    stack.callback(os.close, held)
+            with suppress(BlockingIOError), _held(path):
                 shutil.rmtree(path)
         else:
             path.unlink()
