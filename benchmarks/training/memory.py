@@ -3,7 +3,7 @@
     python -m benchmarks.training.memory resnet10t mobilevit_xxs -o benchmarks/results/MACHINE/memory.json
 
 What a step gains depends on what the system asks for a page: least without virtualisation. One thread, no teacher.
-Seconds of the clock and of the system are medians over the steps of all rounds, the ratio is the median over rounds.
+Seconds of the clock and of the system are those of a round's median step, of which the median over the rounds is given.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def definitions() -> list[str]:
 
 
 class PassPerLength(CaptionTower):
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        passes = self.rows_by_length(input_ids)
-        computed = torch.cat([self.compute(input_ids[rows], length) for length, rows in passes.items()])
-        return computed[torch.tensor([row for rows in passes.values() for row in rows]).argsort()]
+    def passes(self, input_ids: torch.Tensor) -> list[tuple[int, list[int]]]:
+        return list(self.rows_by_length(input_ids).items())
 
 
 def compare(name: str, captions: Sequence[str], arguments: argparse.Namespace) -> dict[str, object]:

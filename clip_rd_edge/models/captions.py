@@ -66,11 +66,16 @@ class CaptionTower(nn.Module):
         lengths = self.lengths(input_ids)
         return {length: [row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))}
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def passes(self, input_ids: Tensor) -> list[tuple[int, list[int]]]:
+        """Return what `forward` computes together: numbers of positions, ascending, and the rows of the texts."""
         passes = list(self.rows_by_length(input_ids).items())
         # Only there was it measured; kernels of GPUs also prefer multiples of 8 positions.
-        if self._needed is not None and next(self.tower.parameters()).device.type == "cpu":
-            passes = _fewer_passes(passes, self._needed(input_ids).tolist())
+        if self._needed is None or next(self.tower.parameters()).device.type != "cpu":
+            return passes
+        return _fewer_passes(passes, self._needed(input_ids).tolist())
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        passes = self.passes(input_ids)
         computed = torch.cat([self.compute(input_ids[own], length) for length, own in passes])
         order = torch.tensor([row for _, own in passes for row in own]).argsort()
         return computed[order.to(computed.device)]
