@@ -121,7 +121,7 @@ class IndexReader:
     """Reads index.json beside the embeddings of two images."""
 
     def __call__(self, path: Path) -> object:
-        from clip_rd_edge.runtime.index import nearest, read_index
+        from clip_rd_edge.runtime.index.image_index import nearest, read_index
 
         folder = path.parent / f"{path.name}.index"
         folder.mkdir()

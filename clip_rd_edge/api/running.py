@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from clip_rd_edge.contract.images import ImageInput
     from clip_rd_edge.runtime.doctor import Finding
-    from clip_rd_edge.runtime.index import Hits
-    from clip_rd_edge.runtime.index_update import Update
+    from clip_rd_edge.runtime.index.image_index import Hits
+    from clip_rd_edge.runtime.index.update import Update
     from clip_rd_edge.runtime.label_list import Labels
 
 
@@ -60,7 +60,7 @@ def index(
         ray: address of a Ray cluster that embeds them (`auto`, HOST:PORT); its machines need the same bundle and
             images.
     """
-    from clip_rd_edge.runtime.index_update import update_index
+    from clip_rd_edge.runtime.index.update import update_index
     from clip_rd_edge.runtime.load import load as load_bundle
 
     encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)
@@ -86,7 +86,7 @@ def watch_index(
     Yields:
         What each update has done.
     """
-    from clip_rd_edge.runtime.index_watch import watch_index as watch
+    from clip_rd_edge.runtime.index.watch import watch_index as watch
     from clip_rd_edge.runtime.load import load as load_bundle
 
     encoder = load_bundle(Path(bundle), threads=threads, device=device, spin=False)
@@ -115,7 +115,7 @@ def search(
         folder: current path of the image folder, if it was moved.
         exact: compare all images, even if the index has a graph for approximate search.
     """
-    from clip_rd_edge.runtime.index import search_index
+    from clip_rd_edge.runtime.index.image_index import search_index
 
     return search_index(
         Path(index), query, top=top, bundle=bundle, folder=folder, exact=exact, threads=threads, device=device

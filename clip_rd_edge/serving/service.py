@@ -25,8 +25,15 @@ from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import INDEX_FILE, Index, nearest, read_graph, read_index, require_same_model
-from clip_rd_edge.runtime.index_graph import Graph
+from clip_rd_edge.runtime.index.graph import Graph
+from clip_rd_edge.runtime.index.image_index import (
+    INDEX_FILE,
+    Index,
+    nearest,
+    read_graph,
+    read_index,
+    require_same_model,
+)
 from clip_rd_edge.serving import protocol
 from clip_rd_edge.serving.batching import Batcher
 from clip_rd_edge.serving.metrics import CONTENT_TYPE, Metrics

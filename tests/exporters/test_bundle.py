@@ -22,7 +22,7 @@ from clip_rd_edge.exporters.onnx import export_image_tower, export_text_tower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
-from clip_rd_edge.runtime.index import model_key
+from clip_rd_edge.runtime.index.image_index import model_key
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.runtime.verify import verify_bundle
 from clip_rd_edge.utils.reporting import SILENT

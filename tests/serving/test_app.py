@@ -27,8 +27,8 @@ import clip_rd_edge as edge
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import LabelBank, write_labels
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.runtime.index import read_index
-from clip_rd_edge.runtime.index_update import update_index
+from clip_rd_edge.runtime.index.image_index import read_index
+from clip_rd_edge.runtime.index.update import update_index
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.serving.batching import Batcher
 

@@ -19,7 +19,27 @@ from clip_rd_edge.errors import DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.embed import embed_images, embed_images_on_cluster
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import (
+from clip_rd_edge.runtime.index.folder import (
+    Source,
+    compare,
+    find_sources,
+    is_empty_folder,
+    is_gone,
+    not_mounted,
+    out_of_sight,
+    was_moved,
+)
+from clip_rd_edge.runtime.index.graph import (
+    GRAPH_FROM,
+    build_graph,
+    is_worn,
+    moved_rows,
+    read_rows,
+    usearch_is_installed,
+    write_graph,
+    write_rows,
+)
+from clip_rd_edge.runtime.index.image_index import (
     INDEX_FILE,
     INDEX_VERSION,
     NEXT,
@@ -31,26 +51,6 @@ from clip_rd_edge.runtime.index import (
     model_key,
     read_index,
     write_index,
-)
-from clip_rd_edge.runtime.index_folder import (
-    Source,
-    compare,
-    find_sources,
-    is_empty_folder,
-    is_gone,
-    not_mounted,
-    out_of_sight,
-    was_moved,
-)
-from clip_rd_edge.runtime.index_graph import (
-    GRAPH_FROM,
-    build_graph,
-    is_worn,
-    moved_rows,
-    read_rows,
-    usearch_is_installed,
-    write_graph,
-    write_rows,
 )
 from clip_rd_edge.utils.files import disk_full_error, now_in, write_bytes
 from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer

@@ -18,8 +18,8 @@ from clip_rd_edge.contract.image_files import list_images
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.runtime.embed import open_image_tower
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index import INDEX_FILE, is_index, model_key, read_index
-from clip_rd_edge.runtime.index_update import REST, Update, update_index
+from clip_rd_edge.runtime.index.image_index import INDEX_FILE, is_index, model_key, read_index
+from clip_rd_edge.runtime.index.update import REST, Update, update_index
 from clip_rd_edge.utils.paths import file_identity, is_folder
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

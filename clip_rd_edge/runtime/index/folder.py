@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from clip_rd_edge.contract.images import DANGLING, require_image
-from clip_rd_edge.runtime.index import Entry, Index
+from clip_rd_edge.runtime.index.image_index import Entry, Index
 from clip_rd_edge.utils.files import sha256_of
 
 _SECOND_NS = 1_000_000_000

@@ -16,8 +16,17 @@ from support import Watch
 
 from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.runtime import index_update as indexing
-from clip_rd_edge.runtime.index import (
+from clip_rd_edge.runtime.index import update as indexing
+from clip_rd_edge.runtime.index.graph import (
+    MAX_TOP,
+    build_graph,
+    is_worn,
+    moved_rows,
+    open_graph,
+    usearch_is_installed,
+    write_graph,
+)
+from clip_rd_edge.runtime.index.image_index import (
     INDEX_VERSION,
     Entry,
     Index,
@@ -27,16 +36,7 @@ from clip_rd_edge.runtime.index import (
     search_index,
     write_index,
 )
-from clip_rd_edge.runtime.index_graph import (
-    MAX_TOP,
-    build_graph,
-    is_worn,
-    moved_rows,
-    open_graph,
-    usearch_is_installed,
-    write_graph,
-)
-from clip_rd_edge.runtime.index_update import update_index
+from clip_rd_edge.runtime.index.update import update_index
 from clip_rd_edge.runtime.load import load
 
 SIZE = 32
@@ -84,8 +84,8 @@ def usearch(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Index = StandIn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "usearch", ModuleType("usearch"))
     monkeypatch.setitem(sys.modules, "usearch.index", module)
-    for name in ("index_update", "index_graph"):
-        monkeypatch.setattr(f"clip_rd_edge.runtime.{name}.usearch_is_installed", lambda: True)
+    for name in ("update", "graph"):
+        monkeypatch.setattr(f"clip_rd_edge.runtime.index.{name}.usearch_is_installed", lambda: True)
 
 
 def embeddings(count: int, seed: int = 0) -> Any:
@@ -211,7 +211,7 @@ def test_without_usearch_search_stays_exact_and_says_so(
     monkeypatch.setattr(indexing, "GRAPH_FROM", 40)
     encoder, path = load(colour_bundle), tmp_path / "index"
     with monkeypatch.context() as missing:
-        missing.setattr("clip_rd_edge.runtime.index_update.usearch_is_installed", lambda: False)
+        missing.setattr("clip_rd_edge.runtime.index.update.usearch_is_installed", lambda: False)
         reporter = Watch()
         assert not update_index(encoder, many_images, path, reporter=reporter).approximate
         assert "search stays exact" in reporter.said[0]
@@ -219,7 +219,7 @@ def test_without_usearch_search_stays_exact_and_says_so(
     assert update_index(encoder, many_images, path).approximate  # nothing new but the package
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
-    monkeypatch.setattr("clip_rd_edge.runtime.index_graph.usearch_is_installed", lambda: False)
+    monkeypatch.setattr("clip_rd_edge.runtime.index.graph.usearch_is_installed", lambda: False)
     assert read_graph(copy, read_index(copy)[0]) is None
     assert len(search_index(copy, "blue", top=3)) == 3
 

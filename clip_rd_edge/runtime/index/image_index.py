@@ -2,7 +2,7 @@
 
     index.json           image folder, bundle, and per image its path, size, modification time and SHA-256
     embeddings-KEY.npy   the images' embeddings, (N, D) float32, one row per entry
-    graph-KEY.…          from a million images on: for approximate search, see `runtime.index_graph`
+    graph-KEY.…          from a million images on: for approximate search, see `runtime.index.graph`
     next/                the index that will replace this one, of another model, once all images are in it
 
 index.json names its embeddings file and is written last and atomically: if indexing is interrupted, the folder still
@@ -30,7 +30,7 @@ from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.errors import ConfigError, InputError
 from clip_rd_edge.runtime.backends.providers import AUTO
 from clip_rd_edge.runtime.encoder import BundleEncoder
-from clip_rd_edge.runtime.index_graph import (
+from clip_rd_edge.runtime.index.graph import (
     GRAPH_FILES,
     MAX_TOP,
     Graph,

@@ -28,13 +28,22 @@ from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, UsageError
 from clip_rd_edge.installation import upgrade_hint
-from clip_rd_edge.runtime import index_folder
-from clip_rd_edge.runtime import index_update as indexing
 from clip_rd_edge.runtime.backends.onnxruntime import OrtEncoder
 from clip_rd_edge.runtime.encoder import Placement
-from clip_rd_edge.runtime.index import Entry, Index, is_index, model_key, nearest, read_index, search_index, write_index
-from clip_rd_edge.runtime.index_folder import Source
-from clip_rd_edge.runtime.index_update import update_index
+from clip_rd_edge.runtime.index import folder as index_folder
+from clip_rd_edge.runtime.index import update as indexing
+from clip_rd_edge.runtime.index.folder import Source
+from clip_rd_edge.runtime.index.image_index import (
+    Entry,
+    Index,
+    is_index,
+    model_key,
+    nearest,
+    read_index,
+    search_index,
+    write_index,
+)
+from clip_rd_edge.runtime.index.update import update_index
 from clip_rd_edge.runtime.load import load
 
 Run = Callable[..., tuple[int, str, str]]
@@ -716,9 +725,9 @@ def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothin
         Image.new("RGB", (9, 9), (i % 256, i // 4, 50)).save(colour_images / f"{i:03}.png")
     program = (
         "import sys; from pathlib import Path; from clip_rd_edge import load\n"
-        "from clip_rd_edge.runtime import index_update\n"
-        "index_update.SAVE_EVERY_S = -1\n"
-        "print(index_update.update_index(load(sys.argv[1]).encoder, Path(sys.argv[2]), Path(sys.argv[3])).embedded)"
+        "from clip_rd_edge.runtime.index import update\n"
+        "update.SAVE_EVERY_S = -1\n"
+        "print(update.update_index(load(sys.argv[1]).encoder, Path(sys.argv[2]), Path(sys.argv[3])).embedded)"
     )
     command = [sys.executable, "-c", program, str(colour_bundle), str(colour_images), str(index)]
     indexers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
