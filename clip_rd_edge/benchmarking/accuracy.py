@@ -34,7 +34,7 @@ from clip_rd_edge.contract.encoder import (
 )
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
-from clip_rd_edge.data.tars import TarMember
+from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

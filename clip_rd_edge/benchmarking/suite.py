@@ -16,8 +16,8 @@ from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
 from clip_rd_edge.data.pairs import names_shards
 from clip_rd_edge.data.remote import is_remote
+from clip_rd_edge.data.shards.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
-from clip_rd_edge.data.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.backends.session import MAX_THREADS
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share

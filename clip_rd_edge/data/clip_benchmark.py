@@ -13,9 +13,9 @@ from pathlib import Path
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, dead_link_error, is_ignored, leads_nowhere, list_images
 from clip_rd_edge.contract.task import RetrievalTask, Task, ZeroShotTask
 from clip_rd_edge.contract.templates import Templates, imagenet_templates
-from clip_rd_edge.data.tar_samples import Kind
-from clip_rd_edge.data.tars import Shard, TarMember, open_shard
-from clip_rd_edge.data.webdataset import MAX_SHARDS, read_text
+from clip_rd_edge.data.shards.tar_samples import Kind
+from clip_rd_edge.data.shards.tars import Shard, TarMember, open_shard
+from clip_rd_edge.data.shards.webdataset import MAX_SHARDS, read_text
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import is_natural
 from clip_rd_edge.utils.files import read_text_limited, text_lines

@@ -24,9 +24,9 @@ from msgspec import Meta
 
 from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
 from clip_rd_edge.contract.preprocess import MAX_EDGE
-from clip_rd_edge.data.shard_index import ShardIndex, index_shards
-from clip_rd_edge.data.tars import TarMember
-from clip_rd_edge.data.webdataset import ShardPairs, read_json_member
+from clip_rd_edge.data.shards.index import ShardIndex, index_shards
+from clip_rd_edge.data.shards.tars import TarMember
+from clip_rd_edge.data.shards.webdataset import ShardPairs, read_json_member
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.checked import CheckedError, CheckedStruct, PositiveFloat
 from clip_rd_edge.utils.printable import is_unicode

@@ -1,7 +1,7 @@
 """Shards in object stores, on web servers and behind shell commands: their versions, and how they are fetched.
 
 `s3://`, `gs://`, `https://`, `hf://` and whatever else fsspec reads, and `pipe:COMMAND` as in open_clip. A shard is
-fetched whole and in parts, each tried again when it fails, into a file that `data.shard_cache` keeps.
+fetched whole and in parts, each tried again when it fails, into a file that `data.shards.cache` keeps.
 """
 
 from __future__ import annotations

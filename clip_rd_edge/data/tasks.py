@@ -12,10 +12,10 @@ from clip_rd_edge.data.clip_benchmark import (
     shard_task,
 )
 from clip_rd_edge.data.pairs import names_shards
+from clip_rd_edge.data.shards.tars import open_shard
+from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
-from clip_rd_edge.data.tars import open_shard
-from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.paths import is_file, is_folder
 

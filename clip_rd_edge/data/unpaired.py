@@ -18,9 +18,9 @@ from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.data.pairs import Pairs, first_left_out, load_pairs, names_shards, require_local
+from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
-from clip_rd_edge.data.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter

@@ -17,6 +17,7 @@ from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
 from clip_rd_edge.data.pairs import BadSamples, Pairs, names_shards, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
+from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
     TrainingData,
@@ -25,7 +26,6 @@ from clip_rd_edge.data.unpaired import (
     require_images,
     sample_counts,
 )
-from clip_rd_edge.data.webdataset import parse_sources
 from clip_rd_edge.distillation.checkpoint import seed_everything
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.freezing import set_training_mode

@@ -26,7 +26,7 @@ from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
 from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
-from clip_rd_edge.data.tars import open_shard
+from clip_rd_edge.data.shards.tars import open_shard
 from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]

@@ -14,7 +14,7 @@ from clip_rd_edge.benchmarking.results import this_environment
 from clip_rd_edge.benchmarking.run import run_suite
 from clip_rd_edge.benchmarking.suite import Suite
 from clip_rd_edge.contract.task import RetrievalTask
-from clip_rd_edge.data.tars import TarMember
+from clip_rd_edge.data.shards.tars import TarMember
 
 Open = Callable[[str], Any]
 

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, shard_identity
-from clip_rd_edge.data.shard_cache import open_file
-from clip_rd_edge.data.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
-from clip_rd_edge.data.tar_scan import TarScan, member_name, read_at
+from clip_rd_edge.data.shards.cache import open_file
+from clip_rd_edge.data.shards.tar_samples import COLUMNS, REINFORCED_COLUMNS, Kind, SampleGroups
+from clip_rd_edge.data.shards.tar_scan import TarScan, member_name, read_at
 from clip_rd_edge.errors import InputError, UnreachableError
 from clip_rd_edge.utils.arrays import HEADERS, npz_bytes
 from clip_rd_edge.utils.files import machine_failure, write_bytes

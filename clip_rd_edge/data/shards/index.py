@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from clip_rd_edge.data.index_files import INDEX, Messages, kept_index, ordered_map
 from clip_rd_edge.data.remote import ShardFile, shard_identity, versions
-from clip_rd_edge.data.tar_scan import read_at
-from clip_rd_edge.data.tars import close_tars, open_shard
+from clip_rd_edge.data.shards.tar_scan import read_at
+from clip_rd_edge.data.shards.tars import close_tars, open_shard
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -151,7 +151,7 @@ def index_shards(
     Shards are scanned by several processes, and each one's result is cached: an interrupted call goes on where it was.
 
     Args:
-        json_key, captioned: as for `data.webdataset.ShardPairs`.
+        json_key, captioned: as for `data.shards.webdataset.ShardPairs`.
         reinforced: whether a sample also needs augmentations and embeddings; see `data.reinforced`.
         reporter: receives the number of indexed shards.
 

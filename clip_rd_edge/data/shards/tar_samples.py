@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.data.tar_scan import TarFiles
+from clip_rd_edge.data.shards.tar_scan import TarFiles
 
 Kind = Literal["image", "text", "json", "class", "synthetic", "augmentations", "arrays", "tensors"]
 COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from clip_rd_edge.data import index_files, shard_index
+from clip_rd_edge.data import index_files
 from clip_rd_edge.data.pairs import load_pairs
-from clip_rd_edge.data.shard_index import INDEXING_STAGE, index_shards
-from clip_rd_edge.data.tars import close_tars
+from clip_rd_edge.data.shards import index as shard_index
+from clip_rd_edge.data.shards.index import INDEXING_STAGE, index_shards
+from clip_rd_edge.data.shards.tars import close_tars
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.reporting import Reporter
 
@@ -85,7 +86,7 @@ def test_an_interrupted_indexing_goes_on_where_it_was(paths: list[Path], monkeyp
         index_shards(paths, json_key=None, reporter=Interrupt())
     scanned = []
     scan = shard_index.open_shard.__globals__["_index_tar"]
-    monkeypatch.setattr("clip_rd_edge.data.tars._index_tar", lambda path: scanned.append(path) or scan(path))
+    monkeypatch.setattr("clip_rd_edge.data.shards.tars._index_tar", lambda path: scanned.append(path) or scan(path))
     assert contents(paths) == EXPECTED
     assert scanned == paths[8:]
 

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from clip_rd_edge.data import tars
 from clip_rd_edge.data.pairs import BadSamples, load_pairs
-from clip_rd_edge.data.webdataset import expand_braces, json_captions
+from clip_rd_edge.data.shards import tars
+from clip_rd_edge.data.shards.webdataset import expand_braces, json_captions
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 
 Factory = Callable[..., Any]

@@ -21,9 +21,9 @@ from PIL import Image
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.data.order import SHUFFLE_WINDOW
 from clip_rd_edge.data.remote import RemoteShard, ShardFile, is_remote, version
-from clip_rd_edge.data.shard_cache import LIMIT_VARIABLE, cache_limit, prefetch
-from clip_rd_edge.data.shard_index import SampleLocation, ShardIndex, index_shards
-from clip_rd_edge.data.tars import TarMember
+from clip_rd_edge.data.shards.cache import LIMIT_VARIABLE, cache_limit, prefetch
+from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_shards
+from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.printable import is_unicode
