@@ -165,7 +165,7 @@ def trim(
     require_output(folder, "trimmed model", overwrite=force, sources=[source] if source else [])
     lines = load_texts(os.fspath(texts), "title", read_texts) if texts is not None else []
 
-    from clip_rd_edge.models.trim import write_trimmed
+    from clip_rd_edge.models.text.trim import write_trimmed
 
     write_trimmed(
         spec, folder, layers=text_layers, vocabulary=vocabulary, texts=lines, overwrite=force, reporter=reporter

@@ -29,8 +29,8 @@ from clip_rd_edge.distillation.teacher import CPU_CAPTION_BATCH, BatchTeacher, F
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.logits import MAX_SCALE
 from clip_rd_edge.losses.objective import EmbeddingBatch, LossTerms, Objective
-from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
+from clip_rd_edge.models.text.captions import LENGTHS, CaptionTower
 from clip_rd_edge.utils.timing import time_in_turn
 
 

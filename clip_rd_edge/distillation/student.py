@@ -28,8 +28,8 @@ from clip_rd_edge.models.student import (
     student_preprocessing,
     text_size,
 )
-from clip_rd_edge.models.text_config import build_with_text_tower_of, with_text_of
-from clip_rd_edge.models.text_weights import TOKENS, init_text_tower, init_token_embeddings
+from clip_rd_edge.models.text.config import build_with_text_tower_of, with_text_of
+from clip_rd_edge.models.text.weights import TOKENS, init_text_tower, init_token_embeddings
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(RunConfig)}

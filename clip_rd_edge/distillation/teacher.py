@@ -17,9 +17,9 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
-from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.models.text.captions import CaptionTower
 
 
 def load_teachers(config: RunConfig) -> tuple[ClipModel, ...]:

@@ -17,8 +17,8 @@ from clip_rd_edge.contract.encoder import Description, Embeddings, as_list, in_b
 from clip_rd_edge.contract.images import ImageInput, as_rgb
 from clip_rd_edge.contract.preprocess import preprocess
 from clip_rd_edge.errors import UsageError, first_line
-from clip_rd_edge.models.captions import CaptionTower
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, evaluation_mode, parameter_count
+from clip_rd_edge.models.text.captions import CaptionTower
 from clip_rd_edge.utils.files import size_bytes
 
 BATCH_SIZE = 64

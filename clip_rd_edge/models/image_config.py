@@ -9,7 +9,7 @@ import torch
 
 from clip_rd_edge.errors import ConfigError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, evaluation_mode, quick_gelu_of
-from clip_rd_edge.models.text_config import require_equal
+from clip_rd_edge.models.text.config import require_equal
 
 _TIMM_NAME = "timm_model_name"
 _HINT = "name the teacher's architecture with --student, or omit --pretrained-image"

@@ -22,7 +22,7 @@ from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teacher import Targets
-from clip_rd_edge.models import captions as captions_module
+from clip_rd_edge.models.text import captions as captions_module
 
 PROMPTS = [("a red thing", "red"), ("a green thing", "green"), ("blue",)]
 # Of "blue", a row alone; the means of the others' prompts point to their axis, while no single prompt does.

@@ -13,9 +13,9 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, caption_batch_size
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
-from clip_rd_edge.models.captions import LENGTHS, CaptionTower
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.student import build_student, student_config
+from clip_rd_edge.models.text.captions import LENGTHS, CaptionTower
 
 CAPTIONS = ["a cat", "two dogs", "red", "blue", "tea", "a boat"]
 

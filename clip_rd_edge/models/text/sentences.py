@@ -18,7 +18,7 @@ from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.errors import ConfigError, InputError, UsageError, first_line, near_matches
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.models.packaged import SENTENCE_ENCODERS
-from clip_rd_edge.models.text_config import build_text_tower, has_quick_gelu, separate_text_tower
+from clip_rd_edge.models.text.config import build_text_tower, has_quick_gelu, separate_text_tower
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 

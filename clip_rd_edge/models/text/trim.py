@@ -24,12 +24,12 @@ from torch import nn
 from clip_rd_edge.contract.checkpoint import read_training_record
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.errors import ConfigError, UsageError
-from clip_rd_edge.models.captions import CaptionTower, pooling_of
 from clip_rd_edge.models.clip import ClipModel, parameter_count, text_module
 from clip_rd_edge.models.load import load_clip, save_clip
-from clip_rd_edge.models.text_weights import evenly_spaced
-from clip_rd_edge.models.tokenizer import write_clip_tokenizer
-from clip_rd_edge.models.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
+from clip_rd_edge.models.text.captions import CaptionTower, pooling_of
+from clip_rd_edge.models.text.tokenizer import write_clip_tokenizer
+from clip_rd_edge.models.text.vocabulary import most_used_tokens, needed_tokens, pieces_of, with_tokens
+from clip_rd_edge.models.text.weights import evenly_spaced
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

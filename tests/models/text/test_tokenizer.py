@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from clip_rd_edge.models import tokenizer as exporter
+from clip_rd_edge.models.text import tokenizer as exporter
 
 
 def _hugging_face(model: Any) -> Any:
