@@ -161,7 +161,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
 
     from clip_rd_edge.contract.preprocess import Preprocessing
     from clip_rd_edge.distillation.pixels import Crops
-    from clip_rd_edge.distillation.store import embedding_store as store
+    from clip_rd_edge.distillation.teachers import embedding_store as store
 
     pairs = shards * samples
     manifest = store.CacheManifest(
@@ -236,7 +236,7 @@ def measure_pairs(folder: Path) -> Figures:
 
 def measure_store(folder: Path) -> Figures:
     """Open a teacher's store, and read 10,000 random rows of images and texts."""
-    from clip_rd_edge.distillation.store import embedding_store as store
+    from clip_rd_edge.distillation.teachers import embedding_store as store
 
     generator = np.random.default_rng(0)
     before = proportional_memory()

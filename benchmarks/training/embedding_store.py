@@ -26,9 +26,9 @@ from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, st
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.store.embedding_store import open_cache
-from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache, make_manifest
-from clip_rd_edge.distillation.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teachers.embedding_store import open_cache
+from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache, make_manifest
+from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.models.clip import to_device
 
 

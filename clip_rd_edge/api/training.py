@@ -134,7 +134,7 @@ def embed(
         InputError, ConfigError: the data, teacher or recipe is missing or invalid.
     """
     from clip_rd_edge.distillation.config import resolve
-    from clip_rd_edge.distillation.store.embed import embed_teacher
+    from clip_rd_edge.distillation.teachers.embed import embed_teacher
 
     folder = Path(output)
     settings: dict[str, Any] = {**options, "views": views}
@@ -149,7 +149,7 @@ def embed(
                 hint="name a model with --teacher",
             )
     if layout == "mobileclip":
-        from clip_rd_edge.distillation.store.reinforce import reinforce
+        from clip_rd_edge.distillation.teachers.reinforce import reinforce
 
         if ray is not None:
             raise UsageError("A Ray cluster fills caches alone.", hint="start the same command under torchrun instead")

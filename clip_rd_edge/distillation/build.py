@@ -35,7 +35,12 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.quantized.tower import require_quantizable
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, require_stored_width
 from clip_rd_edge.distillation.student import make_student
-from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teachers.teacher import (
+    ensemble_of,
+    ensemble_of_stored,
+    load_stored_teachers,
+    load_teachers,
+)
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import MATCHING_TERMS, PAIR_TERMS, Objective

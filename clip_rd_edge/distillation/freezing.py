@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
-from clip_rd_edge.distillation.teacher import projection_name
+from clip_rd_edge.distillation.teachers.teacher import projection_name
 from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel
 

@@ -20,7 +20,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import require_one_process
 from clip_rd_edge.distillation.processes.signals import stop_on_signals
 from clip_rd_edge.distillation.run import resumed_by_the_same_call, run_distillation
-from clip_rd_edge.distillation.teacher import require_use_of_weights, teacher_weights
+from clip_rd_edge.distillation.teachers.teacher import require_use_of_weights, teacher_weights
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder

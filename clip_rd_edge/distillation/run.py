@@ -26,7 +26,6 @@ from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
-from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import (
     RunSetup,
     histogram_embeddings,
@@ -36,7 +35,6 @@ from clip_rd_edge.distillation.build import (
     provenance,
 )
 from clip_rd_edge.distillation.checkpoint import CHECKPOINTS_FOLDER, list_checkpoints, no_trace_of_failure
-from clip_rd_edge.distillation.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.config import (
     CHANGEABLE_ON_RESUME,
     LOCATIONS,
@@ -65,9 +63,11 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders, manifests, open_caches
-from clip_rd_edge.distillation.store.store_build import build_cache, shard_maker
-from clip_rd_edge.distillation.teacher import (
+from clip_rd_edge.distillation.teachers.bank import make_bank
+from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher, texts_to_choose_from
+from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, cache_folders, manifests, open_caches
+from clip_rd_edge.distillation.teachers.store_build import build_cache, shard_maker
+from clip_rd_edge.distillation.teachers.teacher import (
     BatchTeacher,
     CachedTeacher,
     LiveTeacher,

@@ -14,7 +14,12 @@ from clip_rd_edge.contract.templates import parse_templates
 from clip_rd_edge.distillation.config import CONTEXT_LENGTH, RunConfig
 from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
-from clip_rd_edge.distillation.teacher import ensemble_of, ensemble_of_stored, load_stored_teachers, load_teachers
+from clip_rd_edge.distillation.teachers.teacher import (
+    ensemble_of,
+    ensemble_of_stored,
+    load_stored_teachers,
+    load_teachers,
+)
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.image_config import copy_image_tower, with_image_of

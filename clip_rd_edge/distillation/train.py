@@ -19,7 +19,6 @@ from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
-from clip_rd_edge.distillation.bank import make_bank
 from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
@@ -39,7 +38,8 @@ from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.quantized.tower import Quantization
 from clip_rd_edge.distillation.step import AUTOCAST, StepResult, StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import BatchTeacher, caption_batch_size
+from clip_rd_edge.distillation.teachers.bank import make_bank
+from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, caption_batch_size
 from clip_rd_edge.errors import InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel, to_device
 from clip_rd_edge.models.encoder import TorchEncoder

@@ -14,7 +14,7 @@ from transformers import BertModel
 
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.teacher import FrozenTextTower
+from clip_rd_edge.distillation.teachers.teacher import FrozenTextTower
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower
 from clip_rd_edge.models.student import build_student, student_config

@@ -18,7 +18,7 @@ from clip_rd_edge.cli.probe_teachers import command
 from clip_rd_edge.distillation import probe as probing
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.probe import Probe, ProbedTeacher
-from clip_rd_edge.distillation.store.embedding_store import MANIFEST
+from clip_rd_edge.distillation.teachers.embedding_store import MANIFEST
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.load import save_clip
 from clip_rd_edge.models.student import build_student, student_config

@@ -31,9 +31,9 @@ from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.distillation.config import RunConfig, resolve
 from clip_rd_edge.distillation.reinforced import ReinforcedDataset, augment, read_sample
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.store import reinforce
-from clip_rd_edge.distillation.store.reinforce import draw_operation
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teachers import reinforce
+from clip_rd_edge.distillation.teachers.reinforce import draw_operation
+from clip_rd_edge.distillation.teachers.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
-from clip_rd_edge.distillation.bank import QueueBank
 from clip_rd_edge.distillation.build import load_setup, make_dataset
-from clip_rd_edge.distillation.choosing import ChoosingTeacher
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.store.embed import embed_teacher
-from clip_rd_edge.distillation.teacher import BatchTeacher, LiveTeacher, Teacher
+from clip_rd_edge.distillation.teachers.bank import QueueBank
+from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher
+from clip_rd_edge.distillation.teachers.embed import embed_teacher
+from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, LiveTeacher, Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel

@@ -28,7 +28,7 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.checkpoint import load_checkpoint, save_checkpoint
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.store.embedding_store import (
+from clip_rd_edge.distillation.teachers.embedding_store import (
     KEY,
     CacheManifest,
     claim_cache,
@@ -36,7 +36,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     text_shard,
     write_array,
 )
-from clip_rd_edge.distillation.store.store_build import ShardMaker, build_cache
+from clip_rd_edge.distillation.teachers.store_build import ShardMaker, build_cache
 from clip_rd_edge.errors import InputError, UsageError
 
 COUNT = 3

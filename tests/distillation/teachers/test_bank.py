@@ -14,17 +14,17 @@ from support import Watch, save_tiny_teacher
 from tiny_runs import killed_and_resumed, stop_at, tiny_run
 
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.distillation.bank import QueueBank, StoredBank, make_bank
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.store.embedding_store import (
+from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank, make_bank
+from clip_rd_edge.distillation.teachers.embedding_store import (
     TeacherCache,
     TeacherCaches,
     image_shard,
     open_cache,
     text_shard,
 )
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teachers.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.utils.arrays import load_array

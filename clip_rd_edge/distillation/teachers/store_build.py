@@ -17,7 +17,7 @@ from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
-from clip_rd_edge.distillation.store.embedding_store import (
+from clip_rd_edge.distillation.teachers.embedding_store import (
     COMPLETE,
     KEY,
     MANIFEST,
@@ -35,7 +35,7 @@ from clip_rd_edge.distillation.store.embedding_store import (
     text_shard,
     write_array,
 )
-from clip_rd_edge.distillation.teacher import Teacher
+from clip_rd_edge.distillation.teachers.teacher import Teacher
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import load_array

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_rd_edge.distillation.config import RunConfig, is_texts_alone
 from clip_rd_edge.distillation.loader import EmbeddingSource
-from clip_rd_edge.distillation.store.embedding_store import (
+from clip_rd_edge.distillation.teachers.embedding_store import (
     SHARD_SIZE,
     TeacherCache,
     TeacherCaches,

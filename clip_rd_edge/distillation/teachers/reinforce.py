@@ -33,9 +33,14 @@ from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store.embedding_store import claim_folder
-from clip_rd_edge.distillation.store.store_build import BATCH_SIZE, share_bad
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, ensemble_of, load_models_to_embed_with
+from clip_rd_edge.distillation.teachers.embedding_store import claim_folder
+from clip_rd_edge.distillation.teachers.store_build import BATCH_SIZE, share_bad
+from clip_rd_edge.distillation.teachers.teacher import (
+    Teacher,
+    caption_batch_size,
+    ensemble_of,
+    load_models_to_embed_with,
+)
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.models.clip import default_device, model_fingerprint
 from clip_rd_edge.utils.arrays import npz_bytes

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, caption_batch_size
+from clip_rd_edge.distillation.teachers.teacher import (
+    CachedTeacher,
+    CaptionCache,
+    LiveTeacher,
+    Teacher,
+    caption_batch_size,
+)
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.losses.objective import Objective, Weights
 from clip_rd_edge.models.clip import ClipModel

@@ -12,8 +12,9 @@ from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import join_processes
 from clip_rd_edge.distillation.step import AUTOCAST
-from clip_rd_edge.distillation.store.embedding_store import CacheManifest, cache_folders
-from clip_rd_edge.distillation.store.store_build import (
+from clip_rd_edge.distillation.student import crops_of
+from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, cache_folders
+from clip_rd_edge.distillation.teachers.store_build import (
     BATCH_SIZE,
     Shard,
     ShardMaker,
@@ -21,8 +22,12 @@ from clip_rd_edge.distillation.store.store_build import (
     build_cache,
     shard_maker,
 )
-from clip_rd_edge.distillation.student import crops_of
-from clip_rd_edge.distillation.teacher import Teacher, caption_batch_size, load_models_to_embed_with, teacher_weights
+from clip_rd_edge.distillation.teachers.teacher import (
+    Teacher,
+    caption_batch_size,
+    load_models_to_embed_with,
+    teacher_weights,
+)
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.models.clip import ClipModel, default_device
 from clip_rd_edge.models.load import load_clip

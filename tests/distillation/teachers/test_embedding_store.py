@@ -27,16 +27,16 @@ from clip_rd_edge.distillation.loader import StepSampler, step_loader
 from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
-from clip_rd_edge.distillation.store import embedding_store, store_build
-from clip_rd_edge.distillation.store.embedding_store import (
+from clip_rd_edge.distillation.teachers import embedding_store, store_build
+from clip_rd_edge.distillation.teachers.embedding_store import (
     CacheManifest,
     caption_key,
     image_shard,
     open_cache,
     text_shard,
 )
-from clip_rd_edge.distillation.store.store_build import ShardMaker, ShardTask, build_cache, make_manifest
-from clip_rd_edge.distillation.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
+from clip_rd_edge.distillation.teachers.store_build import ShardMaker, ShardTask, build_cache, make_manifest
+from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
 
 VIEWS = 2

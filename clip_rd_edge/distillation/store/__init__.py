@@ -1,1 +1,0 @@
-"""The teacher's embeddings on disk: computed once, read row by row."""
