@@ -44,7 +44,7 @@ from clip_rd_edge.contract.preprocess import Box
 from clip_rd_edge.contract.task import ZeroShotTask
 from clip_rd_edge.convert.parity import agreement
 from clip_rd_edge.data.tasks import load_task
-from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.utils.structs import read_json
 
 EDGE = 128  # twice the quickstart's input

@@ -160,7 +160,7 @@ def write_store(folder: Path, shards: int, samples: int) -> None:
     import msgspec
 
     from clip_rd_edge.contract.preprocess import Preprocessing
-    from clip_rd_edge.distillation.pixels import Crops
+    from clip_rd_edge.distillation.batches.pixels import Crops
     from clip_rd_edge.distillation.teachers import embedding_store as store
 
     pairs = shards * samples

@@ -20,10 +20,10 @@ import open_clip
 import torch
 from PIL import Image
 
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teachers.embedding_store import open_cache

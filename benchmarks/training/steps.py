@@ -31,8 +31,8 @@ from open_clip import SimpleTokenizer
 from timm.data import ImageNetInfo
 
 from clip_rd_edge.distillation import depthwise
+from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective

@@ -26,6 +26,7 @@ from clip_rd_edge.contract.checkpoint import STUDENT_FOLDER, WEIGHTS_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.data.unpaired import MixedSamples, describe_counts
+from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, lost_worker, step_loader
 from clip_rd_edge.distillation.build import (
     RunSetup,
     histogram_embeddings,
@@ -54,7 +55,6 @@ from clip_rd_edge.distillation.inputs import (
     sources_known_by_content,
     teachers_digest,
 )
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, lost_worker, step_loader
 from clip_rd_edge.distillation.monitoring.metrics import last_evaluation
 from clip_rd_edge.distillation.monitoring.plots import plot_run
 from clip_rd_edge.distillation.monitoring.trackers import require_tracker

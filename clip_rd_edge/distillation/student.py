@@ -11,8 +11,8 @@ import msgspec
 
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.templates import parse_templates
+from clip_rd_edge.distillation.batches.pixels import Crops, crops_for
 from clip_rd_edge.distillation.config import CONTEXT_LENGTH, RunConfig
-from clip_rd_edge.distillation.pixels import Crops, crops_for
 from clip_rd_edge.distillation.quantized.tower import require_static_tower
 from clip_rd_edge.distillation.teachers.teacher import (
     ensemble_of,

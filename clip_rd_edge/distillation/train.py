@@ -19,6 +19,7 @@ from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.data.pairs import BadSamples, Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.build import RunSetup, provenance
 from clip_rd_edge.distillation.checkpoint import (
     BEST_FOLDER,
@@ -29,7 +30,6 @@ from clip_rd_edge.distillation.checkpoint import (
 )
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.freezing import set_training_mode
-from clip_rd_edge.distillation.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.monitoring.evaluation import EncoderOfAllProcesses
 from clip_rd_edge.distillation.monitoring.metrics import MetricsLog, Progress, metrics_line, peak_memory_on
 from clip_rd_edge.distillation.monitoring.trackers import Tracker, open_tracker

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teachers.bank import QueueBank

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.convert.calibration import calibration_pairs, calibration_set
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip_rd_edge.contract.checkpoint import model_folder
+from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Normaliser
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import StepSampler, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.distillation.quantized.fake_quant import (
     ActivationRanges,
     FakeQuantizer,

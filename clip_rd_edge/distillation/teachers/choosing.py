@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from clip_rd_edge.data.pairs import Pairs, names_shards
 from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.teachers.teacher import BatchTeacher, Targets
 from clip_rd_edge.models.text.captions import embed_with_progress
 from clip_rd_edge.utils.reporting import SILENT, Reporter

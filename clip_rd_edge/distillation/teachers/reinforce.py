@@ -26,12 +26,12 @@ from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, read_twice
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, StoredTeacher, StoredTeachers
 from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.batches.loader import HalfArray
+from clip_rd_edge.distillation.batches.pixels import Crops
+from clip_rd_edge.distillation.batches.reinforced import augment, resized
 from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import HalfArray
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes, join_processes
-from clip_rd_edge.distillation.reinforced import augment, resized
 from clip_rd_edge.distillation.step import AUTOCAST
 from clip_rd_edge.distillation.teachers.embedding_store import claim_folder
 from clip_rd_edge.distillation.teachers.store_build import BATCH_SIZE, share_bad

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.pairs import BadPair, BadSamples, Pairs, fingerprint, read_twice
+from clip_rd_edge.distillation.batches.loader import HalfArray, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import HalfArray, View, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.teachers.embedding_store import (
     COMPLETE,

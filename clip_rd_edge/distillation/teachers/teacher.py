@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from clip_rd_edge.contract.checkpoint import is_architecture
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.data.reinforced import StoredTeachers, read_stored_teachers
+from clip_rd_edge.distillation.batches.loader import Batch
+from clip_rd_edge.distillation.batches.pixels import Normaliser
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import Batch
-from clip_rd_edge.distillation.pixels import Normaliser
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.losses.ensemble import Ensemble
 from clip_rd_edge.models.clip import ClipModel, ImageTower, TextTower, to_device

@@ -13,9 +13,9 @@ import torch
 from thread_processes import Exchange, Threads
 from torch import Tensor, nn
 
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler
 from clip_rd_edge.distillation.checkpoint import list_checkpoints, save_checkpoint
 from clip_rd_edge.distillation.config import load_recipe
-from clip_rd_edge.distillation.loader import Batch, StepSampler
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.distillation.teachers.bank import QueueBank

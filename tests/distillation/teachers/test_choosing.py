@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clip_rd_edge.data.unpaired import MixedSamples
+from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.build import training_pairs
 from clip_rd_edge.distillation.config import RunConfig
-from clip_rd_edge.distillation.loader import Batch
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import TrainingStep
 from clip_rd_edge.distillation.teachers import choosing

@@ -21,10 +21,10 @@ from thread_processes import call_in_threads
 
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.data.pairs import BadSamples, Pairs
+from clip_rd_edge.distillation.batches.loader import StepSampler, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.distillation.build import RunSetup, load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe
-from clip_rd_edge.distillation.loader import StepSampler, step_loader
-from clip_rd_edge.distillation.pixels import Crops
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.teachers import embedding_store, store_build

@@ -21,13 +21,13 @@ from tiny_runs import killed_and_resumed, stop_at, tiny_run, weights
 import clip_rd_edge as edge
 from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.data.reinforced import read_stored_teachers
+from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.build import load_setup, make_dataset
 from clip_rd_edge.distillation.config import RunConfig, load_recipe, resolve
-from clip_rd_edge.distillation.loader import Batch, StepSampler, step_loader
 from clip_rd_edge.distillation.processes.distributed import Processes
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.step import StepSettings, TrainingStep
-from clip_rd_edge.distillation.teachers import embed, teacher
+from clip_rd_edge.distillation.teachers import embed
 from clip_rd_edge.distillation.teachers.bank import QueueBank, StoredBank
 from clip_rd_edge.distillation.teachers.embedding_store import TeacherCaches, cache_folders, image_shard, open_caches
 from clip_rd_edge.distillation.teachers.reinforce import reinforce

@@ -23,9 +23,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
 from clip_rd_edge.data.pairs import load_pairs
-from clip_rd_edge.distillation import loader as loader_module
-from clip_rd_edge.distillation.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
-from clip_rd_edge.distillation.pixels import Crops
+from clip_rd_edge.distillation.batches import loader as loader_module
+from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
+from clip_rd_edge.distillation.batches.pixels import Crops
 from clip_rd_edge.errors import ConfigError, DiskFullError, InputError, LostProcessError
 
 STUDENT = Preprocessing(size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
