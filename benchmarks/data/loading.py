@@ -36,7 +36,7 @@ from torchvision import transforms
 from benchmarks.publishing import add_output_options, here_and_now, publish
 from clip_rd_edge.contract.images import open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, resize_crop
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops, Normaliser, crop_levels
 

@@ -200,8 +200,9 @@ MAKERS: dict[str, Callable[[Path, int, int], None]] = {
 
 def measure_pairs(folder: Path) -> Figures:
     """Load pairs, and read the locations and captions of a first batch."""
+    from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
-    from clip_rd_edge.data.pairs import fingerprint, load_pairs
+    from clip_rd_edge.data.pairs import fingerprint
     from clip_rd_edge.utils.reporting import Reporter
 
     before, peak, next_look = proportional_memory(), 0, 0.0

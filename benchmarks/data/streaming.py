@@ -153,8 +153,8 @@ class Watcher:
 def load_epoch(source: str, *, outage: ServerProcess | None = None) -> dict[str, Any]:
     """Load an epoch with an empty cache of shards; return its digest, images per second and the longest wait."""
     from clip_rd_edge.contract.preprocess import Preprocessing
+    from clip_rd_edge.data.load import load_pairs
     from clip_rd_edge.data.order import EpochOrder
-    from clip_rd_edge.data.pairs import load_pairs
     from clip_rd_edge.data.shards.tars import close_tars
     from clip_rd_edge.distillation.batches.loader import StepSampler, ViewDataset, step_loader
     from clip_rd_edge.distillation.batches.pixels import crops_for

@@ -476,7 +476,7 @@ class ShardScenario:
 
     @staticmethod
     def _captions(folder: Path) -> list[str]:
-        from clip_rd_edge.data.pairs import load_pairs
+        from clip_rd_edge.data.load import load_pairs
 
         with _indexing_here(folder):
             pairs = load_pairs(f"{folder}/{{0..1}}.tar")
@@ -516,7 +516,7 @@ class RemoteScenario:
 
     def _pairs(self, folder: Path) -> list[tuple[str, Any]]:
         from clip_rd_edge.data import remote
-        from clip_rd_edge.data.pairs import load_pairs
+        from clip_rd_edge.data.load import load_pairs
 
         with _indexing_here(folder), patch.object(remote, "_RETRY_DELAYS_S", (0.0,) * 3):
             pairs = load_pairs(f"{self._server.url}/{{0..1}}.tar")

@@ -14,7 +14,7 @@ from clip_rd_edge.contract.checkpoint import LOCAL_DIR
 from clip_rd_edge.contract.formats import Runtime
 from clip_rd_edge.contract.task import Task, with_distinct_names
 from clip_rd_edge.data.clip_benchmark import SPLITS
-from clip_rd_edge.data.pairs import names_shards
+from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, parse_sources
 from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task

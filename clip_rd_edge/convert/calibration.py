@@ -14,7 +14,8 @@ import numpy.typing as npt
 from clip_rd_edge.contract.checkpoint import model_folder, refuse_unfinished_run, training_record_path
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import TokenIds
-from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs, load_pairs
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs
 from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts

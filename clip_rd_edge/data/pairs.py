@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
@@ -17,25 +16,6 @@ from PIL import Image
 
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.files import machine_failure
-from clip_rd_edge.utils.reporting import SILENT, Reporter
-
-# Compressed ones are refused as such, and not as tables.
-TAR_SUFFIXES = (".tar", ".tar}", ".tar.gz", ".tgz")
-
-
-def names_shards(source: str) -> bool:
-    """Return whether a source of pairs names WebDataset shards."""
-    path = source.partition("?")[0] if "://" in source else source  # such as .tar?download=true
-    return path.endswith(TAR_SUFFIXES) or source.endswith(TAR_SUFFIXES) or source.startswith("pipe:")
-
-
-def require_local(source: str) -> None:
-    """Raise InputError if what is no shard has a URL, of which Path would make another."""
-    if "://" in source:
-        raise InputError(
-            f"The data {source} are not on this machine; only shards are read from elsewhere.",
-            hint="copy the data to this machine, or name shards: s3://bucket/{00000..00012}.tar",
-        )
 
 
 class Pairs(Protocol):
@@ -98,74 +78,13 @@ def fingerprint(pairs: Pairs) -> str:
     return digest.hexdigest()
 
 
-def load_pairs(
-    source: str,
-    *,
-    image_key: str = "filepath",
-    caption_key: str = "title",
-    weights: str | None = None,
-    json_key: str | None = None,
-    reporter: Reporter = SILENT,
-) -> Pairs:
-    """Load pairs for training.
-
-    Args:
-        source: `emoji` for the training pairs of the built-in data set; the path of a CSV, TSV or Parquet file; or
-            WebDataset shards, such as `a/{00000..00012}.tar::b/{000..003}.tar`; all in open_clip's conventions.
-            Relative image paths in a table are resolved against the working directory, as in open_clip, or else against
-            the table's folder.
-        image_key, caption_key: names of the table's two columns.
-        weights: how often each shard source is shown per epoch, such as `1::2`; None means once.
-        json_key, reporter: see `data.shards.webdataset.ShardPairs`.
-
-    Raises:
-        InputError: a file or column is missing, or there are fewer than two pairs.
-        UsageError: the weights are invalid.
-    """
-    if weights and not names_shards(source):
-        raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {source}.")
-    if source == "emoji":
-        from clip_rd_edge.data.emoji import training_pairs
-
-        pairs: Pairs = training_pairs()
-    elif names_shards(source):
-        from clip_rd_edge.data.shards.webdataset import ShardPairs, parse_sources
-
-        pairs = ShardPairs(source, parse_sources(source, weights), json_key=json_key, reporter=reporter)
-    else:
-        from clip_rd_edge.data.tables.load import table_pairs
-
-        require_local(source)
-        pairs = table_pairs(Path(source), image_key=image_key, caption_key=caption_key, reporter=reporter)
-    if len(pairs) < 2:
-        raise InputError(
-            f"{pairs.name} has {len(pairs)} pair{'s' * (len(pairs) != 1)}; a contrastive loss needs at least 2."
-            f"{first_left_out(pairs)}",
-            hint=_hint_about_left_out(pairs) if pairs.left_out else _HINT_TOO_FEW,
-        )
-    return pairs
-
-
 def first_left_out(pairs: Pairs) -> str:
     """Return the sentence, after a space, that says how many samples were left out and why the first; empty if none."""
     left_out = pairs.left_out
     return f" {len(left_out):,} were left out; the first: {left_out[0]}." if left_out else ""
 
 
-_HINT_TOO_FEW = "add pairs, or train on the built-in data set with --data emoji"
-
-
-def _hint_about_left_out(pairs: Pairs) -> str:
-    """Return what to do about samples that are there, but cannot be used."""
-    if names_shards(pairs.name):
-        return "each sample needs an image and a caption, as .txt or in a .json: see --json-caption-key"
-    return (
-        "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
-        f"table; a caption is not empty{_hint_to_index_again(pairs)}"
-    )
-
-
-def _hint_to_index_again(pairs: Pairs) -> str:
+def hint_to_index_again(pairs: Pairs) -> str:
     """Return what to do about images that came after a large table was indexed; empty for other data."""
     from clip_rd_edge.data.tables.index import IndexedTable
 
@@ -344,5 +263,5 @@ class BadSamples:
                 if bad <= samples / 2
                 else "check the source: half of it or more is no use"
             )
-            + _hint_to_index_again(self._pairs),
+            + hint_to_index_again(self._pairs),
         )

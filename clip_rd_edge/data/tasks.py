@@ -11,7 +11,7 @@ from clip_rd_edge.data.clip_benchmark import (
     retrieval_from_shards,
     shard_task,
 )
-from clip_rd_edge.data.pairs import names_shards
+from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shards.tars import open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
@@ -39,7 +39,7 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
       of a table has several captions.
 
     Args:
-        image_key, caption_key: the columns of a table, as for `data.pairs.load_pairs`.
+        image_key, caption_key: the columns of a table, as for `data.load.load_pairs`.
 
     Metadata files that may accompany the images are described by `data.clip_benchmark.DataSet`.
 

@@ -17,7 +17,8 @@ from clip_rd_edge.contract.bundle import MAX_TEMPLATES
 from clip_rd_edge.contract.encoder import fill_template
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES, list_images
 from clip_rd_edge.contract.templates import parse_templates
-from clip_rd_edge.data.pairs import Pairs, first_left_out, load_pairs, names_shards, require_local
+from clip_rd_edge.data.load import load_pairs, names_shards, require_local
+from clip_rd_edge.data.pairs import Pairs, first_left_out
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
@@ -33,7 +34,7 @@ class TrainingData(msgspec.Struct, frozen=True, kw_only=True):
     quotes, and Python knows none.
 
     Attributes:
-        data: source of the pairs, as `data.pairs.load_pairs` takes it; None for none.
+        data: source of the pairs, as `data.load.load_pairs` takes it; None for none.
         images: a folder of images, or any source of pairs, whose captions are not read; None for none.
         texts: a label file, see `runtime.label_list.read_labels_file`, or a Parquet file; None for none.
         templates: prompt templates for the texts, as `contract.templates.parse_templates` takes them.

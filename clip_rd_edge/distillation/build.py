@@ -15,7 +15,8 @@ import torch
 
 from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE, model_folder
 from clip_rd_edge.contract.encoder import Embeddings
-from clip_rd_edge.data.pairs import BadSamples, Pairs, names_shards, require_batch
+from clip_rd_edge.data.load import names_shards
+from clip_rd_edge.data.pairs import BadSamples, Pairs, require_batch
 from clip_rd_edge.data.reinforced import ReinforcedPairs, StoredTeachers
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.unpaired import (

@@ -15,7 +15,7 @@ from clip_rd_edge.contract.bundle import MAX_EMBEDDING_SIZE
 from clip_rd_edge.contract.checkpoint import model_folder
 from clip_rd_edge.contract.preprocess import MAX_EDGE
 from clip_rd_edge.contract.tokenizer import MAX_CONTEXT
-from clip_rd_edge.data.pairs import names_shards
+from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.reinforced import STORED
 from clip_rd_edge.data.remote import is_remote
 from clip_rd_edge.data.shards.webdataset import SEPARATOR

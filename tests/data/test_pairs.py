@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from clip_rd_edge.data import pairs as pairs_module
-from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, load_pairs, require_batch
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.pairs import BadSamples, Pairs, fingerprint, require_batch
 from clip_rd_edge.data.tables import load, text
 from clip_rd_edge.errors import InputError, UnreachableError, UsageError
 

@@ -16,7 +16,8 @@ from support import contents
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
-from clip_rd_edge.data.pairs import fingerprint, load_pairs
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.shards import cache as shard_cache
 from clip_rd_edge.errors import InputError, UnreachableError
 

@@ -17,7 +17,7 @@ from support import contents
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import remote
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.errors import InputError
 
 pytest.importorskip("s3fs")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.order import EpochOrder
-from clip_rd_edge.data.pairs import Pairs, fingerprint, load_pairs
+from clip_rd_edge.data.pairs import Pairs, fingerprint
 from clip_rd_edge.data.unpaired import (
     MixedSamples,
     TrainingData,

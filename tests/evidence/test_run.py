@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from support import Watch
 
 from clip_rd_edge.contract.task import RetrievalTask
-from clip_rd_edge.data.pairs import fingerprint, load_pairs
+from clip_rd_edge.data.load import load_pairs
+from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.inputs import RunInputs, record_inputs

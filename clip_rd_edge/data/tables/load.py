@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from PIL import Image
 
 from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.index import index_table
 from clip_rd_edge.data.tables.packed import GROUP_ROWS
@@ -18,9 +19,6 @@ from clip_rd_edge.data.tables.text import open_csv
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from clip_rd_edge.data.pairs import Pairs
 
 INDEXED_ROWS = 1 << 17
 """Tables of some more rows are indexed; smaller ones are read into memory at each start."""
@@ -70,7 +68,7 @@ class TablePairs:
 
 
 def table_pairs(path: Path, *, image_key: str, caption_key: str, reporter: Reporter = SILENT) -> Pairs:
-    """Return the pairs of a table, from memory if it is small; arguments and errors as for `data.pairs.load_pairs`."""
+    """Return the pairs of a table, from memory if it is small; arguments and errors as for `data.load.load_pairs`."""
     table = _open_table(path, image_key=image_key, caption_key=caption_key)
     if table.rows <= INDEXED_ROWS:
         return _in_memory(table)
@@ -78,7 +76,7 @@ def table_pairs(path: Path, *, image_key: str, caption_key: str, reporter: Repor
 
 
 def read_table(path: Path, *, image_key: str, caption_key: str) -> TablePairs:
-    """Read pairs from a table into memory; arguments and errors as for `data.pairs.load_pairs`.
+    """Read pairs from a table into memory; arguments and errors as for `data.load.load_pairs`.
 
     A row that is not a pair is left out with a message that names its line.
     """
@@ -86,7 +84,7 @@ def read_table(path: Path, *, image_key: str, caption_key: str) -> TablePairs:
 
 
 def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
-    """Open a table and check its columns; arguments and errors as for `data.pairs.load_pairs`."""
+    """Open a table and check its columns; arguments and errors as for `data.load.load_pairs`."""
     if not is_file(path):
         raise InputError(
             f"The data file {path} {why_no_file(path)}",

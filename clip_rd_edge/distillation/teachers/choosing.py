@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clip_rd_edge.data.pairs import Pairs, names_shards
+from clip_rd_edge.data.load import names_shards
+from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.unpaired import MixedSamples
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import RunConfig

@@ -16,7 +16,7 @@ from support import PATIENCE_S, Watch, contents, other_clock, wait_until
 
 from benchmarks.data.unreliable_server import UnreliableServer
 from clip_rd_edge.data import index_files, remote
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.remote import RemoteShard
 from clip_rd_edge.data.shards import cache as shard_cache
 from clip_rd_edge.data.shards.tars import close_tars
@@ -257,7 +257,7 @@ def test_runs_share_a_cache_whatever_their_bounds_and_clocks(
     code = """
 import hashlib, sys
 import numpy as np
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 pairs = load_pairs(sys.argv[1])
 digest = hashlib.sha256()
 for epoch in range(4):

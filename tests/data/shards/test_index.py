@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clip_rd_edge.data import index_files
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.shards import index as shard_index
 from clip_rd_edge.data.shards.index import INDEXING_STAGE, index_shards
 from clip_rd_edge.data.shards.tars import close_tars

@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from clip_rd_edge.contract.preprocess import Box, Preprocessing
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation.batches import loader as loader_module
 from clip_rd_edge.distillation.batches.loader import Batch, PairView, StepSampler, View, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops

@@ -25,7 +25,7 @@ from torchvision.transforms import functional as F
 import clip_rd_edge as edge
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.reinforced import OPERATIONS, Augmentation, ReinforcedPairs, StoredTeachers, read_stored_teachers
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.distillation.batches.reinforced import ReinforcedDataset, augment, read_sample

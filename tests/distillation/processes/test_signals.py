@@ -20,7 +20,7 @@ from support import wait_until
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
-from clip_rd_edge.data.pairs import load_pairs
+from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.distillation import build, train
 from clip_rd_edge.distillation.batches.loader import Batch, StepSampler, ViewDataset, step_loader
 from clip_rd_edge.distillation.batches.pixels import Crops
