@@ -32,7 +32,7 @@ from clip_rd_edge.convert.graph import (
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, Timer, agreement, embed, hard_inputs, latencies, measurement
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.timing import time_in_turn

@@ -12,7 +12,7 @@ from clip_rd_edge.contract.bundle import Manifest, Tower
 from clip_rd_edge.contract.reference import Reference, reference_images, write_reference
 from clip_rd_edge.convert.int8.saturation import open_as_written
 from clip_rd_edge.convert.parity import HARD_TEXTS
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, RunOptions
 
 

@@ -20,7 +20,7 @@ from clip_rd_edge.convert.parity import Inputs, hard_inputs, measure
 from clip_rd_edge.errors import ClipRdEdgeError
 from clip_rd_edge.exporters.onnx import without_fast_path
 from clip_rd_edge.models.clip import ClipModel, TextTower, evaluation_mode, inference_image_tower
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 

@@ -57,7 +57,7 @@ class RunOptions:
     Attributes:
         threads: threads per tower; None leaves the choice to the runtime.
         device: one of `providers.DEVICES`.
-        spin: as for `backends.onnxruntime.open_session`.
+        spin: as for `backends.session.open_session`.
         required: fail, rather than fall back to another runtime.
     """
 

@@ -34,7 +34,7 @@ def load(
             installed, and the CPU otherwise, for INT8, and in OpenVINO itself. OpenVINO's devices run a bundle made for
             OpenVINO, or with `runtime="openvino"`, in OpenVINO itself, and others in ONNX Runtime, or in OpenVINO if
             only that is installed. `describe().device` is the device chosen.
-        spin: False for embedding many images in ONNX Runtime: see `backends.onnxruntime.open_session`.
+        spin: False for embedding many images in ONNX Runtime: see `backends.session.open_session`.
 
     Raises:
         InputError, ConfigError: the folder is not a bundle, is incomplete, has changed since the export, or has a newer

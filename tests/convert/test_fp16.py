@@ -21,7 +21,7 @@ from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.errors import ClipRdEdgeError, UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.verify import verify_bundle
 
 

@@ -20,7 +20,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.load import save_clip
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load
 
 

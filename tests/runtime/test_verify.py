@@ -362,10 +362,10 @@ def test_an_engine_that_does_not_run_fails_although_its_onnx_file_answers(answer
 
 
 def test_a_device_that_does_not_start_fails(answering: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clip_rd_edge.runtime.backends import onnxruntime
+    from clip_rd_edge.runtime.backends import onnxruntime, session
 
     monkeypatch.setattr(onnxruntime.OrtEncoder, "_device_for", lambda self, tower: "cuda")
-    monkeypatch.setattr(onnxruntime, "_open_on", lambda *_: (None, "no driver"))
+    monkeypatch.setattr(session, "_open_on", lambda *_: (None, "no driver"))
     failed = _failed(verify_bundle(answering))
     assert failed["text tower"].startswith("cuda did not start; ")
     assert failed["text tower"].endswith("; onnxruntime on cpu")

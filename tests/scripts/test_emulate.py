@@ -25,7 +25,7 @@ from clip_rd_edge.convert.reference import NodeByNode, add_reference
 from clip_rd_edge.exporters.bundle import export_bundle
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.runtime.backends.int8_kernels import processor_saturates
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 
 x86 = pytest.mark.skipif(not shutil.which("qemu-x86_64-static"), reason="qemu-user-static is not installed")
 arm = pytest.mark.skipif(

@@ -22,8 +22,8 @@ from clip_rd_edge.convert.int8.static import RANGE_METHODS, StaticQuantizer
 from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import WeightBits
 from clip_rd_edge.convert.parity import Inputs, embed
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
 from clip_rd_edge.runtime.backends.openvino import open_openvino
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import Reporter
 
 # If all layers together have at most this share of the max error, none is worth leaving in float, which takes space

@@ -13,7 +13,7 @@ import onnx
 from clip_rd_edge.contract.encoder import in_batches
 from clip_rd_edge.convert.graph import silently, with_outputs
 from clip_rd_edge.convert.parity import Inputs
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 
 _PERCENTILE = 99.99  # a few outliers would widen the range and cost all other values their resolution
 _MAX_VALUES = 50_000  # per activation: using all of them takes minutes

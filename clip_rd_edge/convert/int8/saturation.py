@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 
 from clip_rd_edge.contract.bundle import INSTRUCTION_SETS
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 
 # Largest level of a weight, by its bits.
 MAX_WEIGHT = {7: 64, 8: 127}

@@ -25,7 +25,7 @@ from clip_rd_edge.convert.int8.sensitivity import SENSITIVITY_SAMPLES, robust_la
 from clip_rd_edge.convert.int8.symmetric import MAX_LEVEL, quantize_symmetrically, quantized_inputs
 from clip_rd_edge.convert.options import Budget, ExportRequest
 from clip_rd_edge.convert.parity import Agreement, Inputs, agreement, embed, hard_inputs
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT, PrefixedReporter, Reporter
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_rd_edge.contract.bundle import can_saturate
+from clip_rd_edge.runtime.backends.session import open_session
 
 _X86 = ("x86_64", "amd64", "x86", "i386", "i686")
 _LENGTH, _ACTIVATION, _WEIGHT = 64, 255, 127
@@ -82,8 +83,6 @@ def _is_x86() -> bool:
 
 
 def _product(activations: npt.NDArray[np.uint8], weights: npt.NDArray[np.int8]) -> npt.NDArray[np.int32]:
-    from clip_rd_edge.runtime.backends.onnxruntime import open_session
-
     session: Any = open_session(_PRODUCT, threads=1)
     (sums,) = session.run(None, {"a": activations, "b": weights})
     return np.asarray(sums)

@@ -1,19 +1,97 @@
-"""What the inference engines share: the limits of threads, and models in place of ONNX Runtime's sessions."""
+"""ONNX Runtime's sessions, models of other engines in place of them, and the limits of threads."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from clip_rd_edge.errors import UsageError
+from clip_rd_edge.contract.bundle import EXTERNAL_DATA_SUFFIX
+from clip_rd_edge.errors import ConfigError, UsageError, in_one_line
+from clip_rd_edge.runtime.backends.providers import KEEP_ENGINES, provider_list, session_device, warn
+from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.paths import cache_home
 
 MAX_THREADS = 1_024  # each takes memory, and hundreds of thousands take minutes to start
+
+
+def open_session(
+    model: str | bytes,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    spin: bool = True,
+    optimize: bool = True,
+) -> Any:
+    """Open an ONNX Runtime session for a model.
+
+    If the device's provider is installed but fails to start (no driver, another CUDA version), a warning is logged and
+    the session runs on the CPU.
+
+    Args:
+        model: path of an ONNX file, or its bytes.
+        threads: intra-op threads; None uses every core.
+        device: one of `providers.PROVIDERS`.
+        spin: let idle threads busy-wait, ONNX Runtime's default and the fastest for a single image. False frees their
+            cores for other work, such as opening many images.
+        optimize: fuse nodes. False computes each as the file says, which is slower: for reference answers.
+
+    Raises:
+        ConfigError: this ONNX Runtime cannot run the model.
+        UsageError: `threads` is out of range.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors only: its warnings are about its own graph optimisations
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    require_threads(threads)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    name = model if isinstance(model, str) else "the model"
+    try:
+        if device != "cpu":
+            session, reason = _open_on(ort, model, options, device, threads)
+            if session is not None:
+                return session
+            warn(f"{device} does not start; {name} runs on the CPU instead: {reason}.")
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ConfigError(f"ONNX Runtime {ort.__version__} cannot run {name}: {in_one_line(error)}.") from error
+
+
+def _open_on(ort: Any, model: str | bytes, options: Any, device: str, threads: int | None) -> tuple[Any, str]:
+    """Return a session that really runs on `device`, or None and the reason why there is none."""
+    cache = cache_home() / "engines"
+    if device in KEEP_ENGINES:
+        cache /= _engine_folder(model)
+    providers = provider_list(device, cache=cache, threads=threads)
+    try:
+        # ONNX Runtime's own fallback prints to stdout, which is reserved for results.
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # noqa: BLE001 — drivers raise anything; if the model is at fault, the CPU raises, too
+        return None, in_one_line(error)
+    if session_device(session, device) != device:
+        return None, "its provider could not be loaded; run clip-rd-edge doctor to check the driver"
+    return session, ""
+
+
+def _engine_folder(model: str | bytes) -> str:
+    """Return a name that changes with the model, also with weights that are in a file of their own."""
+    if isinstance(model, bytes):
+        return hashlib.sha256(model).hexdigest()[:32]
+    data = Path(f"{model}{EXTERNAL_DATA_SUFFIX}")
+    return "-".join(sha256_of(path)[:32] for path in (Path(model), *([data] if data.is_file() else [])))
 
 
 class NamedInput(NamedTuple):

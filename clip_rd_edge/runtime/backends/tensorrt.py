@@ -17,7 +17,7 @@ from clip_rd_edge.contract.bundle import ENGINE_SUFFIX, Manifest, Tower
 from clip_rd_edge.contract.encoder import Description, in_batches
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, MissingExtraError
 from clip_rd_edge.runtime.backends.providers import warn
-from clip_rd_edge.runtime.backends.session import NamedInput
+from clip_rd_edge.runtime.backends.session import NamedInput, open_session
 from clip_rd_edge.runtime.encoder import BundleEncoder, Placement, RunOptions
 from clip_rd_edge.runtime.intact import require_current_engine
 
@@ -102,8 +102,6 @@ class TensorRtEncoder(BundleEncoder):
                 raise
             self._fell_back[tower.file] = str(error)
             warn(f"{tower.file} runs on the CPU instead of its engine. {error}")
-            from clip_rd_edge.runtime.backends.onnxruntime import open_session
-
             return open_session(str(self.folder / tower.file), threads=self.threads)
         self._fell_back[tower.file] = ""
         return model

@@ -14,7 +14,7 @@ from clip_rd_edge.convert.calibration import CalibrationSet
 from clip_rd_edge.convert.graph import prepare_for_quantization
 from clip_rd_edge.convert.int8.dynamic import quantize_dynamically, scales_per_batch
 from clip_rd_edge.convert.parity import agreement, embed
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load
 
 

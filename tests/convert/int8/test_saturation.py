@@ -25,7 +25,7 @@ from clip_rd_edge.convert.options import Budget, WeightBits
 from clip_rd_edge.convert.reference import NodeByNode
 from clip_rd_edge.convert.tensorrt import strongly_typed
 from clip_rd_edge.runtime.backends import int8_kernels
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
 

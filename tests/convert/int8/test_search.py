@@ -18,7 +18,7 @@ from clip_rd_edge.convert.int8.static import StaticQuantizer
 from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.timing import Milliseconds
 
 Calls = Mapping[str, Callable[[], object]]

@@ -18,7 +18,7 @@ from clip_rd_edge.convert.int8.symmetric import quantize_symmetrically, quantize
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.convert.tensorrt.strongly_typed import symmetric_tower
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 
 
 @pytest.fixture

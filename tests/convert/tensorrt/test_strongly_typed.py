@@ -17,7 +17,7 @@ from clip_rd_edge.convert.options import Budget
 from clip_rd_edge.convert.parity import agreement, embed
 from clip_rd_edge.convert.tensorrt import strongly_typed
 from clip_rd_edge.convert.tensorrt.strongly_typed import TypedTower
-from clip_rd_edge.runtime.backends.onnxruntime import open_session
+from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.utils.reporting import SILENT
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-from clip_rd_edge.runtime.backends import int8_kernels, onnxruntime
+from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.int8_kernels import int8_fault, processor_saturates, wrong_sums
+from clip_rd_edge.runtime.backends.session import open_session
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_an_x86_processor_is_asked_once_by_a_product(
             return [np.full_like(asked[0], total)]
 
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    monkeypatch.setattr(onnxruntime, "open_session", lambda content, *, threads: Session())
+    monkeypatch.setattr(int8_kernels, "open_session", lambda content, *, threads: Session())
     assert [processor_saturates() for _ in range(3)] == [saturating] * 3
     assert [row.tolist() for row in asked] == [[[2_072_640]]]
 
@@ -60,7 +61,7 @@ def test_wrong_sums_are_found_once_by_a_product_with_24_columns(error: int, monk
 
     session = Sums(error)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(onnxruntime, "open_session", lambda content, *, threads: session)
+    monkeypatch.setattr(int8_kernels, "open_session", lambda content, *, threads: session)
     monkeypatch.setattr(ort, "__version__", "1.23.0")
     expected = (
         "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor: install onnxruntime 1.20, or 1.25 or newer"
@@ -81,7 +82,7 @@ def test_wrong_sums_concern_any_int8_of_onnx_runtime_alone(monkeypatch: pytest.M
 
 def test_other_processors_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(onnxruntime, "open_session", None)
+    monkeypatch.setattr(int8_kernels, "open_session", None)
     assert not processor_saturates()
     assert not wrong_sums()
 
@@ -89,7 +90,7 @@ def test_other_processors_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_product_is_an_onnx_file_that_runs_here() -> None:
     onnx.checker.check_model(onnx.load_from_string(int8_kernels._PRODUCT))
     feed = {"a": np.full((2, 3), 2, np.uint8), "b": np.full((3, 2), -5, np.int8)}
-    (product,) = onnxruntime.open_session(int8_kernels._PRODUCT).run(None, feed)
+    (product,) = open_session(int8_kernels._PRODUCT).run(None, feed)
     assert product.tolist() == [[-30, -30], [-30, -30]]
     assert processor_saturates() in (False, True)
 
