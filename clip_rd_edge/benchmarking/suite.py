@@ -21,9 +21,8 @@ from clip_rd_edge.data.tasks import BUILT_IN_TASKS, load_task
 from clip_rd_edge.errors import ConfigError, InputError, near_matches
 from clip_rd_edge.runtime.backends.session import MAX_THREADS
 from clip_rd_edge.utils.checked import CheckedStruct, PositiveFloat, PositiveInt, Share
-from clip_rd_edge.utils.commented_yaml import commented_yaml
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, shipped_path
-from clip_rd_edge.utils.structs import read_yaml
+from clip_rd_edge.utils.structs import commented_yaml, read_yaml
 
 Role = Literal["teacher", "baseline", "student", "exported", "quantised"]
 RowRuntime = Literal["torch", "torch-compile", Runtime]

@@ -33,9 +33,8 @@ from clip_rd_edge.utils.checked import (
     PositiveInt,
     Share,
 )
-from clip_rd_edge.utils.commented_yaml import comment_lines, commented_yaml
 from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
-from clip_rd_edge.utils.structs import convert, read_yaml
+from clip_rd_edge.utils.structs import comment_lines, commented_yaml, convert, read_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
