@@ -39,7 +39,11 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def exclusive_writer(
-    folder: Path, *, on_wait: Callable[[str], None] | None = None, stop: threading.Event | None = None
+    folder: Path,
+    *,
+    on_wait: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+    option: str = "-o",
 ) -> Iterator[bool]:
     """Lock a folder, creating it if it is missing, against other processes that use this lock.
 
@@ -50,6 +54,7 @@ def exclusive_writer(
         on_wait: if another process holds the lock, called once with a sentence that says so, and the lock is waited
             for; None does not wait.
         stop: ends the wait when it is set.
+        option: that names the folder, in a hint.
 
     Yields:
         Whether the folder may be written: False only if `stop` has ended the wait.
@@ -61,11 +66,11 @@ def exclusive_writer(
     path = folder / LOCK_FILE
     try:
         if is_file(folder):
-            raise UsageError(f"The output {folder} is a file; expected a folder.", hint="choose another -o")
+            raise UsageError(f"The output {folder} is a file; expected a folder.", hint=f"choose another {option}")
         created = not exists(folder)
         file = _acquire(path, on_wait, stop or threading.Event())
     except (InputError, OSError) as error:
-        raise unwritable_output(folder, error) from error
+        raise unwritable_output(folder, error, hint=f"choose another {option}") from error
     if file is None:
         yield False
         return

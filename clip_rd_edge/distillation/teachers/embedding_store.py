@@ -45,6 +45,7 @@ from clip_rd_edge.errors import ConfigError, UsageError
 from clip_rd_edge.models.clip import ClipModel, model_fingerprint
 from clip_rd_edge.utils.arrays import npy_bytes
 from clip_rd_edge.utils.files import named_failures, write_bytes
+from clip_rd_edge.utils.lock import LOCK_FILE, exclusive_writer
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json, to_json
 
@@ -294,7 +295,7 @@ def claim_cache(folder: Path, manifest: CacheManifest) -> None:
 def claim_folder(
     path: Path, manifest: msgspec.Struct, *, what: str, option: str, ignored: Collection[str] = ()
 ) -> None:
-    """Write a manifest into a new folder, or check that the folder has the same one.
+    """Write a manifest into a new folder, or check that the folder has the same one; jobs may do so at once.
 
     Args:
         path: of the manifest in the folder.
@@ -308,26 +309,28 @@ def claim_folder(
     folder = path.parent
     if is_file(folder):
         raise UsageError(f"The output {folder} is a file; expected a folder.", hint=f"choose another {option}")
-    if is_file(path):
-        try:
-            existing = read_json(path, type(manifest))
-        except ConfigError as error:
+    if not is_file(path):
+        with exclusive_writer(folder, on_wait=lambda message: None, option=option):
+            if not is_file(path):
+                own = (LOCK_FILE, f".{path.name}.")  # the latter of a job that was killed
+                if any(not entry.name.startswith(own) for entry in folder.iterdir()):
+                    raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
+                with named_failures(folder, hint=f"choose another {option}"):
+                    write_bytes(path, to_json(manifest))
+    try:
+        existing = read_json(path, type(manifest))
+    except ConfigError as error:
+        raise UsageError(
+            f"{folder} is not {what} of this version of clip-rd-edge: {error}",
+            hint=f"choose another {option}, or delete it",
+        ) from error
+    for name in manifest.__struct_fields__:
+        actual, expected = getattr(existing, name), getattr(manifest, name)
+        if name not in ignored and actual != expected:
             raise UsageError(
-                f"{folder} is not {what} of this version of clip-rd-edge: {error}",
-                hint=f"choose another {option}, or delete it",
-            ) from error
-        for name in manifest.__struct_fields__:
-            actual, expected = getattr(existing, name), getattr(manifest, name)
-            if name not in ignored and actual != expected:
-                raise UsageError(
-                    f"{folder} is {what}, but its {name} is {actual}; expected {expected}.",
-                    hint=f"choose another {option}, or use the options that it was made with",
-                )
-    elif is_folder(folder) and any(folder.iterdir()):
-        raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
-    else:
-        with named_failures(folder, hint=f"choose another {option}"):
-            write_bytes(path, to_json(manifest))
+                f"{folder} is {what}, but its {name} is {actual}; expected {expected}.",
+                hint=f"choose another {option}, or use the options that it was made with",
+            )
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -6,8 +6,11 @@ import copy
 import io
 import shutil
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from clip_rd_edge.distillation.teachers import embedding_store, store_build
 from clip_rd_edge.distillation.teachers.embedding_store import (
     CacheManifest,
     caption_key,
+    claim_cache,
     image_shard,
     open_cache,
     text_shard,
@@ -38,6 +42,7 @@ from clip_rd_edge.distillation.teachers.embedding_store import (
 from clip_rd_edge.distillation.teachers.store_build import ShardMaker, ShardTask, build_cache, make_manifest
 from clip_rd_edge.distillation.teachers.teacher import CachedTeacher, CaptionCache, LiveTeacher, Teacher, ensemble_of
 from clip_rd_edge.errors import ConfigError, InputError, UsageError
+from clip_rd_edge.utils.structs import read_json
 
 VIEWS = 2
 
@@ -497,6 +502,40 @@ def test_a_cache_of_other_teacher_weights_is_rejected(setup: RunSetup, build: Ca
         setup.teachers[0].model.get_parameter("text.text_projection").add_(1e-3)
     with pytest.raises(UsageError, match="its teacher_sha256 is"):
         build()
+
+
+@pytest.mark.parametrize(("seed", "refused"), [(0, False), (1, True)])
+def test_of_two_jobs_that_begin_a_cache_at_once_the_second_shares_it_or_is_refused(
+    seed: int, refused: bool, setup: RunSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write, writing = tmp_path / "cache", embedding_store.write_bytes, threading.Event()
+    first = make_manifest(
+        setup.teachers[0], setup.pairs, crops=Crops(scale=(0.5, 1.0)), seed=0, views=VIEWS, precision="fp32"
+    )
+
+    def slow(path: Path, *content: bytes) -> None:
+        writing.set()
+        time.sleep(0.2)
+        write(path, *content)
+
+    monkeypatch.setattr(embedding_store, "write_bytes", slow)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(claim_cache, folder, first)
+        assert writing.wait(PATIENCE_S)
+        second = msgspec.structs.replace(first, seed=seed)
+        with pytest.raises(UsageError, match="its seed is 0; expected 1") if refused else nullcontext():
+            claim_cache(folder, second)
+        job.result()
+    assert read_json(folder / "manifest.json", CacheManifest) == first
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_cache_whose_first_job_was_killed_is_begun_again(config: RunConfig, build: Callable[..., None]) -> None:
+    folder = Path(str(config.teacher_cache))
+    folder.mkdir()
+    (folder / f".manifest.json.{'0' * 32}.tmp").touch()
+    build()
+    open_cache(folder)
 
 
 def test_a_run_with_a_cache_completes(config: RunConfig, tmp_path: Path) -> None:
