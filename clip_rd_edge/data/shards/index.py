@@ -31,7 +31,7 @@ from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
 INDEXING_STAGE = "indexing shards"
-_FORMAT = "2"  # increase when the same shards are indexed differently
+_FORMAT = "3"  # increase when the same shards are indexed differently
 _ROWS, _LEFT_OUT = "rows.bin", "left-out"
 _ROW = np.dtype([("image", "<i8"), ("caption", "<i8"), ("image_size", "<u4"), ("caption_size", "<u4"), ("kind", "u1")])
 _REINFORCED_ROW = np.dtype(

@@ -19,11 +19,13 @@ Kind = Literal["image", "text", "json", "class", "synthetic", "augmentations", "
 COLUMNS: dict[Kind, int] = {"image": 0, "text": 1, "json": 2, "class": 3}
 # Of reinforced samples, see `data.reinforced`: only shards that have such files have these columns.
 REINFORCED_COLUMNS: dict[Kind, int] = {"synthetic": 4, "augmentations": 5, "arrays": 6, "tensors": 7}
+# Of several images in a sample, the one whose suffix comes first here counts, as in open_clip.
+_COLUMN_OF_SUFFIX = {b"jpg": 0, b"png": 0, b"jpeg": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3}
 _REINFORCED_SUFFIXES = {b"syn.json": 4, b"paug.json": 5, b"npz": 6, b"pth.gz": 7}
-_COLUMN_OF_SUFFIX = {b"jpg": 0, b"jpeg": 0, b"png": 0, b"webp": 0, b"txt": 1, b"json": 2, b"cls": 3}
-_ALL_SUFFIXES = _COLUMN_OF_SUFFIX | _REINFORCED_SUFFIXES
+_COLUMNS = np.asarray([*_COLUMN_OF_SUFFIX.values(), *_REINFORCED_SUFFIXES.values()])
+_RANKS = {suffix: rank for rank, suffix in enumerate((*_COLUMN_OF_SUFFIX, *_REINFORCED_SUFFIXES))}
 _SUFFIXES = list(_COLUMN_OF_SUFFIX)
-_COLUMNS, _LENGTHS = np.asarray(list(_COLUMN_OF_SUFFIX.values())), np.asarray([len(suffix) for suffix in _SUFFIXES])
+_LENGTHS = np.asarray([len(suffix) for suffix in _SUFFIXES])
 _SUFFIX_BYTES = 4  # that tell suffixes of the same length apart
 _CODES = np.asarray([int.from_bytes(suffix, "little") for suffix in _SUFFIXES], np.uint32)
 _META = re.compile(rb"(?:.*/)?__[^/]*__(?:/|$|\.)")  # webdataset's metadata
@@ -46,7 +48,8 @@ class SampleGroups:
         self.last_is_in_sample = False
         self._count = 0
         self._names: list[npt.NDArray[np.bytes_]] = []
-        self._rows: list[npt.NDArray[np.int64]] = []  # sample, column, offset and size of files that count, (N, 4)
+        # Sample, rank of the suffix, offset and size of files that count, (N, 4).
+        self._rows: list[npt.NDArray[np.int64]] = []
         self._sample, self._suffixes = b"", set[bytes]()  # of the last sample
 
     def add_all(self, batches: Iterable[TarFiles]) -> None:
@@ -75,11 +78,13 @@ class SampleGroups:
 
     def locations(self) -> npt.NDArray[np.int64]:
         """Return offset and size in bytes of each kind of file, (G, K, 2); an offset of -1 means missing."""
-        rows = np.concatenate(self._rows)[::-1] if self._rows else np.empty((0, 4), np.int64)
-        is_reinforced = (rows[:, 1] >= len(COLUMNS)).any()
+        rows = np.concatenate(self._rows) if self._rows else np.empty((0, 4), np.int64)
+        is_reinforced = (rows[:, 1] >= len(_COLUMN_OF_SUFFIX)).any()
         columns = len(COLUMNS) + (len(REINFORCED_COLUMNS) if is_reinforced else 0)
         locations = np.full((self._count, columns, 2), (-1, 0), np.int64)
-        locations[rows[:, 0], rows[:, 1]] = rows[:, 2:]  # in reverse, so that the first of several images stays
+        for rank in np.unique(rows[:, 1])[::-1]:  # so that of several images, the one that counts stays
+            files = rows[rows[:, 1] == rank]
+            locations[files[:, 0], _COLUMNS[rank]] = files[:, 2:]
         return locations
 
     def __len__(self) -> int:
@@ -116,8 +121,8 @@ class SampleGroups:
                 self._sample, self._suffixes = sample, {suffix}
             else:
                 self._suffixes.add(suffix)
-            if suffix in _ALL_SUFFIXES:
-                rows.append((self._count - 1, _ALL_SUFFIXES[suffix], offset, size))
+            if suffix in _RANKS:
+                rows.append((self._count - 1, _RANKS[suffix], offset, size))
         self._keep(np.asarray(names, np.bytes_), np.asarray(rows, np.int64).reshape(-1, 4))
 
     def _add_usual(self, files: TarFiles, start: int) -> bool:
@@ -151,7 +156,7 @@ class SampleGroups:
         if np.bincount(sample * len(_SUFFIXES) + kind).max() > 1:  # a repeated suffix
             return False
         first = np.flatnonzero(begins)
-        rows = np.stack([sample + self._count, _COLUMNS[kind], files.offsets[start:], files.sizes[start:]], axis=1)
+        rows = np.stack([sample + self._count, kind, files.offsets[start:], files.sizes[start:]], axis=1)
         self._keep(stems[first], rows)
         self._count += len(first)
         self._sample = bytes(self._names[-1][-1])

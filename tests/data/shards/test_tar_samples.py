@@ -44,8 +44,8 @@ def image_locations(names: Sequence[str]) -> list[list[int]]:
 
 def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location]], bool]:
     """The rules once more, written for reading."""
-    columns = {"jpg": 0, "jpeg": 0, "png": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
-    samples: list[tuple[str, set[str], dict[int, Location]]] = []
+    columns = {"jpg": 0, "png": 0, "jpeg": 0, "webp": 0, "txt": 1, "json": 2, "cls": 3}
+    samples: list[tuple[str, set[str], dict[str, Location]]] = []
     is_in_sample = False
     for number, name in enumerate(names):
         folder, slash, file = name.rpartition("/")
@@ -59,9 +59,13 @@ def expected(names: Sequence[str]) -> tuple[list[bytes], list[dict[int, Location
         if not samples or samples[-1][0] != sample or suffix in samples[-1][1]:
             samples.append((sample, set(), {}))
         samples[-1][1].add(suffix)
-        if suffix in columns:
-            samples[-1][2].setdefault(columns[suffix], (10 * number, 10 * number + 1))
-    return [name.encode() for name, _, _ in samples], [locations for _, _, locations in samples], is_in_sample
+        samples[-1][2][suffix] = (10 * number, 10 * number + 1)
+    # Of several images, the first in the order of `columns` counts.
+    locations = [
+        {column: sample[suffix] for suffix, column in reversed(columns.items()) if suffix in sample}
+        for _, _, sample in samples
+    ]
+    return [name.encode() for name, _, _ in samples], locations, is_in_sample
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5], ids=["usual", "few unusual", "many unusual"])
@@ -113,3 +117,9 @@ def test_no_files_make_no_samples() -> None:
     groups = SampleGroups()
     groups.add(files_of([]))
     assert (len(groups), len(groups.names(0)), groups.locations().shape) == (0, 0, (0, len(COLUMNS), 2))
+
+
+def test_of_several_images_in_a_sample_the_one_that_open_clip_takes_counts() -> None:
+    names = ("a.webp", "a.png", "a.jpg", "a.txt", "b.jpeg", "b.txt", "b.png", "c.webp", "c.jpeg")
+    assert image_locations(names) == [[20, 21], [60, 61], [80, 81]]
+    assert [sample[0] for sample in grouped(names, [len(names)])[1]] == [(20, 21), (60, 61), (80, 81)]
