@@ -41,9 +41,19 @@ def publish(record: Any, table: str, arguments: argparse.Namespace) -> None:
         write_between_markers(arguments.readme, arguments.marker, table)
 
 
+def print_record(record: Any, output: Path | None) -> None:
+    """Print a record, a dict or a struct, as JSON, and write it to `output` if that is given."""
+    print(_as_json(record))
+    if output:
+        write_record(record, output)
+
+
 def write_record(record: Any, path: Path) -> None:
     """Write a record, a dict or a struct, as JSON."""
     from clip_rd_edge.utils.files import write_text
 
-    content = record if isinstance(record, dict) else msgspec.to_builtins(record)
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _as_json(record) + "\n")
+
+
+def _as_json(record: Any) -> str:
+    return json.dumps(msgspec.to_builtins(record), indent=2, ensure_ascii=False)

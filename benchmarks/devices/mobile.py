@@ -18,7 +18,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.publishing import here_and_now
 from clip_rd_edge.benchmarking.formatting import markdown_table
 from clip_rd_edge.benchmarking.report.text import write_between_markers
 from clip_rd_edge.contract.bundle import Tower
@@ -50,7 +50,6 @@ from clip_rd_edge.runtime.backends.litert import open_litert
 from clip_rd_edge.runtime.backends.session import open_session
 from clip_rd_edge.runtime.load import load
 from clip_rd_edge.utils.files import size_bytes, write_bytes
-from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.structs import to_json
 
 TOWER = Tower(file="image.onnx", input_name=IMAGE_INPUT, output_name=IMAGE_OUTPUT, precision="fp32")
@@ -249,8 +248,7 @@ def main() -> None:
     if args.bundles:
         bundles = compare_bundles(args.bundles)
     results = Results(
-        machine=machine_name(),
-        date=date.today().isoformat(),
+        **here_and_now(),
         format=args.format,
         rows=(*rows.values(),),
         bundles=bundles,

@@ -25,12 +25,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.publishing import here_and_now
 from clip_rd_edge.utils.files import write_text
-from clip_rd_edge.utils.host import machine_name
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "tests" / "corpus"
@@ -255,8 +254,7 @@ def run_all(kinds: Sequence[str], *, torch: bool, large: bool = True) -> list[Ou
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return the figures to publish."""
     return {
-        "machine": machine_name(),
-        "date": date.today().isoformat(),
+        **here_and_now(),
         "runs": len(outcomes),
         "files": len({(outcome.kind, outcome.file) for outcome in outcomes}),
         "answers": sum(outcome.code == 0 for outcome in outcomes),

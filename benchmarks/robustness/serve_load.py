@@ -26,17 +26,16 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.publishing import here_and_now, print_record
 from clip_rd_edge.contract.bundle import is_bundle
 from clip_rd_edge.runtime.encoder import BundleEncoder
 from clip_rd_edge.runtime.load import load
-from clip_rd_edge.utils.host import machine_name
 
 MAX_BATCH = 16
 ROUNDS = 3
@@ -211,18 +210,15 @@ def main() -> None:
         results = [measure(bundle, kind, options) for kind in options.kind or ("image", "text")]
     summary = {
         "model": name,
-        "machine": machine_name(),
+        **here_and_now(),
         "load_average": [round(value, 1) for value in load_average],  # of the machine before the run: its other work
-        "date": date.today().isoformat(),
         "seconds": options.seconds,
         "clients": options.clients,
         "threads": options.threads,
         "edge": options.edge,
         "results": results,
     }
-    print(json.dumps(summary, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(summary, indent=2) + "\n")
+    print_record(summary, options.json)
 
 
 if __name__ == "__main__":

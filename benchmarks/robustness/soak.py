@@ -32,14 +32,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.publishing import here_and_now, print_record
 from benchmarks.robustness.faults import make_bundle
 from benchmarks.robustness.serve_load import leaving_client, requests_of, slow_client
-from clip_rd_edge.utils.files import write_text
-from clip_rd_edge.utils.host import machine_name
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = ROOT / "tests" / "corpus" / "requests"
@@ -368,12 +366,9 @@ def main() -> int:
             figures = soak_servers(options.seconds, scratch)
         else:
             figures = soak_training(options.seconds, scratch, every=options.every, steps=options.steps)
-    about = {"machine": machine_name(), "date": date.today().isoformat(), "seconds": options.seconds}
+    about = {**here_and_now(), "seconds": options.seconds}
     loads = {"load_average": [round(load, 1), round(os.getloadavg()[0], 1)]}  # of the machine, before and after
-    text = json.dumps({**about, **loads, **figures}, indent=2)
-    print(text)
-    if options.output:
-        write_text(options.output, text + "\n")
+    print_record({**about, **loads, **figures}, options.output)
     return 0
 
 

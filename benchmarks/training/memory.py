@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import resource
 import statistics
 import time
 from contextlib import nullcontext
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.publishing import here_and_now, print_record
 from benchmarks.training.steps import definitions
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
@@ -31,7 +30,6 @@ from clip_rd_edge.distillation.step import StepSettings, TrainingStep
 from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.student import build_student, student_config
-from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.memory import FREED_MEMORY_KEPT
 
 WAYS = ("kept", "left to the C library")
@@ -101,11 +99,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     rows = [compare(name, arguments) for name in arguments.students]
-    result = {"machine": machine_name(), "date": date.today().isoformat(), "students": rows}
-    text = json.dumps(result, indent=1)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print_record({**here_and_now(), "students": rows}, arguments.output)
 
 
 if __name__ == "__main__":

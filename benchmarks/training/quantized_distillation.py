@@ -11,7 +11,6 @@ the image tower.
 from __future__ import annotations
 
 import argparse
-import datetime
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import msgspec
 import numpy as np
 import onnx
 
+from benchmarks.publishing import here_and_now, print_record
 from clip_rd_edge.contract.checkpoint import DISTILLATION_FILE, model_folder, was_quantized_in_training
 from clip_rd_edge.contract.encoder import Embeddings, label_embeddings
 from clip_rd_edge.contract.images import open_image
@@ -37,7 +37,6 @@ from clip_rd_edge.exporters.onnx import export_image_tower
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.runtime.backends.session import open_session
-from clip_rd_edge.utils.host import machine_name
 from clip_rd_edge.utils.structs import read_json
 
 SPLITS = ("unseen style", "unseen concepts")
@@ -144,14 +143,12 @@ def main() -> None:
         rows.append(row(name, StudentVersions(run, tasks), original, images))
         print(msgspec.json.encode(rows[-1]).decode())
     result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine_name(),
+        **here_and_now(),
         "student": original.trunk,
         "images": images,
         "rows": rows,
     }
-    args.output.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    print(args.output.read_text())
+    print_record(result, args.output)
 
 
 if __name__ == "__main__":

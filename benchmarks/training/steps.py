@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ import torch
 from open_clip import SimpleTokenizer
 from timm.data import ImageNetInfo
 
+from benchmarks.publishing import here_and_now, print_record
 from clip_rd_edge.distillation import depthwise
 from clip_rd_edge.distillation.batches.loader import Batch
 from clip_rd_edge.distillation.config import load_recipe
@@ -39,7 +38,6 @@ from clip_rd_edge.losses.objective import Objective
 from clip_rd_edge.models.clip import TextTower, default_device, to_device
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.captions import CaptionTower
-from clip_rd_edge.utils.host import machine_name
 
 
 def definitions() -> list[str]:
@@ -112,16 +110,12 @@ def main() -> None:
     lengths = SimpleTokenizer()(captions).argmax(dim=1) + 1
     rows = [compare(name, captions, arguments) for name in arguments.students]
     result = {
-        "machine": machine_name(),
-        "date": date.today().isoformat(),
+        **here_and_now(),
         "way": arguments.way,
         "tokens": {str(q): float(np.percentile(lengths, q)) for q in (5, 50, 95, 100)},
         "students": rows,
     }
-    text = json.dumps(result, indent=1)
-    if arguments.output:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    print_record(result, arguments.output)
 
 
 if __name__ == "__main__":
