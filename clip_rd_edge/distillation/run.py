@@ -4,9 +4,9 @@ config.yaml      the resolved configuration
 inputs.json      fingerprints of data and teacher
 metrics.jsonl    one line per logged step
 checkpoints/     the complete state, for --resume
-student/         the trained model, an open_clip local-dir; written last, so a run without it is unfinished
+student/         the trained model, an open_clip local-dir; a run without it is unfinished
 best/            the best student by the run's own evaluations, if there were any
-report/          plots
+report/          plots, drawn once the student is saved
 tensorboard/     the same metrics for TensorBoard, if requested; see also trackers.py
 """
 
@@ -74,7 +74,14 @@ from clip_rd_edge.distillation.teachers.teacher import (
     Teacher,
 )
 from clip_rd_edge.distillation.train import caption_batch, prepare, step_settings, total_steps, train
-from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InterruptedRunError, UsageError
+from clip_rd_edge.errors import (
+    ClipRdEdgeError,
+    ConfigError,
+    DiskFullError,
+    InterruptedRunError,
+    UsageError,
+    in_one_line,
+)
 from clip_rd_edge.models.clip import to_device
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
@@ -283,9 +290,13 @@ def _run(
                 reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
         setup = dataclasses.replace(setup, student=student)
         with named_divergence(run):
-            plot_run(run, run / REPORT_FOLDER, histogram_embeddings(config, setup))
+            embeddings = histogram_embeddings(config, setup)
         record = {**provenance(config, setup, steps=steps), "evaluation": evaluation}
         save_clip(run / STUDENT_FOLDER, student, provenance=record)
+        try:
+            plot_run(run, run / REPORT_FOLDER, embeddings)
+        except Exception as error:  # noqa: BLE001 - the student is there; a run must not end by its plots
+            reporter.say(f"the plots in {run / REPORT_FOLDER} could not be drawn: {in_one_line(error)}")
     return run / STUDENT_FOLDER
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX
+from clip_rd_edge.distillation.monitoring.plots import verbatim
 from clip_rd_edge.evidence.results import Curve, Evidence, runs_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def learning_curves(evidence: Evidence, *, measure: str) -> bytes:
     for row, name in enumerate(names):
         for column, student in enumerate(evidence.suite.students):
             axes = grid[row][column]
-            axes.set_title(f"{student}: {name.removeprefix(EVALUATION_PREFIX)}", fontsize=9)
+            axes.set_title(verbatim(f"{student}: {name.removeprefix(EVALUATION_PREFIX)}"), fontsize=9)
             _plot_methods(axes, evidence, student, [name], factor=100)
         # Applies to the whole row. It stops autoscaling of the upper limit, so it must come after the last curve.
         grid[row][0].set_ylim(bottom=0)
@@ -42,7 +43,7 @@ def geometry_curves(evidence: Evidence) -> bytes:
     for row, (kind, title) in enumerate(GEOMETRY.items()):
         for column, student in enumerate(evidence.suite.students):
             axes = grid[row][column]
-            axes.set_title(f"{student}: {title}", fontsize=9)
+            axes.set_title(verbatim(f"{student}: {title}"), fontsize=9)
             _plot_methods(axes, evidence, student, _curve_names("student", kind))
             _plot_teacher(axes, evidence, student, _curve_names("teacher", kind))
     return _png(figure, grid)
@@ -62,7 +63,7 @@ def _plot_methods(axes: Axes, evidence: Evidence, student: str, names: Sequence[
         colour = COLOURS[number % len(COLOURS)]
         steps, values = _at_common_steps(curves)
         values *= factor
-        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.3, label=method.name)
+        axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.3, label=verbatim(method.name))
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
 
 

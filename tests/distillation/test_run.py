@@ -81,6 +81,19 @@ def test_a_run_writes_metrics_provenance_and_plots(config: RunConfig, tmp_path: 
     assert {path.name for path in (tmp_path / "run" / "report").iterdir()} >= {"losses.png", "geometry.png"}
 
 
+def test_plots_that_cannot_be_drawn_cost_no_student(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no font was found")
+
+    monkeypatch.setattr("clip_rd_edge.distillation.run.plot_run", fail)
+    watch = Watch()
+    student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
+    load_clip(f"local-dir:{student}")
+    assert watch.said[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
+
+
 @pytest.mark.parametrize("stop_after", [2, 5])
 def test_a_killed_run_resumes_to_the_same_weights(config: RunConfig, tmp_path: Path, stop_after: int) -> None:
     uninterrupted = distil(config, tmp_path / "uninterrupted")

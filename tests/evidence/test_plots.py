@@ -9,6 +9,15 @@ from clip_rd_edge.evidence.results import Curve
 from .conftest import Make
 
 
+def test_the_name_of_a_task_is_no_formula(make: Make) -> None:
+    evidence = make({("none", 0): 4})
+    curves = {f"evaluation/{task}": Curve(steps=(1, 2), values=(0.1, 0.2)) for task in ("100$%$", "emoji")}
+    evidence = msgspec.structs.replace(
+        evidence, runs=tuple(msgspec.structs.replace(run, curves=curves) for run in evidence.runs)
+    )
+    assert plots.learning_curves(evidence, measure="top-1").startswith(b"\x89PNG")
+
+
 def test_seeds_are_averaged_where_all_have_a_point(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = make({("none", 0): 4, ("none", 1): 3})
     whole, gaps = evidence.runs

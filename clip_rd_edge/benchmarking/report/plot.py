@@ -216,7 +216,12 @@ def draw(results: Results, *, file_format: Literal["png", "svg"], palette: Palet
     from matplotlib.figure import Figure
 
     texts = [heading(rows[0][1].task), *(row.label for row, _ in rows)]
-    settings = {"font.size": 10, "font.family": ["sans-serif", *_further_fonts(texts)], "svg.hashsalt": "clip-rd-edge"}
+    settings = {
+        "font.size": 10,
+        "font.family": ["sans-serif", *_further_fonts(texts)],
+        "svg.hashsalt": "clip-rd-edge",
+        "text.parse_math": False,  # a name with two dollar signs is no formula
+    }
     with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # no installed font has it
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained", facecolor=palette.ground)

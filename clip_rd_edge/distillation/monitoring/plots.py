@@ -71,7 +71,9 @@ def _plot_evaluations(lines: list[dict[str, Any]], path: Path) -> None:
     with _figure(path, 1, "Accuracy over training") as (axis,):
         for name in names:
             steps, values = _series(lines, name)
-            axis.plot(steps, 100 * values, marker="o", markersize=3, label=name.removeprefix(EVALUATION_PREFIX))
+            axis.plot(
+                steps, 100 * values, marker="o", markersize=3, label=verbatim(name.removeprefix(EVALUATION_PREFIX))
+            )
         axis.set_ylabel("%")
         axis.legend(frameon=False, fontsize=9)
 
@@ -100,10 +102,15 @@ def plot_average(weights: Sequence[float], scores: Mapping[str, Sequence[float]]
     """
     with _figure(path, 1, "Accuracy between two models", xlabel="weight of the second model") as (axis,):
         for name, values in scores.items():
-            axis.plot(weights, [100 * value for value in values], marker="o", markersize=3, label=name)
+            axis.plot(weights, [100 * value for value in values], marker="o", markersize=3, label=verbatim(name))
         axis.axvline(chosen, color=NEUTRAL_COLOUR, linewidth=1, linestyle="--")
         axis.set_ylabel("%")
         axis.legend(frameon=False, fontsize=9)
+
+
+def verbatim(name: str) -> str:
+    """Return a name as matplotlib takes it to draw just that: a text with two dollar signs would be a formula."""
+    return name.replace("$", r"\$")
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

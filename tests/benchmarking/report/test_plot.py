@@ -73,6 +73,13 @@ def test_labels_of_nearby_dots_do_not_overlap() -> None:
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
+def test_a_label_with_dollar_signs_is_no_formula(results: Results) -> None:
+    rows = tuple(msgspec.structs.replace(row, label=f"100$%$ {row.label}") for row in results.rows)
+    svg = draw(msgspec.structs.replace(results, rows=rows), file_format="svg")
+    assert svg is not None
+    assert b"<!-- 100$%$ Teacher -->" in svg  # which matplotlib writes beside the outlines of a text
+
+
 def test_names_that_do_not_fit_give_way_to_numbers_with_a_key(results: Results) -> None:
     def texts(results: Results) -> list[str]:
         svg = draw(results, file_format="svg")
