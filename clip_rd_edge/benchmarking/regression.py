@@ -59,7 +59,8 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     """All changes between two runs.
 
     Attributes:
-        lost: rows that are missing from the new run, with the reason; each counts as a regression.
+        lost: rows and tasks that are missing from the new run, with the reason; each counts as a regression.
+        uncompared: tasks of both runs on which the accuracy of a row could not be compared.
         remarks: what was not compared, and caveats about the rest.
         regressions: total number of regressions.
     """
@@ -67,6 +68,7 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     latencies: tuple[LatencyChange, ...]
     accuracies: tuple[AccuracyChange, ...]
     lost: dict[str, str]
+    uncompared: tuple[str, ...]
     remarks: tuple[str, ...]
     regressions: int
 
@@ -84,21 +86,22 @@ def compare_runs(old: Results, new: Results) -> Changes:
             f"The two results have no model in common: {_labels(old)} and {_labels(new)}.",
             hint="compare two runs of the same suite",
         )
-    reasons = {row.label: row.reason for row in new.skipped}
-    lost = {
-        row.label: reasons.get(row.label, "It is not in the suite.") for row in old.rows if row.label not in new_rows
-    }
+    old_tasks, new_tasks = (list(dict.fromkeys(s.task for row in run.rows for s in row.scores)) for run in (old, new))
+    lost = {row.label: "It is not in the suite." for row in old.rows if row.label not in new_rows}
+    lost |= {task: "The suite has no task of this name." for task in old_tasks if task not in new_tasks}
+    reasons = {row.label: row.reason for row in new.skipped} | {task.name: task.reason for task in new.missing}
+    lost = {name: reasons.get(name, reason) for name, reason in lost.items()}
     obstacles = _latency_obstacles(old, new)
     on_another_gpu = _on_another_gpu(old, new, pairs)
     remarks = [*obstacles, *_package_remarks(old, new), *([] if obstacles else _machine_remarks(old, new))]
     accuracies = _accuracy_changes(pairs)
-    compared_rows = {change.row for change in accuracies}
-    if unpaired := [row.label for row, _ in pairs if row.label not in compared_rows]:
-        remarks.append(f"Accuracy is not compared: no task has the same examples in both runs: {', '.join(unpaired)}.")
+    compared = {(change.row, change.task) for change in accuracies}
+    uncompared = [
+        task for task in old_tasks if task in new_tasks and any((row.label, task) not in compared for row, _ in pairs)
+    ]
     remarks += [
-        f"Accuracy on {task} is not compared: the new result lacks it, or has other examples."
-        for task in dict.fromkeys(answers.task for row, _ in pairs for answers in row.correctness)
-        if accuracies and task not in {change.task for change in accuracies}
+        f"Accuracy on {task} is not compared: the two runs have other images, labels or captions of it."
+        for task in uncompared
     ]
     if on_another_gpu and not obstacles:
         gpus = " and ".join(run.environment.accelerator or "none that is known" for run in (old, new))
@@ -114,6 +117,7 @@ def compare_runs(old: Results, new: Results) -> Changes:
         latencies=latencies,
         accuracies=accuracies,
         lost=lost,
+        uncompared=tuple(uncompared),
         remarks=tuple(remarks),
         regressions=len(lost) + [change.verdict for change in latencies + accuracies].count("regression"),
     )

@@ -54,7 +54,7 @@ def _suites() -> list[str]:
 @_comparison(
     "--compare", "compared", nargs=2, metavar="OLD NEW", type=PathName(),
     help="Compare two results (files or folders); exit code 1 if there is a regression, 3 if there is none but "
-    "latencies could not be compared.  [default: off]",
+    "accuracies or latencies could not be compared.  [default: off]",
 )  # fmt: skip
 @_comparison("--allow-busy", is_flag=True, help="With --compare: exit with 0 if only latencies could not be compared.")
 @_comparison("--json", "as_json", is_flag=True, help="With --compare: print JSON instead of tables.")
@@ -112,8 +112,7 @@ def command(
     from clip_rd_edge.benchmarking.results import is_results
 
     if compared is not None:
-        code = _compare(*compared, as_json=as_json)
-        sys.exit(0 if code == NOT_COMPARED and allow_busy else code)
+        sys.exit(_compare(*compared, allow_busy=allow_busy, as_json=as_json))
     required = budget_ms is not None or min_accuracy is not None
     if suite is not None and output is None and required and is_results(Path(suite)):
         echo(edge.recommend(suite, budget_ms=budget_ms, min_accuracy=min_accuracy), prose=True)
@@ -148,10 +147,11 @@ def command(
     say(f"The report is {output / 'report.html'}")
 
 
-def _compare(old: Path, new: Path, *, as_json: bool) -> int:
+def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
     """Print the comparison of two results; return the exit code.
 
-    It is 1 if there is a regression, else NOT_COMPARED if there is none in accuracy and latencies were not compared.
+    It is 1 if there is a regression, else NOT_COMPARED if the accuracy on a task was not compared, or latencies were
+    not and `allow_busy` is false.
 
     Raises:
         InputError, ConfigError: a result is missing or damaged, or the two have no model in common.
@@ -163,27 +163,39 @@ def _compare(old: Path, new: Path, *, as_json: bool) -> int:
     changes = edge.compare(old, new)
     if as_json:
         echo(to_json(changes), nl=False)
-        return _exit_code(changes)
+        return _exit_code(changes, allow_busy=allow_busy)
     if changes.latencies:
         print_table(_latency_table(changes))
     if changed := [change for change in changes.accuracies if change.verdict != "same"]:
         print_table(_accuracy_table(changed))
     if same := len(changes.accuracies) - len(changed):
         echo(f"{same} of {len(changes.accuracies)} accuracies are identical, question by question.")
-    for label, reason in changes.lost.items():
-        echo(f"{label} is missing in the new result: {reason}")
+    for name, reason in changes.lost.items():
+        echo(f"{name} is missing in the new result: {reason}")
     for remark in changes.remarks:
         say(remark)
     count = changes.regressions
     if count:
         echo(f"{count} regression{'s' if count > 1 else ''}.")
     else:
-        echo("No regression." if changes.latencies else "No regression in accuracy; latencies were not compared.")
-    return _exit_code(changes)
+        echo(_without_regression(changes))
+    return _exit_code(changes, allow_busy=allow_busy)
 
 
-def _exit_code(changes: Changes) -> int:
-    return 1 if changes.regressions else 0 if changes.latencies else NOT_COMPARED
+def _without_regression(changes: Changes) -> str:
+    """Say that there is no regression, as far as something was compared."""
+    compared = ["accuracy"] * bool(changes.accuracies) + ["latency"] * bool(changes.latencies)
+    gaps = [f"accuracy on {task}" for task in changes.uncompared] + ["latencies"] * (not changes.latencies)
+    if not gaps:
+        return "No regression."
+    verdict = f"No regression in {' and '.join(compared)}" if compared else "Nothing was compared"
+    return f"{verdict}; not compared: {', '.join(gaps)}."
+
+
+def _exit_code(changes: Changes, *, allow_busy: bool) -> int:
+    if changes.regressions:
+        return 1
+    return NOT_COMPARED if changes.uncompared or not (changes.latencies or allow_busy) else 0
 
 
 def _latency_table(changes: Changes) -> Table:

@@ -15,7 +15,7 @@ from clip_rd_edge.benchmarking import latency
 from clip_rd_edge.benchmarking.latency import Latencies
 from clip_rd_edge.benchmarking.regression import Changes, compare_runs
 from clip_rd_edge.benchmarking.report import method
-from clip_rd_edge.benchmarking.results import Results, SkippedRow
+from clip_rd_edge.benchmarking.results import MissingTask, Results, SkippedRow
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils import timing
 
@@ -185,8 +185,8 @@ def test_answers_to_other_examples_are_not_compared(results: Results, other: str
         for row in results.rows
     )
     changes = compare_runs(results, msgspec.structs.replace(results, rows=rows))
-    assert changes.accuracies == ()
-    assert "no task has the same examples in both runs: Teacher, Alone" in " ".join(changes.remarks)
+    assert (changes.accuracies, changes.uncompared, changes.regressions) == ((), ("task",), 0)
+    assert "Accuracy on task is not compared: the two runs have other images" in " ".join(changes.remarks)
 
 
 def test_a_lost_model_is_a_regression(results: Results) -> None:
@@ -203,7 +203,8 @@ def test_answers_of_a_version_that_recorded_no_images_are_compared(results: Resu
         for row in results.rows
     )
     old = msgspec.structs.replace(results, rows=rows)
-    assert len(compare_runs(old, results).accuracies) == len(results.rows)
+    changes = compare_runs(old, results)
+    assert (len(changes.accuracies), changes.uncompared) == (len(results.rows), ())
 
 
 def test_latencies_are_not_compared_across_machines_or_with_old_results(results: Results) -> None:
@@ -302,12 +303,36 @@ def test_runs_without_a_common_model_are_an_error(results: Results) -> None:
         compare_runs(results, msgspec.structs.replace(results, rows=renamed))
 
 
-def test_a_task_that_the_new_run_lacks_is_named(results: Results) -> None:
-    def with_two_tasks(row: Any) -> Any:
-        (answers,) = row.correctness
-        return msgspec.structs.replace(row, correctness=(answers, msgspec.structs.replace(answers, task="flowers")))
+@pytest.fixture
+def with_two_tasks(results: Results) -> Results:
+    """The results with a second task, `flowers`."""
 
-    old = msgspec.structs.replace(results, rows=tuple(map(with_two_tasks, results.rows)))
-    remark = "Accuracy on flowers is not compared: the new result lacks it, or has other examples."
-    assert remark in compare_runs(old, results).remarks
-    assert not any("flowers" in remark for remark in compare_runs(old, old).remarks)
+    def twice(row: Any, name: str) -> Any:
+        (one,) = getattr(row, name)
+        return one, msgspec.structs.replace(one, task="flowers")
+
+    rows = tuple(
+        msgspec.structs.replace(row, scores=twice(row, "scores"), correctness=twice(row, "correctness"))
+        for row in results.rows
+    )
+    return msgspec.structs.replace(results, rows=rows)
+
+
+def test_a_lost_task_is_a_regression(results: Results, with_two_tasks: Results) -> None:
+    changes = compare_runs(with_two_tasks, results)
+    assert (changes.lost, changes.regressions) == ({"flowers": "The suite has no task of this name."}, 1)
+    missing = (MissingTask(name="flowers", reason="There is no folder flowers."),)
+    changes = compare_runs(with_two_tasks, msgspec.structs.replace(results, missing=missing))
+    assert changes.lost == {"flowers": "There is no folder flowers."}
+    changes = compare_runs(results, with_two_tasks)
+    assert (changes.lost, changes.uncompared, changes.regressions) == ({}, (), 0)
+
+
+def test_one_of_two_tasks_with_other_images_is_not_compared(with_two_tasks: Results) -> None:
+    rows = [
+        msgspec.structs.replace(row, correctness=(first, msgspec.structs.replace(second, images="others")))
+        for row in with_two_tasks.rows
+        for first, second in [row.correctness]
+    ]
+    changes = compare_runs(with_two_tasks, msgspec.structs.replace(with_two_tasks, rows=tuple(rows)))
+    assert (changes.uncompared, {change.task for change in changes.accuracies}) == (("flowers",), {"task"})

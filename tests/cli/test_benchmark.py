@@ -224,13 +224,37 @@ def test_compare_reports_changes(run: Any, suite: Path, tmp_path: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["regressions"] == 1
     path.write_text(json.dumps(quiet | {"other_load": 0.9}))
     assert run("benchmark", "--compare", str(path), str(path)) == 3
-    assert "latencies were not compared" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("No regression in accuracy; not compared: latencies.\n")
     assert run("benchmark", "--compare", str(path), str(path), "--allow-busy") == 0
     capsys.readouterr()
     assert run("benchmark", str(output), "--min-accuracy", "0") == 0  # from the finished report
     assert capsys.readouterr().out.startswith("For at least 0.0 % top-1")
     assert run("benchmark", str(output), "--budget-ms", "1e6") == 0
     assert capsys.readouterr().out.startswith("For at most 1e+06 ms from image file to answer")
+
+
+def test_accuracies_that_cannot_be_compared_do_not_pass(run: Any, suite: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "report"
+    assert run("benchmark", str(suite), "-o", str(output)) == 0
+    old = json.loads((output / "results.json").read_text()) | {"other_load": 0.9}
+    for name, key, changes, code, last in (
+        (
+            "renewed",
+            "marks",
+            {"images": "others"},
+            3,
+            "Nothing was compared; not compared: accuracy on task, latencies.",
+        ),
+        ("lost", "scores", {"task": "another"}, 1, "1 regression."),
+    ):
+        new = json.loads(json.dumps(old))
+        new["rows"][0][key][0] |= changes
+        for stem, content in (("old", old), (name, new)):
+            (tmp_path / f"{stem}.json").write_text(json.dumps(content))
+        capsys.readouterr()
+        comparison = ("--compare", str(tmp_path / "old.json"), str(tmp_path / f"{name}.json"))
+        assert run("benchmark", *comparison, "--allow-busy") == code
+        assert capsys.readouterr().out.endswith(f"{last}\n")
 
 
 def test_compare_refuses_a_damaged_result(run: Any, tmp_path: Path, capsys: Any) -> None:
