@@ -267,7 +267,8 @@ def _plan_export(options: ExportOptions, target: str | None) -> ExportPlan:
         via=via,
         preprocess_in_graph=options.get("preprocess_in_graph", False),
         budget=budget,
-        weight_bits=resolved.weight_bits,
+        # The other layouts cannot name the processors that a file is for.
+        weight_bits=resolved.weight_bits if layout == "bundle" else 7,
         fallback=options.get("fallback"),
         labels=None if labels is None else tuple(labels),
         text_tower=options.get("text_tower", True),

@@ -62,6 +62,16 @@ def test_an_option_that_a_layout_does_not_take_is_refused(options: Any, message:
         plan_exports(options)
 
 
+@pytest.mark.parametrize("target", ["cpu-x86-vnni", "cpu-arm", "android"])
+def test_weights_that_some_processors_saturate_are_in_bundles_alone(target: str) -> None:
+    bits = {
+        layout: plan.request.weight_bits
+        for layout in ("bundle", "huggingface", "immich")
+        for plan in plan_exports({"target": target, "layout": layout})
+    }
+    assert bits == {"bundle": 8, "huggingface": 7, "immich": 7}
+
+
 @pytest.mark.parametrize(("target", "title"), [("openvino", "OpenVINO"), ("cpu-x86,executorch", "")])
 def test_a_fallback_that_the_format_does_not_support_is_refused(target: str, title: str) -> None:
     options: Any = {"target": target, "precision": "int8", "fallback": "fp16"}
