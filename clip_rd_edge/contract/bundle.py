@@ -39,7 +39,8 @@ FORMAT_VERSION, VERSION_WITHOUT_TEXT = 1, 2
 MANIFEST, IMAGE_MODEL, TEXT_MODEL = "manifest.json", "image.onnx", "text.onnx"
 TOKENIZER = "tokenizer.json"
 # `x86-64`: any of them; `x86-64-vnni`: with AVX-VNNI, AVX512-VNNI or AMX; `aarch64`; `wasm32`: in a browser.
-INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", "wasm32")
+WASM = "wasm32"
+INSTRUCTION_SETS = ("x86-64", "x86-64-vnni", "aarch64", WASM)
 LABELS = "labels.npz"
 ENGINE_SUFFIX = ".engine"  # replaces .onnx in the name of a TensorRT engine
 EXTERNAL_DATA_SUFFIX = ".data"  # added to the name of an ONNX file whose weights are in a file of their own

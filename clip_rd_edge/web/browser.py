@@ -24,6 +24,7 @@ from clip_rd_edge.contract.bundle import (
     LABELS,
     MANIFEST,
     TOKENIZER,
+    WASM,
     Manifest,
     damaged_files,
     read_manifest,
@@ -176,7 +177,7 @@ _HERE = Path(__file__).parent
 PAGE, ALONE = _HERE / "page", _HERE / "alone"
 BUNDLE, NPM, SIZES = "bundle", "npm", "sizes.json"
 _TOKENIZERS = ("BPE", "WordPiece", "Unigram")  # the types that @huggingface/tokenizers supports
-_WASM = "ort-wasm-simd-threaded.wasm"
+_RUNTIME = "ort-wasm-simd-threaded.wasm"
 
 
 def write_browser(bundle: Path, output: Path, *, node_modules: Path | None = None, overwrite: bool = False) -> Manifest:
@@ -235,6 +236,12 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
             hint="export it without --preprocess-in-graph",
         )
     require_whole_towers(bundle, manifest, purpose="a browser")
+    for tower in manifest.towers.values():
+        if (sets := tower.instruction_sets) and WASM not in sets:
+            raise UsageError(
+                f"{bundle / tower.file} has INT8 for {' and '.join(sets)}, which a browser may get wrong.",
+                hint="export the model that it was made from, with --target browser --precision int8",
+            )
     if manifest.text is None:
         if LABELS not in manifest.files:
             raise UsageError(
@@ -251,7 +258,10 @@ def _require_supported(bundle: Path, manifest: Manifest) -> None:
 
 def _sizes(folder: Path, manifest: Manifest) -> dict[str, int]:
     files = (MANIFEST, *(tower.file for tower in manifest.towers.values()), TOKENIZER, LABELS)
-    loaded = [folder / NPM / _WASM, *(folder / BUNDLE / name for name in files if (folder / BUNDLE / name).is_file())]
+    loaded = [
+        folder / NPM / _RUNTIME,
+        *(folder / BUNDLE / name for name in files if (folder / BUNDLE / name).is_file()),
+    ]
     return {"loaded": sum(map(size_bytes, loaded)), "bundle": size_bytes(folder / BUNDLE)}
 
 
@@ -265,6 +275,7 @@ def write_from_bundle(
     with tempfile.TemporaryDirectory() as scratch:
         if labels is not None:
             manifest, copy = read_manifest(bundle), Path(scratch) / "bundle"
+            _require_supported(bundle, manifest)
             _copy_bundle(bundle, manifest, copy)
             write_label_bank(copy, manifest, labels)
             write_manifest(copy, manifest)

@@ -92,9 +92,11 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
 ) -> None:
     manifest = read_manifest(colour_bundle)
     image = msgspec.structs.replace(manifest.image, preprocesses=True)
+    text = msgspec.structs.replace(manifest.text, instruction_sets=("x86-64-vnni", "aarch64"))
     for changes, message in (
         ({"target": "openvino"}, "is for openvino; a browser runs only bundles of --format onnx"),
         ({"image": image}, "preprocesses images in its graph"),
+        ({"text": text}, "text.onnx has INT8 for x86-64-vnni and aarch64, which a browser may get wrong"),
         ({}, "has a WordLevel tokenizer; the browser page supports BPE, WordPiece, Unigram"),
     ):
         if not changes:
