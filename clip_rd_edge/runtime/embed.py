@@ -175,7 +175,7 @@ def _make_worker(bundle: Path, manifest: Manifest) -> Callable[[Sequence[P]], li
     encoder = load(bundle)
     if encoder.manifest != manifest:
         raise InputError(f"The bundle {bundle} is another one here.", hint="give all machines the same bundle")
-    encoder.require_right_images()
+    encoder.require_right(encoder.manifest.image)
     return lambda chunk: list(embed_images(encoder, chunk))
 
 

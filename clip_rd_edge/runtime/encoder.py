@@ -196,17 +196,16 @@ class BundleEncoder(ABC):
             )
         return embeddings
 
-    def require_right_images(self) -> None:
-        """Refuse to embed images for other machines, and other days, if their embeddings are wrong here.
+    def require_right(self, tower: Tower) -> None:
+        """Refuse to embed for other machines, and other days, if a tower's embeddings are wrong here.
 
         Raises:
-            UsageError: the image tower's INT8 gives wrong answers here.
+            UsageError: the tower's INT8 gives wrong answers here.
         """
-        image = self.manifest.image
-        if reason := self.int8_fault(image):
+        if reason := self.int8_fault(tower):
             raise UsageError(
-                f"{self.folder / image.file} gives wrong answers here: {reason}.",
-                hint="do so, or embed the images on a device where clip-rd-edge verify passes",
+                f"{tower.file} of {self.manifest.name} gives wrong answers here: {reason}.",
+                hint="do so, or use a device where clip-rd-edge verify passes",
             )
 
     def encode_images(self, images: Sequence[ImageInput]) -> Embeddings:

@@ -37,10 +37,14 @@ def write_label_bank(
         encoder: embeds them in the bundle's place, if that does not run here or has no text tower.
 
     Raises:
-        InputError: there are no labels, too many, or a label is empty.
+        InputError: there are no labels, too many, or a label is empty; or the bundle has no text tower.
+        UsageError: the text tower's INT8 gives wrong answers here.
     """
     names = tuple(dict.fromkeys(labels))
-    encoder = encoder or open_bundle(folder, manifest, device="cpu")
+    if encoder is None:
+        own = open_bundle(folder, manifest, device="cpu")
+        own.require_right(manifest.require_text())
+        encoder = own
     tower = (manifest.text or manifest.image).precision
     int8 = manifest.text is not None and tower.startswith("int8")
     precision: LabelPrecision = "fp32" if tower == "fp32" else "int8" if int8 else "fp16"

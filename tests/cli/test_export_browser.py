@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from clip_rd_edge.contract.bundle import read_manifest, write_manifest
+from clip_rd_edge.contract.bundle import INSTRUCTION_SETS, read_manifest, write_manifest
 from clip_rd_edge.contract.label_bank import read_labels
 from clip_rd_edge.web import browser
 
@@ -105,6 +105,21 @@ def test_bundles_that_a_browser_cannot_run_are_refused(
         options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
         code, _, error = command_line("export", colour_bundle, *options)
         assert (code, message in error) == (2, True)
+
+
+def test_labels_that_this_processor_embeds_wrongly_are_not_published(
+    command_line: Run, colour_bundle: Path, node_modules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    text = msgspec.structs.replace(manifest.text, instruction_sets=INSTRUCTION_SETS)
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, text=text))
+    reason = "ONNX Runtime 1.23.0 gets sums of INT8 wrong on this processor"
+    monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.wrong_sums", lambda: reason)
+    options = ("--target", "browser", "--node-modules", node_modules, "-o", tmp_path / "site")
+    code, _, error = command_line("export", colour_bundle, "--labels", "red", "blue", *options)
+    assert (code, f"text.onnx of colours gives wrong answers here: {reason}." in error) == (2, True)
+    assert not (tmp_path / "site").exists()
+    assert command_line("export", colour_bundle, *options)[0] == 0
 
 
 @pytest.mark.parametrize("labels", [(), ("--labels", "red", "blue")])

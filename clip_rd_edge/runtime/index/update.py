@@ -128,7 +128,7 @@ def update_index(
         if not is_unicode(str(location)):
             raise InputError(f"The path {_printable(location)} is not UTF-8, as index.json is.", hint="rename it")
     if cluster is None:  # else its workers are asked
-        encoder.require_right_images()
+        encoder.require_right(encoder.manifest.image)
     _start(encoder, folder.resolve(), path)  # refuse a folder that is not an index before creating a lock in it
     try:
         with exclusive_writer(path, on_wait=reporter.say, stop=stop) as may_write:
