@@ -383,6 +383,17 @@ def render(results: Results) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_label_is_no_markup(results: Results) -> None:
+    label = "Teacher [/models/a]"
+    renamed = msgspec.structs.replace(results.rows[0], label=label)
+    results = msgspec.structs.replace(results, rows=(renamed, *results.rows[1:]))
+    output = StringIO()
+    console = Console(width=60, file=output, markup=False, emoji=False)
+    for table in terminal_tables(results, 60):
+        console.print(table)
+    assert label in output.getvalue()
+
+
 def test_the_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: begin -->\nold\n<!-- table: end -->\nafter\n")
