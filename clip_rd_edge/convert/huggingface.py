@@ -7,7 +7,8 @@ onnx/vision_model*.onnx                   pixel_values (N, 3, H, W) float32 -> i
 onnx/text_model*.onnx                     input_ids (N, any length) int64 -> text_embeds (N, D)
 onnx/model*.onnx                          both -> logits_per_image, logits_per_text, text_embeds, image_embeds
 
-`*` is empty for float32, or `_fp16` or `_int8`, which transformers.js selects by `dtype`. Embeddings are L2-normalised.
+`*` is empty for float32, which transformers.js takes by default, or `_fp16` or `_int8`, which it selects by `dtype`.
+Embeddings are L2-normalised.
 
 open_clip builds a text tower of transformers from the config.json beside its weights, which here is that of CLIP. It
 names config.4.0.0.json as its version for transformers from 4.0.0 on, which then reads that file instead; the clients
@@ -323,6 +324,8 @@ def _model_config(manifest: Manifest) -> dict[str, Any]:
         "architectures": ["CLIPModel"],
         "projection_dim": size,
         "logit_scale_init_value": math.log(manifest.logit_scale),
+        # In a browser, transformers.js would ask for model_quantized.onnx by default.
+        "transformers.js_config": {"dtype": "fp32"},
         "pad_token_id": pad_id,
         "text_config": {
             "model_type": "clip_text_model",

@@ -59,8 +59,8 @@ texts = list(TextEmbedding("ORG/REPO").embed(["a photo of a cat"]))
 ```
 
 Embeddings are L2-normalised: their dot product is the cosine. The ONNX files take texts of any length up to the
-context length, in batches; transformers.js selects FP16 by `dtype: 'fp16'`, and INT8, if it is there, by
-`dtype: 'int8'`."""
+context length, in batches; transformers.js takes FP32 by default, FP16 by `dtype: 'fp16'`, and INT8, if it is there,
+by `dtype: 'int8'`."""
 _LIMITS = """- open_clip resizes images with a INTERPOLATION filter, transformers.js and fastembed with Lanczos as
   `preprocessor_config.json` says: in Node, transformers.js has no INTERPOLATION filter that suits large images. Their
   crop may differ by one pixel from open_clip's.

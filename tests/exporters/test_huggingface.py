@@ -231,6 +231,9 @@ def test_the_joined_model_gives_the_logits_of_all_pairs(folder: Path, suffix: st
 def test_the_configurations_say_what_the_model_takes(folder: Path, student: ClipModel) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["projection_dim"]) == ("clip", student.embedding_size)
+    assert config["transformers.js_config"] == {
+        "dtype": "fp32"
+    }  # in a browser, its default is a file that is not there
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     assert (processor["size"], processor["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
     assert processor["image_mean"] == list(student.preprocessing.mean)
