@@ -148,7 +148,7 @@ def export(
             converted = export_bundle(clip, plain, request, calibration=calibration, overwrite=True, reporter=reporter)
             if plan.layout == "immich":
                 write_immich(plain, output, overwrite=force)
-                reporter.say(where_it_goes(output, name))
+                reporter.say(where_it_goes(output, name, clip.preprocessing))
             else:
                 write_browser(plain, output, node_modules=node_modules, overwrite=force)
     return ExportedBundle(output, converted.manifest, converted.trials)

@@ -1,6 +1,6 @@
 """Write a bundle in the layout that immich's machine-learning service reads. Never imports torch.
 
-config.json                          sizes and text cleaning
+config.json                          sizes
 visual/model.onnx                    image (N, 3, H, W) float32 -> embedding
 visual/preprocess_cfg.json           in open_clip's format
 textual/model.onnx                   text (N, T) int32 -> embedding
@@ -9,7 +9,8 @@ textual/tokenizer.json, textual/tokenizer_config.json
 immich's server takes models by name, and knows the size of each one's embeddings: a student takes the name of a model
 of the same size. Sources: `CLIP_MODEL_INFO` of the server, `OpenClipVisualEncoder` and `OpenClipTextualEncoder` of the
 machine-learning service. Where the middle of an image lies between two pixels, its crop begins at the lower one, and
-open_clip's at the even one. Every other value of its preprocessing of images is equal up to rounding.
+open_clip's at the even one. It resizes with a bicubic filter whatever preprocess_cfg.json says, but for its newest
+source. Every other value of its preprocessing of images is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onnx import TensorProto, helper
 
 from clip_rd_edge.contract.bundle import TOKENIZER, Manifest, read_manifest, require_whole_towers
 from clip_rd_edge.contract.outputs import require_output
+from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.convert.graph import rename_tensors
 from clip_rd_edge.convert.huggingface import normalizer_with_cleaning
 from clip_rd_edge.errors import UsageError, near_matches
@@ -70,12 +72,14 @@ def immich_name(name: str | None, *, embedding_size: int, model: str) -> str:
     )
 
 
-def where_it_goes(folder: Path, name: str) -> str:
-    """Say in a sentence how immich finds the folder."""
+def where_it_goes(folder: Path, name: str, preprocessing: Preprocessing) -> str:
+    """Say in a sentence how immich finds the folder, and in another if it resizes images in another way."""
+    note = f"; immich resizes images with a bicubic filter, and this model expects a {preprocessing.interpolation} one"
     return (
         f"next: copy {folder} to clip/{name} in the model cache of immich's machine-learning service (/cache in its "
         f"container, the volume model-cache), and choose {name} as the smart search model; run smart search for all "
         "assets again, because embeddings of two models cannot be compared"
+        f"{note if preprocessing.interpolation != 'bicubic' else ''}"
     )
 
 
@@ -109,9 +113,8 @@ def write_immich(bundle: Path, output: Path, *, overwrite: bool = False) -> None
 
 
 def _model_config(manifest: Manifest) -> dict[str, Any]:
-    text: dict[str, Any] = {"context_length": manifest.tokenizer.context_length}
-    if manifest.tokenizer.clean == "canonicalize":
-        text["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    # Without `tokenizer_kwargs`: immich would remove "_" before the tokenizer file makes a space of it.
+    text = {"context_length": manifest.tokenizer.context_length}
     vision = {"image_size": manifest.preprocessing.size[0]}
     return {"embed_dim": manifest.embedding_size, "vision_cfg": vision, "text_cfg": text}
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
-from clip_rd_edge.convert.immich import immich_name, write_immich
+from clip_rd_edge.convert.immich import immich_name, where_it_goes, write_immich
 from clip_rd_edge.convert.options import ExportRequest
 from clip_rd_edge.errors import UsageError
 from clip_rd_edge.exporters.bundle import export_bundle
@@ -63,6 +63,27 @@ def _require_texts(folder: Path, bundle: Any, *, length: int) -> None:
         ids = np.asarray([tokenizer.encode(" ".join(text.split())).ids], dtype=np.int32)
         (embedding,) = session.run(None, {"text": ids})
         np.testing.assert_allclose(embedding, bundle.encode_texts([text]), atol=1e-6)
+
+
+def test_underscores_and_punctuation_are_cleaned_by_the_tokenizer_file_alone(
+    colour_bundle: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(colour_bundle)
+    tokenizer = msgspec.structs.replace(manifest.tokenizer, clean="canonicalize")
+    write_manifest(colour_bundle, msgspec.structs.replace(manifest, tokenizer=tokenizer))
+    write_immich(colour_bundle, tmp_path / "immich")
+    config = json.loads((tmp_path / "immich" / "config.json").read_text())
+    assert config["text_cfg"].keys() == {"context_length"}  # else immich removes them first
+    normalizer = Tokenizer.from_file(str(tmp_path / "immich" / "textual" / "tokenizer.json")).normalizer
+    assert normalizer.normalize_str("Red_car, mother-in-law!").strip() == "red car motherinlaw"
+
+
+def test_a_model_that_expects_another_filter_than_immichs_is_told(tmp_path: Path) -> None:
+    bicubic = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    bilinear = msgspec.structs.replace(bicubic, interpolation="bilinear")
+    told = "immich resizes images with a bicubic filter, and this model expects a bilinear one"
+    assert told in where_it_goes(tmp_path, "ViT-B-32__openai", bilinear)
+    assert "filter" not in where_it_goes(tmp_path, "ViT-B-32__openai", bicubic)
 
 
 @pytest.mark.parametrize("mode", ["longest", "squash"])
