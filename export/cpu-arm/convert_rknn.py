@@ -3,7 +3,8 @@
 python3 convert_rknn.py BUNDLE FOLDER [rk3588|rk3566|...]
 
 Needs rknn-toolkit2, torch and "setuptools<81", and nothing of clip-rd-edge. Writes image.rknn and text.rknn in float16,
-each for one input at a time. Ends with 1 if a tower's lowest centred cosine with the bundle's answers is below 0.998.
+each for one input at a time; of a bundle without a text tower, image.rknn alone. Ends with 1 if a tower's lowest
+centred cosine with the bundle's answers is below 0.998.
 """
 
 import json
@@ -31,9 +32,21 @@ def check(code, step):
         raise SystemExit(f"error: {step} ended with {code}")
 
 
-def convert(tower, bundle, output, platform):
+def towers_of(manifest):
+    """Return the towers that the bundle has, by name; end the program if the toolkit cannot convert one."""
+    if manifest["target"] != "onnxruntime":
+        raise SystemExit(f"error: the bundle is for {manifest['target']}; expected one of --format onnx")
+    towers = {name: manifest[name] for name in ("image", "text") if manifest[name] is not None}
+    for entry in towers.values():
+        if entry["precision"] != "fp32":
+            raise SystemExit(f"error: {entry['file']} is in {entry['precision']}; expected --precision fp32")
+        if entry.get("takes_pictures"):
+            raise SystemExit(f"error: {entry['file']} preprocesses images; export it without --preprocess-in-graph")
+    return towers
+
+
+def convert(tower, manifest, bundle, output, platform):
     """Convert a tower; return its embeddings of the reference inputs in the simulator, and those of the bundle."""
-    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     with np.load(bundle / "reference.npz") as arrays:
         reference = dict(arrays)
     entry, inputs = manifest[tower], inputs_of(tower, manifest, reference)
@@ -55,10 +68,12 @@ def convert(tower, bundle, output, platform):
 def main():
     bundle, output = map(Path, sys.argv[1:3])
     platform = sys.argv[3] if len(sys.argv) > 3 else "rk3588"
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    towers = towers_of(manifest)
     output.mkdir(parents=True, exist_ok=True)
     failed = False
-    for tower in ("image", "text"):
-        rows, expected = convert(tower, bundle, output, platform)
+    for tower in towers:
+        rows, expected = convert(tower, manifest, bundle, output, platform)
         a, b = expected - expected.mean(axis=0), rows - rows.mean(axis=0)
         cosine = float(((a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
         failed |= not cosine >= MIN_COSINE
