@@ -12,7 +12,7 @@ import io
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -52,11 +52,11 @@ def site(open_page: Callable[..., Any], serve: Callable[..., str], tmp_path: Pat
     except ClipRdEdgeError as error:
         pytest.skip(str(error))
 
-    def open_site(bundle: Path, *, threads: bool = False) -> Any:
+    def open_site(bundle: Path, *, headers: Mapping[str, str] | None = None) -> Any:
         write_browser(bundle, tmp_path / "site")
         camera = tmp_path / "clip.mjpeg"
         camera.write_bytes(encode(Image.new("RGB", (320, 240), BLUE), "JPEG", quality=95) * 30)
-        return open_page(serve(tmp_path / "site", ISOLATION_HEADERS if threads else None), camera=camera)
+        return open_page(serve(tmp_path / "site", headers), camera=camera)
 
     return open_site
 
@@ -100,7 +100,7 @@ def test_predictions_match_those_of_the_runtime(site: Site, student_bundle: Path
     task = emoji.zero_shot_task("unseen style")
     paths = task.images[:IMAGE_COUNT]
     labels = [f"{name}, drawn" for name in task.labels]  # not in any label bank, so that both towers run
-    page = site(student_bundle, threads=threads)
+    page = site(student_bundle, headers=ISOLATION_HEADERS if threads else None)
     page.evaluate(CLASSIFY, [to_base64(paths[0].read_bytes()), labels])
     page.context.set_offline(True)
     contents = [to_base64(path.read_bytes()) for path in (*paths[:WARM_UP], *paths)]
@@ -186,3 +186,46 @@ def test_a_bundle_without_a_text_tower_starts_with_its_own_labels(site: Site, co
     red = encode(Image.new("RGB", (20, 20), RED), "PNG")
     page.set_input_files("#file", {"name": "image", "mimeType": "image/png", "buffer": red})
     wait_for_lead(page, "red")
+
+
+def export_later(bundle: Path, site: Path) -> None:
+    """Export a bundle into a site that is being served; the files are those of a later second, which HTTP can tell."""
+    write_browser(bundle, site, overwrite=True)
+    for path in site.rglob("*"):
+        later = path.stat().st_mtime + 60
+        os.utime(path, (later, later))
+
+
+def rename_red(bundle: Path, name: str) -> None:
+    write_labels(bundle, LabelBank((name, "blue"), np.asarray([[1, 0, 0], [0, 0, 1]], dtype=np.float32)))
+    write_manifest(bundle, read_manifest(bundle))
+
+
+def test_a_returning_visitor_gets_the_answers_of_the_newest_export(
+    site: Site, colour_bundle: Path, tmp_path: Path
+) -> None:
+    rename_red(colour_bundle, "old red")
+    page = site(colour_bundle, headers={"Cache-Control": "max-age=3600"})
+    red = to_base64(encode(Image.new("RGB", (20, 20), RED), "PNG"))
+    assert page.evaluate(CLASSIFY, [red, None])["labels"][0] == "old red"
+    page.wait_for_load_state("networkidle")
+    rename_red(colour_bundle, "new red")
+    export_later(colour_bundle, tmp_path / "site")
+    page.goto(page.url)
+    page.wait_for_selector("#bundles tr")
+    assert page.evaluate(CLASSIFY, [red, None])["labels"][0] == "new red"
+
+
+def test_a_file_of_another_export_is_an_error_and_no_answer(site: Site, colour_bundle: Path, tmp_path: Path) -> None:
+    rename_red(colour_bundle, "old red")
+    page = site(colour_bundle)
+    page.wait_for_load_state("networkidle")
+    bundle = tmp_path / "site" / "bundle"
+    old = (bundle / "labels.npz").read_bytes()
+    rename_red(colour_bundle, "new red")
+    export_later(colour_bundle, tmp_path / "site")
+    (bundle / "labels.npz").write_bytes(old)
+    os.utime(bundle / "labels.npz", (2e9, 2e9))
+    page.reload()
+    page.wait_for_function("() => document.getElementById('error').textContent.startsWith('labels.npz is not of this')")
+    assert page.locator("#bundles tr").count() == 0

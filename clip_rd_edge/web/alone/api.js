@@ -10,8 +10,8 @@ let manifest;
 
 // The backends to choose from, and the texts that the page shows; showProgress(message) is called while loading.
 export async function loadChoices(showProgress) {
-  manifest = await (await fetch(new URL("manifest.json", bundle))).json();
-  const sizes = await (await fetch(new URL("sizes.json", import.meta.url))).json();
+  manifest = await readJson(new URL("manifest.json", bundle));
+  const sizes = await readJson(new URL("sizes.json", import.meta.url));
   backends.push(new Backend("wasm"));
   if (await navigator.gpu?.requestAdapter()) backends.push(new Backend("webgpu"));
   const onBytes = (loaded) => showProgress(`Loading: ${megabytes(loaded)} of ${megabytes(sizes.loaded)} MB.`);
@@ -94,7 +94,7 @@ class Backend {
       for (const [, reject] of this.pending.values()) reject(error);
       this.pending.clear();
     });
-    return this.#send("open", { backend: this.name, bundle, threads }).then(() => (onBytes = () => {}));
+    return this.#send("open", { backend: this.name, bundle, manifest, threads }).then(() => (onBytes = () => {}));
   }
 
   #send(method, argument) {
@@ -104,6 +104,11 @@ class Backend {
       this.worker.postMessage({ id, method, argument });
     });
   }
+}
+
+// The browser may have kept a file of an earlier export, so it asks the server whether it is still the same.
+async function readJson(url) {
+  return (await fetch(url, { cache: "no-cache" })).json();
 }
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(0);

@@ -9,12 +9,13 @@ const BATCH_SIZE = 32; // texts per call of the text tower
 const RUNTIMES = { wasm: ["ort.wasm", "ort-wasm-simd-threaded"], webgpu: ["ort.webgpu", "ort-wasm-simd-threaded.asyncify"] };
 
 export class Model {
-  // backend: "wasm" or "webgpu"; bundle: URL of its folder; read(url): returns the content as an ArrayBuffer.
-  static async open({ backend, bundle, read, threads }) {
+  // backend: "wasm" or "webgpu"; bundle: URL of its folder; manifest: that of the page, so that both are of one export;
+  // read(url, options): returns the content as an ArrayBuffer, with the options of `fetch`.
+  static async open({ backend, bundle, manifest, read, threads }) {
     const model = new Model();
     const [api, wasm] = RUNTIMES[backend];
     const npmUrl = (name) => new URL(`npm/${name}`, import.meta.url).href;
-    const bundleUrl = (name) => new URL(name, bundle).href;
+    const readFile = (name) => readIntact(name, { bundle, manifest, read });
     model.ort = await import(npmUrl(`${api}.js`));
     // Loaded here rather than by the runtime, which requires a media type that some servers do not send.
     model.ort.env.wasm.wasmBinary = await read(npmUrl(`${wasm}.wasm`));
@@ -22,13 +23,12 @@ export class Model {
     model.ort.env.wasm.numThreads = threads;
     model.ort.env.logLevel = "error";
     model.provider = backend;
-    model.manifest = JSON.parse(new TextDecoder().decode(await read(bundleUrl("manifest.json"))));
-    model.image = await model.#createSession(await read(bundleUrl(model.manifest.image.file)));
-    const hasBank = "labels.npz" in model.manifest.files;
-    model.bank = hasBank ? readBank(await readNpz(await read(bundleUrl("labels.npz")))) : null;
+    model.manifest = manifest;
+    model.image = await model.#createSession(await readFile(manifest.image.file));
+    model.bank = "labels.npz" in manifest.files ? readBank(await readNpz(await readFile("labels.npz"))) : null;
     // Loaded now, so that new labels need no network later.
-    const names = model.manifest.text ? [model.manifest.text.file, "tokenizer.json"] : [];
-    model.textFiles = names.map(bundleUrl).map(prefetch(read));
+    const names = manifest.text ? [manifest.text.file, "tokenizer.json"] : [];
+    model.textFiles = names.map(prefetch(readFile));
     if (!model.bank) await model.#openText();
     return model;
   }
@@ -116,12 +116,26 @@ export function readBank({ names, embeddings, levels, scales }) {
   return new Map(names.data.map((name, i) => [name, embedding(i)]));
 }
 
+// The content of a bundle's file. A file of another export, which the browser or the server has kept from before, is an
+// error where it can be told: browsers compute SHA-256 only on pages that are served over https or from localhost.
+async function readIntact(name, { bundle, manifest, read }) {
+  const content = await read(new URL(name, bundle).href, { cache: "no-cache" }); // ask whether it is still the same
+  if (crypto.subtle && hex(await crypto.subtle.digest("SHA-256", content)) !== manifest.files[name]) {
+    throw new Error(`${name} is not of this export: reload the page, or copy the exported folder to the server again.`);
+  }
+  return content;
+}
+
+function hex(buffer) {
+  return Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 // Starts to load a file at once; the returned function returns its content, and retries if loading failed.
 function prefetch(read) {
-  return (url) => {
-    let content = read(url);
+  return (name) => {
+    let content = read(name);
     content.catch(() => {});
-    return () => (content = content.catch(() => read(url)));
+    return () => (content = content.catch(() => read(name)));
   };
 }
 

@@ -6,8 +6,8 @@ let model;
 let queue = Promise.resolve(); // the runtime handles one call at a time
 
 const methods = {
-  async open({ backend, bundle, threads }) {
-    model = await Model.open({ backend, bundle, threads, read });
+  async open(choice) {
+    model = await Model.open({ ...choice, read });
   },
   setLabels: ({ labels, promptLists }) => model.setLabels(labels, promptLists),
   classify: ({ image }) => model.classify(image),
@@ -21,9 +21,9 @@ addEventListener("message", ({ data: { id, method, argument } }) => {
     .catch((error) => postMessage({ id, error: error?.message ?? String(error) }));
 });
 
-// The content of a file; reports the number of bytes to the page as they arrive.
-async function read(url) {
-  const response = await fetch(url).catch(() => null);
+// The content of a file, loaded with the options of `fetch`; reports the number of bytes to the page as they arrive.
+async function read(url, options) {
+  const response = await fetch(url, options).catch(() => null);
   const name = url.split("/").at(-1);
   if (!response?.ok) {
     throw new Error(`${name} could not be loaded from the server${response ? ` (${response.status})` : ""}.`);
