@@ -229,3 +229,31 @@ def test_a_file_of_another_export_is_an_error_and_no_answer(site: Site, colour_b
     page.reload()
     page.wait_for_function("() => document.getElementById('error').textContent.startsWith('labels.npz is not of this')")
     assert page.locator("#bundles tr").count() == 0
+
+
+@pytest.mark.parametrize(("tower", "fault"), [("image", "nan"), ("text", "nan"), ("image", "size")])
+def test_a_tower_that_computes_no_embeddings_is_an_error_and_no_answer(
+    site: Site, colour_bundle: Path, tower: str, fault: str
+) -> None:
+    import msgspec
+    import onnx
+    from onnx import helper, numpy_helper
+
+    manifest = read_manifest(colour_bundle)
+    if fault == "nan":
+        model = onnx.load(colour_bundle / f"{tower}.onnx")
+        model.graph.node[-1].output[0] = "before"
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(np.nan).reshape(1), "nan"))
+        model.graph.node.append(helper.make_node("Mul", ["before", "nan"], ["y"]))
+        onnx.save(model, colour_bundle / f"{tower}.onnx")
+    else:
+        write_labels(colour_bundle, LabelBank(("red", "blue"), np.eye(4, dtype=np.float32)[:2]))
+        manifest = msgspec.structs.replace(manifest, embedding_size=4)
+    write_manifest(colour_bundle, manifest)
+    page = site(colour_bundle)
+    red = encode(Image.new("RGB", (20, 20), RED), "PNG")
+    page.set_input_files("#file", {"name": "image", "mimeType": "image/png", "buffer": red})
+    wait_for_lead(page, "No result.")
+    message = {"nan": "computes numbers that are not finite", "size": "returns embeddings of shape 1 × 3"}[fault]
+    assert page.inner_text("#error").startswith(f"{tower}.onnx {message}")
+    assert set(page.locator("#labels output").all_inner_texts()) == {""}

@@ -55,7 +55,7 @@ export class Model {
     const pixels = preprocess(await decode(image), preprocessing);
     const opened = performance.now();
     const input = new this.ort.Tensor("float32", pixels, [1, 3, ...preprocessing.size]);
-    const embedding = await run(this.image, tower, input);
+    const embedding = await this.#run(this.image, tower, input);
     const best = softmax([...this.rows.values()].map((row) => scale * dot(row, embedding)))
       .map((probability, i) => [probability, i])
       .sort((a, b) => b[0] - a[0] || a[1] - b[1])
@@ -80,7 +80,7 @@ export class Model {
     for (let start = 0; start < texts.length; start += batchSize) {
       const batch = texts.slice(start, start + batchSize);
       const ids = new this.ort.Tensor("int64", this.tokenizer.ids(batch), [batch.length, tokenizer.context_length]);
-      embeddings.set(await run(this.text, tower, ids), start * size);
+      embeddings.set(await this.#run(this.text, tower, ids), start * size);
     }
     const step = (texts.length / promptLists.length) * size;
     return promptLists.map((_, i) => normalisedMean(embeddings.subarray(i * step, (i + 1) * step), size));
@@ -94,6 +94,21 @@ export class Model {
     this.text = await this.#createSession(tower);
   }
 
+  // The embeddings of a batch, one after the other.
+  async #run(session, tower, input) {
+    const { [tower.output_name]: output } = await session.run({ [tower.input_name]: input });
+    const { data, dims } = output;
+    if (data.length !== input.dims[0] * this.manifest.embedding_size) {
+      throw new Error(`${tower.file} returns embeddings of shape ${dims.join(" × ")}: its manifest has another size.`);
+    }
+    // With NaN, all comparisons are false, and the answer would be wrong without a word.
+    if (!data.every(Number.isFinite)) {
+      const advice = this.provider === "webgpu" ? "choose WASM" : "it is damaged, or cannot be run in this browser";
+      throw new Error(`${tower.file} computes numbers that are not finite: ${advice}.`);
+    }
+    return data;
+  }
+
   #createSession(content) {
     // Operators that WebGPU does not support run in WebAssembly.
     const providers = this.provider === "webgpu" ? ["webgpu", "wasm"] : ["wasm"];
@@ -101,11 +116,6 @@ export class Model {
     const options = { executionProviders: providers, logSeverityLevel: 3 };
     return this.ort.InferenceSession.create(new Uint8Array(content), options);
   }
-}
-
-async function run(session, tower, input) {
-  const { [tower.output_name]: output } = await session.run({ [tower.input_name]: input });
-  return output.data;
 }
 
 // The embeddings of a label bank's arrays, by label.
