@@ -6,6 +6,7 @@ import base64
 import io
 import random
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from clip_rd_edge.contract.label_bank import LabelBank, LabelPrecision, read_lab
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.contract.tokenizer import Tokenizer, TokenizerSpec
 from clip_rd_edge.errors import ClipRdEdgeError
-from clip_rd_edge.web.browser import ALONE, find_packages
+from clip_rd_edge.web.browser import ALONE, PAGE, find_packages
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -57,7 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ClipRdEdgeError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("scripts")
-    shutil.copytree(ALONE, folder, dirs_exist_ok=True)
+    for source in (PAGE, ALONE):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / "npm").mkdir()
     shutil.copyfile(tokenizers, folder / "npm" / "tokenizers.js")
     (folder / "empty.html").write_text("<!doctype html>")
@@ -144,11 +146,20 @@ def test_files_are_opened_as_in_pillow(page: Any, tmp_path: Path) -> None:
         ("transparent", encode(transparent, "PNG"), 1),  # compositing may round differently
         ("jpeg", encode(smooth, "JPEG", quality=90), 1),  # decoders may round differently
         ("rotated", encode(smooth, "JPEG", quality=90, exif=exif), 1),
+        *((f"webp {turn}", encode(large, "WEBP", lossless=True, exif=orientation(turn)), 0) for turn in range(10)),
+        ("webp for JPEG", encode(smooth, "WEBP", lossless=True, exif=b"Exif\0\0" + orientation(6, "<")), 0),
+        ("damaged", encode(smooth, "WEBP", lossless=True, exif=orientation(6)[:4]), 0),
     ):
         (tmp_path / "image").write_bytes(content)
         expected = preprocess(open_image(tmp_path / "image"), preprocessing).ravel()
         difference = np.abs(preprocess_in_page(page, content, preprocessing) - expected).max() * 255
         assert difference <= tolerance + 1e-3, name
+
+
+def orientation(turn: int, order: str = ">") -> bytes:
+    """EXIF data with nothing but an orientation; `order` is that of its bytes, as in `struct`."""
+    mark = {">": b"MM", "<": b"II"}[order]
+    return mark + struct.pack(f"{order}HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, turn, 0, 0)
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:

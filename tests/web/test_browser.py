@@ -456,6 +456,18 @@ def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     assert not page.is_visible("#several")
 
 
+def test_a_webp_is_shown_as_its_exif_turns_it(page: Any) -> None:
+    image = Image.new("RGB", (40, 30), RED)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", exif=exif)
+    page.set_input_files("#file", {"name": "1.webp", "mimeType": "image/webp", "buffer": buffer.getvalue()})
+    wait_for_lead(page, "red ")
+    preview = page.locator("#preview")
+    assert (preview.get_attribute("width"), preview.get_attribute("height")) == ("30", "40")
+
+
 def test_a_page_opened_as_a_file_says_what_to_do(page: Any) -> None:
     assert page.locator("#unstarted").count() == 0
     other = page.context.new_page()

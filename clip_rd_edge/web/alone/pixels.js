@@ -1,6 +1,7 @@
 // From an image to the input of the image tower: the same steps, rounding and names as contract/preprocess.py.
 
 import { resize } from "./resample.js";
+import { uprightBitmap } from "./upright.js";
 
 const MAX_PIXELS = 50_000_000; // photos of current phones are below that
 
@@ -15,10 +16,8 @@ export async function decode(image) {
       rows: (top, count) => image.data.subarray(top * rowBytes, (top + count) * rowBytes),
     };
   }
-  const bitmap = await createImageBitmap(image, {
-    imageOrientation: "from-image", // rotate as EXIF says
-    colorSpaceConversion: "none", // the model was trained on the values in the file
-  }).catch(() => {
+  // Without a conversion: the model was trained on the values in the file.
+  const bitmap = await uprightBitmap(image, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("The browser cannot read this file as an image.");
   });
   const { width, height } = bitmap;

@@ -2,6 +2,7 @@
 
 import { encodeFrame } from "./api.js";
 import { droppedImages, imagesOnly } from "./files.js";
+import { uprightBitmap } from "./upright.js";
 
 const stage = document.getElementById("stage");
 const video = document.getElementById("video");
@@ -72,7 +73,7 @@ export class ImageSource {
     this.stop();
     // The browser only shows the image; the model's side reads the file itself, so formats that the browser cannot
     // show may still be classified.
-    const bitmap = await createImageBitmap(file).catch(() => null);
+    const bitmap = await uprightBitmap(file).catch(() => null);
     if (file !== this.files[this.position]) return; // another one was opened in the meantime
     showStill(bitmap);
     await this.onImage(file, 0);
