@@ -307,15 +307,21 @@ def test_new_labels_are_visible_and_duplicates_are_one(page: Any) -> None:
     assert page.locator("#labels li").count() == 21
 
 
-def paste_labels(page: Any, text: str) -> None:
+def paste_labels(page: Any, text: str, *, cells: tuple[int, int, int] | None = None) -> None:
+    """Paste labels into the field for new ones; with `cells` as from a spreadsheet, with an image of that colour."""
     page.evaluate(
-        """(text) => {
+        """([text, image]) => {
             const data = new DataTransfer();
             data.setData("text", text);
+            if (image) {
+                data.setData("text/html", `<td>${text}</td>`);
+                const bytes = Uint8Array.from(atob(image), (character) => character.charCodeAt(0));
+                data.items.add(new File([bytes], "image.png", { type: "image/png" }));
+            }
             const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true, clipboardData: data });
             document.getElementById("new").dispatchEvent(event);
         }""",
-        text,
+        [text, base64.b64encode(jpeg(cells)).decode() if cells else ""],
     )
 
 
@@ -338,6 +344,17 @@ def test_pasted_labels_are_cut_like_typed_ones(page: Any) -> None:
     send_image(page, RED, "drop")
     wait_for_lead(page, "red ")
     assert list(rows(page)) == ["red", "green", "🟥" * 299]
+
+
+def test_labels_that_are_pasted_from_a_spreadsheet_leave_the_image(page: Any) -> None:
+    send_image(page, RED, "drop")
+    wait_for_lead(page, "red ")
+    for text in ("blue\nyellow", "blue"):  # a single cell is left to the field
+        paste_labels(page, text, cells=GREEN)
+    page.wait_for_function("() => document.querySelectorAll('#labels output')[3]?.textContent")
+    assert list(rows(page)) == ["red", "green", "blue", "yellow"]
+    assert page.inner_text("#position") == "1 of 1: image.jpg"
+    assert page.inner_text("#lead").startswith("red ")
 
 
 def test_labels_and_choices_survive_a_reload(page: Any) -> None:

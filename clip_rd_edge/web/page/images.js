@@ -31,7 +31,9 @@ export class ImageSource {
     });
     document.getElementById("previous").addEventListener("click", () => this.#move(-1));
     document.getElementById("next").addEventListener("click", () => this.#move(1));
-    addEventListener("paste", (event) => this.#openAll([...event.clipboardData.files]));
+    addEventListener("paste", (event) => {
+      if (!isTextForField(event)) this.#openAll([...event.clipboardData.files]);
+    });
     let depth = 0; // dragenter and dragleave also fire for every nested element
     addEventListener("dragenter", () => stage.classList.toggle("over", ++depth > 0));
     addEventListener("dragleave", () => stage.classList.toggle("over", --depth > 0));
@@ -161,6 +163,12 @@ export class ImageSource {
     if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(capture);
     else requestAnimationFrame(capture);
   }
+}
+
+// Whether a text field takes what is pasted: spreadsheets copy an image of the cells beside their text. Of an image that
+// was copied on a web page, there is HTML without text; of a file, at most text without HTML.
+function isTextForField({ target, clipboardData: { types } }) {
+  return target.type === "text" && types.includes("text/plain") && types.includes("text/html");
 }
 
 // Show a bitmap or canvas on the stage; null is an image that the browser cannot show.
