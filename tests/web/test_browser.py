@@ -357,6 +357,17 @@ def test_labels_that_are_pasted_from_a_spreadsheet_leave_the_image(page: Any) ->
     assert page.inner_text("#lead").startswith("red ")
 
 
+def test_enter_that_an_input_method_takes_leaves_the_focus_in_the_label(page: Any) -> None:
+    press = """(keyCode) => {
+        const field = document.querySelector("#labels input");
+        field.focus();
+        field.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", keyCode, bubbles: true }));
+        return document.activeElement === field;
+    }"""
+    assert page.evaluate(press, 229)
+    assert not page.evaluate(press, 13)
+
+
 def test_labels_and_choices_survive_a_reload(page: Any) -> None:
     page.fill("#new", "blue")
     page.press("#new", "Enter")

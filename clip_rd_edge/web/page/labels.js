@@ -118,7 +118,8 @@ export class LabelList {
     field.setAttribute("aria-label", "Label");
     field.addEventListener("input", () => this.onChange());
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") document.getElementById("new").focus();
+      // 229: an input method took it, to confirm what is converted into Japanese or Chinese, say.
+      if (event.key === "Enter" && event.keyCode !== 229) document.getElementById("new").focus();
     });
     // Remove an emptied row, or one that now repeats another, when it loses the focus.
     field.addEventListener("change", () => {
