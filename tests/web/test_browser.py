@@ -467,6 +467,9 @@ def test_several_images_and_a_folder(page: Any, tmp_path: Path) -> None:
     (folder / "1.jpg").write_bytes(jpeg(RED))
     (folder / "more" / "2.jpg").write_bytes(jpeg(BLUE))
     (folder / "notes.txt").write_text("no image")
+    for name in ("._1.jpg", ".trash/3.jpg", "__MACOSX/4.jpg", "@eaDir/5.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(jpeg(GREEN))
     page.set_input_files("#file", [folder / "1.jpg", folder / "more" / "2.jpg"])
     wait_for_lead(page, "red ")
     assert page.inner_text("#position") == "1 of 2: 1.jpg"

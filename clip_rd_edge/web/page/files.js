@@ -14,11 +14,17 @@ export async function droppedImages(items) {
 export function imagesOnly(files) {
   const path = (file) => file.webkitRelativePath || file.name;
   const shown = [...files].filter((file) => file.type.startsWith("image/") || /\.(heic|avif|tiff?)$/i.test(file.name));
-  return shown.sort((a, b) => path(a).localeCompare(path(b), "en", { numeric: true }));
+  const own = shown.filter((file) => !path(file).split("/").slice(1).some(isIgnored)); // the first part was chosen
+  return own.sort((a, b) => path(a).localeCompare(path(b), "en", { numeric: true }));
+}
+
+// As `is_ignored` in contract/image_files.py: whether a file or subfolder is hidden, or another program's.
+function isIgnored(name) {
+  return name.startsWith(".") || name === "__MACOSX" || name === "@eaDir";
 }
 
 async function collect(entry, files) {
-  if (entry.name.startsWith(".")) return;
+  if (isIgnored(entry.name)) return;
   if (entry.isFile) {
     files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
     return;
