@@ -499,6 +499,34 @@ def test_a_webp_is_shown_as_its_exif_turns_it(page: Any) -> None:
     assert (preview.get_attribute("width"), preview.get_attribute("height")) == ("30", "40")
 
 
+def test_what_cannot_be_read_of_a_dropped_folder_is_named_and_the_rest_is_opened(page: Any) -> None:
+    page.evaluate(
+        """(encoded) => {
+            const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
+            const gone = (_, reject) => reject(new DOMException("It is not there.", "NotFoundError"));
+            const file = (name, read) => ({ isFile: true, name, fullPath: `/photos/${name}`, file: read });
+            const folder = (name, entries, readEntries) => {
+                const batches = [entries, []];
+                const reader = { readEntries: readEntries ?? ((resolve) => resolve(batches.shift())) };
+                return { isDirectory: true, name, fullPath: `/photos/${name}`, createReader: () => reader };
+            };
+            const entry = folder("photos", [
+                file("1.jpg", gone),
+                folder("private", [], gone),
+                file("2.jpg", (resolve) => resolve(new File([bytes], "2.jpg", { type: "image/jpeg" }))),
+            ]);
+            const items = [{ kind: "file", webkitGetAsEntry: () => entry, getAsFile: () => null }];
+            const event = new Event("drop", { bubbles: true, cancelable: true });
+            document.body.dispatchEvent(Object.assign(event, { dataTransfer: { items } }));
+        }""",
+        base64.b64encode(jpeg(RED)).decode(),
+    )
+    wait_for_lead(page, "red ")
+    assert page.inner_text("#position") == "1 of 1: 2.jpg"
+    page.wait_for_function("() => document.getElementById('error').textContent !== ''")
+    assert page.inner_text("#error") == "The browser cannot read photos/1.jpg and 1 more."
+
+
 def test_a_page_opened_as_a_file_says_what_to_do(page: Any) -> None:
     assert page.locator("#unstarted").count() == 0
     other = page.context.new_page()

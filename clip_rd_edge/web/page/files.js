@@ -1,13 +1,14 @@
 // Image files from a drop, including those in folders, sorted by path.
 
 // items: the DataTransferItemList of a drop. Must be called in the event's handler, after which the list is empty.
+// Returns the images, and the paths of files and folders that the browser could not read.
 export async function droppedImages(items) {
   const entries = [...items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
   const loose = [...items].map((item) => item.getAsFile()).filter(Boolean);
-  if (!entries.some((entry) => entry.isDirectory)) return loose;
-  const files = [];
-  for (const entry of entries) await collect(entry, files);
-  return imagesOnly(files);
+  if (!entries.some((entry) => entry.isDirectory)) return { files: loose, unreadable: [] };
+  const found = { files: [], unreadable: [] };
+  for (const entry of entries) await collect(entry, found);
+  return { ...found, files: imagesOnly(found.files) };
 }
 
 // The images among the files of a folder; files that were chosen one by one are never left out.
@@ -23,16 +24,20 @@ function isIgnored(name) {
   return name.startsWith(".") || name === "__MACOSX" || name === "@eaDir";
 }
 
-async function collect(entry, files) {
+async function collect(entry, found) {
   if (isIgnored(entry.name)) return;
-  if (entry.isFile) {
-    files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
-    return;
-  }
-  const reader = entry.createReader();
-  for (;;) {
-    const batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
-    if (!batch.length) return;
-    for (const child of batch) await collect(child, files);
+  try {
+    if (entry.isFile) {
+      found.files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+      return;
+    }
+    const reader = entry.createReader();
+    for (;;) {
+      const batch = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // at most 100 at a time
+      if (!batch.length) return;
+      for (const child of batch) await collect(child, found);
+    }
+  } catch {
+    found.unreadable.push(entry.fullPath.slice(1));
   }
 }

@@ -43,22 +43,30 @@ export class ImageSource {
       depth = 0;
       stage.classList.remove("over");
       const containsFiles = [...event.dataTransfer.items].some((item) => item.kind === "file");
-      if (containsFiles) droppedImages(event.dataTransfer.items).then((files) => this.#openFolder(files));
+      if (containsFiles) this.#openDropped(event.dataTransfer.items);
     });
     button.addEventListener("click", () => (this.stream ? this.#leaveCamera() : this.start()));
   }
 
-  #openFolder(files) {
-    if (files.length) this.#openAll(files);
+  async #openDropped(items) {
+    const { files, unreadable } = await droppedImages(items);
+    await this.#openFolder(files);
+    if (!unreadable.length) return;
+    const others = unreadable.length > 1 ? ` and ${unreadable.length - 1} more` : "";
+    this.onError(`The browser cannot read ${unreadable[0]}${others}.`);
+  }
+
+  async #openFolder(files) {
+    if (files.length) await this.#openAll(files);
     else this.onError("There are no images in this folder.");
   }
 
   // Show the first of several files; the others follow with the buttons.
-  #openAll(files) {
+  async #openAll(files) {
     if (!files.length) return;
     this.files = files;
     this.position = 0;
-    this.#move(0);
+    await this.#move(0);
   }
 
   async #move(step) {
