@@ -185,11 +185,14 @@ def _compare(old: Path, new: Path, *, allow_busy: bool, as_json: bool) -> int:
 def _without_regression(changes: Changes) -> str:
     """Say that there is no regression, as far as something was compared."""
     compared = ["accuracy"] * bool(changes.accuracies) + ["latency"] * bool(changes.latencies)
-    gaps = [f"accuracy on {task}" for task in changes.uncompared] + ["latencies"] * (not changes.latencies)
+    count = len(changes.uncompared)  # the remarks name them
+    gaps = [f"accuracy on {count} task{'s' if count > 1 else ''}"] * bool(count)
+    gaps += ["latencies"] * (not changes.latencies)
     if not gaps:
         return "No regression."
-    verdict = f"No regression in {' and '.join(compared)}" if compared else "Nothing was compared"
-    return f"{verdict}; not compared: {', '.join(gaps)}."
+    if not compared:
+        return "Nothing was compared."
+    return f"No regression in {' and '.join(compared)}; not compared: {', '.join(gaps)}."
 
 
 def _exit_code(changes: Changes, *, allow_busy: bool) -> int:

@@ -442,7 +442,9 @@ def test_images_that_this_processor_embeds_wrongly_are_not_kept(
     image = msgspec.structs.replace(manifest.image, instruction_sets=("x86-64-vnni", "aarch64"))
     write_manifest(colour_bundle, msgspec.structs.replace(manifest, image=image))
     monkeypatch.setattr("clip_rd_edge.runtime.backends.int8_kernels.processor_saturates", lambda: True)
-    with pytest.raises(UsageError, match=r"image\.onnx gives wrong answers here: its INT8 holds for x86-64-vnni and"):
+    with pytest.raises(
+        UsageError, match=r"image\.onnx of colours gives wrong answers here: its INT8 holds for x86-64-vnni and"
+    ):
         update_index(load(colour_bundle), colour_images, index)
     assert not index.exists()
 
