@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from clip_rd_edge.contract.images import ImageFile
+from clip_rd_edge.utils.printable import shown_source
 
 
 class ZeroShotTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +76,7 @@ def with_distinct_names(tasks: Sequence[Task], sources: Sequence[str]) -> list[T
         same = [number for number, task in enumerate(tasks) if task.name == name]
         if len(same) == 1:
             continue
-        parts = [Path(sources[number]).parts for number in same]
+        parts = [Path(shown_source(sources[number])).parts for number in same]
         common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), len(parts[0]))
         for number, path in zip(same, parts, strict=True):
             renamed[number] = msgspec.structs.replace(

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,13 +14,16 @@ import numpy.typing as npt
 
 from clip_rd_edge.contract.checkpoint import model_folder, refuse_unfinished_run, training_record_path
 from clip_rd_edge.contract.preprocess import Pixels, Preprocessing, preprocess
+from clip_rd_edge.contract.run_folder import RUN_CONFIG_FILE
 from clip_rd_edge.contract.tokenizer import TokenIds
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import MAX_BAD_SHARE, BadSamples, Pairs
 from clip_rd_edge.data.unpaired import TrainingData, load_samples, pair_count
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.runtime.label_list import read_texts
-from clip_rd_edge.utils.structs import read_json
+from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.printable import shown_source
+from clip_rd_edge.utils.structs import read_json, read_yaml
 
 # Activation ranges hardly change beyond about a hundred images; with 192 held-out images, one is half a point of
 # accuracy.
@@ -133,8 +137,7 @@ def calibration_pairs(source: str | None, model: str) -> Pairs:
     refuse_unfinished_run(model)
     if path is None:
         raise UsageError(f"INT8 needs calibration pairs, and {model} does not record its training data.", hint=_HINT)
-    record = read_json(path, _TrainingRecord)
-    training = msgspec.structs.replace(record.configuration, data=record.data)
+    training = _training_data(path)
     if training.data is None and training.images is None:
         raise UsageError(f"INT8 needs calibration pairs, and {path} names no data.", hint=_HINT)
     try:
@@ -154,6 +157,30 @@ def calibration_max_bad(source: str | None, model: str) -> float:
     if path is None:
         return MAX_BAD_SHARE
     return read_json(path, _TrainingRecord).configuration.max_bad
+
+
+def _training_data(path: Path) -> TrainingData:
+    """Return what distillation.json says a model was trained on, with the addresses that its run alone keeps."""
+    record = read_json(path, _TrainingRecord)
+    training = msgspec.structs.replace(record.configuration, data=record.data)
+    run_config = path.parent.parent / RUN_CONFIG_FILE
+    if not is_file(run_config):
+        return training
+    addresses = read_yaml(run_config, _Addresses)
+    whole = {
+        name: address
+        for name in _Addresses.__struct_fields__
+        if (address := getattr(addresses, name)) is not None and shown_source(address) == getattr(training, name)
+    }
+    return msgspec.structs.replace(training, **whole)
+
+
+class _Addresses(msgspec.Struct):
+    """The fields of a run's config.yaml that distillation.json has without what may be a secret."""
+
+    data: str | None = None
+    images: str | None = None
+    texts: str | None = None
 
 
 class _Configuration(TrainingData, frozen=True, kw_only=True):

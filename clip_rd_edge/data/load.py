@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clip_rd_edge.data.pairs import Pairs, first_left_out, hint_to_index_again
 from clip_rd_edge.errors import InputError, UsageError
+from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 # Compressed ones are refused as such, and not as tables.
@@ -22,7 +23,7 @@ def require_local(source: str) -> None:
     """Raise InputError if what is no shard has a URL, of which Path would make another."""
     if "://" in source:
         raise InputError(
-            f"The data {source} are not on this machine; only shards are read from elsewhere.",
+            f"The data {shown_source(source)} are not on this machine; only shards are read from elsewhere.",
             hint="copy the data to this machine, or name shards: s3://bucket/{00000..00012}.tar",
         )
 
@@ -52,7 +53,7 @@ def load_pairs(
         UsageError: the weights are invalid.
     """
     if weights and not names_shards(source):
-        raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {source}.")
+        raise UsageError(f"The weights {weights!r} apply only to shards, but the data are {shown_source(source)}.")
     if source == "emoji":
         from clip_rd_edge.data.emoji import training_pairs
 

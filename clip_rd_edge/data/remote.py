@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from clip_rd_edge.errors import InputError, MissingExtraError, causes
+from clip_rd_edge.utils.printable import shown_message, shown_source
 
 PIPE = "pipe:"
 _PART_BYTES = 8 << 20
@@ -47,13 +48,10 @@ class RemoteShard:
     @property
     def name(self) -> str:
         """The file's name, without folders and without the query of a URL."""
-        if not self.url.startswith(PIPE):
-            return PurePosixPath(self.url.partition("?")[0]).name
-        words = self.url.removeprefix(PIPE).split()
-        return PurePosixPath(next((word for word in words if word.endswith(".tar")), words[0])).name
+        return PurePosixPath(str(self)).name
 
     def __str__(self) -> str:
-        return self.url
+        return shown_source(self.url)
 
 
 ShardFile = Path | RemoteShard
@@ -165,7 +163,7 @@ def _fetch_parts(url: str, size: int, part: Path) -> None:
             file.flush()
         if start > size:  # left behind by another version
             file.truncate(0)
-            raise InputError(f"{url} has changed while it was read.", hint="try again")
+            raise InputError(f"{shown_source(url)} has changed while it was read.", hint="try again")
 
 
 def _part(file_system: Any, path: str, start: int, stop: int) -> bytes:
@@ -182,15 +180,19 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ModuleNotFoundError as error:
-        raise MissingExtraError("fsspec", extra="remote", purpose=f"Reading {url}") from error
+        raise MissingExtraError("fsspec", extra="remote", purpose=f"Reading {shown_source(url)}") from error
     try:
         file_system, path = fsspec.core.url_to_fs(url, **_options(url))
     except ImportError as error:
         raise MissingExtraError(
-            error.name or f"the fsspec package for {url.split('://')[0]}", extra="remote", purpose=f"Reading {url}"
+            error.name or f"the fsspec package for {url.split('://')[0]}",
+            extra="remote",
+            purpose=f"Reading {shown_source(url)}",
         ) from error
     except ValueError as error:
-        raise InputError(f"{url} cannot be read: {error}.", hint="use s3://, gs://, https:// or hf://") from error
+        raise InputError(
+            f"{shown_source(url)} cannot be read: {_reason(error)}.", hint="use s3://, gs://, https:// or hf://"
+        ) from error
     _kept.add(file_system)
     return file_system, path
 
@@ -218,7 +220,7 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
                 raise refusal from error
             if delay is None or is_final:
                 raise InputError(
-                    f"The shard {url} could not be fetched: {_reason(error)}.",
+                    f"The shard {shown_source(url)} could not be fetched: {_reason(error)}.",
                     hint="check that it can be reached; what was fetched is kept, so that another start continues",
                 ) from error
         time.sleep(delay)
@@ -227,21 +229,21 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
 
 def _refusal(url: str, error: BaseException, status: int | None) -> InputError | None:
     """Return the error for what no later try would change, if this is such an answer."""
-    reason = _reason(error)
+    reason, shard = _reason(error), shown_source(url)
     # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
     if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
-        return InputError(f"The shard {url} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
+        return InputError(f"The shard {shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
     if any("Credentials" in type(cause).__name__ for cause in causes(error)):
-        return InputError(f"The shard {url} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
+        return InputError(f"The shard {shard} may not be read: {reason}.", hint=_CREDENTIALS_HINT)
     if status in (401, 403) or isinstance(error, PermissionError):
         is_clock = "request time" in reason  # such as "The difference between the request time and the current time …"
         return InputError(
-            f"The shard {url} may not be read: {reason}.",
+            f"The shard {shard} may not be read: {reason}.",
             hint="set this machine's clock, with which requests are signed" if is_clock else _CREDENTIALS_HINT,
         )
     if status in (301, 400) and (region := _bucket_region(error)):
         return InputError(
-            f"The bucket of the shard {url} is in the region {region}, but was looked for in another one.",
+            f"The bucket of the shard {shard} is in the region {region}, but was looked for in another one.",
             hint=f"set the region: AWS_DEFAULT_REGION={region}",
         )
     return None
@@ -273,4 +275,4 @@ def _reason(error: BaseException) -> str:
     """Return the first line that an error says, or one of its causes, as fsspec's time-outs say nothing themselves."""
     texts = (str(cause).strip() for cause in causes(error))
     text = next(filter(None, texts), type(error).__name__)
-    return text.splitlines()[0].rstrip(".")
+    return shown_message(text.splitlines()[0].rstrip("."))

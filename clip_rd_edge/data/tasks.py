@@ -18,6 +18,7 @@ from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.paths import is_file, is_folder
+from clip_rd_edge.utils.printable import shown_source
 
 TABLE_SUFFIXES = (".csv", ".tsv", PARQUET_SUFFIX)
 BUILT_IN_TASKS = (
@@ -55,14 +56,14 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
         return emoji.retrieval_task(split) if name.endswith(":retrieval") else emoji.zero_shot_task(split)
     if names_shards(name):
         shards = [open_shard(path) for source in parse_sources(name) for path in source.shards]
-        return retrieval_from_shards(name, shards)
+        return retrieval_from_shards(shown_source(name), shards)
     path = Path(name)
     if name.endswith(TABLE_SUFFIXES) and is_file(path):
         return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)
     if not is_folder(path):
         raise InputError(
-            f"No task named {name!r}: it is neither a folder of images nor one of {', '.join(BUILT_IN_TASKS)}."
-            f"{near_matches(name, BUILT_IN_TASKS)}",
+            f"No task named {shown_source(name)!r}: it is neither a folder of images nor one of "
+            f"{', '.join(BUILT_IN_TASKS)}.{near_matches(name, BUILT_IN_TASKS)}",
             hint="check the path: a task is a folder with one subfolder of images per class, or a table of captions",
         )
     data_set = find_data_set(path)

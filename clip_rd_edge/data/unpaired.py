@@ -24,6 +24,7 @@ from clip_rd_edge.data.tables.load import TablePairs, table_pairs
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists, is_folder, why_no_file
+from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -273,6 +274,8 @@ def load_samples(
 
 def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequence[str]]) -> Sequence[str]:
     """Load texts from a label file by `read_texts`, or from a column of a Parquet file; raises InputError."""
+    if "://" in source:
+        raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
     path = Path(source)
     is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
     return (read_column if is_parquet else read_texts)(source, column)

@@ -49,6 +49,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.runtime.label_list import read_texts
 from clip_rd_edge.utils.files import sha256_of
+from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 
@@ -207,8 +208,8 @@ def training_pairs(config: RunConfig, *, reporter: Reporter = SILENT) -> Pairs:
 def _reinforced_pairs(source: TrainingData, reporter: Reporter) -> ReinforcedPairs:
     if source.data is None or not names_shards(source.data):
         raise UsageError(
-            f"Stored teachers were named, but the data are {source.data}; expected WebDataset shards of reinforced "
-            "samples.",
+            f"Stored teachers were named, but the data are {shown_sources(source.data)}; expected WebDataset shards of "
+            "reinforced samples.",
             hint="--data 'store/{00000..00012}.tar', or name another --teacher",
         )
     sources = parse_sources(source.data, source.train_data_upsampling_factors)

@@ -34,6 +34,7 @@ from clip_rd_edge.utils.checked import (
     Share,
 )
 from clip_rd_edge.utils.paths import AnyPath, as_text, exists, is_file
+from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import comment_lines, commented_yaml, convert, read_yaml
 
 if TYPE_CHECKING:
@@ -414,7 +415,7 @@ def first_difference(old: RunConfig, new: RunConfig, *, ignored: Collection[str]
     for key, value in _flatten(new).items():
         old_value = old_fields.get(key)
         if key not in ignored and old_value != value and not (key in LOCATIONS and _is_same_place(old_value, value)):
-            return f"{key}: {old_value} → {value}"
+            return f"{key}: {shown_sources(old_value)} → {shown_sources(value)}"
     return None
 
 

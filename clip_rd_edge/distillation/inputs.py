@@ -27,6 +27,7 @@ from clip_rd_edge.models.clip import form_fingerprint, model_fingerprint
 from clip_rd_edge.models.student import student_file
 from clip_rd_edge.utils.files import sha256_of, write_bytes, write_text
 from clip_rd_edge.utils.paths import is_file
+from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, read_yaml, to_json, to_yaml
 
@@ -185,7 +186,9 @@ def check_inputs(
         if is_finished or (has_checkpoint and not (accept_changes and is_acceptable)):
             ways = ["name those that it was finished with" if is_finished else "restore them"]
             if former:
-                ways = [f"name those that it began with: --data {shlex.quote(former)}"]
+                is_shown = shown_source(former) == former
+                those = f": --data {shlex.quote(former)}" if is_shown else f", the data in {run / RUN_CONFIG_FILE}"
+                ways = [f"name those that it began with{those}"]
             ways.append("start a new run with another -o")
             if is_acceptable:
                 ways.append("go on with the new ones: --accept-changes")
@@ -297,7 +300,11 @@ def _former_data(run: Path, config: RunConfig, old: RunInputs, new: RunInputs) -
     if old.pairs_sha256 == new.pairs_sha256:
         return None
     former = read_yaml(run / RUN_CONFIG_FILE, RunConfig).data
-    return former if former and config.data and Path(former).name != Path(config.data).name else None
+    return former if former and config.data and _data_name(former) != _data_name(config.data) else None
+
+
+def _data_name(source: str) -> str:
+    return Path(shown_source(source)).name
 
 
 def _difference_of_run(old: RunInputs, new: RunInputs, setup: RunSetup, *, former: str | None) -> str | None:
@@ -315,7 +322,7 @@ def _difference(
     if former and (change := _change(old.pairs_sha256, new.pairs_sha256)):
         other = f"as many, but other names, captions, sizes or another order ({change})"
         has = other if _counts(old) == _counts(new) else _counts(new)
-        return f"{Path(former).name} with {_counts(old)}, where {data} has {has}"
+        return f"{_data_name(former)} with {_counts(old)}, where {data} has {has}"
     if (old.pairs, old.left_out) != (new.pairs, new.left_out):
         return f"{data} had {_counts(old)}, and now has {_counts(new)}"
     if change := _change(old.pairs_sha256, new.pairs_sha256):

@@ -28,6 +28,7 @@ from clip_rd_edge.evidence.results import (
     spread,
 )
 from clip_rd_edge.utils.files import write_bytes, write_text
+from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.structs import read_versioned_json
 
 _TOP1, _IMAGE_TO_TEXT = "top-1", "image → text R@1"
@@ -254,8 +255,11 @@ def _show_difference(entry: Difference | None) -> str:
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
-    """Write the results as JSON with one line per run: indented, the curves would take thousands of lines."""
-    plain = msgspec.to_builtins(evidence)
+    """Write the results as JSON with one line per run: indented, the curves would take thousands of lines.
+
+    They are published, so what may be a secret in the addresses of data is left out.
+    """
+    plain = shown_sources(msgspec.to_builtins(evidence))
     runs = ",\n".join(msgspec.json.encode(run).decode() for run in plain.pop("runs"))
     head = msgspec.json.encode(plain).decode().removesuffix("}")
     write_text(path, f'{head},\n"runs":[\n{runs}\n]}}\n')

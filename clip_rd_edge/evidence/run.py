@@ -56,6 +56,7 @@ from clip_rd_edge.models.encoder import TorchEncoder, torch_threads
 from clip_rd_edge.models.load import load_clip
 from clip_rd_edge.utils.files import write_bytes
 from clip_rd_edge.utils.lock import exclusive_writer
+from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import PrefixedReporter, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 from clip_rd_edge.walkthrough.pipeline import Settings, tune_teacher
@@ -166,7 +167,7 @@ def collect(suite: EvidenceSuite, folder: Path) -> Evidence:
 def _embedded_teacher(suite: EvidenceSuite, folder: Path, reporter: Reporter) -> str:
     if suite.data != "emoji":
         raise UsageError(
-            f"The suite {suite.name} trains on {suite.data}, for which there is no built-in teacher.",
+            f"The suite {suite.name} trains on {shown_source(suite.data)}, for which there is no built-in teacher.",
             hint="name a teacher: --teacher local-dir:PATH, or hf-hub:ORG/REPO",
         )
     tune_teacher(Settings(folder=folder, teacher_steps=suite.teacher_steps), reporter)

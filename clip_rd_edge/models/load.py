@@ -38,6 +38,7 @@ from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.config_limits import require_bounded
 from clip_rd_edge.utils.files import new_folder
 from clip_rd_edge.utils.paths import exists, is_file, is_folder
+from clip_rd_edge.utils.printable import shown_sources
 from clip_rd_edge.utils.shared_block import SharedBlock
 from clip_rd_edge.utils.structs import convert, read_json, read_json_objects
 
@@ -231,7 +232,7 @@ def training_facts(spec: str) -> dict[str, str]:
 
 
 def _without_folder(value: object) -> str:
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(shown_sources(value))
 
 
 def _display_name(spec: str, pretrained: str | None) -> str:
@@ -378,7 +379,8 @@ def save_clip(
     """Write a model atomically as an open_clip `local-dir:` folder, replacing an existing one.
 
     Args:
-        provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json.
+        provenance: recipe, teacher, data, seed, versions and metrics, written to distillation.json, which is published
+            with the model: so without what may be a secret in the addresses of data.
         extras: called with the folder to write additional files, such as plots.
         overwrite: if false, what is in use at `folder` once the model is written is kept.
 
@@ -389,7 +391,7 @@ def save_clip(
         if clip.model_cfg["text_cfg"].get("hf_tokenizer_name"):  # open_clip then expects one in the folder
             clip.tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         save_open_clip(temporary, clip, location=folder)
-        record = {**provenance, "templates": list(clip.templates)}
+        record = {**shown_sources(provenance), "templates": list(clip.templates)}
         if clip.labels:
             record["labels"] = list(clip.labels)
         record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

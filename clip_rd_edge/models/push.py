@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from clip_rd_edge.contract.bundle import MANIFEST, TOKENIZER
-from clip_rd_edge.contract.checkpoint import CONFIG_FILE, TRANSFORMERS_CONFIG, model_folder
+from clip_rd_edge.contract.checkpoint import (
+    CONFIG_FILE,
+    DISTILLATION_FILE,
+    TRANSFORMERS_CONFIG,
+    model_folder,
+    training_record_path,
+)
 from clip_rd_edge.errors import ClipRdEdgeError, InputError, UnreachableError, UsageError, first_line
 from clip_rd_edge.models.load import read_open_clip_config
 from clip_rd_edge.utils.paths import exists, is_file
+from clip_rd_edge.utils.printable import shown_sources
+from clip_rd_edge.utils.structs import read_json_objects
 
 # By name: the hub's client has changed its HTTP library more than once.
 _UNREACHABLE = {"TransportError", "ConnectionError", "OfflineModeIsEnabled"}
@@ -74,20 +83,31 @@ def push_folder(
 
 @contextmanager
 def _for_hub(source: Path, repo: str) -> Iterator[Path]:
-    """Yield a folder whose configuration names the repository where it named the folder itself, for the text tower."""
+    """Yield the folder as it may be published.
+
+    Its configuration names the repository where it named the folder itself, for the text tower, and its record of
+    training, which earlier versions wrote as it was, has no secret in the addresses of data.
+    """
+    changed = dict[str, Any]()
     config = read_open_clip_config(source) if is_file(source / CONFIG_FILE) else {}
     text_cfg = config.get("model_cfg", {}).get("text_cfg", {})
     own = {"hf_model_name": source / TRANSFORMERS_CONFIG, "hf_tokenizer_name": source / TOKENIZER}
-    renamed = {name: repo for name, path in own.items() if name in text_cfg and is_file(path)}
-    if not renamed:
+    if renamed := {name: repo for name, path in own.items() if name in text_cfg and is_file(path)}:
+        text_cfg.update(renamed)
+        changed[CONFIG_FILE] = config
+    record = read_json_objects(path) if (path := training_record_path(source)) else None
+    if (shown := shown_sources(record)) != record:
+        changed[DISTILLATION_FILE] = shown
+    if not changed:
         yield source
         return
     with TemporaryDirectory() as folder:
         published = Path(folder) / source.name
         shutil.copytree(source, published, copy_function=_link)
-        (published / CONFIG_FILE).unlink()
-        text_cfg.update(renamed)
-        (published / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in changed.items():
+            (published / name).unlink()
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (published / name).write_text(f"{text}\n", encoding="utf-8")
         yield published
 
 

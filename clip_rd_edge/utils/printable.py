@@ -1,8 +1,9 @@
-"""Text of unknown origin, such as the name of a file or a label, in a form that a terminal shows and never obeys."""
+"""Text in a form that may be shown: a terminal obeys nothing in it, and an address of data gives no secret away."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 # Control characters but tab and newline: with ESC, a terminal changes its title, its clipboard or what it has shown.
 # The others reorder or break the text around them.
@@ -36,3 +37,46 @@ def one_line(text: object) -> str:
 def inert_cell(text: str) -> str:
     """Return the text, after an apostrophe if a spreadsheet would compute it as a formula (OWASP, CSV injection)."""
     return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+_PIPE, _SOURCES = "pipe:", "::"  # as in open_clip: a command that writes a shard, and what is between several sources
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"]+")
+_SHARD = re.compile(r"[^\s/'\"?#&=;:@|<>()]*\.(?:tar(?:\.\w+)?|tgz)\}?(?=[\s'\"?#&;|<>()]|$)")
+
+
+def shown_source(source: str) -> str:
+    """Return an address of data, or several, as it may be shown and published: without what may be a secret.
+
+    A URL loses user, password and query, such as a signature, and a command after `pipe:` all but the names of its
+    shards. Anything else, such as a path, stays as it is.
+    """
+    return _SOURCES.join(map(_shown_part, source.split(_SOURCES)))
+
+
+def shown_message(text: str) -> str:
+    """Return the message of a library with each URL in it as `shown_source` gives it."""
+    return _URL.sub(lambda match: _shown_url(match[0]), text)
+
+
+def shown_sources(value: Any) -> Any:
+    """Return dicts, lists, texts and numbers with each text as `shown_source` gives it, to publish them."""
+    if isinstance(value, dict):
+        return {key: shown_sources(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [shown_sources(entry) for entry in value]
+    return shown_source(value) if isinstance(value, str) else value
+
+
+def _shown_part(source: str) -> str:
+    address = source.strip()
+    if address.startswith(_PIPE):
+        shards = _SHARD.search(address)
+        return shards[0] if shards else f"{_PIPE}…"
+    return _shown_url(address) if "://" in address else source
+
+
+def _shown_url(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    address = authority.rpartition("@")[2] + slash + path
+    return f"{scheme}://{re.split('[?#]', address)[0]}"

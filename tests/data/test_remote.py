@@ -19,7 +19,10 @@ from clip_rd_edge.data import remote
 from clip_rd_edge.data.load import load_pairs
 from clip_rd_edge.data.pairs import fingerprint
 from clip_rd_edge.data.shards import cache as shard_cache
+from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.unpaired import TrainingData, load_samples
 from clip_rd_edge.errors import InputError, UnreachableError
+from clip_rd_edge.runtime.label_list import read_texts
 
 pytest.importorskip("aiohttp")
 Factory = Callable[..., Any]
@@ -139,6 +142,35 @@ def test_a_shard_that_cannot_be_had_is_named(server: UnreliableServer, faults: l
     with pytest.raises(InputError, match=message) as caught:
         load_pairs(f"{server.url}/000.tar")
     assert len(str(caught.value)) < 300
+
+
+def test_no_message_about_a_shard_shows_a_secret_of_its_address(
+    server: UnreliableServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = server.url.removeprefix("http://")
+    sources = [
+        f"http://user:SECRET@{host}/000.tar?sig=SECRET",
+        f"http://{host}/none.tar?sig=SECRET",
+        "pipe:echo http://user:SECRET@a/?SECRET >&2; exit 3",
+        "xyz://SECRET@a/0.tar?SECRET",
+        "https://a/{0.tar?SECRET",
+        "https://a/{0}.tar?SECRET",
+        "https://user:SECRET@a/pairs.csv?SECRET",
+    ]
+    for source, faults in [(sources[0], ["403"] * 9), *((source, ["416"] * 9) for source in sources)]:
+        server.fail = list(faults)
+        remote._remote_version.cache_clear()
+        for load in (load_pairs, load_task):
+            with pytest.raises(InputError) as caught:
+                load(source)
+            assert "SECRET" not in f"{caught.value} {caught.value.hint}"
+        for field in ("images", "texts") if "://" in source.split()[0] else ("images",):
+            with pytest.raises(InputError) as caught:
+                load_samples(TrainingData(**{field: source}), read_texts)
+            assert "SECRET" not in str(caught.value)
+    server.fail = []
+    assert load_pairs(sources[0]).name == f"http://{host}/000.tar"
+    assert load_task(sources[0]).name == f"http://{host}/000.tar"
 
 
 def test_a_server_that_goes_away_ends_training_and_replaces_no_pair(server: UnreliableServer, shards: Path) -> None:

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from tiny_runs import assert_same_weights, stop_at, tiny_run, weights
 
 from clip_rd_edge.contract.encoder import Encoder
 from clip_rd_edge.contract.run_folder import read_metrics
+from clip_rd_edge.convert.calibration import calibration_pairs
 from clip_rd_edge.distillation import checkpoint
 from clip_rd_edge.distillation.build import histogram_embeddings, load_setup
 from clip_rd_edge.distillation.checkpoint import list_checkpoints
@@ -33,7 +36,7 @@ from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.distillation.train import interrupted, save_if_best
 from clip_rd_edge.errors import ClipRdEdgeError, ConfigError, DiskFullError, InputError, InterruptedRunError, UsageError
 from clip_rd_edge.models.clip import ClipModel
-from clip_rd_edge.models.load import load_clip, save_clip
+from clip_rd_edge.models.load import load_clip, save_clip, training_facts
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.utils.structs import read_yaml
 
@@ -92,6 +95,32 @@ def test_plots_that_cannot_be_drawn_cost_no_student(
     student = run_distillation(config, tmp_path / "run", resume=False, reporter=watch)
     load_clip(f"local-dir:{student}")
     assert watch.said[-1] == f"the plots in {tmp_path / 'run' / 'report'} could not be drawn: no font was found"
+
+
+def test_a_secret_in_the_address_of_the_data_is_in_no_file_that_is_published(
+    config: RunConfig, pairs_csv: Path, tmp_path: Path
+) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(12 * shard, 12 * shard + 12):
+                (tmp_path / "caption.txt").write_text(f"picture number {number}")
+                tar.add(pairs_csv.parent / "pictures" / f"{number}.png", f"{number}.png")
+                tar.add(tmp_path / "caption.txt", f"{number}.txt")
+    run, watch = tmp_path / "run", Watch()
+    config = msgspec.structs.replace(config, data=f"pipe:TOKEN=SECRET cat {shlex.quote(str(tmp_path))}/{{0..1}}.tar")
+    student = run_distillation(config, run, resume=False, reporter=watch)
+    with_secret = [path for path in run.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert with_secret == [run / "config.yaml"]  # which --resume needs
+    record = msgspec.json.decode((student / "distillation.json").read_bytes())
+    assert record["data"] == record["configuration"]["data"] == training_facts(str(run))["data"] == "{0..1}.tar"
+    assert "SECRET" not in " ".join(watch.said)
+    with pytest.raises(UsageError, match=r"^\S+ began with other inputs: \{0\.\.1\}\.tar with 24 pairs") as refusal:
+        distil(msgspec.structs.replace(config, data=str(tmp_path / "1.tar")), run, resume=True)
+    assert refusal.value.hint.startswith(f"name those that it began with, the data in {run / 'config.yaml'}, or")
+    assert len(calibration_pairs(None, str(run))) == 24  # the run's own configuration has the whole address
+    shutil.copytree(student, tmp_path / "alone" / "student")
+    with pytest.raises(UsageError, match=r"INT8 needs calibration pairs, .* The shard 0\.tar does not exist"):
+        calibration_pairs(None, str(tmp_path / "alone"))
 
 
 @pytest.mark.parametrize("stop_after", [2, 5])

@@ -155,6 +155,14 @@ def test_evidence_is_read_as_it_was_written(make: Make, tmp_path: Path) -> None:
             read_evidence_file(path)
 
 
+def test_a_secret_in_the_address_of_the_data_is_not_in_the_evidence(make: Make, tmp_path: Path) -> None:
+    evidence = make(CORRECT)
+    suite = msgspec.structs.replace(evidence.suite, data="https://me:SECRET@a.example/{0..9}.tar?sig=SECRET")
+    write_evidence(tmp_path / "small.json", msgspec.structs.replace(evidence, suite=suite))
+    assert "SECRET" not in (tmp_path / "small.json").read_text()
+    assert read_evidence_file(tmp_path / "small.json").suite.data == "https://a.example/{0..9}.tar"
+
+
 def test_one_command_updates_the_page_and_the_figures(
     make: Make,
     tmp_path: Path,

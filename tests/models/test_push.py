@@ -188,6 +188,20 @@ def test_a_text_tower_of_hugging_face_is_found_in_the_repository(hub: Hub, model
     assert str(model) in (model / "open_clip_config.json").read_text()
 
 
+def test_a_secret_that_an_earlier_version_recorded_is_not_uploaded(hub: Hub, model: Path, tmp_path: Path) -> None:
+    record = {
+        "data": "https://a.example/0.tar?sig=SECRET",
+        "configuration": {"data": "https://me:SECRET@a.example/0.tar"},
+    }
+    (model / "distillation.json").write_text(json.dumps(record))
+    result = push(model, hub.url, tmp_path)
+    assert result.returncode == 0, result.stderr
+    address = "https://a.example/0.tar"
+    assert json.loads(hub.files["distillation.json"]) == {"data": address, "configuration": {"data": address}}
+    assert {"README.md", "onnx/model.onnx", "open_clip_config.json"} < hub.files.keys()
+    assert json.loads((model / "distillation.json").read_text()) == record
+
+
 def test_a_token_that_may_not_write_is_told_so(hub: Hub, model: Path, tmp_path: Path) -> None:
     result = push(model, hub.url, tmp_path, token="hf_other")
     assert result.returncode == 2

@@ -26,7 +26,7 @@ from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_sha
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
 from clip_rd_edge.utils.paths import is_file
-from clip_rd_edge.utils.printable import is_unicode
+from clip_rd_edge.utils.printable import is_unicode, shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
 JSON_KEY = "caption"
@@ -70,7 +70,7 @@ class ShardPairs:
         captioned: bool = True,
         reporter: Reporter = SILENT,
     ) -> None:
-        self.name = name
+        self.name = shown_source(name)
         self._json_key = json_key
         self._weights = [source.weight for source in sources]
         self._paths = [path for source in sources for path in source.shards]
@@ -191,7 +191,7 @@ def expand_braces(pattern: str) -> list[str]:
     match = _BRACES.search(pattern)
     if match is None:
         if "{" in pattern or "}" in pattern:
-            raise InputError(f"The pattern {pattern!r} has an unmatched brace.")
+            raise InputError(f"The pattern {shown_source(pattern)!r} has an unmatched brace.")
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
     choices, rests = _choices(match[1], pattern), expand_braces(after)
@@ -202,7 +202,7 @@ def expand_braces(pattern: str) -> list[str]:
 def _require_few(names: int, pattern: str) -> None:
     if names > MAX_SHARDS:
         raise InputError(
-            f"The pattern {pattern!r} stands for {names:,} names or more; the limit is {MAX_SHARDS:,}.",
+            f"The pattern {shown_source(pattern)!r} stands for {names:,} names or more; the limit is {MAX_SHARDS:,}.",
             hint="check the range in the braces",
         )
 
@@ -212,7 +212,7 @@ def _choices(content: str, pattern: str) -> list[str]:
     if numbers is None:
         if "," not in content:
             raise InputError(
-                f"{{{content}}} in {pattern!r} is neither a range nor a list.",
+                f"{{{content}}} in {shown_source(pattern)!r} is neither a range nor a list.",
                 hint="write {00000..00012} or {train,val}",
             )
         return content.split(",")

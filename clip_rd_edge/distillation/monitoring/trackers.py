@@ -14,6 +14,7 @@ import inspect
 import os
 import re
 import secrets
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -29,7 +30,7 @@ from clip_rd_edge.contract.run_folder import read_metrics
 from clip_rd_edge.distillation.config import RunConfig, TrackerName
 from clip_rd_edge.errors import InterruptedRunError, MissingExtraError, UsageError
 from clip_rd_edge.utils.files import write_bytes
-from clip_rd_edge.utils.printable import one_line
+from clip_rd_edge.utils.printable import one_line, shown_source, shown_sources
 from clip_rd_edge.utils.reporting import Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
 
@@ -75,6 +76,8 @@ def require_tracker(name: TrackerName | None) -> None:
     if importlib.util.find_spec(name) is None:
         raise MissingExtraError(name, extra=_EXTRAS[name], purpose=f"--report-to {name}")
     if name == "wandb":
+        if any(_has_secret(word) for word in sys.argv):
+            os.environ["WANDB__DISABLE_META"] = "true"  # or else it publishes the command line
         _require_login()
 
 
@@ -162,7 +165,7 @@ class RemoteRun(Tracker):
     resumed run.
 
     Args:
-        config: shown as the run's settings.
+        config: shown as the run's settings, but for what may be a secret in the addresses of data.
         reporter: told if the service fails.
 
     Raises:
@@ -176,7 +179,7 @@ class RemoteRun(Tracker):
         self._all = read_json(self._path, Tracking) if self._path.is_file() else Tracking()
         known: Reported | None = getattr(self._all, service.key)
         try:
-            identity = service.open(run, known.identity if known else None, msgspec.to_builtins(config))
+            identity = service.open(run, known.identity if known else None, shown_sources(msgspec.to_builtins(config)))
         except Exception as error:
             raise UsageError(
                 f"{service.name} did not open a run: {type(error).__name__}: {error}.",
@@ -266,6 +269,11 @@ class WandbService(Service):
 
     def close(self, outcome: Outcome) -> None:
         self._run.finish(exit_code=0 if outcome == "finished" else 1)
+
+
+def _has_secret(word: str) -> bool:
+    """Return whether a word of a command line, such as `--data=URL`, is an address that is not shown as it is."""
+    return any(shown_source(part) != part for part in (word, word.partition("=")[2]))
 
 
 def _require_login() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from clip_rd_edge.contract.run_folder import EVALUATION_PREFIX, TERM_PREFIX
+from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import duration
 from clip_rd_edge.web.watch.charts import Chart, draw, series
 from clip_rd_edge.web.watch.state import Answers, RunState, SampleAnswer
@@ -112,7 +113,7 @@ def _facts(state: RunState) -> str:
         elif config.teacher:
             facts.append(("Teacher", config.teacher, True))
         sources = (("Data", config.data), ("Images", config.images), ("Texts", config.texts))
-        facts += [(name, source, True) for name, source in sources if source]
+        facts += [(name, shown_source(source), True) for name, source in sources if source]
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd{' class=text' if is_text else ''}>{escape(value)}</dd></div>"
         for name, value, is_text in facts

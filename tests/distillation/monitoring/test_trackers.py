@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -141,6 +142,39 @@ def test_a_service_that_fails_does_not_stop_the_run_and_gets_what_it_missed(
     service.fails = False
     remote(tmp_path, service, config)
     assert service.steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_service_is_told_no_secret_of_an_address(config: RunConfig, tmp_path: Path) -> None:
+    class Curious(FakeService):
+        def open(self, run: Path, identity: str | None, settings: Mapping[str, Any]) -> str:
+            self.settings = settings
+            return super().open(run, identity, settings)
+
+    service, address = Curious(), "https://user:SECRET@a.example/{0..9}.tar?sig=SECRET"
+    remote(tmp_path, service, msgspec.structs.replace(config, data=address, tasks=(address,)))
+    assert "SECRET" not in repr(service.settings)
+    shown = "https://a.example/{0..9}.tar"
+    assert (service.settings["data"], service.settings["tasks"]) == (shown, [shown])
+
+
+@pytest.mark.parametrize(
+    ("words", "published"),
+    [
+        (["--data", "https://a.example/0.tar?sig=SECRET"], False),
+        (["--data=pipe:curl -H 'X: SECRET' https://a.example/0.tar"], False),
+        (["--data", "https://a.example/0.tar", "--tag=a?b"], True),
+    ],
+)
+def test_a_command_line_with_a_secret_is_not_published(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], published: bool
+) -> None:
+    session = SimpleNamespace(settings=SimpleNamespace(mode="offline"))
+    fake_module(monkeypatch, "wandb", login=lambda: True, setup=lambda settings: session, Settings=dict)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("sys.argv", ["clip-rd-edge", "distill", *words])
+    monkeypatch.setenv("WANDB__DISABLE_META", "")
+    trackers.require_tracker("wandb")
+    assert os.environ["WANDB__DISABLE_META"] == ("" if published else "true")
 
 
 def test_a_late_evaluation_is_added_to_its_step(config: RunConfig, tmp_path: Path) -> None:

@@ -181,6 +181,15 @@ def test_names_of_unknown_origin_are_shown_and_not_obeyed(make_run: Callable[...
         assert HOSTILE in Parsed(page).text
 
 
+def test_a_secret_in_the_address_of_the_data_is_not_shown(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    address = "https://user:SECRET@a.example/{0..9}.tar?sig=SECRET"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("pairs.csv", repr(address)))
+    page = render(read_run(run), Answers(), served=False)
+    assert "https://a.example/{0..9}.tar" in Parsed(page).text
+    assert "SECRET" not in page
+
+
 def test_the_served_page_obeys_its_own_policy_and_follows_the_run(run: Path) -> None:
     client = TestClient(make_app(run, Answers), base_url="http://127.0.0.1:1")
     response = client.get("/")
