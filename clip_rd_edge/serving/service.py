@@ -9,8 +9,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -18,8 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from clip_rd_edge.contract.bundle import MANIFEST
-from clip_rd_edge.contract.encoder import Embeddings
+from clip_rd_edge.contract.encoder import Embeddings, fill_template, in_batches, normalise
 from clip_rd_edge.contract.images import open_image
+from clip_rd_edge.contract.label_bank import LabelBank
 from clip_rd_edge.contract.preprocess import Pixels, preprocess
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.runtime.classifier import ZeroShotClassifier
@@ -103,6 +107,8 @@ class Service:
         self._texts = Batcher(encode_texts, self._model, max_batch=size, on_batch=batches["text"].observe)
         self._room = asyncio.Semaphore(_BATCHES_AHEAD * size)  # for opened images, of all requests
         self._classifiers: OrderedDict[str, ZeroShotClassifier] = OrderedDict()
+        # By the key of the labels: one request embeds them, and the others with the same ones wait for it.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._index_folder, self._index_reader = index, threading.Lock()
         self._index_identity: tuple[int, ...] | None = None
         self._index: tuple[Index, Embeddings, Graph | None] | None = None
@@ -112,7 +118,7 @@ class Service:
         if encoder.has_text_tower:
             encoder.encode_texts(["a photo"])  # the first request waits for neither tower
         if encoder.label_bank is not None:  # now: an update may put another bundle into the folder while this runs
-            self._classifier(None)
+            self._classifiers[label_key([])] = ZeroShotClassifier(encoder, None, cache=False)
 
     async def embeddings(self, request: Request) -> Response:
         """POST /embeddings: llama.cpp's form, a list with one matrix of one row per item."""
@@ -185,7 +191,7 @@ class Service:
         body = decode_request(await request.body(), protocol.ClassifyRequest)
         if body.labels is not None:
             LabelSets().add(body.labels)  # refuses what is no list of labels
-        classifier = await self._run(self._classifier, body.labels)
+        classifier = await self._classifier(body.labels)
         (row,), _ = await self._embed([Item(image=protocol.decode_image(body.image))])
         (predictions,) = classifier.classify_embeddings(row[None], top=body.top, none_below=body.none_below)
         return json_response({"predictions": [{"label": label, "probability": p} for label, p in predictions]})
@@ -240,10 +246,7 @@ class Service:
             BusyError: there are too many items of other requests.
             InputError: an image cannot be opened.
         """
-        if self.pending_items and self.pending_items + len(items) > self.limits.max_items:
-            raise BusyError(f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}.")
-        self.pending_items += len(items)
-        try:
+        with self._counted(len(items)):
             texts = [item.text for item in items if item.text is not None]
             images = [
                 UploadedImage(item.image, f"of item {number}")
@@ -252,8 +255,6 @@ class Service:
             ]
             embedded_texts, tokens = await self._embed_texts(texts) if texts else ((), 0)
             embedded_images = await self._embed_images(images) if images else ()
-        finally:
-            self.pending_items -= len(items)
         rows_of_texts, rows_of_images = iter(embedded_texts), iter(embedded_images)
         return [next(rows_of_texts if item.text is not None else rows_of_images) for item in items], tokens
 
@@ -283,18 +284,53 @@ class Service:
     def _open(self, image: UploadedImage) -> Pixels:
         return preprocess(open_image(image, max_pixels=MAX_PIXELS), self.encoder.manifest.preprocessing)
 
-    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """Run what uses the model on the model's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._model, work, *arguments)
+    @contextmanager
+    def _counted(self, items: int) -> Iterator[None]:
+        """Count the items of a request while they are embedded; raises BusyError as `_embed`."""
+        if self.pending_items and self.pending_items + items > self.limits.max_items:
+            raise BusyError(f"{self.pending_items:,} items wait already; the limit is {self.limits.max_items:,}.")
+        self.pending_items += items
+        try:
+            yield
+        finally:
+            self.pending_items -= items
 
-    def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
-        key = label_key(labels) if labels is not None else ""
-        if key not in self._classifiers:
-            self._classifiers[key] = ZeroShotClassifier(self.encoder, labels, cache=False)
-            while len(self._classifiers) > _MAX_CLASSIFIERS:
-                self._classifiers.popitem(last=False)
-        self._classifiers.move_to_end(key)
-        return self._classifiers[key]
+    async def _classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
+        """Return the classifier among these labels, or those of the bundle; raises as `_embed`."""
+        key = label_key(labels or [])
+        async with self._turns.setdefault(key, asyncio.Lock()):
+            if key not in self._classifiers:
+                self._classifiers[key] = await self._new_classifier(labels)
+                while len(self._classifiers) > _MAX_CLASSIFIERS:
+                    self._classifiers.popitem(last=False)
+            self._classifiers.move_to_end(key)
+            return self._classifiers[key]
+
+    async def _new_classifier(self, labels: Sequence[str] | None) -> ZeroShotClassifier:
+        encoder, bank = self.encoder, self.encoder.label_bank
+        names = tuple(dict.fromkeys(labels or ()))
+        is_stored = bank is not None and await asyncio.to_thread(bank.find, names) is not None
+        if names and encoder.has_text_tower and not is_stored:
+            rows = await self._embed_labels(names)
+            encoder, labels = copy(encoder), None
+            encoder.label_bank = LabelBank(names, rows)  # from which the classifier takes them as they are
+        work = partial(ZeroShotClassifier, encoder, labels, cache=False)
+        return await asyncio.get_running_loop().run_in_executor(self._model, work)
+
+    async def _embed_labels(self, labels: Sequence[str]) -> Embeddings:
+        """Return the labels' embeddings, as `contract.encoder.label_embeddings` does, in turn with other requests.
+
+        No more prompts wait than fill a batch, and so many items are counted: thousands of labels keep no other request
+        waiting, and get it no 503. Raises BusyError as `_embed`.
+        """
+        templates, size = self.description.templates, self.limits.max_batch
+        means = list[Embeddings]()
+        with self._counted(min(len(labels) * len(templates), size)):
+            for part in in_batches(len(labels), size):
+                prompts = [fill_template(template, label) for label in labels[part] for template in templates]
+                rows = [(await self._embed_texts(prompts[batch]))[0] for batch in in_batches(len(prompts), size)]
+                means.append(np.concatenate(rows).reshape(len(labels[part]), len(templates), -1).mean(axis=1))
+        return normalise(np.concatenate(means))
 
     def _nearest(self, row: Embeddings, top: int) -> Any:
         index, rows, graph = self._read_index()

@@ -171,15 +171,57 @@ def test_images_are_classified_and_searched_for(client: Any, colour_images: Path
 
 def test_labels_are_embedded_once_whatever_is_omitted(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = load(colour_bundle)
-    service = Service(encoder)
     embedded, plain = list[int](), encoder.encode_ids
     monkeypatch.setattr(encoder, "encode_ids", lambda ids: embedded.append(len(ids)) or plain(ids))
+    service = Service(encoder)
     body = {"image": encoded(jpeg()), "labels": ["green", "red", "blue"]}
     with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
         for none_below, count in ((0.0, 3), (0.5, 1), (0.6, 1), (0.0, 3)):
             answer = client.post("/classify", json={**body, "none_below": none_below})
             assert len(answer.json()["predictions"]) == count
-    assert embedded == [3]
+    assert embedded == [1, 3]  # at the start, and the labels
+
+
+def test_nobody_else_waits_while_labels_are_embedded(colour_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load(colour_bundle)
+    began, goes_on, batches = threading.Event(), threading.Event(), list[np.ndarray]()
+    plain, red = encoder.encode_ids, encoder.tokenize(["red"])[0]
+
+    def encode_ids(ids: np.ndarray) -> Any:
+        batches.append(ids)
+        if len(batches) > 1:  # the first is that of the start
+            began.set()
+            assert goes_on.wait(PATIENCE_S)
+        return plain(ids)
+
+    monkeypatch.setattr(encoder, "encode_ids", encode_ids)
+    service = Service(encoder, limits=Limits(max_batch=2, max_items=4))
+    body = {"image": encoded(jpeg()), "labels": [f"thing {number}" for number in range(40)]}
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client, ThreadPoolExecutor(3) as pool:
+        try:
+            same = [pool.submit(client.post, "/classify", json=body) for _ in range(2)]
+            assert began.wait(PATIENCE_S)
+            other = pool.submit(client.post, "/embeddings", json={"content": ["red"]})
+            assert wait_until(lambda: service.pending_items == 3)
+        finally:
+            goes_on.set()
+        assert other.result(PATIENCE_S).status_code == 200
+        assert all(len(answer.result(PATIENCE_S).json()["predictions"]) == 5 for answer in same)
+    assert [number for number, ids in enumerate(batches) if (ids == red).all(axis=1).any()] == [2]
+    assert sum(map(len, batches)) == 1 + 40 + 1  # each label once, although two requests had them
+
+
+def test_labels_are_embedded_as_by_the_classifier_whatever_the_batch(colour_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(colour_bundle, tmp_path / "bundle")
+    templates = ("{}", "a {} thing", "one {c}", "the {}")
+    write_manifest(bundle, msgspec.structs.replace(read_manifest(bundle), templates=templates))
+    names = ["red", "green", "a red thing", "blue", "red", "dark red", "thing", "green and blue"]
+    expected = edge.ZeroShotClassifier(load(bundle), names, cache=False).classify(Image.open(io.BytesIO(jpeg())), top=9)
+    service = Service(load(bundle), limits=Limits(max_batch=3))
+    with testclient.TestClient(make_app(service), base_url=BASE_URL) as client:
+        answer = client.post("/classify", json={"image": encoded(jpeg()), "labels": names, "top": 9})
+    assert [tuple(prediction.values()) for prediction in answer.json()["predictions"]] == expected[0]
+    assert len(expected[0]) == 7
 
 
 @pytest.mark.parametrize("names", ["Frigate", ["frigate"], ["frigate:8766"], ["http://frigate:8766/"]])
@@ -623,6 +665,8 @@ def test_more_than_the_limits_is_answered_with_503_and_when_to_try_again(colour_
         response = client.post("/embeddings", json={"content": ["red", "blue"]})
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert client.post("/embeddings", json={"content": ["red"]}).status_code == 200
+        body = {"image": encoded(jpeg()), "labels": ["red", "blue"]}
+        assert client.post("/classify", json=body).status_code == 503
         service.pending_items, service.active_requests = 0, 2
         assert client.post("/embeddings", json={"content": ["red"]}).status_code == 503
         assert client.get("/health").status_code == 200
@@ -664,8 +708,12 @@ def test_a_slow_client_and_a_killed_one_harm_nobody(
     assert process.poll() is None
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [("/embeddings", {"content": ["red"] * 50}), ("/classify", {"image": "", "labels": list(map(str, range(50)))})],
+)
 def test_nothing_more_is_computed_for_a_client_that_has_left(
-    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    colour_bundle: Path, monkeypatch: pytest.MonkeyPatch, path: str, content: Any
 ) -> None:
     encoder = load(colour_bundle)
     computing, goes_on, computed = threading.Event(), threading.Event(), list[int]()
@@ -681,8 +729,8 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
     monkeypatch.setattr(encoder, "encode_ids", encode_ids)
     service = Service(encoder, limits=Limits(max_batch=1))
     app, sent = make_app(service), list[Any]()
-    body = json.dumps({"content": ["red"] * 50}).encode()
-    scope = {"type": "http", "method": "POST", "path": "/embeddings", "query_string": b"", "http_version": "1.1",
+    body = json.dumps(content).encode()
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1",
              "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")], "server": ("127.0.0.1", 80),
              "client": ("127.0.0.1", 1), "scheme": "http", "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
 
@@ -706,7 +754,7 @@ def test_nothing_more_is_computed_for_a_client_that_has_left(
 
     asyncio.run(run())
     assert computed == [1, 1, 1]  # at the start, the one that had begun, and the one after it
-    assert 'requests_total{path="/embeddings",status="400"} 1' in service.metrics.render(pending=0, memory_bytes=0)
+    assert f'requests_total{{path="{path}",status="400"}} 1' in service.metrics.render(pending=0, memory_bytes=0)
     service.close()
 
 
