@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from clip_rd_edge.errors import InputError
+from clip_rd_edge.runtime.index.graph import MAX_TOP
 from clip_rd_edge.utils.checked import PositiveInt, Share
 
 MEDIA_MARKER = "<__media__>"  # stands for the image in a llama.cpp prompt; clients read it from /props
@@ -69,11 +70,16 @@ class ClassifyRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class SearchRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of POST /search: a text or an image in base64, and how many images to return."""
+    """The body of POST /search.
+
+    Attributes:
+        query, image: a text, or an image in base64.
+        top: max number of images to return. All of a large index would take the server's time and memory.
+    """
 
     query: str = ""
     image: str = ""
-    top: PositiveInt = 10
+    top: Annotated[PositiveInt, msgspec.Meta(le=MAX_TOP)] = 10
 
 
 def llama_items(request: LlamaRequest) -> list[Item]:

@@ -208,7 +208,7 @@ class Service:
             hits = await asyncio.to_thread(self._nearest, row, body.top)
         except InputError as error:  # not the client's: the index was removed, or replaced by another bundle's
             raise ClipRdEdgeError(str(error), hint=error.hint) from error
-        return json_response({"hits": [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]})
+        return json_response({"hits": hits})
 
     @property
     def searches(self) -> bool:
@@ -332,9 +332,10 @@ class Service:
                 means.append(np.concatenate(rows).reshape(len(labels[part]), len(templates), -1).mean(axis=1))
         return normalise(np.concatenate(means))
 
-    def _nearest(self, row: Embeddings, top: int) -> Any:
+    def _nearest(self, row: Embeddings, top: int) -> list[dict[str, Any]]:
         index, rows, graph = self._read_index()
-        return nearest(index, rows, row, top=top, graph=graph)
+        hits = nearest(index, rows, row, top=top, graph=graph)
+        return [{"path": str(hit.path), "similarity": hit.similarity} for hit in hits]
 
     def _read_index(self) -> tuple[Index, Embeddings, Graph | None]:
         """Return the index, read again if it was updated; as it was, while another thread reads it."""

@@ -275,11 +275,11 @@ def test_one_search_reads_an_updated_index_and_the_others_use_what_was_read_befo
         assert began.wait(PATIENCE_S)
         others = [threads.submit(service._nearest, row, 1) for _ in range(7)]
         try:
-            assert {other.result(10)[0].path.name for other in others} == {"blue.jpg"}
+            assert {Path(other.result(10)[0]["path"]).name for other in others} == {"blue.jpg"}
         finally:
             goes_on.set()
-        assert first.result(PATIENCE_S)[0].path.name != "blue.jpg"
-    assert service._nearest(row, 1)[0].path.name != "blue.jpg"
+        assert Path(first.result(PATIENCE_S)[0]["path"]).name != "blue.jpg"
+    assert Path(service._nearest(row, 1)[0]["path"]).name != "blue.jpg"
     assert len(reads) == 1
     service.close()
 
@@ -314,6 +314,7 @@ def test_base64_may_have_line_breaks_as_the_command_base64_makes_them(client: An
         ("/search", {"query": ""}, "either a query or an image"),
         ("/classify", {"image": encoded(jpeg()), "labels": ["red"], "top": 0}, "Expected `int` >= 1 - at `$.top`"),
         ("/search", {"query": "red", "top": 0}, "Expected `int` >= 1 - at `$.top`"),
+        ("/search", {"query": "red", "top": 1001}, "Expected `int` <= 1000 - at `$.top`"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_sentence(client: Any, path: str, body: Any, message: str) -> None:
@@ -584,6 +585,7 @@ def test_prometheus_reads_what_was_counted_and_the_document_names_every_route(cl
     assert 'clip_rd_edge_request_seconds_count{path="/embeddings"} 2\n' in text
     assert "clip_rd_edge_pending_items 0\n" in text
     document = client.get("/openapi.json").json()
+    assert document["components"]["schemas"]["SearchRequest"]["properties"]["top"]["maximum"] == 1000
     routes = {route.path_format for route in client.app.routes}
     assert routes - set(document["paths"]) == {"/embedding", "/models", "/openapi.json"}  # further names, and itself
     for path, methods in document["paths"].items():
