@@ -19,19 +19,22 @@ from clip_rd_edge.contract.task import RetrievalTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.data.unpaired import pair_count
 from clip_rd_edge.distillation.build import training_pairs
-from clip_rd_edge.distillation.checkpoint import list_checkpoints, read_weights
+from clip_rd_edge.distillation.checkpoint import STATE_FILE, list_checkpoints, read_weights
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.student import empty_student
 from clip_rd_edge.errors import ClipRdEdgeError, InputError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.paths import file_identity
 from clip_rd_edge.utils.printable import one_line
 from clip_rd_edge.utils.structs import read_yaml
 from clip_rd_edge.web.watch.state import Answers, SampleAnswer
 
 SAMPLES = 12  # images
 MAX_LABELS = 64  # of a task with more; embedding a thousand would take the time of many training steps
+
+_Identity = tuple[int, ...] | None  # of a file, as `file_identity` returns it
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class _Samples:
 class StudentAnswers:
     """The answers of a run's newest student, computed in the background when there is a newer one.
 
+    A run that was removed and begun again in the same folder is another one: nothing of the former is kept.
+
     Args:
         run: folder of the run.
         task: where the images come from; None takes the run's first task, else its training pairs.
@@ -56,16 +61,22 @@ class StudentAnswers:
 
     def __init__(self, run: Path, *, task: str | None = None, threads: int = 1) -> None:
         self._run, self._task, self._threads = run, task, threads
+        self._worker: threading.Thread | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._config_identity = file_identity(self._run / RUN_CONFIG_FILE)
         self._samples: _Samples | None = None
         self._student: ClipModel | None = None
-        self._answered: Path | None = None  # the checkpoint or student that the answers are of
+        self._answered: tuple[Path, _Identity] | None = None  # the checkpoint or student that the answers are of
         self._answers = Answers()
-        self._worker: threading.Thread | None = None
 
     def __call__(self) -> Answers:
         """Return the last answers at once; if there is a newer student, begin to compute its answers."""
+        if self._worker and self._worker.is_alive():
+            return self._answers
         newest = self._newest()
-        if newest is not None and newest != self._answered and not (self._worker and self._worker.is_alive()):
+        if newest is not None and (newest, _weights_identity(newest)) != self._answered:
             self._worker = threading.Thread(target=self._update, args=(newest,), daemon=True)
             self._worker.start()
         return self._answers
@@ -78,6 +89,9 @@ class StudentAnswers:
         return self._answers
 
     def _newest(self) -> Path | None:
+        """Return the newest student or checkpoint; if it is another run by now, what is known of the former is gone."""
+        if file_identity(self._run / RUN_CONFIG_FILE) != self._config_identity:
+            self._forget()
         student = self._run / STUDENT_FOLDER
         if (student / WEIGHTS_FILE).is_file():
             return student
@@ -85,6 +99,7 @@ class StudentAnswers:
         return checkpoints[-1] if checkpoints else None
 
     def _update(self, source: Path) -> None:
+        identity = _weights_identity(source)  # before it is read: what replaces it meanwhile is newer
         try:
             config = read_yaml(self._run / RUN_CONFIG_FILE, RunConfig)
             self._samples = self._samples or _choose_samples(config, self._task)
@@ -93,7 +108,7 @@ class StudentAnswers:
             if not source.exists():
                 return  # the run has replaced this checkpoint by a newer one, which is next
             self._answers = Answers(problem=f"There are no sample answers: {one_line(error)}")
-        self._answered = source
+        self._answered = source, identity
 
     def _answer(self, config: RunConfig, samples: _Samples, source: Path) -> Answers:
         if source.name == STUDENT_FOLDER:
@@ -122,6 +137,10 @@ class StudentAnswers:
                 for image, target, row in zip(samples.images, samples.targets, rows, strict=True)
             ),
         )
+
+
+def _weights_identity(source: Path) -> _Identity:
+    return file_identity(source / (WEIGHTS_FILE if source.name == STUDENT_FOLDER else STATE_FILE))
 
 
 def _choose_samples(config: RunConfig, task: str | None) -> _Samples:

@@ -18,6 +18,8 @@ from clip_rd_edge.distillation.monitoring import answers as module
 from clip_rd_edge.distillation.monitoring.answers import StudentAnswers
 from clip_rd_edge.distillation.run import run_distillation
 from clip_rd_edge.models.load import load_clip
+from clip_rd_edge.utils.files import write_text
+from clip_rd_edge.utils.structs import to_yaml
 
 
 @pytest.fixture
@@ -83,6 +85,35 @@ def test_answers_are_computed_in_the_background_and_again_for_a_newer_checkpoint
     monkeypatch.setattr(StudentAnswers, "_update", lambda self, source: calls.append(source))
     answers()
     assert calls == []
+
+
+def test_a_run_that_is_begun_again_in_the_same_folder_is_another_one(
+    unfinished: Path, tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_choose_samples", lambda config, task: config.seed)
+    monkeypatch.setattr(
+        StudentAnswers,
+        "_answer",
+        lambda self, config, samples, source: module.Answers(
+            step=4, among=f"samples of {samples}, weights of {(source / 'state.pt').read_text()}"
+        ),
+    )
+    answers = StudentAnswers(unfinished)
+
+    def begin_again(seed: int, *, at_step: int) -> None:
+        shutil.rmtree(unfinished / "checkpoints")
+        write_text(unfinished / "config.yaml", to_yaml(msgspec.structs.replace(config, seed=seed)))
+        assert wait_until(lambda: answers() == module.Answers())  # there is no student of this run yet
+        (unfinished / "checkpoints" / f"step-{at_step:08d}").mkdir(parents=True)
+        write_text(unfinished / "checkpoints" / f"step-{at_step:08d}" / "state.pt", f"run {seed}")
+
+    for seed, step in ((1, 4), (2, 4), (3, 6)):
+        begin_again(seed, at_step=step)
+        assert wait_until(lambda: answers().step == 4)
+        assert answers().among == f"samples of {seed}, weights of run {seed}"
+    newest = list_checkpoints(unfinished)[-1]
+    write_text(newest / "state.pt", "other weights")
+    assert wait_until(lambda: answers().among == "samples of 3, weights of other weights")
 
 
 def wait_for(answers: StudentAnswers, *, step: int) -> module.Answers:
