@@ -55,6 +55,7 @@ def command(
     """
     import clip_rd_edge as edge
     from clip_rd_edge.cli._console import json_line
+    from clip_rd_edge.runtime.index.folder import is_gone
 
     if as_json and null:
         raise UsageError("--json and --null cannot be combined.", hint="omit one of them")
@@ -67,7 +68,7 @@ def command(
             echo(f"{hit.path}\0", nl=False)
         else:
             echo(f"{hit.similarity:.3f}\t{one_line(hit.path)}")
-    if gone := sum(not hit.path.is_file() for hit in hits):
+    if gone := sum(is_gone(hit.path) for hit in hits):  # and not one that this account may not look at
         where = "index the folder again" if folder else "say where the folder is now with --folder, or index it again"
         echo(f"warning: Of these {len(hits):,} images, {gone:,} are not there any more.\nhint: {where}", err=True)
     if hits.missing:

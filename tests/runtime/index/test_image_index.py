@@ -720,6 +720,15 @@ def test_search_says_that_images_are_gone(
     assert (code, error) == (0, "")
 
 
+def test_images_that_this_account_may_not_look_at_are_not_called_gone(
+    command_line: Run, colour_bundle: Path, colour_images: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update_index(load(colour_bundle), colour_images, index)
+    fail_to_look_at(monkeypatch, lambda path: path.parent == colour_images, PermissionError(13, "Permission denied"))
+    code, output, error = command_line("search", index, "red", "--top", "2")
+    assert (code, len(output.splitlines()), error) == (0, 2, "")
+
+
 def test_two_indexers_and_twenty_searchers_at_once_meet_no_error_and_lose_nothing(
     colour_bundle: Path, colour_images: Path, index: Path
 ) -> None:
