@@ -198,13 +198,14 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Return options for the file system of a URL; other stores than web servers have limits like these themselves."""
+    """Return options for the file system of a URL; other stores than web servers have such themselves."""
     if not url.startswith(("http://", "https://")):
         return {}
     import aiohttp
 
     limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=_READ_TIMEOUT_S)
-    return {"client_kwargs": {"timeout": limits}}
+    # trust_env: the proxy of HTTPS_PROXY and NO_PROXY, and the passwords in ~/.netrc, as curl and urllib have them.
+    return {"client_kwargs": {"timeout": limits, "trust_env": True}}
 
 
 def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] | None = None) -> _T:
@@ -220,7 +221,7 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
                 raise refusal from error
             if delay is None or is_final:
                 raise InputError(
-                    f"The shard {shown_source(url)} could not be fetched: {_reason(error)}.",
+                    f"The shard {shown_source(url)} could not be fetched: {_reason(error, url)}.",
                     hint="check that it can be reached; what was fetched is kept, so that another start continues",
                 ) from error
         time.sleep(delay)
@@ -229,7 +230,7 @@ def _with_retries(url: str, call: Callable[[], _T], *, delays: Sequence[float] |
 
 def _refusal(url: str, error: BaseException, status: int | None) -> InputError | None:
     """Return the error for what no later try would change, if this is such an answer."""
-    reason, shard = _reason(error), shown_source(url)
+    reason, shard = _reason(error, url), shown_source(url)
     # fsspec raises FileNotFoundError also for servers that cannot be reached; the cause is the difference.
     if status == 404 or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
         return InputError(f"The shard {shard} does not exist{f': {reason}' if 'bucket' in reason else ''}.")
@@ -271,8 +272,11 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line that an error says, or one of its causes, as fsspec's time-outs say nothing themselves."""
+def _reason(error: BaseException, url: str = "") -> str:
+    """Return the first line that an error says, or one of its causes, if it says nothing but the shard's URL.
+
+    So do fsspec's errors on servers that cannot be reached; its time-outs say nothing at all.
+    """
     texts = (str(cause).strip() for cause in causes(error))
-    text = next(filter(None, texts), type(error).__name__)
+    text = next((text for text in texts if text not in ("", url)), type(error).__name__)
     return shown_message(text.splitlines()[0].rstrip("."))

@@ -70,6 +70,7 @@ def shards(tmp_path: Path, write_tar: WriteTar, encode_image: EncodeImage) -> Pa
 def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnreliableServer]:
     monkeypatch.setattr(remote, "_RETRY_DELAYS_S", (0.01,) * 4)
     monkeypatch.setattr(remote, "_PART_BYTES", 1000)
+    monkeypatch.setenv("no_proxy", "*")
     remote._remote_version.cache_clear()
     with UnreliableServer(shards).running() as server:
         yield server

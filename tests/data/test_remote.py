@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import shlex
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +64,27 @@ def test_a_server_that_stalls_for_good_is_named(server: UnreliableServer, monkey
     server.fail = ["", *["stall"] * 99]
     with pytest.raises(InputError, match=r"000\.tar could not be fetched: \w+ .*socket"):
         load_pairs(f"{server.url}/000.tar")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a folder named http:")
+def test_shards_are_fetched_through_the_proxy_of_the_environment(
+    server: UnreliableServer, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shards, server.folder / "http:" / "storage.example")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, server.url)
+    monkeypatch.setenv("no_proxy", "other.example")
+    pairs = load_pairs("http://storage.example/000.tar")
+    assert contents(pairs) == contents(load_pairs(f"{shards}/000.tar"))
+    assert set(server.requests) == {"http://storage.example/000.tar"}
+
+
+def test_a_server_that_cannot_be_reached_is_named_with_the_reason(server: UnreliableServer) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/000.tar?sig=SECRET"
+        with pytest.raises(InputError, match=r"000\.tar could not be fetched: Cannot connect to host 127\.0\.0\.1"):
+            load_pairs(url)
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
