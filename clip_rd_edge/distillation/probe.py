@@ -15,6 +15,7 @@ import msgspec
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.answer_cache import task_state
 from clip_rd_edge.benchmarking.metrics import Interval, Score, primary_interval, primary_metric
+from clip_rd_edge.contract.checkpoint import WEIGHTS_FILE
 from clip_rd_edge.contract.task import Task
 from clip_rd_edge.distillation.config import RunConfig
 from clip_rd_edge.distillation.processes.distributed import require_one_process
@@ -25,7 +26,7 @@ from clip_rd_edge.errors import UsageError
 from clip_rd_edge.models.clip import ClipModel
 from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.load import load_clip, require_model
-from clip_rd_edge.utils.files import write_bytes
+from clip_rd_edge.utils.files import sha256_of, write_bytes
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 from clip_rd_edge.utils.structs import read_json, to_json
@@ -42,11 +43,13 @@ class ProbedTeacher(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         teacher: as it was named.
         teacher_scores, student_scores: by task.
+        student_sha256: of the weights that were measured; empty in a file of an older version.
     """
 
     teacher: str
     teacher_scores: dict[str, Score]
     student_scores: dict[str, Score]
+    student_sha256: str = ""
 
     @property
     def teacher_mean(self) -> float:
@@ -99,7 +102,8 @@ def probe_teachers(
     """Train a student from each teacher for the same few steps, with the same seed, and rank the teachers by it.
 
     `folder` gets a run per teacher, and probe.json after each. An interrupted call is continued by the same one. With
-    other tasks, also of the same names, the students that are trained already are measured again.
+    other tasks, also of the same names, the students that are trained already are measured again, and so is a student
+    that was trained again since it was measured.
 
     Args:
         teachers: as `load_clip` takes them.
@@ -129,7 +133,8 @@ def probe_teachers(
             own = msgspec.structs.replace(config, teacher=name, teacher_pretrained=weights, teacher_cache=store)
             # Also called for a finished run: it refuses one with other settings.
             student = run_distillation(own, folder / run, resume=True, reporter=reporter)
-            if name in known:
+            sha256 = sha256_of(student / WEIGHTS_FILE)
+            if name in known and known[name].student_sha256 == sha256:
                 probed.append(known[name])
                 continue
             reporter.update("evaluating teacher and student")
@@ -138,10 +143,13 @@ def probe_teachers(
                     teacher=name,
                     teacher_scores=_scores(load_clip(name, pretrained=weights), tasks),
                     student_scores=_scores(load_clip(str(student)), tasks),
+                    student_sha256=sha256,
                 )
             )
             write_bytes(folder / RESULT, to_json(_ranked(config, probed, fingerprints)))
-    return _ranked(config, probed, fingerprints)
+    probe = _ranked(config, probed, fingerprints)
+    write_bytes(folder / RESULT, to_json(probe))  # also the last teachers, if they were measured before
+    return probe
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,38 @@ def test_another_task_of_the_same_name_is_measured_again(
     older = {name: value for name, value in json.loads(result.read_text()).items() if name != "tasks"}
     result.write_text(json.dumps(older))
     assert [evaluated_on(other), evaluated_on(other)] == [2, 0]
+
+
+def test_a_student_that_was_trained_again_is_measured_again(
+    source: dict[str, Any], evaluations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**source, "teachers": source["teachers"][:1], "tasks": str(source["data"]), "output": tmp_path / "probe"}
+    edge.probe_teachers(**options)
+    (run,) = (path.parent for path in (tmp_path / "probe").glob("*/config.yaml"))
+    shutil.rmtree(run)
+    options["steps"] = 4
+
+    def killed(*_: object, **__: object) -> None:
+        raise MemoryError("like a kill")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probing, "load_clip", killed)
+        with pytest.raises(MemoryError):
+            edge.probe_teachers(**options)
+    assert (run / "student").is_dir()
+    edge.probe_teachers(**options)
+    assert evaluations == ["teacher 0", "teacher-0"] * 2
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["steps"] == 4
+
+
+def test_the_result_on_disk_has_all_teachers_in_whatever_order_they_are_named(
+    source: dict[str, Any], evaluations: list[str], tmp_path: Path
+) -> None:
+    options = {**source, "tasks": str(source["data"]), "output": tmp_path / "probe"}
+    edge.probe_teachers(**{**options, "teachers": source["teachers"][:1]})
+    probe = edge.probe_teachers(**{**options, "teachers": source["teachers"][::-1]})
+    record = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert [teacher["teacher"] for teacher in record["teachers"]] == [teacher.teacher for teacher in probe.teachers]
 
 
 def test_a_number_of_steps_is_the_default(
