@@ -73,7 +73,7 @@ from clip_rd_edge.distillation.teachers.teacher import (
     LiveTeacher,
     Teacher,
 )
-from clip_rd_edge.distillation.train import caption_batch, prepare, step_settings, total_steps, train
+from clip_rd_edge.distillation.train import caption_batch, encoder_of, prepare, step_settings, total_steps, train
 from clip_rd_edge.errors import (
     ClipRdEdgeError,
     ConfigError,
@@ -83,7 +83,6 @@ from clip_rd_edge.errors import (
     in_one_line,
 )
 from clip_rd_edge.models.clip import to_device
-from clip_rd_edge.models.encoder import TorchEncoder
 from clip_rd_edge.models.interpolate import interpolate_clip
 from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.student import TEACHER
@@ -285,7 +284,7 @@ def _run(
         if config.tuned_share < 1:
             student = interpolate_clip(load_clip(config.student), student, share=config.tuned_share)
             if evaluate:  # the run has evaluated the trained weights alone
-                evaluation = evaluate(TorchEncoder(student))
+                evaluation = evaluate(encoder_of(student, trained.quantization))
                 scores = ", ".join(f"{name} {value:.1%}" for name, value in evaluation.items())
                 reporter.say(f"the student with a share of {config.tuned_share:g} of the trained weights: {scores}")
         setup = dataclasses.replace(setup, student=student)

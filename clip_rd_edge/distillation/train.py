@@ -62,6 +62,7 @@ class Trained:
         parts: what a checkpoint holds, by its key there; `bad` are the samples among them that could not be read.
         student, encoder: what is saved and evaluated: the moving average if there is one, else the trained model.
         start, steps: completed steps, and steps in total.
+        quantization: the rounding that it is trained under, if any.
     """
 
     compute: TrainingStep
@@ -72,6 +73,7 @@ class Trained:
     encoder: Encoder
     start: int
     steps: int
+    quantization: Quantization | None
 
 
 def prepare(
@@ -130,8 +132,13 @@ def prepare(
         image_tower=quantization.tower(student) if quantization else None,
         bank=bank,
     )
-    encoder = TorchEncoder(saved_student, image_tower=quantization.tower(saved_student) if quantization else None)
-    return Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps)
+    encoder = encoder_of(saved_student, quantization)
+    return Trained(compute, optimizer, parts, dataset.bad, saved_student, encoder, start, steps, quantization)
+
+
+def encoder_of(student: ClipModel, quantization: Quantization | None) -> TorchEncoder:
+    """Return what evaluates a student of a run, under the rounding that the run trains for."""
+    return TorchEncoder(student, image_tower=quantization.tower(student) if quantization else None)
 
 
 def train(

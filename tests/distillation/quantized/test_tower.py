@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -236,6 +237,22 @@ def test_a_run_trains_the_exported_weights_and_resumes_after_a_kill(config: RunC
         run_distillation(config, tmp_path / "killed", resume=False, reporter=Watch(on_step=kill))
     resumed = weights(run_distillation(config, tmp_path / "killed", resume=True))
     assert all(torch.equal(after[name], resumed[name]) for name in after)
+
+
+def test_all_evaluations_are_of_the_rounded_tower(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(config, tuned_share=0.5)
+    evaluated = []
+
+    def evaluate(encoder: Any) -> dict[str, float]:
+        encoder = getattr(encoder, "_encoder", encoder)  # that all processes share, or the one that they share
+        evaluated.append(encoder._image_tower)
+        return {"colours": 0.5}
+
+    student = run_distillation(config, tmp_path / "run", resume=False, evaluate=evaluate)
+    assert [type(tower) for tower in evaluated] == [QuantizedTower] * 2
+    assert evaluated[1].ranges is evaluated[0].ranges
+    average = evaluated[1].tower.state_dict()
+    assert all(torch.equal(average[f"model.{name}"], tensor) for name, tensor in weights(student).items())
 
 
 @pytest.mark.slow
