@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -360,6 +361,7 @@ def test_paths_may_be_texts_or_path_objects(pairs_csv: Path, colour_images: Path
         data=pairs_csv, student="test_resnet", output=tmp_path / "run", recipe=recipe, steps=1, batch_size=8,
         text="64x1", image_size=32, context_length=8, embedding_size=16, precision="fp32", workers=0, tasks=[task],
     )  # fmt: skip
+    assert json.loads((run / "best" / "distillation.json").read_text())["tasks_sha256"].keys() == {"task"}
     cache = edge.embed(data=pairs_csv, teacher=run, output=tmp_path / "cache", recipe="clip-kd", workers=0)
     again = edge.distill(
         data=pairs_csv, student=run, teacher=run, teacher_cache=cache, views=1, output=tmp_path / "again",

@@ -83,6 +83,7 @@ def distill(
         InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
+    from clip_rd_edge.data.tasks import task_fingerprint
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path
@@ -90,7 +91,7 @@ def distill(
     accept_changes = options.pop("accept_changes", False)
     with _told_to_all_processes():
         config = resolve(recipe, data=data, student=student, teacher=teacher, **options)
-        evaluate_student = _evaluator(config)
+        tasks = _tasks(config)
     run = Path(output)
     require_utf8_path(run)
     run_distillation(
@@ -99,7 +100,8 @@ def distill(
         resume=resume,
         accept_changes=accept_changes,
         reporter=reporter,
-        evaluate=evaluate_student,
+        evaluate=_evaluator(tasks),
+        tasks={task.name: task_fingerprint(task) for task in tasks},
     )
     return run
 
@@ -335,14 +337,13 @@ def _told_to_all_processes() -> Iterator[None]:
         raise
 
 
-def _evaluator(config: RunConfig) -> Callable[[Any], dict[str, float]] | None:
-    """Return a function that scores the student on each of the run's tasks by top-1 accuracy or R@1, or None."""
-    if not config.tasks:
+def _evaluator(tasks: Sequence[Task]) -> Callable[[Any], dict[str, float]] | None:
+    """Return a function that scores the student on each task by top-1 accuracy or R@1; None without tasks."""
+    if not tasks:
         return None
     from clip_rd_edge.benchmarking.accuracy import evaluate as score
     from clip_rd_edge.benchmarking.metrics import primary_metric
 
-    tasks = _tasks(config)
     return lambda encoder: {task.name: primary_metric(score(encoder, task)) for task in tasks}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -61,6 +61,8 @@ class RunSetup:
     `ensemble` says how the embeddings of either become those of one; None without a teacher.
 
     `pairs` may be `MixedSamples`, in which images and captions do not always belong together.
+
+    `tasks` are the fingerprints of those that the student is evaluated on, by name, as far as they are known.
     """
 
     pairs: Pairs
@@ -69,6 +71,7 @@ class RunSetup:
     objective: Objective
     stored: StoredTeachers | None = None
     ensemble: Ensemble | None = None
+    tasks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def teacher_names(self) -> list[str]:

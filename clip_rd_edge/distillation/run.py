@@ -13,7 +13,7 @@ tensorboard/     the same metrics for TensorBoard, if requested; see also tracke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,7 @@ def run_distillation(
     accept_changes: bool = False,
     reporter: Reporter = SILENT,
     evaluate: Callable[[Encoder], dict[str, float]] | None = None,
+    tasks: Mapping[str, str] | None = None,
 ) -> Path:
     """Train the student that `config` describes in the folder `run`; return the student's folder.
 
@@ -110,6 +111,7 @@ def run_distillation(
         accept_changes: resume also if data or teacher are no longer those that the run began with.
         reporter: receives the progress of indexing, caching and training, and messages about what was decided.
         evaluate: see `train.train`.
+        tasks: the fingerprint of each task of `evaluate` by its name, which those of before may share.
 
     Raises:
         UsageError: `run` is not empty and `resume` is false, holds a run with another configuration, data or teacher,
@@ -133,6 +135,7 @@ def run_distillation(
                         accept_changes=accept_changes,
                         reporter=reporter if processes.is_main else SILENT,
                         evaluate=evaluate,
+                        tasks=tasks or {},
                     )
         except Stopped:
             where = f"saved in {run}" if list_checkpoints(run) else "before the first step"
@@ -219,6 +222,7 @@ def _run(
     accept_changes: bool,
     reporter: Reporter,
     evaluate: Callable[[Encoder], dict[str, float]] | None,
+    tasks: Mapping[str, str],
 ) -> Path:
     processes.on_main(lambda: require_tracker(config.report_to))
     config = msgspec.structs.replace(config, processes=processes.world_size)
@@ -237,6 +241,7 @@ def _run(
     if processes.from_main(bool(list_checkpoints(run))):
         start = _without_initial_weights(config)
     setup = load_setup(start, name=run.resolve().name, processes=processes, reporter=reporter)
+    setup = dataclasses.replace(setup, tasks=tasks)
     steps = total_steps(config, setup.pairs)
     if state == "new":
         reporter.say(

@@ -190,6 +190,8 @@ def train(
             evaluate=evaluate,
             saved=start,
         )
+        for name in changed_tasks(run, setup.tasks):
+            reporter.say(f"the task {name} has other images or labels: the next evaluation replaces the best student")
         loop.repeat_evaluation()
         clock = _Clock()
         batches = step_loader(dataset, sampler, workers=config.workers)
@@ -324,7 +326,7 @@ class _Loop:
             return {}
         if processes.is_main:
             record = partial(provenance, self.config, self.setup, steps=done)
-            save_if_best(self.run, student, scores, provenance=record)
+            save_if_best(self.run, student, scores, provenance=record, tasks=self.setup.tasks)
         return scores
 
     def report(self, done: int, result: StepResult, scores: dict[str, float], clock: _Clock) -> None:
@@ -401,10 +403,31 @@ def step_settings(config: RunConfig, autocast: torch.dtype | None, device: torch
 
 class _BestRecord(msgspec.Struct):
     evaluation: dict[str, float]
+    tasks_sha256: dict[str, str] = {}  # earlier versions did not record it
+
+
+def _best_record(run: Path) -> _BestRecord | None:
+    path = run / BEST_FOLDER / DISTILLATION_FILE
+    return msgspec.json.decode(path.read_bytes(), type=_BestRecord) if path.is_file() else None
+
+
+def changed_tasks(run: Path, tasks: Mapping[str, str]) -> list[str]:
+    """Return the names of tasks whose content is not that by which the student in `RUN/best` was chosen.
+
+    Args:
+        tasks: the fingerprint of each by its name.
+    """
+    best = _best_record(run)
+    return [name for name, sha256 in tasks.items() if best and best.tasks_sha256.get(name, sha256) != sha256]
 
 
 def save_if_best(
-    run: Path, student: ClipModel, evaluation: Mapping[str, float], *, provenance: Callable[[], dict[str, Any]]
+    run: Path,
+    student: ClipModel,
+    evaluation: Mapping[str, float],
+    *,
+    provenance: Callable[[], dict[str, Any]],
+    tasks: Mapping[str, str],
 ) -> bool:
     """Write the student to `RUN/best` if its mean score exceeds that of the student saved there, on the same tasks.
 
@@ -412,15 +435,16 @@ def save_if_best(
         evaluation: one score per task, higher is better.
         provenance: returns the content of distillation.json, to which the evaluation is added. Called only if the
             student is written, since it hashes the teacher's weights.
+        tasks: the fingerprint of each task by its name, as far as they are known.
 
     Returns:
         Whether the student was written.
     """
-    path = run / BEST_FOLDER / DISTILLATION_FILE
-    if path.is_file():
-        best = msgspec.json.decode(path.read_bytes(), type=_BestRecord).evaluation
-        same_tasks = best.keys() == evaluation.keys()  # a resumed run may have others
-        if same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.values()):
+    if best := _best_record(run):
+        # A resumed run may have others.
+        same_tasks = best.evaluation.keys() == evaluation.keys() and not changed_tasks(run, tasks)
+        if same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.evaluation.values()):
             return False
-    save_clip(run / BEST_FOLDER, student, provenance={**provenance(), "evaluation": dict(evaluation)})
+    record = {**provenance(), "evaluation": dict(evaluation), "tasks_sha256": dict(tasks)}
+    save_clip(run / BEST_FOLDER, student, provenance=record)
     return True

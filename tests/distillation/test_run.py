@@ -901,10 +901,31 @@ def test_a_student_that_is_finished_without_its_tasks_has_no_scores_of_an_earlie
 def test_the_best_student_is_that_of_the_tasks_that_the_run_has_now(config: RunConfig, tmp_path: Path) -> None:
     clip = load_clip(str(config.teacher))
     saved = [
-        save_if_best(tmp_path, clip, scores, provenance=dict)
+        save_if_best(tmp_path, clip, scores, provenance=dict, tasks={})
         for scores in ({"easy": 0.9}, {"easy": 0.8}, {"hard": 0.3}, {"hard": 0.2}, {"hard": 0.4})
     ]
     assert saved == [True, False, True, False, True]
+
+
+def test_the_best_student_is_that_of_the_tasks_content_whatever_its_name(config: RunConfig, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(with_recipe(config, steps=3), evaluate_every=1, checkpoint_every=1)
+    run, watch, scores = tmp_path / "run", Watch(on_step=stop_at(1)), iter([0.9, 0.3, 0.2])
+    options: dict[str, Any] = {"evaluate": lambda _: {"val": next(scores)}}
+    with pytest.raises(MemoryError):
+        run_distillation(config, run, resume=False, reporter=watch, tasks={"val": "easy"}, **options)
+    watch = Watch()
+    run_distillation(config, run, resume=True, reporter=watch, tasks={"val": "hard"}, **options)
+    assert "the task val has other images or labels: the next evaluation replaces the best student" in watch.said
+    best = json.loads((run / "best" / "distillation.json").read_text())
+    assert (best["steps"], best["evaluation"], best["tasks_sha256"]) == (2, {"val": 0.3}, {"val": "hard"})
+
+
+def test_the_best_student_of_an_earlier_version_is_compared_by_the_names_of_its_tasks(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    clip = load_clip(str(config.teacher))
+    save_if_best(tmp_path, clip, {"val": 0.5}, provenance=dict, tasks={})
+    assert not save_if_best(tmp_path, clip, {"val": 0.4}, provenance=dict, tasks={"val": "digest"})
 
 
 def test_a_run_can_be_resumed_on_another_number_of_processes_and_reports_it(config: RunConfig, tmp_path: Path) -> None:
