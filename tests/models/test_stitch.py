@@ -26,6 +26,7 @@ from clip_rd_edge.models.load import load_clip, save_clip
 from clip_rd_edge.models.stitch import class_embeddings, solve_projection
 from clip_rd_edge.models.student import build_student, student_config
 from clip_rd_edge.models.text.config import build_with_text_tower_of
+from clip_rd_edge.models.text.sentences import load_sentence_encoder
 from clip_rd_edge.runtime.label_list import everyday_labels
 
 WORDS = ["a", "red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut", "washer"]
@@ -277,7 +278,7 @@ def test_sentence_encoders_that_open_clip_cannot_hold_are_refused(encoder: Path,
     (broken / "1_Pooling").mkdir()
     for mode in ("pooling_mode_lasttoken", "pooling_mode_max_tokens"):  # open_clip has the latter, but it raises
         (broken / "1_Pooling" / "config.json").write_text(f'{{"{mode}": true}}')
-        with pytest.raises(ConfigError, match=f"cannot hold the pooling .* {mode}; expected one of"):
+        with pytest.raises(ConfigError, match=f"cannot hold the pooling .* {mode}; expected one of mean, cls"):
             edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
     (broken / "config.json").write_text('{"model_type": "distilbert"}')
     with pytest.raises(ConfigError, match="of type 'distilbert'"):
@@ -285,6 +286,33 @@ def test_sentence_encoders_that_open_clip_cannot_hold_are_refused(encoder: Path,
     (broken / "config.json").unlink()
     with pytest.raises(InputError, match=r"has no config\.json"):
         edge.stitch("test_resnet", tmp_path / "teacher", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "pooler"),
+    [
+        ({"pooling_mode": "mean"}, "mean_pooler"),
+        ({"pooling_mode": ["cls"], "pooling_mode_mean_tokens": True}, "cls_last_hidden_state_pooler"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls_last_hidden_state_pooler"),
+        ({"pooling_mode": "lasttoken"}, "encoder, lasttoken;"),
+        ({"pooling_mode": ["mean", "cls"]}, "encoder, mean and cls;"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean and pooling_mode_max_tokens;"),
+        ({"pooling_mode": 3}, "encoder, 3;"),
+        ({}, "encoder, none;"),
+    ],
+)
+def test_the_pooling_is_that_of_sentence_transformers_in_both_forms(
+    content: dict[str, object], pooler: str, encoder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoder, tmp_path / "encoder")
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    file = tmp_path / "encoder" / "1_Pooling" / "config.json"
+    file.write_text(json.dumps({"embedding_dimension": 24, "include_prompt": True, **content}))
+    if pooler.endswith(";"):
+        with pytest.raises(ConfigError, match=f"cannot hold the pooling .*{pooler} expected one of mean, cls"):
+            load_sentence_encoder(str(tmp_path / "encoder"))
+    else:
+        assert load_sentence_encoder(str(tmp_path / "encoder")).text_cfg["hf_pooler_type"] == pooler
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,9 @@ from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.structs import read_json_objects
 
 # The pooling modes of sentence-transformers, in its 1_Pooling/config.json, under open_clip's names.
-_POOLERS = {
-    "pooling_mode_mean_tokens": "mean_pooler",
-    "pooling_mode_cls_token": "cls_last_hidden_state_pooler",
-}
-
+_POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
+# Versions before 6 wrote a flag for each mode.
+_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 _CONTEXT_LENGTH = 77
 
@@ -163,8 +161,10 @@ def _pooler(folder: Path, source: str) -> str:
     pooling = folder / "1_Pooling" / "config.json"
     if not pooling.is_file():
         return "mean_pooler"
-    modes = [name for name, value in _read(pooling, dict[str, Any], source).items() if value is True]
-    modes = [name for name in modes if name.startswith("pooling_mode_")]
+    config = _read(pooling, dict[str, Any], source)
+    flags = [name for name, value in config.items() if value is True and name.startswith("pooling_mode_")]
+    named = config.get("pooling_mode") or [_FLAGS.get(name, name) for name in flags]
+    modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
     if len(modes) != 1 or modes[0] not in _POOLERS:
         raise ConfigError(
             f"open_clip cannot hold the pooling of the sentence encoder {source}, {' and '.join(modes) or 'none'}; "
