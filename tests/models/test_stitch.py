@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -15,6 +16,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from support import Watch
+from text_towers import bert_clip, roberta_clip
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 import clip_rd_edge as edge
@@ -313,6 +315,14 @@ def test_the_pooling_is_that_of_sentence_transformers_in_both_forms(
             load_sentence_encoder(str(tmp_path / "encoder"))
     else:
         assert load_sentence_encoder(str(tmp_path / "encoder")).text_cfg["hf_pooler_type"] == pooler
+
+
+@pytest.mark.parametrize(("make", "positions"), [(bert_clip, 20), (roberta_clip, 18)])
+def test_a_text_may_be_as_long_as_the_encoder_has_positions(make: Any, positions: int, tmp_path: Path) -> None:
+    make(tmp_path / "encoder")  # with max_position_embeddings of 20, two of which are for padding in RoBERTa
+    encoder = load_sentence_encoder(str(tmp_path / "encoder"), context_length=77)
+    assert encoder.text_cfg["context_length"] == positions
+    assert encoder.encode(["a red cat " * 20]).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from clip_rd_edge.utils.structs import read_json_objects
 _POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 # Versions before 6 wrote a flag for each mode.
 _FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-
+_AFTER_PADDING = ("roberta", "xlm-roberta")  # the first position of a text is the one after the padding's token id
 _CONTEXT_LENGTH = 77
 
 
@@ -138,7 +138,7 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
         "hf_tokenizer_name": name,
         "hf_proj_type": None,  # the projection would be the identity
         "hf_pooler_type": _pooler(folder, source),
-        "context_length": min(context_length, getattr(config, "max_position_embeddings", context_length)),
+        "context_length": min(context_length, _max_context_length(config) or context_length),
     }
     try:
         model = build_text_tower(text_cfg, embedding_size=int(width))
@@ -146,6 +146,14 @@ def _hugging_face(folder: Path, *, context_length: int, name: str, source: str) 
     except Exception as error:  # transformers raises many types
         raise ConfigError(f"The sentence encoder {source} could not be loaded: {first_line(error)}.") from error
     return SentenceEncoder(text_cfg, model.eval(), tokenizer, int(width), source)
+
+
+def _max_context_length(config: Any) -> int | None:
+    """Return the number of positions that a text may take; None without a limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in _AFTER_PADDING:
+        return positions - 1 - int(config.pad_token_id)
+    return positions
 
 
 def _pooler(folder: Path, source: str) -> str:
