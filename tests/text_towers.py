@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizerFast,
+    MT5Config,
+    MT5Model,
     PreTrainedTokenizerFast,
     XLMRobertaConfig,
     XLMRobertaModel,
@@ -25,6 +28,7 @@ from clip_rd_edge.models.text.sentences import load_sentence_encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdeghilnorstu"
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "gear", "bolt", "nut"]
+_UNIGRAMS = ["▁", *LETTERS, *(f"▁{word}" for word in WORDS)]
 SIZE: Any = {
     "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 20
 }  # fmt: skip
@@ -50,9 +54,8 @@ def bert_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -
 
 def roberta_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64) -> ClipModel:
     """As `bert_clip`, of three layers of XLM-R, whose padding is not 0, and whose tokenizer knows capitals."""
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{word}" for word in WORDS), *more]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=3))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *_UNIGRAMS, *more]
+    tokenizer = _unigram_tokenizer(pieces)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     torch.manual_seed(0)
@@ -60,6 +63,30 @@ def roberta_clip(folder: Path, *, more: Sequence[str] = (), image_size: int = 64
     XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     return _clip_of(folder, image_size)
+
+
+def mt5_clip(folder: Path) -> ClipModel:
+    """As `bert_clip`, of three layers of mT5's encoder, with the configuration that transformers 4.45 gives it."""
+    pieces = ["<pad>", "</s>", "<unk>", *_UNIGRAMS]
+    tokenizer = _unigram_tokenizer(pieces)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    torch.manual_seed(0)
+    size = {"d_model": 24, "d_kv": 12, "d_ff": 32, "num_layers": 3, "num_decoder_layers": 1, "num_heads": 2}
+    MT5Model(MT5Config(vocab_size=len(pieces), **size)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    clip = _clip_of(folder, 64)
+    text: Any = clip.model.text
+    text.transformer.config = copy.deepcopy(text.transformer.config)
+    text.transformer.config.is_encoder_decoder = False
+    return clip
+
+
+def _unigram_tokenizer(pieces: Sequence[str]) -> Tokenizer:
+    scores = [(piece, -float(n)) for n, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=pieces.index("<unk>")))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer
 
 
 def _clip_of(encoder: Path, image_size: int) -> ClipModel:

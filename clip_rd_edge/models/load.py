@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -411,7 +412,12 @@ def save_open_clip(folder: Path, clip: ClipModel, *, location: Path) -> None:
 
     model_cfg = clip.model_cfg
     if clip.has_hugging_face_text:
-        clip.model.text.transformer.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        text: Any = clip.model.text
+        # transformers may give the encoder of mT5 a configuration of its own, as 4.45 does, which open_clip would take
+        # for that of a plain encoder.
+        text_config = copy.deepcopy(text.transformer.config)
+        text_config.is_encoder_decoder = text.config.is_encoder_decoder
+        text_config.save_pretrained(folder)
         model_cfg = {**model_cfg, "text_cfg": {**model_cfg["text_cfg"], "hf_model_name": str(location.resolve())}}
     config = {"model_cfg": model_cfg, "preprocess_cfg": clip.preprocessing.open_clip_cfg()}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from support import Watch
-from text_towers import WORDS, bert_clip, roberta_clip
+from text_towers import WORDS, bert_clip, mt5_clip, roberta_clip
 
 import clip_rd_edge as edge
 from clip_rd_edge.errors import ConfigError, UsageError
@@ -41,7 +41,12 @@ def embed(clip: ClipModel, texts: list[str]) -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.fixture
+def mt5(tmp_path: Path) -> ClipModel:
+    return mt5_clip(tmp_path / "mt5")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mt5"])
 def test_texts_of_the_kept_tokens_have_the_same_embeddings(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
