@@ -38,6 +38,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from clip_rd_edge.contract.outputs import is_left_by_system
 from clip_rd_edge.contract.preprocess import Preprocessing
 from clip_rd_edge.distillation.batches.loader import HalfArray
 from clip_rd_edge.distillation.batches.pixels import Crops
@@ -267,7 +268,7 @@ def cache_folders(folder: Path, teachers: Sequence[ClipModel]) -> list[Path]:
             f"The teacher cache {folder} is that of one teacher, but the run has {len(teachers)}.",
             hint="choose another --teacher-cache",
         )
-    if is_folder(folder) and any(not path.name.startswith(_OF_A_TEACHER) for path in folder.iterdir()):
+    if is_folder(folder) and _holds_others(folder, (_OF_A_TEACHER,)):
         raise UsageError(f"{folder} is neither empty nor {_WHAT}.", hint="choose another --teacher-cache")
     return [folder / f"{_OF_A_TEACHER}{model_fingerprint(teacher)[:_SHORT]}" for teacher in teachers]
 
@@ -313,7 +314,7 @@ def claim_folder(
         with exclusive_writer(folder, on_wait=lambda message: None, option=option):
             if not is_file(path):
                 own = (LOCK_FILE, f".{path.name}.")  # the latter of a job that was killed
-                if any(not entry.name.startswith(own) for entry in folder.iterdir()):
+                if _holds_others(folder, own):
                     raise UsageError(f"{folder} is neither empty nor {what}.", hint=f"choose another {option}")
                 with named_failures(folder, hint=f"choose another {option}"):
                     write_bytes(path, to_json(manifest))
@@ -331,6 +332,11 @@ def claim_folder(
                 f"{folder} is {what}, but its {name} is {actual}; expected {expected}.",
                 hint=f"choose another {option}, or use the options that it was made with",
             )
+
+
+def _holds_others(folder: Path, own: tuple[str, ...]) -> bool:
+    """Return whether a folder holds files with other beginnings than these that somebody has put there."""
+    return any(not path.name.startswith(own) and not is_left_by_system(path) for path in folder.iterdir())
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -171,6 +171,18 @@ def test_a_cache_of_one_teacher_or_of_something_else_is_refused(
         run_distillation(cached, tmp_path / "run", resume=False)
 
 
+def test_what_a_file_manager_leaves_in_a_cache_is_no_reason_to_refuse_it(cached: RunConfig, tmp_path: Path) -> None:
+    teachers = load_setup(cached, name="run", processes=Processes()).teachers
+    folders = cache_folders(tmp_path / "cache", teachers)
+    for folder in (tmp_path / "cache", *folders):
+        folder.mkdir()
+        for name in (".DS_Store", f"._{folders[0].name}", "desktop.ini"):
+            (folder / name).write_bytes(b"")
+    assert cache_folders(tmp_path / "cache", teachers) == folders
+    run_distillation(cached, tmp_path / "run", resume=False)
+    assert all((folder / "complete.json").is_file() for folder in folders)
+
+
 def test_a_replaced_teacher_is_named_when_a_run_is_resumed(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
         run_distillation(config, tmp_path / "run", resume=False, reporter=Watch(on_step=stop_at(3)))
