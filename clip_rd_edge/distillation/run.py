@@ -63,7 +63,7 @@ from clip_rd_edge.distillation.processes.distributed import Processes, join_proc
 from clip_rd_edge.distillation.processes.roll_call import is_lost_connection, lost_error
 from clip_rd_edge.distillation.processes.signals import Stopped, StopRequest, stop_on_signals
 from clip_rd_edge.distillation.step import AUTOCAST, TrainingStep, choose_precision, choose_teacher_precision
-from clip_rd_edge.distillation.teachers.bank import make_bank
+from clip_rd_edge.distillation.teachers.bank import make_bank, require_same_kind
 from clip_rd_edge.distillation.teachers.choosing import ChoosingTeacher, texts_to_choose_from
 from clip_rd_edge.distillation.teachers.embedding_store import CacheManifest, cache_folders, manifests, open_caches
 from clip_rd_edge.distillation.teachers.store_build import build_cache, shard_maker
@@ -378,6 +378,9 @@ def check_folder(
             f"{run} holds a run with another configuration: {difference}.",
             hint="use the same options as before, or choose another -o",
         )
+    is_finished = (run / STUDENT_FOLDER / WEIGHTS_FILE).is_file()
+    if config.recipe.objective.bank and list_checkpoints(run) and not is_finished:  # before a cache is built
+        require_same_kind(began_stored=old.teacher_cache is not None, is_stored=config.teacher_cache is not None)
     if config.processes != old.processes:
         reporter.say(
             f"the run started with {old.processes} processes and continues with {config.processes}: batches and loss "

@@ -85,6 +85,24 @@ def make_bank(
     return QueueBank(min(size, pairs), device, source=source)
 
 
+def require_same_kind(*, began_stored: bool, is_stored: bool) -> None:
+    """Check that a resumed run has the kind of bank that it began with, from a teacher cache or not.
+
+    Raises:
+        UsageError: it has not.
+    """
+    if began_stored and not is_stored:
+        raise UsageError(
+            "The run began with a bank from a teacher cache; expected to go on with this cache.",
+            hint="add the --teacher-cache and --views of the run, or start a new run",
+        )
+    if is_stored and not began_stored:
+        raise UsageError(
+            "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
+            hint="omit --teacher-cache, or start a new run",
+        )
+
+
 class StoredBank:
     """Embeddings from a teacher cache, the same in every step: all of view 0, or a random part of them.
 
@@ -138,11 +156,7 @@ class StoredBank:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `TeacherBank`."""
-        if state["kind"] != "stored":
-            raise UsageError(
-                "The run began without a teacher cache, with a bank of the last pairs; expected to go on without one.",
-                hint="omit --teacher-cache, or start a new run",
-            )
+        require_same_kind(began_stored=state["kind"] == "stored", is_stored=True)
 
 
 def _common_captions(caches: Sequence[TeacherCache]) -> list[_Rows] | None:
@@ -217,11 +231,7 @@ class QueueBank:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `TeacherBank`."""
-        if state["kind"] != "queue":
-            raise UsageError(
-                "The run began with a bank from a teacher cache; expected to go on with this cache.",
-                hint="add the --teacher-cache and --views of the run, or start a new run",
-            )
+        require_same_kind(began_stored=state["kind"] == "stored", is_stored=False)
         source = state.get("source")  # earlier versions did not record it
         if self._source and source and source != self._source:
             return  # the embeddings of another teacher lie in another space
