@@ -75,8 +75,8 @@ def test_a_stored_bank_is_all_of_a_cache_or_a_seeded_part_of_it(cache: TeacherCa
 
 
 def test_a_stored_bank_reads_several_shards(cache: TeacherCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("bank", "store.embedding_store"):
-        monkeypatch.setattr(f"clip_rd_edge.distillation.{module}.SHARD_SIZE", 10)
+    for module in ("bank", "embedding_store"):
+        monkeypatch.setattr(f"clip_rd_edge.distillation.teachers.{module}.SHARD_SIZE", 10)
     for path_of in (lambda shard: image_shard(cache.folder, 0, shard), lambda shard: text_shard(cache.folder, shard)):
         rows = load_array(path_of(0))
         for shard in range(3):
