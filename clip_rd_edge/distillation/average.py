@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from clip_rd_edge.benchmarking.accuracy import evaluate
 from clip_rd_edge.benchmarking.metrics import primary_metric
@@ -148,11 +149,25 @@ def require_same_model(first: ClipModel, second: ClipModel) -> None:
         for describe in (vocabulary_of, lambda tokenizer: tokenizer([PROBE_TEXT]).tolist())
     ):
         difference = "different tokenizers"
+    elif not _compute_the_same(first, interpolate_clip(first, second, share=0)):
+        difference = "different architectures"
     if difference:
         raise ConfigError(
             f"{first.name} and {second.name} have {difference}; expected models that differ in their weights alone.",
             hint="average a model with one that was trained from it, or two runs from the same start",
         )
+
+
+def _compute_the_same(first: ClipModel, second: ClipModel) -> bool:
+    """Return whether two models with the same weights give the same embeddings.
+
+    Modules do not show all that decides this, such as the number of heads, the mask or the pooling of a text tower.
+    """
+    encoders = [TorchEncoder(clip) for clip in (first, second)]
+    texts = [PROBE_TEXT, "a"]  # one that is cut off, and one that is padded
+    image = np.random.default_rng(0).integers(0, 256, (*first.preprocessing.size, 3), dtype=np.uint8)
+    own, other = (np.concatenate([e.encode_images([image]), e.encode_texts(texts)]) for e in encoders)
+    return np.allclose(own, other, atol=1e-3)
 
 
 def _best(curve: Sequence[CurvePoint]) -> float:

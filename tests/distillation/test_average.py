@@ -131,6 +131,17 @@ class TokenizerWithWords:
         return torch.ones(len(texts), 8, dtype=torch.long)
 
 
+@pytest.mark.parametrize("change", [{"heads": 2}, {"no_causal_mask": True}, {"pool_type": "last"}])
+def test_models_that_compute_otherwise_with_the_same_weights_are_refused(change: dict[str, Any]) -> None:
+    config = student_config("test_resnet", embedding_size=16, image_size=32, text="64x1", context_length=8)
+    torch.manual_seed(1)
+    first, config["model_cfg"]["text_cfg"] = build(0), {**config["model_cfg"]["text_cfg"], **change}
+    second = build_student(config, name="second")
+    assert repr(second.model) == repr(first.model)
+    with pytest.raises(ConfigError, match="model 0 and second have different architectures"):
+        average.require_same_model(first, second)
+
+
 def test_models_that_differ_in_more_than_their_weights_are_refused() -> None:
     first = build(0)
     average.require_same_model(first, build(1))
