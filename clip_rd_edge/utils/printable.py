@@ -59,11 +59,11 @@ def shown_message(text: str) -> str:
 
 
 def shown_sources(value: Any) -> Any:
-    """Return dicts, lists, texts and numbers with each text as `shown_source` gives it, to publish them."""
+    """Return dicts, lists, tuples, texts and numbers with each text as `shown_source` gives it, to publish them."""
     if isinstance(value, dict):
         return {key: shown_sources(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [shown_sources(entry) for entry in value]
+        return type(value)(map(shown_sources, value))
     return shown_source(value) if isinstance(value, str) else value
 
 

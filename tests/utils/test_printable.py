@@ -33,5 +33,5 @@ def test_a_message_and_a_record_are_shown_without_secrets() -> None:
     assert shown_message(message) == "404, message='Not Found', url='https://h/a.tar' (was http://[::1]/"
     record = {"data": "s3://k:s@b/0.tar", "tasks": ("a.csv", "https://h/0.tar?s"), "steps": 3, "seed": None}
     assert shown_sources(record) == {
-        "data": "s3://b/0.tar", "tasks": ["a.csv", "https://h/0.tar"], "steps": 3, "seed": None,
+        "data": "s3://b/0.tar", "tasks": ("a.csv", "https://h/0.tar"), "steps": 3, "seed": None,
     }  # fmt: skip

@@ -154,7 +154,7 @@ def test_a_service_is_told_no_secret_of_an_address(config: RunConfig, tmp_path: 
     remote(tmp_path, service, msgspec.structs.replace(config, data=address, tasks=(address,)))
     assert "SECRET" not in repr(service.settings)
     shown = "https://a.example/{0..9}.tar"
-    assert (service.settings["data"], service.settings["tasks"]) == (shown, [shown])
+    assert (service.settings["data"], service.settings["tasks"]) == (shown, (shown,))
 
 
 @pytest.mark.parametrize(
