@@ -83,7 +83,7 @@ def distill(
         InputError, ConfigError: the data, teacher, student or recipe is missing or invalid.
         InterruptedRunError: a signal stopped the run; its state was saved.
     """
-    from clip_rd_edge.data.tasks import task_fingerprint
+    from clip_rd_edge.benchmarking.accuracy import task_fingerprint
     from clip_rd_edge.distillation.config import resolve
     from clip_rd_edge.distillation.run import run_distillation
     from clip_rd_edge.utils.files import require_utf8_path

@@ -121,10 +121,15 @@ def _digest(task: Task) -> str:
 
 def image_digest(task: Task) -> str:
     """Return a digest of the names and sizes of a task's images, wherever they lie."""
-    return hashlib.sha256(repr(names_and_sizes(task)).encode()).hexdigest()
+    return hashlib.sha256(repr(_names_and_sizes(task)).encode()).hexdigest()
 
 
-def names_and_sizes(task: Task) -> list[tuple[str, int]]:
+def task_fingerprint(task: Task) -> str:
+    """Return a SHA-256 of a task's questions and images, wherever they lie; no image is read."""
+    return hashlib.sha256(repr((_names_and_sizes(task), task.questions)).encode()).hexdigest()
+
+
+def _names_and_sizes(task: Task) -> list[tuple[str, int]]:
     """Return the name of each of a task's images, and its size in bytes, which is 0 where it is unknown."""
     return [(Path(str(image)).name, _size(image)) for image in task.images]
 

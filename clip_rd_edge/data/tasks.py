@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from clip_rd_edge.contract.images import ImageFile
 from clip_rd_edge.contract.task import RetrievalTask, Task
 from clip_rd_edge.data.clip_benchmark import (
     find_data_set,
@@ -14,7 +12,7 @@ from clip_rd_edge.data.clip_benchmark import (
     shard_task,
 )
 from clip_rd_edge.data.load import names_shards
-from clip_rd_edge.data.shards.tars import TarMember, open_shard
+from clip_rd_edge.data.shards.tars import open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
@@ -86,18 +84,3 @@ def _from_table(pairs: TablePairs, name: str) -> RetrievalTask:
         captions=tuple(caption for caption, _ in captions),
         caption_images=tuple(index for _, index in captions),
     )
-
-
-def task_fingerprint(task: Task) -> str:
-    """Return a SHA-256 of a task's questions and images, wherever they lie; as in `pairs.fingerprint`, none is read."""
-    digest = hashlib.sha256(repr(task.questions).encode(errors="surrogateescape"))
-    for image in task.images:
-        digest.update(repr(_identity(image)).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _identity(image: ImageFile) -> tuple[object, ...]:
-    if isinstance(image, TarMember):
-        return image.name, image.offset, image.size
-    path = Path(str(image))
-    return path.name, path.stat().st_size if is_file(path) else None

@@ -418,7 +418,11 @@ def changed_tasks(run: Path, tasks: Mapping[str, str]) -> list[str]:
         tasks: the fingerprint of each by its name.
     """
     best = _best_record(run)
-    return [name for name, sha256 in tasks.items() if best and best.tasks_sha256.get(name, sha256) != sha256]
+    return _changed(best, tasks) if best else []
+
+
+def _changed(best: _BestRecord, tasks: Mapping[str, str]) -> list[str]:
+    return [name for name, sha256 in tasks.items() if best.tasks_sha256.get(name, sha256) != sha256]
 
 
 def save_if_best(
@@ -442,7 +446,7 @@ def save_if_best(
     """
     if best := _best_record(run):
         # A resumed run may have others.
-        same_tasks = best.evaluation.keys() == evaluation.keys() and not changed_tasks(run, tasks)
+        same_tasks = best.evaluation.keys() == evaluation.keys() and not _changed(best, tasks)
         if same_tasks and statistics.fmean(evaluation.values()) <= statistics.fmean(best.evaluation.values()):
             return False
     record = {**provenance(), "evaluation": dict(evaluation), "tasks_sha256": dict(tasks)}

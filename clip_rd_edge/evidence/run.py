@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from clip_rd_edge.benchmarking.accuracy import (
     embed_images,
     evaluate,
     image_digest,
-    names_and_sizes,
     retrieval,
+    task_fingerprint,
     zero_shot,
 )
 from clip_rd_edge.benchmarking.metrics import Score, primary_metric
@@ -91,12 +90,9 @@ def _evaluate_task(encoder: Encoder, task: Task) -> TaskResult:
         hits, geometry = retrieved.correctness[0].hits(), _geometry(encoder, task)
         score = retrieved.score
     digits = "".join("01"[int(hit)] for hit in hits)
-    return TaskResult(score=score, content=_content(task), images=image_digest(task), hits=digits, geometry=geometry)
-
-
-def _content(task: Task) -> str:
-    """Return a fingerprint of a task's questions and images."""
-    return hashlib.sha256(repr((names_and_sizes(task), task.questions)).encode()).hexdigest()
+    return TaskResult(
+        score=score, content=task_fingerprint(task), images=image_digest(task), hits=digits, geometry=geometry
+    )
 
 
 def _geometry(encoder: Encoder, task: RetrievalTask) -> Geometry:
@@ -193,7 +189,7 @@ def _evaluate_teacher(suite: EvidenceSuite, folder: Path, teacher: str, tasks: S
 
 
 def _named(tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    return [(task.name, _content(task)) for task in tasks]
+    return [(task.name, task_fingerprint(task)) for task in tasks]
 
 
 class _TrainingClock(PrefixedReporter):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 from support import Watch
 
 from clip_rd_edge.benchmarking import accuracy
@@ -20,6 +22,7 @@ from clip_rd_edge.benchmarking.accuracy import (
     evaluate,
     pack_correctness,
     retrieval,
+    task_fingerprint,
     zero_shot,
 )
 from clip_rd_edge.benchmarking.metrics import RetrievalScore, ZeroShotScore
@@ -27,6 +30,7 @@ from clip_rd_edge.contract.encoder import normalise
 from clip_rd_edge.contract.images import ImageFile, open_image
 from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.shards.tars import open_shard
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError
 
 Make = Callable[..., Any]
@@ -167,3 +171,27 @@ def test_a_renewed_test_set_is_told_from_the_old_one_and_a_moved_one_is_not(tmp_
     assert digests[0] == digests[1]
     assert digests[0][0] == digests[2][0]
     assert digests[0][1] != digests[2][1]
+
+
+def test_a_fingerprint_is_that_of_images_and_labels_wherever_they_lie(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path
+    for name in ("b_dog", "a_cat"):
+        (folder / name).mkdir()
+        Image.new("RGB", (4, 4)).save(folder / name / "1.png")
+
+    def fingerprint(folder: Path) -> str:
+        return task_fingerprint(load_task(str(folder)))
+
+    moved = tmp_path_factory.mktemp("moved") / "images"
+    shutil.copytree(folder, moved)  # the dates are others
+    assert fingerprint(moved) == fingerprint(folder)
+    (moved / "classnames.txt").write_text("cat\nwolf\n")
+    assert fingerprint(moved) != fingerprint(folder)
+    (moved / "classnames.txt").unlink()
+    Image.new("RGB", (40, 4), "red").save(moved / "b_dog" / "1.png")
+    assert fingerprint(moved) != fingerprint(folder)
+    shutil.copy(folder / "b_dog" / "1.png", moved / "b_dog" / "1.png")
+    shutil.copy(folder / "b_dog" / "1.png", moved / "b_dog" / "2.png")
+    assert fingerprint(moved) != fingerprint(folder)

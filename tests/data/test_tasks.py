@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from clip_rd_edge.contract.task import ZeroShotTask
-from clip_rd_edge.data.tasks import load_task, task_fingerprint
+from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError
 
 
@@ -46,25 +45,6 @@ def test_a_table_with_a_row_that_is_no_pair_is_no_task(folder: Path) -> None:
     table.write_text("filepath,title\na_cat/1.png,a cat\na_cat/2.png,a cat\n")
     with pytest.raises(InputError, match=r"pairs\.csv, line 3: the image 'a_cat/2\.png' exists neither"):
         load_task(str(table))
-
-
-def test_a_fingerprint_is_that_of_images_and_labels_wherever_they_lie(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    def fingerprint(folder: Path) -> str:
-        return task_fingerprint(load_task(str(folder)))
-
-    moved = tmp_path_factory.mktemp("moved") / "images"
-    shutil.copytree(folder, moved)  # the dates are others
-    assert fingerprint(moved) == fingerprint(folder)
-    (moved / "classnames.txt").write_text("cat\nwolf\n")
-    assert fingerprint(moved) != fingerprint(folder)
-    (moved / "classnames.txt").unlink()
-    Image.new("RGB", (40, 4), "red").save(moved / "b_dog" / "1.png")
-    assert fingerprint(moved) != fingerprint(folder)
-    shutil.copy(folder / "b_dog" / "1.png", moved / "b_dog" / "1.png")
-    shutil.copy(folder / "b_dog" / "1.png", moved / "b_dog" / "2.png")
-    assert fingerprint(moved) != fingerprint(folder)
 
 
 def test_an_unknown_task_gets_suggestions() -> None:
