@@ -20,6 +20,7 @@ from clip_rd_edge.utils.structs import convert, read_json
 
 CONFIGS = Path(__file__).parent / "configs"
 _HEAD_WIDTH = 64  # as in CLIP
+VOCABULARY_SIZE = 49_408  # of CLIP
 
 
 class TextSize(msgspec.Struct, frozen=True):
@@ -96,7 +97,7 @@ def student_config(
             "vision_cfg": {**preset.vision_cfg, "image_size": image_size},
             "text_cfg": {
                 "context_length": context_length,
-                "vocab_size": 49408,
+                "vocab_size": VOCABULARY_SIZE,
                 "width": size.width,
                 "heads": size.width // _HEAD_WIDTH,
                 "layers": size.layers,

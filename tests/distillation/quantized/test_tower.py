@@ -146,10 +146,10 @@ def test_it_computes_the_activations_of_the_exported_int8_tower(trunk: str, tmp_
         difference = min(
             np.abs(recorder.activations[index][1].reshape(values.shape) - values).mean() / scale for index in candidates
         )
-        # In the first layer, a few hundredths of a percent of the values are rounded the other way, and increasingly
+        # In the first layer, up to a tenth of a percent of the values is rounded the other way, and increasingly
         # more in later layers; where a range is wide, one of its steps is many steps of the sigmoid that follows: 8.4
         # on processors with AMX, which sum in another order.
-        assert difference < (1e-3 if 1 in candidates else 12), f"{difference} of 255 steps apart, with scale {scale}"
+        assert difference < (2e-3 if 1 in candidates else 12), f"{difference} of 255 steps apart, with scale {scale}"
         unmatched -= set(candidates)
     assert unmatched == set(), "activations that only the training tower holds in INT8"
 

@@ -83,7 +83,7 @@ class FirstIds(nn.Module):
 
 @pytest.mark.parametrize("cuts", [True, False])
 def test_captions_are_embedded_only_once_in_batches_of_one_size_for_each_length(cuts: bool) -> None:
-    tower, captions = FirstIds(), [*CAPTIONS, "red", "a long caption with twelve tokens in all of it", "tea " * 50]
+    tower, captions = FirstIds(), [*CAPTIONS, "red", "a long picture of a small house under a green tree", "tea " * 50]
     tokenizer = open_clip.SimpleTokenizer()
     captions_tower = CaptionTower(tower, tower, choices=LENGTHS if cuts else ())
     cache = CaptionCache(tokenizer, captions_tower, torch.device("cpu"), autocast=None, batch_size=4)
