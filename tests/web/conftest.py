@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import io
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
@@ -18,6 +20,7 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--use-fake-ui-for-media-stream"),
     "--use-fake-device-for-media-stream",
 )
+SEEN = (20, 20, 230)  # by the camera: blue
 EXPECTED_WARNING = "No available adapters."  # Chromium's answer to a page that looks for WebGPU
 
 
@@ -45,41 +48,46 @@ def serve() -> Iterator[Callable[..., str]]:
         yield start
 
 
-@pytest.fixture
-def open_page(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Return a function that opens a page whose camera plays a clip, and waits for what matches `ready`.
-
-    Errors and warnings in the console, and requests to other servers, fail the test.
-    """
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Chromium whose camera sees `SEEN`, for all pages of a module."""
     playwright = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():
         pytest.skip("needs Chromium")
-    problems: list[str] = []
+    clip = tmp_path_factory.mktemp("camera") / "clip.mjpeg"
+    frame = io.BytesIO()
+    Image.new("RGB", (320, 240), SEEN).save(frame, "JPEG", quality=95)
+    clip.write_bytes(frame.getvalue() * 30)
+    args = [*FLAGS, f"--use-file-for-fake-video-capture={clip}"]
     with playwright.sync_playwright() as play:
+        yield play.chromium.launch(executable_path=CHROMIUM, args=args, timeout=120_000)
 
-        def open_url(url: str, *, camera: Path | None = None, ready: str = "#bundles tr") -> Any:
-            camera_flags = [f"--use-file-for-fake-video-capture={camera}"] if camera else []
-            context = play.chromium.launch_persistent_context(
-                tmp_path / "profile",
-                executable_path=CHROMIUM,
-                args=[*FLAGS, *camera_flags],
-                viewport={"width": 1280, "height": 800},
-                timeout=120_000,
-            )
-            page = context.pages[0]
-            page.set_default_timeout(120_000)
 
-            def on_console(message: Any) -> None:
-                if message.type in ("error", "warning") and message.text != EXPECTED_WARNING:
-                    problems.append(message.text)
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Return a function that opens a page, which has no memory of others, and waits for what matches `ready`.
 
-            page.on("console", on_console)
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.on("request", lambda request: request.url.startswith((url, "blob:")) or problems.append(request.url))
-            page.goto(url)
-            page.wait_for_selector(ready)
-            page.problems = problems
-            return page
+    Errors and warnings in the console, and requests to other servers, fail the test.
+    """
+    problems: list[str] = []
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, permissions=["camera"])
 
-        yield open_url
+    def open_url(url: str, *, ready: str = "#bundles tr") -> Any:
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+
+        def on_console(message: Any) -> None:
+            if message.type in ("error", "warning") and message.text != EXPECTED_WARNING:
+                problems.append(message.text)
+
+        page.on("console", on_console)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((url, "blob:")) or problems.append(request.url))
+        page.goto(url)
+        page.wait_for_selector(ready)
+        page.problems = problems
+        return page
+
+    yield open_url
+    context.close()
     assert problems == []

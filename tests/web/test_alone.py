@@ -54,9 +54,7 @@ def site(open_page: Callable[..., Any], serve: Callable[..., str], tmp_path: Pat
 
     def open_site(bundle: Path, *, headers: Mapping[str, str] | None = None) -> Any:
         write_browser(bundle, tmp_path / "site")
-        camera = tmp_path / "clip.mjpeg"
-        camera.write_bytes(encode(Image.new("RGB", (320, 240), BLUE), "JPEG", quality=95) * 30)
-        return open_page(serve(tmp_path / "site", headers), camera=camera)
+        return open_page(serve(tmp_path / "site", headers))
 
     return open_site
 

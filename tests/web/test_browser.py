@@ -54,11 +54,9 @@ def url(bundles: list[Path]) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(open_page: Callable[..., Any], url: str, tmp_path: Path) -> Iterator[Any]:
+def page(open_page: Callable[..., Any], url: str) -> Iterator[Any]:
     """The open page; it is closed before the server stops."""
-    clip = tmp_path / "clip.mjpeg"
-    clip.write_bytes(jpeg(BLUE) * 30)
-    page = open_page(url, camera=clip)
+    page = open_page(url)
     yield page
     page.context.close()
 
