@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.utils.printable import printable
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "openvino", "openvino-gpu", "openvino-npu", "xnnpack"]
@@ -23,7 +24,7 @@ class Provider(NamedTuple):
     Attributes:
         name: ONNX Runtime's name for it.
         options: returns its options, given a cache folder and a number of threads.
-        package: the package that contains it.
+        package: the package that contains it; empty where OpenVINO without ONNX Runtime serves the device better.
     """
 
     name: str
@@ -63,17 +64,18 @@ PROVIDERS: dict[str, Provider] = {
     "coreml": Provider(
         "CoreMLExecutionProvider", lambda cache, threads: {"ModelFormat": "MLProgram"}, "onnxruntime on a Mac"
     ),
-    "openvino": Provider("OpenVINOExecutionProvider", _openvino_cpu, "onnxruntime-openvino"),
+    # onnxruntime-openvino ends at 1.24, which gets sums of INT8 wrong on processors with AMX.
+    "openvino": Provider("OpenVINOExecutionProvider", _openvino_cpu, ""),
     # Both compile a tower when it is opened, which takes seconds the first time.
     "openvino-gpu": Provider(
         "OpenVINOExecutionProvider",
         lambda cache, threads: {"device_type": "GPU", "cache_dir": str(cache)},
-        "onnxruntime-openvino",
+        "",
     ),
     "openvino-npu": Provider(
         "OpenVINOExecutionProvider",
         lambda cache, threads: {"device_type": "NPU", "cache_dir": str(cache)},
-        "onnxruntime-openvino",
+        "",
     ),
     "xnnpack": Provider(
         "XnnpackExecutionProvider",
@@ -113,7 +115,7 @@ def choose_device(device: str, available: Sequence[str], *, precision: str) -> s
         replaces = " in place of onnxruntime" if package.startswith("onnxruntime-") else ""
         raise UsageError(
             f"This ONNX Runtime has no provider for {device}; it has {', '.join(supported) or 'no known one'}.",
-            hint=f"install {package}{replaces}",
+            hint=f"install {package}{replaces}" if package else install_command("openvino"),
         )
     return device
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_rd_edge.contract.bundle import read_manifest, write_manifest
 from clip_rd_edge.errors import UsageError
+from clip_rd_edge.installation import install_command
 from clip_rd_edge.runtime.backends import int8_kernels
 from clip_rd_edge.runtime.backends.providers import PROVIDERS, choose_device, provider_list
 from clip_rd_edge.runtime.backends.session import _open_on
@@ -43,6 +44,10 @@ def test_a_requested_device_is_used_or_refused_with_the_package_that_supports_it
     with pytest.raises(UsageError, match="no provider for cuda; it has cpu") as raised:
         choose_device("cuda", (CPU, "AzureExecutionProvider"), precision="fp32")
     assert "onnxruntime-gpu" in raised.value.hint
+    for device in ("openvino", "openvino-gpu", "openvino-npu"):
+        with pytest.raises(UsageError, match=f"no provider for {device}; it has cpu") as raised:
+            choose_device(device, (CPU,), precision="fp32")
+        assert raised.value.hint == install_command("openvino")
     with pytest.raises(UsageError, match="Unknown device 'gpu'; expected one of auto, cpu, cuda, tensorrt, coreml"):
         choose_device("gpu", (CPU,), precision="fp32")
 
