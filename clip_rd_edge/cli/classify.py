@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 import time
@@ -29,7 +27,7 @@ from clip_rd_edge.cli._options import (
 )
 from clip_rd_edge.errors import InputError, UsageError
 from clip_rd_edge.utils.paths import exists
-from clip_rd_edge.utils.printable import inert_cell, one_line
+from clip_rd_edge.utils.printable import csv_row, one_line
 from clip_rd_edge.utils.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -353,10 +351,8 @@ def _as_json(image: str, answer: Answer) -> str:
 
 def _as_csv(image: str, answer: Answer) -> str:
     """Return one row per label, or one row with an empty label if all labels are below --none-below."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for rank, (label, probability) in enumerate(answer.predictions, start=1):
-        writer.writerow((inert_cell(image), rank, inert_cell(label), f"{probability:.6f}"))
-    if not answer.predictions:
-        writer.writerow((inert_cell(image), 1, "", ""))
-    return buffer.getvalue().rstrip("\n")
+    rows = [
+        csv_row(image, rank, label, f"{probability:.6f}")
+        for rank, (label, probability) in enumerate(answer.predictions, start=1)
+    ]
+    return "\n".join(rows or [csv_row(image, 1, "", "")])

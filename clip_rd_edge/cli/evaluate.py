@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ from clip_rd_edge.cli._options import (
     template_option,
     threads_option,
 )
-from clip_rd_edge.utils.printable import inert_cell
+from clip_rd_edge.utils.printable import csv_row
 
 if TYPE_CHECKING:
     from clip_rd_edge.benchmarking.metrics import Score
@@ -145,14 +143,12 @@ def _write_confusion(path: Path, scores: Sequence[Score]) -> None:
     from clip_rd_edge.benchmarking.metrics import ZeroShotScore
     from clip_rd_edge.utils.files import named_failures, write_text
 
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for score in scores:
-        if not isinstance(score, ZeroShotScore):
-            continue
-        for row in score.per_class:
-            for predicted, images in row.predicted.items():
-                writer.writerow((*map(inert_cell, (score.task, row.label, predicted)), images))
+    rows = [
+        csv_row(score.task, row.label, predicted, images)
+        for score in scores
+        if isinstance(score, ZeroShotScore)
+        for row in score.per_class
+        for predicted, images in row.predicted.items()
+    ]
     with named_failures(path, hint="choose another --confusion"):
-        write_text(path, buffer.getvalue())
+        write_text(path, "".join(f"{row}\n" for row in (csv_row(*_COLUMNS), *rows)))

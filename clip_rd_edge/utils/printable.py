@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from typing import Any
 
@@ -34,8 +36,18 @@ def one_line(text: object) -> str:
     return str(text).translate(_LINE_BREAKS)
 
 
-def inert_cell(text: str) -> str:
-    """Return the text, after an apostrophe if a spreadsheet would compute it as a formula (OWASP, CSV injection)."""
+def csv_row(*cells: str | int) -> str:
+    """Return a row of CSV, without the end of its line.
+
+    A text that a spreadsheet would compute as a formula comes after an apostrophe (OWASP, CSV injection).
+    """
+    row = io.StringIO()
+    # Python before 3.13 quotes only those line breaks that are in the line terminator: a file's name can have either.
+    csv.writer(row, lineterminator="\r\n").writerow(_inert(cell) if isinstance(cell, str) else cell for cell in cells)
+    return row.getvalue().removesuffix("\r\n")
+
+
+def _inert(text: str) -> str:
     return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 

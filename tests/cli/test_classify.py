@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,18 @@ def test_csv_output_and_images_without_a_likely_label(
     assert rows == [(grey.name, "1", ""), ("green.png", "1", "green"), ("red.png", "1", "red")]
     code, output, _ = command_line("classify", colour_bundle, grey, "--labels", "red", "blue", "--none-below", "0.6")
     assert output == f"{grey}\tnone of these\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems allow no line break in a name")
+def test_csv_has_one_row_for_an_image_with_a_line_break_in_its_name(
+    command_line: Run, colour_bundle: Path, colour_images: Path
+) -> None:
+    names = ["a\rb.png", "c\nd.png"]
+    paths = [shutil.copy(colour_images / "red.png", colour_images / name) for name in names]
+    code, output, _ = command_line("classify", colour_bundle, *paths, "--labels", "red", "--top", 1, "--csv")
+    assert code == 0
+    rows = list(csv.reader(io.StringIO(output, newline="")))
+    assert [(Path(image).name, label) for image, _, label, _ in rows[1:]] == [(name, "red") for name in names]
 
 
 def test_many_images_from_stdin_are_classified_and_the_rate_is_printed(

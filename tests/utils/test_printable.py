@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 
-from clip_rd_edge.utils.printable import shown_message, shown_source, shown_sources
+from clip_rd_edge.utils.printable import csv_row, shown_message, shown_source, shown_sources
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,9 @@ def test_a_message_and_a_record_are_shown_without_secrets() -> None:
     assert shown_sources(record) == {
         "data": "s3://b/0.tar", "tasks": ("a.csv", "https://h/0.tar"), "steps": 3, "seed": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\nb", "a\r\nb", "a\r", "\n", 'a "b", c', "a\u2028b", ""])
+def test_a_row_of_csv_is_one_row_whatever_is_in_its_texts(text: str) -> None:
+    rows = f"{csv_row(text, 7)}\n{csv_row('b', text)}\n"
+    assert list(csv.reader(io.StringIO(rows, newline=""))) == [[text, "7"], ["b", text]]
