@@ -196,7 +196,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
-    """Scale greyscale of more than 8 bits, which Pillow would clip at 255.
+    """Scale greyscale of more than 8 bits, which Pillow would clip at 255, with its transparent level on BACKGROUND.
 
     Integers are levels of 16 bits, unless none is above 255; floats are shares, unless one is above 1.
 
@@ -212,7 +212,10 @@ def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:
         raise ValueError(
             f"its values range from {low:g} to {high:g}; expected a range from 0 to {narrow:g} or to {wide:g}"
         )
-    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
+    levels = (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):  # of PNG: one of its levels
+        levels[values == transparent] = BACKGROUND[0]
+    return Image.fromarray(levels)
 
 
 _TIFF_BITS_PER_SAMPLE = 258

@@ -25,12 +25,12 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png(width: int, height: int, pixels: bytes = b"") -> bytes:
     """A greyscale PNG with these dimensions in its header; the pixels are compressed as given."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     data = zlib.compress(pixels or bytes(1 + width) * height, 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -287,12 +287,30 @@ def test_an_image_whose_exif_data_are_damaged_is_upright(tmp_path: Path, kind: s
     assert open_image(path).size == (20, 10)
 
 
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data with nothing but an orientation."""
+    data = Image.Exif()
+    data[ExifTags.Base.Orientation] = orientation
+    return data
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_each_orientation_turns_an_image_as_pillow_does(tmp_path: Path, orientation: int) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8))
-    data = Image.Exif()
-    data[ExifTags.Base.Orientation] = orientation
-    image.save(tmp_path / "image", "PNG", exif=data)
+    image.save(tmp_path / "image", "PNG", exif=turned(orientation))
     with Image.open(tmp_path / "image") as stored:
         expected = ImageOps.exif_transpose(stored)
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "image")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_the_transparent_level_of_deep_greyscale_becomes_the_background(tmp_path: Path, orientation: int) -> None:
+    buffer = io.BytesIO()
+    levels = np.array([[0, 1, 20_000], [40_000, 65_535, 0]], dtype=np.uint16)
+    Image.fromarray(levels).save(buffer, "PNG", exif=turned(orientation))
+    before, kind, pixels = buffer.getvalue().partition(b"IDAT")
+    content = before[:-4] + chunk(b"tRNS", struct.pack(">H", 0)) + before[-4:] + kind + pixels
+    (tmp_path / "scan.png").write_bytes(content)
+    expected = np.array([[255, 0, 78], [156, 255, 255]])
+    step = 1 if orientation == 1 else -1
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "scan.png"))[::step, ::step, 0], expected)
