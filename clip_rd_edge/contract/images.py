@@ -188,11 +188,18 @@ _TURNS = {
 
 def _orientation(image: Image.Image) -> int:
     """Return how an image is to be turned, as EXIF says: 1 to 8, or anything else; 1 without readable EXIF data."""
+    # Where EXIF has none, Pillow takes that of XMP, by which no browser turns an image; open_clip turns none at all.
+    xmp = {key: image.info.pop(key) for key in _XMP if key in image.info}
     try:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 — Pillow raises many types for a damaged block in a PNG or WebP file
         return 1
+    finally:
+        image.info.update(xmp)
     return orientation
+
+
+_XMP = ("XML:com.adobe.xmp", "xmp")  # in `Image.info`, of PNG and of all formats
 
 
 def _to_8_bits(image: Image.Image, *, is_12_bits: bool) -> Image.Image:

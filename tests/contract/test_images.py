@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 
 import clip_rd_edge
 from clip_rd_edge.contract import images
-from clip_rd_edge.contract.images import MAX_PIXELS, open_image
+from clip_rd_edge.contract.images import MAX_PIXELS, as_rgb, open_image
 from clip_rd_edge.contract.preprocess import Preprocessing, preprocess
 from clip_rd_edge.errors import InputError
 
@@ -314,3 +314,20 @@ def test_the_transparent_level_of_deep_greyscale_becomes_the_background(tmp_path
     expected = np.array([[255, 0, 78], [156, 255, 255]])
     step = 1 if orientation == 1 else -1
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "scan.png"))[::step, ::step, 0], expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize(("data", "size"), [(b"", (20, 10)), (turned(8).tobytes(), (10, 20))])
+def test_the_orientation_of_xmp_turns_no_image(kind: str, data: bytes, size: tuple[int, int]) -> None:
+    if kind in ("WEBP", "AVIF") and not features.check(kind.lower()):
+        pytest.skip(f"this Pillow does not support {kind}")
+    xmp, buffer = '<rdf:Description tiff:Orientation="6"/>', io.BytesIO()
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp)
+    options: dict[str, Any] = {"pnginfo": text} if kind == "PNG" else {"xmp": xmp.encode()}
+    Image.new("RGB", (20, 10)).save(buffer, kind, **options, **({"exif": data} if data else {}))
+    with Image.open(buffer) as image:
+        image.load()
+        before = dict(image.info)
+        assert as_rgb(image).size == size
+        assert image.info == before  # which the caller may need
