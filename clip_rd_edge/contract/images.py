@@ -166,6 +166,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to decoded, upright RGB, as `open_image` does."""
     image.load()  # in PNG files, EXIF comes after the pixels
     is_12_bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_PER_SAMPLE) == (12,)
+    frame = getattr(image, "dispose_extent", None) if image.format == "GIF" and image.tell() == 0 else None
+    if frame not in (None, (0, 0, *image.size)):
+        # The rest of the canvas is transparent; Pillow gives it the first colour of the palette.
+        canvas = Image.new("RGBA", image.size)
+        canvas.paste(image.convert("RGBA").crop(frame), frame)
+        image = canvas
     # ImageOps.exif_transpose writes all of the EXIF data anew, which fails if any of it is odd.
     if (turn := _TURNS.get(_orientation(image))) is not None:
         image = image.transpose(turn)

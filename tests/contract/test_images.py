@@ -331,3 +331,16 @@ def test_the_orientation_of_xmp_turns_no_image(kind: str, data: bytes, size: tup
         before = dict(image.info)
         assert as_rgb(image).size == size
         assert image.info == before  # which the caller may need
+
+
+def test_what_the_first_frame_of_a_gif_leaves_of_the_canvas_is_white(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 0, 0)).save(buffer, "GIF")
+    content = bytearray(buffer.getvalue())
+    frame = content.index(b",\0\0\0\0\4\0\3\0")
+    content[6:10] = struct.pack("<HH", 8, 6)
+    content[frame + 1 : frame + 5] = struct.pack("<HH", 2, 1)
+    (tmp_path / "part.gif").write_bytes(content)
+    expected = np.full((6, 8, 3), 255, dtype=np.uint8)
+    expected[1:4, 2:6] = (200, 0, 0)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "part.gif")), expected)
