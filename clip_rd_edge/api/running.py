@@ -33,7 +33,8 @@ class ServeOptions(TypedDict, total=False):
         max_batch: max number of images or texts per call of a tower. Default: 16.
         max_items: max number of images and texts of requests that are not answered yet; what exceeds it is answered
             with 503 and Retry-After. Default: 1,024.
-        allow_host: further host names by which clients reach the server, if there is no token; one or several.
+        allow_host: further host names by which clients reach the server, or of sites whose proxy passes requests on, if
+            there is no token; one or several.
     """
 
     threads: int | None

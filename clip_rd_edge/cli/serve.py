@@ -26,8 +26,8 @@ _server, _limits = grouped("Server"), grouped("Limits")
 )  # fmt: skip
 @_server(
     "--allow-host", multiple=True, metavar="NAME",
-    help="Host name by which clients reach the server, such as a container's, if there is no token; can be "
-    "repeated.  [default: none]",
+    help="Host name by which clients reach the server, such as a container's or that of a site whose proxy passes "
+    "requests on, if there is no token; can be repeated.  [default: none]",
 )  # fmt: skip
 @_limits(
     "--max-batch", type=click.IntRange(1), default=16, show_default=True, metavar="N",

@@ -1,7 +1,8 @@
 """Access control for a server on this machine: which hosts and origins may send requests, and how large they may be.
 
 Any page on the web can make a browser send requests to this machine. Checking Host prevents DNS rebinding (a foreign
-name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages.
+name that resolves to 127.0.0.1); checking Origin blocks requests from other sites' pages. X-Forwarded-Host
+and its like are not read, for anyone can send them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Guard:
     Args:
         app: the application to protect.
         host: address or name that the server listens on; whoever chose a name reaches the server by it.
-        names: further host names that requests may use, as from `host_names`.
+        names: further host names that requests may use, as from `host_names`. Their pages may send requests, too: a
+            proxy in front of the server passes on the site's Origin, but mostly the server's own address as Host.
         token_required: every request carries a secret that a foreign page does not know, so that Host and Origin need
             no check.
         respond: makes the response of a refusal from its status and message.
@@ -79,7 +81,8 @@ class Guard:
     ) -> None:
         self.app, self._respond = app, respond or error_response
         self.loopback = is_loopback(host)
-        self.names = {*names, host.lower()} - {""}
+        self.named = {*names} - {""}  # without `host`: a page of another port of 127.0.0.1 is foreign
+        self.names = {*self.named, host.lower()} - {""}
         self.token_required = token_required
         self._bodies: dict[_Body, None] = {}  # of all requests that are not answered yet, in the order of their begin
         self._last_allowed: str | None = None
@@ -134,8 +137,9 @@ class Guard:
         if not self.token_required:
             if not self._allows(host):
                 return 403, f"The host {host!r} is not allowed; use the address that clip-rd-edge printed."
-            if origin is not None and origin.partition("://")[2] != host:
-                return 403, f"Requests from pages of {origin} are not allowed."
+            if origin is not None and not self._allows_page(origin, host):
+                message = f"Requests from pages of {origin} to {host!r} are not allowed"
+                return 403, f"{message}; a proxy has to pass on Host unchanged."
         length = headers.get("content-length", "0")
         if not is_natural(length) or int(length) > MAX_BODY_BYTES:
             return 413, too_large_message()
@@ -148,6 +152,11 @@ class Guard:
                 return False
             self._last_allowed = host
         return True
+
+    def _allows_page(self, origin: str, host: str) -> bool:
+        """Return whether pages of an origin may send requests to this Host: its own, and those of a given name."""
+        site = origin.partition("://")[2]
+        return site == host or _hostname(site) in self.named
 
 
 async def _unless_given_up(body: _Body, receive: Receive) -> Message:

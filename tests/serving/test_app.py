@@ -575,6 +575,37 @@ def test_a_foreign_page_cannot_use_the_server_unless_it_knows_the_token(colour_b
         assert client.get("/v1/models", headers={**foreign, "Authorization": "bearer secret"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "origin", "code"),
+    [
+        ("127.0.0.1:8766", "https://site.example", 200),  # nginx's proxy_pass without more
+        ("site.example", "https://site.example:8443", 200),  # with proxy_set_header Host $host
+        ("site.example:8443", "https://site.example:8443", 200),  # with $http_host
+        ("127.0.0.1:8766", "http://127.0.0.1:8766", 200),
+        ("127.0.0.1:8766", "http://127.0.0.1:3000", 403),  # another program's page: nobody named this address
+        ("127.0.0.1:8766", "http://localhost:8766", 403),
+        ("127.0.0.1:8766", "https://evil.example", 403),
+        ("127.0.0.1:8766", "https://site.example.evil.example", 403),
+        ("127.0.0.1:8766", "https://evil.example/site.example", 403),
+        ("127.0.0.1:8766", "https://sub.site.example", 403),
+        ("127.0.0.1:8766", "null", 403),
+        ("127.0.0.1:8766", "", 403),
+        ("evil.example", "https://site.example", 403),  # DNS rebinding
+        ("evil.example", "https://evil.example", 403),
+    ],
+)
+def test_pages_of_a_named_site_reach_the_server_through_its_proxy_and_no_others(
+    colour_bundle: Path, host: str, origin: str, code: int
+) -> None:
+    app = make_app(Service(load(colour_bundle)), names=["https://Site.example"])
+    forwarded = {"X-Forwarded-Host": "site.example", "Forwarded": "host=site.example"}
+    with testclient.TestClient(app, base_url=BASE_URL) as client:
+        answer = client.post(
+            "/embeddings", json={"content": "red"}, headers={"Host": host, "Origin": origin, **forwarded}
+        )
+    assert answer.status_code == code
+
+
 def test_prometheus_reads_what_was_counted_and_the_document_names_every_route(client: Any) -> None:
     client.post("/embeddings", json={"content": ["red", "blue"]})
     client.post("/embeddings", json={})
