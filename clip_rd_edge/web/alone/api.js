@@ -13,7 +13,8 @@ export async function loadChoices(showProgress) {
   manifest = await readJson(new URL("manifest.json", bundle));
   const sizes = await readJson(new URL("sizes.json", import.meta.url));
   backends.push(new Backend("wasm"));
-  if (await navigator.gpu?.requestAdapter()) backends.push(new Backend("webgpu"));
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null); // browsers with WebGPU switched off may throw
+  if (adapter) backends.push(new Backend("webgpu"));
   const onBytes = (loaded) => showProgress(`Loading: ${megabytes(loaded)} of ${megabytes(sizes.loaded)} MB.`);
   const bank = await backends[0].call("bankSize", undefined, onBytes);
   const info = { name: manifest.name, precision: manifest.precision, size_bytes: sizes.bundle, bank, texts: manifest.text !== null };
