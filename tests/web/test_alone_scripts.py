@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import random
 import shutil
@@ -80,6 +81,16 @@ def page(folder: Path, serve: Callable[..., str]) -> Iterator[Any]:
         browser.close()
 
 
+@contextlib.contextmanager
+def changed_browser(page: Any, script: str) -> Iterator[Any]:
+    """Another page with the scripts, in a browser that `script` changes."""
+    changed = page.context.browser.new_page()
+    changed.add_init_script(script)
+    changed.goto(page.url)
+    yield changed
+    changed.close()
+
+
 def to_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
@@ -154,6 +165,18 @@ def test_files_are_opened_as_in_pillow(page: Any, tmp_path: Path) -> None:
         expected = preprocess(open_image(tmp_path / "image"), preprocessing).ravel()
         difference = np.abs(preprocess_in_page(page, content, preprocessing) - expected).max() * 255
         assert difference <= tolerance + 1e-3, name
+
+
+def test_images_are_opened_where_the_option_for_their_orientation_has_old_names(page: Any) -> None:
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    refusing = """const create = createImageBitmap;
+        self.createImageBitmap = async (image, { imageOrientation = "none", ...options } = {}) => {
+            if (!["none", "flipY"].includes(imageOrientation)) throw new TypeError("Type error");
+            return create(image, options);
+        };"""
+    with changed_browser(page, refusing) as old:
+        pixels = preprocess_in_page(old, encode(Image.new("RGB", (9, 6), "white"), "PNG"), preprocessing)
+    assert pixels.min() == 1
 
 
 def orientation(turn: int, order: str = ">") -> bytes:

@@ -16,12 +16,12 @@ let browserTurns; // a promise of whether this browser turns WebP by itself
 
 // The bitmap of a file (Blob), with the options of `createImageBitmap`, which reports what it cannot read.
 export async function uprightBitmap(file, options = {}) {
-  const decode = (blob) => createImageBitmap(blob, { ...options, imageOrientation: "from-image" });
-  const bitmap = await decode(file);
+  // Without `imageOrientation`: upright is the default under each of its names, and browsers refuse names that they lack.
+  const bitmap = await createImageBitmap(file, options);
   const turn = TURNS[await webpOrientation(file)];
   if (!turn) return bitmap;
   const probe = Uint8Array.from(atob(PROBE), (character) => character.charCodeAt(0));
-  browserTurns ??= decode(new Blob([probe])).then(({ height }) => height === 2);
+  browserTurns ??= createImageBitmap(new Blob([probe])).then(({ height }) => height === 2);
   return (await browserTurns) ? bitmap : turned(bitmap, turn);
 }
 
