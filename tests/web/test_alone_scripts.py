@@ -179,10 +179,35 @@ def test_images_are_opened_where_the_option_for_their_orientation_has_old_names(
     assert pixels.min() == 1
 
 
-def orientation(turn: int, order: str = ">") -> bytes:
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_images_are_upright_where_the_browser_does_not_turn_them(page: Any, tmp_path: Path, format: str) -> None:
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    not_turning = """const create = createImageBitmap;
+        self.createImageBitmap = async (image, options) => {
+            const bytes = new Uint8Array(await image.arrayBuffer());
+            const place = String.fromCharCode(...bytes).search(/eXIf|EXIF/);
+            if (place > 0) bytes[place] = "x".charCodeAt(0);
+            return create(new Blob([bytes]), options);
+        };"""
+    datas = [orientation(turn, order, kind) for turn in range(10) for order in "<>" for kind in (SHORT, LONG)]
+    with changed_browser(page, not_turning) as changed:
+        for exif in (*datas, b"Exif\0\0" + orientation(6), orientation(6)[:4]):
+            content = encode(image, format, lossless=True, exif=exif)
+            (tmp_path / "image").write_bytes(content)
+            expected = preprocess(open_image(tmp_path / "image"), preprocessing).ravel()
+            pixels = preprocess_in_page(changed, content, preprocessing)
+            np.testing.assert_array_equal(pixels, expected, err_msg=str(exif))
+
+
+SHORT, LONG = 3, 4  # types of EXIF
+
+
+def orientation(turn: int, order: str = ">", kind: int = SHORT) -> bytes:
     """EXIF data with nothing but an orientation; `order` is that of its bytes, as in `struct`."""
     mark = {">": b"MM", "<": b"II"}[order]
-    return mark + struct.pack(f"{order}HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, turn, 0, 0)
+    value = struct.pack(order + {SHORT: "HH", LONG: "I"}[kind], turn, *[0] * (kind == SHORT))
+    return mark + struct.pack(f"{order}HIHHHI", 42, 8, 1, 0x0112, kind, 1) + value + bytes(4)
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
