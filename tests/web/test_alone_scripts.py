@@ -151,6 +151,7 @@ def test_files_are_opened_as_in_pillow(page: Any, tmp_path: Path) -> None:
     for name, content, tolerance in (  # in grey levels
         ("png", encode(smooth, "PNG"), 0),
         ("large", encode(large, "PNG"), 0),
+        ("wide", encode(smooth.resize((70_000, 2), Image.Resampling.BICUBIC), "PNG"), 0),  # too long for a canvas
         ("grey", encode(smooth.convert("L"), "PNG"), 0),
         ("gif", encode(smooth.convert("P"), "GIF"), 0),
         ("webp", encode(smooth, "WEBP", lossless=True), 0),

@@ -497,6 +497,18 @@ def test_a_webp_is_shown_as_its_exif_turns_it(page: Any) -> None:
     assert (preview.get_attribute("width"), preview.get_attribute("height")) == ("30", "40")
 
 
+def test_an_image_that_is_too_long_for_a_canvas_is_shown(page: Any) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (70_000, 20), RED).save(buffer, "PNG")
+    page.set_input_files("#file", {"name": "1.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    wait_for_lead(page, "red ")
+    middle = """preview => {
+        const data = preview.getContext("2d").getImageData(preview.width / 2, 0, 1, 1).data;
+        return [preview.width, preview.height, ...data];
+    }"""
+    assert page.locator("#preview").evaluate(middle) == [4096, 1, *RED, 255]
+
+
 def test_what_cannot_be_read_of_a_dropped_folder_is_named_and_the_rest_is_opened(page: Any) -> None:
     page.evaluate(
         """(encoded) => {

@@ -4,6 +4,7 @@ import { resize } from "./resample.js";
 import { uprightBitmap } from "./upright.js";
 
 const MAX_PIXELS = 50_000_000; // photos of current phones are below that
+const MAX_CANVAS_EDGE = 16_384; // on a longer one, Firefox throws an error, and Chromium draws nothing
 
 // Decodes a file (Blob) or a camera frame (ImageData) to { width, height, rows(top, count) -> RGBA bytes }: upright, with
 // transparency on white.
@@ -24,18 +25,31 @@ export async function decode(image) {
   if (width * height > MAX_PIXELS) {
     throw new Error(`The image has ${width} × ${height} pixels; the limit is ${MAX_PIXELS / 1e6} million.`);
   }
-  // In strips: some phones do not allow a canvas as large as their own photos.
+  // In parts: some phones do not allow a canvas as large as their own photos.
   return {
     width,
     height,
     rows(top, count) {
-      const context = new OffscreenCanvas(width, count).getContext("2d", { willReadFrequently: true });
-      context.fillStyle = "#fff"; // background for transparent images
-      context.fillRect(0, 0, width, count);
-      context.drawImage(bitmap, 0, top, width, count, 0, 0, width, count);
-      return context.getImageData(0, 0, width, count).data;
+      const result = new Uint8ClampedArray(count * width * 4);
+      for (let left = 0; left < width; left += MAX_CANVAS_EDGE) {
+        const columns = Math.min(MAX_CANVAS_EDGE, width - left);
+        const part = onWhite(bitmap, left, top, columns, count);
+        for (let row = 0; row < count; row++) {
+          result.set(part.subarray(row * columns * 4, (row + 1) * columns * 4), (row * width + left) * 4);
+        }
+      }
+      return result;
     },
   };
+}
+
+// The RGBA bytes of a part of a bitmap, on the background for transparent images.
+function onWhite(bitmap, left, top, width, height) {
+  const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, left, top, width, height, 0, 0, width, height);
+  return context.getImageData(0, 0, width, height).data;
 }
 
 // The tensor's content, (3, H, W) float32, from a decoded image; spec is the manifest's `preprocessing`.

@@ -8,6 +8,7 @@ const stage = document.getElementById("stage");
 const video = document.getElementById("video");
 const preview = document.getElementById("preview");
 const button = document.getElementById("camera");
+const PREVIEW_EDGE = 4096; // longest edge of the shown image in pixels; browsers limit that of a canvas
 const FRAME_EDGE = 480; // shorter edge of a camera frame in pixels; larger than the input of any small model
 
 export class ImageSource {
@@ -184,12 +185,13 @@ function showStill(image) {
   preview.hidden = image === null;
   stage.classList.toggle("full", image !== null);
   if (!image) return;
-  preview.width = image.width;
-  preview.height = image.height;
+  const scale = Math.min(1, PREVIEW_EDGE / Math.max(image.width, image.height));
+  preview.width = Math.max(1, Math.round(image.width * scale));
+  preview.height = Math.max(1, Math.round(image.height * scale));
   const context = preview.getContext("2d");
   context.fillStyle = "#fff"; // the background for transparent images that the model sees
   context.fillRect(0, 0, preview.width, preview.height);
-  context.drawImage(image, 0, 0);
+  context.drawImage(image, 0, 0, preview.width, preview.height);
 }
 
 function stopTracks(stream) {
