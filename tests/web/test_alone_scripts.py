@@ -26,6 +26,7 @@ from clip_rd_edge.web.browser import ALONE, PAGE, find_packages
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 CHROMIUM = Path("/usr/bin/chromium")
+SMALL = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 RESIZE = """async ([encoded, width, newWidth, newHeight, interpolation]) => {
     const { resize } = await import("./resample.js");
     const bytes = Uint8Array.from(atob(encoded), (character) => character.charCodeAt(0));
@@ -169,20 +170,39 @@ def test_files_are_opened_as_in_pillow(page: Any, tmp_path: Path) -> None:
 
 
 def test_images_are_opened_where_the_option_for_their_orientation_has_old_names(page: Any) -> None:
-    preprocessing = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     refusing = """const create = createImageBitmap;
         self.createImageBitmap = async (image, { imageOrientation = "none", ...options } = {}) => {
             if (!["none", "flipY"].includes(imageOrientation)) throw new TypeError("Type error");
             return create(image, options);
         };"""
     with changed_browser(page, refusing) as old:
-        pixels = preprocess_in_page(old, encode(Image.new("RGB", (9, 6), "white"), "PNG"), preprocessing)
+        pixels = preprocess_in_page(old, encode(Image.new("RGB", (9, 6), "white"), "PNG"), SMALL)
     assert pixels.min() == 1
+
+
+NOISE = """const { prototype } = OffscreenCanvasRenderingContext2D;
+    const read = prototype.getImageData;
+    prototype.getImageData = function (...box) {
+        const image = read.apply(this, box);
+        image.data.forEach((level, i, data) => (data[i] = Math.abs(level - ((i * 7919) % MAX))));
+        return image;
+    };"""
+
+
+def test_images_whose_pixels_the_browser_hides_are_refused(page: Any) -> None:
+    hidden = pytest.raises(Exception, match="This browser hides the pixels of images from pages")
+    with changed_browser(page, NOISE.replace("MAX", "255")) as changed, hidden:
+        preprocess_in_page(changed, encode(Image.new("RGB", (9, 6)), "PNG"), SMALL)
+
+
+def test_images_whose_pixels_the_browser_changes_little_are_read(page: Any) -> None:
+    with changed_browser(page, NOISE.replace("MAX", "3")) as changed:
+        pixels = preprocess_in_page(changed, encode(Image.new("RGB", (9, 6), "white"), "PNG"), SMALL)
+    assert 0.99 < pixels.min() < 1
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_images_are_upright_where_the_browser_does_not_turn_them(page: Any, tmp_path: Path, format: str) -> None:
-    preprocessing = Preprocessing(size=(8, 8), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
     not_turning = """const create = createImageBitmap;
         self.createImageBitmap = async (image, options) => {
@@ -196,8 +216,8 @@ def test_images_are_upright_where_the_browser_does_not_turn_them(page: Any, tmp_
         for exif in (*datas, b"Exif\0\0" + orientation(6), orientation(6)[:4]):
             content = encode(image, format, lossless=True, exif=exif)
             (tmp_path / "image").write_bytes(content)
-            expected = preprocess(open_image(tmp_path / "image"), preprocessing).ravel()
-            pixels = preprocess_in_page(changed, content, preprocessing)
+            expected = preprocess(open_image(tmp_path / "image"), SMALL).ravel()
+            pixels = preprocess_in_page(changed, content, SMALL)
             np.testing.assert_array_equal(pixels, expected, err_msg=str(exif))
 
 

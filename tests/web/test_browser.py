@@ -575,6 +575,20 @@ def test_the_names_of_bundles_are_not_broken_on_a_phone(page: Any, width: int) -
     assert page.locator(".scroll").evaluate("(table) => table.scrollWidth <= table.clientWidth")
 
 
+def test_the_camera_does_not_start_where_the_browser_hides_pixels(page: Any) -> None:
+    page.evaluate("""() => {
+        OffscreenCanvasRenderingContext2D.prototype.getImageData = (left, top, width, height) => {
+            const image = new ImageData(width, height);
+            image.data.fill(255);
+            return image;
+        };
+    }""")
+    page.click("#camera")
+    page.wait_for_selector("#error:not(:empty), #video:not([hidden])")
+    assert page.inner_text("#error").startswith("This browser hides the pixels of images from pages")
+    assert not page.is_visible("#video")
+
+
 def test_an_answer_leaves_the_error_that_came_after_its_question(page: Any) -> None:
     waiting = hold_answers(page)
     page.evaluate(

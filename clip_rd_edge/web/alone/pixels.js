@@ -1,5 +1,6 @@
 // From an image to the input of the image tower: the same steps, rounding and names as contract/preprocess.py.
 
+import { HIDDEN_PIXELS, readsPixels } from "./canvas.js";
 import { resize } from "./resample.js";
 import { uprightBitmap } from "./upright.js";
 
@@ -17,6 +18,7 @@ export async function decode(image) {
       rows: (top, count) => image.data.subarray(top * rowBytes, (top + count) * rowBytes),
     };
   }
+  if (!readsPixels()) throw new Error(HIDDEN_PIXELS);
   // Without a conversion: the model was trained on the values in the file.
   const bitmap = await uprightBitmap(image, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("The browser cannot read this file as an image.");

@@ -1,6 +1,7 @@
 // Image sources: files that are chosen, dropped or pasted, and the newest frame of the camera.
 
 import { encodeFrame } from "./api.js";
+import { HIDDEN_PIXELS, readsPixels } from "./canvas.js";
 import { droppedImages, imagesOnly } from "./files.js";
 import { uprightBitmap } from "./upright.js";
 
@@ -93,6 +94,10 @@ export class ImageSource {
   async start() {
     if (!navigator.mediaDevices) {
       this.onError("Browsers allow the camera only on https pages and on localhost. You can choose an image instead.");
+      return;
+    }
+    if (!readsPixels()) {
+      this.onError(HIDDEN_PIXELS);
       return;
     }
     if (this.starting) return; // clicked twice
