@@ -19,7 +19,7 @@ export async function decode(image) {
     };
   }
   if (!readsPixels()) throw new Error(HIDDEN_PIXELS);
-  // Without a conversion: the model was trained on the values in the file.
+  // The model was trained on the values in the file, without a conversion. WebKit makes one all the same.
   const bitmap = await uprightBitmap(image, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("The browser cannot read this file as an image.");
   });
