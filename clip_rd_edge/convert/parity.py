@@ -91,7 +91,7 @@ HARD_TEXTS = (
     "Überraschung! 猫と犬 👩‍🚀 café",
     "red",
     "!<end_of_text> <end_of_text> <start_of_text>",
-    "word " * 300,
+    " ".join(map(str, range(300))),  # of different words, so that it shows which of them are cut off
 )
 
 

@@ -29,7 +29,8 @@ def export_tokenizer(tokenizer: Any, folder: Path) -> TokenizerSpec:
     into the file, as far as those of this Python's `regex` have them, which open_clip uses.
 
     Raises:
-        ClipRdEdgeError: the tokenizer is of another type, or pads in a way that `TokenizerSpec` cannot express.
+        ClipRdEdgeError: the tokenizer is of another type, or pads or truncates in a way that `TokenizerSpec` cannot
+            express.
     """
     import open_clip
 
@@ -159,6 +160,7 @@ def _export_hugging_face(tokenizer: Any, path: Path) -> TokenizerSpec:
         (tokenizer.tokenizer_mode, f"has the mode {tokenizer.tokenizer_mode!r}"),
         (tokenizer.strip_sep_token, "strips its separator"),
         (inner.padding_side != "right", f"pads on the {inner.padding_side}"),
+        (inner.truncation_side != "right", f"truncates on the {inner.truncation_side}"),
     ):
         if unsupported:
             raise ClipRdEdgeError(f"The tokenizer {inner.name_or_path!r} {reason}, which a bundle cannot express.")
