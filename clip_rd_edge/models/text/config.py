@@ -86,8 +86,6 @@ def separate_text_tower(clip: ClipModel) -> nn.Module:
     Raises:
         ConfigError: it also returns token features.
     """
-    import open_clip
-
     if hasattr(clip.model, "text_decoder"):
         raise ConfigError(
             f"The text tower of {clip.name} also returns token features, as in CoCa; expected one that returns "
@@ -99,8 +97,8 @@ def separate_text_tower(clip: ClipModel) -> nn.Module:
     text = build_text_tower(
         clip.model_cfg["text_cfg"], embedding_size=clip.embedding_size, quick_gelu=has_quick_gelu(clip.model)
     )
-    state = open_clip.model.convert_to_custom_text_state_dict(clip.model.state_dict())
-    text.load_state_dict({key: state[f"text.{key}"] for key in text.state_dict()})
+    state = clip.model.state_dict()
+    text.load_state_dict({key: state[key] for key in text.state_dict()})
     return text
 
 
