@@ -85,5 +85,5 @@ def _hint_about_left_out(pairs: Pairs) -> str:
         return "each sample needs an image and a caption, as .txt or in a .json: see --json-caption-key"
     return (
         "check these rows: an image is a local file, with / between folders, relative to the working directory or the "
-        f"table; a caption is not empty{hint_to_index_again(pairs)}"
+        f"table; a caption is one text and not empty{hint_to_index_again(pairs)}"
     )

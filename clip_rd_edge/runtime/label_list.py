@@ -14,7 +14,7 @@ from typing import Any
 from clip_rd_edge.contract.encoder import as_list
 from clip_rd_edge.contract.image_files import IMAGE_SUFFIXES
 from clip_rd_edge.errors import InputError, near_matches
-from clip_rd_edge.utils.checked import is_natural
+from clip_rd_edge.utils.checked import is_list_of_texts, is_natural
 from clip_rd_edge.utils.files import read_limited, text_lines
 from clip_rd_edge.utils.paths import exists, expand_home, is_folder, looks_like_path, near_files
 from clip_rd_edge.utils.printable import is_unicode
@@ -144,7 +144,7 @@ def _require_single_label(word: str, *, alone: bool) -> None:
     parts = [part.strip("\"' ") for part in _SEPARATOR.split(stripped.strip("[]"))]
     parts = [part for part in parts if part]
     several = len(parts) > 1 and (alone or brackets or not re.search(r"\s", stripped))
-    if several or (parts and stripped[-1] in ",;|"):
+    if several or (parts and (stripped[-1] in ",;|" or is_list_of_texts(stripped))):
         quoted = " ".join(f'"{part}"' for part in parts)
         raise InputError(
             f"The label {word!r} looks like a list; expected one label per argument.",
@@ -163,7 +163,8 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
     - .jsonl, .ndjson: an item of such a list per line.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels.
+        InputError: the file cannot be read, is not UTF-8, is not of the form of its suffix, or has no labels, or a list
+            for one.
     """
     if is_folder(path):
         raise InputError(f"The label file {path} is a folder.", hint="name a file with one label per line")
@@ -196,6 +197,11 @@ def read_labels_file(path: Path, *, max_bytes: int = MAX_FILE_BYTES, headings: S
         raise InputError(
             f"The label file {path} has a single line, which looks like a list: {labels[0]!r}.",
             hint="write one label per line",
+        )
+    if lists := [label for label in labels if is_list_of_texts(label)]:
+        raise InputError(
+            f"The label file {path} has a label that is a list: {lists[0]!r}.",
+            hint="write one label or caption per line",
         )
     return labels
 

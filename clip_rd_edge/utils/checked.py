@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -22,11 +23,20 @@ NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 _INT64 = 2**63
 _MAX_DIGITS = 10
+_LIST_OF_TEXTS = re.compile(r"""\[\s*(?:(["'])(?:\\.|(?!\1)[^\\])*\1[\s,]*)*\]""", re.DOTALL)
 
 
 def is_natural(text: str) -> bool:
     """Return whether a text is a natural number below a billion: Python refuses to read those of very many digits."""
     return text.isdecimal() and len(text) < _MAX_DIGITS
+
+
+def is_list_of_texts(text: str) -> bool:
+    """Return whether a text without white space around it is a list of texts, as JSON, Python or NumPy write it.
+
+    Such as `['a dog', 'two dogs']`: a table of lists has that in its cells when it is saved as CSV.
+    """
+    return text.startswith("[") and _LIST_OF_TEXTS.fullmatch(text) is not None
 
 
 class CheckedError(ConfigError, ValueError):

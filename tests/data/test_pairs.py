@@ -47,6 +47,7 @@ def test_other_column_names_and_tabs(pairs_csv: Path) -> None:
         ("path,title\na,b\n", "no column 'filepath'; its columns are 'path', 'title'"),
         ("filepath,titel\na,b\n", "no column 'title'.* Did you mean 'titel'"),
         ("filepath,title\npictures/0.png,\n", "0 pairs.* the first: .*line 2: the caption in column 'title' is empty"),
+        ('filepath,title\npictures/0.png,"[""a"", ""b""]"\n', "line 2: the caption in column 'title' is a list"),
         ("filepath,title\nnowhere.png,x\n", r"0 pairs.*line 2: the image 'nowhere\.png' exists neither"),
         ("filepath,title\npictures/0.png,x\n", "has 1 pair;"),
         ("", "no column 'filepath'"),

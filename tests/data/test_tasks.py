@@ -47,6 +47,13 @@ def test_a_table_with_a_row_that_is_no_pair_is_no_task(folder: Path) -> None:
         load_task(str(table))
 
 
+def test_a_table_with_a_list_of_captions_in_a_cell_is_no_task(folder: Path) -> None:
+    table = folder / "pairs.csv"
+    table.write_text("filepath,title\na_cat/1.png,\"['a cat', 'a pet']\"\n")
+    with pytest.raises(InputError, match=r"pairs\.csv, line 2: the caption .* is a list; expected one row"):
+        load_task(str(table))
+
+
 def test_an_unknown_task_gets_suggestions() -> None:
     with pytest.raises(InputError, match="Did you mean 'emoji:unseen-style'"):
         load_task("emoji:unseen-stile")

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import pytest
 from msgspec import Meta
 
 from clip_rd_edge.errors import ConfigError
-from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeInt, PositiveFloat, Share
+from clip_rd_edge.utils.checked import CheckedStruct, NonNegativeInt, PositiveFloat, Share, is_list_of_texts
 from clip_rd_edge.utils.structs import convert
 
 
@@ -56,3 +58,21 @@ def test_a_number_in_range_is_kept(name: str, value: Any) -> None:
 def test_replacing_a_field_checks_it_again() -> None:
     with pytest.raises(ConfigError, match="rate is nan; expected a finite number greater than 0"):
         msgspec.structs.replace(Settings(), rate=math.nan)
+
+
+TEXTS = ["a dog", "it's a dog's tail, [sic]", 'a "dog"', "\\", "two\nlines", "ein Hündchen \U0001f436", ""]
+
+
+@pytest.mark.parametrize("count", range(len(TEXTS) + 1))
+def test_a_list_of_texts_is_known_however_it_was_written(count: int) -> None:
+    texts = TEXTS[:count]
+    for written in (json.dumps(texts), json.dumps(texts, indent=2), repr(texts), str(np.array(texts, object))):
+        assert is_list_of_texts(written), written
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a dog", "[sic] 'a dog'", "['tis a dog]", "['a dog'] and ['a cat']", "[1, 2]", '["a dog"', "{'a': 'b'}"],
+)
+def test_a_text_with_brackets_or_quotes_is_no_list(text: str) -> None:
+    assert not is_list_of_texts(text)

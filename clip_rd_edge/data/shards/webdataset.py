@@ -25,6 +25,7 @@ from clip_rd_edge.data.shards.cache import LIMIT_VARIABLE, cache_limit, prefetch
 from clip_rd_edge.data.shards.index import SampleLocation, ShardIndex, index_shards
 from clip_rd_edge.data.shards.tars import TarMember
 from clip_rd_edge.errors import InputError, UsageError, near_matches
+from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.paths import is_file
 from clip_rd_edge.utils.printable import is_unicode, shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
@@ -273,10 +274,12 @@ def json_captions(member: TarMember, key: str) -> tuple[str, ...]:
 
 
 def _require_captions(captions: Sequence[str], location: str) -> tuple[str, ...]:
-    """Return the captions that are not empty, stripped; raise InputError if there are none."""
+    """Return the captions that are not empty, stripped; raise InputError if there are none, or one is a list."""
     non_empty = tuple(stripped for caption in captions if (stripped := caption.strip()))
     if not non_empty:
         raise InputError(f"{location}: the caption is empty.")
+    if any(map(is_list_of_texts, non_empty)):
+        raise InputError(f"{location}: the caption is the text of a list; expected the list itself, in a .json.")
     return non_empty
 
 

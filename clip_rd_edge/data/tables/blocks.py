@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from clip_rd_edge.data.tables.packed import PackedPairs, Pair
 from clip_rd_edge.errors import InputError, near_matches
+from clip_rd_edge.utils.checked import is_list_of_texts
 from clip_rd_edge.utils.files import machine_failure
 
 IMAGE_OPTION, CAPTION_OPTION = "--csv-img-key", "--csv-caption-key"
@@ -115,7 +116,11 @@ class PairFinder:
                 return f"the image {name!r} does not exist in the working directory"
             return f"the image {name!r} exists neither in the working directory nor in {self._table.parent}"
         caption = caption.strip()
-        return Pair(*image, caption) if caption else f"the caption in column {self._caption_key!r} is empty"
+        if not caption:
+            return f"the caption in column {self._caption_key!r} is empty"
+        if is_list_of_texts(caption):
+            return f"the caption in column {self._caption_key!r} is a list; expected one row per caption"
+        return Pair(*image, caption)
 
     def image(self, name: str) -> tuple[str, str, int] | None:
         """Return folder, name and size in bytes of an image file, or None if there is no such file."""

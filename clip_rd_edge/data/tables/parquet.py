@@ -18,6 +18,7 @@ from clip_rd_edge.data.tables.blocks import (
 )
 from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError, MissingExtraError, first_line
+from clip_rd_edge.utils.checked import is_list_of_texts
 
 PARQUET_SUFFIX = ".parquet"
 _BLOCK_ROWS = 1 << 14
@@ -85,7 +86,7 @@ def read_column(name: str, column: str) -> list[str]:
     """Return the texts of a column of captions, without empty ones.
 
     Raises:
-        InputError: the file cannot be read, or has no such column of text, or no text in it.
+        InputError: the file cannot be read, or has no such column of text, or no text in it, or a list for one.
     """
     path = Path(name)
     _rows_with(path, {column: CAPTION_OPTION})
@@ -99,6 +100,11 @@ def read_column(name: str, column: str) -> list[str]:
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} is damaged: {first_line(error)}.") from error
     texts = [value.strip() for value in values if value and value.strip()]
+    if lists := [text for text in texts if is_list_of_texts(text)]:
+        raise InputError(
+            f"{path} has a list in its column {column!r}: {lists[0]!r}; expected one row per caption.",
+            hint="write each caption into a row of its own",
+        )
     if not texts:
         raise InputError(f"{path} has no text in its column {column!r}.", hint=f"name the column with {CAPTION_OPTION}")
     return texts

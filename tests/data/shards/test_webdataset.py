@@ -88,6 +88,9 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
             "e.json": json.dumps({"caption": "of Python", "score": math.nan, "more": "\ud83d"}).encode(),
             "f.png": encode_image(5),
             "f.json": b'{"caption": NaN',
+            "g.png": encode_image(6),
+            "g.txt": b"['a dog', 'two dogs']",
+            "g.json": as_json(more='["a dog"]'),
         },
     )
     pairs = load_pairs(str(path))
@@ -96,6 +99,9 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
         pairs.captions(2)
     with pytest.raises(InputError, match=r"f\.json is not valid JSON"):
         pairs.captions(5)
+    text_of_a_list = r"g\.(txt|json): the caption is the text of a list; expected the list itself"
+    with pytest.raises(InputError, match=text_of_a_list):
+        pairs.captions(6)
     lists = load_pairs(str(path), json_key="more")
     assert [lists.captions(i) for i in (0, 1)] == [("one", "two"), ("three",)]
     with pytest.raises(InputError, match="'more' is neither a string nor a list of strings"):
@@ -104,6 +110,8 @@ def test_captions_from_json(tmp_path: Path, write_tar: Factory, encode_image: Fa
         lists.captions(3)
     with pytest.raises(InputError, match=r"e\.json: 'more' is no Unicode"):
         lists.captions(4)
+    with pytest.raises(InputError, match=text_of_a_list):
+        lists.captions(6)
 
 
 def test_samples_without_image_or_caption_are_left_out_and_reported(

@@ -205,7 +205,7 @@ def test_parquet_gives_the_pairs_of_a_csv(
     pairs_csv: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool, dictionary: bool
 ) -> None:
     names = [*(f"pictures/{i % 24}.png" for i in range(100)), "pictures/none.png", None, "pictures/0.png"]
-    captions = [*(CAPTIONS[i % 7] for i in range(100)), "a", "b", None]
+    captions = [*(CAPTIONS[i % 7] for i in range(99)), "['a', 'b']", "a", "b", None]
     columns: dict[str, Any] = {"index": list(range(103)), "filepath": names, "title": captions}
     if dictionary:
         columns["title"] = pytest.importorskip("pyarrow").array(captions).dictionary_encode()
@@ -217,7 +217,8 @@ def test_parquet_gives_the_pairs_of_a_csv(
     assert contents(pairs) == contents(in_memory(pairs_csv))
     reasons = [message.partition(": ")[2] for message in pairs.left_out]
     assert reasons == [message.partition(": ")[2] for message in in_memory(pairs_csv).left_out]
-    assert pairs.left_out[0].startswith(f"{path}, row 101: the image 'pictures/none.png' exists neither")
+    assert pairs.left_out[0].startswith(f"{path}, row 100: the caption in column 'title' is a list; expected one row")
+    assert pairs.left_out[1].startswith(f"{path}, row 101: the image 'pictures/none.png' exists neither")
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,12 @@ def test_parquet_with_text_that_is_not_utf_8_is_named_by_its_row(
     with pytest.raises(InputError, match=message):
         load_pairs(str(path))
     with pytest.raises(InputError, match=message):
+        parquet.read_column(str(path), "title")
+
+
+def test_texts_of_parquet_with_a_list_for_one_are_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "texts.parquet", {"title": ["a cat", "['a', 'b']"]})
+    with pytest.raises(InputError, match=r"texts\.parquet has a list in its column 'title': .*; expected one row"):
         parquet.read_column(str(path), "title")
 
 
