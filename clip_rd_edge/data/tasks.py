@@ -15,12 +15,10 @@ from clip_rd_edge.data.load import names_shards
 from clip_rd_edge.data.shards.tars import open_shard
 from clip_rd_edge.data.shards.webdataset import parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, read_table
-from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX
 from clip_rd_edge.errors import InputError, near_matches
 from clip_rd_edge.utils.paths import is_file, is_folder
 from clip_rd_edge.utils.printable import shown_source
 
-TABLE_SUFFIXES = (".csv", ".tsv", PARQUET_SUFFIX)
 BUILT_IN_TASKS = (
     "emoji:unseen-style",
     "emoji:unseen-concepts",
@@ -58,7 +56,7 @@ def load_task(name: str, *, image_key: str = "filepath", caption_key: str = "tit
         shards = [open_shard(path) for source in parse_sources(name) for path in source.shards]
         return retrieval_from_shards(shown_source(name), shards)
     path = Path(name)
-    if name.endswith(TABLE_SUFFIXES) and is_file(path):
+    if is_file(path):
         return _from_table(read_table(path, image_key=image_key, caption_key=caption_key), path.stem)
     if not is_folder(path):
         raise InputError(

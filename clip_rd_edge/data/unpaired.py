@@ -21,9 +21,9 @@ from clip_rd_edge.data.load import load_pairs, names_shards, require_local
 from clip_rd_edge.data.pairs import Pairs, first_left_out
 from clip_rd_edge.data.shards.webdataset import SEPARATOR, ShardPairs, parse_sources
 from clip_rd_edge.data.tables.load import TablePairs, table_pairs
-from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, read_column
+from clip_rd_edge.data.tables.parquet import is_parquet, read_column
 from clip_rd_edge.errors import InputError, UsageError
-from clip_rd_edge.utils.paths import exists, is_folder, why_no_file
+from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
 from clip_rd_edge.utils.printable import shown_source
 from clip_rd_edge.utils.reporting import SILENT, Reporter
 
@@ -277,8 +277,7 @@ def load_texts(source: str, column: str, read_texts: Callable[[str, str], Sequen
     if "://" in source:
         raise InputError(f"The texts {shown_source(source)} are not on this machine.", hint="copy them to this machine")
     path = Path(source)
-    is_parquet = path.suffix == PARQUET_SUFFIX and exists(path)
-    return (read_column if is_parquet else read_texts)(source, column)
+    return (read_column if is_file(path) and is_parquet(path) else read_texts)(source, column)
 
 
 def load_images(source: str, *, column: str, reporter: Reporter = SILENT) -> Pairs:

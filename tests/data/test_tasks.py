@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_rd_edge.contract.task import ZeroShotTask
+from clip_rd_edge.contract.task import RetrievalTask, ZeroShotTask
 from clip_rd_edge.data.tasks import load_task
 from clip_rd_edge.errors import InputError
 
@@ -45,6 +45,14 @@ def test_a_table_with_a_row_that_is_no_pair_is_no_task(folder: Path) -> None:
     table.write_text("filepath,title\na_cat/1.png,a cat\na_cat/2.png,a cat\n")
     with pytest.raises(InputError, match=r"pairs\.csv, line 3: the image 'a_cat/2\.png' exists neither"):
         load_task(str(table))
+
+
+@pytest.mark.parametrize("name", ["pairs.txt", "PAIRS.CSV"])
+def test_a_table_of_any_name_is_a_task_as_it_is_data(folder: Path, name: str) -> None:
+    (folder / name).write_text("filepath,title\na_cat/1.png,a cat\nb_dog/1.png,a dog\n")
+    task = load_task(str(folder / name))
+    assert isinstance(task, RetrievalTask)
+    assert task.captions == ("a cat", "a dog")
 
 
 def test_a_table_with_a_list_of_captions_in_a_cell_is_no_task(folder: Path) -> None:

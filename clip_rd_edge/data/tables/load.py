@@ -14,7 +14,7 @@ from clip_rd_edge.data.pairs import Pairs
 from clip_rd_edge.data.tables.blocks import Table, read_blocks
 from clip_rd_edge.data.tables.index import index_table
 from clip_rd_edge.data.tables.packed import GROUP_ROWS
-from clip_rd_edge.data.tables.parquet import PARQUET_SUFFIX, open_parquet
+from clip_rd_edge.data.tables.parquet import is_parquet, open_parquet
 from clip_rd_edge.data.tables.text import open_csv
 from clip_rd_edge.errors import InputError
 from clip_rd_edge.utils.paths import exists, is_file, is_folder, why_no_file
@@ -92,7 +92,7 @@ def _open_table(path: Path, *, image_key: str, caption_key: str) -> Table:
             if not exists(path) or is_folder(path)
             else "write it into a file: a table is read more than once",
         )
-    if path.suffix == PARQUET_SUFFIX:
+    if is_parquet(path):
         return open_parquet(path, image_key, caption_key)
     return open_csv(path, image_key, caption_key)
 

@@ -20,7 +20,7 @@ from clip_rd_edge.data.tables.packed import Pair, pack
 from clip_rd_edge.errors import InputError, MissingExtraError, first_line
 from clip_rd_edge.utils.checked import is_list_of_texts
 
-PARQUET_SUFFIX = ".parquet"
+_SUFFIX, _MAGIC = ".parquet", b"PAR1"
 _BLOCK_ROWS = 1 << 14
 
 
@@ -74,6 +74,14 @@ class ParquetTable:
         for block in blocks:
             yield numbered(block, rows)
             rows += block.count
+
+
+def is_parquet(path: Path) -> bool:
+    """Return whether a file is Parquet by its name or, as pandas' usual `pairs.parquet.gzip`, by its first bytes."""
+    if path.suffix.lower() == _SUFFIX:
+        return True
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def open_parquet(path: Path, image_key: str, caption_key: str) -> ParquetTable:

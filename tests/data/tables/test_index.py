@@ -22,6 +22,7 @@ from clip_rd_edge.data.tables import load, parquet, text
 from clip_rd_edge.data.tables.index import TABLE_STAGE, IndexedTable
 from clip_rd_edge.data.tables.load import TablePairs, read_table
 from clip_rd_edge.data.tasks import load_task
+from clip_rd_edge.data.unpaired import load_texts
 from clip_rd_edge.errors import InputError
 
 CAPTIONS = ("a cat", 'a 5" nail', '"quoted", he said', "two\nlines", "three\n\nlines\n", "ünïcödé 猫", " a, b ", "\r\n")
@@ -259,6 +260,14 @@ def test_parquet_with_text_that_is_not_utf_8_is_named_by_its_row(
         load_pairs(str(path))
     with pytest.raises(InputError, match=message):
         parquet.read_column(str(path), "title")
+
+
+@pytest.mark.parametrize("name", ["PAIRS.PARQUET", "pairs.parquet.gzip", "pairs"])
+def test_parquet_is_known_whatever_its_name(pairs_csv: Path, name: str) -> None:
+    images = [f"pictures/{i}.png" for i in range(2)]
+    path = write_parquet(pairs_csv.with_name(name), {"filepath": images, "title": ["a", "b"]}, compression="gzip")
+    assert load_pairs(str(path)).captions(1) == ("b",)
+    assert load_texts(str(path), "title", lambda *_: pytest.fail("read as text")) == ["a", "b"]
 
 
 def test_texts_of_parquet_with_a_list_for_one_are_refused(tmp_path: Path) -> None:
