@@ -177,7 +177,7 @@ CASES = [
     (f"{DISTILL} --data two.csv --pretrained-text P -o o", "The weights P could not be read", None),
     (f"{DISTILL} --images fotos --texts labels.txt -o o", "The source of images fotos does not exist", None),
     (f"{DISTILL} --images tasks/red/red.png --texts labels.txt -o o", "is a single image", None),
-    (f"{DISTILL} --data tasks/red/red.png -o o", "it is not UTF-8 text", DISTIL_TWO),
+    (f"{DISTILL} --data tasks/red/red.png -o o", "is an image, and not a table", DISTIL_TWO),
     ("export run -o o --format litert --precision bf16", "litert does not support bf16", EXPORT_RUN),
     ("export run -o o --format executorch --layout huggingface", "expected --format onnx", EXPORT_RUN),
     ("push B me/colours/x", "'me/colours/x' is no name of a repository", None),

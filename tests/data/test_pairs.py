@@ -289,6 +289,11 @@ def test_a_table_that_is_no_file_is_called_what_it_is(tmp_path: Path, kind: str,
         (b"filepath,title,title\n1.png,a,b\n", "has 2 columns 'title'; expected one", "--csv-caption-key"),
         ("filepath,title\n1.png,a\n".encode("utf-16-le"), "is not UTF-8 text: .* as UTF-16 has", "as UTF-8"),
         (b"PK\x03\x04\x14\0\0\0", "is a zip archive or an Excel workbook", "save the workbook as CSV"),
+        (b"\x1f\x8b\x08\0\0\0", "is compressed by gzip", "unpack it"),
+        (b"ARROW1\0\0\xff\xff", "is an Arrow or Feather file", "save it as Parquet or CSV"),
+        (b"\x89PNG\r\n\x1a\n\0", "is an image, and not a table", "name a table"),
+        (b'{"filepath":"1.png","title":"a, b"}\n', "is JSON, and not a table", "with the columns filepath,title"),
+        (b'\xef\xbb\xbf[\n {\n  "title": "a"}]', "is JSON, and not a table", "with the columns filepath,title"),
     ],
 )
 def test_a_header_that_cannot_be_right_is_refused_in_one_sentence(
@@ -298,6 +303,11 @@ def test_a_header_that_cannot_be_right_is_refused_in_one_sentence(
     with pytest.raises(InputError, match=message) as caught:
         load_pairs(str(tmp_path / "pairs.csv"))
     assert hint in caught.value.hint
+
+
+def test_a_column_may_have_a_name_in_brackets(pairs_csv: Path) -> None:
+    pairs_csv.write_text(pairs_csv.read_text().replace("filepath,title", "[filepath],[title]"))
+    assert len(load_pairs(str(pairs_csv), image_key="[filepath]", caption_key="[title]")) == 24
 
 
 def test_a_column_named_twice_may_be_one_that_is_not_read(tmp_path: Path) -> None:

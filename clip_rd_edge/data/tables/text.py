@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,18 @@ _BLOCK_BYTES = 1 << 21  # some 20,000 rows
 _MAX_LINE_BYTES = 1 << 24
 _ROW_BYTES = 100  # about: a path and a caption
 _BOM = b"\xef\xbb\xbf"
-_ZIP = b"PK\x03\x04"
+# What files of other programs begin with, what they are, and what to do.
+_OTHERS = (
+    (
+        rb"PK\x03\x04",
+        "is a zip archive or an Excel workbook, and not a table as text",
+        "save the workbook as CSV in UTF-8, or unpack the archive",
+    ),
+    (rb"\x1f\x8b", "is compressed by gzip", "unpack it"),
+    (rb"ARROW1|FEA1", "is an Arrow or Feather file", "save it as Parquet or CSV"),
+    (rb"\xff\xd8\xff|\x89PNG", "is an image, and not a table", "name a table of images and captions"),
+    (rb"\s*[\[{]\s*[\[{\"]", "is JSON, and not a table", "write a CSV file with the columns filepath,title"),
+)
 
 
 @dataclass(frozen=True)
@@ -168,8 +180,8 @@ class _Lines(Iterator[str]):
 def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
     with path.open("rb") as file:
         head = file.read(_MAX_HEADER)
-        _require_text(path, head)
         start = len(_BOM) if head.startswith(_BOM) else 0
+        _require_text(path, head[start:])
         first_line = (head[start:].splitlines() or [b""])[0]
         header = first_line.decode(errors="replace")
         separator = _separator_of(path, header, {image_key, caption_key})
@@ -190,12 +202,10 @@ def open_csv(path: Path, image_key: str, caption_key: str) -> CsvTable:
 
 
 def _require_text(path: Path, head: bytes) -> None:
-    """Refuse a file that would decode as UTF-8, but is something else."""
-    if head.startswith(_ZIP):
-        raise InputError(
-            f"{path} is a zip archive or an Excel workbook, and not a table as text.",
-            hint="save the workbook as CSV in UTF-8, or unpack the archive",
-        )
+    """Refuse a file of another kind, by its first bytes without a mark of UTF-8."""
+    for beginning, kind, hint in _OTHERS:
+        if re.match(beginning, head):
+            raise InputError(f"{path} {kind}.", hint=hint)
     if b"\0" in (head.splitlines() or [b""])[0]:
         raise InputError(
             f"{path} is not UTF-8 text: its first line has NUL bytes, as UTF-16 has.", hint="save the table as UTF-8"
